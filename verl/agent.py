@@ -1,0 +1,167 @@
+"""What a task implements to be trained: an agent loop and a reward. Pure: standard library and numpy only.
+
+A trajectory is a prompt followed by segments. A segment says who wrote its tokens, and everything that later needs to
+know (loss mask, importance ratios, reward text, logs) is derived from it, never recovered from ids or text:
+
+    prompt | MODEL  <search> q </search> | OBSERVATION <information>..</information> | MODEL <answer> a </answer>
+    mask       1 1 1 1 1 1 1               0 0 0 0 0 0 0 0 0 0 0 0 0                   1 1 1 1 1 1
+"""
+
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from pydantic import BaseModel
+
+Row = dict[str, Any]
+"""One line of the training parquet: data_source, prompt, ability, reward_model, extra_info."""
+
+
+class Source(StrEnum):
+    """Who wrote a segment."""
+
+    MODEL = "model"  # sampled by the policy: the only tokens that are trained
+    FORCED = "forced"  # appended by the engine, not sampled (for instance a stop token)
+    OBSERVATION = "observation"  # written by the environment
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One call of the engine."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    """Log-probability of each token under the distribution it was sampled from (after temperature)."""
+    finish_reason: str
+    """`stop` (stop string or EOS), `length` (token limit) or `abort`."""
+    stop_reason: str | int | None
+    """The stop string or token id that ended the call, None for EOS and `length`."""
+    policy_version: int
+    context_digest: int
+    """`context_digest` of the prompt ids that the engine says it was given."""
+
+
+def context_digest(token_ids: Sequence[int]) -> int:
+    """CRC-32 of the ids as little-endian int32: compares contexts without shipping them."""
+    return zlib.crc32(np.asarray(token_ids, dtype="<i4").tobytes())
+
+
+class Generate(Protocol):
+    """The engine as an agent loop sees it: sampling parameters and replica are already bound."""
+
+    async def __call__(self, prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()) -> Completion: ...
+
+
+@dataclass
+class Segment:
+    """A run of tokens by one author."""
+
+    source: Source
+    token_ids: list[int]
+    log_probs: list[float] = field(default_factory=list)
+    policy_version: int = -1
+    info: dict[str, Any] = field(default_factory=dict)
+    """Free-form facts for logs and rewards (query, passages, latency); never read by the trainer."""
+
+
+@dataclass
+class Trajectory:
+    """A prompt and what followed. `reward` must hold `score`; its other entries are logged as components."""
+
+    prompt_ids: list[int]
+    segments: list[Segment] = field(default_factory=list)
+    stop_reason: str = ""
+    reward: dict[str, float] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    context_violations: int = 0
+    """Engine calls whose context was not a prefix of this trajectory."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt_ids + self.response_ids
+
+    @property
+    def response_ids(self) -> list[int]:
+        return [t for s in self.segments for t in s.token_ids]
+
+    @property
+    def response_mask(self) -> list[int]:
+        return [int(s.source is Source.MODEL) for s in self.segments for _ in s.token_ids]
+
+    @property
+    def rollout_log_probs(self) -> list[float]:
+        """Zero where the policy did not write."""
+        return [
+            x
+            for s in self.segments
+            for x in (s.log_probs if s.source is Source.MODEL else [0.0] * len(s.token_ids))
+        ]
+
+    def num_tokens(self, source: Source) -> int:
+        return sum(len(s.token_ids) for s in self.segments if s.source is source)
+
+    def add_completion(self, completion: Completion, **info: Any) -> None:
+        """Append what the engine sampled, checking that it was given exactly this trajectory so far."""
+        self.context_violations += completion.context_digest != context_digest(self.token_ids)
+        self.segments.append(
+            Segment(Source.MODEL, completion.token_ids, completion.log_probs, completion.policy_version, info)
+        )
+
+    def add_observation(self, token_ids: list[int], **info: Any) -> None:
+        """Append tokens written by the environment: they are never trained."""
+        self.segments.append(Segment(Source.OBSERVATION, token_ids, info=info))
+
+
+class TrajectoryFailed(Exception):
+    """The environment broke (not the policy): the trajectory is re-run once, then dropped and counted.
+
+    `num_calls` is the number of environment calls the trajectory had made, the failed one included: dropping is biased
+    against trajectories that make many, so the failure rate is reported by it.
+    """
+
+    def __init__(self, message: str, num_calls: int) -> None:
+        super().__init__(message, num_calls)
+        self.num_calls = num_calls
+
+
+class AgentLoop(Protocol):
+    """Turns a prompt into a trajectory. One instance serves many concurrent `run` coroutines of one process."""
+
+    Config: ClassVar[type[BaseModel]]
+    """Validates the `agent` section (without `_target_`)."""
+    top_level_keys: ClassVar[frozenset[str]]
+    """Keys beside the library's own sections that this task lets users set, interpolated into its section."""
+
+    def __init__(self, config: Any, tokenizer: Any) -> None: ...
+
+    def preflight(self) -> list[str]:
+        """Problems that would make training fail, found before any process is started (for instance: a server down)."""
+        ...
+
+    async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
+        """Raises TrajectoryFailed when the environment, not the policy, is at fault."""
+        ...
+
+    async def close(self) -> None: ...
+
+    @staticmethod
+    def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """The task's own metrics of a batch, under their final names."""
+        ...
+
+
+class RewardFn(Protocol):
+    """Scores a finished trajectory; the result holds `score` and any components to log."""
+
+    Config: ClassVar[type[BaseModel]]
+
+    def __init__(self, config: Any, tokenizer: Any) -> None: ...
+
+    def __call__(self, trajectory: Trajectory, row: Row) -> dict[str, float] | Awaitable[dict[str, float]]: ...
+
+
+ComputeScore = Callable[..., float | dict[str, float]]
+"""`compute_score(data_source, solution_str, ground_truth, extra_info)`, as verl users write it."""

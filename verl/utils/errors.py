@@ -1,0 +1,13 @@
+"""Errors that a user can act on."""
+
+
+class ConfigError(ValueError):
+    """The configuration cannot work. The message lists every problem, one per line, with its key."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(["the configuration cannot work:", *(f"  - {p}" for p in problems)]))
+        self.problems = problems
+
+
+class DataError(ValueError):
+    """A data file is wrong: the message names the file, the row and what was expected."""

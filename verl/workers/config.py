@@ -1,0 +1,174 @@
+"""Configuration of the workers: model, optimizer, sharding, actor, reference, critic, rollout.
+
+Batch sizes are global numbers: counted over all ranks.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from verl.utils.config import Config
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+KLPenalty = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+
+
+class ModelConfig(Config):
+    path: str
+    """Hugging Face directory or hub name of the initial weights."""
+    tokenizer_path: str | None = None
+    """Null: the tokenizer beside the weights."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the weights."""
+    enable_gradient_checkpointing: bool = True
+    """Recompute activations of each decoder layer in the backward pass."""
+    override_config: dict[str, Any] = {}
+    """Entries of the Hugging Face config to replace (for instance attn_implementation)."""
+
+
+class OptimConfig(Config):
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW weight decay."""
+    lr_warmup_steps_ratio: float = Field(0.0, ge=0, le=1)
+    """Linear warm-up, as a share of trainer.total_training_steps."""
+    lr_scheduler_type: Literal["constant", "cosine"] = "constant"
+    """Shape after the warm-up. One tick per training step, as in the original."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Where cosine ends, as a share of lr."""
+
+
+class FSDPConfig(Config):
+    param_offload: bool = False
+    """Keep parameters and gradients on the CPU between uses (FSDP2 CPU offload; the optimizer then runs there too)."""
+    reshard_after_forward: bool = True
+    """Free the gathered parameters between forward and backward."""
+    model_dtype: Dtype = "float32"
+    """Dtype of the master weights."""
+    dtype: Dtype = "bfloat16"
+    """Dtype of the computation; gradients are always reduced in float32."""
+
+
+class ActorConfig(Config):
+    ppo_mini_batch_size: PositiveInt = 256
+    """Trajectories per optimizer step."""
+    ppo_micro_batch_size_per_gpu: PositiveInt = 8
+    """Trajectories per forward-backward pass of one rank: memory only, the gradient does not depend on it."""
+    ppo_epochs: PositiveInt = 1
+    """Passes over each rollout batch."""
+    clip_ratio: PositiveFloat = 0.2
+    """PPO clip range."""
+    clip_ratio_low: PositiveFloat | None = None
+    """Lower clip range; null: clip_ratio."""
+    clip_ratio_high: PositiveFloat | None = None
+    """Upper clip range; null: clip_ratio."""
+    clip_ratio_c: float = Field(3.0, gt=1)
+    """Dual-clip bound for negative advantages (arXiv 1912.09729)."""
+    loss_agg_mode: LossAggMode = "token-mean"
+    """token-mean is what the original's code does; seq-mean-token-mean is the paper's printed formula."""
+    entropy_coeff: float = 0.0
+    """Weight of the entropy bonus. The original's default is 0.001."""
+    use_kl_loss: bool = False
+    """Add the KL to the reference to the loss (GRPO)."""
+    kl_loss_coef: NonNegativeFloat = 0.001
+    """Its weight."""
+    kl_loss_type: KLPenalty = "low_var_kl"
+    """Its estimator."""
+    grad_clip: PositiveFloat = 1.0
+    """Maximum norm of the gradient."""
+    state_masking: bool = True
+    """False trains on retrieved tokens too: the paper's ablation."""
+    optim: OptimConfig = OptimConfig()
+    fsdp_config: FSDPConfig = FSDPConfig()
+
+
+class RefConfig(Config):
+    log_prob_micro_batch_size_per_gpu: PositiveInt = 16
+    """Trajectories per forward pass of one rank."""
+    fsdp_config: FSDPConfig = FSDPConfig(model_dtype="bfloat16")
+
+
+class CriticConfig(Config):
+    model: ModelConfig
+    ppo_mini_batch_size: PositiveInt = 256
+    """Trajectories per optimizer step."""
+    ppo_micro_batch_size_per_gpu: PositiveInt = 8
+    """Trajectories per forward-backward pass of one rank."""
+    ppo_epochs: PositiveInt = 1
+    """Passes over each rollout batch."""
+    cliprange_value: PositiveFloat = 0.5
+    """Clip range of the value update."""
+    loss_agg_mode: LossAggMode = "token-mean"
+    """As in the actor."""
+    grad_clip: PositiveFloat = 1.0
+    """Maximum norm of the gradient."""
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    fsdp_config: FSDPConfig = FSDPConfig()
+
+
+class SamplingConfig(Config):
+    """How tokens are drawn. Log-probs of training are scaled by the same temperature."""
+
+    temperature: NonNegativeFloat = 1.0
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus; below 1 the sampler's distribution is not the trainer's."""
+    top_k: int = -1
+    """-1: all tokens."""
+    n: PositiveInt = 1
+    """Trajectories per prompt: the group size of GRPO (`n_agent` of the original)."""
+
+
+class ValSamplingConfig(SamplingConfig):
+    temperature: NonNegativeFloat = 0.0
+
+
+class RolloutConfig(SamplingConfig):
+    name: Literal["vllm"] = "vllm"
+    """The rollout engine."""
+    dtype: Dtype = "bfloat16"
+    """Dtype of the engine's weights and KV cache."""
+    num_replicas: PositiveInt | None = None
+    """Engines; null: as many as the training GPUs hold (n_gpus / tensor_model_parallel_size)."""
+    tensor_model_parallel_size: PositiveInt = 1
+    """GPUs per engine."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """colocated: engines share the training GPUs and sleep while the update runs; separate: they have their own."""
+    gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
+    """Share of a GPU's memory that an engine takes."""
+    cpu_kvcache_gb: PositiveFloat = 1.0
+    """KV cache of an engine on CPU, in GiB."""
+    cpu_threads: PositiveInt | None = None
+    """Threads of an engine on CPU; null: all cores divided by the replicas."""
+    enforce_eager: bool = False
+    """Do not capture CUDA graphs (on CPU: do not compile)."""
+    max_model_len: PositiveInt | None = None
+    """Longest context in tokens; null: what the agent's budgets add up to."""
+    max_num_seqs: PositiveInt = 256
+    """Concurrent sequences per engine."""
+    max_num_batched_tokens: PositiveInt = 8192
+    """Tokens per engine step."""
+    enable_prefix_caching: bool = True
+    """Turn k+1 reuses the KV cache of turn k."""
+    load_format: Literal["auto", "dummy"] = "dummy"
+    """dummy skips reading the weights from disk: the first weight sync brings them."""
+    engine_kwargs: dict[str, Any] = {}
+    """Further arguments of vLLM's AsyncEngineArgs."""
+    log_prob_micro_batch_size_per_gpu: PositiveInt = 16
+    """Trajectories per forward pass of one rank when the actor recomputes log-probs."""
+    num_agent_workers: NonNegativeInt = 1
+    """CPU processes that run agent loops, rewards included."""
+    seed: int = 0
+    """Seed of the engines."""
+    val_kwargs: ValSamplingConfig = ValSamplingConfig()
+
+
+class ActorRolloutRefConfig(Config):
+    model: ModelConfig
+    actor: ActorConfig = ActorConfig()
+    ref: RefConfig = RefConfig()
+    rollout: RolloutConfig = RolloutConfig()
