@@ -1,0 +1,47 @@
+"""What every accelerator process is: a rank of one process group."""
+
+import os
+import random
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+class Worker:
+    """Base of the roles that live on a rank. The process group must exist (`init_process_group`)."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = current_device()
+        self.mesh: DeviceMesh = init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("dp",))
+
+
+def current_device() -> torch.device:
+    """The accelerator of this process, or the CPU if the process group is gloo."""
+    on_gpu = dist.get_backend() != dist.Backend.GLOO
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def init_process_group(rank: int, world_size: int, address: str, port: int, device: str, threads: int | None) -> None:
+    """Joins this process to the group: nccl on `cuda`, gloo on `cpu` (with `threads` threads per rank)."""
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    elif threads:
+        torch.set_num_threads(threads)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", rank=rank, world_size=world_size, timeout=PROCESS_GROUP_TIMEOUT
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python, numpy and torch of this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,106 @@
+"""The policy: log-probs, updates, weights for the rollout engine."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from verl.protocol import DataProto
+from verl.single_controller.decorator import Dispatch, register
+from verl.single_controller.worker import Worker
+from verl.trainer.ppo.core_algos import agg_loss, compute_entropy_loss, compute_policy_loss, kl_penalty
+from verl.utils.checkpoint import load_state, save_pretrained, save_state
+from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
+from verl.workers.fsdp_model import build_model, build_train_state, forward_log_probs, full_parameters, log_probs_of_rows
+from verl.workers.rollout.weight_sync import write_weights
+from verl.workers.update import Counts, Metrics, map_micro_batches, update_mini_batches
+
+
+def policy_loss(
+    config: ActorConfig, log_probs: torch.Tensor, entropy: torch.Tensor, rows: DataProto, counts: Counts
+) -> tuple[torch.Tensor, Metrics]:
+    """Clipped policy loss, minus the entropy bonus, plus the KL to the reference where it is in the loss.
+
+    log_probs, entropy: [b, R]. Returns this micro-batch's share of the loss and of each metric.
+    """
+    batch, mask = rows.batch, rows.batch["response_mask"]
+    shares = {"num_tokens": counts.num_tokens, "num_seqs": counts.num_seqs}
+    loss, metrics = compute_policy_loss(
+        old_log_prob=batch["old_log_probs"],
+        log_prob=log_probs,
+        advantages=batch["advantages"],
+        response_mask=mask,
+        cliprange=config.clip_ratio,
+        cliprange_low=config.clip_ratio_low,
+        cliprange_high=config.clip_ratio_high,
+        clip_ratio_c=config.clip_ratio_c,
+        loss_agg_mode=config.loss_agg_mode,
+        **shares,
+    )
+    metrics["pg_loss"] = loss.detach()
+    bonus = compute_entropy_loss(entropy, mask, config.loss_agg_mode, **shares)
+    metrics["entropy"] = bonus.detach()
+    if config.entropy_coeff:
+        loss = loss - config.entropy_coeff * bonus
+    if config.use_kl_loss:
+        divergence = kl_penalty(log_probs, batch["ref_log_prob"], config.kl_loss_type)
+        kl_loss = agg_loss(divergence, mask, config.loss_agg_mode, **shares)
+        metrics["kl_loss"] = kl_loss.detach()
+        loss = loss + config.kl_loss_coef * kl_loss
+    return loss, metrics
+
+
+class ActorWorker(Worker):
+    """One rank of the policy."""
+
+    def __init__(self, model: ModelConfig, config: ActorConfig, rollout: RolloutConfig, total_steps: int) -> None:
+        super().__init__()
+        self.model_config, self.config, self.rollout = model, config, rollout
+        self.state = build_train_state(
+            build_model(model, "lm", config.fsdp_config, self.mesh), config.optim, total_steps
+        )
+
+    @register(Dispatch.DP_COMPUTE_PROTO)
+    def compute_log_prob(self, data: DataProto) -> DataProto:
+        """old_log_probs [B, R] under the present weights, at the sampling temperature."""
+        size = self.rollout.log_prob_micro_batch_size_per_gpu
+        forward = partial(log_probs_of_rows, self.state.model, temperature=self.rollout.temperature)
+        return DataProto({"old_log_probs": map_micro_batches(data, size, self.device, forward)})
+
+    @register(Dispatch.DP_COMPUTE_METRIC)
+    def update_actor(self, data: DataProto) -> dict[str, float]:
+        """One optimizer step per mini-batch."""
+
+        def loss_fn(rows: DataProto, counts: Counts) -> tuple[torch.Tensor, Metrics]:
+            log_probs, entropy = forward_log_probs(self.state.model, rows, self.rollout.temperature, with_entropy=True)
+            assert entropy is not None
+            return policy_loss(self.config, log_probs, entropy, rows, counts)
+
+        return update_mini_batches(
+            self.state,
+            data.to(self.device),
+            loss_fn,
+            epochs=self.config.ppo_epochs,
+            micro_batch_size=self.config.ppo_micro_batch_size_per_gpu,
+            grad_clip=self.config.grad_clip,
+        )
+
+    @register(Dispatch.ONE_TO_ALL)
+    def export_weights(self) -> str | None:
+        """Path of the present weights for the engines, written by rank 0 (None elsewhere)."""
+        return write_weights(full_parameters(self.state.model), is_writer=self.rank == 0)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, path: str) -> None:
+        save_state(self.state, path)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, path: str) -> None:
+        load_state(self.state, path)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def save_pretrained(self, path: str) -> None:
+        """The policy in Hugging Face format, with its tokenizer."""
+        save_pretrained(self.state.model, full_parameters(self.state.model), self.model_config, path)
+        dist.barrier()
+

@@ -1,0 +1,65 @@
+"""The critic: the value of every state in which the policy chose a token."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from verl.protocol import DataProto
+from verl.single_controller.decorator import Dispatch, register
+from verl.single_controller.worker import Worker
+from verl.trainer.ppo.core_algos import compute_value_loss
+from verl.utils.checkpoint import load_state, save_state
+from verl.workers.config import CriticConfig
+from verl.workers.fsdp_model import build_model, build_train_state, forward_values
+from verl.workers.update import Counts, Metrics, map_micro_batches, update_mini_batches
+
+
+class CriticWorker(Worker):
+    """One rank of the critic: the initial policy with a new value head."""
+
+    def __init__(self, config: CriticConfig, total_steps: int) -> None:
+        super().__init__()
+        self.config = config
+        model = build_model(config.model, "value", config.fsdp_config, self.mesh)
+        self.state = build_train_state(model, config.optim, total_steps)
+
+    @register(Dispatch.DP_COMPUTE_PROTO)
+    def compute_values(self, data: DataProto) -> DataProto:
+        """values [B, R]."""
+        size = self.config.ppo_micro_batch_size_per_gpu
+        return DataProto({"values": map_micro_batches(data, size, self.device, partial(forward_values, self.state.model))})
+
+    @register(Dispatch.DP_COMPUTE_METRIC)
+    def update_critic(self, data: DataProto) -> dict[str, float]:
+        """One optimizer step per mini-batch."""
+
+        def loss_fn(rows: DataProto, counts: Counts) -> tuple[torch.Tensor, Metrics]:
+            return compute_value_loss(
+                vpreds=forward_values(self.state.model, rows),
+                returns=rows.batch["returns"],
+                values=rows.batch["values"],
+                response_mask=rows.batch["response_mask"],
+                cliprange_value=self.config.cliprange_value,
+                loss_agg_mode=self.config.loss_agg_mode,
+                num_tokens=counts.num_tokens,
+                num_seqs=counts.num_seqs,
+            )
+
+        return update_mini_batches(
+            self.state,
+            data.to(self.device),
+            loss_fn,
+            epochs=self.config.ppo_epochs,
+            micro_batch_size=self.config.ppo_micro_batch_size_per_gpu,
+            grad_clip=self.config.grad_clip,
+        )
+
+    @register(Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, path: str) -> None:
+        save_state(self.state, path)
+        dist.barrier()
+
+    @register(Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, path: str) -> None:
+        load_state(self.state, path)

@@ -1,0 +1,26 @@
+"""The reference: the initial policy, frozen."""
+
+from functools import partial
+
+from verl.protocol import DataProto
+from verl.single_controller.decorator import Dispatch, register
+from verl.single_controller.worker import Worker
+from verl.workers.config import ModelConfig, RefConfig
+from verl.workers.fsdp_model import build_model, log_probs_of_rows
+from verl.workers.update import map_micro_batches
+
+
+class ReferenceWorker(Worker):
+    """One rank of the reference. Made only when a KL term uses it."""
+
+    def __init__(self, model: ModelConfig, config: RefConfig, temperature: float) -> None:
+        super().__init__()
+        self.config, self.temperature = config, temperature
+        self.model = build_model(model, "lm", config.fsdp_config, self.mesh).requires_grad_(False)
+
+    @register(Dispatch.DP_COMPUTE_PROTO)
+    def compute_ref_log_prob(self, data: DataProto) -> DataProto:
+        """ref_log_prob [B, R], at the sampling temperature."""
+        size = self.config.log_prob_micro_batch_size_per_gpu
+        forward = partial(log_probs_of_rows, self.model, temperature=self.temperature)
+        return DataProto({"ref_log_prob": map_micro_batches(data, size, self.device, forward)})

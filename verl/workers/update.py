@@ -1,0 +1,132 @@
+"""The optimizer steps that actor and critic share.
+
+Losses are divided by the counts of the whole mini-batch, over micro-batches and ranks, so the gradient depends on
+neither. Collectives must match, so ranks with fewer micro-batches run empty ones, and skipping a step is decided jointly.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from verl.protocol import DataProto
+from verl.workers.fsdp_model import TrainState
+
+INPUTS = ("prompts", "responses", "attention_mask", "response_mask")
+Metrics = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Trained tokens and trajectories of a mini-batch over all ranks."""
+
+    num_tokens: int
+    num_seqs: int
+
+
+LossFn = Callable[[DataProto, Counts], tuple[torch.Tensor, Metrics]]
+"""Rows of a micro-batch -> its share of the mini-batch's loss, and its share of the metrics (both sum to the whole)."""
+
+
+def micro_batches(data: DataProto, size: int) -> list[DataProto]:
+    """Parts of at most `size` rows, of similar length (less padding), in a fixed order."""
+    lengths = data.batch["attention_mask"].sum(1)
+    order = torch.argsort(lengths, stable=True)
+    return [data[order[i : i + size]] for i in range(0, len(data), size)]
+
+
+def empty_rows(data: DataProto) -> DataProto:
+    """One row without a trained token, of the columns of `data`: keeps a rank in step with the others."""
+    columns = {k: torch.zeros((1, *v.shape[1:]), dtype=v.dtype, device=v.device) for k, v in data.batch.items()}
+    mask = columns["attention_mask"]
+    mask[:, columns["prompts"].shape[1] - 1 : columns["prompts"].shape[1] + 1] = 1
+    return DataProto.from_dict(columns)
+
+
+def reduce_sum(values: list[float], device: torch.device) -> list[float]:
+    """Sums over all ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def reduce_max(value: float, device: torch.device) -> float:
+    """Largest value of all ranks."""
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return total.item()
+
+
+def run_micro_batches(data: DataProto, size: int, device: torch.device) -> list[DataProto]:
+    """`micro_batches`, filled up with empty ones to the largest number on any rank."""
+    parts = micro_batches(data, size)
+    missing = int(reduce_max(len(parts), device)) - len(parts)
+    return parts + [empty_rows(data)] * missing
+
+
+def map_micro_batches(
+    data: DataProto, size: int, device: torch.device, forward: Callable[[DataProto], torch.Tensor]
+) -> torch.Tensor:
+    """`forward` [b, R] without gradient over micro-batches of the policy's rows: [B, R] on the CPU, in the order of `data`."""
+    rows = data.select(INPUTS).to(device)
+    rows = rows.with_tensors(position=torch.arange(len(rows), device=device))
+    result = torch.zeros(rows.batch["responses"].shape, dtype=torch.float32)
+    with torch.no_grad():
+        for part in run_micro_batches(rows, size, device):
+            out = forward(part)
+            if part.batch["response_mask"].any():
+                result[part.batch["position"].cpu()] = out.cpu()
+    return result
+
+
+def update_mini_batches(
+    state: TrainState, data: DataProto, loss_fn: LossFn, *, epochs: int, micro_batch_size: int, grad_clip: float
+) -> dict[str, float]:
+    """One optimizer step per mini-batch and epoch; metrics averaged over the steps.
+
+    Rows are assigned by the column `mini_batch`; `meta_info["num_mini_batches"]` says how many there are, because a rank
+    may hold no row of one. `skipped_steps` counts steps with a loss or gradient that is not finite: no rank takes them.
+    """
+    device = data.batch["mini_batch"].device
+    steps: list[dict[str, float]] = []
+    for _ in range(epochs):
+        for index in range(data.meta_info["num_mini_batches"]):
+            rows = data[data.batch["mini_batch"].cpu() == index]
+            mask = rows.batch["response_mask"]
+            tokens, seqs = reduce_sum([float(mask.sum()), float(len(rows))], device)
+            counts = Counts(max(1, round(tokens)), max(1, round(seqs)))
+            steps.append(_step(state, run_micro_batches(rows, micro_batch_size, device), loss_fn, counts, grad_clip))
+    state.scheduler.step()
+    metrics = {k: _mean([s[k] for s in steps]) for k in steps[0]}
+    metrics["skipped_steps"] = sum(s["skipped_steps"] for s in steps)
+    metrics["optimizer_steps"] = len(steps) - metrics["skipped_steps"]
+    metrics["lr"] = state.scheduler.get_last_lr()[0]
+    return metrics
+
+
+def _step(
+    state: TrainState, parts: list[DataProto], loss_fn: LossFn, counts: Counts, grad_clip: float
+) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for rows in parts:
+        loss, metrics = loss_fn(rows, counts)
+        (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks, the loss is already global
+        for key, value in {"loss": loss.detach(), **metrics}.items():
+            totals[key] = totals.get(key, 0.0) + float(value)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    keys = sorted(totals)
+    totals = dict(zip(keys, reduce_sum([totals[k] for k in keys], loss.device), strict=True))
+    finite = math.isfinite(norm) and math.isfinite(totals["loss"])  # both are the same number on every rank
+    if finite:
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return {**totals, "grad_norm": norm, "skipped_steps": float(not finite)}
+
+
+def _mean(values: list[float]) -> float:
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else math.nan
