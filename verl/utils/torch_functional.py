@@ -1,0 +1,69 @@
+"""Masked statistics and log-probabilities. A masked entry never reaches a result, whatever it holds, NaN included."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 2**26
+"""Logits that are upcast to float32 at one time: 256 MiB."""
+
+
+def masked_sum(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
+    """Sum of `values` where `mask` is non-zero, over `axis` (None: all). 0 for an empty mask."""
+    return torch.where(mask.bool(), values, 0.0).sum(dim=axis)
+
+
+def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
+    """Mean of `values` where `mask` is non-zero, over `axis` (None: all). 0 for an empty mask."""
+    return masked_sum(values, mask, axis) / mask.bool().sum(dim=axis).clamp(min=1)
+
+
+def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """Variance of `values` where `mask` is non-zero; 0 with fewer than two such entries."""
+    deviations = torch.where(mask.bool(), values - masked_mean(values, mask), 0.0)
+    return deviations.square().sum() / (mask.bool().sum() - int(unbiased)).clamp(min=1)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """`values` with the mean (kept if not `shift_mean`) removed and unit variance over the mask; 0 outside it."""
+    mean = masked_mean(values, mask)
+    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
+    return torch.where(mask.bool(), whitened if shift_mean else whitened + mean, 0.0)
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of `labels` [...] under `logits` [..., vocab], in float32 (float64 for float64 logits)."""
+    return _by_rows(_label_logprobs, logits, labels)
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Entropy in nats of the distributions `logits` [..., vocab], in float32 (float64 for float64 logits)."""
+    return _by_rows(_entropy, logits)
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    return _upcast(logits).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_p = _upcast(logits).log_softmax(-1)
+    # an impossible token (-inf) contributes 0, not 0 * inf, to the entropy and to its gradient
+    log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def _by_rows(fn: Callable[..., Tensor], logits: Tensor, *columns: Tensor) -> Tensor:
+    """`fn` over chunks of rows. With several chunks each is recomputed in the backward pass, so that the float32 copy
+    of one chunk at a time is alive."""
+    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    chunks = [logits.flatten(0, -2).split(rows), *(column.flatten().split(rows) for column in columns)]
+    if len(chunks[0]) > 1:
+        fn = partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([fn(*chunk) for chunk in zip(*chunks, strict=True)]).view(logits.shape[:-1])
