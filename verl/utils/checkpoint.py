@@ -66,7 +66,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def save_pretrained(model: Any, parameters: Iterator[tuple[str, torch.Tensor]], config: Any, path: str) -> None:
     """Writes the model and its tokenizer in Hugging Face format. A collective: `parameters` gathers on every rank."""
-    weights = {name: tensor.cpu() for name, tensor in parameters if dist.get_rank() == 0 or tensor is None}
+    weights = {name: tensor.cpu() for name, tensor in parameters if dist.get_rank() == 0}
     if dist.get_rank() == 0:
         model.save_pretrained(path, state_dict={k: v.contiguous() for k, v in weights.items()})
         source = config.tokenizer_path or config.path

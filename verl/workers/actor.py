@@ -8,7 +8,7 @@ import torch.distributed as dist
 from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.worker import Worker
-from verl.trainer.ppo.core_algos import agg_loss, compute_entropy_loss, compute_policy_loss, kl_penalty
+from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty
 from verl.utils.checkpoint import load_state, save_pretrained, save_state
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
 from verl.workers.fsdp_model import build_model, build_train_state, forward_log_probs, full_parameters, log_probs_of_rows
@@ -38,7 +38,7 @@ def policy_loss(
         **shares,
     )
     metrics["pg_loss"] = loss.detach()
-    bonus = compute_entropy_loss(entropy, mask, config.loss_agg_mode, **shares)
+    bonus = agg_loss(entropy, mask, config.loss_agg_mode, **shares)
     metrics["entropy"] = bonus.detach()
     if config.entropy_coeff:
         loss = loss - config.entropy_coeff * bonus

@@ -162,8 +162,8 @@ class RolloutConfig(SamplingConfig):
     """Trajectories per forward pass of one rank when the actor recomputes log-probs."""
     num_agent_workers: NonNegativeInt = 1
     """CPU processes that run agent loops, rewards included."""
-    seed: int = 0
-    """Seed of the engines."""
+    per_request_seed: bool = False
+    """Seed every engine call on its own: the same tokens whatever runs beside it, at some cost in speed."""
     val_kwargs: ValSamplingConfig = ValSamplingConfig()
 
 

@@ -220,7 +220,7 @@ def compute_value_loss(
     num_tokens: Count = None,
     num_seqs: Count = None,
 ) -> tuple[Tensor, Metrics]:
-    """Half the squared error of `vpreds` or, where worse, of `vpreds` held within `cliprange_value` of the old `values`.
+    """Half the squared error of `vpreds` or, where worse, of those held within `cliprange_value` of the old `values`.
 
     Metrics: `vf_clipfrac` (share of tokens where it is worse), `vpred_mean`.
     """

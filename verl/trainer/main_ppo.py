@@ -1,0 +1,143 @@
+"""`python -m verl.trainer.main_ppo key=value ...`: composes, validates, builds the processes, trains.
+
+Everything that can be wrong with a run is found before the first process starts.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
+
+
+@hydra.main(config_path=CONFIGS, config_name="ppo", version_base=None)
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry point. Errors that a user can act on end the program without a traceback."""
+    from verl.utils.errors import ConfigError, DataError
+
+    try:
+        run_ppo(OmegaConf.to_container(cfg, resolve=True))  # pyright: ignore[reportArgumentType]
+    except (ConfigError, DataError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run_ppo(raw: dict[str, Any]) -> None:
+    """Validates the composed configuration, then trains. Raises ConfigError or DataError before anything is started."""
+    from verl.trainer.config import PPOConfig, build_agent, build_reward, validate
+    from verl.utils.dataset import RLHFDataset
+    from verl.utils.errors import ConfigError
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    config: PPOConfig = validate(raw)
+    tokenizer = load_tokenizer(config)
+    agent, _ = build_agent(config, tokenizer), build_reward(config, tokenizer)
+    data = config.data
+    train_set, val_set = (
+        RLHFDataset(files, tokenizer, data.max_start_length, limit or -1, data.apply_chat_template_kwargs)
+        for files, limit in ((data.train_files, data.train_data_num), (data.val_files, data.val_data_num))
+    )
+    if problems := agent.preflight():
+        raise ConfigError(problems)
+    run_dir = Path(config.trainer.default_local_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(raw)))
+    train(config, tokenizer, agent, train_set, val_set)
+
+
+def load_tokenizer(config: Any) -> Any:
+    """The tokenizer of the policy. Raises ConfigError when there is none at the configured path."""
+    from transformers import AutoTokenizer
+
+    from verl.utils.errors import ConfigError
+
+    model = config.actor_rollout_ref.model
+    path = model.tokenizer_path or model.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"actor_rollout_ref.model.path={path}: no tokenizer could be loaded ({error})"]) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def train(config: Any, tokenizer: Any, agent: Any, train_set: Any, val_set: Any) -> None:
+    """Starts Ray, the workers and the engines, trains, writes the final policy, and ends them all."""
+    import ray
+    import torch
+
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+    from verl.trainer.ppo.rollout import RolloutManager
+    from verl.utils.checkpoint import find_latest
+    from verl.utils.tracking import Tracking, truncate_metrics
+
+    trainer_cfg = config.trainer
+    device = trainer_cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resume = trainer_cfg.resume_mode == "auto" and find_latest(trainer_cfg.default_local_dir)
+    ray.init(
+        address=trainer_cfg.ray_address,
+        include_dashboard=False if trainer_cfg.ray_address is None else None,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+    )
+    tracking = rollout = None
+    try:
+        roles, group = build_workers(config, device, len(train_set))
+        rollout = RolloutManager(config, device, group.locations)
+        extra = torch.load(resume / "trainer.pt", weights_only=False) if resume else {}
+        if resume:
+            truncate_metrics(trainer_cfg.default_local_dir, int(resume.name.removeprefix("global_step_")))
+        tracking = Tracking(
+            trainer_cfg.default_local_dir,
+            trainer_cfg.logger,
+            trainer_cfg.project_name,
+            trainer_cfg.experiment_name,
+            config.model_dump(),
+            trainer_cfg.panels,
+            extra.get("wandb"),
+        )
+        trainer = RayPPOTrainer(
+            config, tokenizer, agent, train_set, val_set, roles, group.world_size, rollout, tracking
+        )
+        if resume:
+            trainer.load_checkpoint()
+        trainer.fit()
+        if trainer_cfg.save_hf and not trainer_cfg.val_only:
+            roles["actor"].save_pretrained(str(Path(trainer_cfg.default_local_dir) / "hf"))
+    finally:
+        if rollout is not None:
+            rollout.shutdown()
+        if tracking is not None:
+            tracking.finish()
+        ray.shutdown()
+
+
+def build_workers(config: Any, device: str, num_rows: int) -> tuple[dict[str, Any], Any]:
+    """One process per accelerator holding actor and, where the algorithm needs them, reference and critic."""
+    from verl.single_controller.worker_group import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+    from verl.trainer.ppo.ray_trainer import total_training_steps
+    from verl.workers.actor import ActorWorker
+    from verl.workers.critic import CriticWorker
+    from verl.workers.reference import ReferenceWorker
+
+    model, trainer = config.actor_rollout_ref, config.trainer
+    steps = total_training_steps(config, num_rows)
+    pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=device == "cuda")
+    group = RayWorkerGroup(pool, device, trainer.seed, trainer.threads_per_rank)
+    specs = {"actor": RayClassWithInitArgs(ActorWorker, model.model, model.actor, model.rollout, steps)}
+    if config.use_reference:
+        specs["ref"] = RayClassWithInitArgs(ReferenceWorker, model.model, model.ref, model.rollout.temperature)
+    if config.use_critic:
+        specs["critic"] = RayClassWithInitArgs(CriticWorker, config.critic, steps)
+    return {role: group.add_role(role, spec) for role, spec in specs.items()}, group
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""From rewards to advantages: the batch's side of core_algos."""
+
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.config import AlgorithmConfig
+from verl.trainer.ppo.core_algos import (
+    ADVANTAGE_ESTIMATORS,
+    AdaptiveKLController,
+    FixedKLController,
+    compute_rewards,
+    kl_penalty,
+)
+from verl.utils.torch_functional import masked_mean
+
+KLController = AdaptiveKLController | FixedKLController
+
+
+def build_kl_controller(config: AlgorithmConfig) -> KLController:
+    """The controller of the KL coefficient of the reward."""
+    ctrl = config.kl_ctrl
+    if ctrl.type == "fixed":
+        return FixedKLController(ctrl.kl_coef)
+    return AdaptiveKLController(ctrl.kl_coef, ctrl.target_kl, ctrl.horizon)
+
+
+def apply_kl_penalty(
+    data: DataProto, config: AlgorithmConfig, controller: KLController
+) -> tuple[DataProto, dict[str, float]]:
+    """`token_level_rewards`: the scores, minus the KL to the reference where it is in the reward."""
+    batch = data.batch
+    scores, mask = batch["token_level_scores"], batch["response_mask"]
+    if not config.use_kl_in_reward:
+        return data.with_tensors(token_level_rewards=scores), {}
+    beta = controller.value
+    rewards = compute_rewards(
+        scores, batch["old_log_probs"], batch["ref_log_prob"], beta, mask, config.kl_penalty
+    )
+    kl = float(masked_mean(kl_penalty(batch["old_log_probs"], batch["ref_log_prob"], config.kl_penalty), mask))
+    controller.update(kl, n_steps=len(data))
+    return data.with_tensors(token_level_rewards=rewards), {"critic/kl": kl, "critic/kl_coeff": beta}
+
+
+def compute_advantage(data: DataProto, config: AlgorithmConfig) -> tuple[DataProto, dict[str, float]]:
+    """`advantages` and `returns` of the batch, and the share of trajectories that teach anything."""
+    batch = data.batch
+    estimator = ADVANTAGE_ESTIMATORS[config.adv_estimator]
+    if config.adv_estimator == "gae":
+        result = estimator(
+            batch["token_level_rewards"], batch["values"], batch["response_mask"], config.gamma, config.lam
+        )
+    else:
+        result = estimator(
+            batch["token_level_rewards"],
+            batch["response_mask"],
+            data.non_tensor_batch["uid"],
+            norm_adv_by_std_in_grpo=config.norm_adv_by_std_in_grpo,
+        )
+    advantages, returns = result
+    nonzero = (advantages.abs().amax(1) > 0).float().mean()
+    shares = {"critic/advantages/nonzero_share": float(nonzero)}
+    return data.with_tensors(advantages=advantages, returns=returns.to(torch.float32)), shares

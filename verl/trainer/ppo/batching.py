@@ -1,0 +1,102 @@
+"""From what the rollout returned to a batch that can be trained on: what is dropped, and which row goes where."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from verl.agent import Source, Trajectory
+from verl.protocol import DataProto, collate_trajectories
+from verl.utils.seqlen_balancing import balance
+from verl.workers.rollout.agent_worker import Failure, Job
+
+
+class RolloutFailed(RuntimeError):
+    """Too many trajectories failed for reasons that are not the policy's."""
+
+
+def failure_metrics(results: Sequence[Trajectory | Failure], prefix: str = "rollout") -> dict[str, float]:
+    """Share of failed trajectories, in all and by the number of environment calls of the failed ones."""
+    failed = [r for r in results if isinstance(r, Failure)]
+    metrics = {f"{prefix}/failed_share": len(failed) / len(results), f"{prefix}/failed": float(len(failed))}
+    by_calls = Counter(f.num_calls for f in failed)
+    return metrics | {f"{prefix}/failed/calls_{calls}": float(n) for calls, n in sorted(by_calls.items())}
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Reward components, tokens by author, and contexts that were not a prefix of their trajectory (must be 0)."""
+    size = len(trajectories)
+    names = {name for t in trajectories for name in t.reward} - {"score"}
+    metrics = {f"reward/{name}": sum(t.reward.get(name, 0.0) for t in trajectories) / size for name in sorted(names)}
+    metrics |= {f"rollout/{s}_tokens": sum(t.num_tokens(s) for t in trajectories) / size for s in Source}
+    return metrics | {"rollout/context_violations": float(sum(t.context_violations for t in trajectories))}
+
+
+def check_failures(results: Sequence[Trajectory | Failure], limit: float) -> None:
+    """Raises RolloutFailed, with the commonest causes, when more than the share `limit` of a batch failed."""
+    failed = [r.message for r in results if isinstance(r, Failure)]
+    if len(failed) > limit * len(results) or len(failed) == len(results):
+        causes = "\n".join(f"  {n} x {cause}" for cause, n in Counter(failed).most_common(3))
+        raise RolloutFailed(
+            f"{len(failed)} of {len(results)} trajectories failed, more than trainer.max_failed_share={limit}:\n{causes}\n"
+            "The last checkpoint is intact: repair the cause, then run the same command again to resume."
+        )
+
+
+def surviving(
+    jobs: Sequence[Job], results: Sequence[Trajectory | Failure], min_group: int
+) -> tuple[list[Job], list[Trajectory], dict[str, float]]:
+    """Trajectories to train on: those that did not fail, wrote a token, and whose group keeps `min_group` members.
+
+    With one survivor the advantage of GRPO would be the bare reward, so its group goes too.
+    """
+    alive = [
+        (job, result)
+        for job, result in zip(jobs, results, strict=True)
+        if isinstance(result, Trajectory) and result.num_tokens(Source.MODEL)
+    ]
+    sizes = Counter(job.uid for job, _ in alive)
+    kept = [(job, result) for job, result in alive if sizes[job.uid] >= min_group]
+    empty = sum(isinstance(r, Trajectory) and not r.num_tokens(Source.MODEL) for r in results)
+    metrics = {"rollout/dropped_empty": float(empty), "rollout/dropped_small_group": float(len(alive) - len(kept))}
+    return [job for job, _ in kept], [result for _, result in kept], metrics
+
+
+def build_batch(
+    jobs: Sequence[Job],
+    trajectories: Sequence[Trajectory],
+    *,
+    pad_token_id: int,
+    num_mini_batches: int,
+    world_size: int,
+    state_masking: bool,
+) -> DataProto:
+    """The batch, its rows ordered by rank, with `mini_batch`, `uid` and `data_source`.
+
+    Consecutive rows form mini-batches, so that a group stays together; each mini-batch is spread over the ranks with
+    nearly equal tokens. `meta_info["rank_sizes"]` is what each rank gets. Without `state_masking` every response token is
+    trained on (the paper's ablation); this is the only place that decides it.
+    """
+    data = collate_trajectories(trajectories, pad_token_id)
+    if not state_masking:
+        prompt_len = data.batch["prompts"].shape[1]
+        data = data.with_tensors(response_mask=data.batch["attention_mask"][:, prompt_len:])
+    mini = torch.arange(len(data)) * num_mini_batches // len(data)
+    data = DataProto.from_dict(
+        {**data.batch, "mini_batch": mini},
+        {
+            "uid": np.array([job.uid for job in jobs], dtype=object),
+            "data_source": np.array([job.row["data_source"] for job in jobs], dtype=object),
+        },
+    )
+    lengths = data.batch["attention_mask"].sum(1)
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
+    for index in range(num_mini_batches):
+        rows = (mini == index).nonzero()[:, 0].tolist()
+        parts = balance([int(lengths[row]) for row in rows], world_size)
+        for rank, part in enumerate(parts[index % world_size :] + parts[: index % world_size]):
+            ranks[rank] += [rows[i] for i in part]
+    ordered = data[[row for rank in ranks for row in rank]]
+    ordered.meta_info.update(rank_sizes=[len(rank) for rank in ranks], num_mini_batches=num_mini_batches)
+    return ordered

@@ -1,0 +1,92 @@
+"""The driver's side of the rollout: engines, agent workers, weight versions."""
+
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from verl.agent import Row, Trajectory
+from verl.single_controller.worker_group import get, kill, spawn
+from verl.trainer.config import PPOConfig
+from verl.workers.config import SamplingConfig
+from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
+from verl.workers.rollout.vllm_server import VLLMServer
+
+Rollouts = list[Trajectory | Failure]
+
+
+class RolloutManager:
+    """All engines and agent workers of a run, and the version of the weights that the engines hold."""
+
+    def __init__(self, config: PPOConfig, device: str, locations: Sequence[dict[str, Any]]) -> None:
+        rollout = config.actor_rollout_ref.rollout
+        self.device, self.version = device, -1
+        self.sleeps = device == "cuda" and rollout.placement == "colocated"
+        tp = rollout.tensor_model_parallel_size
+        replicas = rollout.num_replicas or (max(1, len(locations) // tp) if device == "cuda" else 1)
+        self.servers = [self._spawn_server(config, locations, rank, replicas) for rank in range(replicas)]
+        get([server.start.remote() for server in self.servers])
+        workers = max(1, rollout.num_agent_workers)
+        self.workers = [spawn(AgentLoopWorker, config, self.servers, num_cpus=0) for _ in range(workers)]
+
+    def _spawn_server(self, config: PPOConfig, locations: Sequence[dict[str, Any]], rank: int, replicas: int) -> Any:
+        model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+        tp = rollout.tensor_model_parallel_size
+        ranks = locations[rank * tp : (rank + 1) * tp] if self.device == "cuda" else locations[:1]
+        return spawn(
+            VLLMServer,
+            rollout,
+            model,
+            max_model_len=config.max_model_len,
+            device=self.device,
+            replica_rank=rank,
+            num_replicas=replicas,
+            visible_devices=[gpu for location in ranks for gpu in location["gpus"]],
+            node_id=ranks[0]["node_id"],
+            num_cpus=0,
+            env={"VLLM_NO_USAGE_STATS": "1"},
+        )
+
+    def generate(self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int) -> Any:
+        """`sampling.n` trajectories per row, side by side, and the group ids of their rows: one fresh uuid per row."""
+        params = sampling.model_dump(include={"temperature", "top_p", "top_k"})
+        jobs = [
+            Job(uid, f"{uid}-{copy}", row, prompt, seed + 1000 * (index * sampling.n + copy))
+            for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
+            for uid in [uuid.uuid4().hex]
+            for copy in range(sampling.n)
+        ]
+        parts = [jobs[i :: len(self.workers)] for i in range(len(self.workers))]
+        done = get([w.run.remote(part, params) for w, part in zip(self.workers, parts, strict=True)])
+        results: dict[str, Trajectory | Failure] = {
+            job.session: result
+            for part, out in zip(parts, done, strict=True)
+            for job, result in zip(part, out, strict=True)
+        }
+        return jobs, [results[job.session] for job in jobs]
+
+    def update_weights(self, export: Callable[[], list[str | None]]) -> None:
+        """Gives the engines the trainer's weights, under a new version. `export` writes them and returns the path."""
+        self.version += 1
+        if self.sleeps:
+            get([server.wake_up.remote(["weights"]) for server in self.servers])
+        path = next(p for p in export() if p is not None)
+        get([server.update_weights.remote(path, self.version) for server in self.servers])
+        if self.sleeps:
+            get([server.wake_up.remote(["kv_cache"]) for server in self.servers])
+
+    def sleep(self) -> None:
+        """Frees the accelerators for the update, where they are shared."""
+        if self.sleeps:
+            get([server.sleep.remote(1) for server in self.servers])
+
+    def shutdown(self) -> None:
+        get([worker.close.remote() for worker in self.workers])
+        get([server.shutdown.remote() for server in self.servers])
+        for actor in (*self.workers, *self.servers):
+            kill(actor)
+
+
+def cpu_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))

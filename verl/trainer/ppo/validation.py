@@ -1,0 +1,43 @@
+"""Validation: the same agent loop over every held-out question; nothing is dropped."""
+
+from collections import defaultdict
+from typing import Any
+
+from verl.agent import Source, Trajectory
+from verl.trainer.config import PPOConfig
+from verl.trainer.ppo.batching import check_failures, failure_metrics
+from verl.trainer.ppo.records import trajectory_records
+from verl.trainer.ppo.rollout import RolloutManager
+from verl.utils.dataset import RLHFDataset
+
+
+def validate(
+    config: PPOConfig, val_set: RLHFDataset, rollout: RolloutManager, agent: Any, tokenizer: Any
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """`val/` metrics, by data source and over all, and the records of all trajectories.
+
+    A trajectory that the environment broke twice is counted (`val/failed`), not scored.
+    """
+    sampling = config.actor_rollout_ref.rollout.val_kwargs
+    jobs, results = rollout.generate(val_set.rows, val_set.prompt_ids, sampling, seed=config.trainer.seed)
+    check_failures(results, config.trainer.max_failed_share)
+    done = [(job, r) for job, r in zip(jobs, results, strict=True) if isinstance(r, Trajectory)]
+    by_source: dict[str, list[Trajectory]] = defaultdict(list)
+    for job, trajectory in done:
+        if not trajectory.num_tokens(Source.MODEL):
+            trajectory.reward = {"score": 0.0}
+        by_source[job.row["data_source"]].append(trajectory)
+    metrics = failure_metrics(results, "val")
+    for source, trajectories in by_source.items():
+        metrics[f"val/test_score/{source}"] = mean_of("score", trajectories)
+        names = {name for t in trajectories for name in t.reward} - {"score"}
+        metrics |= {f"val/{name}/{source}": mean_of(name, trajectories) for name in names}
+        metrics |= {f"val/{k}/{source}": v for k, v in agent.reduce_metrics(trajectories).items()}
+    metrics["val/test_score/all"] = mean_of("score", [t for _, t in done])
+    metrics |= {f"val/{k}": v for k, v in agent.reduce_metrics([t for _, t in done]).items()}
+    return metrics, trajectory_records([j for j, _ in done], [t for _, t in done], tokenizer)
+
+
+def mean_of(name: str, trajectories: list[Trajectory]) -> float:
+    """Mean of a reward component; a trajectory without it counts 0."""
+    return sum(t.reward.get(name, 0.0) for t in trajectories) / len(trajectories)

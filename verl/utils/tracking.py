@@ -1,0 +1,120 @@
+"""Where metrics go: metrics.jsonl always, the console and wandb where asked."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+STEP = "training/global_step"
+
+
+class Timers:
+    """Seconds spent under each name since the last `pop`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def pop(self) -> dict[str, float]:
+        """`timing_s/<name>` of everything timed, and forgets it."""
+        seconds, self.seconds = self.seconds, {}
+        return {f"timing_s/{name}": value for name, value in seconds.items()}
+
+
+class Tracking:
+    """Writes metrics and trajectories of one run to its folder and to the chosen loggers."""
+
+    def __init__(
+        self,
+        run_dir: str,
+        loggers: Sequence[str],
+        project: str,
+        experiment: str,
+        config: dict[str, Any],
+        panels: dict[str, str],
+        resume_id: str | None = None,
+    ) -> None:
+        self.run_dir, self.panels = Path(run_dir), panels
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.console = "console" in loggers
+        self.wandb: Any = _start_wandb(run_dir, project, experiment, config, resume_id) if "wandb" in loggers else None
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self.wandb.id if self.wandb else None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Appends one line to metrics.jsonl and sends the metrics on. Numbers that are not finite become null there."""
+        metrics = {**metrics, **{panel: metrics[key] for panel, key in self.panels.items() if key in metrics}}
+        line = {STEP: step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
+        with (self.run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log({STEP: step, **metrics})
+
+    def message(self, text: str) -> None:
+        """A line on the console."""
+        if self.console:
+            logger.info(text)
+
+    def log_trajectories(self, name: str, records: Sequence[dict[str, Any]], step: int, samples: int = 8) -> Path:
+        """Writes trajectories/<name>_<step>.jsonl, and the first ones as a wandb table."""
+        path = self.run_dir / "trajectories" / f"{name}_{step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        if self.wandb:
+            import wandb
+
+            rows = [
+                [r["data_source"], r["prompt"], "".join(s["text"] for s in r["segments"]), r["reward"]["score"]]
+                for r in records[:samples]
+            ]
+            table = wandb.Table(columns=["data_source", "prompt", "response", "score"], data=rows)
+            self.wandb.log({STEP: step, f"{name}/trajectories": table})
+        return path
+
+    def finish(self) -> None:
+        if self.wandb:
+            self.wandb.finish(quiet=True)
+
+
+def _start_wandb(run_dir: str, project: str, name: str, config: dict[str, Any], resume_id: str | None) -> Any:
+    import wandb
+
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    run = wandb.init(
+        project=project,
+        name=name,
+        config=config,
+        dir=run_dir,
+        id=resume_id,
+        resume="allow",
+        mode=mode,  # pyright: ignore[reportArgumentType]
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP)
+    return run
+
+
+def truncate_metrics(run_dir: str, step: int) -> None:
+    """Drops the lines of metrics.jsonl after `step`: a resumed run writes them again."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)[STEP] <= step]
+        path.write_text("".join(line + "\n" for line in lines))

@@ -1,0 +1,86 @@
+"""The CPU process that runs agent loops: one coroutine per trajectory, scored as it finishes."""
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from verl.agent import Completion, Row, Source, Trajectory, TrajectoryFailed
+from verl.trainer.config import PPOConfig, build_agent, build_reward
+from verl.workers.rollout.router import Router
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trajectory to roll out."""
+
+    uid: str
+    """Group: trajectories of one prompt share it."""
+    session: str
+    """Unique name of the trajectory; the engine that starts it keeps it."""
+    row: Row
+    prompt_ids: list[int]
+    seed: int | None = None
+    """Seeds each engine call of the trajectory, where calls are seeded."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A trajectory that the environment broke twice."""
+
+    message: str
+    num_calls: int
+
+
+class AgentLoopWorker:
+    """Owns one agent loop and one reward; serves batches of jobs."""
+
+    def __init__(self, config: PPOConfig, servers: Sequence[Any]) -> None:
+        model = config.actor_rollout_ref.model
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.tokenizer_path or model.path, trust_remote_code=model.trust_remote_code
+        )
+        self.agent = build_agent(config, tokenizer)
+        self.reward = build_reward(config, tokenizer)
+        self.router = Router(servers)
+
+    async def run(self, jobs: Sequence[Job], sampling: dict[str, Any]) -> list[Trajectory | Failure]:
+        """The trajectories of `jobs`, in their order, with their rewards."""
+        return list(await asyncio.gather(*(self._run_twice(job, sampling) for job in jobs)))
+
+    async def _run_twice(self, job: Job, sampling: dict[str, Any]) -> Trajectory | Failure:
+        for attempt in range(2):
+            try:
+                return await self._run_once(job, f"{job.session}-{attempt}", sampling)
+            except TrajectoryFailed as error:
+                logger.warning("trajectory %s failed (attempt %d of 2): %s", job.session, attempt + 1, error.args[0])
+                failure = Failure(str(error.args[0]), error.num_calls)
+        return failure
+
+    async def _run_once(self, job: Job, session: str, sampling: dict[str, Any]) -> Trajectory:
+        calls = 0
+
+        async def generate(prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()) -> Completion:
+            nonlocal calls
+            calls += 1
+            seed = None if job.seed is None else job.seed + calls
+            params = {**sampling, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
+            return await self.router.generate(session, prompt_ids, params)
+
+        try:
+            trajectory: Trajectory = await self.agent.run(job.prompt_ids, job.row, generate)
+        finally:
+            self.router.forget(session)
+        if trajectory.num_tokens(Source.MODEL):
+            reward = self.reward(trajectory, job.row)
+            trajectory.reward = await reward if inspect.isawaitable(reward) else reward
+        return trajectory
+
+    async def close(self) -> None:
+        await self.agent.close()
