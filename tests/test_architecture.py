@@ -1,0 +1,114 @@
+"""The import law, the size limits and a few habits, read from the source of the packages."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("verl", "search_r1")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+
+VERL_FOR_TASKS = ["verl.protocol", "verl.agent", "verl.utils"]
+PURE = ["verl.protocol", "verl.agent", "verl.trainer.ppo.core_algos"]
+ENTRY_POINTS = ["verl.workers.rollout", "verl.workers.config", "verl.trainer.sft", "verl.trainer.config"]
+FORBIDDEN = [
+    # where, what may not be imported, except
+    ("verl", ["search_r1"], []),
+    ("search_r1.search", ["verl", "torch", "ray"], []),
+    ("search_r1", ["ray"], []),
+    ("verl.utils", ["verl", "ray", "hydra"], ["verl.utils", "verl.agent"]),
+    *((name, ["verl", "ray", "hydra", "vllm", "transformers"], [*VERL_FOR_TASKS, *PURE]) for name in PURE),
+    ("verl.single_controller", ["verl.workers", "verl.trainer"], []),
+    ("verl.workers", ["verl.trainer", "hydra"], ["verl.trainer.ppo.core_algos", "verl.trainer.config"]),
+]
+
+
+def within(name: str, packages: list[str]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def imports(tree: ast.Module) -> list[str]:
+    """Dotted names of everything imported anywhere in the file, also inside functions."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def allowed(importer: str, imported: str) -> bool:
+    for where, what, exceptions in FORBIDDEN:
+        if within(importer, [where]) and within(imported, what) and not within(imported, exceptions):
+            return False
+    if within(importer, ["search_r1"]) and within(imported, ["verl"]):
+        wide = within(importer, ["search_r1.evaluation", "search_r1.infer", "search_r1.world"])
+        return within(imported, VERL_FOR_TASKS + ENTRY_POINTS * wide)
+    if within(importer, ["verl"]) and within(imported, ["ray"]):
+        return within(importer, ["verl.single_controller", "verl.trainer.main_ppo"])
+    return True
+
+
+def test_import_law():
+    broken = [f"{a} imports {b}" for a, tree in TREES.items() for b in imports(tree) if not allowed(a, b)]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("verl.workers.actor", "search_r1.prompts"),
+        ("search_r1.search.client", "verl.utils.errors"),
+        ("search_r1.agent.loop", "verl.workers.actor"),
+        ("verl.workers.actor", "ray"),
+        ("verl.trainer.ppo.core_algos", "verl.workers.config"),
+        ("verl.utils.config", "hydra.utils"),
+    ],
+)
+def test_import_law_bites(importer, imported):
+    assert not allowed(importer, imported)
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_modules_pull_in_no_machinery(module):
+    code = f"import sys, {module}; print(*({{'ray', 'hydra', 'vllm', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(("package", "limit"), [("verl", 5500), ("search_r1", 3500)])
+def test_package_size(package, limit):
+    sizes = {name: len(path.read_text().splitlines()) for name, path in SOURCES.items() if within(name, [package])}
+    assert sum(sizes.values()) <= limit
+    assert not {name: size for name, size in sizes.items() if size > 400}
+
+
+def test_functions_fit_on_a_screen():
+    long = {
+        f"{name}:{node.lineno} {node.name}": size
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (size := (node.end_lineno or node.lineno) - node.lineno + 1) > 60
+    }
+    assert not long
+
+
+def test_habits():
+    broken = [f"{name}: TODO" for name, path in SOURCES.items() if "TODO" in path.read_text()]
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler) and node.type is None:
+                broken.append(f"{name}:{node.lineno} bare except")
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                broken.append(f"{name}:{node.lineno} print")
+    assert not broken, "\n".join(broken)
