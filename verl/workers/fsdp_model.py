@@ -67,7 +67,7 @@ def default_attention(on_gpu: bool, fsdp: FSDPConfig) -> str:
 def shard(model: PreTrainedModel, fsdp: FSDPConfig, mesh: DeviceMesh) -> None:
     """Shards every decoder layer, then the rest, over `mesh`."""
     dtype = getattr(torch, fsdp.dtype)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=at_least_float32(dtype))
     offload = CPUOffloadPolicy() if fsdp.param_offload and mesh.device_type == "cuda" else OffloadPolicy()
     kwargs: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     layers = set(model._no_split_modules or ())
@@ -95,6 +95,10 @@ def build_train_state(model: PreTrainedModel, optim: OptimConfig, total_steps: i
     return TrainState(model, optimizer, LambdaLR(optimizer, scale))
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def trim(data: DataProto) -> tuple[dict[str, torch.Tensor], int]:
     """Model inputs of the rows without columns that are padding in all of them, and the trimmed response length r.
 
@@ -117,7 +121,8 @@ def forward_log_probs(
     The logit that predicts response token t sits one position earlier, so r + 1 positions are kept and the last dropped.
     """
     inputs, r = trim(data)
-    logits = model(**inputs, use_cache=False, logits_to_keep=r + 1).logits[:, :-1].float() / temperature
+    logits = model(**inputs, use_cache=False, logits_to_keep=r + 1).logits[:, :-1]
+    logits = logits.to(at_least_float32(logits.dtype)) / temperature
     pad = (0, data.batch["responses"].shape[1] - r)
     log_probs = logprobs_from_logits(logits, data.batch["responses"][:, :r])
     entropy = torch.nn.functional.pad(entropy_from_logits(logits), pad) if with_entropy else None
@@ -132,7 +137,8 @@ def log_probs_of_rows(model: PreTrainedModel, data: DataProto, temperature: floa
 def forward_values(model: PreTrainedModel, data: DataProto) -> torch.Tensor:
     """Values [b, R] of the states in which the response tokens were chosen (one position earlier); 0 on padding."""
     inputs, r = trim(data)
-    values = model(**inputs, use_cache=False).logits[:, -r - 1 : -1, 0].float()
+    values = model(**inputs, use_cache=False).logits[:, -r - 1 : -1, 0]
+    values = values.to(at_least_float32(values.dtype))
     return torch.nn.functional.pad(values, (0, data.batch["responses"].shape[1] - r))
 
 

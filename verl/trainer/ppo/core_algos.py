@@ -193,7 +193,6 @@ def compute_policy_loss(
     if low is None or high is None:
         raise ValueError("give cliprange, or both cliprange_low and cliprange_high")
     mask = response_mask.bool()
-    advantages = torch.where(mask, advantages, 0.0)
     log_ratio = torch.where(mask, log_prob - old_log_prob, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     free = -advantages * ratio

@@ -1,0 +1,132 @@
+"""`python -m search_r1.launch --config-name grpo [key=value ...]`: all that surrounds a training run on one machine.
+
+Makes what the `setup` section names and is absent (closed world, base model, training files, index), serves the index,
+trains with `verl.trainer.main_ppo` under the same overrides, and reports. Sections left null are the user's own: for the
+paper's recipes this only starts the training.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from pydantic import PositiveInt
+
+from search_r1.report import write_report
+from verl.utils.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVER_START_S = 120
+
+
+class SetupConfig(Config):
+    """What is made before training where it is absent; null: nothing."""
+
+    world: str | None = None
+    """Folder of the closed world."""
+    questions: str | None = None
+    """JSONL, CSV or parquet of questions and answers, made into data.train_files and data.val_files."""
+    template: str = "search"
+    """Prompt template for `questions`."""
+    test_size: PositiveInt = 100
+    """Questions of `questions` held out."""
+    corpus_path: str | None = None
+    """JSONL corpus with `id` and `contents`."""
+    index_dir: str | None = None
+    """Folder of its BM25 index, built and served unless retriever.url is given as an override."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status of the training."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    train = [sys.executable, "-m", "verl.trainer.main_ppo", *argv]
+    if {"--help", "-h", "--cfg", "-c", "--info", "--hydra-help"} & set(argv):
+        return subprocess.call(train, cwd=ROOT)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-name", default="grpo")
+    args, overrides = parser.parse_known_args(argv)
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        config = compose(args.config_name, overrides)
+    setup = SetupConfig.model_validate(OmegaConf.to_container(config.setup, resolve=True))
+    os.chdir(ROOT)
+    prepare(setup, config)
+    serves = setup.index_dir is not None and not any(o.startswith("retriever.url=") for o in overrides)
+    if not (serves and config.do_search):
+        return run(train, config)
+    with retrieval_server(setup, int(config.retriever.topk)) as url:
+        return run([*train, f"retriever.url={url}"], config)
+
+
+def run(train: list[str], config: DictConfig) -> int:
+    """Trains, then reports what the run folder holds."""
+    status = subprocess.call(train)
+    run_dir = Path(config.trainer.default_local_dir)
+    if status == 0:
+        sys.stdout.write(write_report(run_dir))
+    return status
+
+
+def prepare(setup: SetupConfig, config: DictConfig) -> None:
+    """Makes what is absent; a second call only looks."""
+    if setup.world and not Path(setup.world, "corpus.jsonl").exists():
+        module("search_r1.world", "--out", setup.world)
+    if setup.world and not Path(config.actor_rollout_ref.model.path, "config.json").exists():
+        module("search_r1.world.base", "--out", config.actor_rollout_ref.model.path)
+    if setup.questions:
+        out = Path(config.data.train_files).parent
+        if not (out / "train.parquet").exists():
+            flags = ["--questions", setup.questions, "--out", str(out), "--template", setup.template]
+            module("search_r1.data.prepare", *flags, "--test-size", str(setup.test_size))
+    if setup.index_dir and setup.corpus_path:
+        flags = ["--retrieval_method", "bm25", "--corpus_path", setup.corpus_path, "--save_dir", setup.index_dir]
+        module("search_r1.search.index_builder", *flags)
+
+
+def module(name: str, *flags: str) -> None:
+    """Runs one of the project's commands; ends the program with its status if it fails."""
+    status = subprocess.call([sys.executable, "-m", name, *flags])
+    if status:
+        sys.exit(status)
+
+
+@contextmanager
+def retrieval_server(setup: SetupConfig, topk: int) -> Iterator[str]:
+    """URL of a retrieval server over the index, ended on the way out."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    flags = ["--index_path", f"{setup.index_dir}/bm25", "--corpus_path", str(setup.corpus_path), "--topk", str(topk)]
+    command = [sys.executable, "-m", "search_r1.search.retrieval_server", *flags, "--retriever_name", "bm25"]
+    server = subprocess.Popen([*command, "--port", str(port)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}/health", server)
+        yield f"http://127.0.0.1:{port}/retrieve"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
+    """Returns when the server answers. Exits with its status if it ends before, or after SERVER_START_S seconds."""
+    deadline = time.monotonic() + SERVER_START_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            sys.exit(f"error: the retrieval server ended at once (status {server.returncode}); its message is above")
+        try:
+            if httpx.get(url, timeout=1).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    sys.exit(f"error: the retrieval server did not answer at {url} within {SERVER_START_S} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

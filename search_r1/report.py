@@ -1,0 +1,89 @@
+"""What a run has learned: a table of its validations by question type, and the curves of its training."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+HEADER = ("questions", "n", "EM", "searches", "answered", "right entity", "EM if gold retrieved")
+STEP = "training/global_step"
+
+
+def write_report(run_dir: Path) -> str:
+    """Writes report.md and curves.png to `run_dir`; returns the text to show."""
+    files = sorted((run_dir / "trajectories").glob("val_*.jsonl"))
+    sections = [
+        (f"step {int(path.stem.removeprefix('val_'))}", [json.loads(line) for line in path.open()])
+        for path in ([files[0], files[-1]] if len(files) > 1 else files)
+    ]
+    text = "\n".join(f"\n{name}\n{table(records)}" for name, records in sections)
+    (run_dir / "report.md").write_text(text.strip() + "\n")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    plot(rows, run_dir / "curves.png")
+    return f"{text}\n\ncurves: {run_dir / 'curves.png'}\nrun folder: {run_dir}\n"
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: one row per data source, one for all."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        groups[record["data_source"]].append(record)
+    groups["all"] = records
+    lines = [HEADER, tuple("-" * len(h) for h in HEADER)]
+    lines += [(name, str(len(group)), *summary(group)) for name, group in groups.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary(records: list[dict[str, Any]]) -> tuple[str, ...]:
+    """EM, executed searches, share answered; search policy and reading apart, where gold passages are known."""
+    em = mean([r["reward"]["score"] for r in records])
+    searches = mean([len(queries(r)) for r in records])
+    answered = mean([float(r["stop_reason"] == "answer") for r in records])
+    with_gold = [r for r in records if gold_ids(r)]
+    found = [r for r in with_gold if gold_ids(r) <= retrieved_ids(r)]
+    policy = f"{len(found) / len(with_gold):.3f}" if with_gold else "-"
+    reading = f"{mean([r['reward']['score'] for r in found]):.3f}" if found else "-"
+    return f"{em:.3f}", f"{searches:.2f}", f"{answered:.3f}", policy, reading
+
+
+def queries(record: dict[str, Any]) -> list[str]:
+    """Queries that were executed."""
+    return [s["info"]["query"] for s in record["segments"] if s["source"] == "observation" and "query" in s["info"]]
+
+
+def gold_ids(record: dict[str, Any]) -> set[str]:
+    return set(map(str, (record["extra_info"] or {}).get("gold_ids") or ()))
+
+
+def retrieved_ids(record: dict[str, Any]) -> set[str]:
+    """Ids of all passages shown to the policy."""
+    return {str(p["id"]) for s in record["segments"] for p in s["info"].get("passages", ())}
+
+
+def mean(values: list[float] | list[int]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Reward, executed searches, lengths and validation score over training steps (the paper's figures 2 and 3)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    panels = [
+        ("reward", ["critic/score/mean", "val/test_score/all"]),
+        ("searches per question", ["env/number_of_valid_search"]),
+        ("tokens per response", ["response_length/mean", "response_length_model/mean"]),
+    ]
+    for axis, (title, keys) in zip(axes, panels, strict=True):
+        for key in keys:
+            points = [(r[STEP], r[key]) for r in rows if r.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("val/") else None)
+        axis.set(title=title, xlabel="training step")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

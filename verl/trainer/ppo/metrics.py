@@ -1,0 +1,86 @@
+"""Figures of a training batch under their final names. Shapes and keys: the schema of `verl.protocol`."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from verl.protocol import DataProto
+from verl.utils.torch_functional import masked_mean, masked_sum, masked_var
+
+
+def compute_data_metrics(data: DataProto, max_response_length: int | None = None) -> dict[str, float]:
+    """Rewards, advantages, lengths and rollout agreement of a batch that carries advantages.
+
+    Values and their explained variance only where the batch has a critic's `values`. `response_length/*` counts
+    everything after the prompt, `response_length_model/*` what the policy sampled, `response_length_observation/*` the
+    rest. `response_length/clip_ratio` is the share of trajectories that filled `max_response_length` tokens, the budget
+    of a whole response (None: not reported; the width of the batch says nothing, it is that of its longest row).
+    """
+    batch = data.batch
+    mask = batch["response_mask"].bool()
+    metrics = {
+        **_stats("critic/score", masked_sum(batch["token_level_scores"], mask, axis=-1)),
+        **_stats("critic/rewards", masked_sum(batch["token_level_rewards"], mask, axis=-1)),
+        **_stats("critic/advantages", batch["advantages"][mask]),
+        **_stats("critic/returns", batch["returns"][mask]),
+        **_length_metrics(batch, max_response_length),
+        **_rollout_metrics(batch["rollout_log_probs"], batch["old_log_probs"], mask),
+    }
+    if "values" in batch:
+        metrics |= _stats("critic/values", batch["values"][mask])
+        metrics["critic/vf_explained_var"] = explained_variance(batch["values"], batch["returns"], mask)
+    return metrics
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect critic, 0 one that knows the mean."""
+    return 1 - (masked_var(returns - values, mask) / (masked_var(returns, mask) + 1e-5)).item()
+
+
+def compute_timing_metrics(timing_raw: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each part of the step, by its name."""
+    return {f"timing_s/{name}": seconds for name, seconds in timing_raw.items()}
+
+
+def compute_throughput_metrics(data: DataProto, timing_raw: Mapping[str, float], n_gpus: int) -> dict[str, float]:
+    """Tokens of the batch (prompts included), seconds of the step, and tokens per second and GPU."""
+    tokens, seconds = int(data.batch["attention_mask"].sum()), timing_raw["step"]
+    return {
+        "perf/total_num_tokens": tokens,
+        "perf/time_per_step": seconds,
+        "perf/throughput": tokens / (seconds * n_gpus),
+    }
+
+
+def _length_metrics(batch: Mapping[str, Tensor], max_response_length: int | None) -> dict[str, float]:
+    prompt_width = batch["prompts"].shape[1]
+    attended = batch["attention_mask"].bool()
+    sampled = batch["response_mask"].bool().sum(-1)
+    response = attended[:, prompt_width:].sum(-1)
+    metrics = {
+        **_stats("prompt_length", attended[:, :prompt_width].sum(-1)),
+        **_stats("response_length", response),
+        **_stats("response_length_model", sampled),
+        **_stats("response_length_observation", response - sampled),
+        "state_tokens/total": sampled.sum().item(),
+        "state_tokens/coverage": (sampled.sum() / response.sum()).item(),
+    }
+    if max_response_length is not None:
+        metrics["response_length/clip_ratio"] = (response >= max_response_length).float().mean().item()
+    return metrics
+
+
+def _rollout_metrics(rollout_log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far the trainer's log-probs are from those the engine sampled with, in nats."""
+    gap = torch.where(mask, (rollout_log_probs - old_log_probs).abs(), 0.0)
+    return {"rollout/logprob_diff_mean": masked_mean(gap, mask).item(), "rollout/logprob_diff_max": gap.max().item()}
+
+
+def _stats(name: str, values: Tensor) -> dict[str, float]:
+    values = values.float()
+    return {
+        f"{name}/mean": values.mean().item(),
+        f"{name}/max": values.max().item(),
+        f"{name}/min": values.min().item(),
+    }
