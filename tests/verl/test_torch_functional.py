@@ -95,10 +95,10 @@ def test_no_float32_copy_of_all_logits(monkeypatch):
     logits = torch.randn(64, 50).to(torch.bfloat16).requires_grad_()
     saved = []
     with (
-        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
         _LargestFloat32() as largest,
     ):
         loss = F.logprobs_from_logits(logits, torch.zeros(64, dtype=torch.long)).sum()
         loss.backward()
     assert largest.elements <= 4 * 50
-    assert sum(saved) < 64 * 50 * 3
+    assert sum(t.numel() for t in saved if t.dtype == torch.float32) <= 4 * 50

@@ -1,0 +1,84 @@
+import math
+
+import pytest
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.ppo.metrics import (
+    compute_data_metrics,
+    compute_throughput_metrics,
+    compute_timing_metrics,
+    explained_variance,
+)
+
+NAN = math.nan
+
+
+def batch(critic=True):
+    """Two trajectories, P = 2, R = 4: `. p | m o m .` with score 1 and `p p | m m o m` with score 0."""
+    tensors = {
+        "prompts": torch.zeros(2, 2, dtype=torch.long),
+        "responses": torch.zeros(2, 4, dtype=torch.long),
+        "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]),
+        "response_mask": torch.tensor([[1, 0, 1, 0], [1, 1, 0, 1]]),
+        "token_level_scores": torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]),
+        "token_level_rewards": torch.tensor([[-0.1, 0.0, 1.0, 0.0], [0.0, -0.2, 0.0, 0.0]]),
+        "advantages": torch.tensor([[2.0, NAN, 1.0, NAN], [-1.0, -1.0, NAN, -1.0]]),
+        "returns": torch.tensor([[1.0, NAN, 1.0, NAN], [0.0, 0.0, NAN, 0.0]]),
+        "old_log_probs": torch.tensor([[-1.0, NAN, -2.0, NAN], [-1.0, -1.0, NAN, -1.0]]),
+        "rollout_log_probs": torch.tensor([[-1.0, 0.0, -2.5, 0.0], [-0.5, -1.0, 0.0, -1.0]]),
+    }
+    if critic:
+        tensors["values"] = torch.tensor([[0.5, NAN, 0.5, NAN], [0.0, 0.0, NAN, 0.0]])
+    return DataProto.from_dict(tensors)
+
+
+def test_data_metrics_by_hand():
+    expected = {
+        "critic/score": (0.5, 1, 0),
+        "critic/rewards": (0.35, 0.9, -0.2),
+        "critic/advantages": (0.0, 2, -1),
+        "critic/returns": (0.4, 1, 0),
+        "critic/values": (0.2, 0.5, 0),
+        "prompt_length": (1.5, 2, 1),
+        "response_length": (3.5, 4, 3),
+        "response_length_model": (2.5, 3, 2),
+        "response_length_observation": (1, 1, 1),
+    }
+    stats = {
+        f"{name}/{stat}": value
+        for name, row in expected.items()
+        for stat, value in zip(("mean", "max", "min"), row, strict=True)
+    }
+    assert compute_data_metrics(batch(), max_response_length=4) == pytest.approx(
+        {
+            **stats,
+            "response_length/clip_ratio": 0.5,
+            "state_tokens/total": 5,
+            "state_tokens/coverage": 5 / 7,
+            "rollout/logprob_diff_mean": 0.2,  # .5 and .5 on 2 of 5 tokens
+            "rollout/logprob_diff_max": 0.5,
+            # residuals .5 .5 0 0 0 are half the returns: a quarter of their variance remains
+            "critic/vf_explained_var": pytest.approx(0.75, abs=1e-4),
+        }
+    )
+
+
+def test_without_critic_and_budget():
+    names = compute_data_metrics(batch(critic=False))
+    assert not {name for name in names if "value" in name or "vf_" in name or "clip_ratio" in name}
+
+
+def test_explained_variance_bounds():
+    returns, mask = torch.tensor([1.0, 2.0, 3.0, NAN]), torch.tensor([1, 1, 1, 0])
+    assert explained_variance(returns, returns, mask) == 1
+    assert explained_variance(torch.full((4,), 2.0), returns, mask) == pytest.approx(0, abs=1e-4)
+
+
+def test_timing_and_throughput():
+    assert compute_timing_metrics({"gen": 1.5, "step": 5.0}) == {"timing_s/gen": 1.5, "timing_s/step": 5.0}
+    assert compute_throughput_metrics(batch(), {"step": 5.0}, n_gpus=2) == {
+        "perf/total_num_tokens": 10,
+        "perf/time_per_step": 5.0,
+        "perf/throughput": 1.0,
+    }
