@@ -299,10 +299,12 @@ def test_entropy_loss_by_hand():
 
 
 def losses_and_gradients(mask, junk, mode, kind, seed):
-    """Everything a training step computes, with `junk` in every masked position of every input."""
-    old, ref, advantages, rewards, values = (with_junk(normal(mask, seed + k), mask, junk) for k in range(5))
-    new = with_junk(normal(mask, seed + 9), mask, junk).requires_grad_()
-    logits = torch.where(mask.bool().unsqueeze(-1), normal(mask, seed, 4), junk).requires_grad_()
+    """Everything a training step computes, with the entries of `junk` in the masked positions of the six inputs."""
+    old, ref, advantages, rewards, values, new = (
+        with_junk(normal(mask, seed + k), mask, x) for k, x in enumerate(junk)
+    )
+    new.requires_grad_()
+    logits = torch.where(mask.bool().unsqueeze(-1), normal(mask, seed, 4), junk[0]).requires_grad_()
     index = np.arange(len(mask)) // 2
     results = [
         compute_policy_loss(old, new, advantages, mask, 0.2, loss_agg_mode=mode)[0],
@@ -323,10 +325,13 @@ def losses_and_gradients(mask, junk, mode, kind, seed):
     ]
 
 
-@given(masks(), st.integers(0, 99), st.sampled_from(JUNK), st.sampled_from(MODES), st.sampled_from(KINDS))
-@settings(max_examples=80, deadline=None)
+junk_of_six = st.tuples(*[st.sampled_from([0.0, *JUNK])] * 6)
+
+
+@given(masks(), st.integers(0, 99), junk_of_six, st.sampled_from(MODES), st.sampled_from(KINDS))
+@settings(max_examples=100, deadline=None)
 def test_masked_positions_change_not_a_bit(mask, seed, junk, mode, kind):
-    clean = losses_and_gradients(mask, 0.0, mode, kind, seed)
+    clean = losses_and_gradients(mask, [0.0] * 6, mode, kind, seed)
     dirty = losses_and_gradients(mask, junk, mode, kind, seed)
     for before, after in zip(clean, dirty, strict=True):
         assert before.isfinite().all() and torch.equal(before, after)

@@ -72,11 +72,10 @@ def compute_gae_advantage_return(
     result is that of the sequence with its observations cut out.
     """
     mask = response_mask.bool()
-    rewards, values = torch.where(mask, token_level_rewards, 0.0), torch.where(mask, values, 0.0)
     advantage = next_value = torch.zeros_like(values[:, 0])
     columns = []
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        delta = token_level_rewards[:, t] + gamma * next_value - values[:, t]
         advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         columns.append(advantage)
