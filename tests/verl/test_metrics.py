@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from verl.protocol import DataProto
-from verl.trainer.ppo.metrics import (
-    compute_data_metrics,
-    compute_throughput_metrics,
-    compute_timing_metrics,
-    explained_variance,
-)
+from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics, explained_variance
 
 NAN = math.nan
 
@@ -75,9 +70,8 @@ def test_explained_variance_bounds():
     assert explained_variance(torch.full((4,), 2.0), returns, mask) == pytest.approx(0, abs=1e-4)
 
 
-def test_timing_and_throughput():
-    assert compute_timing_metrics({"gen": 1.5, "step": 5.0}) == {"timing_s/gen": 1.5, "timing_s/step": 5.0}
-    assert compute_throughput_metrics(batch(), {"step": 5.0}, n_gpus=2) == {
+def test_throughput():
+    assert compute_throughput_metrics(batch(), {"timing_s/step": 5.0}, n_gpus=2) == {
         "perf/total_num_tokens": 10,
         "perf/time_per_step": 5.0,
         "perf/throughput": 1.0,

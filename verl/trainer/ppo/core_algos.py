@@ -96,16 +96,19 @@ def compute_grpo_outcome_advantage(
     as 1, the advantage is then the bare score; callers drop such groups beforehand. Without `norm_adv_by_std_in_grpo`
     the std is left out (arXiv 2503.20783).
     """
-    # float64: of equal scores the mean must not differ by a rounding error, which 1 / epsilon would blow up
-    scores = masked_sum(token_level_rewards, response_mask, axis=-1).double()
+    scores = masked_sum(token_level_rewards, response_mask, axis=-1)
     names, group_of = np.unique(np.asarray(index), return_inverse=True)
     advantages = torch.empty_like(scores)
     for group in range(len(names)):
         rows = torch.from_numpy(np.flatnonzero(group_of == group)).to(scores.device)
         members = scores[rows]
-        mean, std = (members.mean(), members.std()) if len(rows) > 1 else (0.0, 1.0)
+        mean, std = 0.0, 1.0
+        if len(rows) > 1:
+            # equal scores become exactly 0: a rounding error of their mean would be blown up by 1 / epsilon
+            members = members - members[0]
+            mean, std = members.mean(), members.std()
         advantages[rows] = (members - mean) / (std + epsilon if norm_adv_by_std_in_grpo else 1.0)
-    per_token = torch.where(response_mask.bool(), advantages.to(token_level_rewards.dtype).unsqueeze(-1), 0.0)
+    per_token = torch.where(response_mask.bool(), advantages.unsqueeze(-1), 0.0)
     return per_token, per_token
 
 

@@ -38,14 +38,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return 1 - (masked_var(returns - values, mask) / (masked_var(returns, mask) + 1e-5)).item()
 
 
-def compute_timing_metrics(timing_raw: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each part of the step, by its name."""
-    return {f"timing_s/{name}": seconds for name, seconds in timing_raw.items()}
-
-
-def compute_throughput_metrics(data: DataProto, timing_raw: Mapping[str, float], n_gpus: int) -> dict[str, float]:
+def compute_throughput_metrics(data: DataProto, timing: Mapping[str, float], n_gpus: int) -> dict[str, float]:
     """Tokens of the batch (prompts included), seconds of the step, and tokens per second and GPU."""
-    tokens, seconds = int(data.batch["attention_mask"].sum()), timing_raw["step"]
+    tokens, seconds = int(data.batch["attention_mask"].sum()), timing["timing_s/step"]
     return {
         "perf/total_num_tokens": tokens,
         "perf/time_per_step": seconds,
