@@ -91,6 +91,7 @@ def train(config: Any, tokenizer: Any, agent: Any, train_set: Any, val_set: Any)
     try:
         roles, group = build_workers(config, device, len(train_set))
         rollout = RolloutManager(config, device, group.locations)
+        roles["actor"].connect_engines(rollout.servers)
         extra = torch.load(resume / "trainer.pt", weights_only=False) if resume else {}
         if resume:
             truncate_metrics(trainer_cfg.default_local_dir, int(resume.name.removeprefix("global_step_")))

@@ -1,6 +1,8 @@
 """The policy: log-probs, updates, weights for the rollout engine."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalt
 from verl.utils.checkpoint import load_state, save_pretrained, save_state
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
 from verl.workers.fsdp_model import build_model, build_train_state, forward_log_probs, full_parameters, log_probs_of_rows
-from verl.workers.rollout.weight_sync import write_weights
+from verl.workers.rollout.weight_sync import WeightSender
 from verl.workers.update import Counts, Metrics, map_micro_batches, update_mini_batches
 
 
@@ -86,9 +88,14 @@ class ActorWorker(Worker):
         )
 
     @register(Dispatch.ONE_TO_ALL)
-    def export_weights(self) -> str | None:
-        """Path of the present weights for the engines, written by rank 0 (None elsewhere)."""
-        return write_weights(full_parameters(self.state.model), is_writer=self.rank == 0)
+    def connect_engines(self, servers: Sequence[Any]) -> None:
+        """Names the engines that `send_weights` serves."""
+        self.sender = WeightSender(self.state.model, servers, self.device.type)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def send_weights(self) -> None:
+        """Brings the present weights to the engines, which must be waiting for them."""
+        self.sender.send()
 
     @register(Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, path: str) -> None:

@@ -133,11 +133,10 @@ class RolloutConfig(SamplingConfig):
     dtype: Dtype = "bfloat16"
     """Dtype of the engine's weights and KV cache."""
     num_replicas: PositiveInt | None = None
-    """Engines; null: as many as the training GPUs hold (n_gpus / tensor_model_parallel_size)."""
+    """Engines; null: as many as the training GPUs hold (n_gpus / tensor_model_parallel_size), one on CPU. They share the
+    GPUs with the training and sleep while it updates."""
     tensor_model_parallel_size: PositiveInt = 1
     """GPUs per engine."""
-    placement: Literal["colocated", "separate"] = "colocated"
-    """colocated: engines share the training GPUs and sleep while the update runs; separate: they have their own."""
     gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
     """Share of a GPU's memory that an engine takes."""
     cpu_kvcache_gb: PositiveFloat = 1.0

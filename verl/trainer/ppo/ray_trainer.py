@@ -90,7 +90,7 @@ class RayPPOTrainer:
                 [self.train_set.rows[i] for i in rows],
                 [self.train_set.prompt_ids[i] for i in rows],
                 rollout,
-                seed=hash((config.trainer.seed, self.step)) % 2**31,
+                seed=config.trainer.seed + 1_000_000 * self.step,
             )
         check_failures(results, config.trainer.max_failed_share)
         min_group = 2 if config.algorithm.adv_estimator == "grpo" else 1
@@ -154,7 +154,7 @@ class RayPPOTrainer:
 
     def sync_weights(self) -> None:
         with self.timers("update_weights"):
-            self.rollout.update_weights(self.roles["actor"].export_weights)
+            self.rollout.update_weights(self.roles["actor"])
 
     def validate(self) -> None:
         """Rolls out every held-out question; writes all trajectories and `val/` metrics."""

@@ -1,8 +1,7 @@
 """The driver's side of the rollout: engines, agent workers, weight versions."""
 
-import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from verl.agent import Row, Trajectory
@@ -12,8 +11,6 @@ from verl.workers.config import SamplingConfig
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
 from verl.workers.rollout.vllm_server import VLLMServer
 
-Rollouts = list[Trajectory | Failure]
-
 
 class RolloutManager:
     """All engines and agent workers of a run, and the version of the weights that the engines hold."""
@@ -21,7 +18,7 @@ class RolloutManager:
     def __init__(self, config: PPOConfig, device: str, locations: Sequence[dict[str, Any]]) -> None:
         rollout = config.actor_rollout_ref.rollout
         self.device, self.version = device, -1
-        self.sleeps = device == "cuda" and rollout.placement == "colocated"
+        self.sleeps, self.seeded = device == "cuda", rollout.per_request_seed
         tp = rollout.tensor_model_parallel_size
         replicas = rollout.num_replicas or (max(1, len(locations) // tp) if device == "cuda" else 1)
         self.servers = [self._spawn_server(config, locations, rank, replicas) for rank in range(replicas)]
@@ -41,17 +38,23 @@ class RolloutManager:
             device=self.device,
             replica_rank=rank,
             num_replicas=replicas,
+            seed=config.trainer.seed,
             visible_devices=[gpu for location in ranks for gpu in location["gpus"]],
             node_id=ranks[0]["node_id"],
             num_cpus=0,
             env={"VLLM_NO_USAGE_STATS": "1"},
         )
 
-    def generate(self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int) -> Any:
-        """`sampling.n` trajectories per row, side by side, and the group ids of their rows: one fresh uuid per row."""
+    def generate(
+        self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int
+    ) -> tuple[list[Job], list[Trajectory | Failure]]:
+        """`sampling.n` trajectories per row, side by side, each with its job: one fresh uuid per row is their group.
+
+        `seed` seeds every call where `rollout.per_request_seed` is set.
+        """
         params = sampling.model_dump(include={"temperature", "top_p", "top_k"})
         jobs = [
-            Job(uid, f"{uid}-{copy}", row, prompt, seed + 1000 * (index * sampling.n + copy))
+            Job(uid, f"{uid}-{copy}", row, prompt, self.job_seed(seed, index * sampling.n + copy))
             for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
             for uid in [uuid.uuid4().hex]
             for copy in range(sampling.n)
@@ -65,15 +68,19 @@ class RolloutManager:
         }
         return jobs, [results[job.session] for job in jobs]
 
-    def update_weights(self, export: Callable[[], list[str | None]]) -> None:
-        """Gives the engines the trainer's weights, under a new version. `export` writes them and returns the path."""
+    def job_seed(self, seed: int, index: int) -> int | None:
+        return seed + 1000 * index if self.seeded else None
+
+    def update_weights(self, actor: Any) -> None:
+        """Gives the engines the actor's weights, under a new version."""
         self.version += 1
         if self.sleeps:
             get([server.wake_up.remote(["weights"]) for server in self.servers])
-        path = next(p for p in export() if p is not None)
-        get([server.update_weights.remote(path, self.version) for server in self.servers])
+        get([server.begin_weight_update.remote() for server in self.servers])
+        actor.send_weights()
         if self.sleeps:
             get([server.wake_up.remote(["kv_cache"]) for server in self.servers])
+        get([server.finish_weight_update_and_resume.remote(self.version) for server in self.servers])
 
     def sleep(self) -> None:
         """Frees the accelerators for the update, where they are shared."""
@@ -86,7 +93,3 @@ class RolloutManager:
         for actor in (*self.workers, *self.servers):
             kill(actor)
 
-
-def cpu_count() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -1,0 +1,60 @@
+import pytest
+
+from verl.agent import Segment, Source, Trajectory
+from verl.trainer.ppo.batching import RolloutFailed, build_batch, check_failures, failure_metrics, surviving
+from verl.workers.rollout.agent_worker import Failure, Job
+
+
+def job(uid: str) -> Job:
+    return Job(uid, f"{uid}-x", {"data_source": "d"}, [1, 2])
+
+
+def done(length: int = 3, score: float = 1.0) -> Trajectory:
+    return Trajectory([1, 2], [Segment(Source.MODEL, [5] * length, [-1.0] * length)], reward={"score": score})
+
+
+def test_groups_left_with_one_member_are_dropped_and_counted():
+    jobs = [job(u) for u in "aabbcc"]
+    results = [done(), done(), done(), Failure("down", 2), Trajectory([1, 2]), done()]
+    kept, trajectories, metrics = surviving(jobs, results, min_group=2)
+    assert [j.uid for j in kept] == ["a", "a"] and len(trajectories) == 2
+    assert metrics == {"rollout/dropped_empty": 1.0, "rollout/dropped_small_group": 2.0}
+    kept, _, _ = surviving(jobs, results, min_group=1)
+    assert [j.uid for j in kept] == ["a", "a", "b", "c"]
+
+
+def test_failures_are_reported_by_number_of_searches():
+    metrics = failure_metrics([done(), Failure("down", 2), Failure("down", 2), Failure("down", 1)])
+    assert metrics["rollout/failed_share"] == 0.75
+    assert metrics["rollout/failed/calls_2"] == 2.0 and metrics["rollout/failed/calls_1"] == 1.0
+
+
+def test_too_many_failures_stop_training_with_their_cause():
+    results = [done()] * 8 + [Failure("http://x: connection refused", 1)] * 2
+    check_failures(results, 0.2)
+    with pytest.raises(RolloutFailed, match=r"2 of 10 .*max_failed_share=0\.1.*\n.*2 x http://x: connection refused"):
+        check_failures(results, 0.1)
+
+
+@pytest.mark.parametrize(("rows", "world_size", "mini"), [(10, 2, 2), (7, 2, 2), (5, 3, 1), (240, 1, 1), (3, 2, 3)])
+def test_every_row_lands_once_and_optimizer_steps_stay_as_configured(rows, world_size, mini):
+    trajectories = [done(length=1 + i % 5, score=float(i)) for i in range(rows)]
+    batch = build_batch(
+        [job(str(i)) for i in range(rows)], trajectories,
+        pad_token_id=0, num_mini_batches=mini, world_size=world_size, state_masking=True,
+    )  # fmt: skip
+    assert sorted(batch.non_tensor_batch["uid"].tolist(), key=int) == [str(i) for i in range(rows)]
+    assert sum(batch.meta_info["rank_sizes"]) == rows and len(batch.meta_info["rank_sizes"]) == world_size
+    assert set(batch.batch["mini_batch"].tolist()) == set(range(mini))
+    scores = batch.batch["token_level_scores"].sum(1).tolist()
+    assert scores == [float(u) for u in batch.non_tensor_batch["uid"]]
+
+
+def test_state_masking_off_trains_on_observations():
+    t = done()
+    t.add_observation([8, 8])
+    kwargs = {"pad_token_id": 0, "num_mini_batches": 1, "world_size": 1}
+    on = build_batch([job("a")], [t], state_masking=True, **kwargs)
+    off = build_batch([job("a")], [t], state_masking=False, **kwargs)
+    assert on.batch["response_mask"].tolist() == [[1, 1, 1, 0, 0]]
+    assert off.batch["response_mask"].tolist() == [[1, 1, 1, 1, 1]]

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+
+from verl.agent import Completion, Segment, Source, Trajectory, context_digest
+from verl.protocol import DataProto, collate_trajectories
+from verl.single_controller.decorator import Dispatch, collect, dispatch
+
+
+def trajectory(score: float = 1.0) -> Trajectory:
+    """prompt 7 8 | model 1 2 | observation 3 4 | model 5"""
+    t = Trajectory([7, 8], reward={"score": score})
+    t.segments = [
+        Segment(Source.MODEL, [1, 2], [-0.1, -0.2], policy_version=3),
+        Segment(Source.OBSERVATION, [3, 4]),
+        Segment(Source.MODEL, [5], [-0.5], policy_version=4),
+    ]
+    return t
+
+
+def test_collate_draws_the_masks():
+    short = Trajectory([9], [Segment(Source.MODEL, [6], [-0.6], policy_version=4)], reward={"score": 0.25})
+    batch = collate_trajectories([trajectory(), short], pad_token_id=0).batch
+    assert batch["prompts"].tolist() == [[7, 8], [0, 9]]
+    assert batch["responses"].tolist() == [[1, 2, 3, 4, 5], [6, 0, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0, 0]]
+    assert batch["response_mask"].tolist() == [[1, 1, 0, 0, 1], [1, 0, 0, 0, 0]]
+    assert batch["policy_versions"].tolist() == [[3, 3, -1, -1, 4], [4, -1, -1, -1, -1]]
+    assert batch["token_level_scores"].tolist() == [[0, 0, 0, 0, 1.0], [0.25, 0, 0, 0, 0]]
+    torch.testing.assert_close(batch["rollout_log_probs"][0], torch.tensor([-0.1, -0.2, 0, 0, -0.5]))
+
+
+def test_score_sits_on_the_last_sampled_token_even_if_the_environment_spoke_last():
+    t = trajectory()
+    t.add_observation([4, 4])
+    batch = collate_trajectories([t], pad_token_id=0).batch
+    assert batch["token_level_scores"].tolist() == [[0, 0, 0, 0, 1.0, 0, 0]]
+
+
+def test_pad_id_in_the_text_stays_a_token():
+    """Llama-3-Instruct and others pad with a token that also occurs in prompts."""
+    t = Trajectory([0, 8, 0], [Segment(Source.MODEL, [0, 5, 0], [-1.0] * 3)], reward={"score": 0.0})
+    batch = collate_trajectories([t], pad_token_id=0).batch
+    assert batch["attention_mask"].tolist() == [[1] * 6]
+    assert batch["response_mask"].tolist() == [[1] * 3]
+
+
+def test_a_trajectory_without_policy_tokens_is_refused():
+    with pytest.raises(ValueError, match="no token of the policy"):
+        collate_trajectories([Trajectory([1], [Segment(Source.OBSERVATION, [2])], reward={"score": 0.0})], 0)
+
+
+def test_context_that_is_not_a_prefix_is_counted():
+    t = Trajectory([7, 8])
+    good = Completion([1], [-0.1], "stop", None, 0, context_digest([7, 8]))
+    t.add_completion(good)
+    assert t.context_violations == 0
+    t.add_completion(Completion([2], [-0.1], "stop", None, 0, context_digest([7, 8])))  # misses token 1
+    assert t.context_violations == 1
+
+
+def test_dispatch_round_trip_with_unequal_ranks():
+    data = DataProto.from_dict({"x": torch.arange(7)}, {"uid": np.array(list("abcdefg"), dtype=object)})
+    for sizes in ([4, 3], [7, 0], [1, 6]):
+        data.meta_info["rank_sizes"] = sizes
+        parts = dispatch(Dispatch.DP_COMPUTE_PROTO, 2, (data, "other"))
+        assert [len(p[0]) for p in parts] == sizes and parts[1][1] == "other"
+        whole = collect(Dispatch.DP_COMPUTE_PROTO, [p[0] for p in parts])
+        assert whole.batch["x"].tolist() == list(range(7)) and whole.non_tensor_batch["uid"].tolist() == list("abcdefg")
+
+
+def test_operations_return_new_objects():
+    data = DataProto.from_dict({"x": torch.arange(4)})
+    more = data.with_tensors(y=torch.zeros(4))
+    assert set(data.batch) == {"x"} and set(more.batch) == {"x", "y"}
+    assert data.repeat(2).batch["x"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert data.repeat(2, interleave=False).batch["x"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert data[torch.tensor([True, False, True, False])].batch["x"].tolist() == [0, 2]
+    with pytest.raises(ValueError, match="one length"):
+        data.with_tensors(z=torch.zeros(3))

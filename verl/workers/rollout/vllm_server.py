@@ -1,0 +1,167 @@
+"""One vLLM engine: tokens in, tokens out. Every call whose form depends on the version of vLLM is in this file.
+
+A plain class, made into a Ray actor by the driver, one per replica. `vllm` is imported in `start`, after the environment
+that it reads at import is set.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from verl.agent import Completion, context_digest
+from verl.workers.config import ModelConfig, RolloutConfig
+from verl.workers.rollout.weight_sync import write_engine_model
+
+
+class VLLMServer:
+    """A replica: generates for many trajectories at once, and takes new weights."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model: ModelConfig,
+        *,
+        max_model_len: int,
+        device: str,
+        replica_rank: int,
+        num_replicas: int,
+        visible_devices: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        self.config, self.model, self.device = config, model, device
+        self.max_model_len, self.seed = max_model_len, seed + replica_rank
+        self.replica_rank, self.num_replicas = replica_rank, num_replicas
+        self.visible_devices = visible_devices
+        self.version = -1
+        self.engine: Any = None
+        self.model_dir: str | None = None
+
+    async def start(self) -> None:
+        """Builds the engine. Its weights are the initial ones, or random ones until the first sync (`load_format=dummy`)."""
+        os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1"})
+        kwargs = self._cpu_arguments() if self.device == "cpu" else self._gpu_arguments()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = AsyncEngineArgs(
+            dtype=self.config.dtype,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            enable_prefix_caching=self.config.enable_prefix_caching,
+            enforce_eager=self.config.enforce_eager,
+            trust_remote_code=self.model.trust_remote_code,
+            logprobs_mode="processed_logprobs",  # of what was sampled from: after temperature and truncation
+            disable_log_stats=True,
+            seed=self.seed,
+            **kwargs,
+            **self.config.engine_kwargs,
+        )
+        self.engine = AsyncLLM.from_engine_args(args)
+
+    def _cpu_arguments(self) -> dict[str, Any]:
+        """Threads pinned to this replica's share of the cores: left to itself every replica takes the same ones."""
+        cores = sorted(os.sched_getaffinity(0))
+        share = self.config.cpu_threads or max(1, len(cores) // self.num_replicas)
+        start = self.replica_rank * share % len(cores)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(c) for c in (cores + cores)[start : start + share])
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self.config.cpu_kvcache_gb)))
+        self.model_dir = tempfile.mkdtemp(prefix="engine-model-", dir="/dev/shm")
+        write_engine_model(self.model, self.model_dir)
+        return {"model": self.model_dir}
+
+    def _gpu_arguments(self) -> dict[str, Any]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.visible_devices)
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA IPC handles travel pickled, within this run
+        return {
+            "model": self.model.path,
+            "tokenizer": self.model.tokenizer_path or self.model.path,
+            "tensor_parallel_size": self.config.tensor_model_parallel_size,
+            "gpu_memory_utilization": self.config.gpu_memory_utilization,
+            "load_format": self.config.load_format,
+            "enable_sleep_mode": True,
+            "weight_transfer_config": {"backend": "ipc"},
+        }
+
+    async def generate(self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
+        """One completion. `sampling`: temperature, top_p, top_k, max_tokens, stop, seed.
+
+        The stop string stays in the output, on the token that completes it; nothing that was not sampled is added.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=sampling["temperature"],
+            top_p=sampling["top_p"],
+            top_k=max(0, sampling["top_k"]),
+            max_tokens=sampling["max_tokens"],
+            stop=list(sampling["stop"]),
+            seed=sampling["seed"],
+            logprobs=0,
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        final = None
+        async for output in self.engine.generate({"prompt_token_ids": prompt_ids}, params, request_id):
+            final = output
+        assert final is not None, "the engine ended a request without an output"
+        completion = final.outputs[0]
+        ids = list(completion.token_ids)
+        return Completion(
+            token_ids=ids,
+            log_probs=[at[token].logprob for token, at in zip(ids, completion.logprobs, strict=True)],
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+            policy_version=self.version,
+            context_digest=context_digest(final.prompt_token_ids),
+        )
+
+    async def begin_weight_update(self) -> None:
+        """Waits for running requests and holds new ones back."""
+        await self.engine.pause_generation(mode="wait", clear_cache=True)
+
+    async def finish_weight_update_and_resume(self, version: int) -> None:
+        """Forgets what the old weights computed, then generates again under `version`."""
+        await self.engine.reset_prefix_cache()
+        self.version = version
+        await self.engine.resume_generation()
+
+    async def load_weights(self, path: str) -> None:
+        """Reads all weights from the safetensors folder `path` (CPU)."""
+        await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def start_weight_update(self) -> None:
+        await self.engine.start_weight_update()
+
+    async def update_weights(self, update_info: Any) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_weight_update(self) -> None:
+        await self.engine.finish_weight_update()
+
+    async def sleep(self, level: int) -> None:
+        """Frees GPU memory: level 1 keeps the weights in host memory."""
+        await self.engine.sleep(level)
+
+    async def wake_up(self, tags: list[str]) -> None:
+        """Takes memory back for `weights`, then for `kv_cache`."""
+        await self.engine.wake_up(tags)
+
+    async def shutdown(self) -> None:
+        """Ends the engine's process."""
+        if self.engine is not None:
+            self.engine.shutdown()
+            self.engine = None
+        if self.model_dir is not None:
+            shutil.rmtree(self.model_dir, ignore_errors=True)

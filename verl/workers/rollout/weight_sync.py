@@ -1,0 +1,103 @@
+"""How the engines get the trainer's weights: a memory file system on CPU, vLLM's own weight transfer on GPU."""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from verl.single_controller.worker_group import get
+from verl.workers.config import ModelConfig
+from verl.workers.fsdp_model import full_parameters
+
+MEMORY_FILES = "/dev/shm"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def write_engine_model(model: ModelConfig, folder: str) -> None:
+    """The model as the CPU engine must see it: with a head of its own.
+
+    That engine packs `lm_head` apart from the embedding and does not repack it on a reload, so that with tied weights
+    the head would stay behind (rollout and trainer log-probs then differ by 1-2 nats while training seems to work).
+    """
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    source = model.tokenizer_path or model.path
+    AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
+    policy = AutoModelForCausalLM.from_pretrained(
+        model.path, dtype=torch.float32, trust_remote_code=model.trust_remote_code
+    )
+    write_weights(policy.state_dict().items(), folder)
+
+
+def write_weights(parameters: Iterable[tuple[str, torch.Tensor]], folder: str) -> None:
+    """Writes `model.safetensors` with an explicit head: a copy of the embedding where they are tied."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters}
+    if HEAD not in weights and EMBEDDING in weights:
+        weights[HEAD] = weights[EMBEDDING]
+    unshared = {name: tensor.clone() if name == HEAD else tensor for name, tensor in weights.items()}
+    save_file(unshared, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+class WeightSender:
+    """The trainer's half of a sync; lives on every training rank, rank 0 talks to the engines."""
+
+    def __init__(self, model: PreTrainedModel, servers: Sequence[Any], device: str) -> None:
+        self.model, self.servers = model, servers
+        self.engine: Any = self._connect() if device == "cuda" else None
+
+    def send(self) -> None:
+        """Brings the present weights to all engines. A collective over the training ranks."""
+        if self.engine is not None:
+            self.engine.send_weights()
+            return
+        parameters = full_parameters(self.model)
+        if dist.get_rank() == 0:
+            folder = tempfile.mkdtemp(prefix="weights-", dir=MEMORY_FILES)
+            try:
+                write_weights(parameters, folder)
+                get([server.load_weights.remote(folder) for server in self.servers])
+            finally:
+                shutil.rmtree(folder)
+        else:
+            for _ in parameters:
+                pass
+        dist.barrier()
+
+    def _connect(self) -> Any:
+        """vLLM's trainer engine over CUDA IPC. Its ranks must be exactly those that share GPUs with
+        the engines."""
+        from vllm.distributed.weight_transfer.base import ModuleSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        return WeightTransferTrainerFactory.trainer_init(
+            IPCTrainerInitInfo(rank=dist.get_rank(), packed=True),
+            client=EngineClient(self.servers),
+            source=ModuleSource(self.model),
+        )
+
+
+class EngineClient:
+    """vLLM's `VLLMWeightSyncClient` over the handles of all replicas."""
+
+    def __init__(self, servers: Sequence[Any]) -> None:
+        self.servers = servers
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        get([server.init_weight_transfer_engine.remote(init_info) for server in self.servers])
+
+    def start_weight_update(self) -> None:
+        get([server.start_weight_update.remote() for server in self.servers])
+
+    def update_weights(self, update_info: Any) -> None:
+        get([server.update_weights.remote(update_info) for server in self.servers])
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        get([server.finish_weight_update.remote() for server in self.servers])
