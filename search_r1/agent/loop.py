@@ -1,0 +1,128 @@
+"""One trajectory: generate, parse, search, splice, generate.
+
+    <think> .. </think> <search> q </search> | \\n\\n<information>..</information>\\n\\n | .. <answer> a </answer>
+    MODEL                                     OBSERVATION                              MODEL
+
+`max_turns` turns may search; one more, forced, may only answer. The policy's tokens are kept as they were sampled, also
+where a token that completes a tag runs past it (`>\\n\\n`): text is only decoded to find the action.
+"""
+
+import time
+from typing import Any, ClassVar
+
+from pydantic import PositiveInt
+
+from search_r1.agent.actions import Answer, Invalid, Search, parse_action
+from search_r1.agent.metrics import reduce_metrics
+from search_r1.agent.observation import encode_passages
+from search_r1.prompts import ANSWER_END, INVALID_ACTION, SEARCH_END
+from search_r1.search.client import RetrievalClient, SearchError, check_server
+from search_r1.search.config import RetrieverConfig
+from verl.agent import Generate, Row, Trajectory, TrajectoryFailed
+from verl.utils.config import Config
+from verl.utils.tokenizer import encode_text
+
+
+class SearchAgentConfig(Config):
+    max_turns: PositiveInt = 4
+    """Turns that may search; one more turn, without search, is forced after them."""
+    do_search: bool = True
+    """False: one turn without search, the R1 baseline."""
+    max_start_length: PositiveInt = 2048
+    """Longest prompt, in tokens."""
+    max_prompt_length: PositiveInt = 4096
+    """Longest context of any turn, in tokens; a trajectory that reaches it ends."""
+    max_response_length: PositiveInt = 500
+    """Most tokens of one turn."""
+    max_obs_length: PositiveInt = 500
+    """Most tokens of one observation; passages are cut inside their block."""
+    stop_at_answer: bool = True
+    """End a turn at </answer>; false lets the policy emit EOS itself."""
+    retriever: RetrieverConfig = RetrieverConfig()
+
+
+class SearchAgentLoop:
+    """Search-R1's loop over the plain tags (arXiv 2503.09516, algorithm 1)."""
+
+    Config: ClassVar = SearchAgentConfig
+    top_level_keys: ClassVar = frozenset({"max_turns", "do_search", "retriever", "setup"})
+    reduce_metrics = staticmethod(reduce_metrics)
+
+    def __init__(self, config: SearchAgentConfig, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.client = RetrievalClient(config.retriever) if config.do_search else None
+        self.invalid_ids = encode_text(tokenizer, INVALID_ACTION)
+
+    def preflight(self) -> list[str]:
+        """Budgets that cannot hold one search, and a retriever that does not answer."""
+        config, problems = self.config, []
+        least = config.max_start_length + config.max_response_length + config.max_obs_length
+        if config.do_search and least > config.max_prompt_length:
+            problems.append(
+                f"data.max_prompt_length={config.max_prompt_length} has no room for one search: data.max_start_length + "
+                f"data.max_response_length + data.max_obs_length = {least}"
+            )
+        if config.do_search and (problem := check_server(config.retriever.url)):
+            problems.append(f"retriever.url: {problem}")
+        return problems
+
+    async def close(self) -> None:
+        if self.client is not None:
+            await self.client.close()
+
+    async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
+        """The trajectory of one question. Raises TrajectoryFailed when a search fails for good."""
+        trajectory = Trajectory(list(prompt_ids))
+        stats: dict[str, Any] = {"turns": 0, "valid_actions": 0, "searches": 0, "cut": 0, "overruns": [], "latency_s": []}
+        extra = row.get("extra_info") or {}
+        stats |= {key: extra[key] for key in ("hops", "gold_ids") if extra.get(key) is not None}
+        trajectory.info = stats
+        last = self.config.max_turns if self.config.do_search else 0
+        while not trajectory.stop_reason:
+            await self._turn(trajectory, stats, generate, may_search=stats["turns"] < last)
+        return trajectory
+
+    async def _turn(
+        self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool
+    ) -> None:
+        """One generation and what answers it; sets `stop_reason` when it was the last."""
+        if len(trajectory.token_ids) > self.config.max_prompt_length:
+            trajectory.stop_reason = "context"
+            return
+        stop = [SEARCH_END] * self.config.do_search + [ANSWER_END] * self.config.stop_at_answer
+        completion = await generate(trajectory.token_ids, max_tokens=self.config.max_response_length, stop=stop)
+        stats["turns"] += 1
+        text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        action, end = parse_action(text)
+        trajectory.add_completion(completion, turn=stats["turns"], finish_reason=completion.finish_reason)
+        if text[end:]:
+            stats["overruns"].append(text[end:])
+        if not completion.token_ids:
+            trajectory.stop_reason = "empty"
+        elif isinstance(action, Answer):
+            stats["valid_actions"] += 1
+            trajectory.stop_reason = "answer"
+        elif not may_search:
+            trajectory.stop_reason = "max_turns"
+        elif isinstance(action, Search):
+            stats["valid_actions"] += 1
+            await self._search(trajectory, stats, action.query, emitted=text[end:])
+        else:
+            assert isinstance(action, Invalid)
+            trajectory.add_observation(self.invalid_ids, kind="invalid_action")
+
+    async def _search(self, trajectory: Trajectory, stats: dict[str, Any], query: str, emitted: str) -> None:
+        assert self.client is not None
+        began = time.perf_counter()
+        try:
+            passages = await self.client.search(query)
+        except SearchError as error:
+            raise TrajectoryFailed(str(error), num_calls=stats["searches"] + 1) from error
+        latency = time.perf_counter() - began
+        stats["searches"] += 1
+        stats["latency_s"].append(latency)
+        pairs = [(p.title, p.text) for p in passages]
+        ids, cut = encode_passages(pairs, self.tokenizer, self.config.max_obs_length, emitted)
+        stats["cut"] += cut
+        shown = [{"id": p.id, "title": p.title, "score": p.score} for p in passages]
+        trajectory.add_observation(ids, kind="search", query=query, passages=shown, latency_s=latency)

@@ -1,0 +1,71 @@
+"""The search task's metrics of a batch, under the original's names where it has them."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from verl.agent import Trajectory
+
+OVERRUN_KINDS = {"newline": "\n", "tag": "<"}
+
+
+def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """`env/...`: turns, valid actions, executed searches, how trajectories ended, retrieval latency and recall."""
+    stats = [t.info for t in trajectories]
+    turns = np.array([s["turns"] for s in stats], dtype=float)
+    valid = np.array([s["valid_actions"] for s in stats], dtype=float)
+    searches = np.array([s["searches"] for s in stats], dtype=float)
+    answered = np.array([t.stop_reason == "answer" for t in trajectories], dtype=float)
+    metrics = {
+        "env/number_of_actions/mean": turns.mean(),
+        "env/number_of_actions/max": turns.max(),
+        "env/number_of_actions/min": turns.min(),
+        "env/finish_ratio": answered.mean(),
+        "env/number_of_valid_action": valid.mean(),
+        "env/ratio_of_valid_action": (valid / np.maximum(turns, 1)).mean(),
+        "env/number_of_valid_search": searches.mean(),
+        "env/observation_truncated": sum(s["cut"] for s in stats) / max(1.0, searches.sum()),
+    }
+    reasons = [t.stop_reason for t in trajectories]
+    metrics |= {f"env/stop_reason/{r}": reasons.count(r) / len(reasons) for r in sorted(set(reasons))}
+    metrics |= _overruns(stats) | _latency(stats) | _by_hops(stats, searches) | _recall(trajectories)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _overruns(stats: list[dict[str, Any]]) -> dict[str, float]:
+    """Turns whose last token ran past the tag, per turn, by what it brought."""
+    turns = max(1, sum(s["turns"] for s in stats))
+    texts = [text for s in stats for text in s["overruns"]]
+    counts = {kind: sum(t.startswith(mark) for t in texts) for kind, mark in OVERRUN_KINDS.items()}
+    counts["other"] = len(texts) - sum(counts.values())
+    return {f"env/overrun/{kind}": count / turns for kind, count in counts.items()}
+
+
+def _latency(stats: list[dict[str, Any]]) -> dict[str, float]:
+    seconds = [x for s in stats for x in s["latency_s"]]
+    if not seconds:
+        return {}
+    p50, p95 = np.percentile(seconds, [50, 95])
+    return {"env/retrieval_latency_s/p50": p50, "env/retrieval_latency_s/p95": p95}
+
+
+def _by_hops(stats: list[dict[str, Any]], searches: np.ndarray) -> dict[str, float]:
+    """Executed searches per question, by the number of facts it needs, where the data says so."""
+    groups: dict[int, list[float]] = defaultdict(list)
+    for s, n in zip(stats, searches, strict=True):
+        if "hops" in s:
+            groups[s["hops"]].append(n)
+    return {f"env/number_of_valid_search/hops_{h}": float(np.mean(n)) for h, n in sorted(groups.items())}
+
+
+def _recall(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Share of the gold passages that were retrieved, where the data names them."""
+    shares = []
+    for t in trajectories:
+        gold = {str(i) for i in t.info.get("gold_ids", ())}
+        if gold:
+            seen = {str(p["id"]) for s in t.segments for p in s.info.get("passages", ())}
+            shares.append(len(gold & seen) / len(gold))
+    return {"env/gold_recall": float(np.mean(shares))} if shares else {}

@@ -1,0 +1,52 @@
+"""Answers compared with gold answers: SQuAD's normalisation (Rajpurkar et al. 2016), exact match, substring, F1."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+ARTICLE = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation, articles and superfluous white space.
+
+    >>> normalize_answer("The U.S.A. - a  Test"), normalize_answer("well-known")
+    ('usa test', 'wellknown')
+    """
+    return " ".join(ARTICLE.sub(" ", text.lower().translate(PUNCTUATION)).split())
+
+
+def extract_answer(text: str) -> str | None:
+    """The content of the last complete `<answer>` of the policy's own text, None without one."""
+    answers = ANSWER.findall(text)
+    return answers[-1].strip() if answers else None
+
+
+def gold_answers(ground_truth: object) -> list[str]:
+    """The accepted answers of a row's `reward_model.ground_truth`: a string, a list, or either under `target`."""
+    target = ground_truth["target"] if isinstance(ground_truth, dict) else ground_truth
+    return [target] if isinstance(target, str) else [str(t) for t in target]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def exact_match(prediction: str, golds: Iterable[str]) -> float:
+    """1 if the prediction equals a gold answer after normalisation, else 0."""
+    return float(normalize_answer(prediction) in {normalize_answer(g) for g in golds})
+
+
+def substring_match(prediction: str, golds: Iterable[str]) -> float:
+    """1 if a gold answer occurs in the prediction after normalisation, else 0."""
+    text = normalize_answer(prediction)
+    return float(any(normalize_answer(g) in text for g in golds))
+
+
+def f1(prediction: str, golds: Sequence[str]) -> float:
+    """Best token F1 against the gold answers, in [0, 1]."""
+    return max((_f1(normalize_answer(prediction).split(), normalize_answer(g).split()) for g in golds), default=0.0)
+
+
+def _f1(prediction: list[str], gold: list[str]) -> float:
+    common = sum((Counter(prediction) & Counter(gold)).values())
+    return 2 * common / (len(prediction) + len(gold)) if common else 0.0
