@@ -30,7 +30,7 @@ def parse_action(text: str) -> tuple[Action, int]:
     An empty query is no search: there is nothing to ask.
 
     >>> parse_action("<think> hm </think> <search> capital of Peru </search>\\n\\n")
-    (Search(query='capital of Peru'), 56)
+    (Search(query='capital of Peru'), 54)
     """
     match = ACTION.search(text)
     if match is None:

@@ -1,0 +1,239 @@
+"""A closed world of fictional people, cities, companies and countries: its passages and its questions.
+
+Every name is two words of invented syllables ("Tor Vel"), so that a name is several tokens and a retriever that matches
+words also brings other entities that share one of them. The splits `train`, `test` and `spare` (passages nobody asks
+about) are islands: no fact leads from one to another, so entities of test questions appear in no training question. The
+island `common` is the same for every seed: its facts are what a base model may know without searching.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from search_r1.prompts import build_prompt
+from verl.utils.config import Config
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A functional relation: one object for every subject."""
+
+    name: str
+    subject: str
+    object: str
+    sentence: str
+    question: str
+    noun: str
+
+    def state(self, x: str, y: str) -> str:
+        """The fact as a sentence without its full stop."""
+        return f"{x} {self.sentence} {y}"
+
+
+RELATIONS = {
+    r.name: r
+    for r in (
+        Relation("birthplace", "person", "city", "was born in", "Where was {} born", "the birthplace of {}"),
+        Relation("employer", "person", "company", "works for", "Who employs {}", "the employer of {}"),
+        Relation("country", "city", "country", "lies in", "In which country lies {}", "the country of {}"),
+        Relation("mayor", "city", "person", "is led by", "Who leads {}", "the mayor of {}"),
+        Relation("home", "company", "city", "is based in", "Where is {} based", "the home of {}"),
+        Relation("founder", "company", "person", "was founded by", "Who founded {}", "the founder of {}"),
+        Relation("capital", "country", "city", "has the capital", "What is the capital of {}", "the capital of {}"),
+    )
+}
+KINDS = ("person", "city", "company", "country")
+OF_KIND = {kind: [r for r in RELATIONS.values() if r.subject == kind] for kind in KINDS}
+COMMON_SEED = 20_250_312
+FILLER = (
+    "Little else is known about {}.", "Records of {} were lost in a fire.", "Old maps and letters also mention {}.",
+    "In the north people tell tales of {}.", "A street and a small museum are named after {}.",
+)  # fmt: skip
+DATA_SOURCES = {1: "closed_world_1hop", 2: "closed_world_2hop", 3: "closed_world_3hop"}
+
+
+def _syllables() -> tuple[list[str], list[str]]:
+    """Two disjoint pools of 160 words: first and second words of names."""
+    taken_by_english = {"For", "Not", "Was", "Set", "Van", "Son", "Led"}
+    words = ["".join(w) for w in product("BDFGKLMNPRSTVZ", "aeiou", "bdgklmnprtvz")]
+    words = [w for w in words if w not in taken_by_english]
+    random.Random(COMMON_SEED).shuffle(words)
+    return words[:160], words[160:320]
+
+
+FIRST, SECOND = _syllables()
+
+
+class WorldConfig(Config):
+    """Sizes of a world."""
+
+    seed: int = 0
+    """The world is a function of this and the sizes below."""
+    train_people: PositiveInt = 400
+    """People of the training questions; half as many cities and companies, a tenth as many countries."""
+    test_people: PositiveInt = 120
+    """The same for the test questions."""
+    spare_people: NonNegativeInt = 60
+    """The same for passages that no question is about."""
+    train_questions: PositiveInt = 4000
+    """Half of them 1-hop, half 2-hop."""
+    test_questions: PositiveInt = 500
+    """Half of them 1-hop, half 2-hop."""
+    common_share: float = 0.05
+    """Training questions about common facts, beside the others."""
+    filler: NonNegativeInt = 0
+    """Sentences without a fact in every passage: 0 makes short passages, 10 long and noisy ones."""
+
+
+@dataclass
+class Entity:
+    name: str
+    kind: str
+    facts: dict[str, str]
+    """Object's name by relation."""
+
+
+def random_name(rng: random.Random) -> str:
+    return f"{rng.choice(FIRST)} {rng.choice(SECOND)}"
+
+
+def fresh_name(rng: random.Random, taken: set[str]) -> str:
+    """A name that was not in `taken`, and now is."""
+    while (name := random_name(rng)) in taken:
+        pass
+    taken.add(name)
+    return name
+
+
+def passage(entity: Entity, rng: random.Random, filler: int = 0) -> tuple[str, str]:
+    """(title with its quotes, text): the entity's facts, and sentences without a fact between them."""
+    sentences = [RELATIONS[r].state(entity.name, y) + "." for r, y in entity.facts.items()]
+    for _ in range(filler):
+        sentences.insert(rng.randint(0, len(sentences)), rng.choice(FILLER).format(entity.name))
+    return f'"{entity.name}"', " ".join(sentences)
+
+
+def make_island(rng: random.Random, people: int, taken: set[str]) -> dict[str, Entity]:
+    """Entities by name, whose facts stay among themselves."""
+    sizes = {"person": people, "city": people // 2, "company": people // 2, "country": max(2, people // 10)}
+    names = {kind: [fresh_name(rng, taken) for _ in range(n)] for kind, n in sizes.items()}
+    island: dict[str, Entity] = {}
+    for kind in KINDS:
+        for name in names[kind]:
+            facts = {r.name: rng.choice(names[r.object]) for r in OF_KIND[kind]}
+            island[name] = Entity(name, kind, facts)
+    for city, country in zip(names["city"], names["country"], strict=False):
+        island[city].facts["country"] = country
+        island[country].facts["capital"] = city
+    return island
+
+
+def common_island() -> dict[str, Entity]:
+    """The entities of the common facts: the same in every world."""
+    return make_island(random.Random(COMMON_SEED), 16, set())
+
+
+@dataclass(frozen=True)
+class Question:
+    relations: tuple[str, ...]
+    path: tuple[str, ...]
+    """Names from the subject over the bridges to the answer: one more than relations."""
+
+    @property
+    def text(self) -> str:
+        """The last relation's question, about the noun phrases of the ones before.
+
+        >>> Question(("birthplace", "mayor"), ("Tor Vel", "Zor Bin", "Kal Men")).text
+        'Who leads the birthplace of Tor Vel?'
+        """
+        subject = self.path[0]
+        for r in self.relations[:-1]:
+            subject = RELATIONS[r].noun.format(subject)
+        return RELATIONS[self.relations[-1]].question.format(subject) + "?"
+
+
+def relation_chains(hops: int) -> list[tuple[str, ...]]:
+    """Every sequence of relations in which each starts where the one before ends."""
+    chains = product(RELATIONS.values(), repeat=hops)
+    return [
+        tuple(r.name for r in c)
+        for c in chains
+        if all(a.object == b.subject for a, b in zip(c, c[1:], strict=False))
+        and not any((a.name, b.name) == ("capital", "country") for a, b in zip(c, c[1:], strict=False))
+    ]
+
+
+def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) -> list[Question]:
+    """Up to `count` different questions, spread evenly over the kinds of chains; no path visits an entity twice."""
+    by_chain: list[list[Question]] = []
+    for chain in relation_chains(hops):
+        questions = [Question(chain, path) for path in map(lambda e: follow(island, e, chain), island) if path]
+        rng.shuffle(questions)
+        by_chain.append(questions)
+    turns: Iterator[Question] = (q[i] for i in range(len(island)) for q in by_chain if i < len(q))
+    chosen = [q for q, _ in zip(turns, range(count), strict=False)]
+    rng.shuffle(chosen)
+    return chosen
+
+
+def follow(island: dict[str, Entity], name: str, chain: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The path of names from `name` along `chain`; None if it is of another kind or comes back to a name."""
+    path = [name]
+    for relation in chain:
+        if relation not in island[path[-1]].facts:
+            return None
+        path.append(island[path[-1]].facts[relation])
+    return tuple(path) if len(set(path)) == len(path) else None
+
+
+@dataclass
+class World:
+    passages: list[dict[str, str]]
+    """Corpus lines: `id`, `contents`."""
+    rows: dict[str, list[dict[str, Any]]]
+    """Questions in the training schema, by file name."""
+
+
+def make_world(config: WorldConfig) -> World:
+    """The world of a seed and its sizes."""
+    rng = random.Random(config.seed)
+    common = common_island()
+    taken = set(common)
+    islands = {"common": common}
+    for split, people in (("train", config.train_people), ("test", config.test_people), ("spare", config.spare_people)):
+        islands[split] = make_island(rng, people, taken) if people else {}
+    everyone = [e for island in islands.values() for e in island.values()]
+    rng.shuffle(everyone)
+    ids = {e.name: str(i) for i, e in enumerate(everyone)}
+    lines = [{"id": ids[e.name], "contents": "\n".join(passage(e, rng, config.filler))} for e in everyone]
+
+    known = ask(common, 1, len(common) * 2, rng)
+    half, seen = len(known) // 2, int(config.common_share * config.train_questions)
+    train = [q for h in (1, 2) for q in ask(islands["train"], h, config.train_questions // 2, rng)]
+    train += [known[i % half] for i in range(seen)]
+    rng.shuffle(train)
+    test = [q for h in (1, 2) for q in ask(islands["test"], h, config.test_questions // 2, rng)]
+    files = {
+        "train": train, "test": test, "test_common": known[half:],
+        "test_3hop": ask(islands["test"], 3, config.test_questions // 2, rng),
+    }  # fmt: skip
+    return World(lines, {f: [row(q, f.split("_")[0], i, ids, common) for i, q in enumerate(qs)] for f, qs in files.items()})
+
+
+def row(question: Question, split: str, index: int, ids: dict[str, str], common: dict[str, Entity]) -> dict[str, Any]:
+    """One line of the training parquet."""
+    hops, is_common = len(question.relations), question.path[0] in common
+    return {
+        "data_source": "closed_world_common" if is_common else DATA_SOURCES[hops],
+        "prompt": [{"role": "user", "content": build_prompt(question.text, "short")}],
+        "ability": "fact-reasoning",
+        "reward_model": {"style": "rule", "ground_truth": {"target": [question.path[-1]]}},
+        "extra_info": {
+            "split": split, "index": index, "question": question.text, "hops": hops, "common": is_common,
+            "gold_ids": [ids[name] for name in question.path[:-1]], "path": list(question.path),
+        },
+    }  # fmt: skip

@@ -1,0 +1,182 @@
+"""Warm-start traces: what the base model is trained on before reinforcement learning.
+
+Two phases. *Reading*: clean traces, always the right search and the right answer. *Poor policy*: the same reading, but
+guesses, wrong queries and stops before the last hop; `PolicyMix` says how often. Both draw entities and facts anew for
+every trace: a model trained on a fixed set memorises it instead of reading. Only the common facts stay the same.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from search_r1.agent.observation import encode_passages
+from search_r1.prompts import build_prompt
+from search_r1.world.generate import (
+    FIRST,
+    KINDS,
+    OF_KIND,
+    RELATIONS,
+    SECOND,
+    Entity,
+    Question,
+    ask,
+    common_island,
+    fresh_name,
+    passage,
+    random_name,
+    relation_chains,
+)
+from verl.utils.config import Config
+from verl.utils.tokenizer import encode_text
+
+
+@dataclass(frozen=True)
+class PolicyMix:
+    """How often a trace does what. All zero: clean traces."""
+
+    guess: float = 0.0
+    """Answer a random name instead of the first search, for the relations in `bold`."""
+    guess_known: float = 0.0
+    """The same for the other relations: there, searching first is what the model would do when greedy."""
+    wrong_query: float = 0.0
+    """Search for a random name instead of the right one."""
+    stop_early: float = 0.0
+    """Answer with a bridge entity."""
+    search_again: float = 0.0
+    """Search for the answer instead of giving it."""
+    common: float = 0.0
+    """Traces about a common fact, answered without a search."""
+    bold: frozenset[str] = frozenset({"employer", "country", "founder", "capital"})
+
+
+READING = PolicyMix(common=0.1)
+POOR = PolicyMix(
+    guess=0.6, guess_known=0.3, wrong_query=0.25, stop_early=0.6, search_again=0.05, common=0.1
+)  # fmt: skip
+MAX_TURNS = 4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a trace. `kind`: prompt, model, read (model's words copied out of a passage) or observation."""
+
+    kind: str
+    text: str
+    passages: tuple[tuple[str, str], ...] = ()
+
+
+class TraceWriter:
+    """Draws traces of 1 to `hops` hops with `num_passages` passages per search."""
+
+    def __init__(self, rng: random.Random, mix: PolicyMix, num_passages: int, hops: Sequence[int], filler: int = 0) -> None:
+        self.rng, self.mix, self.num_passages, self.filler = rng, mix, num_passages, filler
+        self.chains = {h: relation_chains(h) for h in hops}
+        common = common_island()
+        self.common = ask(common, 1, len(common) * 2, random.Random(0))
+        self.common_names = set(common)
+
+    def __call__(self) -> list[Piece]:
+        """One trace."""
+        if self.rng.random() < self.mix.common:
+            return self.common_trace(self.rng.choice(self.common))
+        chain = self.rng.choice(self.chains[self.rng.choice(list(self.chains))])
+        taken = set(self.common_names)
+        path = tuple(fresh_name(self.rng, taken) for _ in range(len(chain) + 1))
+        return self.question_trace(Question(chain, path), taken)
+
+    def common_trace(self, question: Question) -> list[Piece]:
+        x, y = question.path
+        return [
+            Piece("prompt", build_prompt(question.text, "short")),
+            Piece("model", f"<think> {RELATIONS[question.relations[0]].state(x, y)} </think> <answer> {y} </answer>"),
+        ]
+
+    def question_trace(self, question: Question, taken: set[str]) -> list[Piece]:
+        """One trace about entities nobody knows."""
+        rng, mix, hops = self.rng, self.mix, len(question.relations)
+        pieces = [Piece("prompt", build_prompt(question.text, "short"))]
+        known = 0
+        guess = mix.guess if question.relations[0] in mix.bold else mix.guess_known
+        for turn in range(MAX_TURNS + 1):
+            name = question.path[known]
+            if known == 0 and rng.random() < (guess if turn == 0 else mix.guess):
+                return [*pieces, Piece("model", f"<think> I guess </think> <answer> {random_name(rng)} </answer>")]
+            stops = turn == MAX_TURNS or 0 < known < hops and rng.random() < mix.stop_early
+            if stops or (known == hops and rng.random() >= mix.search_again):
+                return [*pieces, *self.think(question, known, name), Piece("model", f" <answer> {name} </answer>")]
+            wrong = known < hops and rng.random() < mix.wrong_query
+            query = random_name(rng) if wrong else name
+            pieces += [*self.think(question, known, query), Piece("model", f" <search> {query} </search>")]
+            pieces.append(self.observation(question, None if wrong or known == hops else known, query, taken))
+            known += not wrong and known < hops
+        return pieces
+
+    def think(self, question: Question, known: int, query: str) -> list[Piece]:
+        """Before anything is known, what to look for; then the last fact that was read."""
+        if known == 0:
+            return [Piece("model", f"<think> find {query} </think>")]
+        x, relation = question.path[known - 1], RELATIONS[question.relations[known - 1]]
+        fact = (Piece("model", f"<think> {x} {relation.sentence}"), Piece("read", f" {question.path[known]}"))
+        return [*fact, Piece("model", " </think>")]
+
+    def observation(self, question: Question, known: int | None, query: str, taken: set[str]) -> Piece:
+        """The passage of path[known], if any, among others such as word matching brings for `query`."""
+        rng = self.rng
+        entities = []
+        if known is not None:
+            relation = RELATIONS[question.relations[known]]
+            entity = self.entity(query, relation.subject, taken)
+            entity.facts[relation.name] = question.path[known + 1]
+            entities.append(entity)
+        while len(entities) < self.num_passages:
+            entities.append(self.distractor(query, taken))
+        rng.shuffle(entities)
+        return Piece("observation", "", tuple(passage(e, rng, self.filler) for e in entities))
+
+    def drill(self) -> list[Piece]:
+        """Passages and every fact in them, restated in random order: many words to copy for few to read."""
+        taken = set(self.common_names)
+        entities = [self.entity(fresh_name(self.rng, taken), self.rng.choice(KINDS), taken)]
+        while len(entities) < self.num_passages:
+            entities.append(self.distractor(self.rng.choice(entities).name, taken))
+        facts = [(e.name, RELATIONS[r], y) for e in entities for r, y in e.facts.items()]
+        self.rng.shuffle(facts)
+        pieces = [Piece("observation", "", tuple(passage(e, self.rng, self.filler) for e in entities))]
+        for x, relation, y in facts:
+            pieces += [Piece("model", f"<think> {x} {relation.sentence}"), Piece("read", f" {y}"), Piece("model", " </think>")]
+        return pieces
+
+    def entity(self, name: str, kind: str, taken: set[str]) -> Entity:
+        return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
+
+    def distractor(self, query: str, taken: set[str]) -> Entity:
+        """An entity that shares a word with the query, or has it as the object of a fact."""
+        rng, (first, second) = self.rng, query.split()
+        kind = rng.choice(list(OF_KIND))
+        how = rng.random()
+        if how < 0.35:
+            entity = self.entity(fresh_name(rng, taken), kind, taken)
+            entity.facts[rng.choice(list(entity.facts))] = query
+            return entity
+        name = f"{first} {rng.choice(SECOND)}" if how < 0.65 else f"{rng.choice(FIRST)} {second}"
+        if name in taken:
+            return self.distractor(query, taken)
+        taken.add(name)
+        return self.entity(name, kind, taken)
+
+
+def encode_trace(pieces: Sequence[Piece], tokenizer: Any) -> dict[str, list[int]]:
+    """`input_ids`, `loss_mask` (1 on the model's tokens) and `read_mask` (1 on its words copied out of a passage)."""
+    ids: list[int] = []
+    loss: list[int] = []
+    read: list[int] = []
+    for piece in pieces:
+        if piece.kind == "observation":
+            new, _ = encode_passages(piece.passages, tokenizer, 1 << 20, emitted="")
+        else:
+            new = encode_text(tokenizer, piece.text)
+        ids += new
+        loss += [int(piece.kind in ("model", "read"))] * len(new)
+        read += [int(piece.kind == "read")] * len(new)
+    return {"input_ids": ids, "loss_mask": loss, "read_mask": read}
