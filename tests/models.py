@@ -1,5 +1,6 @@
 """Tiny models made on the spot: random weights and a byte-level BPE, no download."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -77,3 +78,21 @@ def perturb(model: torch.nn.Module, *, seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
+
+
+@torch.no_grad()
+def rig(model: Qwen2ForCausalLM, chain: list[int]) -> None:
+    """Makes an untied model say `chain` greedily: after `chain[i]` comes `chain[i + 1]`. The ids must differ.
+
+    Attention and MLP write nothing, so that the last hidden state is the embedding of the last token, and the head is a
+    table of who follows whom.
+    """
+    assert len(set(chain)) == len(chain), "a token has one successor"
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model.model.norm.weight.fill_(1.0)
+    embeddings = model.model.embed_tokens.weight
+    model.lm_head.weight.zero_()
+    for before, after in pairwise(chain):
+        model.lm_head.weight[after] = torch.nn.functional.normalize(embeddings[before], dim=0) * 4

@@ -142,7 +142,7 @@ class RolloutConfig(SamplingConfig):
     cpu_kvcache_gb: PositiveFloat = 1.0
     """KV cache of an engine on CPU, in GiB."""
     cpu_threads: PositiveInt | None = None
-    """Threads of an engine on CPU; null: all cores divided by the replicas."""
+    """Threads of an engine on CPU; null: its share of the cores, less one that feeds it."""
     enforce_eager: bool = False
     """Do not capture CUDA graphs (on CPU: do not compile)."""
     max_model_len: PositiveInt | None = None

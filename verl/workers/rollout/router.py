@@ -9,7 +9,7 @@ from verl.agent import Completion
 class Router:
     """Keeps a session (trajectory) on the engine that started it, whose cache holds its earlier turns.
 
-    `handles` answer `generate.remote(request_id, prompt_ids, sampling)` with an awaitable: handles of Ray actors, or fakes.
+    `handles` answer `generate.remote(request_id, prompt_ids, sampling)` with an awaitable: Ray actors, or fakes.
     """
 
     def __init__(self, handles: Sequence[Any]) -> None:

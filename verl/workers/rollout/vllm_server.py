@@ -1,18 +1,17 @@
 """One vLLM engine: tokens in, tokens out. Every call whose form depends on the version of vLLM is in this file.
 
-A plain class, made into a Ray actor by the driver, one per replica. `vllm` is imported in `start`, after the environment
-that it reads at import is set.
+A plain class, made into a Ray actor by the driver, one per replica. `vllm` is imported in `start`, after setting the
+environment that it reads at import.
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from verl.agent import Completion, context_digest
 from verl.workers.config import ModelConfig, RolloutConfig
-from verl.workers.rollout.weight_sync import write_engine_model
+from verl.workers.rollout.weight_sync import MEMORY_FILES, write_engine_model
 
 
 class VLLMServer:
@@ -32,45 +31,55 @@ class VLLMServer:
     ) -> None:
         self.config, self.model, self.device = config, model, device
         self.max_model_len, self.seed = max_model_len, seed + replica_rank
-        self.replica_rank, self.num_replicas = replica_rank, num_replicas
+        self.num_replicas = num_replicas
         self.visible_devices = visible_devices
         self.version = -1
         self.engine: Any = None
-        self.model_dir: str | None = None
 
     async def start(self) -> None:
-        """Builds the engine. Its weights are the initial ones, or random ones until the first sync (`load_format=dummy`)."""
-        os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1"})
-        kwargs = self._cpu_arguments() if self.device == "cpu" else self._gpu_arguments()
+        """Builds the engine. Its weights are the initial ones, or on GPU random ones until the first sync (`dummy`)."""
+        os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
+        if self.device == "cuda":
+            self._build(**self._gpu_arguments())
+            return
+        with tempfile.TemporaryDirectory(prefix="engine-model-", dir=MEMORY_FILES) as folder:
+            write_engine_model(self.model, folder)
+            self._build(model=folder, **self._cpu_arguments())
+
+    def _build(self, **kwargs: Any) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        args = AsyncEngineArgs(
-            dtype=self.config.dtype,
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
-            enable_prefix_caching=self.config.enable_prefix_caching,
-            enforce_eager=self.config.enforce_eager,
-            trust_remote_code=self.model.trust_remote_code,
-            logprobs_mode="processed_logprobs",  # of what was sampled from: after temperature and truncation
-            disable_log_stats=True,
-            seed=self.seed,
-            **kwargs,
-            **self.config.engine_kwargs,
-        )
-        self.engine = AsyncLLM.from_engine_args(args)
+        args = {
+            "dtype": self.config.dtype,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.config.max_num_seqs,
+            "max_num_batched_tokens": self.config.max_num_batched_tokens,
+            "enable_prefix_caching": self.config.enable_prefix_caching,
+            "enforce_eager": self.config.enforce_eager,
+            "trust_remote_code": self.model.trust_remote_code,
+            "generation_config": "vllm",  # no sampling defaults beside ours
+            "logprobs_mode": "processed_logprobs",  # of what was sampled from: after temperature and truncation
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "seed": self.seed,
+        }
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**(args | kwargs | self.config.engine_kwargs)))
 
     def _cpu_arguments(self) -> dict[str, Any]:
-        """Threads pinned to this replica's share of the cores: left to itself every replica takes the same ones."""
-        cores = sorted(os.sched_getaffinity(0))
-        share = self.config.cpu_threads or max(1, len(cores) // self.num_replicas)
-        start = self.replica_rank * share % len(cores)
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(c) for c in (cores + cores)[start : start + share])
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(self.config.cpu_kvcache_gb)))
-        self.model_dir = tempfile.mkdtemp(prefix="engine-model-", dir="/dev/shm")
-        write_engine_model(self.model, self.model_dir)
-        return {"model": self.model_dir}
+        """Model and scheduler share one process: for small models the hop between two costs more than the model.
+
+        Threads are counted, not pinned: vLLM's own binding puts all replicas on the same cores.
+        """
+        share = len(os.sched_getaffinity(0)) // self.num_replicas
+        threads = self.config.cpu_threads or max(1, share - 1)
+        os.environ.update({"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads starve whoever else needs the core
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # of the model only: the engine keeps a process of its own
+        return {
+            "kv_cache_memory_bytes": int(self.config.cpu_kvcache_gb * 2**30),
+            "block_size": 32,  # the unit of prefix reuse; 128 unless told, which is longer than most turns
+        }
 
     def _gpu_arguments(self) -> dict[str, Any]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.visible_devices)
@@ -159,9 +168,7 @@ class VLLMServer:
         await self.engine.wake_up(tags)
 
     async def shutdown(self) -> None:
-        """Ends the engine's process."""
+        """Ends the engine's process. It holds nothing to save, and left to itself takes more than its 5 s of grace."""
         if self.engine is not None:
-            self.engine.shutdown()
+            self.engine.shutdown(timeout=0)
             self.engine = None
-        if self.model_dir is not None:
-            shutil.rmtree(self.model_dir, ignore_errors=True)
