@@ -78,6 +78,9 @@ class VLLMServer:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # of the model only: the engine keeps a process of its own
         return {
             "kv_cache_memory_bytes": int(self.config.cpu_kvcache_gb * 2**30),
+            # A split prompt of a seeded request kills the engine: it rewinds the generator, which is impossible on CPU.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(self.config.max_num_batched_tokens, self.max_model_len),
             "block_size": 32,  # the unit of prefix reuse; 128 unless told, which is longer than most turns
         }
 
