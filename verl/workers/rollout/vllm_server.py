@@ -41,10 +41,11 @@ class VLLMServer:
         os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
         if self.device == "cuda":
             self._build(**self._gpu_arguments())
-            return
-        with tempfile.TemporaryDirectory(prefix="engine-model-", dir=MEMORY_FILES) as folder:
-            write_engine_model(self.model, folder)
-            self._build(model=folder, **self._cpu_arguments())
+        else:
+            with tempfile.TemporaryDirectory(prefix="engine-model-", dir=MEMORY_FILES) as folder:
+                write_engine_model(self.model, folder)
+                self._build(model=folder, **self._cpu_arguments())
+        await self.engine.collective_rpc("follow", args=(os.getpid(),))
 
     def _build(self, **kwargs: Any) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -62,6 +63,7 @@ class VLLMServer:
             "logprobs_mode": "processed_logprobs",  # of what was sampled from: after temperature and truncation
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
+            "worker_extension_cls": "verl.workers.rollout.engine_process.FollowServer",
             "seed": self.seed,
         }
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**(args | kwargs | self.config.engine_kwargs)))

@@ -1,0 +1,56 @@
+"""What the trainer's half of a sync puts into the memory file system."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2ForCausalLM
+
+from tests.distributed import run_ranks
+from tests.models import make_tiny_qwen2
+from verl.workers.config import FSDPConfig, ModelConfig
+from verl.workers.fsdp_model import build_model
+
+
+class FakeServer:
+    """Answers `load_weights.remote(folder)` as the handle of an engine does."""
+
+    def __init__(self) -> None:
+        self.load_weights = self
+        self.folders: list[str] = []
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def remote(self, folder: str) -> None:
+        self.folders.append(folder)
+        self.weights = load_file(f"{folder}/model.safetensors")
+
+
+def send_twice(path: str) -> tuple[dict[str, torch.Tensor], list[bool]]:
+    """On each rank: what the engine read, and which of its folders are still there."""
+    from verl.workers.rollout import weight_sync
+
+    weight_sync.get = lambda refs: refs
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model = build_model(ModelConfig(path=path), "lm", FSDPConfig(dtype="float32"), mesh)
+    server: Any = FakeServer()
+    sender = weight_sync.WeightSender(model, [server], "cpu")
+    sender.send()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    sender.send()
+    return server.weights, [os.path.exists(folder) for folder in server.folders]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_whole_tensors_arrive_with_a_head_and_leave_nothing_behind(tmp_path, tied):
+    path = make_tiny_qwen2(tmp_path, tied=tied, layers=1)
+    (weights, folders), (nothing, none) = run_ranks(2, send_twice, str(path))
+    expected = {k: v + 1 for k, v in Qwen2ForCausalLM.from_pretrained(path).state_dict().items()}
+    assert weights.keys() == expected.keys() and "lm_head.weight" in weights
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor)
+    assert folders == [False, False]
+    assert not nothing and not none, "only rank 0 talks to the engines"

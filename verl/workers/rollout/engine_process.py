@@ -1,0 +1,25 @@
+"""What is mixed into vLLM's worker, inside the engine's process."""
+
+import os
+import select
+import signal
+import threading
+
+
+class FollowServer:
+    """Ends the engine with the process that started it.
+
+    vLLM's engine outlives a server that was killed (Ray kills its actors when the driver dies), and keeps its memory.
+    """
+
+    def follow(self, server: int) -> None:
+        """Watches the process `server`, parent of the engine, from a thread."""
+        engine = os.getpid() if os.getppid() == server else os.getppid()
+        process = os.pidfd_open(server)
+
+        def watch() -> None:
+            select.select([process], [], [])
+            os.kill(engine, signal.SIGKILL)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True, name="follow-server").start()
