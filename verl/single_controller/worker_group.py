@@ -9,6 +9,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from transformers.utils.logging import disable_progress_bar
+
 from verl.single_controller.decorator import ATTRIBUTE, Dispatch, collect, dispatch
 from verl.single_controller.worker import Worker, init_process_group, seed_everything
 
@@ -62,6 +64,7 @@ class WorkerHost:
         return {"node_id": context.get_node_id(), "gpus": gpus, "ip": ray.util.get_node_ip_address(), "port": port}
 
     def setup(self, seed: int, *group: Any) -> None:
+        disable_progress_bar()  # the driver has the console
         init_process_group(*group)
         seed_everything(seed)
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import netrc
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -89,14 +90,13 @@ class Tracking:
 
     def finish(self) -> None:
         if self.wandb:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def _start_wandb(run_dir: str, project: str, name: str, config: dict[str, Any], resume_id: str | None) -> Any:
     import wandb
 
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
     run = wandb.init(
         project=project,
         name=name,
@@ -110,6 +110,16 @@ def _start_wandb(run_dir: str, project: str, name: str, config: dict[str, Any], 
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP)
     return run
+
+
+def _has_wandb_key() -> bool:
+    """Whether `wandb login` was run here, or a key is in the environment."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except FileNotFoundError:
+        return False
 
 
 def truncate_metrics(run_dir: str, step: int) -> None:
