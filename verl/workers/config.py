@@ -144,7 +144,7 @@ class RolloutConfig(SamplingConfig):
     cpu_threads: PositiveInt | None = None
     """Threads of an engine on CPU; null: its share of the cores, less one that feeds it."""
     enforce_eager: bool = False
-    """Do not capture CUDA graphs (on CPU: do not compile)."""
+    """Neither compile nor capture CUDA graphs. An engine on CPU never does."""
     max_model_len: PositiveInt | None = None
     """Longest context in tokens; null: what the agent's budgets add up to."""
     max_num_seqs: PositiveInt = 256

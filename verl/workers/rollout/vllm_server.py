@@ -79,6 +79,7 @@ class VLLMServer:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads starve whoever else needs the core
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # of the model only: the engine keeps a process of its own
         return {
+            "enforce_eager": True,  # compiling takes 20 s and gained nothing at the sizes that a CPU can train
             "kv_cache_memory_bytes": int(self.config.cpu_kvcache_gb * 2**30),
             # A split prompt of a seeded request kills the engine: it rewinds the generator, which is impossible on CPU.
             "enable_chunked_prefill": False,
