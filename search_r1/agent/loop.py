@@ -56,11 +56,22 @@ class SearchAgentLoop:
     def preflight(self) -> list[str]:
         """Budgets that cannot hold one search, and a retriever that does not answer."""
         config, problems = self.config, []
+        if config.max_start_length > config.max_prompt_length:
+            problems.append(
+                f"data.max_prompt_length={config.max_prompt_length} is less than data.max_start_length="
+                f"{config.max_start_length}"
+            )
         least = config.max_start_length + config.max_response_length + config.max_obs_length
         if config.do_search and least > config.max_prompt_length:
             problems.append(
-                f"data.max_prompt_length={config.max_prompt_length} has no room for one search: data.max_start_length + "
-                f"data.max_response_length + data.max_obs_length = {least}"
+                f"data.max_prompt_length={config.max_prompt_length} has no room for one search: "
+                f"data.max_start_length + data.max_response_length + data.max_obs_length = {least}"
+            )
+        tags = len(encode_passages([], self.tokenizer, config.max_prompt_length, emitted="")[0])
+        if config.do_search and config.max_obs_length < 2 * tags:
+            problems.append(
+                f"data.max_obs_length={config.max_obs_length} has no room for a passage: "
+                f"<information></information> takes {tags}"
             )
         if config.do_search and (problem := check_server(config.retriever.url)):
             problems.append(f"retriever.url: {problem}")
@@ -73,18 +84,17 @@ class SearchAgentLoop:
     async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
         """The trajectory of one question. Raises TrajectoryFailed when a search fails for good."""
         trajectory = Trajectory(list(prompt_ids))
-        stats: dict[str, Any] = {"turns": 0, "valid_actions": 0, "searches": 0, "cut": 0, "overruns": [], "latency_s": []}
+        stats: dict[str, Any] = dict.fromkeys(("turns", "valid_actions", "searches", "cut"), 0)
+        stats |= {"overruns": [], "latency_s": []}
         extra = row.get("extra_info") or {}
-        stats |= {key: extra[key] for key in ("hops", "gold_ids") if extra.get(key) is not None}
+        stats |= {key: extra[key] for key in ("hops", "gold_ids", "gold_titles") if extra.get(key) is not None}
         trajectory.info = stats
         last = self.config.max_turns if self.config.do_search else 0
         while not trajectory.stop_reason:
             await self._turn(trajectory, stats, generate, may_search=stats["turns"] < last)
         return trajectory
 
-    async def _turn(
-        self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool
-    ) -> None:
+    async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:
         """One generation and what answers it; sets `stop_reason` when it was the last."""
         if len(trajectory.token_ids) > self.config.max_prompt_length:
             trajectory.stop_reason = "context"
@@ -109,7 +119,7 @@ class SearchAgentLoop:
             await self._search(trajectory, stats, action.query, emitted=text[end:])
         else:
             assert isinstance(action, Invalid)
-            trajectory.add_observation(self.invalid_ids, kind="invalid_action")
+            trajectory.add_observation(self.invalid_ids, turn=stats["turns"], kind="invalid_action")
 
     async def _search(self, trajectory: Trajectory, stats: dict[str, Any], query: str, emitted: str) -> None:
         assert self.client is not None
@@ -124,5 +134,6 @@ class SearchAgentLoop:
         pairs = [(p.title, p.text) for p in passages]
         ids, cut = encode_passages(pairs, self.tokenizer, self.config.max_obs_length, emitted)
         stats["cut"] += cut
-        shown = [{"id": p.id, "title": p.title, "score": p.score} for p in passages]
-        trajectory.add_observation(ids, kind="search", query=query, passages=shown, latency_s=latency)
+        shown = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
+        facts = {"kind": "search", "query": query, "passages": shown, "latency_s": latency, "cut": cut}
+        trajectory.add_observation(ids, turn=stats["turns"], **facts)

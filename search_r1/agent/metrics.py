@@ -61,11 +61,16 @@ def _by_hops(stats: list[dict[str, Any]], searches: np.ndarray) -> dict[str, flo
 
 
 def _recall(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Share of the gold passages that were retrieved, where the data names them."""
+    """Share of the gold passages that were retrieved, and of questions with all, where the data names them."""
     shares = []
     for t in trajectories:
-        gold = {str(i) for i in t.info.get("gold_ids", ())}
+        passages = [p for s in t.segments for p in s.info.get("passages", ())]
+        gold, seen = set(map(str, t.info.get("gold_ids", ()))), {str(p["id"]) for p in passages}
+        if not gold:
+            gold = {title.strip('"') for title in t.info.get("gold_titles", ())}
+            seen = {p["title"].strip('"') for p in passages}
         if gold:
-            seen = {str(p["id"]) for s in t.segments for p in s.info.get("passages", ())}
             shares.append(len(gold & seen) / len(gold))
-    return {"env/gold_recall": float(np.mean(shares))} if shares else {}
+    if not shares:
+        return {}
+    return {"env/gold_recall": float(np.mean(shares)), "env/gold_retrieved": float(np.mean(np.equal(shares, 1)))}

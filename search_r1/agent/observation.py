@@ -24,12 +24,15 @@ def encode_passages(
 ) -> tuple[list[int], bool]:
     """Token ids of the `<information>` block, and whether its text was cut to fit into `max_tokens`.
 
-    It is cut inside, so the closing tag always survives. `emitted` is what the policy wrote after its closing tag:
-    line breaks among it (`>` and `\\n\\n` are one token for some vocabularies) are not added a second time.
+    The block is encoded as one text: vocabularies join `>Doc` and `.</`, and published checkpoints were trained so. It
+    is cut inside, so the closing tag always survives (`max_tokens` must hold both tags). `emitted` is what the policy
+    wrote after its own tag: line breaks that it begins with (`>\\n\\n` may be one token) are not added a second time.
     """
-    body = encode_text(tokenizer, format_passages([(neutralise(title), neutralise(text)) for title, text in passages]))
     newlines = len(emitted) - len(emitted.lstrip("\n"))
-    head = encode_text(tokenizer, OBSERVATION_HEAD[min(newlines, 2) :])
+    head = OBSERVATION_HEAD[min(newlines, 2) :]
+    body = format_passages([(neutralise(title), neutralise(text)) for title, text in passages])
+    ids = encode_text(tokenizer, head + body + OBSERVATION_TAIL)
+    if len(ids) <= max_tokens:
+        return ids, False
     tail = encode_text(tokenizer, OBSERVATION_TAIL)
-    room = max(0, max_tokens - len(head) - len(tail))
-    return head + body[:room] + tail, len(body) > room
+    return ids[: max_tokens - len(tail)] + tail, True

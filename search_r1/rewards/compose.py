@@ -5,14 +5,14 @@ Only what the policy wrote is read: not the prompt with its `<answer>` example, 
 
 import random
 import re
-import zlib
 from typing import Any, ClassVar
 
 from search_r1.rewards.matching import exact_match, extract_answer, f1, gold_answers, substring_match
-from verl.agent import Row, Source, Trajectory
+from verl.agent import Row, Source, Trajectory, context_digest
 from verl.utils.config import Config
 
-TURN = re.compile(r"\s*<think>(?:(?!<).)*</think>\s*<(search|answer)>(?:(?!<).)*</\1>\s*", re.DOTALL)
+NO_TAG = r"(?:(?!</?(?:think|search|information|answer)>).)*"
+TURN = re.compile(rf"\s*<think>{NO_TAG}</think>\s*<(search|answer)>{NO_TAG}</\1>\s*", re.DOTALL)
 
 
 class SearchRewardConfig(Config):
@@ -27,7 +27,7 @@ class SearchRewardConfig(Config):
 
 
 class SearchReward:
-    """`score` and the components `em`, `f1`, `sub_em`, `format`, `answered`."""
+    """`score` and the components `em`, `f1`, `sub_em`, `format`, `answered`, and `random` where it has a weight."""
 
     Config: ClassVar = SearchRewardConfig
 
@@ -40,7 +40,7 @@ class SearchReward:
             for s in trajectory.segments
             if s.source is Source.MODEL
         ]
-        answer = extract_answer("".join(turns))
+        answer = next((found for turn in reversed(turns) if (found := extract_answer(turn)) is not None), None)
         golds = gold_answers(row["reward_model"]["ground_truth"])
         text = answer or ""
         parts = {
@@ -53,7 +53,8 @@ class SearchReward:
         weights = self.config
         score = weights.em * parts["em"] + weights.f1 * parts["f1"] + weights.format * parts["format"]
         if weights.random:
-            score += weights.random * coin(trajectory.response_ids)
+            parts["random"] = coin(trajectory)
+            score += weights.random * parts["random"]
         return {"score": score, **parts}
 
 
@@ -65,6 +66,10 @@ def format_score(turns: list[str]) -> float:
     return sum(kind is not None for kind in kinds) / len(kinds)
 
 
-def coin(token_ids: list[int]) -> float:
-    """0 or 1 by the trajectory's own tokens: as good as random, and the same in every run."""
-    return float(random.Random(zlib.crc32(str(token_ids).encode())).random() < 0.5)
+def coin(trajectory: Trajectory) -> float:
+    """0 or 1, reproducible: seeded by the trajectory's tokens and by the weights that wrote them.
+
+    Tokens alone would reward the same words at every step, which can be learned.
+    """
+    versions = [s.policy_version for s in trajectory.segments]
+    return float(random.Random(f"{context_digest(trajectory.token_ids)} {versions}").random() < 0.5)

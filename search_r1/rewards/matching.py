@@ -37,7 +37,10 @@ def exact_match(prediction: str, golds: Iterable[str]) -> float:
 
 
 def substring_match(prediction: str, golds: Iterable[str]) -> float:
-    """1 if a gold answer occurs in the prediction after normalisation, else 0."""
+    """1 if a gold answer occurs in the prediction after normalisation, else 0.
+
+    As in the original, a gold answer of punctuation alone ("---") occurs in everything.
+    """
     text = normalize_answer(prediction)
     return float(any(normalize_answer(g) in text for g in golds))
 
