@@ -1,11 +1,13 @@
 """`python -m search_r1.data.prepare --questions FILE --out DIR`: questions and answers into training files.
 
-FILE is JSONL, CSV or parquet with `question` and `answer`, `answers` or `golden_answers`; a parquet file that already has
-the training columns passes through. Every row is checked before anything is written.
+FILE is JSONL, CSV or parquet with `question` and `answer`, `answers` or `golden_answers`; rows that already have the
+training columns pass through. Every row is checked before anything is written.
 """
 
 import argparse
+import ast
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -19,66 +21,110 @@ from search_r1.prompts import TEMPLATES, build_prompt
 from verl.utils.errors import DataError
 
 ANSWER_KEYS = ("golden_answers", "answers", "answer")
-KEPT = ("gold_ids", "gold_titles", "hops", "id")
+LISTS, SCALARS = ("gold_ids", "gold_titles"), {"hops": int, "id": str}
 NATIVE = {"data_source", "prompt", "reward_model"}
 MAX_LISTED = 20
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place for messages, record) of each row. Raises DataError for a file or line that cannot be read."""
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """(place for messages, record or what is wrong with the line) of each row; blank lines are none.
+
+    Raises DataError for a file that cannot be read.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.suffix == ".parquet":
-        for number, record in enumerate(pq.read_table(path).to_pylist()):
-            yield f"{path}, row {number}", record
+        try:
+            records = pq.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not a readable parquet file ({error})") from error
+        yield from ((f"{path}, row {number}", record) for number, record in enumerate(records))
     elif path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            for number, record in enumerate(csv.DictReader(file), 2):
-                yield f"{path}, line {number}", record
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        yield from ((f"{path}, line {reader.line_num}", parse_cells(record)) for record in reader)
     elif path.suffix in (".jsonl", ".json"):
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}, line {number}: not JSON ({error})") from error
-                if not isinstance(record, dict):
-                    raise DataError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
-                yield f"{path}, line {number}", record
+        lines = enumerate(read_text(path).split("\n"), 1)
+        yield from ((f"{path}, line {number}", parse_line(line)) for number, line in lines if line.strip())
     else:
         raise DataError(f"{path}: expected a .jsonl, .csv or .parquet file")
 
 
-def golden_answers(record: dict[str, Any]) -> list[str]:
-    """The accepted answers of a record, empty when it has none."""
-    values = next((record[key] for key in ANSWER_KEYS if record.get(key) is not None), [])
-    values = values if isinstance(values, list) else [values]
-    return [text for value in values if (text := str(value).strip())]
+def read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error})") from error
+
+
+def parse_line(line: str) -> dict[str, Any] | str:
+    """The object on a line of JSONL, or what is wrong with it."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        return f"not JSON ({error})"
+    return record if isinstance(record, dict) else f"expected one object per line, got a {type(record).__name__}"
+
+
+def parse_cells(record: dict[Any, Any]) -> dict[str, Any] | str:
+    """The record of a line of CSV: in a column of answers or gold passages `["a"]` is a list; empty cells are None."""
+    if None in record:
+        return "more cells than columns (quote cells that hold a comma)"
+    parsed: dict[str, Any] = {key: cell or None for key, cell in record.items()}
+    for key in {*ANSWER_KEYS, *LISTS} & parsed.keys():
+        cell = parsed[key] or ""
+        if cell.startswith("[") and cell.endswith("]"):
+            try:
+                parsed[key] = ast.literal_eval(cell)
+            except (ValueError, SyntaxError):
+                return f"{key}: not a list ({cell[:60]})"
+    return parsed
+
+
+def texts(value: Any) -> list[str]:
+    """The non-empty strings of a value or list of values."""
+    values = value if isinstance(value, list) else [value]
+    return [text for v in values if v is not None and (text := str(v).strip())]
 
 
 def convert(record: dict[str, Any], source: str, template: str, index: int) -> dict[str, Any] | str:
     """The training row of a record, or what is wrong with it."""
     if record.keys() >= NATIVE:
-        return record
-    question, answers = str(record.get("question") or "").strip(), golden_answers(record)
+        return check_native(record) or record
+    question = str(record.get("question") or "").strip()
+    answers = next((found for key in ANSWER_KEYS if (found := texts(record.get(key)))), [])
     if not question:
         return "no question"
     if not answers:
         return f"no answer (looked for {', '.join(ANSWER_KEYS)})"
+    kept: dict[str, Any] = {key: texts(record[key]) for key in LISTS if record.get(key) is not None}
+    for key, kind in SCALARS.items():
+        try:
+            kept |= {key: kind(record[key])} if record.get(key) is not None else {}
+        except ValueError:
+            return f"{key}: expected {kind.__name__}, got {record[key]!r}"
     return {
-        "data_source": record.get("data_source") or source,
+        "data_source": str(record.get("data_source") or source),
         "prompt": [{"role": "user", "content": build_prompt(question, template)}],
         "ability": "fact-reasoning",
         "reward_model": {"style": "rule", "ground_truth": {"target": answers}},
-        "extra_info": {"index": index, **{k: record[k] for k in KEPT if record.get(k) is not None}},
+        "extra_info": {"index": index, **kept},
     }
+
+
+def check_native(record: dict[str, Any]) -> str | None:
+    """What is wrong with a row that already has the training columns."""
+    if not any(str(message["content"]).strip() for message in record["prompt"] or ()):
+        return "prompt is empty"
+    truth = (record["reward_model"] or {}).get("ground_truth")
+    target = truth.get("target") if isinstance(truth, dict) else truth
+    return None if texts(target) else "reward_model.ground_truth holds no answer"
 
 
 def prepare(path: Path, template: str) -> list[dict[str, Any]]:
     """All rows of a file. Raises DataError listing the first problems and their number."""
     rows, problems = [], []
     for index, (place, record) in enumerate(read_rows(path)):
-        row = convert(record, path.stem, template, index)
+        row = record if isinstance(record, str) else convert(record, path.stem, template, index)
         if isinstance(row, str):
             problems.append(f"{place}: {row}")
         else:
@@ -91,14 +137,14 @@ def prepare(path: Path, template: str) -> list[dict[str, Any]]:
     return rows
 
 
-def count_duplicates(rows: list[dict[str, Any]]) -> int:
-    """Rows whose prompt occurred before."""
-    return len(rows) - len({row["prompt"][0]["content"].lower() for row in rows})
+def questions(rows: list[dict[str, Any]]) -> set[str]:
+    """The different prompts of the rows, without regard to case."""
+    return {row["prompt"][-1]["content"].lower() for row in rows}
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m search_r1.data.prepare", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m search_r1.data.prepare", description="Make training files.")
     add = parser.add_argument
     add("--questions", type=Path, required=True, help="JSONL, CSV or parquet of questions and answers")
     add("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
@@ -108,15 +154,18 @@ def main() -> None:
     try:
         rows = prepare(args.questions, args.template)
         if not 0 < args.test_size < len(rows):
-            raise DataError(f"--test-size {args.test_size}: expected 1 to {len(rows) - 1}, the file has {len(rows)} rows")
+            raise DataError(f"--test-size {args.test_size}: expected 1 to {len(rows) - 1} of the {len(rows)} rows")
     except DataError as error:
         sys.exit(f"error: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
-    split = len(rows) - args.test_size
-    pq.write_table(pa.Table.from_pylist(rows[:split]), args.out / "train.parquet")
-    pq.write_table(pa.Table.from_pylist(rows[split:]), args.out / "test.parquet")
-    duplicates = count_duplicates(rows)
-    sys.stdout.write(f"{args.out}: {split} training and {args.test_size} test questions, {duplicates} duplicates\n")
+    train, test = rows[: -args.test_size], rows[-args.test_size :]
+    pq.write_table(pa.Table.from_pylist(train), args.out / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(test), args.out / "test.parquet")
+    duplicates, shared = len(rows) - len(questions(rows)), len(questions(train) & questions(test))
+    sys.stdout.write(
+        f"{args.out}: {len(train)} training and {len(test)} test questions; "
+        f"{duplicates} duplicates, {shared} of the test questions are also training questions\n"
+    )
 
 
 if __name__ == "__main__":
