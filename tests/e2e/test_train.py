@@ -1,0 +1,81 @@
+"""The real command from prompt to checkpoint: Ray, FSDP, vLLM, HTTP."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.runs import CORPUS, arguments, metrics, train
+from tests.models import make_tiny_qwen2
+from tests.retrieval import retrieval_server, write_corpus
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_qwen2(tmp_path_factory.mktemp("model"), tied=True)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, CORPUS)
+    with retrieval_server(folder) as (address, _):
+        yield address
+
+
+def test_grpo_trains_exports_and_resumes(tmp_path, model, url):
+    shared = {"retriever__url": url, "trainer__save_freq": 2, "trainer__max_ckpt_to_keep": 1}
+    first = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=2, **shared))
+    assert first.returncode == 0, first.stderr[-3000:]
+    lines = metrics(tmp_path)
+    assert [line["training/global_step"] for line in lines] == [0, 1, 2]
+    for line in lines[1:]:
+        assert line["rollout/context_violations"] == 0
+        assert line["rollout/logprob_diff_max"] <= 1e-3
+        assert line["actor/optimizer_steps"] == 2  # 4 prompts x 3 / 6
+        assert line["training/policy_version"] == line["training/global_step"]
+    record = json.loads((tmp_path / "run/trajectories/train_000001.jsonl").open().readline())
+    assert record["segments"][0]["source"] == "model" and "score" in record["reward"]
+
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf")
+    initial = AutoModelForCausalLM.from_pretrained(model)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run/hf")) == exported.config.vocab_size
+    moved = [n for (n, a), b in zip(exported.named_parameters(), initial.parameters(), strict=True) if not torch.equal(a, b)]
+    scores = {line["critic/score/max"] - line["critic/score/min"] for line in lines[1:]}
+    assert moved or scores == {0.0}
+
+    again = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=3, **shared))
+    assert again.returncode == 0 and "resuming after step 2" in again.stderr + again.stdout, again.stderr[-3000:]
+    assert [line["training/global_step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
+    assert [p.name for p in (tmp_path / "run").glob("global_step_*")] == ["global_step_3"]
+
+
+def test_ppo_on_two_fsdp_ranks_with_a_custom_reward(tmp_path, model, url):
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
+        "    assert data_source == 'tiny' and extra_info['hops'] == 1\n"
+        "    return {'score': len(solution_str) / 100, 'letters': len(solution_str)}\n"
+    )
+    more = {
+        "retriever__url": url,
+        "trainer__n_gpus_per_node": 2,
+        "trainer__total_training_steps": 2,
+        "trainer__critic_warmup": 1,
+        "trainer__save_hf": "false",
+        "custom_reward_function__path": reward,
+    }
+    done = train("ppo", arguments(tmp_path, model, **more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    warmup, step = metrics(tmp_path)[1:]
+    assert "actor/pg_loss" not in warmup and warmup["critic/grad_norm"] > 0
+    assert step["actor/grad_norm"] > 0 and step["critic/kl_coeff"] == 0.001 and step["reward/letters"] > 0
+    assert step["rollout/logprob_diff_max"] <= 1e-3
+
+
+def test_a_task_without_search_trains_through_the_library_alone(tmp_path, model):
+    more = {"max_turns": None, "trainer__total_training_steps": 2, "trainer__save_hf": "false"}
+    done = train("toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(tmp_path)[1]["toy/count"] == 12

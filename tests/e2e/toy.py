@@ -1,0 +1,29 @@
+"""A task without search: one generation, rewarded by its share of letters `e`. The library needs no more than this."""
+
+from verl.agent import Trajectory
+from verl.utils.config import Config
+from verl.utils.reward import policy_text
+
+
+class SingleTurn:
+    Config, top_level_keys = Config, frozenset()
+
+    def __init__(self, config, tokenizer): ...
+    def preflight(self): return []  # fmt: skip
+    async def close(self): ...
+    async def run(self, prompt_ids, row, generate):
+        trajectory = Trajectory(prompt_ids, stop_reason="stop")
+        trajectory.add_completion(await generate(prompt_ids, max_tokens=16))
+        return trajectory
+
+    @staticmethod
+    def reduce_metrics(trajectories): return {"toy/count": float(len(trajectories))}  # fmt: skip
+
+
+class CountE:
+    Config = Config
+
+    def __init__(self, config, tokenizer): self.tokenizer = tokenizer  # fmt: skip
+    def __call__(self, trajectory, row):
+        text = policy_text(trajectory, self.tokenizer)
+        return {"score": text.count("e") / max(1, len(text))}

@@ -1,0 +1,102 @@
+"""Every YAML composes and validates; what cannot work is refused before anything starts, all of it at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from verl.trainer.config import validate
+from verl.utils.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "configs" / "experiment" / "nq_hotpotqa").glob("*-*.yaml"))
+OWN = ["experiment=own_data", "setup.corpus_path=c.jsonl", "setup.questions=q.jsonl"]
+
+
+def composed(config: str, *overrides: str) -> dict:
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        return OmegaConf.to_container(compose(config, list(overrides)), resolve=True)
+
+
+@pytest.mark.parametrize("recipe", [r.stem for r in RECIPES])
+def test_paper_recipes(recipe):
+    """arXiv 2503.09516, appendix B.2, and the released scripts."""
+    algorithm = recipe.rsplit("-", 1)[1]
+    config = validate(composed(algorithm, f"experiment=nq_hotpotqa/{recipe}"))
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (actor.optim.lr, actor.optim.lr_warmup_steps_ratio, actor.clip_ratio) == (1e-6, 0.285, 0.2)
+    assert (config.data.train_batch_size, actor.ppo_mini_batch_size, config.trainer.n_gpus_per_node) == (512, 256, 8)
+    assert (rollout.temperature, rollout.top_p) == (1.0, 1.0)
+    if algorithm == "ppo":
+        assert config.use_critic and config.algorithm.use_kl_in_reward and not actor.use_kl_loss
+        assert (config.critic.optim.lr, config.critic.optim.lr_warmup_steps_ratio) == (1e-5, 0.015)
+        assert config.num_mini_batches == 2
+    else:
+        assert not config.use_critic and actor.use_kl_loss and not config.algorithm.use_kl_in_reward
+        assert (rollout.n, actor.kl_loss_coef, config.num_mini_batches) == (5, 0.001, 10)
+
+
+def test_there_is_a_recipe_for_every_model_and_algorithm():
+    models = ["qwen2.5-3b", "qwen2.5-3b-instruct", "qwen2.5-7b", "qwen2.5-7b-instruct", "llama3.2-3b"]
+    assert {r.stem for r in RECIPES} == {f"{m}-{a}" for m in models for a in ("ppo", "grpo")}
+
+
+@pytest.mark.parametrize(("config", "overrides"), [("ppo", []), ("grpo", []), ("grpo", OWN), ("ppo", OWN)])
+def test_defaults_and_own_data(config, overrides):
+    assert validate(composed(config, *overrides))
+
+
+def test_every_problem_is_listed_with_its_key():
+    raw = composed("grpo", "data.train_batch_size=47", "actor_rollout_ref.rollout.n=1")
+    with pytest.raises(ConfigError) as caught:
+        validate(raw)
+    text = str(caught.value)
+    assert "actor_rollout_ref.actor.ppo_mini_batch_size=240 does not divide" in text
+    assert "adv_estimator=grpo needs actor_rollout_ref.rollout.n >= 2" in text
+
+
+def test_wrong_keys_and_types_in_every_section():
+    raw = composed("grpo")
+    raw["trainer"]["seeed"] = 1
+    raw["data"]["train_batch_size"] = "many"
+    raw["agent"]["retriever"]["adress"] = "x"
+    raw["reward"]["emm"] = 1
+    raw["surprise"] = 1
+    with pytest.raises(ConfigError) as caught:
+        validate(raw)
+    for key in ("trainer.seeed", "data.train_batch_size", "agent.retriever.adress", "reward.emm", "surprise"):
+        assert key in str(caught.value)
+
+
+def test_a_class_that_does_not_exist_is_named():
+    raw = composed("grpo")
+    raw["agent"]["_target_"] = "search_r1.agent.nowhere.Loop"
+    with pytest.raises(ConfigError, match=r"agent\._target_=search_r1\.agent\.nowhere\.Loop"):
+        validate(raw)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--cfg=job"])
+def test_help_needs_no_heavy_import(flag):
+    """It answers in seconds because neither torch nor ray nor vllm is loaded."""
+    code = (
+        "import sys, runpy\nsys.argv = ['main_ppo', *%r]\n"
+        "try: runpy.run_module('verl.trainer.main_ppo', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)" % (flag.split("="),)
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "max_turns" in done.stdout
+
+
+def test_missing_files_and_retriever_end_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "grpo"]
+    done = subprocess.run(
+        [*command, f"data.train_files={tmp_path}/no.parquet", "actor_rollout_ref.model.path=/nowhere"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "actor_rollout_ref.model.path=/nowhere" in done.stderr
