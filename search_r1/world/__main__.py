@@ -1,28 +1,41 @@
-"""`python -m search_r1.world --out DIR`: writes a closed world."""
+"""`python -m search_r1.world --out DIR`: writes corpus.jsonl, train.parquet and the held-out question files."""
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from search_r1.world.generate import write_world
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from search_r1.world.generate import World, WorldConfig, make_world
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m search_r1.world", description="Writes a closed world.")
-    add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder for corpus.jsonl and the parquet files")
-    add("--seed", type=int, default=0, help="another seed, another world (default: 0)")
-    add("--train-size", type=int, default=3000, help="entities of training questions (default: 3000)")
-    add("--test-size", type=int, default=800, help="entities of held-out questions (default: 800)")
-    add("--train-questions", type=int, nargs="+", default=[3000, 3000], help="of 1, 2, ... hops (default: 3000 3000)")
-    add("--test-questions", type=int, nargs="+", default=[250, 250], help="of 1, 2, ... hops (default: 250 250)")
-    add("--filler", type=int, default=0, help="sentences without content per passage (default: 0)")
-    args = vars(parser.parse_args())
+def write_world(world: World, folder: Path) -> None:
+    """Writes the passages as JSONL and each list of questions as parquet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(p) + "\n" for p in world.passages)
+    (folder / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
+    for name, rows in world.rows.items():
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m search_r1.world", description="Generate a closed world.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    for name, field in WorldConfig.model_fields.items():
+        kind = float if field.annotation is float else int
+        description = f"{field.description} (default: {field.default})"
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=field.default, help=description)
+    args = vars(parser.parse_args(argv))
     out = args.pop("out")
-    write_world(out, **args)
-    sys.stdout.write(f"closed world written to {out}\n")
+    world = make_world(WorldConfig(**args))
+    write_world(world, out)
+    counts = ", ".join(f"{len(rows)} {name}" for name, rows in world.rows.items())
+    sys.stdout.write(f"{out}: {len(world.passages)} passages; questions: {counts}\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

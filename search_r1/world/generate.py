@@ -1,15 +1,15 @@
 """A closed world of fictional people, cities, companies and countries: its passages and its questions.
 
-Every name is two words of invented syllables ("Tor Vel"), so that a name is several tokens and a retriever that matches
-words also brings other entities that share one of them. The splits `train`, `test` and `spare` (passages nobody asks
-about) are islands: no fact leads from one to another, so entities of test questions appear in no training question. The
-island `common` is the same for every seed: its facts are what a base model may know without searching.
+Every name is two invented syllables ("Torvel"), each one token each: names must be copied, not looked up. The splits
+`train`, `test` and `spare` (passages nobody asks about) are islands: no fact leads from one to another, so entities of
+test questions appear in no training question. The island `common` is the same for every seed: its facts are what a base
+model may know without searching.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -37,13 +37,13 @@ class Relation:
 RELATIONS = {
     r.name: r
     for r in (
-        Relation("birthplace", "person", "city", "was born in", "Where was {} born", "the birthplace of {}"),
-        Relation("employer", "person", "company", "works for", "Who employs {}", "the employer of {}"),
-        Relation("country", "city", "country", "lies in", "In which country lies {}", "the country of {}"),
-        Relation("mayor", "city", "person", "is led by", "Who leads {}", "the mayor of {}"),
-        Relation("home", "company", "city", "is based in", "Where is {} based", "the home of {}"),
-        Relation("founder", "company", "person", "was founded by", "Who founded {}", "the founder of {}"),
-        Relation("capital", "country", "city", "has the capital", "What is the capital of {}", "the capital of {}"),
+        Relation("residence", "person", "city", "inhabits", "Where does {} live", "the residence of {}"),
+        Relation("employer", "person", "company", "serves", "Who employs {}", "the employer of {}"),
+        Relation("country", "city", "country", "joined", "In which country lies {}", "the country of {}"),
+        Relation("mayor", "city", "person", "elected", "Who leads {}", "the mayor of {}"),
+        Relation("home", "company", "city", "occupies", "Where is {} based", "the home of {}"),
+        Relation("founder", "company", "person", "honours", "Who founded {}", "the founder of {}"),
+        Relation("capital", "country", "city", "crowned", "What is the capital of {}", "the capital of {}"),
     )
 }
 KINDS = ("person", "city", "company", "country")
@@ -57,12 +57,10 @@ DATA_SOURCES = {1: "closed_world_1hop", 2: "closed_world_2hop", 3: "closed_world
 
 
 def _syllables() -> tuple[list[str], list[str]]:
-    """Two disjoint pools of 160 words: first and second words of names."""
-    taken_by_english = {"For", "Not", "Was", "Set", "Van", "Son", "Led"}
-    words = ["".join(w) for w in product("BDFGKLMNPRSTVZ", "aeiou", "bdgklmnprtvz")]
-    words = [w for w in words if w not in taken_by_english]
-    random.Random(COMMON_SEED).shuffle(words)
-    return words[:160], words[160:320]
+    """Two disjoint pools of 96 syllables: the first and the second halves of names."""
+    syllables = ["".join(s) for s in product("bdfgklmnprstvz", "aeiou", "bdgklmnprtvz")]
+    random.Random(COMMON_SEED).shuffle(syllables)
+    return [s.capitalize() for s in syllables[:96]], syllables[96:192]
 
 
 FIRST, SECOND = _syllables()
@@ -98,7 +96,7 @@ class Entity:
 
 
 def random_name(rng: random.Random) -> str:
-    return f"{rng.choice(FIRST)} {rng.choice(SECOND)}"
+    return rng.choice(FIRST) + rng.choice(SECOND)
 
 
 def fresh_name(rng: random.Random, taken: set[str]) -> str:
@@ -147,8 +145,8 @@ class Question:
     def text(self) -> str:
         """The last relation's question, about the noun phrases of the ones before.
 
-        >>> Question(("birthplace", "mayor"), ("Tor Vel", "Zor Bin", "Kal Men")).text
-        'Who leads the birthplace of Tor Vel?'
+        >>> Question(("residence", "mayor"), ("Torvel", "Zorbin", "Kalmen")).text
+        'Who leads the residence of Torvel?'
         """
         subject = self.path[0]
         for r in self.relations[:-1]:
@@ -162,8 +160,8 @@ def relation_chains(hops: int) -> list[tuple[str, ...]]:
     return [
         tuple(r.name for r in c)
         for c in chains
-        if all(a.object == b.subject for a, b in zip(c, c[1:], strict=False))
-        and not any((a.name, b.name) == ("capital", "country") for a, b in zip(c, c[1:], strict=False))
+        if all(a.object == b.subject for a, b in pairwise(c))
+        and not any((a.name, b.name) == ("capital", "country") for a, b in pairwise(c))
     ]
 
 
@@ -171,7 +169,7 @@ def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) ->
     """Up to `count` different questions, spread evenly over the kinds of chains; no path visits an entity twice."""
     by_chain: list[list[Question]] = []
     for chain in relation_chains(hops):
-        questions = [Question(chain, path) for path in map(lambda e: follow(island, e, chain), island) if path]
+        questions = [Question(chain, path) for e in island if (path := follow(island, e, chain))]
         rng.shuffle(questions)
         by_chain.append(questions)
     turns: Iterator[Question] = (q[i] for i in range(len(island)) for q in by_chain if i < len(q))
@@ -221,7 +219,8 @@ def make_world(config: WorldConfig) -> World:
         "train": train, "test": test, "test_common": known[half:],
         "test_3hop": ask(islands["test"], 3, config.test_questions // 2, rng),
     }  # fmt: skip
-    return World(lines, {f: [row(q, f.split("_")[0], i, ids, common) for i, q in enumerate(qs)] for f, qs in files.items()})
+    rows = {f: [row(q, f.split("_")[0], i, ids, common) for i, q in enumerate(qs)] for f, qs in files.items()}
+    return World(lines, rows)
 
 
 def row(question: Question, split: str, index: int, ids: dict[str, str], common: dict[str, Entity]) -> dict[str, Any]:

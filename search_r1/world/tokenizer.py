@@ -1,30 +1,45 @@
 """The closed world's tokenizer: a byte-level BPE trained on its passages and traces."""
 
-from collections.abc import Iterable
-from pathlib import Path
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from search_r1.prompts import format_passages
+from search_r1.world.generate import FIRST
+from search_r1.world.traces import POOR, TraceWriter
+
 PAD, EOS = "<|pad|>", "<|end|>"
 TAGS = [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
+VOCAB_SIZE = 1024
+NAME = re.compile(rf"\b({'|'.join(FIRST)})([a-z]{{3}})\b")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """At most `vocab_size` ids. The protocol's tags are one ordinary token each: they survive decoding."""
+def training_texts(rng: random.Random, count: int = 1500) -> Iterator[str]:
+    """Traces without tags. A line break between the halves of each name keeps any pair from becoming one token."""
+    writer = TraceWriter(rng, POOR, 3, (1, 2, 3))
+    for _ in range(count):
+        text = "\n".join(p.text or format_passages(p.passages) for p in writer())
+        yield NAME.sub(r"\1\n\2", re.sub("|".join(TAGS), "", text))
+
+
+def train_tokenizer(texts: Iterable[str], syllables: Sequence[str]) -> PreTrainedTokenizerFast:
+    """At most VOCAB_SIZE ids, each of `syllables` one of them (capitalised ones also after a space or a quote).
+
+    The protocol's tags are one ordinary token each: decoding keeps them.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    added = 2 + len(TAGS)
+    halves = [form for s in syllables for form in ((f" {s}", f'"{s}') if s[0].isupper() else (s,))]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - added, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
+    size = VOCAB_SIZE - 2 - len(TAGS)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([*texts, *halves * 40], trainer)
     bpe.add_special_tokens([AddedToken(t, special=True) for t in (PAD, EOS)])
     bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False, model_max_length=1024
     )
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
-    tokenizer.save_pretrained(str(folder))

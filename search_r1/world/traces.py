@@ -13,11 +13,9 @@ from typing import Any
 from search_r1.agent.observation import encode_passages
 from search_r1.prompts import build_prompt
 from search_r1.world.generate import (
-    FIRST,
     KINDS,
     OF_KIND,
     RELATIONS,
-    SECOND,
     Entity,
     Question,
     ask,
@@ -27,7 +25,6 @@ from search_r1.world.generate import (
     random_name,
     relation_chains,
 )
-from verl.utils.config import Config
 from verl.utils.tokenizer import encode_text
 
 
@@ -55,6 +52,8 @@ POOR = PolicyMix(
     guess=0.6, guess_known=0.3, wrong_query=0.25, stop_early=0.6, search_again=0.05, common=0.1
 )  # fmt: skip
 MAX_TURNS = 4
+GOLD_FIRST = 0.8
+"""How often the passage asked for is not moved from the front: BM25 ranks an entity's own passage first."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ class Piece:
 class TraceWriter:
     """Draws traces of 1 to `hops` hops with `num_passages` passages per search."""
 
-    def __init__(self, rng: random.Random, mix: PolicyMix, num_passages: int, hops: Sequence[int], filler: int = 0) -> None:
+    def __init__(
+        self, rng: random.Random, mix: PolicyMix, num_passages: int, hops: Sequence[int], filler: int = 0
+    ) -> None:
         self.rng, self.mix, self.num_passages, self.filler = rng, mix, num_passages, filler
         self.chains = {h: relation_chains(h) for h in hops}
         common = common_island()
@@ -102,7 +103,7 @@ class TraceWriter:
             name = question.path[known]
             if known == 0 and rng.random() < (guess if turn == 0 else mix.guess):
                 return [*pieces, Piece("model", f"<think> I guess </think> <answer> {random_name(rng)} </answer>")]
-            stops = turn == MAX_TURNS or 0 < known < hops and rng.random() < mix.stop_early
+            stops = turn == MAX_TURNS or (0 < known < hops and rng.random() < mix.stop_early)
             if stops or (known == hops and rng.random() >= mix.search_again):
                 return [*pieces, *self.think(question, known, name), Piece("model", f" <answer> {name} </answer>")]
             wrong = known < hops and rng.random() < mix.wrong_query
@@ -123,15 +124,17 @@ class TraceWriter:
     def observation(self, question: Question, known: int | None, query: str, taken: set[str]) -> Piece:
         """The passage of path[known], if any, among others such as word matching brings for `query`."""
         rng = self.rng
-        entities = []
+        entities, kind = [], rng.choice(KINDS)
         if known is not None:
             relation = RELATIONS[question.relations[known]]
-            entity = self.entity(query, relation.subject, taken)
+            kind = relation.subject
+            entity = self.entity(query, kind, taken)
             entity.facts[relation.name] = question.path[known + 1]
             entities.append(entity)
         while len(entities) < self.num_passages:
-            entities.append(self.distractor(query, taken))
-        rng.shuffle(entities)
+            entities.append(self.distractor(query, kind, taken))
+        if rng.random() >= GOLD_FIRST:
+            rng.shuffle(entities)
         return Piece("observation", "", tuple(passage(e, rng, self.filler) for e in entities))
 
     def drill(self) -> list[Piece]:
@@ -139,31 +142,26 @@ class TraceWriter:
         taken = set(self.common_names)
         entities = [self.entity(fresh_name(self.rng, taken), self.rng.choice(KINDS), taken)]
         while len(entities) < self.num_passages:
-            entities.append(self.distractor(self.rng.choice(entities).name, taken))
+            one = self.rng.choice(entities)
+            entities.append(self.distractor(one.name, one.kind, taken))
         facts = [(e.name, RELATIONS[r], y) for e in entities for r, y in e.facts.items()]
         self.rng.shuffle(facts)
         pieces = [Piece("observation", "", tuple(passage(e, self.rng, self.filler) for e in entities))]
         for x, relation, y in facts:
-            pieces += [Piece("model", f"<think> {x} {relation.sentence}"), Piece("read", f" {y}"), Piece("model", " </think>")]
+            pieces += [Piece("prompt", f"<think> {x}"), Piece("model", f" {relation.sentence}")]
+            pieces += [Piece("read", f" {y}"), Piece("model", " </think>")]
         return pieces
 
     def entity(self, name: str, kind: str, taken: set[str]) -> Entity:
         return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
 
-    def distractor(self, query: str, taken: set[str]) -> Entity:
-        """An entity that shares a word with the query, or has it as the object of a fact."""
-        rng, (first, second) = self.rng, query.split()
-        kind = rng.choice(list(OF_KIND))
-        how = rng.random()
-        if how < 0.35:
-            entity = self.entity(fresh_name(rng, taken), kind, taken)
-            entity.facts[rng.choice(list(entity.facts))] = query
-            return entity
-        name = f"{first} {rng.choice(SECOND)}" if how < 0.65 else f"{rng.choice(FIRST)} {second}"
-        if name in taken:
-            return self.distractor(query, taken)
-        taken.add(name)
-        return self.entity(name, kind, taken)
+    def distractor(self, query: str, kind: str, taken: set[str]) -> Entity:
+        """An entity of the same or any kind, often one with the query as the object of a fact: those match it."""
+        kind = kind if self.rng.random() < 0.4 else self.rng.choice(KINDS)
+        entity = self.entity(fresh_name(self.rng, taken), kind, taken)
+        if self.rng.random() < 0.4:
+            entity.facts[self.rng.choice(list(entity.facts))] = query
+        return entity
 
 
 def encode_trace(pieces: Sequence[Piece], tokenizer: Any) -> dict[str, list[int]]:

@@ -1,0 +1,194 @@
+"""Supervised fine-tuning on token rows with a loss mask: the SFT baseline, and the warm start of small models.
+
+    python -m verl.trainer.sft model.path=DIR train_files=[rows.jsonl] output=DIR total_training_steps=500
+    torchrun --nproc-per-node 8 -m verl.trainer.sft ...
+
+A row is `input_ids` and `loss_mask` (1 = trained). It uses the sharded model and the optimizer step of the actor.
+"""
+
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from pydantic import PositiveFloat, PositiveInt, ValidationError
+from torch.distributed.device_mesh import init_device_mesh
+from tqdm import tqdm
+
+from verl.protocol import DataProto
+from verl.single_controller.worker import init_process_group, seed_everything
+from verl.utils.checkpoint import save_pretrained
+from verl.utils.config import Config
+from verl.utils.dataset import ResumableSampler
+from verl.utils.errors import DataError
+from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
+from verl.workers.fsdp_model import build_model, build_train_state, forward_log_probs, full_parameters
+from verl.workers.update import Counts, Metrics, reduce_sum, update_mini_batches
+
+logger = logging.getLogger(__name__)
+
+Example = dict[str, list[int]]
+"""`input_ids` and `loss_mask`; optionally `watch_mask`, the tokens whose accuracy is reported (default: loss_mask)."""
+
+
+class SFTConfig(Config):
+    model: ModelConfig
+    output: str
+    """Folder of the trained model, in Hugging Face format."""
+    train_files: tuple[str, ...] = ()
+    """JSONL or parquet files of rows."""
+    train_batch_size: PositiveInt = 64
+    """Rows per optimizer step, over all ranks."""
+    micro_batch_size_per_gpu: PositiveInt = 16
+    """Rows per forward-backward pass of one rank: memory only."""
+    max_length: PositiveInt = 4096
+    """A longer row is an error."""
+    total_training_steps: PositiveInt = 1000
+    """Optimizer steps."""
+    grad_clip: PositiveFloat = 1.0
+    """Maximum norm of the gradient."""
+    seed: int = 0
+    """Order of the rows."""
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    fsdp: FSDPConfig = FSDPConfig()
+
+
+class SFTTrainer:
+    """Steps on examples. The process group must exist; every rank passes the same examples and trains on its share."""
+
+    def __init__(self, config: SFTConfig) -> None:
+        self.config = config
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(kind)
+        mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("dp",))
+        self.state = build_train_state(
+            build_model(config.model, "lm", config.fsdp, mesh), config.optim, config.total_training_steps
+        )
+
+    def step(self, examples: Sequence[Example]) -> dict[str, float]:
+        """One optimizer step on the mean loss of the trained tokens of all `examples`.
+
+        Returns `loss`, `grad_norm`, `lr`, `skipped_steps` and `watched`: the share of watched tokens that the model
+        gave more than half of the probability to (a lower bound of greedy accuracy).
+        """
+        mine = examples[dist.get_rank() :: dist.get_world_size()]
+        rows = collate(mine, self.config.max_length).to(self.device)
+        watched = max(1.0, reduce_sum([float(rows.batch["watch_mask"].sum())], self.device)[0])
+
+        def loss_fn(rows: DataProto, counts: Counts) -> tuple[torch.Tensor, Metrics]:
+            log_probs, _ = forward_log_probs(self.state.model, rows, temperature=1.0, with_entropy=False)
+            trained = torch.where(rows.batch["response_mask"].bool(), log_probs, 0.0)
+            right = (log_probs > -0.6931) & rows.batch["watch_mask"].bool()
+            return -trained.sum() / counts.num_tokens, {"watched": right.sum() / watched}
+
+        size = self.config.micro_batch_size_per_gpu
+        return update_mini_batches(
+            self.state, rows, loss_fn, epochs=1, micro_batch_size=size, grad_clip=self.config.grad_clip
+        )
+
+    def save(self, path: str) -> None:
+        """Writes model and tokenizer in Hugging Face format. A collective."""
+        save_pretrained(self.state.model, full_parameters(self.state.model), self.config.model, path)
+        dist.barrier()
+
+
+def collate(examples: Sequence[Example], max_length: int) -> DataProto:
+    """The first token of each row as its prompt, the others as its response, padded on the right.
+
+    Raises DataError for a row that is too long, has no trained token, or whose mask does not fit.
+    """
+    for number, example in enumerate(examples):
+        size = len(example["input_ids"])
+        if len(example["loss_mask"]) != size or size > max_length or not any(example["loss_mask"][1:]):
+            raise DataError(
+                f"row {number}: {size} input_ids and {len(example['loss_mask'])} loss_mask values with "
+                f"{sum(example['loss_mask'])} ones; expected equal lengths of at most {max_length} and a one"
+            )
+    width = max(len(e["input_ids"]) for e in examples)
+
+    def column(values: list[list[int]]) -> torch.Tensor:
+        return torch.tensor([v + [0] * (width - len(v)) for v in values])
+
+    ids = column([e["input_ids"] for e in examples])
+    return DataProto.from_dict(
+        {
+            "prompts": ids[:, :1],
+            "responses": ids[:, 1:],
+            "attention_mask": column([[1] * len(e["input_ids"]) for e in examples]),
+            "response_mask": column([e["loss_mask"] for e in examples])[:, 1:],
+            "watch_mask": column([e.get("watch_mask") or e["loss_mask"] for e in examples])[:, 1:],
+            "mini_batch": torch.zeros(len(examples), dtype=torch.long),
+        },
+        meta_info={"num_mini_batches": 1},
+    )
+
+
+def read_examples(files: Sequence[str]) -> list[Example]:
+    """Rows of JSONL or parquet files. Raises DataError naming file and row for one without its two lists."""
+    examples: list[Example] = []
+    for path in files:
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such file")
+        rows: list[Any]
+        if path.endswith(".parquet"):
+            rows = pq.read_table(path).to_pylist()
+        else:
+            rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        for number, row in enumerate(rows):
+            if not all(isinstance(row.get(key), list) for key in ("input_ids", "loss_mask")):
+                raise DataError(f"{path}, row {number}: expected the lists input_ids and loss_mask, got {sorted(row)}")
+        examples += rows
+    if not examples:
+        raise DataError(f"train_files={list(files)}: no rows")
+    return examples
+
+
+def batches(examples: Sequence[Example], config: SFTConfig) -> Iterator[list[Example]]:
+    """Batches of `train_batch_size`, epoch after epoch, in an order drawn from the seed."""
+    for rows in ResumableSampler(len(examples), config.train_batch_size, config.seed, shuffle=True):
+        yield [examples[i] for i in rows]
+
+
+def start_process_group(threads: int | None = None) -> None:
+    """The group that torchrun's environment describes; without it, this process alone."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(os.environ.get("MASTER_PORT", s.getsockname()[1]))
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    init_process_group(rank, size, os.environ.get("MASTER_ADDR", "127.0.0.1"), port, kind, threads=threads)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains on `train_files` and writes `output`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    overrides = list(sys.argv[1:] if argv is None else argv)
+    try:
+        config = SFTConfig.model_validate(OmegaConf.to_container(OmegaConf.from_dotlist(overrides)))
+        examples = read_examples(config.train_files)
+    except (ValidationError, DataError) as error:
+        sys.exit(f"error: {error}")
+    start_process_group()
+    seed_everything(config.seed)
+    trainer = SFTTrainer(config)
+    rows = batches(examples, config)
+    progress = tqdm(range(config.total_training_steps), desc="sft", disable=dist.get_rank() > 0)
+    for _ in progress:
+        metrics = trainer.step(next(rows))
+        progress.set_postfix(loss=f"{metrics['loss']:.3f}", watched=f"{metrics['watched']:.3f}")
+    trainer.save(config.output)
+    logger.info("trained model: %s", config.output)
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
