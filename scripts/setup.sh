@@ -37,9 +37,11 @@ elif [[ -f "$STAMP" && "$(cat "$STAMP")" == "$WANTED" ]]; then
   PYTHON="$ROOT/.venv/bin/python"
 else
   echo "setup: installing for $DEVICE into $ROOT/.venv (once, a few minutes)"
-  BASE="$(command -v python3.12 || command -v python3.11 || command -v python3 || true)"
-  [[ -n "$BASE" ]] && "$BASE" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-    || fail "Python 3.11 or newer is needed and was not found: install it, then run this again"
+  BASE=""
+  for name in python3.12 python3.11 python3 python; do  # a launcher may exist without the version behind it
+    "$name" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && BASE="$name" && break
+  done
+  [[ -n "$BASE" ]] || fail "Python 3.11 or newer with venv is needed and was not found: install it, then run this again"
   command -v cc >/dev/null || command -v gcc >/dev/null || fail "no C compiler was found: install gcc, then run this again"
   "$BASE" -m venv "$ROOT/.venv"
   PYTHON="$ROOT/.venv/bin/python"

@@ -1,8 +1,8 @@
 """`python -m search_r1.launch --config-name grpo [key=value ...]`: all that surrounds a training run on one machine.
 
 Makes what the `setup` section names and is absent (closed world, base model, training files, index), serves the index,
-trains with `verl.trainer.main_ppo` under the same overrides, and reports. Sections left null are the user's own: for the
-paper's recipes this only starts the training.
+trains with `verl.trainer.main_ppo` under the same overrides, and reports. Sections left null are the user's own: for
+the paper's recipes this only starts the training.
 """
 
 import argparse

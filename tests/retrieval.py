@@ -33,7 +33,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def retrieval_server(folder: Path, *flags: str, port: int | None = None) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+def retrieval_server(
+    folder: Path, *flags: str, port: int | None = None
+) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     """(URL, process) of a server over what `write_corpus` wrote, started by its path, ended on the way out."""
     port = port or free_port()
     command = [sys.executable, str(SERVER), "--index_path", str(folder / "bm25"), "--port", str(port), *flags]

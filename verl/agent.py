@@ -95,9 +95,7 @@ class Trajectory:
     def rollout_log_probs(self) -> list[float]:
         """Zero where the policy did not write."""
         return [
-            x
-            for s in self.segments
-            for x in (s.log_probs if s.source is Source.MODEL else [0.0] * len(s.token_ids))
+            x for s in self.segments for x in (s.log_probs if s.source is Source.MODEL else [0.0] * len(s.token_ids))
         ]
 
     def num_tokens(self, source: Source) -> int:

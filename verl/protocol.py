@@ -2,23 +2,23 @@
 
 Shapes: B trajectories, P longest prompt, R longest response, T = P + R.
 
-| key                 | shape     | dtype   | written by      | meaning                                                       |
-|---------------------|-----------|---------|-----------------|---------------------------------------------------------------|
-| prompts             | [B, P]    | int64   | agent loop      | prompt ids, padded on the left                                |
-| responses           | [B, R]    | int64   | agent loop      | everything after the prompt, padded on the right              |
-| attention_mask      | [B, P+R]  | int64   | agent loop      | 1 = real token                                                |
-| response_mask       | [B, R]    | int64   | agent loop      | 1 = token that the policy sampled and is trained on           |
-| rollout_log_probs   | [B, R]    | float32 | agent loop      | log-prob under the distribution it was sampled from, else 0   |
-| policy_versions     | [B, R]    | int32   | agent loop      | weight version that sampled the token, -1 elsewhere           |
-| token_level_scores  | [B, R]    | float32 | reward          | score on the last policy token, 0 elsewhere                   |
-| token_level_rewards | [B, R]    | float32 | advantage       | scores minus the KL penalty, where KL is in the reward        |
-| old_log_probs       | [B, R]    | float32 | actor           | log-prob under the weights before the update                  |
-| ref_log_prob        | [B, R]    | float32 | reference       | log-prob under the initial weights                            |
-| values              | [B, R]    | float32 | critic          | value of the state in which the token was chosen              |
-| advantages, returns | [B, R]    | float32 | advantage       | see core_algos                                                |
-| mini_batch          | [B]       | int64   | trainer         | optimizer step of this batch that the row belongs to          |
-| uid                 | [B]       | object  | trainer         | group of the row: one uuid per prompt                         |
-| data_source         | [B]       | object  | data            | name of the question set                                      |
+| key                 | shape   | dtype   | written by | meaning |
+|---|---|---|---|---|
+| prompts             | [B, P]  | int64   | agent loop | prompt ids, padded on the left |
+| responses           | [B, R]  | int64   | agent loop | everything after the prompt, padded on the right |
+| attention_mask      | [B, P+R]| int64   | agent loop | 1 = real token |
+| response_mask       | [B, R]  | int64   | agent loop | 1 = token that the policy sampled and is trained on |
+| rollout_log_probs   | [B, R]  | float32 | agent loop | log-prob under the distribution it was sampled from, else 0 |
+| policy_versions     | [B, R]  | int32   | agent loop | weight version that sampled the token, -1 elsewhere |
+| token_level_scores  | [B, R]  | float32 | reward     | score on the last policy token, 0 elsewhere |
+| token_level_rewards | [B, R]  | float32 | advantage  | scores minus the KL penalty, where KL is in the reward |
+| old_log_probs       | [B, R]  | float32 | actor      | log-prob under the weights before the update |
+| ref_log_prob        | [B, R]  | float32 | reference  | log-prob under the initial weights |
+| values              | [B, R]  | float32 | critic     | value of the state in which the token was chosen |
+| advantages, returns | [B, R]  | float32 | advantage  | see core_algos |
+| mini_batch          | [B]     | int64   | trainer    | optimizer step of this batch that the row belongs to |
+| uid                 | [B]     | object  | trainer    | group of the row: one uuid per prompt |
+| data_source         | [B]     | object  | data       | name of the question set |
 
 Masks are carried from the agent loop, never recovered by comparing ids with the pad id.
 """
@@ -136,7 +136,7 @@ class DataProto:
 
 
 def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) -> DataProto:
-    """The batch of `trajectories`, in their order: the columns that the schema table gives to the agent loop and reward.
+    """The batch of `trajectories`, in their order: the columns that the schema gives to the agent loop and reward.
 
     A row with prompt [p, q] and response  m m o o m  (m sampled, o observed), in a batch with P = 3 and R = 6:
 

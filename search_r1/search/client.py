@@ -89,7 +89,9 @@ class RetrievalClient:
         for attempt in range(config.max_retries + 1):
             left = deadline - loop.time()
             if left <= 0:
-                raise SearchError(f"{config.url}: no answer in {config.timeout_s:g} s ({attempt} attempts, last: {cause})")
+                raise SearchError(
+                    f"{config.url}: no answer in {config.timeout_s:g} s ({attempt} attempts, last: {cause})"
+                )
             try:
                 answer = await self.http.post(
                     config.url, json={"queries": queries, "topk": config.topk, "return_scores": True}, timeout=left
@@ -129,9 +131,7 @@ def check_server(url: str) -> str | None:
         "--corpus_path CORPUS.jsonl --retriever_name bm25"
     )
     try:
-        answer = httpx.post(
-            url, json={"queries": ["probe"], "topk": 1, "return_scores": True}, timeout=PROBE_TIMEOUT_S
-        )
+        answer = httpx.post(url, json={"queries": ["probe"], "topk": 1, "return_scores": True}, timeout=PROBE_TIMEOUT_S)
         answer.raise_for_status()
         parse_response(answer, 1, url)
     except (httpx.HTTPError, httpx.InvalidURL, SearchError) as error:

@@ -65,7 +65,9 @@ class Corpus:
         if not path.is_file():
             raise CorpusError(f"{path}: no such file")
         if fingerprint(path) != json.loads((index / FINGERPRINT).read_text()):
-            raise CorpusError(f"{path} is not the corpus that {index} was built from: build the index again (--overwrite)")
+            raise CorpusError(
+                f"{path} is not the corpus that {index} was built from: build the index again (--overwrite)"
+            )
         self.offsets = np.load(index / OFFSETS, mmap_mode="r")
         with path.open("rb") as file:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,6 +1,6 @@
 """The retrieval server: `/retrieve` over one engine, which a single thread owns.
 
-    python search_r1/search/retrieval_server.py --index_path INDEX/bm25 --corpus_path C.jsonl --topk 3 --retriever_name bm25
+python search_r1/search/retrieval_server.py --index_path INDEX/bm25 --corpus_path C.jsonl --topk 3 --retriever_name bm25
 """
 
 import argparse

@@ -41,7 +41,9 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, url):
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf")
     initial = AutoModelForCausalLM.from_pretrained(model)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run/hf")) == exported.config.vocab_size
-    moved = [n for (n, a), b in zip(exported.named_parameters(), initial.parameters(), strict=True) if not torch.equal(a, b)]
+    moved = [
+        n for (n, a), b in zip(exported.named_parameters(), initial.parameters(), strict=True) if not torch.equal(a, b)
+    ]
     scores = {line["critic/score/max"] - line["critic/score/min"] for line in lines[1:]}
     assert moved or scores == {0.0}
 

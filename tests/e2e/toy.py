@@ -10,6 +10,7 @@ class SingleTurn:
 
     def __init__(self, config, tokenizer): ...
     def preflight(self): return []  # fmt: skip
+
     async def close(self): ...
     async def run(self, prompt_ids, row, generate):
         trajectory = Trajectory(prompt_ids, stop_reason="stop")
@@ -24,6 +25,7 @@ class CountE:
     Config = Config
 
     def __init__(self, config, tokenizer): self.tokenizer = tokenizer  # fmt: skip
+
     def __call__(self, trajectory, row):
         text = policy_text(trajectory, self.tokenizer)
         return {"score": text.count("e") / max(1, len(text))}

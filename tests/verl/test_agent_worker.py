@@ -11,7 +11,7 @@ from verl.workers.rollout.router import Router
 class Engine:
     """Answers every call with two tokens; `generate.remote` as on a Ray handle."""
 
-    class generate:  # noqa: N801
+    class generate:
         @staticmethod
         async def remote(request_id, prompt_ids, sampling):
             await asyncio.sleep(0)

@@ -82,10 +82,10 @@ def test_a_class_that_does_not_exist_is_named():
 def test_help_needs_no_heavy_import(flag):
     """It answers in seconds because neither torch nor ray nor vllm is loaded."""
     code = (
-        "import sys, runpy\nsys.argv = ['main_ppo', *%r]\n"
+        f"import sys, runpy\nsys.argv = ['main_ppo', *{flag.split('=')!r}]\n"
         "try: runpy.run_module('verl.trainer.main_ppo', run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "assert not {'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)" % (flag.split("="),)
+        "assert not {'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

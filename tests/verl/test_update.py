@@ -1,4 +1,4 @@
-"""The gradient of a mini-batch depends on neither micro-batch size nor the number of ranks, nor on who holds which row."""
+"""The gradient of a mini-batch depends on neither micro-batch size nor the number of ranks, nor on who holds what."""
 
 import pytest
 import torch

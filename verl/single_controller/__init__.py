@@ -1,1 +1,1 @@
-"""The vocabulary of the single controller. Importing it imports ray; the workers import `decorator` and `worker` only."""
+"""The vocabulary of the single controller. Only `worker_group` imports ray."""

@@ -8,7 +8,6 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
-
 from transformers.utils.logging import disable_progress_bar
 
 from verl.single_controller.decorator import ATTRIBUTE, Dispatch, collect, dispatch
@@ -38,7 +37,7 @@ class RayResourcePool:
     def get_placement_groups(self) -> list[PlacementGroup]:
         """One group per node, made once. Raises RuntimeError when the cluster cannot provide them in time."""
         if not self.groups:
-            bundle = {"CPU": 1, "GPU": 1} if self.use_gpu else {"CPU": 1}
+            bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if self.use_gpu else {"CPU": 1}
             self.groups = [placement_group([bundle] * n, strategy="STRICT_PACK") for n in self.process_on_nodes]
             if not all(group.wait(self.timeout_s) for group in self.groups):
                 raise RuntimeError(
@@ -80,7 +79,7 @@ class RayWorkerGroup:
 
     def __init__(self, pool: RayResourcePool, device: str, seed: int, threads: int | None = None) -> None:
         self.world_size = pool.world_size
-        self.hosts = [
+        self.hosts: list[Any] = [
             ray.remote(WorkerHost)
             .options(
                 num_cpus=1,

@@ -2,7 +2,15 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from verl.utils.config import Config
 from verl.utils.errors import ConfigError
@@ -54,9 +62,9 @@ class KLControlConfig(Config):
 class AlgorithmConfig(Config):
     adv_estimator: Literal["gae", "grpo"] = "gae"
     """gae is PPO with a critic, grpo compares the trajectories of one prompt."""
-    gamma: float = Field(1.0, gt=0, le=1)
+    gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token of the policy."""
-    lam: float = Field(1.0, ge=0, le=1)
+    lam: float = Field(default=1.0, ge=0, le=1)
     """GAE lambda."""
     norm_adv_by_std_in_grpo: bool = True
     """Divide by the group's standard deviation; false is Dr. GRPO's numerator."""
@@ -112,7 +120,7 @@ class TrainerConfig(Config):
     """Write the final policy in Hugging Face format to default_local_dir/hf."""
     rollout_data_freq: int = 10
     """Write the trajectories of every so many training steps; -1: never. Validations are always written."""
-    max_failed_share: float = Field(0.1, ge=0, le=1)
+    max_failed_share: float = Field(default=0.1, ge=0, le=1)
     """Stop when a larger share of a batch's trajectories failed (environment, not policy)."""
     max_skipped_steps: PositiveInt = 3
     """Stop after so many training steps in a row with a loss or gradient that is not finite."""

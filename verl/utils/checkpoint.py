@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoTokenizer
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -20,7 +21,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 def save_state(state: Any, path: str) -> None:
     """Writes model, optimizer, schedule and each rank's random state under `path`. A collective."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=path)
+    save({"model": model, "optimizer": optimizer}, checkpoint_id=path)
     torch.save({"scheduler": state.scheduler.state_dict(), "rng": rng_state()}, _rank_file(path))
     dist.barrier()
 
@@ -29,7 +30,7 @@ def load_state(state: Any, path: str) -> None:
     """Restores what `save_state` wrote. A rank without a file of its own (more ranks than before) takes rank 0's."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
     tensors = {"model": model, "optimizer": optimizer}
-    dcp.load(tensors, checkpoint_id=path)
+    load(tensors, checkpoint_id=path)
     set_state_dict(
         state.model,
         state.optimizer,
@@ -49,7 +50,11 @@ def _rank_file(path: str) -> Path:
 
 def rng_state() -> dict[str, Any]:
     """Random state of python, numpy, torch and the accelerator of this process."""
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

@@ -19,8 +19,8 @@ MAX_LISTED = 20
 class RLHFDataset:
     """Rows with their prompt ids. Every row is checked when it is loaded.
 
-    Raises DataError naming file and row for a missing column, an empty prompt, an answerless row, or a prompt of more than
-    `max_prompt_length` tokens.
+    Raises DataError naming file and row for a missing column, an empty prompt, an answerless row, or a prompt of more
+    than `max_prompt_length` tokens.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ def read_parquet(path: str) -> list[Row]:
 class ResumableSampler:
     """Batches of row numbers, epoch after epoch; its whole state is (epoch, position).
 
-    Each epoch is a new permutation drawn from (seed, epoch); the last, smaller part of an epoch is carried into the next,
-    so that every batch is full and no row is dropped.
+    Each epoch is a new permutation drawn from (seed, epoch); the last, smaller part of an epoch is carried into the
+    next, so that every batch is full and no row is dropped.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:

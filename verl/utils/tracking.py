@@ -80,7 +80,7 @@ class Tracking:
         if self.wandb:
             import wandb
 
-            rows = [
+            rows: list[Any] = [
                 [r["data_source"], r["prompt"], "".join(s["text"] for s in r["segments"]), r["reward"]["score"]]
                 for r in records[:samples]
             ]

@@ -13,7 +13,13 @@ from verl.single_controller.worker import Worker
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty
 from verl.utils.checkpoint import load_state, save_pretrained, save_state
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
-from verl.workers.fsdp_model import build_model, build_train_state, forward_log_probs, full_parameters, log_probs_of_rows
+from verl.workers.fsdp_model import (
+    build_model,
+    build_train_state,
+    forward_log_probs,
+    full_parameters,
+    log_probs_of_rows,
+)
 from verl.workers.rollout.weight_sync import WeightSender
 from verl.workers.update import Counts, Metrics, map_micro_batches, update_mini_batches
 
@@ -110,4 +116,3 @@ class ActorWorker(Worker):
         """The policy in Hugging Face format, with its tokenizer."""
         save_pretrained(self.state.model, full_parameters(self.state.model), self.model_config, path)
         dist.barrier()
-

@@ -34,11 +34,11 @@ class OptimConfig(Config):
     """AdamW betas."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW weight decay."""
-    lr_warmup_steps_ratio: float = Field(0.0, ge=0, le=1)
+    lr_warmup_steps_ratio: float = Field(default=0.0, ge=0, le=1)
     """Linear warm-up, as a share of trainer.total_training_steps."""
     lr_scheduler_type: Literal["constant", "cosine"] = "constant"
     """Shape after the warm-up. One tick per training step, as in the original."""
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where cosine ends, as a share of lr."""
 
 
@@ -66,7 +66,7 @@ class ActorConfig(Config):
     """Lower clip range; null: clip_ratio."""
     clip_ratio_high: PositiveFloat | None = None
     """Upper clip range; null: clip_ratio."""
-    clip_ratio_c: float = Field(3.0, gt=1)
+    clip_ratio_c: float = Field(default=3.0, gt=1)
     """Dual-clip bound for negative advantages (arXiv 1912.09729)."""
     loss_agg_mode: LossAggMode = "token-mean"
     """token-mean is what the original's code does; seq-mean-token-mean is the paper's printed formula."""
@@ -115,7 +115,7 @@ class SamplingConfig(Config):
 
     temperature: NonNegativeFloat = 1.0
     """0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus; below 1 the sampler's distribution is not the trainer's."""
     top_k: int = -1
     """-1: all tokens."""
@@ -133,11 +133,11 @@ class RolloutConfig(SamplingConfig):
     dtype: Dtype = "bfloat16"
     """Dtype of the engine's weights and KV cache."""
     num_replicas: PositiveInt | None = None
-    """Engines; null: as many as the training GPUs hold (n_gpus / tensor_model_parallel_size), one on CPU. They share the
-    GPUs with the training and sleep while it updates."""
+    """Engines; null: as many as the training GPUs hold (n_gpus / tensor_model_parallel_size), one on CPU. They share
+    the GPUs with the training and sleep while it updates."""
     tensor_model_parallel_size: PositiveInt = 1
     """GPUs per engine."""
-    gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
+    gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
     """Share of a GPU's memory that an engine takes."""
     cpu_kvcache_gb: PositiveFloat = 1.0
     """KV cache of an engine on CPU, in GiB."""

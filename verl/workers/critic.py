@@ -28,7 +28,9 @@ class CriticWorker(Worker):
     def compute_values(self, data: DataProto) -> DataProto:
         """values [B, R]."""
         size = self.config.ppo_micro_batch_size_per_gpu
-        return DataProto({"values": map_micro_batches(data, size, self.device, partial(forward_values, self.state.model))})
+        return DataProto(
+            {"values": map_micro_batches(data, size, self.device, partial(forward_values, self.state.model))}
+        )
 
     @register(Dispatch.DP_COMPUTE_METRIC)
     def update_critic(self, data: DataProto) -> dict[str, float]:

@@ -118,7 +118,7 @@ def forward_log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probs of the response tokens [b, R] under logits / temperature, and their entropy [b, R]; 0 on padding.
 
-    The logit that predicts response token t sits one position earlier, so r + 1 positions are kept and the last dropped.
+    The logit that predicts response token t sits one position earlier, so r + 1 positions are kept, the last dropped.
     """
     inputs, r = trim(data)
     logits = model(**inputs, use_cache=False, logits_to_keep=r + 1).logits[:, :-1]

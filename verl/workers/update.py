@@ -1,7 +1,7 @@
 """The optimizer steps that actor and critic share.
 
 Losses are divided by the counts of the whole mini-batch, over micro-batches and ranks, so the gradient depends on
-neither. Collectives must match, so ranks with fewer micro-batches run empty ones, and skipping a step is decided jointly.
+neither. Collectives must match, so ranks with fewer micro-batches run empty ones, and skipping is decided jointly.
 """
 
 import math
@@ -70,7 +70,7 @@ def run_micro_batches(data: DataProto, size: int, device: torch.device) -> list[
 def map_micro_batches(
     data: DataProto, size: int, device: torch.device, forward: Callable[[DataProto], torch.Tensor]
 ) -> torch.Tensor:
-    """`forward` [b, R] without gradient over micro-batches of the policy's rows: [B, R] on the CPU, in the order of `data`."""
+    """`forward` [b, R] without gradient over micro-batches: [B, R] on the CPU, in the order of `data`."""
     rows = data.select(INPUTS).to(device)
     rows = rows.with_tensors(position=torch.arange(len(rows), device=device))
     result = torch.zeros(rows.batch["responses"].shape, dtype=torch.float32)
@@ -87,8 +87,8 @@ def update_mini_batches(
 ) -> dict[str, float]:
     """One optimizer step per mini-batch and epoch; metrics averaged over the steps.
 
-    Rows are assigned by the column `mini_batch`; `meta_info["num_mini_batches"]` says how many there are, because a rank
-    may hold no row of one. `skipped_steps` counts steps with a loss or gradient that is not finite: no rank takes them.
+    Rows are assigned by the column `mini_batch`; `meta_info["num_mini_batches"]` says how many there are, because a
+    rank may hold no row of one. `skipped_steps` counts steps with a loss or gradient that is not finite: no rank takes them.
     """
     device = data.batch["mini_batch"].device
     steps: list[dict[str, float]] = []

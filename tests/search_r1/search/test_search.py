@@ -82,7 +82,11 @@ def test_scores_are_lucenes_bm25(folder):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{broken", "line 2: not JSON"), ('{"id": 1}', "line 2: expected an object"), (json.dumps(ROWS[0]), "line 2: id '0'")],
+    [
+        ("{broken", "line 2: not JSON"),
+        ('{"id": 1}', "line 2: expected an object"),
+        (json.dumps(ROWS[0]), "line 2: id '0'"),
+    ],
 )
 def test_bad_corpus_lines_are_named(tmp_path, line, message):
     path = tmp_path / "c.jsonl"

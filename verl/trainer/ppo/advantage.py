@@ -33,9 +33,7 @@ def apply_kl_penalty(
     if not config.use_kl_in_reward:
         return data.with_tensors(token_level_rewards=scores), {}
     beta = controller.value
-    rewards = compute_rewards(
-        scores, batch["old_log_probs"], batch["ref_log_prob"], beta, mask, config.kl_penalty
-    )
+    rewards = compute_rewards(scores, batch["old_log_probs"], batch["ref_log_prob"], beta, mask, config.kl_penalty)
     kl = float(masked_mean(kl_penalty(batch["old_log_probs"], batch["ref_log_prob"], config.kl_penalty), mask))
     controller.update(kl, n_steps=len(data))
     return data.with_tensors(token_level_rewards=rewards), {"critic/kl": kl, "critic/kl_coeff": beta}

@@ -39,7 +39,8 @@ def check_failures(results: Sequence[Trajectory | Failure], limit: float) -> Non
     if len(failed) > limit * len(results) or len(failed) == len(results):
         causes = "\n".join(f"  {n} x {cause}" for cause, n in Counter(failed).most_common(3))
         raise RolloutFailed(
-            f"{len(failed)} of {len(results)} trajectories failed, more than trainer.max_failed_share={limit}:\n{causes}\n"
+            f"{len(failed)} of {len(results)} trajectories failed, more than trainer.max_failed_share={limit}:\n"
+            f"{causes}\n"
             "The last checkpoint is intact: repair the cause, then run the same command again to resume."
         )
 
@@ -75,8 +76,8 @@ def build_batch(
     """The batch, its rows ordered by rank, with `mini_batch`, `uid` and `data_source`.
 
     Consecutive rows form mini-batches, so that a group stays together; each mini-batch is spread over the ranks with
-    nearly equal tokens. `meta_info["rank_sizes"]` is what each rank gets. Without `state_masking` every response token is
-    trained on (the paper's ablation); this is the only place that decides it.
+    nearly equal tokens. `meta_info["rank_sizes"]` is what each rank gets. Without `state_masking` every response token
+    is trained on (the paper's ablation); this is the only place that decides it.
     """
     data = collate_trajectories(trajectories, pad_token_id)
     if not state_masking:

@@ -149,7 +149,7 @@ class RayPPOTrainer:
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_steps:
             raise TrainingDiverged(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} training steps in a row (trainer."
-                "max_skipped_steps): lower actor_rollout_ref.actor.optim.lr, then run again to resume from the last checkpoint"
+                "max_skipped_steps): lower actor_rollout_ref.actor.optim.lr, then run again to resume from the checkpoint"
             )
 
     def sync_weights(self) -> None:
@@ -161,7 +161,9 @@ class RayPPOTrainer:
         with self.timers("testing"):
             metrics, records = validate(self.config, self.val_set, self.rollout, self.agent, self.tokenizer)
         self.tracking.log_trajectories("val", records, self.step)
-        self.tracking.message(f"step {self.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in sorted(metrics.items()) if "test_score" in k))
+        self.tracking.message(
+            f"step {self.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in sorted(metrics.items()) if "test_score" in k)
+        )
         self.metrics |= metrics
         if self.step == 0 or self.config.trainer.val_only:
             self.tracking.log(self.metrics | self.timers.pop(), self.step)

@@ -92,4 +92,3 @@ class RolloutManager:
         get([server.shutdown.remote() for server in self.servers])
         for actor in (*self.workers, *self.servers):
             kill(actor)
-
