@@ -88,7 +88,7 @@ def update_mini_batches(
     """One optimizer step per mini-batch and epoch; metrics averaged over the steps.
 
     Rows are assigned by the column `mini_batch`; `meta_info["num_mini_batches"]` says how many there are, because a
-    rank may hold no row of one. `skipped_steps` counts steps with a loss or gradient that is not finite: no rank takes them.
+    rank may hold no row of one. `skipped_steps` counts steps with a loss or gradient that is not finite.
     """
     device = data.batch["mini_batch"].device
     steps: list[dict[str, float]] = []

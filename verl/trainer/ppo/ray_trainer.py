@@ -149,7 +149,7 @@ class RayPPOTrainer:
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_steps:
             raise TrainingDiverged(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} training steps in a row (trainer."
-                "max_skipped_steps): lower actor_rollout_ref.actor.optim.lr, then run again to resume from the checkpoint"
+                "max_skipped_steps): lower actor_rollout_ref.actor.optim.lr, then run again to resume"
             )
 
     def sync_weights(self) -> None:
