@@ -114,6 +114,11 @@ def test_what_the_policy_did_not_write_earns_nothing(tokenizer, gold):
     }  # fmt: skip
 
 
+def test_last_turn_that_answers_counts(tokenizer):
+    turns = [("M", "<answer> Oslo </answer>"), ("O", "x"), ("M", "<answer> Rome </answer>"), ("O", "x"), ("M", "hm")]
+    assert score(tokenizer, trajectory_of(tokenizer, *turns), "Rome")["em"] == 1
+
+
 def test_answer_does_not_span_turns_and_own_information_gains_nothing(tokenizer):
     spanning = trajectory_of(tokenizer, ("M", "<answer> Ro"), ("O", "try again"), ("M", "me </answer>"))
     assert score(tokenizer, spanning, "Rome")["answered"] == 0
