@@ -38,7 +38,7 @@ def test_row_in_the_training_schema(tmp_path):
             "id": 7,
             "z": 0,
         },
-        "\n",
+        " \n",
         {"question": "when?", "answer": 1947, "data_source": "nq", "gold_titles": "T"},
     )
     first, second = prepare.prepare(path, "search")
