@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.distributed import run_ranks
-from verl.protocol import DataProto
+from tests.verl.batches import VOCAB, ragged_batch
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
 from verl.workers.actor import policy_loss
@@ -13,7 +13,6 @@ from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig
 from verl.workers.fsdp_model import TrainState, build_model, forward_log_probs
 from verl.workers.update import update_mini_batches
 
-VOCAB, PROMPT, RESPONSE, ROWS = 50, 5, 9, 16
 ACTOR = ActorConfig(use_kl_loss=True, kl_loss_coef=0.1, entropy_coeff=0.01)
 
 
@@ -29,38 +28,15 @@ def model_path(tmp_path_factory):
     return str(path)
 
 
-def make_batch(dtype: torch.dtype) -> DataProto:
-    """Ragged prompts and responses with observation spans."""
-    g = torch.Generator().manual_seed(1)
-    prompt_lens = torch.randint(1, PROMPT + 1, (ROWS,), generator=g)
-    response_lens = torch.randint(2, RESPONSE + 1, (ROWS,), generator=g)
-    attention = torch.zeros(ROWS, PROMPT + RESPONSE, dtype=torch.long)
-    mask = torch.zeros(ROWS, RESPONSE, dtype=torch.long)
-    for row in range(ROWS):
-        attention[row, PROMPT - prompt_lens[row] : PROMPT + response_lens[row]] = 1
-        mask[row, : response_lens[row]] = 1
-        mask[row, 1 : 1 + int(response_lens[row]) // 3] = 0
-    real = {k: torch.randn(ROWS, RESPONSE, generator=g, dtype=dtype) for k in ("advantages", "noise", "ref_noise")}
-    return DataProto.from_dict(
-        {
-            "prompts": torch.randint(0, VOCAB, (ROWS, PROMPT), generator=g),
-            "responses": torch.randint(0, VOCAB, (ROWS, RESPONSE), generator=g),
-            "attention_mask": attention,
-            "response_mask": mask,
-            "advantages": real["advantages"],
-            "old_log_probs": -4 + 0.1 * real["noise"],
-            "ref_log_prob": -4 + 0.1 * real["ref_noise"],
-            "mini_batch": torch.zeros(ROWS, dtype=torch.long),
-        },
-        meta_info={"num_mini_batches": 1},
-    )
-
-
 class Recorder(torch.optim.SGD):
     """Keeps the whole gradients instead of stepping."""
 
     def step(self, closure=None):
         self.seen = [p.grad.full_tensor().clone() for g in self.param_groups for p in g["params"]]
+
+
+def gradients(model_path: str, cases: list[tuple]) -> list[tuple[list[torch.Tensor], dict]]:
+    return [gradient(model_path, *case) for case in cases]
 
 
 def gradient(model_path: str, dtype: str, micro: int, sizes: list[int] | None) -> tuple[list[torch.Tensor], dict]:
@@ -69,7 +45,7 @@ def gradient(model_path: str, dtype: str, micro: int, sizes: list[int] | None) -
     model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh)
     optimizer = Recorder(model.parameters(), lr=1.0)
     state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
-    batch = make_batch(getattr(torch, dtype))
+    batch = ragged_batch(getattr(torch, dtype))
     if sizes is not None:
         batch.meta_info["rank_sizes"] = sizes
     (mine,) = dispatch(Dispatch.DP_COMPUTE_PROTO, worker.world_size, (batch,))[worker.rank]
@@ -82,11 +58,21 @@ def gradient(model_path: str, dtype: str, micro: int, sizes: list[int] | None) -
     return optimizer.seen, metrics
 
 
+@pytest.fixture(scope="module")
+def all_gradients(model_path):
+    """By dtype: one rank with micro-batches of 16, 4, 1; two ranks with equal and unequal shares."""
+    one, two = [(16, None), (4, None), (1, None)], [(4, None), (4, [11, 5]), (1, [15, 1])]
+    dtypes = ("float32", "float64")
+    results = [
+        run_ranks(ranks, gradients, model_path, [(dtype, *case) for dtype in dtypes for case in cases])[0]
+        for ranks, cases in ((1, one), (2, two))
+    ]
+    return {dtype: [r for result in results for r in result[3 * i : 3 * i + 3]] for i, dtype in enumerate(dtypes)}
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
-def test_gradient_ignores_micro_batches_and_ranks(model_path, dtype, tolerance):
-    cases = [(1, 16, None), (1, 4, None), (1, 1, None), (2, 4, None), (2, 4, [11, 5]), (2, 1, [15, 1])]
-    results = [run_ranks(ranks, gradient, model_path, dtype, micro, sizes)[0] for ranks, micro, sizes in cases]
-    (reference, metrics), *others = results
+def test_gradient_ignores_micro_batches_and_ranks(all_gradients, dtype, tolerance):
+    (reference, metrics), *others = all_gradients[dtype]
     scale = torch.stack([g.abs().max() for g in reference]).max()
     assert scale > 1e-3
     for grads, other_metrics in others:
@@ -102,7 +88,7 @@ def diverging_step(model_path: str) -> tuple[float, bool]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
     before = [p.full_tensor().clone() for p in model.parameters()]
-    batch = make_batch(torch.float32)
+    batch = ragged_batch(torch.float32)
     batch.batch["advantages"][0, 0] = torch.nan  # on one rank only
     (mine,) = dispatch(Dispatch.DP_COMPUTE_PROTO, worker.world_size, (batch,))[worker.rank]
 

@@ -1,0 +1,34 @@
+"""Batches made on the spot."""
+
+import torch
+
+from verl.protocol import DataProto
+
+VOCAB, PROMPT, RESPONSE, ROWS = 50, 5, 9, 16
+
+
+def ragged_batch(dtype: torch.dtype) -> DataProto:
+    """Ragged prompts and responses with observation spans."""
+    g = torch.Generator().manual_seed(1)
+    prompt_lens = torch.randint(1, PROMPT + 1, (ROWS,), generator=g)
+    response_lens = torch.randint(2, RESPONSE + 1, (ROWS,), generator=g)
+    attention = torch.zeros(ROWS, PROMPT + RESPONSE, dtype=torch.long)
+    mask = torch.zeros(ROWS, RESPONSE, dtype=torch.long)
+    for row in range(ROWS):
+        attention[row, PROMPT - prompt_lens[row] : PROMPT + response_lens[row]] = 1
+        mask[row, : response_lens[row]] = 1
+        mask[row, 1 : 1 + int(response_lens[row]) // 3] = 0
+    real = {k: torch.randn(ROWS, RESPONSE, generator=g, dtype=dtype) for k in ("advantages", "noise", "ref_noise")}
+    return DataProto.from_dict(
+        {
+            "prompts": torch.randint(0, VOCAB, (ROWS, PROMPT), generator=g),
+            "responses": torch.randint(0, VOCAB, (ROWS, RESPONSE), generator=g),
+            "attention_mask": attention,
+            "response_mask": mask,
+            "advantages": real["advantages"],
+            "old_log_probs": -4 + 0.1 * real["noise"],
+            "ref_log_prob": -4 + 0.1 * real["ref_noise"],
+            "mini_batch": torch.zeros(ROWS, dtype=torch.long),
+        },
+        meta_info={"num_mini_batches": 1},
+    )
