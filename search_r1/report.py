@@ -36,13 +36,13 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def summary(records: list[dict[str, Any]]) -> tuple[str, ...]:
     """EM, executed searches, share answered; search policy and reading apart, where gold passages are known."""
-    em = mean([r["reward"]["score"] for r in records])
+    em = mean([r["reward"]["em"] for r in records])
     searches = mean([len(queries(r)) for r in records])
     answered = mean([float(r["stop_reason"] == "answer") for r in records])
     with_gold = [r for r in records if gold_ids(r)]
     found = [r for r in with_gold if gold_ids(r) <= retrieved_ids(r)]
     policy = f"{len(found) / len(with_gold):.3f}" if with_gold else "-"
-    reading = f"{mean([r['reward']['score'] for r in found]):.3f}" if found else "-"
+    reading = f"{mean([r['reward']['em'] for r in found]):.3f}" if found else "-"
     return f"{em:.3f}", f"{searches:.2f}", f"{answered:.3f}", policy, reading
 
 
