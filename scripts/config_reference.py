@@ -24,8 +24,8 @@ Names that differ from the original Search-R1: `actor_rollout_ref.rollout.n_agen
 `actor.ppo_mini_batch_size` counts trajectories, also with groups; micro-batch sizes are per GPU
 (`ppo_micro_batch_size_per_gpu`, `log_prob_micro_batch_size_per_gpu`); `actor.entropy_coeff` is 0 unless a recipe
 sets it; `rollout.top_p` is 1; the three `*_offload` switches of FSDP are `fsdp_config.param_offload`; validation takes
-all questions at once, so `data.val_batch_size` is gone; `algorithm.no_think_rl` and `algorithm.state_masking.*`, which the
-original never used, are gone.
+all questions at once, so `data.val_batch_size` is gone; so are `algorithm.no_think_rl` and
+`algorithm.state_masking.*`, which the original never used.
 """
 
 

@@ -105,9 +105,7 @@ def train(stages: Sequence[Stage], start: str, out: str, optim: OptimConfig, see
     trainer.save(out)
 
 
-def build(
-    out: Path, seed: int, reading: Sequence[Stage] = READING_STAGES, poor: Sequence[Stage] = POOR_STAGES
-) -> None:
+def build(out: Path, seed: int, reading: Sequence[Stage] = READING_STAGES, poor: Sequence[Stage] = POOR_STAGES) -> None:
     """Trains the tokenizer and the model, and writes both. The process group must exist."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
