@@ -1,9 +1,9 @@
 """A closed world of fictional people, cities, companies and countries: its passages and its questions.
 
-Every name is two words of invented syllables ("Tor Vel"), so that a name is several tokens and a retriever that matches
-words also brings other entities that share one of them. The splits `train`, `test` and `spare` (passages nobody asks
-about) are islands: no fact leads from one to another, so entities of test questions appear in no training question. The
-island `common` is the same for every seed: its facts are what a base model may know without searching.
+Every name is two invented syllables ("Torvel"), each one token each: names must be copied, not looked up. The splits
+`train`, `test` and `spare` (passages nobody asks about) are islands: no fact leads from one to another, so entities of
+test questions appear in no training question. The island `common` is the same for every seed: its facts are what a base
+model may know without searching.
 """
 
 import random
@@ -37,13 +37,13 @@ class Relation:
 RELATIONS = {
     r.name: r
     for r in (
-        Relation("birthplace", "person", "city", "born in", "Where was {} born", "the birthplace of {}"),
-        Relation("employer", "person", "company", "works for", "Who employs {}", "the employer of {}"),
-        Relation("country", "city", "country", "part of", "In which country lies {}", "the country of {}"),
-        Relation("mayor", "city", "person", "has mayor", "Who leads {}", "the mayor of {}"),
-        Relation("home", "company", "city", "based at", "Where is {} based", "the home of {}"),
-        Relation("founder", "company", "person", "has founder", "Who founded {}", "the founder of {}"),
-        Relation("capital", "country", "city", "has capital", "What is the capital of {}", "the capital of {}"),
+        Relation("residence", "person", "city", "inhabits", "Where does {} live", "the residence of {}"),
+        Relation("employer", "person", "company", "serves", "Who employs {}", "the employer of {}"),
+        Relation("country", "city", "country", "joined", "In which country lies {}", "the country of {}"),
+        Relation("mayor", "city", "person", "elected", "Who leads {}", "the mayor of {}"),
+        Relation("home", "company", "city", "occupies", "Where is {} based", "the home of {}"),
+        Relation("founder", "company", "person", "honours", "Who founded {}", "the founder of {}"),
+        Relation("capital", "country", "city", "crowned", "What is the capital of {}", "the capital of {}"),
     )
 }
 KINDS = ("person", "city", "company", "country")
@@ -57,12 +57,10 @@ DATA_SOURCES = {1: "closed_world_1hop", 2: "closed_world_2hop", 3: "closed_world
 
 
 def _syllables() -> tuple[list[str], list[str]]:
-    """Two disjoint pools of 160 words: first and second words of names."""
-    taken_by_english = {"For", "Not", "Was", "Set", "Van", "Son", "Led"}
-    words = ["".join(w) for w in product("BDFGKLMNPRSTVZ", "aeiou", "bdgklmnprtvz")]
-    words = [w for w in words if w not in taken_by_english]
-    random.Random(COMMON_SEED).shuffle(words)
-    return words[:160], words[160:320]
+    """Two disjoint pools of 96 syllables: the first and the second halves of names."""
+    syllables = ["".join(s) for s in product("bdfgklmnprstvz", "aeiou", "bdgklmnprtvz")]
+    random.Random(COMMON_SEED).shuffle(syllables)
+    return [s.capitalize() for s in syllables[:96]], syllables[96:192]
 
 
 FIRST, SECOND = _syllables()
@@ -98,7 +96,7 @@ class Entity:
 
 
 def random_name(rng: random.Random) -> str:
-    return f"{rng.choice(FIRST)} {rng.choice(SECOND)}"
+    return rng.choice(FIRST) + rng.choice(SECOND)
 
 
 def fresh_name(rng: random.Random, taken: set[str]) -> str:
@@ -147,8 +145,8 @@ class Question:
     def text(self) -> str:
         """The last relation's question, about the noun phrases of the ones before.
 
-        >>> Question(("birthplace", "mayor"), ("Tor Vel", "Zor Bin", "Kal Men")).text
-        'Who leads the birthplace of Tor Vel?'
+        >>> Question(("residence", "mayor"), ("Torvel", "Zorbin", "Kalmen")).text
+        'Who leads the residence of Torvel?'
         """
         subject = self.path[0]
         for r in self.relations[:-1]:

@@ -13,11 +13,9 @@ from typing import Any
 from search_r1.agent.observation import encode_passages
 from search_r1.prompts import build_prompt
 from search_r1.world.generate import (
-    FIRST,
     KINDS,
     OF_KIND,
     RELATIONS,
-    SECOND,
     Entity,
     Question,
     ask,
@@ -54,7 +52,7 @@ POOR = PolicyMix(
     guess=0.6, guess_known=0.3, wrong_query=0.25, stop_early=0.6, search_again=0.05, common=0.1
 )  # fmt: skip
 MAX_TURNS = 4
-GOLD_FIRST = 0.9
+GOLD_FIRST = 0.8
 """How often the passage asked for is not moved from the front: BM25 ranks an entity's own passage first."""
 
 
@@ -150,7 +148,7 @@ class TraceWriter:
         self.rng.shuffle(facts)
         pieces = [Piece("observation", "", tuple(passage(e, self.rng, self.filler) for e in entities))]
         for x, relation, y in facts:
-            pieces += [Piece("model", f"<think> {x} {relation.sentence}")]
+            pieces += [Piece("prompt", f"<think> {x}"), Piece("model", f" {relation.sentence}")]
             pieces += [Piece("read", f" {y}"), Piece("model", " </think>")]
         return pieces
 
@@ -158,19 +156,12 @@ class TraceWriter:
         return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
 
     def distractor(self, query: str, kind: str, taken: set[str]) -> Entity:
-        """An entity that shares a word with the query, or has it as the object of a fact."""
-        rng, (first, second) = self.rng, query.split()
-        kind = kind if rng.random() < 0.5 else rng.choice(KINDS)
-        how = rng.random()
-        if how < 0.35:
-            entity = self.entity(fresh_name(rng, taken), kind, taken)
-            entity.facts[rng.choice(list(entity.facts))] = query
-            return entity
-        name = f"{first} {rng.choice(SECOND)}" if how < 0.65 else f"{rng.choice(FIRST)} {second}"
-        if name in taken:
-            return self.distractor(query, kind, taken)
-        taken.add(name)
-        return self.entity(name, kind, taken)
+        """An entity of the same or any kind, often one with the query as the object of a fact: those match it."""
+        kind = kind if self.rng.random() < 0.4 else self.rng.choice(KINDS)
+        entity = self.entity(fresh_name(self.rng, taken), kind, taken)
+        if self.rng.random() < 0.4:
+            entity.facts[self.rng.choice(list(entity.facts))] = query
+        return entity
 
 
 def encode_trace(pieces: Sequence[Piece], tokenizer: Any) -> dict[str, list[int]]:
