@@ -70,6 +70,8 @@ class BM25Retriever:
         return [self._search(tokens, min(topk, len(self.corpus))) for tokens in tokenize(queries)]
 
     def _search(self, tokens: list[str], topk: int) -> Hits:
+        if not tokens:  # a query of stop words or marks alone
+            return []
         scores: Any = self.engine.get_scores(tokens)
         if topk < len(scores):
             threshold = np.partition(scores, -topk)[-topk]

@@ -43,12 +43,11 @@ class Stage:
 
 
 READING_STAGES = (
-    Stage("one passage", 1, (1,), READING, 1.0, 0.85, 600),
-    Stage("one passage, two hops", 1, (1, 2), READING, 0.0, 0.85, 400),
-    Stage("two passages", 2, (1, 2), READING, 0.0, 0.85, 600),
-    Stage("three passages, three hops", 3, (1, 2, 3), READING, 0.0, 0.985, 700),
+    Stage("one passage", 1, (1,), READING, 0.25, 0.85, 400),
+    Stage("two passages", 2, (1,), READING, 0.25, 0.9, 240),
+    Stage("three passages, three hops", 3, (1, 2, 3), READING, 0.1, 0.985, 200),
 )
-POOR_STAGES = (Stage("poor policy", 3, (1, 2, 3), POOR, 0.0, 2.0, 300),)
+POOR_STAGES = (Stage("poor policy", 3, (1, 2, 3), POOR, 0.0, 2.0, 170),)
 """At a lower rate that decays: the reading settles while the policy is spoiled."""
 
 
@@ -93,8 +92,8 @@ def train(stages: Sequence[Stage], start: str, out: str, optim: OptimConfig, see
     """Runs `stages` on the model in `start` and writes it to `out`."""
     tokenizer = AutoTokenizer.from_pretrained(start)
     config = SFTConfig(
-        model=ModelConfig(path=start, enable_gradient_checkpointing=False), output=out, train_batch_size=64,
-        micro_batch_size_per_gpu=32, seed=seed, total_training_steps=sum(s.max_steps for s in stages),
+        model=ModelConfig(path=start, enable_gradient_checkpointing=False), output=out, train_batch_size=48,
+        micro_batch_size_per_gpu=12, seed=seed, total_training_steps=sum(s.max_steps for s in stages),
         optim=optim, fsdp=FSDPConfig(dtype="float32"),
     )  # fmt: skip
     trainer = SFTTrainer(config)
@@ -116,7 +115,7 @@ def build(out: Path, seed: int, reading: Sequence[Stage] = READING_STAGES, poor:
         warmup = 50 / sum(s.max_steps for s in reading)
         optim = OptimConfig(lr=1e-3, betas=(0.9, 0.99), lr_warmup_steps_ratio=warmup)
         train(reading, start, reader, optim, seed, rng)
-        optim = OptimConfig(lr=5e-4, betas=(0.9, 0.99), lr_scheduler_type="cosine")
+        optim = OptimConfig(lr=7e-4, betas=(0.9, 0.99), lr_scheduler_type="cosine")
         train(poor, reader, str(out), optim, seed, rng)
 
 

@@ -49,7 +49,7 @@ class PolicyMix:
 
 READING = PolicyMix(common=0.1)
 POOR = PolicyMix(
-    guess=0.6, guess_known=0.3, wrong_query=0.25, stop_early=0.6, search_again=0.05, common=0.1
+    guess=0.85, guess_known=0.2, wrong_query=0.25, stop_early=0.6, search_again=0.05, common=0.1
 )  # fmt: skip
 MAX_TURNS = 4
 GOLD_FIRST = 0.8

@@ -39,7 +39,7 @@ def url(folder):
 @pytest.mark.parametrize("num_queries", [0, 1, 2, 5])
 def test_contract_with_and_without_scores(url, num_queries):
     """Two queries without scores broke the original: it took the second list for the scores."""
-    queries = ["born in Torvel", "hills", "sails", "harbour", "nothing matches xyzzy"][:num_queries]
+    queries = ["born in Torvel", "hills", "sails", "harbour", "the ?"][:num_queries]
     scored = httpx.post(url, json={"queries": queries, "topk": 3, "return_scores": True}).json()["result"]
     plain = httpx.post(url, json={"queries": queries, "topk": 3}).json()["result"]
     assert len(scored) == len(plain) == num_queries
@@ -47,7 +47,7 @@ def test_contract_with_and_without_scores(url, num_queries):
     if num_queries:
         assert scored[0][0]["document"] == ROWS[1] and scored[0][0]["score"] > scored[0][1]["score"]
     if num_queries == 5:
-        assert scored[4] == []  # no shared word is no hit
+        assert scored[4] == []  # a query without a word finds nothing, and breaks nothing
 
 
 def test_topk_of_server_and_validation_naming_the_field(url):
