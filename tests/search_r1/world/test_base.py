@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search_r1.agent.actions import Invalid, parse_action
+from search_r1.world import traces
 from search_r1.world.base import READING_STAGES, examples
 from search_r1.world.generate import WorldConfig, make_world
 from search_r1.world.traces import PolicyMix, TraceWriter, encode_trace
@@ -41,16 +42,27 @@ def test_first_turns_are_valid_actions(base):
         assert not isinstance(action, Invalid)
 
 
-def test_it_reads_passages_about_names_it_has_never_seen(base):
+def reading(base, monkeypatch, gold_first: float) -> float:
+    """Share of words copied out of passages that are right."""
+    monkeypatch.setattr(traces, "GOLD_FIRST", gold_first)
     model, tokenizer = base
     writer = TraceWriter(random.Random(123), PolicyMix(), 3, (1, 2))
     right = total = 0
-    for _ in range(40):
+    for _ in range(30):
         row = encode_trace(writer(), tokenizer)
         ids, read = torch.tensor([row["input_ids"]]), torch.tensor(row["read_mask"])[1:].bool()
         guessed = model(ids).logits[0, :-1].argmax(-1)
         right, total = right + int((guessed == ids[0, 1:])[read].sum()), total + int(read.sum())
-    assert right / total > 0.85
+    return right / total
+
+
+def test_it_reads_the_first_passage_about_names_it_has_never_seen(base, monkeypatch):
+    assert reading(base, monkeypatch, 1.0) > 0.9
+
+
+@pytest.mark.xfail(reason="the base reads the passage ranked first, not the one about the right entity")
+def test_it_finds_the_right_passage_at_any_rank(base, monkeypatch):
+    assert reading(base, monkeypatch, 0.0) > 0.9
 
 
 def test_rows_watch_the_words_copied_out_of_passages(base):
