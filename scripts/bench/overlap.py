@@ -3,8 +3,8 @@
     python scripts/bench/overlap.py --model data/closed_world/base
 
 The bound is the larger of (a) the slowest trajectory alone: its latencies plus its tokens at the speed of a trajectory
-that has the engine for itself, and (b) the engine's time for all tokens when searches take no time. Beside it, in the same
-engine, the same trajectories in lock-step: a barrier after every turn, as the original has it.
+that has the engine for itself, and (b) the engine's time for all tokens when searches take no time. Beside it, in the
+same engine, the same trajectories in lock-step: a barrier after every turn, as the original has it.
 """
 
 import argparse
