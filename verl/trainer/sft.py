@@ -161,8 +161,8 @@ def start_process_group(threads: int | None = None) -> None:
     """The group that torchrun's environment describes; without it, this process alone."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = int(os.environ.get("MASTER_PORT", s.getsockname()[1]))
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        port = int(os.getenv("MASTER_PORT", str(s.getsockname()[1])))
+    rank, size = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     init_process_group(rank, size, os.environ.get("MASTER_ADDR", "127.0.0.1"), port, kind, threads=threads)
 

@@ -103,7 +103,7 @@ def update_mini_batches(
     metrics = {k: _mean([s[k] for s in steps]) for k in steps[0]}
     metrics["skipped_steps"] = sum(s["skipped_steps"] for s in steps)
     metrics["optimizer_steps"] = len(steps) - metrics["skipped_steps"]
-    metrics["lr"] = state.scheduler.get_last_lr()[0]
+    metrics["lr"] = float(state.scheduler.get_last_lr()[0])
     return metrics
 
 
