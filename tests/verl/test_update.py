@@ -1,5 +1,7 @@
 """The gradient of a mini-batch depends on neither micro-batch size nor the number of ranks, nor on who holds what."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -16,9 +18,8 @@ from verl.workers.update import update_mini_batches
 ACTOR = ActorConfig(use_kl_loss=True, kl_loss_coef=0.1, entropy_coeff=0.01)
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
+def make_model(path: Path) -> str:
+    """Folder of a random Qwen2 with a tied head."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -26,6 +27,11 @@ def model_path(tmp_path_factory):
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 class Recorder(torch.optim.SGD):
