@@ -10,11 +10,11 @@ same engine, the same trajectories in lock-step: a barrier after every turn, as 
 import argparse
 import asyncio
 import json
+import math
 import random
 import sys
 import time
 
-from search_r1.search.retrieval_server import Latency
 from verl.workers.config import ModelConfig, RolloutConfig
 from verl.workers.rollout.vllm_server import VLLMServer
 
@@ -69,9 +69,9 @@ async def measure(model: str, count: int, median_ms: float, p99_ms: float, seed:
     )
     await server.start()
     try:
-        rollout = Rollout(server, vocab=900, seed=seed)
-        draw = Latency(median_ms, p99_ms, seed)
-        latencies = [[draw.draw() for _ in range(SEARCHES)] for _ in range(count)]
+        rollout = Rollout(server, vocab=256, seed=seed)
+        mu, sigma = math.log(median_ms / 1000), math.log(p99_ms / median_ms) / 2.3263  # 99 % quantile of N(0, 1)
+        latencies = [[rollout.rng.lognormvariate(mu, sigma) for _ in range(SEARCHES)] for _ in range(count)]
         instant = [[0.0] * SEARCHES for _ in range(count)]
         await rollout.free(instant)  # warm-up
         alone = await rollout.free(instant[:1])
