@@ -30,20 +30,25 @@ def table(records: list[dict[str, Any]]) -> str:
         groups[record["data_source"]].append(record)
     groups["all"] = records
     lines = [HEADER, tuple("-" * len(h) for h in HEADER)]
-    lines += [(name, str(len(group)), *summary(group)) for name, group in groups.items()]
+    for name, group in groups.items():
+        values = (
+            "-" if v is None else f"{v:.2f}" if k == "searches" else f"{v:.3f}" for k, v in summary(group).items()
+        )
+        lines.append((name, str(len(group)), *values))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def summary(records: list[dict[str, Any]]) -> tuple[str, ...]:
+def summary(records: list[dict[str, Any]]) -> dict[str, float | None]:
     """EM, executed searches, share answered; search policy and reading apart, where gold passages are known."""
-    em = mean([r["reward"]["em"] for r in records])
-    searches = mean([len(queries(r)) for r in records])
-    answered = mean([float(r["stop_reason"] == "answer") for r in records])
     with_gold = [r for r in records if gold_ids(r)]
     found = [r for r in with_gold if gold_ids(r) <= retrieved_ids(r)]
-    policy = f"{len(found) / len(with_gold):.3f}" if with_gold else "-"
-    reading = f"{mean([r['reward']['em'] for r in found]):.3f}" if found else "-"
-    return f"{em:.3f}", f"{searches:.2f}", f"{answered:.3f}", policy, reading
+    return {
+        "EM": mean([r["reward"]["em"] for r in records]),
+        "searches": mean([len(queries(r)) for r in records]),
+        "answered": mean([float(r["stop_reason"] == "answer") for r in records]),
+        "right entity": len(found) / len(with_gold) if with_gold else None,
+        "EM if gold retrieved": mean([r["reward"]["em"] for r in found]) if found else None,
+    }
 
 
 def queries(record: dict[str, Any]) -> list[str]:
@@ -83,7 +88,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("val/") else None)
         axis.set(title=title, xlabel="training step")
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,7 +1,7 @@
 """`python -m search_r1.world.base --out DIR`: builds the base model of the closed world, from random weights.
 
-Stages of supervised fine-tuning (traces.py): reading one, two, three passages, then questions of one to three hops,
-each until the words copied out of passages are right often enough; then the poor policy, for a number of steps.
+Stages of supervised fine-tuning (traces.py): recalling facts from a list, then reading them out of passages in clean
+traces, each until the copied words are right often enough; reading at a decaying rate; then the poor policy.
 """
 
 import argparse
@@ -13,29 +13,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from search_r1.world.generate import FIRST, SECOND
+from search_r1.world.model import random_model
 from search_r1.world.tokenizer import train_tokenizer, training_texts
-from search_r1.world.traces import POOR, READING, Piece, PolicyMix, TraceWriter, encode_trace
+from search_r1.world.traces import POOR, READING, Piece, PolicyMix, RecallWriter, TraceWriter, encode_trace
 from verl.trainer.sft import Example, SFTConfig, SFTTrainer, start_process_group
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 
 logger = logging.getLogger(__name__)
 
 
+Draw = Callable[[], list[Piece]]
+
+
 @dataclass(frozen=True)
 class Stage:
     name: str
-    num_passages: int
-    hops: tuple[int, ...]
-    mix: PolicyMix
-    drill: float
-    """Share of drills."""
+    traces: Callable[[random.Random], Draw]
     until: float
     """Ends when the running share of copied words that are right exceeds this..."""
     max_steps: int
@@ -43,34 +44,16 @@ class Stage:
 
 
 READING_STAGES = (
-    Stage("one passage", 1, (1,), READING, 0.25, 0.85, 400),
-    Stage("two passages", 2, (1,), READING, 0.25, 0.9, 240),
-    Stage("three passages, three hops", 3, (1, 2, 3), READING, 0.1, 0.985, 200),
+    Stage("recall", RecallWriter, 0.95, 500),
+    Stage("reading", lambda rng: TraceWriter(rng, READING), 0.965, 450),
 )
-POOR_STAGES = (Stage("poor policy", 3, (1, 2, 3), POOR, 0.0, 2.0, 170),)
-"""At a lower rate that decays: the reading settles while the policy is spoiled."""
+SETTLED_STAGES = (Stage("reading, settled", lambda rng: TraceWriter(rng, READING), 2.0, 140),)
+POOR_STAGES = (Stage("poor policy", lambda rng: TraceWriter(rng, POOR), 2.0, 170),)
 
 
-def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Four layers of width 128. The head starts as a copy of the embedding: that eases copying."""
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False,
-        bos_token_id=None,
-    )  # fmt: skip
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id  # pyright: ignore
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
-    return model
-
-
-def examples(stage: Stage, rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Iterator[Example]:
-    """Endless rows of a stage; `watch_mask` marks the words copied out of passages."""
-    writers = [TraceWriter(rng, stage.mix, n, stage.hops) for n in range(1, stage.num_passages + 1)]
+def examples(draw: Draw, tokenizer: PreTrainedTokenizerFast) -> Iterator[Example]:
+    """Endless rows; `watch_mask` marks the facts copied out of passages."""
     while True:
-        writer = writers[-1] if rng.random() < 0.75 else rng.choice(writers)
-        draw: Callable[[], list[Piece]] = writer.drill if rng.random() < stage.drill else writer
         row = encode_trace(draw(), tokenizer)
         yield {"input_ids": row["input_ids"], "loss_mask": row["loss_mask"], "watch_mask": row["read_mask"]}
 
@@ -100,24 +83,54 @@ def train(stages: Sequence[Stage], start: str, out: str, optim: OptimConfig, see
     trainer = SFTTrainer(config)
     for stage in stages:
         began = time.monotonic()
-        right = run_stage(stage, trainer, examples(stage, rng, tokenizer))
-        logger.info("%s: reading %.3f, %.0f s", stage.name, right, time.monotonic() - began)
+        right = run_stage(stage, trainer, examples(stage.traces(rng), tokenizer))
+        logger.info("%s: %.3f of the copied words right, %.0f s", stage.name, right, time.monotonic() - began)
     trainer.save(out)
+    if dist.get_rank() == 0:
+        logger.info("%.3f of fresh questions answered when given the gold passages", answered(out))
 
 
-def build(out: Path, seed: int, reading: Sequence[Stage] = READING_STAGES, poor: Sequence[Stage] = POOR_STAGES) -> None:
+def answered(path: str | Path, count: int = 300, seed: int = 1) -> float:
+    """The reading gate: share of `count` fresh questions of one to three hops that the model in `path` answers right.
+
+    It is given a clean trace up to its last passages, gold ones at any rank among distractors, and goes on greedily.
+    """
+    model: Any = Qwen2ForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ends = tokenizer.convert_tokens_to_ids(["</answer>", "</search>"])
+    writer = TraceWriter(random.Random(seed), PolicyMix())
+    right = 0
+    for _ in range(count):
+        pieces = writer()
+        last = max(i for i, piece in enumerate(pieces) if piece.kind == "observation")
+        ids = torch.tensor([encode_trace(pieces[: last + 1], tokenizer)["input_ids"]])
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=ends)
+        right += tokenizer.decode(out[0, ids.shape[1] :]).endswith(pieces[-1].text)
+    return right / count
+
+
+def build(
+    out: Path,
+    seed: int,
+    reading: Sequence[Stage] = READING_STAGES,
+    settled: Sequence[Stage] = SETTLED_STAGES,
+    poor: Sequence[Stage] = POOR_STAGES,
+) -> None:
     """Trains the tokenizer and the model, and writes both. The process group must exist."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(training_texts(random.Random(0)), [*FIRST, *SECOND])
-    with tempfile.TemporaryDirectory() as start, tempfile.TemporaryDirectory() as reader:
+    warmup = 50 / sum(s.max_steps for s in reading)
+    constant = OptimConfig(lr=1e-3, betas=(0.9, 0.99), lr_warmup_steps_ratio=warmup)
+    decaying = OptimConfig(lr=7e-4, betas=(0.9, 0.99), lr_scheduler_type="cosine")
+    with tempfile.TemporaryDirectory() as folder:
+        start, reader, settled_reader = (f"{folder}/{name}" for name in ("start", "reader", "settled"))
         random_model(tokenizer).save_pretrained(start)
         tokenizer.save_pretrained(start)
-        warmup = 50 / sum(s.max_steps for s in reading)
-        optim = OptimConfig(lr=1e-3, betas=(0.9, 0.99), lr_warmup_steps_ratio=warmup)
-        train(reading, start, reader, optim, seed, rng)
-        optim = OptimConfig(lr=7e-4, betas=(0.9, 0.99), lr_scheduler_type="cosine")
-        train(poor, reader, str(out), optim, seed, rng)
+        train(reading, start, reader, constant, seed, rng)
+        train(settled, reader, settled_reader, decaying, seed, rng)
+        train(poor, settled_reader, str(out), decaying, seed, rng)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ NAME = re.compile(rf"\b({'|'.join(FIRST)})([a-z]{{3}})\b")
 
 def training_texts(rng: random.Random, count: int = 1500) -> Iterator[str]:
     """Traces without tags. A line break between the halves of each name keeps any pair from becoming one token."""
-    writer = TraceWriter(rng, POOR, 3, (1, 2, 3))
+    writer = TraceWriter(rng, POOR)
     for _ in range(count):
         text = "\n".join(p.text or format_passages(p.passages) for p in writer())
         yield NAME.sub(r"\1\n\2", re.sub("|".join(TAGS), "", text))

@@ -1,8 +1,9 @@
 """Warm-start traces: what the base model is trained on before reinforcement learning.
 
-Two phases. *Reading*: clean traces, always the right search and the right answer. *Poor policy*: the same reading, but
-guesses, wrong queries and stops before the last hop; `PolicyMix` says how often. Both draw entities and facts anew for
-every trace: a model trained on a fixed set memorises it instead of reading. Only the common facts stay the same.
+*Recall*: facts to look up in a list. *Reading*: clean traces, always the right search and the right answer. *Poor
+policy*: the same reading, but guesses, wrong queries and stops before the last hop; `PolicyMix` says how often. All
+draw entities and facts anew for every trace: a model trained on a fixed set memorises it instead of reading. Only the
+common facts stay the same.
 """
 
 import random
@@ -52,26 +53,43 @@ POOR = PolicyMix(
     guess=0.85, guess_known=0.2, wrong_query=0.25, stop_early=0.6, search_again=0.05, common=0.1
 )  # fmt: skip
 MAX_TURNS = 4
-GOLD_FIRST = 0.8
-"""How often the passage asked for is not moved from the front: BM25 ranks an entity's own passage first."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a trace. `kind`: prompt, model, read (model's words copied out of a passage) or observation."""
+    """Part of a trace. `kind`: prompt, model, read (the model's, copied out of a passage) or observation."""
 
     kind: str
     text: str
     passages: tuple[tuple[str, str], ...] = ()
 
 
+class RecallWriter:
+    """Draws lists of `count` facts, stated once and again in another order: nearly every word is one to look up."""
+
+    def __init__(self, rng: random.Random, count: int = 8) -> None:
+        self.rng, self.count = rng, count
+
+    def __call__(self) -> list[Piece]:
+        taken: set[str] = set()
+        facts = [
+            (fresh_name(self.rng, taken), self.rng.choice(list(RELATIONS.values())), fresh_name(self.rng, taken))
+            for _ in range(self.count)
+        ]
+        pieces = [Piece("prompt", " ".join(f"{relation.state(x, y)}." for x, relation, y in facts))]
+        self.rng.shuffle(facts)
+        for x, relation, y in facts:
+            pieces += [Piece("prompt", f" {x} {relation.sentence}"), Piece("read", f" {y}"), Piece("prompt", ".")]
+        return pieces
+
+
 class TraceWriter:
-    """Draws traces of 1 to `hops` hops with `num_passages` passages per search."""
+    """Draws traces of one to three hops, every search with `num_passages` passages in random order."""
 
     def __init__(
-        self, rng: random.Random, mix: PolicyMix, num_passages: int, hops: Sequence[int], filler: int = 0
+        self, rng: random.Random, mix: PolicyMix, num_passages: int = 3, hops: Sequence[int] = (1, 2, 3)
     ) -> None:
-        self.rng, self.mix, self.num_passages, self.filler = rng, mix, num_passages, filler
+        self.rng, self.mix, self.num_passages = rng, mix, num_passages
         self.chains = {h: relation_chains(h) for h in hops}
         common = common_island()
         self.common = ask(common, 1, len(common) * 2, random.Random(0))
@@ -118,7 +136,7 @@ class TraceWriter:
         if known == 0:
             return [Piece("model", f"<think> find {query} </think>")]
         x, relation = question.path[known - 1], RELATIONS[question.relations[known - 1]]
-        fact = (Piece("model", f"<think> {x} {relation.sentence}"), Piece("read", f" {question.path[known]}"))
+        fact = (Piece("model", f"<think> {x}"), Piece("read", f" {relation.sentence} {question.path[known]}"))
         return [*fact, Piece("model", " </think>")]
 
     def observation(self, question: Question, known: int | None, query: str, taken: set[str]) -> Piece:
@@ -133,24 +151,8 @@ class TraceWriter:
             entities.append(entity)
         while len(entities) < self.num_passages:
             entities.append(self.distractor(query, kind, taken))
-        if rng.random() >= GOLD_FIRST:
-            rng.shuffle(entities)
-        return Piece("observation", "", tuple(passage(e, rng, self.filler) for e in entities))
-
-    def drill(self) -> list[Piece]:
-        """Passages and every fact in them, restated in random order: many words to copy for few to read."""
-        taken = set(self.common_names)
-        entities = [self.entity(fresh_name(self.rng, taken), self.rng.choice(KINDS), taken)]
-        while len(entities) < self.num_passages:
-            one = self.rng.choice(entities)
-            entities.append(self.distractor(one.name, one.kind, taken))
-        facts = [(e.name, RELATIONS[r], y) for e in entities for r, y in e.facts.items()]
-        self.rng.shuffle(facts)
-        pieces = [Piece("observation", "", tuple(passage(e, self.rng, self.filler) for e in entities))]
-        for x, relation, y in facts:
-            pieces += [Piece("prompt", f"<think> {x}"), Piece("model", f" {relation.sentence}")]
-            pieces += [Piece("read", f" {y}"), Piece("model", " </think>")]
-        return pieces
+        rng.shuffle(entities)
+        return Piece("observation", "", tuple(passage(e, rng) for e in entities))
 
     def entity(self, name: str, kind: str, taken: set[str]) -> Entity:
         return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
@@ -165,7 +167,7 @@ class TraceWriter:
 
 
 def encode_trace(pieces: Sequence[Piece], tokenizer: Any) -> dict[str, list[int]]:
-    """`input_ids`, `loss_mask` (1 on the model's tokens) and `read_mask` (1 on its words copied out of a passage)."""
+    """`input_ids`, `loss_mask` (1 on the model's tokens) and `read_mask` (1 on what it copied out of a passage)."""
     ids: list[int] = []
     loss: list[int] = []
     read: list[int] = []

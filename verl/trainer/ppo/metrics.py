@@ -9,13 +9,13 @@ from verl.protocol import DataProto
 from verl.utils.torch_functional import masked_mean, masked_sum, masked_var
 
 
-def compute_data_metrics(data: DataProto, max_response_length: int | None = None) -> dict[str, float]:
+def compute_data_metrics(data: DataProto, max_length: int) -> dict[str, float]:
     """Rewards, advantages, lengths and rollout agreement of a batch that carries advantages.
 
     Values and their explained variance only where the batch has a critic's `values`. `response_length/*` counts
     everything after the prompt, `response_length_model/*` what the policy sampled, `response_length_observation/*` the
-    rest. `response_length/clip_ratio` is the share of trajectories that filled `max_response_length` tokens, the budget
-    of a whole response (None: not reported; the width of the batch says nothing, it is that of its longest row).
+    rest. `response_length/clip_ratio` is the share of trajectories, prompt included, of more than `max_length` tokens:
+    those that ran out of context.
     """
     batch = data.batch
     mask = batch["response_mask"].bool()
@@ -24,7 +24,7 @@ def compute_data_metrics(data: DataProto, max_response_length: int | None = None
         **_stats("critic/rewards", masked_sum(batch["token_level_rewards"], mask, axis=-1)),
         **_stats("critic/advantages", batch["advantages"][mask]),
         **_stats("critic/returns", batch["returns"][mask]),
-        **_length_metrics(batch, max_response_length),
+        **_length_metrics(batch, max_length),
         **_rollout_metrics(batch["rollout_log_probs"], batch["old_log_probs"], mask),
     }
     if "values" in batch:
@@ -48,22 +48,20 @@ def compute_throughput_metrics(data: DataProto, timing: Mapping[str, float], n_g
     }
 
 
-def _length_metrics(batch: Mapping[str, Tensor], max_response_length: int | None) -> dict[str, float]:
+def _length_metrics(batch: Mapping[str, Tensor], max_length: int) -> dict[str, float]:
     prompt_width = batch["prompts"].shape[1]
     attended = batch["attention_mask"].bool()
     sampled = batch["response_mask"].bool().sum(-1)
     response = attended[:, prompt_width:].sum(-1)
-    metrics = {
+    return {
         **_stats("prompt_length", attended[:, :prompt_width].sum(-1)),
         **_stats("response_length", response),
+        "response_length/clip_ratio": (attended.sum(-1) > max_length).float().mean().item(),
         **_stats("response_length_model", sampled),
         **_stats("response_length_observation", response - sampled),
         "state_tokens/total": sampled.sum().item(),
         "state_tokens/coverage": (sampled.sum() / response.sum()).item(),
     }
-    if max_response_length is not None:
-        metrics["response_length/clip_ratio"] = (response >= max_response_length).float().mean().item()
-    return metrics
 
 
 def _rollout_metrics(rollout_log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> dict[str, float]:

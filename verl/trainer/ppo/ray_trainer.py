@@ -172,7 +172,7 @@ class RayPPOTrainer:
     def log(self, batch: DataProto, total: int, seconds_per_step: float) -> None:
         """Writes the step's metrics and one line on the console."""
         timing = self.timers.pop()
-        metrics = self.metrics | timing | compute_data_metrics(batch)
+        metrics = self.metrics | timing | compute_data_metrics(batch, self.config.data.max_prompt_length)
         metrics |= compute_throughput_metrics(batch, timing, self.world_size)
         metrics |= {"training/epoch": float(self.sampler.epoch), "training/policy_version": float(self.rollout.version)}
         self.tracking.log(metrics, self.step)
@@ -218,7 +218,8 @@ def total_training_steps(config: PPOConfig, num_rows: int) -> int:
 def console_line(metrics: dict[str, float], step: int, total: int, eta_s: float) -> str:
     """Step, reward, length, searches and speed in one line; task metrics where the task has them."""
     parts = [f"step {step}/{total}", f"reward {metrics['critic/score/mean']:.3f}"]
-    for label, key in (("calls", "env/number_of_valid_search"), ("finish", "env/finish_ratio")):
+    labels = {"reward/em": "EM", "env/number_of_valid_search": "searches", "env/finish_ratio": "answered"}
+    for key, label in labels.items():
         if key in metrics:
             parts.append(f"{label} {metrics[key]:.2f}")
     parts.append(f"tokens/s {metrics['perf/throughput']:.0f}")

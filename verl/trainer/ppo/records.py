@@ -1,4 +1,4 @@
-"""Trajectories as JSON, for reading."""
+"""Trajectories as JSON: to read, and to train on again."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,17 +8,18 @@ from verl.workers.rollout.agent_worker import Job
 
 
 def trajectory_records(jobs: Sequence[Job], trajectories: Sequence[Trajectory], tokenizer: Any) -> list[dict[str, Any]]:
-    """One record per trajectory: its prompt, its text by segment with source and facts, its reward."""
+    """One record per trajectory: its prompt, its segments with source, text, ids and facts, its reward."""
     return [
         {
             "uid": job.uid,
             "data_source": job.row["data_source"],
             "prompt": tokenizer.decode(trajectory.prompt_ids),
+            "prompt_ids": trajectory.prompt_ids,
             "segments": [
                 {
                     "source": str(segment.source),
                     "text": tokenizer.decode(segment.token_ids),
-                    "num_tokens": len(segment.token_ids),
+                    "token_ids": segment.token_ids,
                     "policy_version": segment.policy_version,
                     "info": segment.info,
                 }

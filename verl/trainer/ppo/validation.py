@@ -16,6 +16,7 @@ def validate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """`val/` metrics, by data source and over all, and the records of all trajectories.
 
+    With `val_kwargs.n` = k samples per question, `val/pass@k` is the share of questions with a sample that scores 1.
     A trajectory that the environment broke twice is counted (`val/failed`), not scored.
     """
     sampling = config.actor_rollout_ref.rollout.val_kwargs
@@ -23,13 +24,18 @@ def validate(
     check_failures(results, config.trainer.max_failed_share)
     done = [(job, r) for job, r in zip(jobs, results, strict=True) if isinstance(r, Trajectory)]
     by_source: dict[str, list[Trajectory]] = defaultdict(list)
+    solved: dict[str, dict[str, bool]] = defaultdict(dict)
     for job, trajectory in done:
         if not trajectory.num_tokens(Source.MODEL):
             trajectory.reward = {"score": 0.0}
-        by_source[job.row["data_source"]].append(trajectory)
+        source, score = job.row["data_source"], trajectory.reward["score"]
+        by_source[source].append(trajectory)
+        solved[source][job.uid] = solved[source].get(job.uid, False) or score >= 1
     metrics = failure_metrics(results, "val")
     for source, trajectories in by_source.items():
         metrics[f"val/test_score/{source}"] = mean_of("score", trajectories)
+        if sampling.n > 1:
+            metrics[f"val/pass@{sampling.n}/{source}"] = sum(solved[source].values()) / len(solved[source])
         names = {name for t in trajectories for name in t.reward} - {"score"}
         metrics |= {f"val/{name}/{source}": mean_of(name, trajectories) for name in names}
         metrics |= {f"val/{k}/{source}": v for k, v in agent.reduce_metrics(trajectories).items()}

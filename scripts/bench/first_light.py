@@ -1,0 +1,125 @@
+"""The first-light study: every run of docs/results/first_light.md, one after the other, each on the whole machine.
+
+    python scripts/bench/first_light.py [RUN ...]
+
+A finished run appends its row to docs/results/first_light.jsonl and is not run again; an interrupted one resumes from
+its last checkpoint. Prints the table of all rows.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from search_r1.report import STEP, summary
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = ROOT / "docs" / "results" / "first_light.jsonl"
+WORK = "runs/first_light"
+SAMPLES, SFT_ROWS, SFT_MODEL = f"{WORK}/rejection-samples", f"{WORK}/rejection.jsonl", f"{WORK}/rejection-model"
+VAL_ONLY = ["bash", "train_grpo.sh", "trainer.val_only=true"]
+SAMPLE_OFTEN = ["actor_rollout_ref.rollout.val_kwargs.temperature=1", "actor_rollout_ref.rollout.val_kwargs.n"]
+
+
+def grpo(*overrides: str) -> list[list[str]]:
+    return [["bash", "train_grpo.sh", *overrides]]
+
+
+RUNS: dict[str, list[list[str]]] = {
+    **{f"grpo-seed{s}": grpo(f"trainer.seed={s}") for s in range(3)},
+    **{f"ppo-seed{s}": [["bash", "train_ppo.sh", f"trainer.seed={s}"]] for s in range(3)},
+    "base-pass16": [[*VAL_ONLY, SAMPLE_OFTEN[0], f"{SAMPLE_OFTEN[1]}=16"]],
+    "random-reward": grpo("reward.em=0", "reward.random=1"),
+    "no-search": grpo("do_search=false"),
+    "rejection-sft": [
+        [
+            *VAL_ONLY, "data.val_files=data/closed_world/train.parquet", *SAMPLE_OFTEN[:1], f"{SAMPLE_OFTEN[1]}=5",
+            f"trainer.default_local_dir={SAMPLES}",
+        ],
+        [
+            sys.executable, "-m", "search_r1.data.rejection", "--out", SFT_ROWS,
+            "--trajectories", f"{SAMPLES}/trajectories/val_000000.jsonl",
+        ],
+        [
+            sys.executable, "-m", "verl.trainer.sft", "model.path=data/closed_world/base", f"train_files=[{SFT_ROWS}]",
+            f"output={SFT_MODEL}", "optim.lr=1e-4", "fsdp.dtype=float32", "total_training_steps=300",
+        ],
+        [*VAL_ONLY, f"actor_rollout_ref.model.path={SFT_MODEL}"],
+    ],
+}  # fmt: skip
+
+
+def run(name: str) -> dict[str, Any]:
+    """Runs the commands of `name`; the row of the run folder that the last one writes."""
+    folder = f"{WORK}/{name}"
+    began = time.monotonic()
+    for command in RUNS[name]:
+        if command is RUNS[name][-1]:
+            command = [*command, f"trainer.default_local_dir={folder}", f"trainer.experiment_name=first_light-{name}"]
+        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    return {"run": name, "commit": commit, "wall_s": round(time.monotonic() - began), **figures(ROOT / folder)}
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What a run folder holds: validations by hops, and the extremes of what must stay small."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    row: dict[str, Any] = {"steps": metrics[-1][STEP]}
+    seconds = sorted(m["timing_s/step"] for m in metrics if "timing_s/step" in m)
+    gaps = [m["rollout/logprob_diff_max"] for m in metrics if "rollout/logprob_diff_max" in m]
+    row |= {"step_s/median": seconds[len(seconds) // 2], "logprob_diff/max": max(gaps)} if seconds else {}
+    for key in ("rollout/context_violations", "rollout/failed"):
+        row[key] = sum(m.get(key, 0) for m in metrics)
+    row |= {k: v for k, v in metrics[-1].items() if k.startswith("val/pass@")}
+    row["curve"] = {m[STEP]: m["val/test_score/all"] for m in metrics if "val/test_score/all" in m}
+    files = sorted((folder / "trajectories").glob("val_*.jsonl"))
+    for label, path in {"before": files[0], "after": files[-1]}.items():
+        records = [json.loads(line) for line in path.open()]
+        for hops in (1, 2):
+            some = summary([r for r in records if r["extra_info"]["hops"] == hops])
+            row[f"{label}/{hops}-hop"] = {k: v if v is None else round(v, 4) for k, v in some.items()}
+        row[f"{label}/EM"] = round(sum(r["reward"]["em"] for r in records) / len(records), 4)
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: EM before and after, by hops, with searches, policy and reading of the last validation."""
+    head = ("run", "steps", "minutes", "EM before", "EM after", "1-hop", "2-hop", "searches 1-hop", "searches 2-hop",
+            "right entity", "EM if gold retrieved", "max log-prob diff")  # fmt: skip
+    lines = [head, tuple("-" * len(h) for h in head)]
+    for row in rows:
+        hops = row["after/1-hop"], row["after/2-hop"]
+        lines.append(
+            (row["run"], str(row["steps"]), f"{row['wall_s'] / 60:.1f}", f"{row['before/EM']:.3f}",
+             f"{row['after/EM']:.3f}", *(f"{hop['EM']:.3f}" for hop in hops),
+             *(f"{hop['searches']:.2f}" for hop in hops),
+             *(" / ".join("-" if hop[k] is None else f"{hop[k]:.3f}" for hop in hops) for k in head[9:11]),
+             f"{row['logprob_diff/max']:.1e}" if "logprob_diff/max" in row else "-")
+        )  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def read_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.open()] if ROWS.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"some of: {', '.join(RUNS)} (default: all)")
+    names = parser.parse_args().runs or list(RUNS)
+    if unknown := sorted(set(names) - set(RUNS)):
+        parser.error(f"unknown runs: {', '.join(unknown)}; there are {', '.join(RUNS)}")
+    for name in names:
+        if name not in {row["run"] for row in read_rows()}:
+            row = run(name)
+            with ROWS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    sys.stdout.write(table(read_rows()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`python -m search_r1.data.rejection --trajectories FILE --out FILE`: rows for rejection-sampling fine-tuning.
+
+Keeps the trajectories of a run (`<run folder>/trajectories/*.jsonl`) that scored high enough, as rows of
+`verl.trainer.sft`: the ids that were sampled, with loss on the policy's own tokens only (the baseline of that name in
+arXiv 2503.09516, table 2).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl.agent import Source
+from verl.utils.errors import DataError
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a trajectory file. Raises DataError naming file and line for one that is not such a record."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                _ = record["prompt_ids"], record["segments"], record["reward"]["score"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise DataError(f"{path}, line {number}: not a trajectory record ({error!r})") from error
+            yield record
+
+
+def keep(records: Iterable[dict[str, Any]], min_score: float) -> Iterator[dict[str, list[int]]]:
+    """`input_ids` and `loss_mask` of every record with a score of at least `min_score`."""
+    for record in records:
+        if record["reward"]["score"] < min_score:
+            continue
+        segments = [(s["source"] == Source.MODEL, s["token_ids"]) for s in record["segments"]]
+        yield {
+            "input_ids": record["prompt_ids"] + [t for _, ids in segments for t in ids],
+            "loss_mask": [0] * len(record["prompt_ids"]) + [int(own) for own, ids in segments for _ in ids],
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m search_r1.data.rejection", description="Rows for rejection-sampling SFT."
+    )
+    parser.add_argument("--trajectories", type=Path, nargs="+", required=True, help="trajectory files of a run")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file of rows to write")
+    parser.add_argument("--min_score", type=float, default=1.0, help="reward to keep a trajectory (default: 1.0)")
+    args = parser.parse_args(argv)
+    try:
+        records = [record for path in args.trajectories for record in read_records(path)]
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+    rows = list(keep(records, args.min_score))
+    if not rows:
+        sys.exit(f"error: none of {len(records)} trajectories scored {args.min_score} or more")
+    args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sys.stdout.write(f"{args.out}: {len(rows)} of {len(records)} trajectories\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
