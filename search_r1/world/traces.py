@@ -50,7 +50,7 @@ class PolicyMix:
 
 READING = PolicyMix(common=0.1)
 POOR = PolicyMix(
-    guess=0.85, guess_known=0.2, wrong_query=0.25, stop_early=0.6, search_again=0.05, common=0.1
+    guess=0.85, guess_known=0.2, wrong_query=0.25, stop_early=0.5, search_again=0.05, common=0.1
 )  # fmt: skip
 MAX_TURNS = 4
 

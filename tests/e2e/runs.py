@@ -69,13 +69,21 @@ def arguments(folder: Path, model: Path, **more: Any) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items() if value is not None]
 
 
-def train(config: str, overrides: list[str], timeout: float = 420) -> "subprocess.CompletedProcess[str]":
-    """`python -m verl.trainer.main_ppo`, whatever its exit status."""
+def start(config: str, overrides: list[str]) -> "subprocess.Popen[str]":
+    """`python -m verl.trainer.main_ppo`, running."""
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", config, *overrides]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def train(config: str, overrides: list[str], timeout: float = 420) -> tuple[int, str]:
+    """Exit status and output of a whole run."""
+    run = start(config, overrides)
+    output, _ = run.communicate(timeout=timeout)
+    return run.returncode, output
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    """The lines of metrics.jsonl, none before there are any."""
+    path = folder / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.open()] if path.exists() else []

@@ -26,8 +26,8 @@ def url(tmp_path_factory):
 
 def test_grpo_trains_exports_and_resumes(tmp_path, model, url):
     shared = {"retriever__url": url, "trainer__save_freq": 2, "trainer__max_ckpt_to_keep": 1}
-    first = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=2, **shared))
-    assert first.returncode == 0, first.stderr[-3000:]
+    status, output = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=2, **shared))
+    assert status == 0, output[-3000:]
     lines = metrics(tmp_path)
     assert [line["training/global_step"] for line in lines] == [0, 1, 2]
     for line in lines[1:]:
@@ -47,8 +47,8 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, url):
     scores = {line["critic/score/max"] - line["critic/score/min"] for line in lines[1:]}
     assert moved or scores == {0.0}
 
-    again = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=3, **shared))
-    assert again.returncode == 0 and "resuming after step 2" in again.stderr + again.stdout, again.stderr[-3000:]
+    status, output = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=3, **shared))
+    assert status == 0 and "resuming after step 2" in output, output[-3000:]
     assert [line["training/global_step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
     assert [p.name for p in (tmp_path / "run").glob("global_step_*")] == ["global_step_3"]
 
@@ -68,8 +68,8 @@ def test_ppo_on_two_fsdp_ranks_with_a_custom_reward(tmp_path, model, url):
         "trainer__save_hf": "false",
         "custom_reward_function__path": reward,
     }
-    done = train("ppo", arguments(tmp_path, model, **more))
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, output = train("ppo", arguments(tmp_path, model, **more))
+    assert status == 0, output[-3000:]
     warmup, step = metrics(tmp_path)[1:]
     assert "actor/pg_loss" not in warmup and warmup["critic/grad_norm"] > 0
     assert step["actor/grad_norm"] > 0 and step["critic/kl_coeff"] == 0.001 and step["reward/letters"] > 0
@@ -78,6 +78,6 @@ def test_ppo_on_two_fsdp_ranks_with_a_custom_reward(tmp_path, model, url):
 
 def test_a_task_without_search_trains_through_the_library_alone(tmp_path, model):
     more = {"max_turns": None, "trainer__total_training_steps": 2, "trainer__save_hf": "false"}
-    done = train("toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)])
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, output = train("toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)])
+    assert status == 0, output[-3000:]
     assert metrics(tmp_path)[1]["toy/count"] == 12
