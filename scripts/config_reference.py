@@ -35,6 +35,8 @@ def rows(model: type[BaseModel], prefix: str) -> list[str]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         nested = field.annotation
+        if key == "agent.retriever":  # set as `retriever.*`
+            continue
         if isinstance(nested, type) and issubclass(nested, BaseModel):
             lines += rows(nested, f"{key}.")
             continue

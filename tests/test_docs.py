@@ -1,8 +1,13 @@
 """The configuration reference is what the models say."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -11,6 +16,24 @@ def test_configuration_reference_is_up_to_date():
     command = [sys.executable, "scripts/config_reference.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, "run: python scripts/config_reference.py\n" + done.stderr
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_every_documented_key_is_in_the_configuration(name):
+    """Hydra refuses to override a key that the YAML lacks."""
+    keys = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE)
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        config = OmegaConf.to_container(compose(name), resolve=False)
+
+    def missing(key):
+        node = config
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                return True
+            node = node[part]
+        return False
+
+    assert len(keys) > 140 and not [key for key in keys if missing(key)]
 
 
 def test_launch_scripts_are_short_and_scripts_parse():
