@@ -121,7 +121,7 @@ def build(
     rng = random.Random(seed)
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(training_texts(random.Random(0)), [*FIRST, *SECOND])
-    warmup = 50 / sum(s.max_steps for s in reading)
+    warmup = min(1.0, 50 / sum(s.max_steps for s in reading))
     constant = OptimConfig(lr=1e-3, betas=(0.9, 0.99), lr_warmup_steps_ratio=warmup)
     decaying = OptimConfig(lr=7e-4, betas=(0.9, 0.99), lr_scheduler_type="cosine")
     with tempfile.TemporaryDirectory() as folder:
