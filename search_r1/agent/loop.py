@@ -73,8 +73,8 @@ class SearchAgentLoop:
                 f"data.max_obs_length={config.max_obs_length} has no room for a passage: "
                 f"<information></information> takes {tags}"
             )
-        if config.do_search and (problem := check_server(config.retriever.url)):
-            problems.append(f"retriever.url: {problem}")
+        checks = [check_server(url) for url in config.retriever.urls] if config.do_search else []
+        problems += [f"retriever.url: {problem}" for problem in checks if problem]
         return problems
 
     async def close(self) -> None:

@@ -4,20 +4,69 @@ It never returns an empty list for a failure: what the policy reads is what the 
 """
 
 import asyncio
+import os
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import httpx
 from pydantic import ValidationError
 
+from search_r1.search.balancer import Balancer, Server
 from search_r1.search.config import RetrieverConfig
 from search_r1.search.schema import RetrieveResponse, ScoredDocument
 
 PROBE_TIMEOUT_S = 10.0
+TOKEN = "SEARCH_R1_RETRIEVER_TOKEN"
 
 
 class SearchError(Exception):
-    """A search that failed for good: the message names server, cause and number of attempts."""
+    """A search that failed for good: the message names server, cause and number of attempts; `kind` is for counting."""
+
+    kind = "other"
+
+
+class Unreachable(SearchError):
+    """No connection, or one that broke."""
+
+    kind = "connection"
+
+
+class OutOfTime(SearchError):
+    """The deadline passed."""
+
+    kind = "timeout"
+
+
+class ServerBusy(SearchError):
+    """429: the queue was full."""
+
+    kind = "overloaded"
+
+
+class ServerFailed(SearchError):
+    """5xx."""
+
+    kind = "server"
+
+
+class Rejected(SearchError):
+    """Another 4xx: the request is wrong, repeating it is of no use."""
+
+    kind = "rejected"
+
+
+class BadAnswer(SearchError):
+    """An answer that is not of the contract."""
+
+    kind = "contract"
+
+
+class EngineFailed(SearchError):
+    """The engine could not do this very query."""
+
+    kind = "engine"
 
 
 @dataclass(frozen=True)
@@ -36,92 +85,157 @@ class Passage:
         return cls(str(id), title, text, score)
 
 
+Found = list[Passage] | SearchError
+
+
 class RetrievalClient:
-    """Searches one server. Belongs to one event loop."""
+    """Searches one server or several replicas of one. Belongs to one event loop.
+
+    `errors` counts failed attempts by kind, those that a retry made good included.
+    """
 
     def __init__(self, config: RetrieverConfig) -> None:
         self.config = config
-        self.http = httpx.AsyncClient(limits=httpx.Limits(max_connections=64, max_keepalive_connections=64))
-        self.waiting: dict[str, list[asyncio.Future[list[Passage]]]] = {}
+        token = os.environ.get(TOKEN)
+        self.http = httpx.AsyncClient(
+            limits=httpx.Limits(max_connections=64, max_keepalive_connections=64),
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+        )
+        self.balancer = Balancer(config.urls, config.backoff_s)
+        self.errors: Counter[str] = Counter()
+        self.waiting: list[str] = []
+        self.running: dict[str, asyncio.Future[list[Passage]]] = {}
         self.flush: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def search(self, query: str) -> list[Passage]:
-        """The passages for `query`. Raises SearchError when the deadline or the attempts are used up."""
+        """The passages for `query`; one that is already being searched is not sent again.
+
+        Raises a SearchError when the deadline or the attempts are used up, or the engine could not do it.
+        """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[Passage]] = loop.create_future()
-        self.waiting.setdefault(query, []).append(future)
-        if len(self.waiting) >= self.config.max_batch_size:
-            self._send_waiting()
-        elif self.flush is None:
-            self.flush = loop.call_later(self.config.batch_wait_s, self._send_waiting)
-        return await future
+        query = query[: self.config.max_query_chars]
+        future = self.running.get(query)
+        if future is None:
+            future = self.running[query] = loop.create_future()
+            self.waiting.append(query)
+            if len(self.waiting) >= self.config.max_batch_size:
+                self._send_waiting()
+            elif self.flush is None:
+                self.flush = loop.call_later(self.config.batch_wait_s, self._send_waiting)
+        return await asyncio.shield(future)
 
     def _send_waiting(self) -> None:
         if self.flush is not None:
             self.flush.cancel()
             self.flush = None
-        batch, self.waiting = self.waiting, {}
+        batch, self.waiting = self.waiting, []
         if batch:
             task = asyncio.get_running_loop().create_task(self._serve(batch))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
-    async def _serve(self, batch: dict[str, list[asyncio.Future[list[Passage]]]]) -> None:
+    async def _serve(self, queries: list[str]) -> None:
         try:
-            results = await self._retrieve(list(batch))
+            results: Sequence[Found] = await self._retrieve(queries)
         except SearchError as error:
-            for futures in batch.values():
-                for future in futures:
-                    if not future.done():
-                        future.set_exception(SearchError(*error.args))
-            return
-        for passages, futures in zip(results, batch.values(), strict=True):
-            for future in futures:
-                if not future.done():
-                    future.set_result(passages)
+            results = [error] * len(queries)
+        for query, found in zip(queries, results, strict=True):
+            future = self.running.pop(query)
+            if isinstance(found, SearchError):
+                future.set_exception(type(found)(*found.args))
+                future.exception()  # whoever asked may be gone
+            else:
+                future.set_result(found)
 
-    async def _retrieve(self, queries: list[str]) -> list[list[Passage]]:
-        """One request, repeated while that may help."""
+    async def _retrieve(self, queries: list[str]) -> list[Found]:
+        """One request, repeated while that may help, at the next server if there is one."""
         loop, config = asyncio.get_running_loop(), self.config
         deadline = loop.time() + config.timeout_s
-        cause = "no time left"
+        last: SearchError = OutOfTime("not tried")
         for attempt in range(config.max_retries + 1):
-            left = deadline - loop.time()
-            if left <= 0:
-                raise SearchError(
-                    f"{config.url}: no answer in {config.timeout_s:g} s ({attempt} attempts, last: {cause})"
-                )
+            server = self.balancer.pick(loop.time())
             try:
-                answer = await self.http.post(
-                    config.url, json={"queries": queries, "topk": config.topk, "return_scores": True}, timeout=left
-                )
-                if answer.status_code == 200:
-                    return parse_response(answer, len(queries), config.url)
-                cause = f"status {answer.status_code}: {answer.text[:200]}"
-                if answer.status_code != 429 and answer.status_code < 500:
-                    raise SearchError(f"{config.url}: {cause}")
-            except httpx.TransportError as error:
-                cause = f"{type(error).__name__} {error}".strip()
-            pause = config.backoff_s * 2**attempt * random.uniform(0.5, 1.0)
-            await asyncio.sleep(min(pause, max(0.0, deadline - loop.time())))
-        raise SearchError(f"{config.url}: failed {config.max_retries + 1} times, last: {cause}")
+                return await self._ask(server, queries, deadline - loop.time())
+            except (Rejected, BadAnswer) as error:
+                self.errors[error.kind] += 1
+                raise
+            except SearchError as error:
+                self.errors[error.kind] += 1
+                last = error
+            if loop.time() >= deadline:
+                raise OutOfTime(f"no answer in {config.timeout_s:g} s ({attempt + 1} attempts, last: {last})") from last
+            if attempt < config.max_retries:
+                await asyncio.sleep(self._pause(attempt, deadline))
+        raise type(last)(f"search failed {config.max_retries + 1} times, last: {last}") from last
+
+    def _pause(self, attempt: int, deadline: float) -> float:
+        """Seconds until the next attempt: none while another server is awake, at least till one wakes up otherwise."""
+        now = asyncio.get_running_loop().time()
+        resting = min(server.resting_until for server in self.balancer.servers) - now
+        if resting <= 0 and len(self.balancer.servers) > 1:
+            return 0.0
+        backoff = self.config.backoff_s * 2**attempt * random.uniform(0.5, 1.0)
+        return max(0.0, min(max(backoff, resting), deadline - now))
+
+    async def _ask(self, server: Server, queries: list[str], left_s: float) -> list[Found]:
+        """One request to one server. Raises the SearchError that fits."""
+        clock = asyncio.get_running_loop().time
+        body = {"queries": queries, "topk": self.config.topk, "return_scores": True, "allow_partial": True}
+        server.in_flight += 1
+        try:
+            answer = await self.http.post(server.url, json=body, timeout=max(0.001, left_s))
+        except httpx.TimeoutException as error:
+            self.balancer.failed(server, clock())
+            raise OutOfTime(f"{server.url}: {type(error).__name__}") from error
+        except httpx.TransportError as error:
+            self.balancer.failed(server, clock())
+            raise Unreachable(f"{server.url}: {type(error).__name__} {error}".strip()) from error
+        finally:
+            server.in_flight -= 1
+        status, problem = answer.status_code, f"{server.url}: status {answer.status_code}: {answer.text[:200]}"
+        if status == 200:
+            self.balancer.succeeded(server)
+            found = parse_response(answer, len(queries), server.url)
+            self.errors["engine"] += sum(isinstance(f, SearchError) for f in found)
+            return found
+        if status == 429:
+            self.balancer.is_busy(server, clock(), retry_after(answer, self.config.backoff_s))
+            raise ServerBusy(problem)
+        if status >= 500:
+            self.balancer.failed(server, clock())
+            raise ServerFailed(problem)
+        raise Rejected(problem)
 
     async def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections; searches that still run fail."""
+        for task in self.tasks:
+            task.cancel()
         await self.http.aclose()
 
 
-def parse_response(answer: httpx.Response, num_queries: int, url: str) -> list[list[Passage]]:
-    """The passages of each query. Raises SearchError when the answer is not of the contract."""
+def retry_after(answer: httpx.Response, default: float) -> float:
+    """Seconds that a 429 asks to wait."""
+    value = answer.headers.get("retry-after", "")
+    return float(value) if value.isdigit() else default
+
+
+def parse_response(answer: httpx.Response, num_queries: int, url: str) -> list[Found]:
+    """The passages of each query, or why it failed. Raises BadAnswer when the answer is not of the contract."""
     try:
-        lists = RetrieveResponse.model_validate(answer.json()).result
-        scored = [[ScoredDocument.model_validate(item) for item in items] for items in lists]
+        response = RetrieveResponse.model_validate(answer.json())
+        scored = [[ScoredDocument.model_validate(item) for item in items] for items in response.result]
     except (ValidationError, ValueError) as error:
-        raise SearchError(f"{url}: the answer is not of the /retrieve contract: {error}") from error
+        raise BadAnswer(f"{url}: the answer is not of the /retrieve contract: {error}") from error
     if len(scored) != num_queries:
-        raise SearchError(f"{url}: {len(scored)} results for {num_queries} queries")
-    return [[Passage.from_contents(s.document.id, s.document.contents, s.score) for s in items] for items in scored]
+        raise BadAnswer(f"{url}: {len(scored)} results for {num_queries} queries")
+    errors = response.errors or {}
+    return [
+        EngineFailed(f"{url}: {errors[i]}")
+        if i in errors
+        else [Passage.from_contents(s.document.id, s.document.contents, s.score) for s in items]
+        for i, items in enumerate(scored)
+    ]
 
 
 def check_server(url: str) -> str | None:
@@ -130,8 +244,11 @@ def check_server(url: str) -> str | None:
         "start one, for instance: python search_r1/search/retrieval_server.py --index_path INDEX/bm25 "
         "--corpus_path CORPUS.jsonl --retriever_name bm25"
     )
+    token = os.environ.get(TOKEN)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    body = {"queries": ["probe"], "topk": 1, "return_scores": True}
     try:
-        answer = httpx.post(url, json={"queries": ["probe"], "topk": 1, "return_scores": True}, timeout=PROBE_TIMEOUT_S)
+        answer = httpx.post(url, json=body, headers=headers, timeout=PROBE_TIMEOUT_S)
         answer.raise_for_status()
         parse_response(answer, 1, url)
     except (httpx.HTTPError, httpx.InvalidURL, SearchError) as error:

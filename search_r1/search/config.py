@@ -1,13 +1,21 @@
 """How a client talks to a retrieval server. Imports nothing but pydantic: the retrieval side runs alone."""
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 
 class RetrieverConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    url: str = "http://127.0.0.1:8000/retrieve"
-    """Address of the server's /retrieve."""
+    url: str | list[str] = "http://127.0.0.1:8000/retrieve"
+    """Address of the server's /retrieve, or a list of replicas: the least busy healthy one is asked."""
     topk: PositiveInt = 3
     """Passages per query."""
     timeout_s: PositiveFloat = 60.0
@@ -20,3 +28,17 @@ class RetrieverConfig(BaseModel):
     """Queries per request: searches that begin together travel together."""
     batch_wait_s: NonNegativeFloat = 0.002
     """How long a search waits for company."""
+    max_query_chars: PositiveInt = 4096
+    """A longer query is cut: the policy may write any, and no server should refuse it."""
+
+    @field_validator("url")
+    @classmethod
+    def _some_url(cls, url: str | list[str]) -> str | list[str]:
+        if not url or any(not u.startswith(("http://", "https://")) for u in ([url] if isinstance(url, str) else url)):
+            raise ValueError("must be http(s)://HOST:PORT/retrieve, or a list of such")
+        return url
+
+    @property
+    def urls(self) -> list[str]:
+        """The replicas, one at least."""
+        return [self.url] if isinstance(self.url, str) else list(self.url)

@@ -1,8 +1,11 @@
-"""A JSONL corpus, read in place: the file is mapped, only the offsets of its lines are kept."""
+"""Corpora: read from any source when an index is built, mapped into memory when it is served."""
 
+import gzip
 import hashlib
 import json
 import mmap
+import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,72 +13,175 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-OFFSETS, FINGERPRINT = "offsets.npy", "corpus.json"
-HASHED_BYTES = 1 << 20
+from search_r1.search.manifest import CorpusError, check_corpus, fingerprint
+
+OFFSETS, DOCUMENTS = "offsets.npy", "documents.jsonl"
+HUB = "hf:"
+PLAIN = (".jsonl", ".json")
 
 
-class CorpusError(ValueError):
-    """A corpus that cannot be used; the message names file and line."""
+class CorpusReader:
+    """A corpus to be indexed: `.jsonl`, `.jsonl.gz`, `.parquet`, or `hf:NAME[:SPLIT]`, a data set of the hub.
+
+    A document has `id` and `contents`; of `title` and `text` instead of `contents` those are made.
+    """
+
+    def __init__(self, source: str | Path, skip_bad: bool = False) -> None:
+        """Raises CorpusError when there is no such file."""
+        self.source, self.skip_bad, self.bad = str(source), skip_bad, 0
+        self.is_hub = self.source.startswith(HUB)
+        self.is_plain = self.source.endswith(PLAIN)
+        if not self.is_hub and not Path(self.source).is_file():
+            raise CorpusError(f"{self.source}: no such file")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the manifest keeps of the source."""
+        return {"hub": self.source} if self.is_hub else fingerprint(Path(self.source))
+
+    def store(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """Every document; leaves in `folder` what `Corpus` needs: the line offsets, and a JSONL copy of other sources.
+
+        Raises CorpusError for a bad line or a second id, unless bad ones are skipped: then `bad` counts them.
+        """
+        offsets, seen, offset = array("q"), set[int](), 0
+        with Path(os.devnull if self.is_plain else folder / DOCUMENTS).open("wb") as copy:
+            for place, record in self._records():
+                size = len(record) if isinstance(record, bytes) else 0
+                try:
+                    document = to_document(record, place)
+                    digest = hash_of(document["id"])
+                    if digest in seen:
+                        raise CorpusError(f"{place}: id {document['id']!r} occurs a second time")
+                    seen.add(digest)
+                    offsets.append(offset)
+                    if not self.is_plain:
+                        size = copy.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+                    yield document
+                except CorpusError:
+                    if not self.skip_bad:
+                        raise
+                    self.bad += 1
+                    size = size if self.is_plain else 0
+                offset += size
+        if not offsets:
+            raise CorpusError(f"{self.source}: no documents")
+        np.save(folder / OFFSETS, np.frombuffer(offsets, dtype=np.int64))
+
+    def _records(self) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
+        """(where it stands, line or row), with a progress bar."""
+        if self.is_hub:
+            yield from self._hub_rows()
+        elif self.source.endswith(".parquet"):
+            yield from self._parquet_rows()
+        else:
+            yield from self._lines()
+
+    def _lines(self) -> Iterator[tuple[str, bytes]]:
+        path = Path(self.source)
+        with path.open("rb") as raw, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="corpus") as bar:
+            lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+            for number, line in enumerate(lines, 1):
+                yield f"{path}, line {number}", line
+                if number % 1000 == 0:
+                    bar.update(raw.tell() - bar.n)
+            bar.update(raw.tell() - bar.n)
+
+    def _parquet_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        from pyarrow.parquet import ParquetFile
+
+        file = ParquetFile(self.source)
+        with tqdm(total=file.metadata.num_rows, unit="rows", unit_scale=True, desc="corpus") as bar:
+            number = 0
+            for batch in file.iter_batches(1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{self.source}, row {number}", row
+                bar.update(batch.num_rows)
+
+    def _hub_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        from datasets import load_dataset
+
+        name, _, split = self.source.removeprefix(HUB).partition(":")
+        rows: Any = load_dataset(name, split=split or "train", streaming=True)
+        for number, row in enumerate(tqdm(rows, unit="rows", unit_scale=True, desc="corpus"), 1):
+            yield f"{self.source}, row {number}", row
 
 
-def read_documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(byte offset, document) of every line, with a progress bar. Raises CorpusError for a bad line or a second id."""
-    if not path.is_file():
-        raise CorpusError(f"{path}: no such file")
-    ids, offset = set(), 0
-    with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="corpus") as bar:
-        for number, line in enumerate(file, 1):
-            document = parse_line(line, f"{path}, line {number}")
-            if document["id"] in ids:
-                raise CorpusError(f"{path}, line {number}: id {document['id']!r} occurs a second time")
-            ids.add(document["id"])
-            yield offset, document
-            offset += len(line)
-            bar.update(len(line))
-    if not ids:
-        raise CorpusError(f"{path}: no documents")
-
-
-def parse_line(line: bytes, place: str) -> dict[str, Any]:
-    """The document of one line. Raises CorpusError unless it has `id` and `contents`."""
+def to_document(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
+    """The document of a line or a row. Raises CorpusError unless it has `id` and `contents`, or `title` and `text`."""
     try:
-        document = json.loads(line)
+        document = json.loads(record) if isinstance(record, bytes) else record
     except ValueError as error:
         raise CorpusError(f"{place}: not JSON ({error})") from error
-    if not isinstance(document, dict) or "id" not in document or not isinstance(document.get("contents"), str):
-        raise CorpusError(f'{place}: expected an object with "id" and "contents" (a string)')
-    return document
+    if isinstance(document, dict) and document.get("id") is not None:
+        if isinstance(document.get("contents"), str):
+            return document
+        if isinstance(document.get("title"), str) and isinstance(document.get("text"), str):
+            return {**document, "contents": contents(document["title"], document["text"])}
+    raise CorpusError(f'{place}: expected an object with "id" and "contents" (a string), or "id", "title" and "text"')
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and a hash of beginning and end: tells corpora apart without reading them whole."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(HASHED_BYTES)
-        file.seek(max(0, size - HASHED_BYTES))
-        digest = hashlib.sha256(head + file.read()).hexdigest()
-    return {"size": size, "sha256_of_ends": digest}
+def contents(title: str, text: str) -> str:
+    """`"Title"`, a line break, the text: what `contents` holds."""
+    title = title.strip('"')
+    return f'"{title}"\n{text}'
+
+
+def hash_of(id: object) -> int:
+    """64 bits: a set of them is a third of a set of strings."""
+    return int.from_bytes(hashlib.blake2b(str(id).encode(), digest_size=8).digest(), "little")
 
 
 class Corpus:
-    """`corpus[i]` is document `i`, in the order of the file."""
+    """`corpus[i]` is document `i` in the order of the file, which is mapped; only the offsets of its lines are kept."""
 
-    def __init__(self, path: Path, index: Path) -> None:
-        """Raises CorpusError when the file is missing or not the one that `index` was built from."""
-        if not path.is_file():
-            raise CorpusError(f"{path}: no such file")
-        if fingerprint(path) != json.loads((index / FINGERPRINT).read_text()):
-            raise CorpusError(
-                f"{path} is not the corpus that {index} was built from: build the index again (--overwrite)"
-            )
-        self.offsets = np.load(index / OFFSETS, mmap_mode="r")
+    def __init__(self, path: Path, offsets: np.ndarray) -> None:
+        self.path, self.offsets = path, offsets
         with path.open("rb") as file:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @classmethod
+    def of_index(cls, index: Path, manifest: dict[str, Any], corpus: Path | None) -> "Corpus":
+        """The corpus of an index. Raises CorpusError when `corpus` is not the file that the index was built from."""
+        own_copy = index / DOCUMENTS
+        if corpus is not None and not str(corpus).startswith(HUB):
+            check_corpus(manifest, index, corpus)
+        elif not own_copy.exists():
+            raise CorpusError(f"{index} needs its corpus: name the file with --corpus_path")
+        path = own_copy if own_copy.exists() or corpus is None else corpus
+        return cls(path, np.load(index / OFFSETS, mmap_mode="r"))
+
+    @classmethod
+    def of_lines(cls, path: Path) -> "Corpus":
+        """A JSONL corpus without an index folder; the offsets are found once and kept beside it."""
+        if not path.is_file():
+            raise CorpusError(f"{path}: no such file")
+        kept = path.with_name(path.name + ".offsets.npy")
+        if not (kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime):
+            offsets = line_offsets(path)
+            try:
+                np.save(kept, offsets)
+            except OSError:  # a read-only folder: they are found again next time
+                return cls(path, offsets)
+        return cls(path, np.load(kept, mmap_mode="r"))
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         start = int(self.offsets[i])
-        end = int(self.offsets[i + 1]) if i + 1 < len(self.offsets) else len(self.data)
-        return json.loads(self.data[start:end])
+        end = self.data.find(b"\n", start)
+        line = self.data[start : end if end >= 0 else len(self.data)]
+        return to_document(line, f"{self.path}, document {i}")
+
+
+def line_offsets(path: Path, block: int = 1 << 26) -> np.ndarray:
+    """Byte offset of every line, with a progress bar."""
+    found, position, size = [np.zeros(1, dtype=np.int64)], 0, path.stat().st_size
+    with path.open("rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc="line offsets") as bar:
+        while data := file.read(block):
+            found.append(np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n")) + position + 1)
+            position += len(data)
+            bar.update(len(data))
+    offsets = np.concatenate(found)
+    return offsets[offsets < size]

@@ -1,36 +1,108 @@
-"""`python -m search_r1.search.index_builder --retrieval_method bm25 --corpus_path C --save_dir D`: builds D/bm25."""
+"""Builds an index of a corpus: with progress, whole or not at all, with a manifest that the server checks.
+
+python -m search_r1.search.index_builder --retrieval_method bm25 --corpus_path C.jsonl --save_dir D      makes D/bm25
+python -m search_r1.search.index_builder --retrieval_method e5 --faiss_type Flat --corpus_path C.jsonl --save_dir D
+                                                                                          makes D/e5_Flat.index
+"""
 
 import argparse
+import os
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from search_r1.search import bm25
-from search_r1.search.corpus import CorpusError
+from search_r1.search.corpus import CorpusReader
+from search_r1.search.engines import DENSE
+from search_r1.search.manifest import CorpusError, read_manifest
+from search_r1.search.serve import positive
 
-METHODS = ("bm25",)
+METHODS = ("bm25", "lucene", *DENSE)
 
 
-def main() -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line, with the original's flags."""
-    parser = argparse.ArgumentParser(prog="python -m search_r1.search.index_builder", description=__doc__)
-    parser.add_argument("--retrieval_method", default="bm25", help=f"one of {', '.join(METHODS)} (default: bm25)")
-    parser.add_argument("--corpus_path", type=Path, required=True, help="JSONL with id and contents")
-    parser.add_argument("--save_dir", type=Path, default=Path("indexes"), help="the index lands in SAVE_DIR/METHOD")
-    parser.add_argument("--overwrite", action="store_true", help="build again even if the index is there")
-    args = parser.parse_args()
-    if args.retrieval_method not in METHODS:
-        parser.error(f"--retrieval_method {args.retrieval_method}: available are {', '.join(METHODS)}")
-    index = args.save_dir / args.retrieval_method
-    if bm25.is_built(args.corpus_path, index) and not args.overwrite:
-        sys.stdout.write(f"{index}: already built for {args.corpus_path}\n")
-        return
-    args.save_dir.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m search_r1.search.index_builder", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add(
+        "--retrieval_method",
+        default="bm25",
+        choices=METHODS,
+        help=f"one of {', '.join(METHODS)} (default: bm25)",
+        metavar="NAME",
+    )
+    add("--corpus_path", required=True, help="a .jsonl, .jsonl.gz or .parquet with id and contents, or hf:NAME[:SPLIT]")
+    add("--save_dir", type=Path, default=Path("indexes"), help="the index lands in it (default: indexes)")
+    add("--overwrite", action="store_true", help="build again even if the index is there")
+    add("--skip-bad", action="store_true", help="leave bad lines out and count them, instead of stopping at the first")
+    add("--threads", type=positive, default=os.cpu_count(), help="lucene: indexing threads (default: all cores)")
+    dense = parser.add_argument_group(f"dense engines ({', '.join(DENSE)})")
+    add = dense.add_argument
+    add("--model_path", help="encoder: a name of the Hugging Face hub or a folder (e5 and bge have a default)")
+    add(
+        "--faiss_type",
+        default="Flat",
+        help="Flat, HNSW, IVF-Flat, IVF-SQ8, IVF-PQ, or a FAISS factory string (default: Flat)",
+    )
+    add("--max_length", type=positive, default=180, help="longest passage in tokens (default: 180)")
+    add("--batch_size", type=positive, default=512, help="passages per encoder call (default: 512)")
+    add("--use_fp16", action="store_true", help="encoder in half precision")
+    add("--device", help="where the encoder runs (default: a GPU where there is one)")
+    add("--shard_size", type=positive, default=16384, help="passages per embedding file: what a kill can cost")
+    add("--embedding_path", type=Path, help="folder of the embeddings (default: SAVE_DIR/emb_METHOD)")
+    add("--save_embedding", action="store_true", help="keep the embeddings, for another --faiss_type")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Builds unless an index of this corpus is there."""
+    args = parse_arguments(argv)
+    is_dense = args.retrieval_method in DENSE
+    index = args.save_dir / (f"{args.retrieval_method}_{args.faiss_type}.index" if is_dense else args.retrieval_method)
     try:
-        count = bm25.build(args.corpus_path, index)
+        reader = CorpusReader(args.corpus_path, args.skip_bad)
+        if not args.overwrite and is_built(reader, index):
+            sys.stdout.write(f"{index}: already built for {args.corpus_path}\n")
+            return 0
+        count = build(args, reader, index)
     except CorpusError as error:
         sys.exit(f"error: {error}")
-    sys.stdout.write(f"{index}: {count} documents\n")
+    bad = f", {reader.bad} bad lines left out" if reader.bad else ""
+    sys.stdout.write(f"{index}: {count} documents{bad}\n")
+    return 0
+
+
+def is_built(reader: CorpusReader, index: Path) -> bool:
+    """Whether `index` is a complete index of this very corpus."""
+    try:
+        return read_manifest(index)["corpus"] == reader.fingerprint()
+    except CorpusError:
+        return False
+
+
+def build(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:
+    """The number of documents indexed. Raises CorpusError for what the corpus or the disk does not allow."""
+    if args.retrieval_method == "bm25":
+        return bm25.build(reader, index)
+    if args.retrieval_method == "lucene":
+        from search_r1.search import lucene
+
+        return lucene.build(reader, index, args.threads)
+    from search_r1.search import dense
+    from search_r1.search.encoder import Encoder
+
+    encoder = Encoder(args.retrieval_method, args.model_path, args.device, args.use_fp16, args.max_length)
+    folder = args.embedding_path or args.save_dir / f"emb_{args.retrieval_method}"
+    shards = dense.EmbeddingShards(folder, args.shard_size)
+    count = dense.build(reader, index, encoder, shards, args.faiss_type, args.batch_size)
+    if not (args.save_embedding or args.embedding_path):
+        shutil.rmtree(folder)
+    return count
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

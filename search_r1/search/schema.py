@@ -2,15 +2,22 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 
 class RetrieveRequest(BaseModel):
-    """`topk` null: the server's default."""
+    """A batch of queries."""
 
-    queries: list[str]
-    topk: PositiveInt | None = None
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    queries: list[str] = Field(examples=[["who wrote Hamlet"]])
+    """Any number of queries, none included."""
+    topk: PositiveInt | None = Field(default=None, le=1000)
+    """Passages per query; null: the server's default."""
     return_scores: bool = False
+    """Whether each passage comes as `{"document": …, "score": …}` or as the document itself."""
+    allow_partial: bool = False
+    """Whether a query that failed is reported under `errors` beside the others' results, or fails the request."""
 
 
 class Document(BaseModel):
@@ -31,3 +38,11 @@ class RetrieveResponse(BaseModel):
     """One list per query, in their order; without `return_scores` its items are the documents themselves."""
 
     result: list[list[dict[str, Any]]]
+    errors: dict[int, str] | None = None
+    """Only with `allow_partial`: why the query of that number, whose result is empty, failed."""
+
+
+class Problem(BaseModel):
+    """What an answer other than 200 says."""
+
+    detail: str | list[Any]

@@ -1,0 +1,45 @@
+"""Which of several servers to ask: the least busy one that has not just failed."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_REST_S = 5.0
+
+
+@dataclass
+class Server:
+    """A replica, as this client sees it."""
+
+    url: str
+    in_flight: int = 0
+    failures: int = 0
+    """In a row."""
+    resting_until: float = 0.0
+
+
+class Balancer:
+    """Passive health: a server that fails rests, longer with every failure in a row; its next request is the probe."""
+
+    def __init__(self, urls: Sequence[str], rest_s: float) -> None:
+        self.servers = [Server(url) for url in urls]
+        self.rest_s = rest_s
+
+    def pick(self, now: float) -> Server:
+        """The least busy server that does not rest; when all do, the one that has rested most."""
+        awake = [server for server in self.servers if server.resting_until <= now]
+        if not awake:
+            return min(self.servers, key=lambda server: server.resting_until)
+        least = min(server.in_flight for server in awake)
+        return random.choice([server for server in awake if server.in_flight == least])
+
+    def succeeded(self, server: Server) -> None:
+        server.failures, server.resting_until = 0, 0.0
+
+    def failed(self, server: Server, now: float) -> None:
+        server.failures += 1
+        server.resting_until = now + min(MAX_REST_S, self.rest_s * 2 ** min(server.failures, 10))
+
+    def is_busy(self, server: Server, now: float, wait_s: float) -> None:
+        """It answered 429: it is well, but should be left alone for `wait_s`."""
+        server.resting_until = now + min(MAX_REST_S, wait_s)

@@ -1,0 +1,202 @@
+"""Dense retrieval: passages embedded in resumable shards, FAISS indexes of five types, searched in batches."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from tqdm import tqdm
+
+from search_r1.search.corpus import Corpus, CorpusReader
+from search_r1.search.encoder import Encoder
+from search_r1.search.engine import Hits
+from search_r1.search.manifest import MANIFEST, CorpusError, building, read_manifest, write_manifest
+
+INDEX = "faiss.index"
+TYPES = {
+    "Flat": "Flat",
+    "HNSW": "HNSW32",
+    "IVF-Flat": "IVF{nlist},Flat",
+    "IVF-SQ8": "IVF{nlist},SQ8",
+    "IVF-PQ": "IVF{nlist},PQ{bytes}",
+}
+"""Factory strings; any other string of FAISS's index factory may be named instead."""
+TRAINING_POINTS = 39
+"""Vectors per centroid that k-means asks for."""
+PASSAGES_AT_A_TIME = 512
+
+
+@dataclass(frozen=True)
+class EmbeddingShards:
+    """Embeddings of a corpus, `size` passages a file; a file that is there is whole, so an interrupted run goes on."""
+
+    folder: Path
+    size: int = 16384
+
+    def prepare(self, identity: dict[str, Any]) -> None:
+        """Keeps what is there if it was made from the same corpus with the same model, else starts anew."""
+        mark, text = self.folder / MANIFEST, json.dumps({**identity, "shard_size": self.size}, indent=1)
+        if not (mark.is_file() and mark.read_text() == text):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            mark.write_text(text)
+
+    def fill(self, documents: Iterable[dict[str, Any]], encoder: Encoder, batch_size: int) -> int:
+        """Embeds what is missing; returns the number of documents."""
+        done = len(self.files())
+        count, vectors, texts = 0, list[np.ndarray](), list[str]()
+        for document in documents:
+            if count >= done * self.size:
+                texts.append(document["contents"])
+            count += 1
+            if len(texts) == PASSAGES_AT_A_TIME or (texts and count % self.size == 0):
+                vectors.append(encoder.encode_passages(texts, batch_size))
+                texts = []
+            if vectors and count % self.size == 0:
+                self._write(count // self.size - 1, vectors)
+                vectors = []
+        if texts:
+            vectors.append(encoder.encode_passages(texts, batch_size))
+        if vectors:
+            self._write(count // self.size, vectors)
+        return count
+
+    def _write(self, number: int, vectors: list[np.ndarray]) -> None:
+        pending = self.folder / "pending.npy"
+        np.save(pending, np.concatenate(vectors))
+        os.replace(pending, self.folder / f"{number:05d}.npy")
+
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.npy"))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (np.load(path, mmap_mode="r") for path in self.files())
+
+
+def build(
+    reader: CorpusReader,
+    index: Path,
+    encoder: Encoder,
+    shards: EmbeddingShards,
+    faiss_type: str = "Flat",
+    batch_size: int = 512,
+) -> int:
+    """Writes a FAISS index of a corpus to the folder `index`, whole or not at all; returns the number of documents.
+
+    The shards stay until the caller removes them. Raises CorpusError for a bad corpus or an unknown type.
+    """
+    settings = {"model": encoder.name, "prefixes": list(encoder.prefixes), "dimension": encoder.dimension}
+    shards.prepare({**settings, "corpus": reader.fingerprint()})
+    with building(index) as folder:
+        count = shards.fill(reader.store(folder), encoder, batch_size)
+        faiss.write_index(make_index(shards, count, encoder.dimension, faiss_type), str(folder / INDEX))
+        write_manifest(
+            folder, engine="dense", parameters={**settings, "faiss_type": faiss_type},
+            corpus=reader.fingerprint(), documents=count,
+        )  # fmt: skip
+    return count
+
+
+def make_index(shards: EmbeddingShards, count: int, dimension: int, faiss_type: str) -> Any:
+    """Trains an inner-product index on a sample, then adds every shard."""
+    nlist = max(1, min(int(4 * math.sqrt(count)), count // TRAINING_POINTS))
+    description = TYPES.get(faiss_type, faiss_type).format(nlist=nlist, bytes=max(1, dimension // 8))
+    try:
+        index = faiss.index_factory(dimension, description, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise CorpusError(f"--faiss_type {faiss_type}: none of {', '.join(TYPES)}, nor does FAISS know it") from error
+    if not index.is_trained:
+        share = min(1.0, 2 * TRAINING_POINTS * max(nlist, 256) / count)
+        rng = np.random.default_rng(0)
+        index.train(np.concatenate([shard[rng.random(len(shard)) < share] for shard in shards]))
+    for shard in tqdm(shards, total=len(shards.files()), desc="adding", unit="shards"):
+        index.add(np.ascontiguousarray(shard))
+    return index
+
+
+class DenseRetriever:
+    """A FAISS index, mapped into memory where FAISS can, or sharded over all GPUs."""
+
+    def __init__(
+        self,
+        index: Path,
+        corpus: Path | None,
+        encoder: Encoder,
+        name: str,
+        gpu: bool = False,
+        nprobe: int = 64,
+        ef_search: int = 128,
+    ) -> None:
+        """`index` is a folder of the index builder, or a FAISS file, as published, whose rows are the corpus's lines.
+
+        Raises CorpusError when index, corpus and encoder do not belong together, or something is damaged.
+        """
+        self.name, self.encoder = name, encoder
+        if index.is_dir():
+            manifest = read_manifest(index)
+            self.corpus = Corpus.of_index(index, manifest, corpus)
+            self.index = read_index(index / INDEX)
+            if (built := manifest["parameters"]["model"]) != encoder.name:
+                raise CorpusError(f"{index} was built with {built}, --retriever_model is {encoder.name}")
+        elif corpus is None:
+            raise CorpusError(f"{index} needs its corpus: name the file with --corpus_path")
+        else:
+            self.index, self.corpus = read_index(index), Corpus.of_lines(corpus)
+        if self.index.ntotal != len(self.corpus):
+            raise CorpusError(f"{index} has {self.index.ntotal} vectors, {corpus} has {len(self.corpus)} documents")
+        if self.index.d != encoder.dimension:
+            raise CorpusError(
+                f"{index} holds vectors of {self.index.d} numbers, {encoder.name} makes {encoder.dimension}"
+            )
+        set_depth(self.index, nprobe, ef_search)
+        self.sign = 1.0 if self.index.metric_type == faiss.METRIC_INNER_PRODUCT else -1.0
+        if gpu:
+            self.index = to_gpus(self.index)
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
+        """One call of the encoder and one of the index for all queries."""
+        scores, places = self.index.search(self.encoder.encode_queries(queries), topk)
+        return [
+            [(self.corpus[int(i)], self.sign * float(s)) for i, s in zip(row, row_scores, strict=True) if i >= 0]
+            for row, row_scores in zip(places, scores, strict=True)
+        ]
+
+
+def read_index(path: Path) -> Any:
+    """Raises CorpusError when the file is missing, cut short, or no index."""
+    if not path.is_file():
+        raise CorpusError(f"{path}: no such index")
+    with path.open("rb") as file:
+        is_ivf = file.read(2) == b"Iw"
+    flags = faiss.IO_FLAG_MMAP if is_ivf else faiss.IO_FLAG_MMAP_IFC
+    try:
+        return faiss.read_index(str(path), flags | faiss.IO_FLAG_READ_ONLY)
+    except RuntimeError as error:
+        raise CorpusError(f"{path}: damaged or no FAISS index ({str(error).splitlines()[0]})") from error
+
+
+def set_depth(index: Any, nprobe: int, ef_search: int) -> None:
+    """How much of an approximate index is looked at."""
+    kind: Any = faiss.downcast_index(index)
+    if hasattr(kind, "nprobe"):
+        kind.nprobe = min(nprobe, kind.nlist)
+    elif hasattr(kind, "hnsw"):
+        kind.hnsw.efSearch = ef_search
+
+
+def to_gpus(index: Any) -> Any:
+    """The index in half precision, its vectors divided over all GPUs. Raises CorpusError with a CPU build of FAISS."""
+    if not hasattr(faiss, "index_cpu_to_all_gpus"):
+        raise CorpusError("--faiss_gpu: this FAISS has no GPU support; pip install faiss-gpu-cu12 instead of faiss-cpu")
+    options = faiss.GpuMultipleClonerOptions()
+    options.useFloat16, options.shard = True, True
+    return faiss.index_cpu_to_all_gpus(index, co=options)

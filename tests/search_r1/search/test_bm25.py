@@ -1,0 +1,120 @@
+"""BM25: the formula, Anserini's analysis, and agreement with Lucene itself."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from search_r1.search import bm25
+from search_r1.search.bm25 import Analyzer, BM25Retriever, lucene_lengths
+from search_r1.search.corpus import CorpusReader
+from tests.retrieval import write_corpus, write_lines
+
+ROWS = [
+    {"id": "0", "contents": '"Torvel"\nTorvel lies in Marna. It has a harbour.'},
+    {"id": "1", "contents": '"Ada Marin"\nAda Marin was born in Torvel.'},
+    {"id": "2", "contents": '"Bo Keld"\nBo Keld sails. Bo Keld was born at sea.'},
+    {"id": "3", "contents": '"Marna"\nMarna is a country of hills.'},
+]
+
+
+def test_scores_are_lucenes_bm25(tmp_path):
+    """score = sum over query terms of log(1 + (N - n + .5) / (n + .5)) * tf / (tf + k1 (1 - b + b len / avg))."""
+    analyze = Analyzer()
+    tokens = [analyze(row["contents"]) for row in ROWS]
+    average = sum(map(len, tokens)) / len(tokens)
+    expected = []
+    for document in tokens:
+        score = 0.0
+        for term in analyze("born Torvel born"):
+            n = sum(term in d for d in tokens)
+            tf = document.count(term)
+            length = 1 - bm25.B + bm25.B * len(document) / average
+            score += math.log(1 + (len(tokens) - n + 0.5) / (n + 0.5)) * tf / (tf + bm25.K1 * length)
+        expected.append(score)
+    path = write_corpus(tmp_path, ROWS)
+    (hits,) = BM25Retriever(tmp_path / "bm25", path).search(["born Torvel born"], 4)
+    got = {document["id"]: score for document, score in hits}
+    assert got == pytest.approx({str(i): s for i, s in enumerate(expected) if s > 0}, rel=1e-5)
+
+
+def test_queries_without_a_known_word_find_nothing(tmp_path):
+    path = write_corpus(tmp_path, ROWS)
+    assert BM25Retriever(tmp_path / "bm25", path).search(["the ?", "", "zyx", "Torvel"], 1)[:3] == [[], [], []]
+
+
+def test_analysis_is_anserinis():
+    """What Anserini's DefaultEnglishAnalyzer makes of these, read off a run of it."""
+    analyze = Analyzer()
+    text = "The U.S.A. won't stop John's 3.14 and 1,000 a_b foo:bar x-y naïve 東京タワー dogs' o’clock T's"
+    expected = "u.s.a|won't|stop|john|3.14|1,000|a_b|foo:bar|x|y|naïv|東|京|タワー|dog|o’clock|t"
+    assert "|".join(analyze(text)) == expected
+    text = "can't I'm e.g. i.e. user@site.com http://a.b/c?d=e 10:30 #1 C++ AT&T 5th 1990s rock'n'roll us"
+    expected = "can't|i'm|e.g|i.|user|site.com|http|a.b|c|d|e|10|30|1|c|t|5th|1990|rock'n'rol|us"
+    assert "|".join(analyze(text)) == expected
+    assert analyze("possibly assembly incredibly nobly technology apologies archaeology") == (
+        ["possibl", "assembl", "incred", "nobli", "technolog", "apolog", "archaeolog"]
+    )
+
+
+def test_lengths_are_kept_as_lucene_keeps_them():
+    lengths = np.array([0, 1, 23, 24, 39, 40, 41, 42, 55, 56, 57, 59, 60, 120, 1000])
+    assert lucene_lengths(lengths).tolist() == [0, 1, 23, 24, 39, 40, 40, 42, 54, 56, 56, 56, 60, 120, 984]
+
+
+def words(seed, count):
+    rng = random.Random(seed)
+    return " ".join(rng.choices([f"{rng.choice('bdfgklmnprstvz')}{v}{c}" for v in "aeiou" for c in "lmnrst"], k=count))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    rows = [{"id": str(i), "contents": f'"T{i}"\n{words(i, 5 + i % 90)}'} for i in range(400)]
+    return write_lines(tmp_path_factory.mktemp("corpus") / "c.jsonl", rows)
+
+
+def test_blocks_change_nothing(corpus, tmp_path, monkeypatch):
+    bm25.build(corpus, tmp_path / "one")
+    monkeypatch.setattr(bm25, "BLOCK", 1000)
+    bm25.build(corpus, tmp_path / "many")
+    for name in ("data", "indices", "indptr"):
+        one, many = (np.load(tmp_path / k / f"{name}.csc.index.npy") for k in ("one", "many"))
+        assert np.array_equal(one, many)
+
+
+def test_ranking_and_scores_agree_with_lucene(corpus, tmp_path):
+    lucene = pytest.importorskip("search_r1.search.lucene")
+    pytest.importorskip("pyserini", reason="the extra `lucene` is not installed")
+    bm25.build(corpus, tmp_path / "bm25")
+    lucene.build(CorpusReader(corpus), tmp_path / "lucene", threads=1)
+    ours, theirs = BM25Retriever(tmp_path / "bm25", corpus), lucene.LuceneRetriever(tmp_path / "lucene", None)
+    assert len(theirs) == len(ours) == 400
+    queries = [words(1000 + i, 1 + i % 6) for i in range(50)]
+    for a, b in zip(ours.search(queries, 10), theirs.search(queries, 10), strict=True):
+        assert [s for _, s in a] == pytest.approx([s for _, s in b], rel=1e-4)
+        assert {d["id"] for d, s in a if s > a[-1][1] * 1.001} <= {d["id"] for d, _ in b}
+
+
+def test_a_lucene_index_without_stored_passages_takes_them_from_the_corpus(corpus, tmp_path):
+    """As with the published wiki-18 index, whose ids are line numbers; `--retriever_name bm25` serves it."""
+    lucene = pytest.importorskip("search_r1.search.lucene")
+    pytest.importorskip("pyserini", reason="the extra `lucene` is not installed")
+    from search_r1.search.engines import load
+    from search_r1.search.manifest import CorpusError
+    from search_r1.search.retrieval_server import parse_arguments
+
+    java = lucene.start_jvm()
+    (tmp_path / "source").mkdir()
+    write_lines(tmp_path / "source" / "c.jsonl", [eval(line) for line in corpus.open()])
+    flags = ["-collection", "JsonCollection", "-generator", "DefaultLuceneDocumentGenerator", "-quiet"]
+    places = ["-input", str(tmp_path / "source"), "-index", str(tmp_path / "bm25"), "-threads", "1"]
+    java("io.anserini.index.IndexCollection").main([*flags, *places])
+    command = ["--retriever_name", "bm25", "--index_path", str(tmp_path / "bm25"), "--corpus_path"]
+    engine = load(parse_arguments([*command, str(corpus)]))
+    assert engine.name == "lucene"
+    (hits,) = engine.search([words(7, 3)], 3)
+    assert len(hits) == 3 and all(d["contents"].startswith(f'"T{d["id"]}"') for d, _ in hits)
+    other = write_lines(tmp_path / "other.jsonl", [{"id": f"x{i}", "contents": "y"} for i in range(400)])
+    with pytest.raises(CorpusError, match=r"holds document 'x\d+', not"):
+        load(parse_arguments([*command, str(other)])).search([words(7, 3)], 3)

@@ -1,0 +1,193 @@
+"""The client over real HTTP: sharing, replicas, retries, deadlines, and what it calls a failure."""
+
+import asyncio
+import time
+
+import httpx
+import pytest
+from fastapi import FastAPI, Response
+
+from search_r1.search.client import RetrievalClient, SearchError, check_server
+from search_r1.search.config import RetrieverConfig
+from tests.retrieval import free_port, retrieval_server, serving, write_corpus
+from tests.search_r1.search.test_server import ROWS, Engine, app
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("index")
+    write_corpus(path, ROWS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with retrieval_server(folder) as (address, _):
+        yield address
+
+
+def client(url, **kwargs):
+    return RetrievalClient(RetrieverConfig(url=url, **kwargs))
+
+
+def scripted(*answers):
+    """A server that gives these answers in turn, the last one for ever; and the list of what it was asked."""
+    asked, scripted_app = [], FastAPI()
+
+    @scripted_app.post("/retrieve")
+    async def retrieve(body: dict) -> Response:
+        asked.append(body["queries"])
+        status, text, headers = answers[min(len(asked), len(answers)) - 1]
+        return Response(text, status_code=status, headers=headers, media_type="application/json")
+
+    return scripted_app, asked
+
+
+GOOD = (200, '{"result": [[{"document": {"id": "7", "contents": "T\\nx"}, "score": 1.5}]]}', {})
+
+
+async def test_concurrent_searches_share_requests(url):
+    c, sent = client(url, batch_wait_s=0.05), []
+    post = c.http.post
+
+    async def counting(address, **kwargs):
+        sent.append(kwargs["json"]["queries"])
+        return await post(address, **kwargs)
+
+    c.http.post = counting
+    results = await asyncio.gather(*(c.search(q) for q in ["Torvel", "hills", "Torvel", "sails"]))
+    assert sent == [["Torvel", "hills", "sails"]]
+    assert results[0] == results[2] and results[1][0].title == '"Marna"' and results[1][0].id == "3"
+    await c.close()
+
+
+async def test_a_query_in_flight_is_not_sent_again():
+    engine = Engine(lag=0.3)
+    with serving(app(engine)) as base:
+        c = client(f"{base}/retrieve", batch_wait_s=0.0)
+        first = asyncio.create_task(c.search("a"))
+        await asyncio.sleep(0.15)
+        second = asyncio.create_task(c.search("a"))
+        first.cancel()  # who asked first may leave, the others still get their passages
+        assert (await second)[0].text == "a"
+        await c.close()
+    assert [queries for queries, _ in engine.calls] == [["a"]]
+
+
+async def test_a_long_query_is_cut(url):
+    c = client(url, max_query_chars=6)
+    assert (await c.search("Torvel and much more"))[0].id == (await c.search("Torvel"))[0].id
+    await c.close()
+
+
+async def test_a_dead_server_is_an_error_with_its_cause():
+    c = client("http://127.0.0.1:9/retrieve", max_retries=2, backoff_s=0.01)
+    with pytest.raises(SearchError, match=r"failed 3 times.*127.0.0.1:9.*ConnectError") as caught:
+        await c.search("x")
+    assert caught.value.kind == "connection" and c.errors == {"connection": 3}
+    await c.close()
+
+
+async def test_the_deadline_ends_a_slow_search(folder):
+    with retrieval_server(folder, "--inject_latency_ms", "5000", "--inject_latency_p99_ms", "6000") as (slow, _):
+        c = client(slow, timeout_s=0.5)
+        with pytest.raises(SearchError, match=r"0\.5 s") as caught:
+            await c.search("x")
+        assert caught.value.kind == "timeout"
+        await c.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "attempts"),
+    [
+        ((500, '{"detail": "broken"}', {}), "server", 3),
+        ((429, '{"detail": "full"}', {"Retry-After": "0"}), "overloaded", 3),
+        ((422, '{"detail": "no"}', {}), "rejected", 1),
+        ((401, '{"detail": "token"}', {}), "rejected", 1),
+        ((200, '{"result": "x"}', {}), "contract", 1),
+        ((200, '{"result": []}', {}), "contract", 1),
+        ((200, "not json", {}), "contract", 1),
+        ((200, '{"result": [[]], "errors": {"0": "quota: all used"}}', {}), "engine", 1),
+    ],
+)
+async def test_failures_are_typed_and_counted_and_retried_where_that_may_help(answer, kind, attempts):
+    scripted_app, asked = scripted(answer)
+    with serving(scripted_app) as base:
+        c = client(f"{base}/retrieve", max_retries=2, backoff_s=0.01)
+        with pytest.raises(SearchError) as caught:
+            await c.search("x")
+        assert caught.value.kind == kind and len(asked) == attempts and c.errors == {kind: attempts}
+        await c.close()
+
+
+async def test_a_retry_makes_good_and_is_counted():
+    scripted_app, asked = scripted((503, "{}", {}), (429, "{}", {"Retry-After": "0"}), GOOD)
+    with serving(scripted_app) as base:
+        c = client(f"{base}/retrieve", backoff_s=0.01)
+        assert (await c.search("x"))[0].id == "7" and len(asked) == 3
+        assert c.errors == {"server": 1, "overloaded": 1, "engine": 0}
+        await c.close()
+
+
+async def test_only_the_failed_query_of_a_shared_request_fails():
+    with serving(app(Engine())) as base:
+        c = client(f"{base}/retrieve", batch_wait_s=0.05)
+        found = await asyncio.gather(*(c.search(q) for q in ["a", "poison", "b"]), return_exceptions=True)
+        assert isinstance(found[1], SearchError) and "bitter" in str(found[1])
+        assert [found[0][0].text, found[2][0].text] == ["a", "b"]
+        await c.close()
+
+
+async def test_replicas_share_the_load_and_a_dead_one_is_left_alone():
+    engines = [Engine(lag=0.02), Engine(lag=0.02)]
+    dead = f"http://127.0.0.1:{free_port()}/retrieve"
+    with serving(app(engines[0])) as a, serving(app(engines[1])) as b:
+        c = client([f"{a}/retrieve", dead, f"{b}/retrieve"], max_batch_size=1, max_retries=3, backoff_s=1.0)
+        began = time.monotonic()
+        found = await asyncio.gather(*(c.search(f"q{i}") for i in range(40)))
+        assert [hits[0].text for hits in found] == [f"q{i}" for i in range(40)]
+        assert time.monotonic() - began < 3 and c.errors["connection"] <= 14
+        assert all(sum(len(q) for q, _ in e.calls) >= 10 for e in engines)
+        await c.close()
+
+
+async def test_a_killed_server_is_found_again_in_mid_load(folder):
+    """kill -9 while hundreds of searches run; the second server takes the port of the first. No passage is wrong."""
+    wanted = {"harbour": "0", "hills": "3", "sails": "2", "Ada": "1"}
+    latency = ["--inject_latency_ms", "50", "--inject_latency_p99_ms", "100", "--cache_size", "0"]
+    with retrieval_server(folder, *latency) as (address, process):
+        c = client(address, max_retries=30, backoff_s=0.1, max_batch_size=4)
+
+        async def one(i):
+            await asyncio.sleep(i * 0.005)
+            query = [*wanted][i % 4]
+            return wanted[query] == (await c.search(f"{query} {'the ' * (i // 4)}"))[0].id
+
+        tasks = [asyncio.create_task(one(i)) for i in range(300)]
+        await asyncio.sleep(0.5)
+        process.kill()
+        process.wait()
+        with retrieval_server(folder, port=httpx.URL(address).port):
+            assert all(await asyncio.gather(*tasks))
+        assert c.errors["connection"] > 0
+        await c.close()
+
+
+async def test_the_token_of_the_environment_is_sent(monkeypatch):
+    monkeypatch.setenv("SEARCH_R1_RETRIEVER_TOKEN", "secret")
+    with serving(app(Engine(), token="secret")) as base:
+        c = client(f"{base}/retrieve")
+        assert (await c.search("a"))[0].text == "a" and check_server(f"{base}/retrieve") is None
+        await c.close()
+
+
+def test_check_server_names_address_and_cure(url):
+    assert check_server(url) is None
+    problem = check_server("http://127.0.0.1:9/retrieve")
+    assert problem and "127.0.0.1:9" in problem and "retrieval_server.py" in problem
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", [], ["http://a/retrieve", "b"]])
+def test_addresses_are_checked(url):
+    with pytest.raises(ValueError, match="http"):
+        RetrieverConfig(url=url)

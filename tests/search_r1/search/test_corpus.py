@@ -1,0 +1,137 @@
+"""Corpora of every source, and what is wrong with some of them."""
+
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from search_r1.search import bm25
+from search_r1.search.bm25 import BM25Retriever
+from search_r1.search.corpus import Corpus, CorpusReader, line_offsets
+from search_r1.search.index_builder import main as build_index
+from search_r1.search.manifest import CorpusError
+from tests.retrieval import write_corpus, write_lines
+
+ROWS = [
+    {"id": "0", "contents": '"Torvel"\nTorvel lies in Marna. It has a harbour.'},
+    {"id": "1", "contents": '"Ada Marin"\nAda Marin was born in Torvel.'},
+    {"id": "2", "contents": '"Bo Keld"\nBo Keld sails. Bo Keld was born at sea.'},
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "line 2: not JSON"),
+        ('{"id": 1}', "line 2: expected an object"),
+        ('{"contents": "x"}', "line 2: expected an object"),
+        (json.dumps(ROWS[0]), "line 2: id '0'"),
+    ],
+)
+def test_bad_lines_are_named_or_skipped_and_counted(tmp_path, line, message, capsys):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n" + json.dumps(ROWS[1]) + "\n")
+    with pytest.raises(CorpusError, match=message):
+        bm25.build(path, tmp_path / "bm25")
+    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
+    assert build_index(["--corpus_path", str(path), "--save_dir", str(tmp_path), "--skip-bad"]) == 0
+    assert "2 documents, 1 bad lines left out" in capsys.readouterr().out
+    (hits,) = BM25Retriever(tmp_path / "bm25", path).search(["Ada"], 1)
+    assert hits[0][0] == ROWS[1]
+
+
+def write_source(folder, kind):
+    if kind == "jsonl.gz":
+        path = folder / "c.jsonl.gz"
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    else:
+        path = folder / "c.parquet"
+        titles = [row["contents"].split("\n") for row in ROWS]
+        table = [{"id": row["id"], "title": t, "text": x} for row, (t, x) in zip(ROWS, titles, strict=True)]
+        pq.write_table(pa.Table.from_pylist(table), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
+def test_other_sources_are_copied_into_the_index(tmp_path, kind):
+    source = write_source(tmp_path, kind)
+    assert bm25.build(CorpusReader(source), tmp_path / "bm25") == 3
+    for corpus in (source, None):
+        (hits,) = BM25Retriever(tmp_path / "bm25", corpus).search(["Ada"], 1)
+        assert hits[0][0]["contents"] == ROWS[1]["contents"]
+
+
+def test_an_index_of_another_corpus_is_refused(tmp_path):
+    path = write_corpus(tmp_path, ROWS)
+    path.write_text(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(CorpusError, match=r"not the corpus.*--overwrite"):
+        BM25Retriever(tmp_path / "bm25", path)
+
+
+def test_a_change_in_the_middle_of_a_large_corpus_is_seen(tmp_path):
+    rows = [{"id": str(i), "contents": f'"T{i}"\n{"word " * 20}'} for i in range(20000)]
+    path = write_corpus(tmp_path, rows)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 - 5000 : len(data) // 2 + 5000] = b"x" * 10000
+    path.write_bytes(bytes(data))
+    with pytest.raises(CorpusError, match="not the corpus"):
+        BM25Retriever(tmp_path / "bm25", path)
+
+
+@pytest.mark.parametrize("name", ["data.csc.index.npy", "vocab.index.json", "offsets.npy"])
+def test_a_damaged_index_is_refused(tmp_path, name):
+    path = write_corpus(tmp_path, ROWS)
+    file = tmp_path / "bm25" / name
+    os.truncate(file, file.stat().st_size - 3)
+    with pytest.raises(CorpusError, match=rf"{name} has \d+ bytes.*build it again"):
+        BM25Retriever(tmp_path / "bm25", path)
+    file.unlink()
+    with pytest.raises(CorpusError, match=f"{name} is missing"):
+        BM25Retriever(tmp_path / "bm25", path)
+
+
+def test_a_full_disk_leaves_the_old_index_and_nothing_else(tmp_path):
+    """A limit on the size of files stands for the full disk: writing beyond it fails in the same place."""
+    path = write_corpus(tmp_path, ROWS)
+    write_lines(path, [{"id": str(i), "contents": f'"T{i}"\nw{i} ' + "word " * 50} for i in range(2000)])
+    command = [sys.executable, "-m", "search_r1.search.index_builder", "--corpus_path", str(path)]
+    done = subprocess.run(
+        [*command, "--save_dir", str(tmp_path)], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)),
+    )  # fmt: skip
+    assert done.returncode == 1 and "the disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bm25", "corpus.jsonl"]
+    assert json.loads((tmp_path / "bm25" / "manifest.json").read_text())["documents"] == 3
+
+
+def test_line_offsets_of_a_plain_file_are_kept_beside_it(tmp_path):
+    path = write_lines(tmp_path / "c.jsonl", ROWS)
+    assert line_offsets(path, block=7).tolist() == line_offsets(path).tolist()
+    corpus = Corpus.of_lines(path)
+    assert [corpus[i] for i in range(len(corpus))] == ROWS
+    kept = tmp_path / "c.jsonl.offsets.npy"
+    stamp = kept.stat().st_mtime_ns
+    Corpus.of_lines(path)
+    assert kept.stat().st_mtime_ns == stamp
+    path.write_text(path.read_text().rstrip("\n"))
+    os.utime(path)
+    assert Corpus.of_lines(path)[2] == ROWS[2]
+
+
+def test_builder_is_idempotent(tmp_path, capsys):
+    path = write_lines(tmp_path / "c.jsonl", ROWS)
+    flags = ["--corpus_path", str(path), "--save_dir", str(tmp_path)]
+    assert [build_index(flags), build_index(flags)] == [0, 0]
+    output = capsys.readouterr().out
+    assert "3 documents" in output and "already built" in output
+
+
+def test_builder_errors_have_no_traceback(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"error: .*none.jsonl: no such file"):
+        build_index(["--corpus_path", str(tmp_path / "none.jsonl"), "--save_dir", str(tmp_path)])

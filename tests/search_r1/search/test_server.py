@@ -1,0 +1,276 @@
+"""The retrieval server over real HTTP: contract, limits, load, faults."""
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from search_r1.search.app import ServerSettings, create_app
+from search_r1.search.engine import EngineError
+from tests.retrieval import SERVER, free_port, retrieval_server, serving, wait_until_ready, write_corpus
+
+ROWS = [
+    {"id": "0", "contents": '"Torvel"\nTorvel lies in Marna. It has a harbour.'},
+    {"id": "1", "contents": '"Ada Marin"\nAda Marin was born in Torvel.'},
+    {"id": "2", "contents": '"Bo Keld"\nBo Keld sails. Bo Keld was born at sea.'},
+    {"id": "3", "contents": '"Marna"\nMarna is a country of hills.'},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("index")
+    write_corpus(path, ROWS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with retrieval_server(folder, "--topk", "2") as (address, _):
+        yield address
+
+
+class Engine:
+    """An engine for tests: echoes the query; `lag` seconds a call; words that break it or fail alone."""
+
+    name = "echo"
+
+    def __init__(self, lag=0.0):
+        self.lag, self.calls, self.threads = lag, [], set()
+
+    def __len__(self):
+        return 1
+
+    def search(self, queries, topk):
+        self.calls.append((list(queries), topk))
+        self.threads.add(threading.get_ident())
+        time.sleep(self.lag)
+        if "poison" in queries:
+            raise RuntimeError("bitter")
+        echo = [({"id": "0", "contents": f'"T"\n{q}'}, float(topk)) for q in queries]
+        return [
+            EngineError("not this one") if q == "sour" else [hit] * topk for q, hit in zip(queries, echo, strict=True)
+        ]
+
+
+def app(engine, **settings):
+    return create_app(lambda: engine, ServerSettings(**{"cache_size": 0, **settings}))
+
+
+def ask(base, *queries, **body):
+    return httpx.post(f"{base}/retrieve", json={"queries": list(queries), **body}, timeout=30)
+
+
+@pytest.mark.parametrize("num_queries", [0, 1, 2, 5])
+def test_contract_with_and_without_scores(url, num_queries):
+    """Two queries without scores broke the original: it took the second list for the scores."""
+    queries = ["born in Torvel", "hills", "sails", "harbour", "the ?"][:num_queries]
+    scored = httpx.post(url, json={"queries": queries, "topk": 3, "return_scores": True}).json()["result"]
+    plain = httpx.post(url, json={"queries": queries, "topk": 3}).json()
+    assert plain.keys() == {"result"} and len(scored) == len(plain["result"]) == num_queries
+    assert [[hit["document"] for hit in hits] for hits in scored] == plain["result"]
+    if num_queries:
+        assert scored[0][0]["document"] == ROWS[1] and scored[0][0]["score"] > scored[0][1]["score"]
+    if num_queries == 5:
+        assert scored[4] == []  # a query without a word finds nothing, and breaks nothing
+
+
+def test_topk_of_server_and_validation_naming_the_field(url):
+    assert len(httpx.post(url, json={"queries": ["Torvel Marin Keld born"]}).json()["result"][0]) == 2
+    for body, field in [
+        ({"queries": "not a list"}, "queries"), ({"queries": ["a", 1]}, "1"), ({"queries": [], "topk": 0}, "topk"),
+        ({}, "queries"), ({"queries": ["a"], "return_scores": "x"}, "return_scores"),
+    ]:  # fmt: skip
+        answer = httpx.post(url, json=body)
+        assert answer.status_code == 422 and field in answer.json()["detail"][0]["loc"]
+    assert httpx.post(url, content=b"{broken", headers={"content-type": "application/json"}).status_code == 422
+    assert httpx.post(url, content=b'{"queries": ["\\ud800"]}').status_code == 422
+
+
+def test_health_and_metrics(url):
+    base = url.removesuffix("/retrieve")
+    assert httpx.get(f"{base}/health").json() == {"status": "ok", "retriever": "bm25", "num_documents": 4}
+    ask(base, "harbour"), ask(base, "harbour")
+    text = httpx.get(f"{base}/metrics").text
+    for name in (
+        "queue_depth",
+        "batch_size_bucket",
+        "request_seconds_bucket",
+        "engine_seconds_sum",
+        "cache_hits_total",
+    ):
+        assert f"retrieval_{name}" in text
+    assert float(text.split("\nretrieval_cache_hits_total ")[1].split("\n")[0]) >= 1
+
+
+def test_limits_name_what_is_too_large():
+    limits = {"max_queries": 3, "max_query_chars": 5, "max_body_bytes": 300}
+    with serving(app(Engine(), **limits)) as base:
+        wait_until_ready(f"{base}/health")
+        answers = [ask(base, *"abcd"), ask(base, "a", "toolong"), ask(base, "x" * 400)]
+        assert [a.status_code for a in answers] == [422, 422, 413]
+        assert "at most 3" in answers[0].text and "queries.1" in answers[1].text and "300 bytes" in answers[2].text
+        chunks = (b'{"queries": ["' + b"x" * 100 for _ in range(9))  # no Content-Length
+        assert httpx.post(f"{base}/retrieve", content=chunks).status_code == 413
+
+
+def test_a_token_is_asked_for():
+    with serving(app(Engine(), token="secret")) as base:
+        wait_until_ready(f"{base}/health")
+        body = {"queries": ["a"]}
+        wrong = [httpx.post(f"{base}/retrieve", json=body, headers=h) for h in ({}, {"Authorization": "Bearer no"})]
+        right = httpx.post(f"{base}/retrieve", json=body, headers={"Authorization": "Bearer secret"})
+        assert [a.status_code for a in [*wrong, right]] == [401, 401, 200] and "secret" not in wrong[0].text
+
+
+def test_not_ready_before_the_engine_is_loaded():
+    loaded = threading.Event()
+
+    def load():
+        loaded.wait()
+        return Engine()
+
+    with serving(create_app(load, ServerSettings())) as base:
+        assert httpx.get(f"{base}/health").status_code == 503
+        early = ask(base, "a")
+        assert early.status_code == 503 and early.headers["retry-after"]
+        loaded.set()
+        wait_until_ready(f"{base}/health")
+        assert ask(base, "a").status_code == 200
+
+
+def test_requests_share_engine_calls_from_one_thread():
+    engine = Engine(lag=0.1)
+    with serving(app(engine, max_batch_size=50)) as base, ThreadPoolExecutor(32) as pool:
+        wait_until_ready(f"{base}/health")
+        answers = list(pool.map(lambda i: ask(base, f"q{i % 20}", topk=1 + i % 2), range(40)))
+        assert [a.json()["result"][0][0]["contents"] for a in answers] == [f'"T"\nq{i % 20}' for i in range(40)]
+        assert [len(a.json()["result"][0]) for a in answers] == [1 + i % 2 for i in range(40)]
+    assert len(engine.calls) < 20 and len(engine.threads) == 1
+    assert all(len(set(queries)) == len(queries) for queries, _ in engine.calls)
+
+
+def test_a_full_queue_answers_429_and_loses_nothing():
+    engine = Engine(lag=0.3)
+    with serving(app(engine, max_batch_size=1, max_queue=3)) as base, ThreadPoolExecutor(16) as pool:
+        wait_until_ready(f"{base}/health")
+        answers = list(pool.map(lambda i: ask(base, f"q{i}"), range(12)))
+        busy = [a for a in answers if a.status_code == 429]
+        assert busy and all(a.headers["retry-after"].isdigit() for a in busy)
+        assert {a.status_code for a in answers} == {200, 429} and len(answers) - len(busy) >= 3
+
+
+def test_a_query_that_breaks_the_engine_fails_alone():
+    engine = Engine(lag=0.1)
+    with serving(app(engine)) as base, ThreadPoolExecutor(8) as pool:
+        wait_until_ready(f"{base}/health")
+        queries = ["warm up", "a", "poison", "b", "sour", "c"]
+        answers = dict(zip(queries, pool.map(lambda q: ask(base, q), queries), strict=True))
+        assert {q for q, a in answers.items() if a.status_code == 500} == {"poison", "sour"}
+        assert "bitter" in answers["poison"].text and "not this one" in answers["sour"].text
+        whole = ask(base, "a", "poison", "b", "sour")
+        assert whole.status_code == 500 and "query 1" in whole.text and "query 3" in whole.text
+        part = ask(base, "a", "poison", "b", "sour", allow_partial=True).json()
+        assert [len(hits) for hits in part["result"]] == [3, 0, 3, 0] and part["errors"].keys() == {"1", "3"}
+        text = httpx.get(f"{base}/metrics").text
+        assert 'retrieval_errors_total{kind="crash"}' in text and 'retrieval_errors_total{kind="engine"}' in text
+
+
+def test_a_slow_engine_meets_the_deadline_and_lives_on():
+    engine = Engine(lag=0.6)
+    with serving(app(engine, request_timeout_s=0.3)) as base:
+        wait_until_ready(f"{base}/health")
+        late = ask(base, "a")
+        assert late.status_code == 504 and "0.3 s" in late.text
+        engine.lag = 0.0
+        time.sleep(0.5)
+        assert ask(base, "b").status_code == 200
+
+
+def test_a_client_that_goes_away_costs_no_search():
+    engine = Engine(lag=0.5)
+    with serving(app(engine, max_batch_size=1)) as base:
+        wait_until_ready(f"{base}/health")
+        with ThreadPoolExecutor(4) as pool:
+            pool.submit(ask, base, "long")
+            time.sleep(0.1)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{base}/retrieve", json={"queries": ["gone"]}, timeout=0.1)
+            time.sleep(0.1)
+            assert pool.submit(ask, base, "next").result().status_code == 200
+    assert [queries for queries, _ in engine.calls] == [["long"], ["next"]]
+
+
+def test_shutdown_drains(folder):
+    flags = ["--inject_latency_ms", "800", "--inject_latency_p99_ms", "801"]
+    with retrieval_server(folder, *flags) as (address, process), ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(httpx.post, address, json={"queries": ["harbour"]}, timeout=30)
+        time.sleep(0.4)
+        process.send_signal(signal.SIGTERM)
+        assert pending.result().json()["result"][0][0] == ROWS[0]
+        assert process.wait(10) == -signal.SIGTERM  # uvicorn ends by the signal once it has drained
+
+
+def test_workers_share_the_index_and_sum_their_metrics(folder):
+    with retrieval_server(folder, "--workers", "2", "--cache_size", "0") as (address, _):
+        base = address.removesuffix("/retrieve")
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda i: ask(base, f"harbour {i}"), range(60)))
+        assert all(a.json()["result"][0][0] == ROWS[0] for a in answers)
+        text = httpx.get(f"{base}/metrics").text
+        assert "retrieval_queries_total 60.0" in text
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_cannot_be_loaded_ends_the_server_with_its_cause(tmp_path, workers):
+    command = [sys.executable, str(SERVER), "--index_path", str(tmp_path / "none"), "--corpus_path", "c.jsonl"]
+    done = subprocess.run(
+        [*command, "--port", str(free_port()), "--workers", workers], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "no index here" in done.stderr and "index_builder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_logs_are_json_lines_without_queries(folder):
+    port = free_port()
+    command = [sys.executable, str(SERVER), "--index_path", str(folder / "bm25"), "--port", str(port)]
+    server = subprocess.Popen(
+        [*command, "--corpus_path", str(folder / "corpus.jsonl")], stderr=subprocess.PIPE, text=True
+    )
+    wait_until_ready(f"http://127.0.0.1:{port}/health", server)
+    ask(f"http://127.0.0.1:{port}", "my private question")
+    server.terminate()
+    _, output = server.communicate(timeout=20)
+    ready = json.loads(output.splitlines()[0])
+    assert ready["event"] == "ready" and ready["engine"] == "bm25" and ready["documents"] == 4
+    assert "private" not in output
+
+
+def test_malformed_http_is_refused_and_the_server_lives_on(url):
+    host, port = url.removeprefix("http://").removesuffix("/retrieve").split(":")
+    for garbage in (b"\x00\xff garbage\r\n\r\n", b"POST /retrieve HTTP/1.1\r\nContent-Length: -5\r\n\r\n"):
+        with socket.create_connection((host, int(port)), timeout=5) as s:
+            s.sendall(garbage)
+            assert b"400" in s.recv(4096).split(b"\r\n")[0]
+    assert httpx.post(url, json={"queries": ["harbour"]}).status_code == 200
+
+
+async def test_hundreds_of_clients_lose_nothing(url):
+    """Each its own connection; every answer is the right one."""
+    queries = ["harbour", "hills", "sails", "Ada"]
+    wanted = {"harbour": "0", "hills": "3", "sails": "2", "Ada": "1"}
+
+    async def one(i):
+        async with httpx.AsyncClient(timeout=60) as http:
+            answer = await http.post(url, json={"queries": [queries[i % 4]]})
+            return answer.json()["result"][0][0]["id"] == wanted[queries[i % 4]]
+
+    assert all(await asyncio.gather(*(one(i) for i in range(300))))
