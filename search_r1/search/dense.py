@@ -114,7 +114,11 @@ def make_index(shards: EmbeddingShards, count: int, dimension: int, faiss_type: 
     if not index.is_trained:
         share = min(1.0, 2 * TRAINING_POINTS * max(nlist, 256) / count)
         rng = np.random.default_rng(0)
-        index.train(np.concatenate([shard[rng.random(len(shard)) < share] for shard in shards]))
+        sample = np.concatenate([shard[rng.random(len(shard)) < share] for shard in shards])
+        try:
+            index.train(sample)
+        except RuntimeError as error:
+            raise CorpusError(f"--faiss_type {faiss_type} cannot be trained on {count} passages: use Flat") from error
     for shard in tqdm(shards, total=len(shards.files()), desc="adding", unit="shards"):
         index.add(np.ascontiguousarray(shard))
     return index
