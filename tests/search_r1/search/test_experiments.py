@@ -61,7 +61,9 @@ def test_noisy_replaces_its_share(folder, noise):
 
 
 def test_oracle_gives_gold_passages_alone(folder):
-    e = engine(folder, "--retriever_name", "oracle", "--index_path", folder / "bm25", "--questions", folder / "q.parquet")
+    e = engine(
+        folder, "--retriever_name", "oracle", "--index_path", folder / "bm25", "--questions", folder / "q.parquet"
+    )
     assert len(e) == 3
     found = e.search(["Where does Name3 live?", "Who?", "Name13", "Place3"], 3)
     assert [ids(hits) for hits in found] == [["3"], ["13", "5"], ["13"], ["3", "13"]]
