@@ -5,6 +5,7 @@ import re
 from bs4 import BeautifulSoup
 
 UNREAD = (
+    "title",
     "script",
     "style",
     "noscript",
@@ -28,6 +29,7 @@ def title_and_text(html: str | bytes) -> tuple[str, str]:
     for tag in soup(UNREAD):
         tag.decompose()
     for tag in soup(BLOCKS):
+        tag.insert_before("\n")
         tag.append("\n")
     lines = (re.sub(r"\s+", " ", line).strip() for line in soup.get_text().splitlines())
     return title, "\n".join(line for line in lines if line)

@@ -87,7 +87,7 @@ def test_a_published_index_file_is_served_with_its_corpus(tmp_path, corpus, enco
     engine = load(parse_arguments([*flags, "--corpus_path", str(corpus)]))
     assert "chess" in engine.search(["chess"], 1)[0][0][0]["contents"]
     short = write_lines(tmp_path / "short.jsonl", ROWS[:-1])
-    with pytest.raises(CorpusError, match="300 vectors.*299 documents"):
+    with pytest.raises(CorpusError, match=r"300 vectors.*299 documents"):
         load(parse_arguments([*flags, "--corpus_path", str(short)]))
     with pytest.raises(CorpusError, match="--corpus_path"):
         load(parse_arguments(flags))
@@ -103,7 +103,7 @@ def test_the_flat_index_of_the_field_is_read(encoder):
         pytest.skip("the published sample index is not here")
     index = dense.read_index(sample / "e5_flat_sample.index")
     assert index.ntotal == 1000 and index.d == 768
-    with pytest.raises(CorpusError, match="vectors of 768 numbers.*makes 384"):
+    with pytest.raises(CorpusError, match=r"vectors of 768 numbers.*makes 384"):
         dense.DenseRetriever(sample / "e5_flat_sample.index", sample / "sample_data.jsonl", encoder, "dense")
 
 
@@ -124,7 +124,7 @@ def test_too_few_passages_for_a_type_is_said(tmp_path, encoder):
 
 
 def test_unknown_type_model_and_missing_gpu_are_named(tmp_path, corpus, encoder, built):
-    with pytest.raises(CorpusError, match="--faiss_type Best.*IVF-PQ"):
+    with pytest.raises(CorpusError, match=r"--faiss_type Best.*IVF-PQ"):
         dense.build(
             CorpusReader(corpus), tmp_path / "i", encoder, dense.EmbeddingShards(built / "emb_dense", 16), "Best"
         )
