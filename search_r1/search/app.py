@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import Field, StringConstraints, create_model
 from pydantic_core import to_json
 
 from search_r1.search.batching import BatchingEngine, Overloaded
@@ -87,11 +88,6 @@ class Service:
         if self.engine is None:
             raise HTTPException(503, "the engine is loading", {"Retry-After": str(LOADING_RETRY_S)})
         s = self.settings
-        if len(request.queries) > s.max_queries:
-            raise HTTPException(422, f"queries: {len(request.queries)} queries, at most {s.max_queries} are allowed")
-        for i, query in enumerate(request.queries):
-            if len(query) > s.max_query_chars:
-                raise HTTPException(422, f"queries.{i}: {len(query)} characters, at most {s.max_query_chars}")
         self.metrics.queries.inc(len(request.queries))
         self.served += len(request.queries)
         if not request.queries:
@@ -126,12 +122,12 @@ def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastA
     problems: dict[int | str, dict[str, Any]] = {
         status: {"model": Problem, "description": text}
         for status, text in {
-            401: "Missing or wrong token", 413: "Body too large", 422: "Invalid request", 429: "Queue full",
+            400: "Undecodable body", 401: "Missing or wrong token", 413: "Body too large", 422: "Invalid request",
+            429: "Queue full",
             500: "The engine failed", 503: "Engine loading", 504: "Out of time",
         }.items()
     }  # fmt: skip
 
-    @app.post("/retrieve", response_model=RetrieveResponse, responses=problems)
     async def retrieve(body: RetrieveRequest, request: Request) -> Response:
         """Passages for each query."""
         began = time.monotonic()
@@ -150,6 +146,9 @@ def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastA
             service.metrics.requests.labels(status=status).inc()
             service.metrics.seconds.observe(time.monotonic() - began)
 
+    retrieve.__annotations__["body"] = limited_request(settings)
+    app.post("/retrieve", response_model=RetrieveResponse, responses=problems)(retrieve)
+
     @app.get("/health", responses={503: {"description": "The engine is loading"}})
     async def health(response: Response) -> dict[str, Any]:
         """`ok` once the index is loaded."""
@@ -165,6 +164,13 @@ def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastA
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def limited_request(settings: ServerSettings) -> type[RetrieveRequest]:
+    """The request with the server's limits, so that its description and its validation are one."""
+    query = Annotated[str, StringConstraints(max_length=settings.max_query_chars)]
+    queries: Any = (list[query], Field(max_length=settings.max_queries))
+    return create_model("RetrieveRequest", __base__=RetrieveRequest, queries=queries)
 
 
 def check_token(request: Request, token: str | None) -> None:

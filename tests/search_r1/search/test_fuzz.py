@@ -1,0 +1,37 @@
+"""The HTTP interface against its own description."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from search_r1.search.app import ServerSettings, create_app
+from search_r1.search.bm25 import BM25Retriever
+from tests.retrieval import serving, wait_until_ready, write_corpus
+from tests.search_r1.search.test_server import ROWS
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("index")
+    corpus = write_corpus(folder, ROWS)
+    limits = ServerSettings(max_queries=5, max_query_chars=40)
+    with serving(create_app(lambda: BM25Retriever(folder / "bm25", corpus), limits)) as base:
+        wait_until_ready(f"{base}/health")
+        yield schemathesis.openapi.from_url(f"{base}/openapi.json")
+
+
+def test_answers_are_as_described_and_never_5xx(api):
+    operations = [result.ok() for result in api.get_all_operations()]
+    assert {operation.path for operation in operations} == {"/retrieve", "/health", "/metrics"}
+    modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
+    for operation in operations:
+        for mode in modes[: 2 if operation.path == "/retrieve" else 1]:
+
+            @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def fuzz(case):
+                response = case.call_and_validate()
+                assert response.status_code < 500
+
+            fuzz()
