@@ -92,6 +92,8 @@ class SearchAgentLoop:
         last = self.config.max_turns if self.config.do_search else 0
         while not trajectory.stop_reason:
             await self._turn(trajectory, stats, generate, may_search=stats["turns"] < last)
+        if self.client is not None:  # of all trajectories since the last one that ended: right in the sum
+            stats["search_errors"] = self.client.take_errors()
         return trajectory
 
     async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:

@@ -1,6 +1,6 @@
 """The search task's metrics of a batch, under the original's names where it has them."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +30,7 @@ def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
     reasons = [t.stop_reason for t in trajectories]
     metrics |= {f"env/stop_reason/{r}": reasons.count(r) / len(reasons) for r in sorted(set(reasons))}
-    metrics |= _overruns(stats) | _latency(stats) | _by_hops(stats, searches) | _recall(trajectories)
+    metrics |= _overruns(stats) | _latency(stats) | _errors(stats) | _by_hops(stats, searches) | _recall(trajectories)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -49,6 +49,14 @@ def _latency(stats: list[dict[str, Any]]) -> dict[str, float]:
         return {}
     p50, p95 = np.percentile(seconds, [50, 95])
     return {"env/retrieval_latency_s/p50": p50, "env/retrieval_latency_s/p95": p95}
+
+
+def _errors(stats: list[dict[str, Any]]) -> dict[str, float]:
+    """Failed attempts to search, by kind, those included that a retry made good."""
+    total: Counter[str] = Counter()
+    for s in stats:
+        total.update(s.get("search_errors", {}))
+    return {"env/search_errors": total.total(), **{f"env/search_errors/{kind}": n for kind, n in sorted(total.items())}}
 
 
 def _by_hops(stats: list[dict[str, Any]], searches: np.ndarray) -> dict[str, float]:

@@ -29,6 +29,13 @@ log = logging.getLogger(__name__)
 LOADING_RETRY_S = 2
 REPORT_EVERY_S = 60.0
 DISCONNECTED = 499
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        400: "Undecodable body", 401: "Missing or wrong token", 413: "Body too large", 422: "Invalid request",
+        429: "Queue full", 500: "The engine failed", 503: "Engine loading", 504: "Out of time",
+    }.items()
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,14 +126,6 @@ def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastA
     app.state.service = service
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_exception_handler(RequestValidationError, invalid)
-    problems: dict[int | str, dict[str, Any]] = {
-        status: {"model": Problem, "description": text}
-        for status, text in {
-            400: "Undecodable body", 401: "Missing or wrong token", 413: "Body too large", 422: "Invalid request",
-            429: "Queue full",
-            500: "The engine failed", 503: "Engine loading", 504: "Out of time",
-        }.items()
-    }  # fmt: skip
 
     async def retrieve(body: RetrieveRequest, request: Request) -> Response:
         """Passages for each query."""
@@ -147,7 +146,7 @@ def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastA
             service.metrics.seconds.observe(time.monotonic() - began)
 
     retrieve.__annotations__["body"] = limited_request(settings)
-    app.post("/retrieve", response_model=RetrieveResponse, responses=problems)(retrieve)
+    app.post("/retrieve", response_model=RetrieveResponse, responses=PROBLEMS)(retrieve)
 
     @app.get("/health", responses={503: {"description": "The engine is loading"}})
     async def health(response: Response) -> dict[str, Any]:

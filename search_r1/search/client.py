@@ -207,6 +207,11 @@ class RetrievalClient:
             raise ServerFailed(problem)
         raise Rejected(problem)
 
+    def take_errors(self) -> dict[str, int]:
+        """Failed attempts by kind since the last call."""
+        taken, self.errors = {kind: n for kind, n in self.errors.items() if n}, Counter()
+        return taken
+
     async def close(self) -> None:
         """Closes the connections; searches that still run fail."""
         for task in self.tasks:

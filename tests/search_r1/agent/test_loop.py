@@ -50,6 +50,9 @@ class Library:
             raise SearchError("the library is on fire")
         return self.passages
 
+    def take_errors(self):
+        return {"timeout": 1} if len(self.queries) == 1 else {}
+
     async def close(self):
         pass
 
@@ -227,6 +230,8 @@ def test_metrics_by_hand(tokenizer):
             "env/number_of_valid_search/hops_1": 1.0,
             "env/number_of_valid_search/hops_2": 0.5,
             "env/observation_truncated": 0.0,
+            "env/search_errors": 1.0,
+            "env/search_errors/timeout": 1.0,
             "env/stop_reason/answer": 2 / 3,
             "env/stop_reason/max_turns": 1 / 3,
             "env/overrun/newline": 0.0,
