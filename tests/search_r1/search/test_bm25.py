@@ -118,3 +118,12 @@ def test_a_lucene_index_without_stored_passages_takes_them_from_the_corpus(corpu
     other = write_lines(tmp_path / "other.jsonl", [{"id": f"x{i}", "contents": "y"} for i in range(400)])
     with pytest.raises(CorpusError, match=r"holds document 'x\d+', not"):
         load(parse_arguments([*command, str(other)])).search([words(7, 3)], 3)
+
+
+@pytest.mark.parametrize("topk", [1, 3, 10, 100])
+def test_the_bound_loses_none_of_the_best(topk):
+    rng = np.random.default_rng(topk)
+    for size in (5, 640, 10001):
+        scores = np.where(rng.random(size) < 0.2, np.round(rng.random(size), 2), 0).astype(np.float32)
+        bound = bm25.bound_of_best(scores, topk)
+        assert (scores >= bound).sum() >= min(topk, size)
