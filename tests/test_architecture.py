@@ -116,3 +116,11 @@ def test_habits():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
                 broken.append(f"{name}:{node.lineno} print")
     assert not broken, "\n".join(broken)
+
+
+def test_the_retrieval_server_needs_no_trainer():
+    """The extra `retrieval` is enough: engines with other needs import them when they are chosen."""
+    code = "import sys, search_r1.search.retrieval_server, search_r1.search.index_builder; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "ray", "vllm", "hydra", "faiss", "sentence_transformers", "jnius", "bs4", "verl"}
+    assert not heavy & set(done.stdout.split())

@@ -135,3 +135,15 @@ def test_builder_is_idempotent(tmp_path, capsys):
 def test_builder_errors_have_no_traceback(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"error: .*none.jsonl: no such file"):
         build_index(["--corpus_path", str(tmp_path / "none.jsonl"), "--save_dir", str(tmp_path)])
+
+
+def test_a_data_set_of_the_hub_is_read(tmp_path, monkeypatch):
+    """A local folder stands for the hub's name: the library reads both the same way."""
+    pytest.importorskip("datasets", reason="the extra `hub` is not installed")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "train.jsonl", ROWS)
+    source = f"hf:{tmp_path / 'data'}:train"
+    assert bm25.build(CorpusReader(source), tmp_path / "bm25") == 3
+    (hits,) = BM25Retriever(tmp_path / "bm25", None).search(["Ada"], 1)
+    assert hits[0][0] == ROWS[1]
