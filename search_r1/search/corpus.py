@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from search_r1.search.extras import require
 from search_r1.search.manifest import CorpusError, check_corpus, fingerprint
 
 OFFSETS, DOCUMENTS = "offsets.npy", "documents.jsonl"
@@ -99,6 +100,7 @@ class CorpusReader:
                 bar.update(batch.num_rows)
 
     def _hub_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        require("hub", self.source)
         from datasets import load_dataset
 
         name, _, split = self.source.removeprefix(HUB).partition(":")

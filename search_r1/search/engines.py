@@ -8,6 +8,7 @@ from search_r1.search.bm25 import BM25Retriever
 from search_r1.search.corpus import Corpus
 from search_r1.search.engine import Retriever
 from search_r1.search.experiments import Empty, Noisy, Oracle, Random, Record, Replay
+from search_r1.search.extras import require
 from search_r1.search.lucene import LuceneRetriever, is_lucene_index
 from search_r1.search.manifest import CorpusError
 
@@ -27,6 +28,7 @@ def load(args: argparse.Namespace) -> Retriever:
     else:
         retriever = EXPERIMENT_LOADERS[name](args)
     if args.reranker:
+        require("dense", "--reranker")
         from search_r1.search.fusion import Reranker
 
         retriever = Reranker(retriever, args.reranker, args.rerank_depth, args.batch_size, args.device)
@@ -39,6 +41,7 @@ def indexed(name: str, index: Path, args: argparse.Namespace) -> Retriever:
         return LuceneRetriever(index, args.corpus_path, args.threads)
     if name == "bm25":
         return BM25Retriever(index, args.corpus_path)
+    require("dense", f"--retriever_name {name}")
     from search_r1.search.dense import DenseRetriever
     from search_r1.search.encoder import Encoder
 

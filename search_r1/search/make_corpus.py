@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from search_r1.search.corpus import contents
+from search_r1.search.extras import require
 from search_r1.search.manifest import CorpusError
 
 TEXT, MARKDOWN, HTML = (".txt", ".text"), (".md", ".markdown"), (".html", ".htm", ".xhtml")
@@ -33,6 +34,7 @@ def read(path: Path) -> tuple[str, str]:
         raise CorpusError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     title, text = "", raw
     if path.suffix.lower() in (*MARKDOWN, *HTML):
+        require("web", f"{path}: reading Markdown and HTML")
         from search_r1.search.html import title_and_text
 
         html = raw

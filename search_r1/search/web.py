@@ -20,6 +20,7 @@ import httpx
 
 from search_r1.search.corpus import contents
 from search_r1.search.engine import EngineError, Hits
+from search_r1.search.extras import require
 from search_r1.search.html import title_and_text
 
 MAX_QUERY_CHARS, MAX_QUERY_WORDS = 400, 50  # Brave's limits, the tightest of the three
@@ -139,6 +140,7 @@ class WebRetriever:
         backoff_s: float = 0.5,
         workers: int = 16,
     ) -> None:
+        require("web", "web search")
         self.provider, self.name = provider, provider.name
         self.fetch_pages, self.max_page_chars = fetch_pages, max_page_chars
         self.max_retries, self.backoff_s = max_retries, backoff_s
