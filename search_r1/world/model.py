@@ -25,7 +25,7 @@ def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     """Four layers of width 128, untied head, float32. Draws from torch's global generator."""
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=1024, tie_word_embeddings=False,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=4096, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": THETA}, bos_token_id=None,
     )  # fmt: skip
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id  # pyright: ignore

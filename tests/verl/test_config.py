@@ -1,14 +1,18 @@
 """Every YAML composes and validates; what cannot work is refused before anything starts, all of it at once."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from tests.models import make_tiny_qwen2
 from verl.trainer.config import validate
+from verl.trainer.main_ppo import context_problems
 from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,3 +104,16 @@ def test_missing_files_and_retriever_end_without_a_traceback(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "actor_rollout_ref.model.path=/nowhere" in done.stderr
+
+
+def test_a_context_longer_than_the_model_is_refused_before_anything_starts(tmp_path):
+    make_tiny_qwen2(tmp_path)
+    limit = json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"]
+    model = SimpleNamespace(path=str(tmp_path), trust_remote_code=False)
+
+    def config(length):
+        return SimpleNamespace(actor_rollout_ref=SimpleNamespace(model=model), max_model_len=length)
+
+    assert context_problems(config(limit)) == []
+    (problem,) = context_problems(config(limit + 1))
+    assert str(limit + 1) in problem and "max_position_embeddings" in problem

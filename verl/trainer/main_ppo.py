@@ -41,7 +41,7 @@ def run_ppo(raw: dict[str, Any]) -> None:
         RLHFDataset(files, tokenizer, data.max_start_length, limit or -1, data.apply_chat_template_kwargs)
         for files, limit in ((data.train_files, data.train_data_num), (data.val_files, data.val_data_num))
     )
-    if problems := agent.preflight():
+    if problems := context_problems(config) + agent.preflight():
         raise ConfigError(problems)
     run_dir = Path(config.trainer.default_local_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -64,6 +64,22 @@ def load_tokenizer(config: Any) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def context_problems(config: Any) -> list[str]:
+    """Whether the model can hold a whole trajectory: the engine would refuse it only after everything has started."""
+    from transformers import AutoConfig
+
+    model = config.actor_rollout_ref.model
+    text = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    is_scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if limit is None or is_scaled or config.max_model_len <= limit:
+        return []
+    return [
+        f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than the {limit} tokens "
+        f"that {model.path} can hold (max_position_embeddings)"
+    ]
 
 
 def train(config: Any, tokenizer: Any, agent: Any, train_set: Any, val_set: Any) -> None:
