@@ -41,5 +41,5 @@ def train_tokenizer(texts: Iterable[str], syllables: Sequence[str]) -> PreTraine
     bpe.add_special_tokens([AddedToken(t, special=True) for t in (PAD, EOS)])
     bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAGS])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False, model_max_length=1024
+        tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False, model_max_length=4096
     )
