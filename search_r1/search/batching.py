@@ -86,7 +86,7 @@ class BatchingEngine:
             batch = self.next_batch()
             if batch:
                 began = time.monotonic()
-                results = await loop.run_in_executor(self.thread, self.search_batch, list(batch), batch)
+                results = await loop.run_in_executor(self.thread, self.search_batch, list(batch))
                 self.seconds_per_query = (time.monotonic() - began) / len(batch)
                 self.deliver(batch, results)
 
@@ -108,12 +108,12 @@ class BatchingEngine:
             self.arrived.clear()
         return batch
 
-    def search_batch(self, keys: list[Key], batch: dict[Key, list[Job]]) -> list[Hits | EngineError]:
+    def search_batch(self, keys: list[Key]) -> list[Hits | EngineError]:
         """Runs in the engine's thread."""
         self.metrics.batch_size.observe(len(keys))
         with self.metrics.engine_seconds.time():
             results = attempt(self.retriever, [query for query, _ in keys], keys[0][1])
-            if len(keys) > 1 and all(isinstance(hits, EngineError) and hits.kind == "crash" for hits in results):
+            if len(keys) > 1 and all(isinstance(hits, EngineCrash) for hits in results):
                 results = [attempt(self.retriever, [query], topk)[0] for query, topk in keys]
         return results
 

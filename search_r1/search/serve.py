@@ -84,6 +84,8 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
     args = server.parse_arguments(argv)
     if (args.inject_latency_ms is None) != (args.inject_latency_p99_ms is None):
         sys.exit("error: --inject_latency_ms and --inject_latency_p99_ms go together")
+    if args.max_queue < args.max_queries:
+        sys.exit(f"error: --max_queue {args.max_queue} has no room for a request of --max_queries {args.max_queries}")
     common: dict[str, Any] = {
         "host": args.host, "port": args.port, "log_config": None, "access_log": False,
         "timeout_graceful_shutdown": int(args.request_timeout_s) + 1,
