@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 
 class RetrieveRequest(BaseModel):
@@ -14,10 +14,17 @@ class RetrieveRequest(BaseModel):
     """Any number of queries, none included."""
     topk: PositiveInt | None = Field(default=None, le=1000)
     """Passages per query; null: the server's default."""
-    return_scores: bool = False
+    return_scores: bool = Field(default=False, strict=True)
     """Whether each passage comes as `{"document": …, "score": …}` or as the document itself."""
-    allow_partial: bool = False
+    allow_partial: bool = Field(default=False, strict=True)
     """Whether a query that failed is reported under `errors` beside the others' results, or fails the request."""
+
+    @field_validator("topk", mode="before")
+    @classmethod
+    def _no_bool_no_text(cls, value: object) -> object:
+        if isinstance(value, bool | str):
+            raise ValueError("must be an integer")
+        return value
 
 
 class Document(BaseModel):

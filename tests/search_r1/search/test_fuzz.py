@@ -1,5 +1,7 @@
 """The HTTP interface against its own description."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -8,6 +10,8 @@ from search_r1.search.bm25 import BM25Retriever
 from tests.retrieval import serving, wait_until_ready, write_corpus
 from tests.search_r1.search.test_server import ROWS
 
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
+"""Beyond 200, other ones at every run."""
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
 
@@ -28,7 +32,12 @@ def test_answers_are_as_described_and_never_5xx(api):
     for operation in operations:
         for mode in modes[: 2 if operation.path == "/retrieve" else 1]:
 
-            @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+            @settings(
+                max_examples=EXAMPLES,
+                deadline=None,
+                derandomize=EXAMPLES == 200,
+                suppress_health_check=list(HealthCheck),
+            )
             @given(case=operation.as_strategy(generation_mode=mode))
             def fuzz(case):
                 response = case.call_and_validate()
