@@ -96,7 +96,7 @@ def test_a_published_index_file_is_served_with_its_corpus(tmp_path, corpus, enco
         load(parse_arguments([*flags, "--corpus_path", str(corpus)]))
 
 
-def test_the_flat_index_of_the_field_is_read(encoder):
+def test_the_flat_index_of_the_field_is_read(encoder, tmp_path):
     """An index that others made: 1,000 wiki-18 passages, E5."""
     sample = Path(__file__).parents[4] / "shared" / "data" / "flashrag_e5_sample"
     if not sample.exists():
@@ -104,7 +104,8 @@ def test_the_flat_index_of_the_field_is_read(encoder):
     index = dense.read_index(sample / "e5_flat_sample.index")
     assert index.ntotal == 1000 and index.d == 768
     with pytest.raises(CorpusError, match=r"vectors of 768 numbers.*makes 384"):
-        dense.DenseRetriever(sample / "e5_flat_sample.index", sample / "sample_data.jsonl", encoder, "dense")
+        corpus = Path(shutil.copy(sample / "sample_data.jsonl", tmp_path))
+        dense.DenseRetriever(sample / "e5_flat_sample.index", corpus, encoder, "dense")
 
 
 def test_an_index_of_another_model_or_corpus_is_refused(tmp_path, corpus, encoder, built):
