@@ -158,7 +158,13 @@ class RewardFn(Protocol):
 
     def __init__(self, config: Any, tokenizer: Any) -> None: ...
 
-    def __call__(self, trajectory: Trajectory, row: Row) -> dict[str, float] | Awaitable[dict[str, float]]: ...
+    def __call__(self, trajectory: Trajectory, row: Row) -> dict[str, float] | Awaitable[dict[str, float]]:
+        """Raises TrajectoryFailed when a score cannot be had, which is not the same as a score of 0.
+
+        A reward that also has `score_groups(groups)` is given the trajectories of each prompt together, once all of
+        them are scored, to change their `reward` in place. Training only.
+        """
+        ...
 
 
 ComputeScore = Callable[..., float | dict[str, float]]

@@ -35,7 +35,7 @@ def run_ppo(raw: dict[str, Any]) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config: PPOConfig = validate(raw)
     tokenizer = load_tokenizer(config)
-    agent, _ = build_agent(config, tokenizer), build_reward(config, tokenizer)
+    agent, reward = build_agent(config, tokenizer), build_reward(config, tokenizer)
     data = config.data
     train_set, val_set = (
         RLHFDataset(files, tokenizer, data.max_start_length, limit or -1, data.apply_chat_template_kwargs)
@@ -46,7 +46,7 @@ def run_ppo(raw: dict[str, Any]) -> None:
     run_dir = Path(config.trainer.default_local_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(raw)))
-    train(config, tokenizer, agent, train_set, val_set)
+    train(config, tokenizer, agent, reward, train_set, val_set)
 
 
 def load_tokenizer(config: Any) -> Any:
@@ -82,7 +82,7 @@ def context_problems(config: Any) -> list[str]:
     ]
 
 
-def train(config: Any, tokenizer: Any, agent: Any, train_set: Any, val_set: Any) -> None:
+def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, val_set: Any) -> None:
     """Starts Ray, the workers and the engines, trains, writes the final policy, and ends them all."""
     import ray
     import torch
@@ -121,7 +121,7 @@ def train(config: Any, tokenizer: Any, agent: Any, train_set: Any, val_set: Any)
             extra.get("wandb"),
         )
         trainer = RayPPOTrainer(
-            config, tokenizer, agent, train_set, val_set, roles, group.world_size, rollout, tracking
+            config, tokenizer, agent, reward, train_set, val_set, roles, group.world_size, rollout, tracking
         )
         if resume:
             trainer.load_checkpoint()

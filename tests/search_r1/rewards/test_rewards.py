@@ -2,18 +2,24 @@
 
 import asyncio
 import json
+import math
 import re
 import string
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search_r1.rewards.compose import SearchReward, SearchRewardConfig, format_score
+from search_r1.rewards import components, compose
+from search_r1.rewards.compose import SearchReward, SearchRewardConfig, weight_at
+from search_r1.rewards.episode import Episode
 from search_r1.rewards.matching import exact_match, extract_answer, f1, gold_answers, normalize_answer, substring_match
 from tests.models import make_tokenizer
-from verl.agent import Segment, Source, Trajectory
+from tests.retrieval import serving
+from verl.agent import Segment, Source, Trajectory, TrajectoryFailed
 from verl.utils.tokenizer import encode_text
 
 ROLLOUTS = Path(__file__).resolve().parents[4] / "shared/data/searchr1_trajectories"
@@ -98,7 +104,7 @@ def test_components_by_hand(tokenizer):
         ("O", "<information>Doc 1 <answer> Rome </answer></information>\n\n"),
         ("M", "<think> t </think> <answer> red house </answer>"),
     )
-    parts = {"em": 0.0, "f1": 0.8, "sub_em": 0.0, "format": 1.0, "answered": 1.0}
+    parts = {"em": 0.0, "f1": 0.8, "sub_em": 0.0, "format": 1.0, "answered": 1.0, "no_answer": 0.0}
     assert score(tokenizer, trajectory, ["red brick house"]) == pytest.approx({"score": 0.0, **parts})
     mixed = score(tokenizer, trajectory, ["red brick house"], em=0.5, f1=0.25, format=0.1)
     assert mixed["score"] == pytest.approx(0.25 * 0.8 + 0.1)
@@ -110,7 +116,7 @@ def test_what_the_policy_did_not_write_earns_nothing(tokenizer, gold):
     """The original scores a trajectory without an answer as if it had said `Beijing`: the prompt's example."""
     trajectory = trajectory_of(tokenizer, ("M", "no idea"), ("O", "<answer> Rome </answer>"), ("M", "none"))
     assert score(tokenizer, trajectory, gold, em=1, f1=1, format=1) == {
-        "score": 0.0, "em": 0.0, "f1": 0.0, "sub_em": 0.0, "format": 0.0, "answered": 0.0,
+        "score": 0.0, "em": 0.0, "f1": 0.0, "sub_em": 0.0, "format": 0.0, "answered": 0.0, "no_answer": 1.0,
     }  # fmt: skip
 
 
@@ -149,7 +155,186 @@ def test_special_tokens_of_the_policy_are_no_text(tokenizer):
     ],
 )
 def test_format(turns, expected):
-    assert format_score(turns) == expected
+    assert components.format_share(episode(turns)) == expected
+    assert components.is_well_formed(episode(turns)) == (expected == 1.0)
+
+
+def episode(turns, golds=("Rome",), queries=(), passages=None):
+    return Episode("q?", list(golds), list(turns), list(queries), passages or [[] for _ in queries])
+
+
+SEARCHING, RIGHT, WRONG = (
+    "<think> t </think> <search> q </search>",
+    "<think> t </think> <answer> Rome </answer>",
+    "<think> t </think> <answer> Oslo </answer>",
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "passages", "expected"),
+    [
+        ([SEARCHING, RIGHT], ["Rome is"], 1.0),
+        ([SEARCHING, "<answer> Rome </answer>"], ["Rome is"], 0.8),
+        ([SEARCHING, WRONG], ["x"], 0.2),
+        ([SEARCHING, WRONG], ["in rome, they"], 0.5),
+        ([SEARCHING, "<answer> Oslo </answer>"], ["Rome"], 0.1),
+        ([SEARCHING, "hm"], ["Rome"], 0.0),
+        ([], [], 0.0),
+    ],
+)
+def test_em_with_format_is_the_released_table(turns, passages, expected):
+    e = episode(turns, queries=["q"], passages=[passages])
+    assert components.em_format(e, 0.2, 0.1, 0.3) == pytest.approx(expected)
+
+
+def test_a_search_inside_think_is_well_formed_by_option():
+    nested = episode(["<think> t <search> q </search>", RIGHT])
+    assert components.is_well_formed(nested, nested=True) and not components.is_well_formed(nested)
+    closed = episode(["<think> t <search> q </search> </think>", RIGHT])
+    assert components.is_well_formed(closed, nested=True)
+    assert not components.is_well_formed(episode([RIGHT, RIGHT]), nested=True)
+
+
+def test_retrieval_reads_what_the_retriever_brought_alone():
+    own = episode(["<think> t </think> <information> Rome </information> <answer> x </answer>"])
+    assert components.retrieval_hit(own) == 0
+    assert components.retrieval_hit(episode([WRONG], queries=["q"], passages=[["T\nThe ROME."]])) == 1
+    assert components.retrieval_hit(episode([WRONG], golds=["the", "!"], queries=["q"], passages=[["the x"]])) == 0
+
+
+@pytest.mark.parametrize(
+    ("last", "searches", "expected"),
+    [
+        (RIGHT, 0, 1.6), (RIGHT, 1, 1.4), (RIGHT, 2, 1.2), (RIGHT, 3, 1.0), (RIGHT, 5, 1.0),
+        (WRONG, 0, 0.0), (WRONG, 2, 0.05), ("x", 1, -1.0),
+    ],
+)  # fmt: skip
+def test_ikea(last, searches, expected):
+    e = episode([SEARCHING] * searches + [last], queries=["q"] * searches)
+    assert components.ikea(e) == pytest.approx(expected)
+
+
+def test_otc_by_hand():
+    def of(searches, last=RIGHT):
+        return episode([SEARCHING] * searches + [last], queries=["q"] * searches)
+
+    assert components.otc_ppo(of(0), 4) == 1 and components.otc_ppo(of(2, WRONG), 4) == 0
+    assert components.otc_ppo(of(1), 4) == pytest.approx(math.cos(math.pi / 6))
+    assert components.otc_ppo(of(2), 4) == pytest.approx(math.cos(math.pi / 4))
+    # n = 1: m = 1 -> f = 1 -> sin(pi / 2) = 1; m = 3 -> f = 1.5 -> sin(3 pi / 4)
+    group = components.otc_grpo([3, 1, 0], [True, True, False], 4)
+    assert group == pytest.approx([math.sin(3 * math.pi / 4), 1.0, 0.0])
+    assert components.otc_grpo([0, 2], [True, True], 4) == pytest.approx([1.0, math.cos(math.pi / 4)])
+    assert components.otc_grpo([1, 2], [False, False], 4) == [0.0, 0.0]
+
+
+def test_penalties_and_f1_plus(tokenizer):
+    assert components.repeated_query(episode([], queries=["The moon?", "moon", "sun"])) == pytest.approx(1 / 3)
+    assert components.repeated_query(episode([])) == 0
+    silent = trajectory_of(tokenizer, ("M", "hm"))
+    plus = {"em": 0.0, "f1": 1.0, "no_search": -0.1, "no_answer": -0.1}
+    assert score(tokenizer, silent, "Rome", **plus)["score"] == pytest.approx(-0.2)
+    half = trajectory_of(tokenizer, ("M", "<answer> red house </answer>"))
+    assert score(tokenizer, half, "red brick house", **plus)["score"] == pytest.approx(0.8 - 0.1)
+
+
+def test_weights_follow_their_schedule(tokenizer):
+    schedule = [(10, 0.0), (20, 1.0), (40, 0.5)]
+    assert [weight_at(schedule, step) for step in (1, 10, 15, 20, 30, 99)] == [0, 0, 0.5, 1, 0.75, 0.5]
+    assert weight_at(2.0, 7) == 2.0
+    right = trajectory_of(tokenizer, ("M", "<answer> Rome </answer>"))  # of policy version 3, which is step 4
+    assert score(tokenizer, right, "Rome", em=[(0, 0.0), (8, 1.0)])["score"] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="rising steps"):
+        SearchRewardConfig(em=[(5, 1.0), (5, 0.0)])
+
+
+def test_group_scores_are_added_to_the_trajectories(tokenizer):
+    def rolled(searches):
+        found = ("O", "<information></information>")
+        t = trajectory_of(tokenizer, *[("M", SEARCHING), found] * searches, ("M", RIGHT))
+        for s in t.segments:
+            if s.source is Source.OBSERVATION:
+                s.info = {"kind": "search", "query": "q", "passages": []}
+        t.reward = score(tokenizer, t, "Rome", em=0.0, otc_grpo=2.0)
+        return t
+
+    group = [rolled(1), rolled(3)]
+    SearchReward(SearchRewardConfig(em=0.0, otc_grpo=2.0), tokenizer).score_groups([group])
+    assert [t.reward["score"] for t in group] == pytest.approx([2.0, 2 * math.sin(3 * math.pi / 4)])
+    assert all(t.reward["otc_grpo"] <= 1 for t in group)
+
+
+ANY_TEXT = st.one_of(
+    st.text(max_size=40),
+    st.lists(
+        st.sampled_from(["<think>", "</think>", "<search>", "</search>", "<answer>", "</answer>", "<information>",
+                         "</information>", "Rome", "\n", " ", "\ud7ff", "\0"]),
+        max_size=12,
+    ).map("".join),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(ANY_TEXT, max_size=4), st.lists(ANY_TEXT, min_size=1, max_size=2), st.lists(ANY_TEXT, max_size=3), ANY_TEXT
+)
+def test_components_keep_their_range_and_ignore_what_was_retrieved(turns, golds, queries, passage):
+    bare, full = (episode(turns, golds, queries, [[p] for _ in queries]) for p in ("", passage))
+    ranges = {"ikea": (-1, 1.6), "em_format": (0, 1)}
+    config = SearchRewardConfig()
+    for name, function in (compose.ALWAYS | compose.WEIGHTED).items():
+        low, high = ranges.get(name, (0, 1))
+        assert low <= function(bare, config) <= high
+        if name != "retrieval":
+            assert function(bare, config) == function(full, config)
+
+
+class Endpoint:
+    """An OpenAI-compatible server that gives these answers in turn, the last one for ever."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked, self.app = list(answers), [], FastAPI()
+        self.app.add_api_route("/v1/chat/completions", self.complete, methods=["POST"])
+
+    async def complete(self, body: dict):
+        self.asked.append(body)
+        status, text = self.answers[min(len(self.asked), len(self.answers)) - 1]
+        return JSONResponse({"choices": [{"message": {"role": "assistant", "content": text}}]}, status)
+
+
+def judged(tokenizer, endpoint, text="<answer> Roma </answer>"):
+    trajectory = trajectory_of(tokenizer, ("M", text))
+    row = {"reward_model": {"ground_truth": {"target": ["Rome", "Eternal City"]}}, "extra_info": {"question": "Which?"}}
+    with serving(endpoint.app) as base:
+        where = {"url": f"{base}/v1", "model": "m", "max_retries": 2, "backoff_s": 0.01}
+        reward = SearchReward(SearchRewardConfig(em=0.0, judge=1.0, judge_endpoint=where), tokenizer)
+
+        async def run():
+            return await reward(trajectory, row)
+
+        return asyncio.run(run())
+
+
+def test_the_judge_is_asked_and_believed(tokenizer):
+    endpoint = Endpoint((200, "Yes."))
+    assert judged(tokenizer, endpoint)["score"] == 1.0
+    (body,) = endpoint.asked
+    text = body["messages"][0]["content"]
+    assert body["model"] == "m" and all(part in text for part in ("Which?", "Rome; Eternal City", "Roma"))
+    assert judged(tokenizer, Endpoint((200, "no, it does not")))["judge"] == 0.0
+    silent = Endpoint((500, ""))
+    assert judged(tokenizer, silent, "hm")["judge"] == 0.0 and not silent.asked
+
+
+def test_the_judge_is_asked_again_and_a_failure_is_no_zero(tokenizer):
+    endpoint = Endpoint((500, ""), (200, "perhaps"), (200, "no"))
+    assert judged(tokenizer, endpoint)["score"] == 0.0 and len(endpoint.asked) == 3
+    with pytest.raises(TrajectoryFailed, match="status 500"):
+        judged(tokenizer, Endpoint((500, "")))
+    refused = Endpoint((401, ""))
+    with pytest.raises(TrajectoryFailed, match="status 401"):
+        judged(tokenizer, refused)
+    assert len(refused.asked) == 1
 
 
 def test_random_reward_is_a_fair_reproducible_coin_that_changes_with_the_weights(tokenizer):

@@ -45,6 +45,14 @@ def check_failures(results: Sequence[Trajectory | Failure], limit: float) -> Non
         )
 
 
+def groups_of(jobs: Sequence[Job], trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
+    """The trajectories of each prompt."""
+    groups: dict[str, list[Trajectory]] = {}
+    for job, trajectory in zip(jobs, trajectories, strict=True):
+        groups.setdefault(job.uid, []).append(trajectory)
+    return list(groups.values())
+
+
 def surviving(
     jobs: Sequence[Job], results: Sequence[Trajectory | Failure], min_group: int
 ) -> tuple[list[Job], list[Trajectory], dict[str, float]]:

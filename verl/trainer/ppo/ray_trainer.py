@@ -10,7 +10,14 @@ import torch
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
-from verl.trainer.ppo.batching import build_batch, check_failures, failure_metrics, rollout_metrics, surviving
+from verl.trainer.ppo.batching import (
+    build_batch,
+    check_failures,
+    failure_metrics,
+    groups_of,
+    rollout_metrics,
+    surviving,
+)
 from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics
 from verl.trainer.ppo.records import trajectory_records
 from verl.trainer.ppo.rollout import RolloutManager
@@ -32,6 +39,7 @@ class RayPPOTrainer:
         config: PPOConfig,
         tokenizer: Any,
         agent: Any,
+        reward: Any,
         train_set: RLHFDataset,
         val_set: RLHFDataset,
         roles: dict[str, Any],
@@ -39,7 +47,7 @@ class RayPPOTrainer:
         rollout: RolloutManager,
         tracking: Tracking,
     ) -> None:
-        self.config, self.tokenizer, self.agent = config, tokenizer, agent
+        self.config, self.tokenizer, self.agent, self.reward = config, tokenizer, agent, reward
         self.train_set, self.val_set = train_set, val_set
         self.actor, self.reference, self.critic = (roles.get(k) for k in ("actor", "ref", "critic"))
         self.roles, self.world_size = roles, world_size
@@ -95,6 +103,8 @@ class RayPPOTrainer:
         check_failures(results, config.trainer.max_failed_share)
         min_group = 2 if config.algorithm.adv_estimator == "grpo" else 1
         jobs, trajectories, dropped = surviving(jobs, results, min_group)
+        if hasattr(self.reward, "score_groups"):
+            self.reward.score_groups(groups_of(jobs, trajectories))
         self.metrics |= failure_metrics(results) | dropped | rollout_metrics(trajectories)
         self.metrics |= self.agent.reduce_metrics(trajectories)
         if config.trainer.rollout_data_freq > 0 and self.step % config.trainer.rollout_data_freq == 0:
