@@ -73,8 +73,8 @@ def is_well_formed(e: Episode, nested: bool = False) -> bool:
 def retrieval_hit(e: Episode) -> float:
     """1 where a passage holds a gold answer, both normalised (2505.15117).
 
-    Reads what the retriever brought, not what the policy wrote into an `<information>` of its own. A gold answer without
-    a word is in no passage.
+    Reads what the retriever brought, not what the policy wrote into an `<information>` of its own. A gold answer
+    without a word is in no passage.
     """
     golds = [gold for g in e.golds if (gold := normalize_answer(g))]
     texts = [normalize_answer(passage) for passages in e.passages for passage in passages]
