@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from search_r1.data.prepare import read_rows, texts
+from search_r1.data.rows import read_rows, texts
 from search_r1.rewards.matching import normalize_answer
 from search_r1.search.bm25 import BM25Retriever
 

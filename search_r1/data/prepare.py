@@ -1,22 +1,20 @@
 """`python -m search_r1.data.prepare --questions FILE --out DIR`: questions and answers into training files.
 
-FILE is JSONL, CSV or parquet with `question` and `answer`, `answers` or `golden_answers`; rows that already have the
-training columns pass through. Every row is checked before anything is written.
+FILE is JSONL, JSON, CSV, TSV or parquet with `question` and `answer`, `answers` or `golden_answers`, or in the native
+form of a benchmark; rows that already have the training columns pass through. Every row is checked before anything is
+written.
 """
 
 import argparse
-import ast
-import csv
-import io
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from search_r1.data.rows import read_rows, texts
+from search_r1.data.shapes import normalise
 from search_r1.prompts import TEMPLATES, build_prompt
 from verl.utils.errors import DataError
 
@@ -26,70 +24,11 @@ NATIVE = {"data_source", "prompt", "reward_model"}
 MAX_LISTED = 20
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """(place for messages, record or what is wrong with the line) of each row; blank lines are none.
-
-    Raises DataError for a file that cannot be read.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        try:
-            records = pq.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable parquet file ({error})") from error
-        yield from ((f"{path}, row {number}", record) for number, record in enumerate(records))
-    elif path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        yield from ((f"{path}, line {reader.line_num}", parse_cells(record)) for record in reader)
-    elif path.suffix in (".jsonl", ".json"):
-        lines = enumerate(read_text(path).split("\n"), 1)
-        yield from ((f"{path}, line {number}", parse_line(line)) for number, line in lines if line.strip())
-    else:
-        raise DataError(f"{path}: expected a .jsonl, .csv or .parquet file")
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from error
-
-
-def parse_line(line: str) -> dict[str, Any] | str:
-    """The object on a line of JSONL, or what is wrong with it."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        return f"not JSON ({error})"
-    return record if isinstance(record, dict) else f"expected one object per line, got a {type(record).__name__}"
-
-
-def parse_cells(record: dict[Any, Any]) -> dict[str, Any] | str:
-    """The record of a line of CSV: in a column of answers or gold passages `["a"]` is a list; empty cells are None."""
-    if None in record:
-        return "more cells than columns (quote cells that hold a comma)"
-    parsed: dict[str, Any] = {key: cell or None for key, cell in record.items()}
-    for key in {*ANSWER_KEYS, *LISTS} & parsed.keys():
-        cell = parsed[key] or ""
-        if cell.startswith("[") and cell.endswith("]"):
-            try:
-                parsed[key] = ast.literal_eval(cell)
-            except (ValueError, SyntaxError):
-                return f"{key}: not a list ({cell[:60]})"
-    return parsed
-
-
-def texts(value: Any) -> list[str]:
-    """The non-empty strings of a value or list of values."""
-    values = value if isinstance(value, list) else [value]
-    return [text for v in values if v is not None and (text := str(v).strip())]
-
-
 def convert(record: dict[str, Any], source: str, template: str, index: int) -> dict[str, Any] | str:
     """The training row of a record, or what is wrong with it."""
     if record.keys() >= NATIVE:
         return check_native(record) or record
+    record = {**record, **normalise(record)}
     question = str(record.get("question") or "").strip()
     answers = next((found for key in ANSWER_KEYS if (found := texts(record.get(key)))), [])
     if not question:
