@@ -28,7 +28,10 @@ def convert(record: dict[str, Any], source: str, template: str, index: int) -> d
     """The training row of a record, or what is wrong with it."""
     if record.keys() >= NATIVE:
         return check_native(record) or record
-    record = {**record, **normalise(record)}
+    native = normalise(record)
+    if isinstance(native, str):
+        return native
+    record = {**record, **native}
     question = str(record.get("question") or "").strip()
     answers = next((found for key in ANSWER_KEYS if (found := texts(record.get(key)))), [])
     if not question:
@@ -87,7 +90,12 @@ def main() -> None:
     add = parser.add_argument
     add("--questions", type=Path, required=True, help="JSONL, CSV or parquet of questions and answers")
     add("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
-    add("--template", choices=sorted(TEMPLATES), default="search", help="prompt (default: search, the paper's)")
+    add(
+        "--template",
+        choices=sorted(set(TEMPLATES) - {"rag"}),
+        default="search",
+        help="prompt (default: search, the paper's)",
+    )
     add("--test-size", type=int, default=100, help="rows held out, the last ones (default: 100)")
     args = parser.parse_args()
     try:

@@ -15,7 +15,7 @@ DESCRIPTION = re.compile(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^()\s]+))\)')
 
 def supporting_facts(r: Record) -> Record:
     """HotpotQA and 2WikiMultiHopQA: the titles of their supporting facts."""
-    titles = list(dict.fromkeys(title for title, _ in r["supporting_facts"]))
+    titles = titles_of(r["supporting_facts"])
     return {**common(r, r.get("_id")), "golden_answers": [r["answer"]], "gold_titles": titles, "hops": len(titles)}
 
 
@@ -71,14 +71,10 @@ def verl_style(r: Record) -> Record:
 def flashrag(r: Record) -> Record:
     """FlashRAG: gold titles out of `metadata`, where the data set has them."""
     metadata = r.get("metadata") or {}
-    facts = metadata.get("supporting_facts") or {}
-    titles = facts.get("title") if isinstance(facts, dict) else [title for title, _ in facts]
+    titles = titles_of(metadata.get("supporting_facts") or [])
     if "s_wiki_title" in metadata:
         titles = [metadata["s_wiki_title"]]
-    gold: Record = {}
-    if titles:
-        titles = list(dict.fromkeys(titles))
-        gold = {"gold_titles": titles, "hops": len(titles)}
+    gold = {"gold_titles": titles, "hops": len(titles)} if titles else {}
     return {**common(r, r.get("id")), "golden_answers": r["golden_answers"], **gold}
 
 
@@ -87,6 +83,12 @@ def plain(r: Record) -> Record:
     answer = next(r[key] for key in ("golden_answers", "answers", "answer", "Answer") if r.get(key) is not None)
     kept = {key: r[key] for key in ("gold_ids", "gold_titles", "hops", "data_source") if r.get(key) is not None}
     return {"id": r.get("id") or r.get("_id"), "question": question_of(r), "golden_answers": answer, **kept}
+
+
+def titles_of(facts: Any) -> list[str]:
+    """The different titles of supporting facts: pairs of title and sentence, or a list of titles under `title`."""
+    titles = facts["title"] if isinstance(facts, dict) else [fact[0] for fact in facts]
+    return list(dict.fromkeys(titles))
 
 
 def common(r: Record, id: Any) -> Record:
@@ -115,7 +117,12 @@ SHAPES: list[tuple[Callable[[Record], bool], Callable[[Record], Record]]] = [
 """The first that fits is taken."""
 
 
-def normalise(record: Record) -> Record:
-    """The record as `question`, `golden_answers` and, where known, `id`, `gold_titles`, `hops`."""
+def normalise(record: Record) -> Record | str:
+    """The record as `question`, `golden_answers` and, where known, `id`, `gold_titles`, `hops`; or what is wrong."""
     reader = next((read for fits, read in SHAPES if fits(record)), None)
-    return {k: v for k, v in reader(record).items() if v is not None} if reader else record
+    if reader is None:
+        return record
+    try:
+        return {k: v for k, v in reader(record).items() if v is not None}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        return f"looks like {(reader.__doc__ or '').split(':')[0]}, but is not ({error!r})"

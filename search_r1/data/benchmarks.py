@@ -1,0 +1,181 @@
+"""The benchmarks of the paper in the training schema: from the Hugging Face hub, or from their native files."""
+
+import argparse
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from search_r1.data.prepare import MAX_LISTED
+from search_r1.data.rows import read_rows, texts
+from search_r1.data.shapes import normalise
+from search_r1.prompts import TEMPLATES, build_prompt, format_passages, with_mark
+from search_r1.rewards.matching import normalize_answer
+from search_r1.search.client import RetrievalClient
+from search_r1.search.config import RetrieverConfig
+from verl.utils.errors import DataError
+
+HUB = "RUC-NLPIR/FlashRAG_datasets"
+SPLITS = ("test", "dev", "train")
+SIZES = {  # FlashRAG's, of the split that is tested on
+    "nq": 3610, "triviaqa": 11313, "popqa": 14267, "hotpotqa": 7405, "2wikimultihopqa": 12576, "musique": 2417,
+    "bamboogle": 125,
+}  # fmt: skip
+HUB_NAMES = {"web_questions": "web_questions", "strategyqa": "strategyqa", **{name: name for name in SIZES}}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A benchmark and where it comes from: the hub, or a native file."""
+
+    name: str
+    file: Path | None = None
+
+
+def read(source: Source, split: str) -> tuple[str, list[dict[str, Any]]]:
+    """(split taken, rows of `id`, `question`, `golden_answers`, and gold where known).
+
+    `split` "test" takes the first of test, dev and train that the hub has. Raises DataError for rows without question
+    or answer, all of them listed up to a limit, and for data that cannot be had.
+    """
+    records: Iterable[tuple[str, Any]]
+    if source.file is not None:
+        records = read_rows(source.file)
+    else:
+        split, rows = read_hub(source.name, split)
+        records = ((f"{source.name}, {split}, row {number}", row) for number, row in enumerate(rows))
+    kept, problems = [], []
+    for number, (place, record) in enumerate(records):
+        row = normalise(record) if isinstance(record, dict) else record
+        if isinstance(row, str):
+            problems.append(f"{place}: {row}")
+            continue
+        answers, question = texts(row.get("golden_answers")), str(row.get("question") or "").strip()
+        if not question or not answers:
+            problems.append(f"{place}: no {'answer' if question else 'question'}")
+        else:
+            id = str(row.get("id") or f"{split}_{number}")
+            kept.append({**row, "id": id, "question": question, "golden_answers": answers})
+    if problems:
+        more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+        raise DataError("\n".join(problems[:MAX_LISTED] + more))
+    if not kept:
+        raise DataError(f"{source.file or source.name}: no rows")
+    return split, kept
+
+
+def read_hub(name: str, split: str) -> tuple[str, Any]:
+    """(split, data set). Raises DataError when the hub cannot be reached or does not have it."""
+    if name not in HUB_NAMES:
+        raise DataError(f"{name}: not one of {', '.join(HUB_NAMES)}; name its file: {name}=FILE")
+    try:
+        from datasets import load_dataset
+
+        found: Any = load_dataset(HUB, HUB_NAMES[name])
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{name}: {HUB} could not be loaded ({error}); a native file does too: {name}=FILE") from error
+    wanted = SPLITS[SPLITS.index(split) :] if split == "test" else (split,)
+    taken = next((s for s in wanted if s in found), None)
+    if taken is None:
+        raise DataError(f"{name}: has no split {split}, only {', '.join(found)}")
+    return taken, found[taken]
+
+
+def to_training_row(row: dict[str, Any], name: str, split: str, index: int, prompt: str) -> dict[str, Any]:
+    """The row as the original's scripts write it, with what is known of gold passages in `extra_info`."""
+    gold = {key: row[key] for key in ("gold_titles", "gold_ids", "hops") if row.get(key)}
+    return {
+        "id": row["id"],
+        "question": with_mark(row["question"]),
+        "golden_answers": row["golden_answers"],
+        "data_source": name,
+        "prompt": [{"role": "user", "content": prompt}],
+        "ability": "fact-reasoning",
+        "reward_model": {"style": "rule", "ground_truth": {"target": row["golden_answers"]}},
+        "extra_info": {"split": split, "index": index, "question": with_mark(row["question"]), **gold},
+    }
+
+
+async def retrieve_contexts(questions: Sequence[str], config: RetrieverConfig) -> list[str]:
+    """The passages of each question as one text. Raises SearchError when a search finally fails."""
+    client = RetrievalClient(config)
+    try:
+        found = await asyncio.gather(*(client.search(question) for question in questions))
+    finally:
+        await client.close()
+    return [format_passages([(p.title, p.text) for p in passages]) for passages in found]
+
+
+def build(
+    sources: Sequence[Source], split: str, template: str, retriever: RetrieverConfig | None = None
+) -> list[dict[str, Any]]:
+    """The training rows of all sources, one after the other. `rag` prompts need a retriever."""
+    rows: list[dict[str, Any]] = []
+    for source in sources:
+        taken, records = read(source, split)
+        questions = [with_mark(record["question"]) for record in records]
+        contexts = asyncio.run(retrieve_contexts(questions, retriever)) if retriever else [""] * len(records)
+        prompts = [build_prompt(q, template, c) for q, c in zip(questions, contexts, strict=True)]
+        rows += [
+            to_training_row(record, source.name, taken, index, prompt)
+            for index, (record, prompt) in enumerate(zip(records, prompts, strict=True))
+        ]
+    return rows
+
+
+def leakage(train: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]]) -> list[str]:
+    """Test questions that are also training questions, both normalised."""
+    known = {normalize_answer(row["question"]) for row in train}
+    return [row["question"] for row in test if normalize_answer(row["question"]) in known]
+
+
+def write(rows: Sequence[dict[str, Any]], path: Path) -> str:
+    """Writes the parquet file; a line about what it holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    counts = Counter(row["data_source"] for row in rows)
+    duplicates = len(rows) - len({(row["data_source"], normalize_answer(row["question"])) for row in rows})
+    parts = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return f"{path}: {len(rows)} questions ({parts}); {duplicates} duplicates\n"
+
+
+def parse_sources(text: str) -> list[Source]:
+    """`nq,hotpotqa=FILE`: names, those with a file from it, the others from the hub."""
+    sources = []
+    for part in text.split(","):
+        name, _, file = part.strip().partition("=")
+        sources.append(Source(name, Path(file) if file else None))
+    return sources
+
+
+def command(description: str, default_sources: str, default_dir: str, splits: Sequence[str], template: str) -> int:
+    """The command line that the scripts of `scripts/data_process` share: writes a parquet file for each of `splits`."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--local_dir", type=Path, default=Path(default_dir), help=f"folder to write (default: {default_dir})")
+    add("--data_sources", default=default_sources, help="NAME or NAME=FILE, with commas (default: %(default)s)")
+    add("--test_sources", help="the same for test.parquet, where native files hold one split each")
+    add("--template", choices=sorted(TEMPLATES), default=template, help=f"prompt (default: {template})")
+    add("--template_type", default="base", help="as the original has it; base and chat models get the same text")
+    add("--retriever_url", default="http://127.0.0.1:8000/retrieve", help="rag: the retrieval server")
+    add("--topk", type=int, default=3, help="rag: passages per question (default: 3)")
+    args = parser.parse_args()
+    retriever = RetrieverConfig(url=args.retriever_url, topk=args.topk) if args.template == "rag" else None
+    written: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for split in splits:
+            named = args.test_sources if split == "test" and args.test_sources else args.data_sources
+            written[split] = build(parse_sources(named), split, args.template, retriever)
+            sys.stdout.write(write(written[split], args.local_dir / f"{split}.parquet"))
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    if len(written) == 2:
+        shared = leakage(written["train"], written["test"])
+        sys.stdout.write(f"{len(shared)} of the test questions are also training questions\n")
+    return 0
