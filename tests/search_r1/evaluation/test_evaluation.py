@@ -1,0 +1,152 @@
+"""Scores, comparisons and behaviour, by hand and against independent computations."""
+
+import json
+import random
+
+import pytest
+from scipy import stats
+
+from search_r1.evaluation import behaviour, report, scores
+from search_r1.evaluation.behaviour import near_duplicates, read_course, search_counts
+from tests.retrieval import write_lines
+from verl.utils.errors import DataError
+
+
+def passage(id, text="x"):
+    return {"id": id, "title": f'"T{id}"', "text": text, "score": 1.0}
+
+
+def record(question, searches, em=0.0, gold=("1", "2"), stop="answer", by_title=False, source="set"):
+    """`searches`: (query, passages) pairs."""
+    segments = []
+    for query, passages in searches:
+        segments.append({"source": "model", "text": "s", "token_ids": [1, 2], "info": {}})
+        segments.append(
+            {"source": "observation", "text": "o", "token_ids": [3] * 5, "info": {"query": query, "passages": passages}}
+        )
+    segments.append({"source": "model", "text": "a", "token_ids": [1], "info": {}})
+    known = {"gold_titles": [f"T{g}" for g in gold]} if by_title else {"gold_ids": list(gold)}
+    return {
+        "data_source": source, "prompt": f"Question: {question}", "segments": segments, "stop_reason": stop,
+        "reward": {"em": em, "f1": em, "sub_em": em}, "ground_truth": {"target": ["Rome"]},
+        "info": {"turns": len(searches) + 1, "valid_actions": len(searches) + (stop == "answer")},
+        "extra_info": {"question": question, **known},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("by_title", [False, True])
+def test_a_course_by_hand(by_title):
+    searches = [
+        ("where is A", [passage("1"), passage("9")]),
+        ("Where is A?", [passage("1"), passage("8", "The city of ROME.")]),
+        ("B", [passage("2")]),
+        ("B again", [passage("2")]),
+    ]
+    course = read_course(record("q", searches, em=1.0, by_title=by_title))
+    assert [s.new for s in course.searches] == [["1", "9"], ["8"], ["2"], []]
+    assert [len(s.gold_seen) for s in course.searches] == [1, 1, 2, 2] and course.complete_at == 3
+    assert [s.has_answer for s in course.searches] == [False, True, True, True]
+    assert behaviour.duplicates(course) == 1 and near_duplicates(course) == 1 and behaviour.superfluous(course) == 1
+
+
+def test_nearly_the_same_query():
+    def of(*queries):
+        return read_course(record("q", [(query, []) for query in queries]))
+
+    assert near_duplicates(of("capital of the old country France", "old capital of country France now")) == 1
+    assert near_duplicates(of("capital of France", "capital of Spain")) == 0 and near_duplicates(of("", "")) == 1
+
+
+def test_behaviour_by_hand():
+    records = [
+        record("a", [("x", [passage("1")]), ("y", [passage("2")])], em=1.0),
+        record("b", [("x", [passage("1")])], em=0.0),
+        record("c", [], em=0.0, stop="max_turns"),
+        record("d", [("x", [passage("7")]), ("x", [passage("7")])], em=0.0, gold=()),
+    ]
+    found = behaviour.behaviour(records)
+    expected = {
+        "searches": 5 / 4, "no_search": 1 / 4, "answered": 3 / 4, "valid_actions": (1 + 1 + 0 + 1) / 4,
+        "duplicate_queries": 1 / 5, "near_duplicate_queries": 1 / 5, "new_passages": 4 / 5,
+        "own_tokens": (5 + 3 + 1 + 5) / 4, "retrieved_tokens": (10 + 5 + 0 + 10) / 4, "answer_in_information": 0.0,
+        "stop/answer": 3 / 4, "stop/max_turns": 1 / 4, "gold_retrieved": 1 / 3, "gold_recall": (1 + 0.5 + 0) / 3,
+        "right_if_gold_retrieved": 1.0, "premature_answers": 1 / 3, "searches_after_gold": 0.0,
+        "gold_recall/turn_1": 0.5, "gold_recall/turn_2": 1.0,
+    }  # fmt: skip
+    assert found == pytest.approx(expected)
+    assert search_counts(records) == {0: 1, 1: 1, 2: 2}
+
+
+def test_over_and_under_search():
+    records = [
+        record("known, searched", [("x", [])]),
+        record("known, not searched", [], em=1.0),
+        record("unknown, guessed wrong", []),
+        record("unknown, searched", [("x", [])], em=1.0),
+    ]
+    closed = {f"set: {r['extra_info']['question']}": float(i < 2) for i, r in enumerate(records)}
+    found = behaviour.over_and_under_search(records, closed)
+    assert found == {"known": 0.5, "over_search": 0.5, "under_search": 0.5}
+
+
+def test_bootstrap_interval_covers_as_it_says():
+    rng = random.Random(0)
+    hits = 0
+    for trial in range(100):
+        values = [float(rng.random() < 0.3) for _ in range(200)]
+        low, high = scores.bootstrap_interval(values, seed=trial)
+        hits += low <= 0.3 <= high
+    assert 88 <= hits <= 100
+    assert scores.bootstrap_interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (3, 1), (10, 2), (40, 8), (7, 7), (0, 6)])
+def test_mcnemar_is_the_exact_binomial_test(gained, lost):
+    expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert scores.mcnemar(gained, lost) == pytest.approx(expected)
+
+
+def test_paired_comparison():
+    a = {str(i): float(i < 50) for i in range(100)}
+    b = {str(i): float(i < 60 and i != 3) for i in range(100)}
+    found = scores.compare(a, b)
+    assert found.difference == pytest.approx(0.09) and found.interval[0] < 0.09 < found.interval[1]
+    assert found.lost == ["3"] and len(found.gained) == 10 and found.p_value == pytest.approx(scores.mcnemar(10, 1))
+    with pytest.raises(ValueError, match="1 are only in the first"):
+        scores.compare(a, {k: v for k, v in b.items() if k != "7"})
+
+
+def test_report_of_two_results(tmp_path, capsys):
+    first = [record(q, [], em=0.0, source=s) for s in "AB" for q in ("x", "y")]
+    second = [
+        record(q, [("x", [passage("1"), passage("2")])], em=float(s == "A"), source=s) for s in "AB" for q in ("x", "y")
+    ]
+    paths = [write_lines(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((first, second))]
+    out = tmp_path / "out"
+    flags = [str(paths[1]), "--compare", str(paths[0]), "--closed-book", str(paths[0]), "--out", str(out)]
+    assert report.main(flags) == 0
+    text = capsys.readouterr().out
+    assert "| A | 2 | 1.000 | 1.000-1.000 |" in text and "| average |  | 0.500 |" in text
+    assert "EM +0.500" in text and "2 gained, 0 lost" in text
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["all"]["behaviour"]["under_search"] == 0 and summary["comparison"]["gained"] == ["A: x", "A: y"]
+    assert (out / "table.md").read_text() == text
+
+
+def test_several_samples_of_a_question_count_once():
+    rows = [record("x", [], em=1.0), record("x", [], em=0.0), record("y", [], em=0.0)]
+    summary = report.summarize(rows)
+    assert summary["all"]["questions"] == 2 and summary["all"]["samples"] == 3 and summary["all"]["em"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{broken", "line 1: not a traj"), ('{"reward": {}}', "lacks data_source"), ("", "no records")],
+)
+def test_bad_files_are_named(tmp_path, text, message):
+    path = tmp_path / "r.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        report.read_records(path)
+    with pytest.raises(SystemExit, match="error: "):
+        report.main([str(path)])
