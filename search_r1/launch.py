@@ -1,8 +1,9 @@
-"""`python -m search_r1.launch --config-name grpo [key=value ...]`: all that surrounds a training run on one machine.
+"""`python -m search_r1.launch --config-name grpo [key=value ...]`: all that surrounds a run on one machine.
 
 Makes what the `setup` section names and is absent (closed world, base model, training files, index), serves the index,
-trains with `verl.trainer.main_ppo` under the same overrides, and reports. Sections left null are the user's own: for
-the paper's recipes this only starts the training.
+trains with `verl.trainer.main_ppo` under the same overrides, or with `--evaluate` evaluates the model by
+`verl.trainer.main_eval`, and reports. Sections left null are the user's own: for the paper's recipes this only starts
+the training.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 
+from search_r1.evaluation import report
 from search_r1.report import write_report
 from verl.utils.config import Config
 
@@ -45,9 +47,11 @@ class SetupConfig(Config):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status of the training."""
+    """Exit status of the training or the evaluation."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    train = [sys.executable, "-m", "verl.trainer.main_ppo", *argv]
+    evaluates = "--evaluate" in argv
+    argv = [argument for argument in argv if argument != "--evaluate"]
+    train = [sys.executable, "-m", "verl.trainer.main_eval" if evaluates else "verl.trainer.main_ppo", *argv]
     if {"--help", "-h", "--cfg", "-c", "--info", "--hydra-help"} & set(argv):
         return subprocess.call(train, cwd=ROOT)
     parser = argparse.ArgumentParser(description=__doc__)
@@ -60,16 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare(setup, config)
     serves = setup.index_dir is not None and not any(o.startswith("retriever.url=") for o in overrides)
     if not (serves and config.do_search):
-        return run(train, config)
+        return run(train, config, evaluates)
     with retrieval_server(setup, int(config.retriever.topk)) as url:
-        return run([*train, f"retriever.url={url}"], config)
+        return run([*train, f"retriever.url={url}"], config, evaluates)
 
 
-def run(train: list[str], config: DictConfig) -> int:
-    """Trains, then reports what the run folder holds."""
+def run(train: list[str], config: DictConfig, evaluates: bool) -> int:
+    """Trains or evaluates, then reports what the run folder holds."""
     status = subprocess.call(train)
     run_dir = Path(config.trainer.default_local_dir)
-    if status == 0:
+    if status == 0 and evaluates:
+        status = report.main([str(run_dir / "evaluation.jsonl"), "--out", str(run_dir)])
+    elif status == 0:
         sys.stdout.write(write_report(run_dir))
     return status
 

@@ -54,7 +54,7 @@ def allowed(importer: str, imported: str) -> bool:
         wide = within(importer, ["search_r1.evaluation", "search_r1.infer", "search_r1.world"])
         return within(imported, VERL_FOR_TASKS + ENTRY_POINTS * wide)
     if within(importer, ["verl"]) and within(imported, ["ray"]):
-        return within(importer, ["verl.single_controller", "verl.trainer.main_ppo"])
+        return within(importer, ["verl.single_controller", "verl.trainer.main_ppo", "verl.trainer.main_eval"])
     return True
 
 

@@ -66,7 +66,8 @@ def read_course(record: Record) -> Course:
         searches.append(Search(info["query"], ids, [i for i in ids if i not in seen], known, has_answer))
         seen.update(ids)
     answered = record["stop_reason"] == "answer"
-    return Course(searches, gold, answered, record["reward"]["em"] >= 0.5, record)
+    right = record["reward"].get("em", 0.0) >= 0.5  # a trajectory without a token has no components
+    return Course(searches, gold, answered, right, record)
 
 
 def name(value: object) -> str:

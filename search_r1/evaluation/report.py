@@ -52,7 +52,7 @@ def by_question(records: Sequence[Record], score: str) -> dict[str, float]:
     """Mean score of each question over its samples."""
     scores: dict[str, list[float]] = defaultdict(list)
     for record in records:
-        scores[question_of(record)].append(record["reward"][score])
+        scores[question_of(record)].append(record["reward"].get(score, 0.0))  # without a token: no components
     return {question: sum(values) / len(values) for question, values in scores.items()}
 
 

@@ -27,26 +27,46 @@ def main(cfg: DictConfig) -> None:
 
 def run_ppo(raw: dict[str, Any]) -> None:
     """Validates the composed configuration, then trains. Raises ConfigError or DataError before anything is started."""
+    config, tokenizer, agent, reward = prepare(raw)
+    train_set = load_dataset(config, tokenizer, config.data.train_files, config.data.train_data_num)
+    val_set = load_dataset(config, tokenizer, config.data.val_files, config.data.val_data_num)
+    check_environment(config, agent)
+    write_config(raw, config)
+    train(config, tokenizer, agent, reward, train_set, val_set)
+
+
+def prepare(raw: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Configuration, tokenizer, agent and reward. Raises ConfigError listing every problem."""
     from verl.trainer.config import PPOConfig, build_agent, build_reward, validate
-    from verl.utils.dataset import RLHFDataset
-    from verl.utils.errors import ConfigError
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config: PPOConfig = validate(raw)
     tokenizer = load_tokenizer(config)
-    agent, reward = build_agent(config, tokenizer), build_reward(config, tokenizer)
+    return config, tokenizer, build_agent(config, tokenizer), build_reward(config, tokenizer)
+
+
+def load_dataset(config: Any, tokenizer: Any, files: Any, limit: int | None) -> Any:
+    """The questions of `files`, `limit` of them if it is given. Raises DataError naming file and row."""
+    from verl.utils.dataset import RLHFDataset
+
     data = config.data
-    train_set, val_set = (
-        RLHFDataset(files, tokenizer, data.max_start_length, limit or -1, data.apply_chat_template_kwargs)
-        for files, limit in ((data.train_files, data.train_data_num), (data.val_files, data.val_data_num))
-    )
+    return RLHFDataset(files, tokenizer, data.max_start_length, limit or -1, data.apply_chat_template_kwargs)
+
+
+def check_environment(config: Any, agent: Any) -> None:
+    """Raises ConfigError when the model cannot hold a trajectory, or what the agent needs is not there."""
+    from verl.utils.errors import ConfigError
+
     if problems := context_problems(config) + agent.preflight():
         raise ConfigError(problems)
+
+
+def write_config(raw: dict[str, Any], config: Any) -> None:
+    """Writes the resolved configuration to the run folder."""
     run_dir = Path(config.trainer.default_local_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(raw)))
-    train(config, tokenizer, agent, reward, train_set, val_set)
 
 
 def load_tokenizer(config: Any) -> Any:
@@ -92,17 +112,9 @@ def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, 
     from verl.utils.checkpoint import find_latest
     from verl.utils.tracking import Tracking, truncate_metrics
 
-    trainer_cfg = config.trainer
-    device = trainer_cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    trainer_cfg, device = config.trainer, device_of(config)
     resume = trainer_cfg.resume_mode == "auto" and find_latest(trainer_cfg.default_local_dir)
-    ray.init(
-        address=trainer_cfg.ray_address,
-        include_dashboard=False if trainer_cfg.ray_address is None else None,
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-    )
+    start_ray(config)
     tracking = rollout = None
     try:
         roles, group = build_workers(config, device, len(train_set))
@@ -134,6 +146,28 @@ def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, 
         if tracking is not None:
             tracking.finish()
         ray.shutdown()
+
+
+def device_of(config: Any) -> str:
+    """`cuda` or `cpu`."""
+    import torch
+
+    if config.trainer.device != "auto":
+        return config.trainer.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def start_ray(config: Any) -> None:
+    """A Ray of our own, or the cluster at `trainer.ray_address`."""
+    import ray
+
+    address = config.trainer.ray_address
+    ray.init(
+        address=address,
+        include_dashboard=False if address is None else None,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+    )
 
 
 def build_workers(config: Any, device: str, num_rows: int) -> tuple[dict[str, Any], Any]:

@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from verl.agent import Row, Trajectory
@@ -10,6 +11,16 @@ from verl.trainer.config import PPOConfig
 from verl.workers.config import SamplingConfig
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
 from verl.workers.rollout.vllm_server import VLLMServer
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """Trajectories under way."""
+
+    jobs: list[Job]
+    parts: list[list[Job]]
+    """The jobs of each agent worker."""
+    running: list[Any]
 
 
 class RolloutManager:
@@ -52,6 +63,12 @@ class RolloutManager:
 
         `seed` seeds every call where `rollout.per_request_seed` is set.
         """
+        return self.collect(self.submit(rows, prompts, sampling, seed))
+
+    def submit(
+        self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int
+    ) -> "Submitted":
+        """Starts what `generate` does; `collect` waits for it."""
         params = sampling.model_dump(include={"temperature", "top_p", "top_k"})
         jobs = [
             Job(uid, f"{uid}-{copy}", row, prompt, self.job_seed(seed, index * sampling.n + copy))
@@ -60,13 +77,16 @@ class RolloutManager:
             for copy in range(sampling.n)
         ]
         parts = [jobs[i :: len(self.workers)] for i in range(len(self.workers))]
-        done = get([w.run.remote(part, params) for w, part in zip(self.workers, parts, strict=True)])
+        return Submitted(jobs, parts, [w.run.remote(p, params) for w, p in zip(self.workers, parts, strict=True)])
+
+    def collect(self, submitted: "Submitted") -> tuple[list[Job], list[Trajectory | Failure]]:
+        """Jobs and results, in the order in which they were submitted."""
         results: dict[str, Trajectory | Failure] = {
             job.session: result
-            for part, out in zip(parts, done, strict=True)
+            for part, out in zip(submitted.parts, get(submitted.running), strict=True)
             for job, result in zip(part, out, strict=True)
         }
-        return jobs, [results[job.session] for job in jobs]
+        return submitted.jobs, [results[job.session] for job in submitted.jobs]
 
     def job_seed(self, seed: int, index: int) -> int | None:
         return seed + 1000 * index if self.seeded else None
