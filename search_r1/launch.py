@@ -111,6 +111,7 @@ def retrieval_server(setup: SetupConfig, topk: int) -> Iterator[str]:
         port = s.getsockname()[1]
     flags = ["--index_path", f"{setup.index_dir}/bm25", "--corpus_path", str(setup.corpus_path), "--topk", str(topk)]
     command = [sys.executable, "-m", "search_r1.search.retrieval_server", *flags, "--retriever_name", "bm25"]
+    command += ["--log_level", "warning"]  # the console is the run's
     server = subprocess.Popen([*command, "--port", str(port)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}/health", server)

@@ -35,6 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other hosts (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     add("--workers", type=positive, default=1, help="processes that share the mapped index (default: 1)")
+    add("--log_level", choices=("info", "warning", "error"), default="info", help="what is logged (default: info)")
     add("--token", default=os.environ.get(TOKEN), help=f"bearer token clients must send (default: ${TOKEN}, else none)")
     batching = parser.add_argument_group("batching and limits")
     add = batching.add_argument
@@ -91,7 +92,7 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
         "timeout_graceful_shutdown": int(args.request_timeout_s) + 1,
     }  # fmt: skip
     if args.workers == 1:
-        set_up_logging()
+        set_up_logging(args.log_level)
         app = create_app(partial(server.load, args), settings_of(args))
         server = uvicorn.Server(uvicorn.Config(app, **common))
         app.state.service.stop = partial(setattr, server, "should_exit", True)
@@ -109,10 +110,10 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
 
 def worker() -> FastAPI:
     """The application of one of several processes, which find what to serve in the environment."""
-    set_up_logging()
     module, argv = json.loads(os.environ[WORKER])
     server = importlib.import_module(module)
     args = server.parse_arguments(argv)
+    set_up_logging(args.log_level)
     return create_app(partial(server.load, args), settings_of(args))
 
 
@@ -147,10 +148,10 @@ class Quiet(logging.Filter):
         return True
 
 
-def set_up_logging() -> None:
+def set_up_logging(level: str) -> None:
     """JSON lines on stderr: what the server does, not what it is asked."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     handler.addFilter(Quiet())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("search_r1").setLevel(logging.INFO)
+    logging.getLogger("search_r1").setLevel(level.upper())
