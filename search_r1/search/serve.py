@@ -94,9 +94,9 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
     if args.workers == 1:
         set_up_logging(args.log_level)
         app = create_app(partial(server.load, args), settings_of(args))
-        server = uvicorn.Server(uvicorn.Config(app, **common))
-        app.state.service.stop = partial(setattr, server, "should_exit", True)
-        server.run()
+        http = uvicorn.Server(uvicorn.Config(app, **common))
+        app.state.service.stop = partial(setattr, http, "should_exit", True)
+        http.run()
         return int(app.state.service.failed)
     try:
         server.load(args)
