@@ -27,7 +27,7 @@ SIZES = {  # FlashRAG's, of the split that is tested on
     "nq": 3610, "triviaqa": 11313, "popqa": 14267, "hotpotqa": 7405, "2wikimultihopqa": 12576, "musique": 2417,
     "bamboogle": 125,
 }  # fmt: skip
-HUB_NAMES = {"web_questions": "web_questions", "strategyqa": "strategyqa", **{name: name for name in SIZES}}
+HUB_SETS = (*SIZES, "web_questions", "strategyqa")
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def read(source: Source, split: str) -> tuple[str, list[dict[str, Any]]]:
 
 def read_hub(name: str, split: str) -> tuple[str, Any]:
     """(split, data set). Raises DataError when the hub cannot be reached or does not have it."""
-    if name not in HUB_NAMES:
-        raise DataError(f"{name}: not one of {', '.join(HUB_NAMES)}; name its file: {name}=FILE")
+    if name not in HUB_SETS:
+        raise DataError(f"{name}: not one of {', '.join(HUB_SETS)}; name its file: {name}=FILE")
     try:
         from datasets import load_dataset
 
-        found: Any = load_dataset(HUB, HUB_NAMES[name])
+        found: Any = load_dataset(HUB, name)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{name}: {HUB} could not be loaded ({error}); a native file does too: {name}=FILE") from error
     wanted = SPLITS[SPLITS.index(split) :] if split == "test" else (split,)
