@@ -12,14 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from search_r1.data.prepare import MAX_LISTED
 from search_r1.data.rows import read_rows, texts
 from search_r1.data.shapes import normalise
 from search_r1.prompts import TEMPLATES, build_prompt, format_passages, with_mark
 from search_r1.rewards.matching import normalize_answer
 from search_r1.search.client import RetrievalClient
 from search_r1.search.config import RetrieverConfig
-from verl.utils.errors import DataError
+from verl.utils.errors import DataError, listed
 
 HUB = "RUC-NLPIR/FlashRAG_datasets"
 SPLITS = ("test", "dev", "train")
@@ -63,8 +62,7 @@ def read(source: Source, split: str) -> tuple[str, list[dict[str, Any]]]:
             id = str(row.get("id") or f"{split}_{number}")
             kept.append({**row, "id": id, "question": question, "golden_answers": answers})
     if problems:
-        more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-        raise DataError("\n".join(problems[:MAX_LISTED] + more))
+        raise DataError(listed(problems))
     if not kept:
         raise DataError(f"{source.file or source.name}: no rows")
     return split, kept

@@ -16,12 +16,11 @@ import pyarrow.parquet as pq
 from search_r1.data.rows import read_rows, texts
 from search_r1.data.shapes import normalise
 from search_r1.prompts import TEMPLATES, build_prompt
-from verl.utils.errors import DataError
+from verl.utils.errors import DataError, listed
 
 ANSWER_KEYS = ("golden_answers", "answers", "answer")
 LISTS, SCALARS = ("gold_ids", "gold_titles"), {"hops": int, "id": str}
 NATIVE = {"data_source", "prompt", "reward_model"}
-MAX_LISTED = 20
 
 
 def convert(record: dict[str, Any], source: str, template: str, index: int) -> dict[str, Any] | str:
@@ -72,8 +71,7 @@ def prepare(path: Path, template: str) -> list[dict[str, Any]]:
         else:
             rows.append(row)
     if problems:
-        more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-        raise DataError("\n".join(problems[:MAX_LISTED] + more))
+        raise DataError(listed(problems))
     if not rows:
         raise DataError(f"{path}: no rows")
     return rows

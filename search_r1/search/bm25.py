@@ -20,7 +20,7 @@ from bm25s.stopwords import STOPWORDS_EN
 
 from search_r1.search.corpus import Corpus, CorpusReader
 from search_r1.search.engine import Hits
-from search_r1.search.manifest import CorpusError, building, fingerprint, read_manifest, write_manifest
+from search_r1.search.manifest import CorpusError, building, read_manifest, write_manifest
 
 K1, B = 0.9, 0.4
 NAME = "bm25"
@@ -172,14 +172,6 @@ def scorer(lengths: np.ndarray) -> Callable[[np.ndarray, np.ndarray, np.ndarray]
         return idf - idf / (1 + counts.astype(np.float32) / norms[documents])
 
     return score
-
-
-def is_built(corpus: Path, index: Path) -> bool:
-    """Whether `index` is a complete index of this very corpus."""
-    try:
-        return read_manifest(index)["corpus"] == fingerprint(corpus)
-    except (CorpusError, OSError):
-        return False
 
 
 class BM25Retriever:

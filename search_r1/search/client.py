@@ -4,7 +4,6 @@ It never returns an empty list for a failure: what the policy reads is what the 
 """
 
 import asyncio
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -14,11 +13,10 @@ import httpx
 from pydantic import ValidationError
 
 from search_r1.search.balancer import Balancer, Server
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.config import RetrieverConfig, authorization
 from search_r1.search.schema import RetrieveResponse, ScoredDocument
 
 PROBE_TIMEOUT_S = 10.0
-TOKEN = "SEARCH_R1_RETRIEVER_TOKEN"
 
 
 class SearchError(Exception):
@@ -96,10 +94,9 @@ class RetrievalClient:
 
     def __init__(self, config: RetrieverConfig) -> None:
         self.config = config
-        token = os.environ.get(TOKEN)
         self.http = httpx.AsyncClient(
             limits=httpx.Limits(max_connections=64, max_keepalive_connections=64),
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+            headers=authorization(),
         )
         self.balancer = Balancer(config.urls, config.backoff_s)
         self.errors: Counter[str] = Counter()
@@ -249,11 +246,9 @@ def check_server(url: str) -> str | None:
         "start one, for instance: python search_r1/search/retrieval_server.py --index_path INDEX/bm25 "
         "--corpus_path CORPUS.jsonl --retriever_name bm25"
     )
-    token = os.environ.get(TOKEN)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     body = {"queries": ["probe"], "topk": 1, "return_scores": True}
     try:
-        answer = httpx.post(url, json=body, headers=headers, timeout=PROBE_TIMEOUT_S)
+        answer = httpx.post(url, json=body, headers=authorization(), timeout=PROBE_TIMEOUT_S)
         answer.raise_for_status()
         parse_response(answer, 1, url)
     except (httpx.HTTPError, httpx.InvalidURL, SearchError) as error:

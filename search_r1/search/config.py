@@ -1,5 +1,7 @@
 """How a client talks to a retrieval server. Imports nothing but pydantic: the retrieval side runs alone."""
 
+import os
+
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -9,6 +11,15 @@ from pydantic import (
     PositiveInt,
     field_validator,
 )
+
+TOKEN = "SEARCH_R1_RETRIEVER_TOKEN"
+"""Environment variable of the bearer token, which client and server share; no configuration holds it."""
+
+
+def authorization() -> dict[str, str]:
+    """The header that a server with a token asks for; none without a token."""
+    token = os.environ.get(TOKEN)
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 class RetrieverConfig(BaseModel):

@@ -16,13 +16,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from search_r1.search.app import ServerSettings, create_app
+from search_r1.search.config import TOKEN
 from search_r1.search.engine import EngineError
 from search_r1.search.experiments import Latency
 from search_r1.search.manifest import CorpusError
 from search_r1.search.server_metrics import MULTIPROC_DIR
 
 WORKER = "SEARCH_R1_WORKER"
-TOKEN = "SEARCH_R1_RETRIEVER_TOKEN"
 STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "color_message"}
 
 

@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from verl.agent import Row
-from verl.utils.errors import DataError
+from verl.utils.errors import DataError, listed
 from verl.utils.tokenizer import encode_chat
 
 COLUMNS = ("data_source", "prompt", "reward_model")
-MAX_LISTED = 20
 
 
 class RLHFDataset:
@@ -43,8 +42,7 @@ class RLHFDataset:
                 self.rows.append(row)
                 self.prompt_ids.append(ids)
         if problems:
-            more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-            raise DataError("\n".join(problems[:MAX_LISTED] + more))
+            raise DataError(listed(problems))
 
     @staticmethod
     def _check(row: Row, tokenizer: Any, limit: int, kwargs: dict[str, Any]) -> tuple[str | None, list[int]]:

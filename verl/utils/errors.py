@@ -1,5 +1,7 @@
 """Errors that a user can act on."""
 
+from collections.abc import Sequence
+
 
 class ConfigError(ValueError):
     """The configuration cannot work. The message lists every problem, one per line, with its key."""
@@ -11,3 +13,12 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """A data file is wrong: the message names the file, the row and what was expected."""
+
+
+MAX_LISTED = 20
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first problems, a line each, and how many more there are."""
+    more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return "\n".join([*problems[:MAX_LISTED], *more])
