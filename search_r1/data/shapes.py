@@ -79,9 +79,11 @@ def flashrag(r: Record) -> Record:
 
 
 def plain(r: Record) -> Record:
-    """`question` and `answer` under whatever case: NQ-open, Bamboogle, R1-Searcher."""
+    """`question` and `answer` under whatever case: NQ-open, Bamboogle, R1-Searcher. Gold is what `ctxs` marks so."""
     answer = next(r[key] for key in ("golden_answers", "answers", "answer", "Answer") if r.get(key) is not None)
+    gold = [passage["title"] for passage in r.get("ctxs") or () if isinstance(passage, dict) and passage.get("isgold")]
     kept = {key: r[key] for key in ("gold_ids", "gold_titles", "hops", "data_source") if r.get(key) is not None}
+    kept = {"gold_titles": list(dict.fromkeys(gold)), **kept} if gold else kept
     return {"id": r.get("id") or r.get("_id"), "question": question_of(r), "golden_answers": answer, **kept}
 
 

@@ -25,6 +25,11 @@ RECORDS = [
     ({"question": "q", "answer": ["a", "b"]}, {"golden_answers": ["a", "b"]}),
     ({"Question": "q", "Answer": "a"}, {"golden_answers": "a"}),
     (
+        {"question": "q", "answers": ["a"], "ctxs": [{"title": "X", "isgold": False}, {"title": "A", "isgold": True}]},
+        {"golden_answers": ["a"], "gold_titles": ["A"]},
+    ),
+    ({"question": "q", "answers": ["a"], "ctxs": [{"title": "X", "hasanswer": True}]}, {"golden_answers": ["a"]}),
+    (
         {"_id": "7", "question": "q", "answer": "a", "context": [], **FACTS},
         {"id": "7", "golden_answers": ["a"], "gold_titles": ["A", "B"], "hops": 2},
     ),
@@ -151,7 +156,7 @@ def test_an_unreachable_hub_names_the_way_out(monkeypatch):
 COUNTS = {
     "nq_open/NQ-open.dev.jsonl": (3610, 0), "nq_open/NQ-open.efficientqa.dev.1.1.jsonl": (1800, 0),
     "nq_open/NQ-open.efficientqa.test.1.1.jsonl": (1769, 0), "nq_open/dpr/topics.dpr.nq.dev.txt": (8757, 0),
-    "nq_gold_passages/nq-open-oracle.jsonl.gz": (2655, 0), "triviaqa/topics.dpr.trivia.dev.txt": (8837, 0),
+    "nq_gold_passages/nq-open-oracle.jsonl.gz": (2655, 2655), "triviaqa/topics.dpr.trivia.dev.txt": (8837, 0),
     "popqa/popqa_1000_with_paragraphs.json": (1000, 1000), "hotpotqa/dev500_native/test.jsonl": (500, 500),
     "hotpotqa/react_simplified/hotpot_dev_v1_simplified.json": (7405, 0),
     "hotpotqa/train500_gold_paras/grpo_val.jsonl": (500, 500),
