@@ -1,9 +1,8 @@
 """`python -m search_r1.launch --config-name grpo [key=value ...]`: all that surrounds a run on one machine.
 
 Makes what the `setup` section names and is absent (closed world, base model, training files, index), serves the index,
-trains with `verl.trainer.main_ppo` under the same overrides, or with `--evaluate` evaluates the model by
-`verl.trainer.main_eval`, and reports. Sections left null are the user's own: for the paper's recipes this only starts
-the training.
+trains under the same overrides with `verl.trainer.main_ppo`, or with `search_r1.finetune` where `finetune.data` is set,
+and reports. Sections left null are the user's own: for the paper's recipes this only starts the training.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 
-from search_r1.evaluation import report
 from search_r1.report import write_report
 from verl.utils.config import Config
 
@@ -47,37 +45,40 @@ class SetupConfig(Config):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status of the training or the evaluation."""
+    """Exit status of the training."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    evaluates = "--evaluate" in argv
-    argv = [argument for argument in argv if argument != "--evaluate"]
-    train = [sys.executable, "-m", "verl.trainer.main_eval" if evaluates else "verl.trainer.main_ppo", *argv]
     if {"--help", "-h", "--cfg", "-c", "--info", "--hydra-help"} & set(argv):
-        return subprocess.call(train, cwd=ROOT)
+        return subprocess.call([sys.executable, "-m", "verl.trainer.main_ppo", *argv], cwd=ROOT)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-name", default="grpo")
     args, overrides = parser.parse_known_args(argv)
+    config = composed(args.config_name, overrides)
+    if config.finetune.data is not None:
+        return surrounded("search_r1.finetune", args.config_name, overrides, config)
+    status = surrounded("verl.trainer.main_ppo", args.config_name, overrides, config)
+    if status == 0:
+        sys.stdout.write(write_report(Path(config.trainer.default_local_dir)))
+    return status
+
+
+def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration, and the repository as working directory: paths in it are relative to that."""
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        config = compose(args.config_name, overrides)
-    setup = SetupConfig.model_validate(OmegaConf.to_container(config.setup, resolve=True))
+        config = compose(config_name, list(overrides))
     os.chdir(ROOT)
+    return config
+
+
+def surrounded(program: str, config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
+    """Exit status of a module, run with what `setup` makes and serves around it."""
+    setup = SetupConfig.model_validate(OmegaConf.to_container(config.setup, resolve=True))
     prepare(setup, config)
+    command = [sys.executable, "-m", program, "--config-name", config_name, *overrides]
     serves = setup.index_dir is not None and not any(o.startswith("retriever.url=") for o in overrides)
     if not (serves and config.do_search):
-        return run(train, config, evaluates)
+        return subprocess.call(command)
     with retrieval_server(setup, int(config.retriever.topk)) as url:
-        return run([*train, f"retriever.url={url}"], config, evaluates)
-
-
-def run(train: list[str], config: DictConfig, evaluates: bool) -> int:
-    """Trains or evaluates, then reports what the run folder holds."""
-    status = subprocess.call(train)
-    run_dir = Path(config.trainer.default_local_dir)
-    if status == 0 and evaluates:
-        status = report.main([str(run_dir / "evaluation.jsonl"), "--out", str(run_dir)])
-    elif status == 0:
-        sys.stdout.write(write_report(run_dir))
-    return status
+        return subprocess.call([*command, f"retriever.url={url}"])
 
 
 def prepare(setup: SetupConfig, config: DictConfig) -> None:

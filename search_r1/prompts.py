@@ -35,6 +35,46 @@ RAG_PROMPT = (
 """One retrieval with the question, before the model writes anything."""
 SHORT_PROMPT = "Question: {question}\n"
 """For the closed world, whose small model learns the protocol from traces: fewer tokens to compute."""
+SHORT_RAG_PROMPT = "Question: {question}\n\n\n<information>{context}</information>\n\n"
+"""The same with the passages of one retrieval, as that model knows them."""
+DIRECT_PROMPT = (
+    "Answer the given question with a few words, without explanation. Put the answer inside <answer> and </answer>, "
+    "for example <answer> Beijing </answer>. Question: {question}\n"
+)
+COT_PROMPT = (
+    "Answer the given question. Think step by step, then put the final answer, in a few words, inside <answer> and "
+    "</answer>, for example <answer> Beijing </answer>. Question: {question}\n"
+)
+REACT_PROMPT = (
+    "Answer the given question by interleaving thoughts, actions and observations. A thought reasons about what is "
+    "known and what is missing. An action is written as Action: Search[query]; the passages that a search engine finds "
+    "follow as an observation. For example:\n"
+    "Thought: I need to find which country the town is in.\nAction: Search[town country]\n"
+    "Search as often as needed. When you know the answer, write it in a few words inside <answer> and </answer>, for "
+    "example <answer> Beijing </answer>.\nQuestion: {question}\n"
+)
+"""Thought, action, observation (ReAct, 2210.03629), without its examples."""
+SEARCH_O1_PROMPT = (
+    "You are a reasoning assistant that can search the web to answer the question accurately. To search, write "
+    "<|begin_search_query|> your query <|end_search_query|>. What was found is analysed, and the helpful part is given "
+    "to you as <|begin_search_result|> ... <|end_search_result|>. You can search again as often as necessary. When you "
+    "have all that you need, put the final answer, in a few words, inside <answer> and </answer>, for example <answer> "
+    "Beijing </answer>.\nThink step by step. Question: {question}\n"
+)
+"""Reasoning that asks for searches (Search-o1, 2501.05366)."""
+REASON_IN_DOCUMENTS_PROMPT = (
+    "Read the passages below and extract what helps to go on with the reasoning. Reply with that information alone, in "
+    "a few sentences, or with: No helpful information found.\n\n"
+    "Reasoning so far:\n{reasoning}\n\nSearch query: {query}\n\nPassages:\n{context}\n"
+)
+"""The second prompt of Search-o1: passages become a short finding before the reasoning sees them."""
+IRCOT_PROMPT = (
+    "Answer the question by reasoning one sentence at a time, with the help of the passages, which may or may not be "
+    "useful.\n\nPassages:\n{context}\n\nQuestion: {question}\nReasoning so far: {reasoning}\n"
+    "Write only the next sentence of the reasoning. Once the answer is known, put it, in a few words, inside <answer> "
+    "and </answer>, for example <answer> Beijing </answer>.\n"
+)
+"""One sentence of a chain of thought, which is the next query (IRCoT, 2212.10509)."""
 
 TEMPLATES = {
     "search": SEARCH_PROMPT,
@@ -42,7 +82,15 @@ TEMPLATES = {
     "r1": R1_PROMPT,
     "rag": RAG_PROMPT,
     "short": SHORT_PROMPT,
+    "short_rag": SHORT_RAG_PROMPT,
+    "direct": DIRECT_PROMPT,
+    "cot": COT_PROMPT,
+    "react": REACT_PROMPT,
+    "search_o1": SEARCH_O1_PROMPT,
+    "ircot": IRCOT_PROMPT,
 }
+WITH_CONTEXT = frozenset(name for name, text in TEMPLATES.items() if "{context}" in text)
+"""Templates that need the passages of a search."""
 
 INVALID_ACTION = (
     "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I "
@@ -54,9 +102,9 @@ INFORMATION_START, INFORMATION_END = "<information>", "</information>"
 OBSERVATION_HEAD, OBSERVATION_TAIL = f"\n\n{INFORMATION_START}", f"{INFORMATION_END}\n\n"
 
 
-def build_prompt(question: str, template: str, context: str = "") -> str:
+def build_prompt(question: str, template: str, context: str = "", reasoning: str = "") -> str:
     """The prompt of a question, which gets its question mark. Raises KeyError for an unknown template."""
-    return TEMPLATES[template].format(question=with_mark(question), context=context)
+    return TEMPLATES[template].format(question=with_mark(question), context=context, reasoning=reasoning)
 
 
 def with_mark(question: str) -> str:

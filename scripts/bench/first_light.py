@@ -6,19 +6,14 @@ A finished run appends its row to docs/results/first_light.jsonl and is not run 
 its last checkpoint. Prints the table of all rows.
 """
 
-import argparse
 import json
-import os
-import subprocess
 import sys
-import time
-from pathlib import Path
-from typing import Any
+
+import study
 
 from search_r1.report import STEP, summary
 
-ROOT = Path(__file__).resolve().parents[2]
-ROWS = ROOT / "docs" / "results" / "first_light.jsonl"
+ROWS = study.ROOT / "docs" / "results" / "first_light.jsonl"
 WORK = "runs/first_light"
 SAMPLES, SFT_ROWS, SFT_MODEL = f"{WORK}/rejection-samples", f"{WORK}/rejection.jsonl", f"{WORK}/rejection-model"
 VAL_ONLY = ["bash", "train_grpo.sh", "trainer.val_only=true"]
@@ -53,22 +48,17 @@ RUNS: dict[str, list[list[str]]] = {
 }  # fmt: skip
 
 
-def run(name: str) -> dict[str, Any]:
-    """Runs the commands of `name`; the row of the run folder that the last one writes."""
-    folder = f"{WORK}/{name}"
-    began = time.monotonic()
-    for command in RUNS[name]:
-        if command is RUNS[name][-1]:
-            command = [*command, f"trainer.default_local_dir={folder}", f"trainer.experiment_name=first_light-{name}"]
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    return {"run": name, "commit": commit, "wall_s": round(time.monotonic() - began), **figures(ROOT / folder)}
+def commands(name: str) -> list[list[str]]:
+    """The commands of a run, the last of which writes the folder that its row is made of."""
+    *before, last = RUNS[name]
+    return [*before, [*last, f"trainer.default_local_dir={WORK}/{name}", f"trainer.experiment_name=first_light-{name}"]]
 
 
-def figures(folder: Path) -> dict[str, Any]:
+def figures(name: str) -> study.Row:
     """What a run folder holds: validations by hops, and the extremes of what must stay small."""
+    folder = study.ROOT / WORK / name
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    row: dict[str, Any] = {"steps": metrics[-1][STEP]}
+    row: study.Row = {"steps": metrics[-1][STEP]}
     seconds = sorted(m["timing_s/step"] for m in metrics if "timing_s/step" in m)
     gaps = [m["rollout/logprob_diff_max"] for m in metrics if "rollout/logprob_diff_max" in m]
     row |= {"step_s/median": seconds[len(seconds) // 2], "logprob_diff/max": max(gaps)} if seconds else {}
@@ -86,7 +76,7 @@ def figures(folder: Path) -> dict[str, Any]:
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[study.Row]) -> str:
     """Markdown: EM before and after, by hops, with searches, policy and reading of the last validation."""
     head = ("run", "steps", "minutes", "EM before", "EM after", "1-hop", "2-hop", "searches 1-hop", "searches 2-hop",
             "right entity", "EM if gold retrieved", "max log-prob diff")  # fmt: skip
@@ -103,23 +93,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def read_rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in ROWS.open()] if ROWS.exists() else []
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"some of: {', '.join(RUNS)} (default: all)")
-    names = parser.parse_args().runs or list(RUNS)
-    if unknown := sorted(set(names) - set(RUNS)):
-        parser.error(f"unknown runs: {', '.join(unknown)}; there are {', '.join(RUNS)}")
-    for name in names:
-        if name not in {row["run"] for row in read_rows()}:
-            row = run(name)
-            with ROWS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    sys.stdout.write(table(read_rows()))
-
-
 if __name__ == "__main__":
-    main()
+    study.main(__doc__ or "", {name: commands(name) for name in RUNS}, ROWS, figures, table)

@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass
 
-ACTIONS = [re.compile(rf"<({tag})>(.*?)</{tag}>", re.DOTALL) for tag in ("search", "answer")]
+SEARCH = re.compile(r"<search>(.*?)</search>", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Invalid:
 Action = Search | Answer | Invalid
 
 
-def parse_action(text: str) -> tuple[Action, int]:
+def parse_action(text: str, search: re.Pattern[str] = SEARCH) -> tuple[Action, int]:
     """The first complete action of a turn, and where in `text` it ends (len(text) without one).
 
     Of two that overlap, the one that closes first decides: where it closes, the engine stops. An empty query is no
@@ -33,11 +34,11 @@ def parse_action(text: str) -> tuple[Action, int]:
     >>> parse_action("<think> hm </think> <search> capital of Peru </search>\\n\\n")
     (Search(query='capital of Peru'), 54)
     """
-    found = [match for pattern in ACTIONS if (match := pattern.search(text))]
+    found = [match for pattern in (search, ANSWER) if (match := pattern.search(text))]
     if not found:
         return Invalid(), len(text)
     match = min(found, key=re.Match.end)
-    content = match.group(2).strip()
-    if match.group(1) == "answer":
+    content = match.group(1).strip()
+    if match.re is ANSWER:
         return Answer(content), match.end()
     return (Search(content) if content else Invalid()), match.end()

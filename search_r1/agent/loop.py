@@ -10,17 +10,19 @@ where a token that completes a tag runs past it (`>\\n\\n`): text is only decode
 import time
 from typing import Any, ClassVar
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 
 from search_r1.agent.actions import Answer, Invalid, Search, parse_action
+from search_r1.agent.dialect import SEARCH_R1, Dialect
 from search_r1.agent.metrics import reduce_metrics
 from search_r1.agent.observation import encode_passages
-from search_r1.prompts import ANSWER_END, INVALID_ACTION, SEARCH_END
-from search_r1.search.client import RetrievalClient, SearchError, check_server
+from search_r1.prompts import ANSWER_END, TEMPLATES, build_prompt
+from search_r1.search.client import Passage, RetrievalClient, SearchError, check_server
 from search_r1.search.config import RetrieverConfig
 from verl.agent import Generate, Row, Trajectory, TrajectoryFailed
 from verl.utils.config import Config
-from verl.utils.tokenizer import encode_text
+from verl.utils.errors import DataError
+from verl.utils.tokenizer import encode_chat, encode_text
 
 
 class SearchAgentConfig(Config):
@@ -28,6 +30,10 @@ class SearchAgentConfig(Config):
     """Turns that may search; one more turn, without search, is forced after them."""
     do_search: bool = True
     """False: one turn without search, the R1 baseline."""
+    template: str | None = None
+    """Prompt template to ask `extra_info.question` in; null: the prompt of the data."""
+    apply_chat_template_kwargs: dict[str, Any] = {}
+    """Further arguments of the tokenizer's chat template, for prompts made from `template`."""
     max_start_length: PositiveInt = 2048
     """Longest prompt, in tokens."""
     max_prompt_length: PositiveInt = 4096
@@ -40,18 +46,29 @@ class SearchAgentConfig(Config):
     """End a turn at </answer>; false lets the policy emit EOS itself."""
     retriever: RetrieverConfig = RetrieverConfig()
 
+    @field_validator("template")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in TEMPLATES:
+            raise ValueError(f"expected null or one of {', '.join(TEMPLATES)}")
+        return value
+
 
 class SearchAgentLoop:
     """Search-R1's loop over the plain tags (arXiv 2503.09516, algorithm 1)."""
 
     Config: ClassVar = SearchAgentConfig
-    top_level_keys: ClassVar = frozenset({"max_turns", "do_search", "retriever", "setup"})
+    top_level_keys: ClassVar = frozenset(
+        {"max_turns", "do_search", "template", "method_suffix", "retriever", "setup", "finetune"}
+    )
+    dialect: ClassVar[Dialect] = SEARCH_R1
     reduce_metrics = staticmethod(reduce_metrics)
 
     def __init__(self, config: SearchAgentConfig, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.client = RetrievalClient(config.retriever) if config.do_search else None
-        self.invalid_ids = encode_text(tokenizer, INVALID_ACTION)
+        self.invalid_ids = encode_text(tokenizer, self.dialect.invalid)
+        self.max_searches = config.max_turns if config.do_search else 0
 
     def preflight(self) -> list[str]:
         """Budgets that cannot hold one search, and a retriever that does not answer."""
@@ -67,11 +84,11 @@ class SearchAgentLoop:
                 f"data.max_prompt_length={config.max_prompt_length} has no room for one search: "
                 f"data.max_start_length + data.max_response_length + data.max_obs_length = {least}"
             )
-        tags = len(encode_passages([], self.tokenizer, config.max_prompt_length, emitted="")[0])
+        tags = len(encode_passages([], self.tokenizer, config.max_prompt_length, "", self.dialect)[0])
         if config.do_search and config.max_obs_length < 2 * tags:
             problems.append(
                 f"data.max_obs_length={config.max_obs_length} has no room for a passage: "
-                f"<information></information> takes {tags}"
+                f"{(self.dialect.head + self.dialect.tail).strip()} takes {tags}"
             )
         checks = [check_server(url) for url in config.retriever.urls] if config.do_search else []
         problems += [f"retriever.url: {problem}" for problem in checks if problem]
@@ -83,29 +100,38 @@ class SearchAgentLoop:
 
     async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
         """The trajectory of one question. Raises TrajectoryFailed when a search fails for good."""
-        trajectory = Trajectory(list(prompt_ids))
         stats: dict[str, Any] = dict.fromkeys(("turns", "valid_actions", "searches", "cut"), 0)
         stats |= {"overruns": [], "latency_s": []}
         extra = row.get("extra_info") or {}
         stats |= {key: extra[key] for key in ("hops", "gold_ids", "gold_titles") if extra.get(key) is not None}
-        trajectory.info = stats
-        last = self.config.max_turns if self.config.do_search else 0
+        trajectory = Trajectory(list(prompt_ids), info=stats)
+        await self._begin(trajectory, stats, row)
         while not trajectory.stop_reason:
-            await self._turn(trajectory, stats, generate, may_search=stats["turns"] < last)
+            await self._turn(trajectory, stats, generate, may_search=stats["turns"] < self.max_searches)
         if self.client is not None:  # of all trajectories since the last one that ended: right in the sum
             stats["search_errors"] = self.client.take_errors()
         return trajectory
+
+    async def _begin(self, trajectory: Trajectory, stats: dict[str, Any], row: Row) -> None:
+        """Before the first turn: the prompt, where it is not that of the data."""
+        if self.config.template is not None:
+            trajectory.prompt_ids = self.ask(build_prompt(question_of(row), self.config.template))
+
+    def ask(self, text: str) -> list[int]:
+        """Ids of a text as the only message of a user."""
+        messages = [{"role": "user", "content": text}]
+        return encode_chat(self.tokenizer, messages, **self.config.apply_chat_template_kwargs)
 
     async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:
         """One generation and what answers it; sets `stop_reason` when it was the last."""
         if len(trajectory.token_ids) > self.config.max_prompt_length:
             trajectory.stop_reason = "context"
             return
-        stop = [SEARCH_END] * self.config.do_search + [ANSWER_END] * self.config.stop_at_answer
+        stop = [self.dialect.stop] * (self.max_searches > 0) + [ANSWER_END] * self.config.stop_at_answer
         completion = await generate(trajectory.token_ids, max_tokens=self.config.max_response_length, stop=stop)
         stats["turns"] += 1
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        action, end = parse_action(text)
+        action, end = parse_action(text, self.dialect.search)
         trajectory.add_completion(completion, turn=stats["turns"], finish_reason=completion.finish_reason)
         if text[end:]:
             stats["overruns"].append(text[end:])
@@ -118,24 +144,49 @@ class SearchAgentLoop:
             trajectory.stop_reason = "max_turns"
         elif isinstance(action, Search):
             stats["valid_actions"] += 1
-            await self._search(trajectory, stats, action.query, emitted=text[end:])
+            passages = await self._search(stats, action.query)
+            await self._show(trajectory, stats, action.query, passages, text[end:], generate)
         else:
             assert isinstance(action, Invalid)
             trajectory.add_observation(self.invalid_ids, turn=stats["turns"], kind="invalid_action")
 
-    async def _search(self, trajectory: Trajectory, stats: dict[str, Any], query: str, emitted: str) -> None:
+    async def _search(self, stats: dict[str, Any], query: str) -> list[Passage]:
+        """What a query finds, counted and timed in `stats`. Raises TrajectoryFailed."""
         assert self.client is not None
         began = time.perf_counter()
         try:
             passages = await self.client.search(query)
         except SearchError as error:
             raise TrajectoryFailed(str(error), num_calls=stats["searches"] + 1) from error
-        latency = time.perf_counter() - began
         stats["searches"] += 1
-        stats["latency_s"].append(latency)
+        stats["latency_s"].append(time.perf_counter() - began)
+        return passages
+
+    async def _show(
+        self, trajectory: Trajectory, stats: dict[str, Any], query: str, passages: list[Passage], emitted: str,
+        generate: Generate,
+    ) -> None:  # fmt: skip
+        """Splices in what a search found; `emitted` is what the policy wrote after its query."""
         pairs = [(p.title, p.text) for p in passages]
-        ids, cut = encode_passages(pairs, self.tokenizer, self.config.max_obs_length, emitted)
+        ids, cut = encode_passages(pairs, self.tokenizer, self.config.max_obs_length, emitted, self.dialect)
+        self._record(trajectory, stats, query, passages, ids, cut)
+
+    def _record(
+        self, trajectory: Trajectory, stats: dict[str, Any], query: str, passages: list[Passage], ids: list[int],
+        cut: bool, **facts: Any,
+    ) -> None:  # fmt: skip
+        """Appends an observation with the facts of the last search."""
         stats["cut"] += cut
         shown = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
-        facts = {"kind": "search", "query": query, "passages": shown, "latency_s": latency, "cut": cut}
+        facts |= {"kind": "search", "query": query, "passages": shown, "latency_s": stats["latency_s"][-1], "cut": cut}
         trajectory.add_observation(ids, turn=stats["turns"], **facts)
+
+
+def question_of(row: Row) -> str:
+    """The question of a row. Raises DataError where the data hold only its prompt."""
+    question = (row.get("extra_info") or {}).get("question") or row.get("question")
+    if not question:
+        raise DataError(
+            f"a {row.get('data_source')} row has no extra_info.question, which `template` needs: prepare it anew"
+        )
+    return str(question)

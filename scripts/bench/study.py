@@ -1,0 +1,48 @@
+"""What the studies share: named runs, one after the other, each leaving a row when it has finished."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.open()] if path.exists() else []
+
+
+def main(
+    doc: str,
+    runs: Mapping[str, Sequence[Sequence[str]]],
+    rows: Path,
+    figures: Callable[[str], Row],
+    table: Callable[[list[Row]], str],
+) -> None:
+    """Runs the commands of every name that `rows` lacks, appends `figures(name)`, prints the table of all rows."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"some of: {', '.join(runs)} (default: all)")
+    parser.add_argument("--commit", action="store_true", help="commit the file of rows after every run")
+    args = parser.parse_args()
+    names = args.runs or list(runs)
+    if unknown := sorted(set(names) - set(runs)):
+        parser.error(f"unknown runs: {', '.join(unknown)}; there are {', '.join(runs)}")
+    for name in names:
+        if name in {row["run"] for row in read_rows(rows)}:
+            continue
+        began = time.monotonic()
+        for command in runs[name]:
+            subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+        row = {"run": name, "commit": commit, "wall_s": round(time.monotonic() - began), **figures(name)}
+        with rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if args.commit:
+            subprocess.run(["git", "commit", "-qm", f"{rows.stem}: {name}", "--", str(rows)], cwd=ROOT, check=True)
+    sys.stdout.write(table(read_rows(rows)))

@@ -1,0 +1,61 @@
+"""`python -m search_r1.evaluate MODEL [key=value ...]`: numbers for a model, by the loop and prompts of training.
+
+MODEL is a Hugging Face folder or hub name, a checkpoint's `hf` folder, or with --endpoint the name of a model behind an
+OpenAI-compatible API (text in, text out: for evaluation only). Data, method and search are those of the configuration:
+`experiment=nq_hotpotqa/common method=rag data.val_files=...`. Trajectories go to the run folder as they finish; an
+interrupted evaluation goes on where it was. Then come summary.json, table.md and page.html beside them.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from search_r1.evaluation import report
+from search_r1.launch import composed, surrounded
+
+ENDPOINT = "actor_rollout_ref.rollout.endpoint.url"
+
+
+def run_name(model: str, method_suffix: str) -> str:
+    """A folder's name: the last two parts of the model's, so that the `hf` of two runs differ.
+
+    >>> run_name("/data/runs/grpo/hf", "-rag"), run_name("Qwen/Qwen2.5-7B", "")
+    ('evaluate-grpo--hf-rag', 'evaluate-Qwen--Qwen2.5-7B')
+    """
+    return "evaluate-" + "--".join(part for part in Path(model).parts[-2:] if part != "/") + method_suffix
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status of the evaluation."""
+    parser = argparse.ArgumentParser(
+        prog="python -m search_r1.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, hub name, or name at the endpoint")
+    parser.add_argument("--endpoint", metavar="URL", help="base address of an OpenAI-compatible API, such as .../v1")
+    parser.add_argument("--config-name", default="grpo", help="configuration to start from (default: grpo)")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="evaluation.jsonl of another model or method")
+    parser.add_argument("--closed-book", type=Path, metavar="FILE", help="evaluation.jsonl without search")
+    args, overrides = parser.parse_known_args(argv)
+    path = Path(args.model)
+    model = str(path.resolve()) if path.exists() else args.model
+    given = [f"actor_rollout_ref.model.path={model}"]
+    if args.endpoint:
+        given += ["actor_rollout_ref.rollout.name=openai", f"{ENDPOINT}={args.endpoint}"]
+    files = {
+        name: value.resolve() for name, value in vars(args).items() if name in ("compare", "closed_book") and value
+    }
+    config = composed(args.config_name, [*given, *overrides])
+    if not any(o.startswith(("trainer.default_local_dir=", "trainer.experiment_name=")) for o in overrides):
+        given.append(f"trainer.default_local_dir=runs/{run_name(model, config.method_suffix)}")
+        config = composed(args.config_name, [*given, *overrides])
+    status = surrounded("verl.trainer.main_eval", args.config_name, [*given, *overrides], config)
+    if status:
+        return status
+    folder = Path(config.trainer.default_local_dir)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in files.items()]
+    return report.main([str(folder / "evaluation.jsonl"), "--out", str(folder), *flags])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""`python -m search_r1.finetune --config-name grpo method=sft|rejection [key=value ...]`: the supervised baselines.
+
+`sft`: the policy learns the answers of the training questions. `rejection`: it samples trajectories, learns those that
+scored, and again. Both by `verl.trainer.sft`; every round leaves its model, and an interrupted run goes on behind the
+last finished one. The model ends in `trainer.default_local_dir`/hf, as that of a training run does.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, PositiveFloat, PositiveInt
+from transformers import AutoTokenizer
+
+from search_r1.agent.loop import question_of
+from search_r1.data import rejection
+from search_r1.launch import ROOT, composed
+from search_r1.prompts import build_prompt
+from search_r1.rewards.matching import gold_answers
+from verl.utils.config import Config
+from verl.utils.dataset import read_parquet
+from verl.utils.errors import ConfigError, DataError
+from verl.utils.tokenizer import encode_chat, encode_text
+
+
+class FinetuneConfig(Config):
+    data: Literal["answers", "samples"] | None = None
+    """answers: of the training questions (SFT). samples: the policy's own trajectories that scored (rejection)."""
+    rounds: PositiveInt = 1
+    """Times that samples are drawn and learned."""
+    samples: PositiveInt = 5
+    """Trajectories per training question."""
+    temperature: PositiveFloat = 1.0
+    """Of the sampling."""
+    min_score: float = 1.0
+    """Reward to keep a trajectory."""
+    steps: PositiveInt = 300
+    """Optimizer steps per round."""
+    train_batch_size: PositiveInt = 64
+    """Rows per optimizer step, over all ranks."""
+    micro_batch_size_per_gpu: PositiveInt = 16
+    """Rows per forward-backward pass of one rank: memory only."""
+    lr: float = Field(default=1e-5, gt=0)
+    """Learning rate."""
+
+
+def answer_rows(files: Sequence[str], template: str | None, tokenizer: Any) -> Iterator[dict[str, list[int]]]:
+    """Question and first gold answer of every training row, with loss on the answer and the end of the sequence."""
+    for row in (row for path in files for row in read_parquet(path)):
+        messages = (
+            [{"role": "user", "content": build_prompt(question_of(row), template)}] if template else row["prompt"]
+        )
+        prompt = encode_chat(tokenizer, messages)
+        answer = gold_answers(row["reward_model"]["ground_truth"])[0]
+        own = [*encode_text(tokenizer, f"<answer> {answer} </answer>"), tokenizer.eos_token_id]
+        yield {"input_ids": prompt + own, "loss_mask": [0] * len(prompt) + [1] * len(own)}
+
+
+class Finetune:
+    """The rounds of one run."""
+
+    def __init__(self, config: DictConfig, argv: Sequence[str]) -> None:
+        self.raw: Any = OmegaConf.to_container(config, resolve=True)
+        self.config = FinetuneConfig.model_validate(self.raw["finetune"])
+        self.argv, self.run_dir = list(argv), Path(config.trainer.default_local_dir)
+        self.model = str(config.actor_rollout_ref.model.path)
+
+    def __call__(self) -> Path:
+        """The folder of the final model."""
+        final = self.run_dir / "hf"
+        for number in range(self.config.rounds):
+            folder = self.run_dir / f"round_{number + 1}"
+            if not (folder / "hf" / "config.json").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                self.train(self.rows(folder), folder)
+            self.model = str(folder / "hf")
+        shutil.copytree(self.model, final, dirs_exist_ok=True)
+        return final
+
+    def rows(self, folder: Path) -> Path:
+        """The file of training rows, written."""
+        path = folder / "rows.jsonl"
+        files = self.raw["data"]["train_files"]
+        files = [files] if isinstance(files, str) else files
+        if self.config.data == "samples":
+            samples = self.sample(folder / "samples", files)
+            rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            rows = list(answer_rows(files, self.raw["template"], tokenizer))
+        if not rows:
+            raise DataError(f"{folder}: none of the samples scored {self.config.min_score} or more")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        sys.stdout.write(f"{path}: {len(rows)} rows\n")
+        return path
+
+    def sample(self, folder: Path, files: Sequence[str]) -> Path:
+        """Trajectories of the current model on the training questions."""
+        val = "actor_rollout_ref.rollout.val_kwargs"
+        run(
+            "-m", "verl.trainer.main_eval", *self.argv, f"actor_rollout_ref.model.path={self.model}",
+            f"data.val_files=[{','.join(files)}]", f"data.val_data_num={self.raw['data']['train_data_num'] or 'null'}",
+            f"{val}.n={self.config.samples}", f"{val}.temperature={self.config.temperature}",
+            f"trainer.default_local_dir={folder}",
+        )  # fmt: skip
+        return folder / "evaluation.jsonl"
+
+    def train(self, rows: Path, folder: Path) -> None:
+        model, fsdp = self.raw["actor_rollout_ref"]["model"], self.raw["actor_rollout_ref"]["actor"]["fsdp_config"]
+        ranks = self.raw["trainer"]["n_gpus_per_node"]
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        run(
+            *launcher, "-m", "verl.trainer.sft", f"model.path={self.model}", f"train_files=[{rows}]",
+            f"output={folder / 'hf'}", f"optim.lr={self.config.lr}", f"fsdp.dtype={fsdp['dtype']}",
+            f"total_training_steps={self.config.steps}", f"train_batch_size={self.config.train_batch_size}",
+            f"micro_batch_size_per_gpu={self.config.micro_batch_size_per_gpu}", f"seed={self.raw['trainer']['seed']}",
+            f"model.trust_remote_code={model['trust_remote_code']}",
+            f"model.enable_gradient_checkpointing={model['enable_gradient_checkpointing']}",
+        )  # fmt: skip
+
+
+def run(*command: str) -> None:
+    """Runs python on `command`; ends the program with its status if it fails."""
+    if status := subprocess.call([sys.executable, *command], cwd=ROOT):
+        sys.exit(status)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-name", default="grpo")
+    args, overrides = parser.parse_known_args(argv)
+    config = composed(args.config_name, overrides)
+    try:
+        if config.finetune.data is None:
+            raise ConfigError(["finetune.data: expected answers or samples; method=sft and method=rejection set it"])
+        sys.stdout.write(f"trained model: {Finetune(config, argv)()}\n")
+    except (ConfigError, DataError) as error:
+        sys.exit(f"error: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
