@@ -12,9 +12,10 @@ from pydantic import Field, PositiveFloat, field_validator
 
 from search_r1.rewards import components
 from search_r1.rewards.episode import Episode, read_episode
-from search_r1.rewards.judge import Judge, JudgeConfig, JudgeFailed
+from search_r1.rewards.judge import Judge, JudgeConfig
 from verl.agent import Row, Trajectory, TrajectoryFailed, context_digest
 from verl.utils.config import Config
+from verl.utils.endpoint import EndpointFailed
 
 Weight = float | list[tuple[int, float]]
 """A number, or `[[step, weight], ...]`: constant before the first and after the last, linear between."""
@@ -121,8 +122,8 @@ class SearchReward:
     ) -> dict[str, float]:
         try:
             parts["judge"] = await judge(episode)
-        except JudgeFailed as error:
-            raise TrajectoryFailed(str(error), num_calls=episode.searches) from error
+        except EndpointFailed as error:
+            raise TrajectoryFailed(f"judge: {error}", num_calls=episode.searches) from error
         return self._sum(parts, trajectory)
 
     def _sum(self, parts: dict[str, float], trajectory: Trajectory) -> dict[str, float]:

@@ -36,7 +36,7 @@ class Breaking:
 
 def worker(tmp_path, failures: int) -> AgentLoopWorker:
     made = AgentLoopWorker.__new__(AgentLoopWorker)
-    made.agent, made.router = Breaking(failures), Router([Engine()])
+    made.agent, made.engines = Breaking(failures), Router([Engine()])
     made.tokenizer = make_tokenizer(tmp_path)
     made.reward = lambda trajectory, row: {"score": 1.0}
     return made
@@ -55,4 +55,4 @@ async def test_two_failures_give_it_up_with_the_number_of_searches(tmp_path):
     jobs = [Job("u", f"s{i}", {"name": str(i)}, [7]) for i in range(3)]
     made = worker(tmp_path, 2)
     assert await made.run(jobs, SAMPLING) == [Failure("retriever is down", 2)] * 3
-    assert made.router.load == [0]
+    assert made.engines.load == [0]

@@ -1,7 +1,7 @@
 """The driver's side of the accelerator processes: where they are placed, and how their methods are called."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +143,12 @@ def spawn(
 def get(refs: Any) -> Any:
     """Waits for the results of actor calls. Raises what the call raised."""
     return ray.get(refs)
+
+
+def first_ready(refs: Sequence[Any]) -> int:
+    """Place of a call that has ended; waits for one."""
+    (ready,), _ = ray.wait(list(refs), num_returns=1)
+    return refs.index(ready)
 
 
 def kill(handle: Any) -> None:

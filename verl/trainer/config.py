@@ -37,6 +37,10 @@ class DataConfig(Config):
     """Use only the first rows of the training files; null: all."""
     val_data_num: PositiveInt | None = None
     """Use only the first rows of the validation files; null: all."""
+    val_sample_per_source: PositiveInt | None = None
+    """Use a fixed random sample of so many validation questions of every data_source; null: all."""
+    val_sample_seed: int = 0
+    """What that sample is drawn with."""
     shuffle_train_dataloader: bool = True
     """A new permutation every epoch, drawn from trainer.seed."""
     apply_chat_template_kwargs: dict[str, Any] = {}
@@ -234,7 +238,44 @@ def combination_problems(config: PPOConfig) -> list[str]:
         )
     if config.data.max_start_length > config.data.max_prompt_length:
         problems.append("data.max_start_length is more than data.max_prompt_length, which bounds every context")
+    return problems + endpoint_problems(config)
+
+
+def endpoint_problems(config: PPOConfig) -> list[str]:
+    """What an endpoint in the place of an engine lacks."""
+    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    problems: list[str] = []
+    if rollout.name != "openai":
+        return problems
+    if not rollout.endpoint.url:
+        problems.append("actor_rollout_ref.rollout.endpoint.url: name the endpoint of rollout.name=openai")
+    if model.tokenizer_path is None:
+        problems.append(
+            "actor_rollout_ref.model.tokenizer_path: an endpoint needs a tokenizer here, in whose tokens the budgets "
+            "(data.max_*_length) are counted; any that is close to the model's own will do"
+        )
     return problems
+
+
+def build_tokenizer(config: PPOConfig) -> Any:
+    """The tokenizer of the policy. Raises ConfigError when there is none at the configured path.
+
+    Of a chat endpoint it only counts and cuts: the endpoint applies its own template.
+    """
+    from transformers import AutoTokenizer
+
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    path = model.tokenizer_path or model.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        key = "actor_rollout_ref.model." + ("tokenizer_path" if model.tokenizer_path else "path")
+        raise ConfigError([f"{key}={path}: no tokenizer could be loaded ({error})"]) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if rollout.name == "openai" and rollout.endpoint.api == "chat":
+        tokenizer.chat_template = None
+    return tokenizer
 
 
 def build_agent(config: PPOConfig, tokenizer: Any) -> Any:

@@ -7,7 +7,8 @@ interrupted evaluation goes on where it was.
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,73 +18,103 @@ from verl.agent import Trajectory
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.batching import check_failures
 from verl.trainer.ppo.records import trajectory_records
-from verl.trainer.ppo.rollout import RolloutManager
 from verl.utils.dataset import RLHFDataset
 from verl.utils.errors import DataError
+from verl.workers.rollout.agent_worker import Failure, Job
 
 logger = logging.getLogger(__name__)
-CHUNK = 256
-"""Trajectories submitted at a time; two chunks are under way, so that the engine is not idle at the end of one."""
+MIN_RESULTS = 20
+"""Trajectories to see before a share of failures means something."""
 
 
-def evaluate(config: PPOConfig, val_set: RLHFDataset, rollout: RolloutManager, tokenizer: Any, path: Path) -> None:
+def evaluate(config: PPOConfig, val_set: RLHFDataset, rollout: Any, tokenizer: Any, path: Path) -> None:
     """Appends the records of the questions that `path` lacks, `val_kwargs.n` per question, under their `row`.
 
-    A trajectory that the environment broke twice is not written: the next call asks its question again. Raises
-    RolloutFailed when more than `trainer.max_failed_share` of a chunk failed.
+    `rollout` is a RolloutManager or a LocalRollout. A question of which the environment broke a trajectory twice is not
+    written: the next call asks it again. Raises DataError when `path` belongs to another evaluation, RolloutFailed when
+    more than `trainer.max_failed_share` of the trajectories failed; what has finished is kept.
     """
-    sampling = config.actor_rollout_ref.rollout.val_kwargs
-    done, scores = finished(path, sampling.n, len(val_set))
+    identify(config, val_set, path.with_suffix(".meta.json"))
+    done, scores = finished(path, config.actor_rollout_ref.rollout.val_kwargs.n)
     todo = [row for row in range(len(val_set)) if row not in done]
+    recent: list[Trajectory | Failure] = []
+    failed = 0
     with path.open("a", encoding="utf-8") as file, tqdm(total=len(val_set), initial=len(done), unit="questions") as bar:
-        for rows, (jobs, results) in run_chunks(todo, max(1, CHUNK // sampling.n), val_set, rollout, config):
-            check_failures(results, config.trainer.max_failed_share)
-            failed = {job.uid for job, r in zip(jobs, results, strict=True) if not isinstance(r, Trajectory)}
-            kept = [(job, r) for job, r in zip(jobs, results, strict=True) if job.uid not in failed]
-            numbers = {job.uid: rows[i // sampling.n] for i, job in enumerate(jobs)}
-            for _, trajectory in kept:
-                trajectory.reward = trajectory.reward or {"score": 0.0}
-            records = trajectory_records([job for job, _ in kept], [t for _, t in kept], tokenizer)
-            for record in records:
-                file.write(json.dumps({"row": numbers[record["uid"]], **record}) + "\n")
-                scores.append(record["reward"]["score"])
-            file.flush()
-            bar.set_postfix(score=f"{sum(scores) / max(1, len(scores)):.3f}", refresh=False)
-            bar.update(len(rows) - len(failed))
-            if failed:
-                logger.warning("%d questions failed and were left out; run again to ask them once more", len(failed))
+        for row, jobs, results in stream(todo, val_set, rollout, config):
+            recent = (recent + results)[-max(MIN_RESULTS, rollout.capacity) :]
+            trajectories = [r for r in results if isinstance(r, Trajectory)]
+            if len(trajectories) == len(results):
+                scores += write(file, row, jobs, trajectories, tokenizer)
+                bar.set_postfix(score=f"{sum(scores) / max(1, len(scores)):.3f}", refresh=False)
+                bar.update()
+            else:
+                failed += 1
+            if len(recent) >= MIN_RESULTS:
+                check_failures(recent, config.trainer.max_failed_share)
+        if recent:
+            check_failures(recent, config.trainer.max_failed_share)
+    if failed:
+        logger.warning("%d questions failed and were left out; run again to ask them once more", failed)
 
 
-def run_chunks(
-    todo: Sequence[int], size: int, val_set: RLHFDataset, rollout: RolloutManager, config: PPOConfig
-) -> Iterator[tuple[list[int], Any]]:
-    """(rows, jobs and results) of each chunk, the next one already submitted."""
-    chunks = [list(todo[i : i + size]) for i in range(0, len(todo), size)]
+def write(file: Any, row: int, jobs: list[Job], trajectories: list[Trajectory], tokenizer: Any) -> list[float]:
+    """Appends the records of a question; their scores."""
+    for trajectory in trajectories:
+        trajectory.reward = trajectory.reward or {"score": 0.0}
+    for record in trajectory_records(jobs, trajectories, tokenizer):
+        file.write(json.dumps({"row": row, **record}) + "\n")
+    file.flush()
+    return [trajectory.reward["score"] for trajectory in trajectories]
+
+
+def stream(
+    todo: list[int], val_set: RLHFDataset, rollout: Any, config: PPOConfig
+) -> Iterator[tuple[int, list[Job], list[Trajectory | Failure]]]:
+    """(row, its jobs, their results) as questions finish; `rollout.capacity` trajectories are always under way."""
     sampling, seed = config.actor_rollout_ref.rollout.val_kwargs, config.trainer.seed
-    running: list[tuple[list[int], Any]] = []
-    for number, rows in enumerate(chunks):
-        prompts = [val_set.prompt_ids[row] for row in rows]
-        running.append((rows, rollout.submit([val_set.rows[row] for row in rows], prompts, sampling, seed + number)))
-        if len(running) == 2:
-            first, submitted = running.pop(0)
-            yield first, rollout.collect(submitted)
-    for rows, submitted in running:
-        yield rows, rollout.collect(submitted)
+    rows: list[int] = []
+    pending: list[Any] = []
+    waiting = iter(todo)
+    while True:
+        while len(pending) * sampling.n < rollout.capacity and (row := next(waiting, None)) is not None:
+            rows.append(row)
+            pending.append(rollout.submit([val_set.rows[row]], [val_set.prompt_ids[row]], sampling, seed + row))
+        if not pending:
+            return
+        place = rollout.first_done(pending)
+        yield rows.pop(place), *rollout.collect(pending.pop(place))
 
 
-def finished(path: Path, samples: int, count: int) -> tuple[set[int], list[float]]:
-    """Rows that `path` has all samples of, and their scores; what a kill cut off is removed from the file.
+def identify(config: PPOConfig, val_set: RLHFDataset, path: Path) -> None:
+    """Writes down what is evaluated on what. Raises DataError when another evaluation already stands there."""
+    questions = [[row["data_source"], row["prompt"], row["reward_model"]] for row in val_set.rows]
+    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model.path
+    mine = {
+        "model": model,
+        "weights": sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in Path(model).glob("*.safetensors")),
+        "sampling": rollout.val_kwargs.model_dump(),
+        "agent": {k: v for k, v in config.agent.items() if k != "retriever"},
+        "topk": config.agent.get("retriever", {}).get("topk"),
+        "questions": sha256(json.dumps(questions, default=str).encode()).hexdigest(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(mine, indent=1)
+    theirs = json.loads(path.read_text()) if path.exists() else json.loads(text)
+    if different := [key for key, value in json.loads(text).items() if theirs.get(key) != value]:
+        raise DataError(
+            f"{path.parent}: holds another evaluation (not the same: {', '.join(different)}); name another folder by "
+            "trainer.default_local_dir, or delete this one"
+        )
+    path.write_text(text)
 
-    Raises DataError when the file belongs to another evaluation.
-    """
+
+def finished(path: Path, samples: int) -> tuple[set[int], list[float]]:
+    """Rows that `path` has all samples of, and their scores; what a kill cut off is removed from the file."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         return set(), []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one is empty, or was cut off
     records = [json.loads(line) for line in lines]
     counts = Counter(record["row"] for record in records)
-    if any(n > samples or row >= count for row, n in counts.items()):
-        raise DataError(f"{path}: of another evaluation (other questions or samples); name another folder")
     whole = [i for i, record in enumerate(records) if counts[record["row"]] == samples]
     path.write_text("".join(lines[i] + "\n" for i in whole), encoding="utf-8")
     return {records[i]["row"] for i in whole}, [records[i]["reward"]["score"] for i in whole]

@@ -6,13 +6,15 @@ interrupted evaluation goes on where it was.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from verl.trainer.main_ppo import check_environment, device_of, load_dataset, prepare, start_ray, write_config
+from verl.trainer.main_ppo import check_environment, device_of, load_val_set, prepare, start_ray, write_config
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
 RESULT = "evaluation.jsonl"
@@ -21,36 +23,49 @@ RESULT = "evaluation.jsonl"
 @hydra.main(version_base=None, config_path=CONFIGS, config_name="grpo")
 def main(cfg: DictConfig) -> None:
     """Composes the configuration, evaluates, and turns errors of the user's making into plain messages."""
+    from verl.trainer.ppo.batching import RolloutFailed
     from verl.utils.errors import ConfigError, DataError
 
     try:
         run_eval(OmegaConf.to_container(cfg, resolve=True))  # pyright: ignore[reportArgumentType]
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, RolloutFailed) as error:
         sys.exit(f"error: {error}")
 
 
 def run_eval(raw: dict[str, Any]) -> Path:
-    """The file of trajectories. Raises ConfigError or DataError before anything is started."""
-    import ray
-
+    """The file of trajectories. Raises ConfigError or DataError before anything is started, RolloutFailed after."""
     from verl.trainer.evaluation import evaluate
-    from verl.trainer.ppo.rollout import RolloutManager
 
     raw["actor_rollout_ref"]["rollout"]["load_format"] = "auto"  # no weight sync will bring the weights
     config, tokenizer, agent, _ = prepare(raw)
-    val_set = load_dataset(config, tokenizer, config.data.val_files, config.data.val_data_num)
+    val_set = load_val_set(config, tokenizer)
     check_environment(config, agent)
-    write_config(raw, config)
-    path, device, rollout = Path(config.trainer.default_local_dir) / RESULT, device_of(config), None
-    start_ray(config)
-    try:
-        rollout = RolloutManager(config, device, engine_locations(config, device))
+    path = Path(config.trainer.default_local_dir) / RESULT
+    with rollout_of(config) as rollout:
         evaluate(config, val_set, rollout, tokenizer, path)
+    write_config(raw, config)
+    return path
+
+
+@contextmanager
+def rollout_of(config: Any) -> Iterator[Any]:
+    """What generates: engines under Ray, or for an endpoint this process alone."""
+    from verl.trainer.local_rollout import LocalRollout
+    from verl.trainer.ppo.rollout import RolloutManager
+
+    rollout, on_ray, device = None, config.actor_rollout_ref.rollout.name == "vllm", device_of(config)
+    if on_ray:
+        start_ray(config)
+    try:
+        rollout = RolloutManager(config, device, engine_locations(config, device)) if on_ray else LocalRollout(config)
+        yield rollout
     finally:
         if rollout is not None:
             rollout.shutdown()
-        ray.shutdown()
-    return path
+        if on_ray:
+            import ray
+
+            ray.shutdown()
 
 
 def engine_locations(config: Any, device: str) -> list[dict[str, Any]]:

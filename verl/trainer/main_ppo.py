@@ -28,8 +28,9 @@ def main(cfg: DictConfig) -> None:
 def run_ppo(raw: dict[str, Any]) -> None:
     """Validates the composed configuration, then trains. Raises ConfigError or DataError before anything is started."""
     config, tokenizer, agent, reward = prepare(raw)
+    check_trainable(config, agent)
     train_set = load_dataset(config, tokenizer, config.data.train_files, config.data.train_data_num)
-    val_set = load_dataset(config, tokenizer, config.data.val_files, config.data.val_data_num)
+    val_set = load_val_set(config, tokenizer)
     check_environment(config, agent)
     write_config(raw, config)
     train(config, tokenizer, agent, reward, train_set, val_set)
@@ -37,12 +38,12 @@ def run_ppo(raw: dict[str, Any]) -> None:
 
 def prepare(raw: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     """Configuration, tokenizer, agent and reward. Raises ConfigError listing every problem."""
-    from verl.trainer.config import PPOConfig, build_agent, build_reward, validate
+    from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer, validate
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config: PPOConfig = validate(raw)
-    tokenizer = load_tokenizer(config)
+    tokenizer = build_tokenizer(config)
     return config, tokenizer, build_agent(config, tokenizer), build_reward(config, tokenizer)
 
 
@@ -54,11 +55,42 @@ def load_dataset(config: Any, tokenizer: Any, files: Any, limit: int | None) -> 
     return RLHFDataset(files, tokenizer, data.max_start_length, limit or -1, data.apply_chat_template_kwargs)
 
 
+def load_val_set(config: Any, tokenizer: Any) -> Any:
+    """The held-out questions: all, the first `val_data_num`, or a fixed sample of every data source."""
+    from verl.utils.dataset import sample_per_source
+
+    data = config.data
+    val_set = load_dataset(config, tokenizer, data.val_files, data.val_data_num)
+    if data.val_sample_per_source is not None:
+        val_set.keep(sample_per_source(val_set.rows, data.val_sample_per_source, data.val_sample_seed))
+    return val_set
+
+
 def check_environment(config: Any, agent: Any) -> None:
-    """Raises ConfigError when the model cannot hold a trajectory, or what the agent needs is not there."""
+    """Raises ConfigError when the model cannot hold a trajectory, or endpoint or retriever are not there."""
+    from verl.utils.endpoint import check_endpoint
     from verl.utils.errors import ConfigError
 
-    if problems := context_problems(config) + agent.preflight():
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name == "openai":
+        problem = check_endpoint(rollout.endpoint)
+        problems = [f"actor_rollout_ref.rollout.endpoint.url: {problem}"] if problem else []
+    else:
+        problems = context_problems(config)
+    if problems := problems + agent.preflight():
+        raise ConfigError(problems)
+
+
+def check_trainable(config: Any, agent: Any) -> None:
+    """Raises ConfigError for engines and loops whose trajectories cannot be trained on."""
+    from verl.utils.errors import ConfigError
+
+    problems = []
+    if config.actor_rollout_ref.rollout.name == "openai":
+        problems.append("actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train")
+    if not getattr(agent, "trainable", True):
+        problems.append(f"agent._target_={config.agent['_target_']}: its contexts are rewritten, for evaluation only")
+    if problems:
         raise ConfigError(problems)
 
 
@@ -67,23 +99,6 @@ def write_config(raw: dict[str, Any], config: Any) -> None:
     run_dir = Path(config.trainer.default_local_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(raw)))
-
-
-def load_tokenizer(config: Any) -> Any:
-    """The tokenizer of the policy. Raises ConfigError when there is none at the configured path."""
-    from transformers import AutoTokenizer
-
-    from verl.utils.errors import ConfigError
-
-    model = config.actor_rollout_ref.model
-    path = model.tokenizer_path or model.path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"actor_rollout_ref.model.path={path}: no tokenizer could be loaded ({error})"]) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def context_problems(config: Any) -> list[str]:

@@ -1,6 +1,8 @@
 """Questions from parquet files, in an order that can be resumed."""
 
 import hashlib
+import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,11 @@ class RLHFDataset:
         if problems:
             raise DataError(listed(problems))
 
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Drops all rows but these."""
+        self.rows = [self.rows[i] for i in numbers]
+        self.prompt_ids = [self.prompt_ids[i] for i in numbers]
+
     @staticmethod
     def _check(row: Row, tokenizer: Any, limit: int, kwargs: dict[str, Any]) -> tuple[str | None, list[int]]:
         messages = list(row["prompt"] if row["prompt"] is not None else [])
@@ -60,6 +67,18 @@ class RLHFDataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def sample_per_source(rows: Sequence[Row], count: int, seed: int) -> list[int]:
+    """Row numbers of up to `count` rows of every data_source; those of one do not depend on the other sources."""
+    by_source: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        by_source[row["data_source"]].append(number)
+    chosen = (
+        random.Random(f"{seed}/{source}").sample(numbers, min(count, len(numbers)))
+        for source, numbers in by_source.items()
+    )
+    return sorted(number for numbers in chosen for number in numbers)
 
 
 def read_parquet(path: str) -> list[Row]:

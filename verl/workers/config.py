@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from verl.utils.config import Config
+from verl.utils.endpoint import EndpointConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
@@ -127,9 +128,21 @@ class ValSamplingConfig(SamplingConfig):
     temperature: NonNegativeFloat = 0.0
 
 
+class OpenAIConfig(EndpointConfig):
+    """The endpoint of `rollout.name=openai`; `model.path` is the model's name there."""
+
+    api: Literal["chat", "completions"] = "chat"
+    """chat: turns as messages. completions: one text, with the tokenizer's chat template where it has one."""
+    max_tokens_key: str = "max_tokens"
+    """Name of the limit in a request; some models want max_completion_tokens."""
+    extra_body: dict[str, Any] = {}
+    """Further entries of every request."""
+
+
 class RolloutConfig(SamplingConfig):
-    name: Literal["vllm"] = "vllm"
-    """The rollout engine."""
+    name: Literal["vllm", "openai"] = "vllm"
+    """The rollout engine. openai: an OpenAI-compatible endpoint, text in and text out, for evaluation only."""
+    endpoint: OpenAIConfig = OpenAIConfig()
     dtype: Dtype = "bfloat16"
     """Dtype of the engine's weights and KV cache."""
     num_replicas: PositiveInt | None = None

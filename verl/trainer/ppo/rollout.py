@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.agent import Row, Trajectory
-from verl.single_controller.worker_group import get, kill, spawn
+from verl.single_controller.worker_group import first_ready, get, kill, spawn
 from verl.trainer.config import PPOConfig
 from verl.workers.config import SamplingConfig
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
+from verl.workers.rollout.router import Router
 from verl.workers.rollout.vllm_server import VLLMServer
 
 
@@ -21,6 +22,23 @@ class Submitted:
     parts: list[list[Job]]
     """The jobs of each agent worker."""
     running: list[Any]
+
+
+def make_jobs(
+    rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int | None
+) -> list[Job]:
+    """`sampling.n` jobs per row, one group each; `seed` seeds every call of each, where it is given."""
+    return [
+        Job(uid, f"{uid}-{copy}", row, prompt, None if seed is None else seed + 1000 * (index * sampling.n + copy))
+        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
+        for uid in [uuid.uuid4().hex]
+        for copy in range(sampling.n)
+    ]
+
+
+def draw(sampling: SamplingConfig) -> dict[str, Any]:
+    """What an engine has to know of the sampling."""
+    return sampling.model_dump(include={"temperature", "top_p", "top_k"})
 
 
 class RolloutManager:
@@ -35,7 +53,10 @@ class RolloutManager:
         self.servers = [self._spawn_server(config, locations, rank, replicas) for rank in range(replicas)]
         get([server.start.remote() for server in self.servers])
         workers = max(1, rollout.num_agent_workers)
-        self.workers = [spawn(AgentLoopWorker, config, self.servers, num_cpus=0) for _ in range(workers)]
+        self.workers = [spawn(AgentLoopWorker, config, Router(self.servers), num_cpus=0) for _ in range(workers)]
+        self.next_worker = 0
+        self.capacity = 2 * replicas * rollout.max_num_seqs
+        """Trajectories under way that keep the engines busy."""
 
     def _spawn_server(self, config: PPOConfig, locations: Sequence[dict[str, Any]], rank: int, replicas: int) -> Any:
         model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
@@ -69,15 +90,17 @@ class RolloutManager:
         self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int
     ) -> "Submitted":
         """Starts what `generate` does; `collect` waits for it."""
-        params = sampling.model_dump(include={"temperature", "top_p", "top_k"})
-        jobs = [
-            Job(uid, f"{uid}-{copy}", row, prompt, self.job_seed(seed, index * sampling.n + copy))
-            for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
-            for uid in [uuid.uuid4().hex]
-            for copy in range(sampling.n)
-        ]
-        parts = [jobs[i :: len(self.workers)] for i in range(len(self.workers))]
-        return Submitted(jobs, parts, [w.run.remote(p, params) for w, p in zip(self.workers, parts, strict=True)])
+        jobs = make_jobs(rows, prompts, sampling, seed if self.seeded else None)
+        parts: list[list[Job]] = [[] for _ in self.workers]
+        for index, job in enumerate(jobs):
+            parts[(self.next_worker + index // sampling.n) % len(parts)].append(job)
+        running = [w.run.remote(p, draw(sampling)) for w, p in zip(self.workers, parts, strict=True) if p]
+        self.next_worker = (self.next_worker + len(rows)) % len(parts)
+        return Submitted(jobs, [part for part in parts if part], running)
+
+    def first_done(self, pending: Sequence["Submitted"]) -> int:
+        """Place of one of them that has ended; waits for it. Each must be of one prompt."""
+        return first_ready([submitted.running[0] for submitted in pending])
 
     def collect(self, submitted: "Submitted") -> tuple[list[Job], list[Trajectory | Failure]]:
         """Jobs and results, in the order in which they were submitted."""
@@ -87,9 +110,6 @@ class RolloutManager:
             for job, result in zip(part, out, strict=True)
         }
         return submitted.jobs, [results[job.session] for job in submitted.jobs]
-
-    def job_seed(self, seed: int, index: int) -> int | None:
-        return seed + 1000 * index if self.seeded else None
 
     def update_weights(self, actor: Any) -> None:
         """Gives the engines the actor's weights, under a new version."""

@@ -5,13 +5,10 @@ import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import AutoTokenizer
+from typing import Any, Protocol
 
 from verl.agent import Completion, Row, Source, Trajectory, TrajectoryFailed
-from verl.trainer.config import PPOConfig, build_agent, build_reward
-from verl.workers.rollout.router import Router
+from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +35,22 @@ class Failure:
     num_calls: int
 
 
+class Engines(Protocol):
+    """What answers the calls of a session: a Router over Ray actors, or an OpenAIEngine."""
+
+    async def generate(self, session: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion: ...
+
+    def forget(self, session: str) -> None: ...
+
+
 class AgentLoopWorker:
     """Owns one agent loop and one reward; serves batches of jobs."""
 
-    def __init__(self, config: PPOConfig, servers: Sequence[Any]) -> None:
-        model = config.actor_rollout_ref.model
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.tokenizer_path or model.path, trust_remote_code=model.trust_remote_code
-        )
+    def __init__(self, config: PPOConfig, engines: Engines) -> None:
+        tokenizer = build_tokenizer(config)
         self.agent = build_agent(config, tokenizer)
         self.reward = build_reward(config, tokenizer)
-        self.router = Router(servers)
+        self.engines = engines
 
     async def run(self, jobs: Sequence[Job], sampling: dict[str, Any]) -> list[Trajectory | Failure]:
         """The trajectories of `jobs`, in their order, with their rewards."""
@@ -71,12 +73,12 @@ class AgentLoopWorker:
             calls += 1
             seed = None if job.seed is None else job.seed + calls
             params = {**sampling, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
-            return await self.router.generate(session, prompt_ids, params)
+            return await self.engines.generate(session, prompt_ids, params)
 
         try:
             trajectory: Trajectory = await self.agent.run(job.prompt_ids, job.row, generate)
         finally:
-            self.router.forget(session)
+            self.engines.forget(session)
         if trajectory.num_tokens(Source.MODEL):
             reward = self.reward(trajectory, job.row)
             trajectory.reward = await reward if inspect.isawaitable(reward) else reward

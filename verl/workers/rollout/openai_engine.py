@@ -1,0 +1,95 @@
+"""An OpenAI-compatible endpoint in the place of an engine: text in, text out, so for evaluation only.
+
+Agent loops think in ids, of a tokenizer that the user names for budgets; here ids become text and back. With
+`api=chat` a context is the first user message, what the loop adds to it later the next ones, and what the model wrote
+the assistant's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from verl.agent import Completion, TrajectoryFailed, context_digest
+from verl.utils.endpoint import Endpoint, EndpointFailed
+from verl.utils.tokenizer import encode_text
+from verl.workers.config import OpenAIConfig
+
+Messages = list[dict[str, str]]
+
+
+class OpenAIEngine:
+    """Called as a Router is, by one agent worker."""
+
+    def __init__(self, config: OpenAIConfig, model: str, tokenizer: Any) -> None:
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.endpoint = Endpoint(config)
+        self.sessions: dict[str, list[tuple[list[int], Messages]]] = {}
+        """The contexts of each trajectory, and what was said in them."""
+
+    async def generate(self, session: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
+        """One completion for the session. Raises TrajectoryFailed."""
+        messages = self._messages(session, prompt_ids)
+        text, reason = await self.complete(messages, self.tokenizer.decode(prompt_ids), sampling)
+        ids = encode_text(self.tokenizer, text)
+        said = [*messages, {"role": "assistant", "content": text}]
+        self.sessions.setdefault(session, []).append((prompt_ids + ids, said))
+        return Completion(ids, [0.0] * len(ids), reason, None, -1, context_digest(prompt_ids))
+
+    def _messages(self, session: str, prompt_ids: list[int]) -> Messages:
+        """The longest conversation that the context goes on with, and the rest as the user's next message."""
+        fitting = [known for known in self.sessions.get(session, ()) if prompt_ids[: len(known[0])] == known[0]]
+        ids, said = max(fitting, key=lambda known: len(known[0]), default=([], []))
+        return [*said, {"role": "user", "content": self.tokenizer.decode(prompt_ids[len(ids) :])}]
+
+    def forget(self, session: str) -> None:
+        """Ends a session. One that never generated is no error."""
+        self.sessions.pop(session, None)
+
+    async def complete(self, messages: Messages, prompt: str, sampling: dict[str, Any]) -> tuple[str, str]:
+        """(text, finish reason). Raises TrajectoryFailed."""
+        body = {
+            "model": self.model,
+            "temperature": sampling["temperature"],
+            "top_p": sampling["top_p"],
+            self.config.max_tokens_key: sampling["max_tokens"],
+            **({"stop": sampling["stop"]} if sampling["stop"] else {}),
+            **self.config.extra_body,
+        }
+        chat = self.config.api == "chat"
+        path = "/chat/completions" if chat else "/completions"
+        body |= {"messages": messages} if chat else {"prompt": prompt}
+        try:
+            return await self.endpoint.post(path, body, lambda reply: read_choice(reply, chat, sampling["stop"]))
+        except EndpointFailed as error:
+            raise TrajectoryFailed(str(error), num_calls=0) from error
+
+    async def close(self) -> None:
+        await self.endpoint.close()
+
+
+def read_choice(reply: Any, chat: bool, stop: Sequence[str]) -> tuple[str, str]:
+    """Text and finish reason of a reply, the stop string put back that the protocol takes away."""
+    choice = reply["choices"][0]
+    text = (choice["message"]["content"] or "") if chat else choice["text"]
+    reason = choice.get("finish_reason") or "stop"
+    if not isinstance(text, str):
+        raise ValueError(f"expected text, got {text!r:.80}")
+    if reason == "stop":
+        found = choice.get("stop_reason")  # vLLM says which
+        text += found if isinstance(found, str) and found in stop and not text.endswith(found) else closing(text, stop)
+    return text, reason
+
+
+def closing(text: str, stop: Sequence[str]) -> str:
+    """The stop string that ends the tag which `text` opened last and left open, if any.
+
+    >>> closing("<think> t </think> <search> q", ["</search>", "</answer>"])
+    '</search>'
+    >>> closing("<answer> a </answer>", ["</search>", "</answer>"]), closing("q", ["Observation:"])
+    ('', '')
+    """
+    places: list[tuple[int, str]] = []
+    for end in stop:
+        start = end.replace("</", "<", 1).replace("|end_", "|begin_", 1)
+        if start != end and text.rfind(start) > text.rfind(end):
+            places.append((text.rfind(start), end))
+    return max(places, default=(0, ""))[1]
