@@ -14,8 +14,6 @@ from pathlib import Path
 from search_r1.evaluation import report
 from search_r1.launch import composed, surrounded
 
-ENDPOINT = "actor_rollout_ref.rollout.endpoint.url"
-
 
 def run_name(model: str, method_suffix: str) -> str:
     """A folder's name: the last two parts of the model's, so that the `hf` of two runs differ.
@@ -24,6 +22,16 @@ def run_name(model: str, method_suffix: str) -> str:
     ('evaluate-grpo--hf-rag', 'evaluate-Qwen--Qwen2.5-7B')
     """
     return "evaluate-" + "--".join(part for part in Path(model).parts[-2:] if part != "/") + method_suffix
+
+
+def given_overrides(model: str, endpoint: str | None) -> list[str]:
+    """MODEL and --endpoint as overrides; a folder by its full path."""
+    path = Path(model)
+    given = [f"actor_rollout_ref.model.path={path.resolve() if path.exists() else model}"]
+    if endpoint:
+        rollout = "actor_rollout_ref.rollout"
+        given += [f"{rollout}.name=openai", f"{rollout}.endpoint.url={endpoint}"]
+    return given
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,17 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", type=Path, metavar="FILE", help="evaluation.jsonl of another model or method")
     parser.add_argument("--closed-book", type=Path, metavar="FILE", help="evaluation.jsonl without search")
     args, overrides = parser.parse_known_args(argv)
-    path = Path(args.model)
-    model = str(path.resolve()) if path.exists() else args.model
-    given = [f"actor_rollout_ref.model.path={model}"]
-    if args.endpoint:
-        given += ["actor_rollout_ref.rollout.name=openai", f"{ENDPOINT}={args.endpoint}"]
+    given = given_overrides(args.model, args.endpoint)
     files = {
         name: value.resolve() for name, value in vars(args).items() if name in ("compare", "closed_book") and value
     }
     config = composed(args.config_name, [*given, *overrides])
     if not any(o.startswith(("trainer.default_local_dir=", "trainer.experiment_name=")) for o in overrides):
-        given.append(f"trainer.default_local_dir=runs/{run_name(model, config.method_suffix)}")
+        given.append(
+            f"trainer.default_local_dir=runs/{run_name(str(config.actor_rollout_ref.model.path), config.method_suffix)}"
+        )
         config = composed(args.config_name, [*given, *overrides])
     status = surrounded("verl.trainer.main_eval", args.config_name, [*given, *overrides], config)
     if status:

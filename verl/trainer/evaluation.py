@@ -31,10 +31,9 @@ def evaluate(config: PPOConfig, val_set: RLHFDataset, rollout: Any, tokenizer: A
     """Appends the records of the questions that `path` lacks, `val_kwargs.n` per question, under their `row`.
 
     `rollout` is a RolloutManager or a LocalRollout. A question of which the environment broke a trajectory twice is not
-    written: the next call asks it again. Raises DataError when `path` belongs to another evaluation, RolloutFailed when
-    more than `trainer.max_failed_share` of the trajectories failed; what has finished is kept.
+    written: the next call asks it again. Raises RolloutFailed when more than `trainer.max_failed_share` of the
+    trajectories failed; what has finished is kept.
     """
-    identify(config, val_set, path.with_suffix(".meta.json"))
     done, scores = finished(path, config.actor_rollout_ref.rollout.val_kwargs.n)
     todo = [row for row in range(len(val_set)) if row not in done]
     recent: list[Trajectory | Failure] = []

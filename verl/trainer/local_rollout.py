@@ -8,7 +8,7 @@ from typing import Any
 
 from verl.agent import Row, Trajectory
 from verl.trainer.config import PPOConfig, build_tokenizer
-from verl.trainer.ppo.rollout import Submitted, draw, make_jobs
+from verl.trainer.ppo.rollout import Submitted, make_jobs
 from verl.workers.config import SamplingConfig
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
 from verl.workers.rollout.openai_engine import OpenAIEngine
@@ -37,7 +37,7 @@ class LocalRollout:
     ) -> Submitted:
         """Starts `sampling.n` trajectories per row. An endpoint is not seeded."""
         jobs = make_jobs(rows, prompts, sampling, None)
-        return Submitted(jobs, [jobs], [self._start(self.worker.run(jobs, draw(sampling)))])
+        return Submitted(jobs, [jobs], [self._start(self.worker.run(jobs, sampling.params()))])
 
     def first_done(self, pending: Sequence[Submitted]) -> int:
         """Place of one of them that has ended; waits for it."""

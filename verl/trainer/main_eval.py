@@ -34,13 +34,14 @@ def main(cfg: DictConfig) -> None:
 
 def run_eval(raw: dict[str, Any]) -> Path:
     """The file of trajectories. Raises ConfigError or DataError before anything is started, RolloutFailed after."""
-    from verl.trainer.evaluation import evaluate
+    from verl.trainer.evaluation import evaluate, identify
 
     raw["actor_rollout_ref"]["rollout"]["load_format"] = "auto"  # no weight sync will bring the weights
     config, tokenizer, agent, _ = prepare(raw)
     val_set = load_val_set(config, tokenizer)
     check_environment(config, agent)
     path = Path(config.trainer.default_local_dir) / RESULT
+    identify(config, val_set, path.with_suffix(".meta.json"))
     with rollout_of(config) as rollout:
         evaluate(config, val_set, rollout, tokenizer, path)
     write_config(raw, config)

@@ -123,6 +123,10 @@ class SamplingConfig(Config):
     n: PositiveInt = 1
     """Trajectories per prompt: the group size of GRPO (`n_agent` of the original)."""
 
+    def params(self) -> dict[str, Any]:
+        """What an engine has to know."""
+        return self.model_dump(include={"temperature", "top_p", "top_k"})
+
 
 class ValSamplingConfig(SamplingConfig):
     temperature: NonNegativeFloat = 0.0

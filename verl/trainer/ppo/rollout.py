@@ -36,11 +36,6 @@ def make_jobs(
     ]
 
 
-def draw(sampling: SamplingConfig) -> dict[str, Any]:
-    """What an engine has to know of the sampling."""
-    return sampling.model_dump(include={"temperature", "top_p", "top_k"})
-
-
 class RolloutManager:
     """All engines and agent workers of a run, and the version of the weights that the engines hold."""
 
@@ -94,7 +89,7 @@ class RolloutManager:
         parts: list[list[Job]] = [[] for _ in self.workers]
         for index, job in enumerate(jobs):
             parts[(self.next_worker + index // sampling.n) % len(parts)].append(job)
-        running = [w.run.remote(p, draw(sampling)) for w, p in zip(self.workers, parts, strict=True) if p]
+        running = [w.run.remote(p, sampling.params()) for w, p in zip(self.workers, parts, strict=True) if p]
         self.next_worker = (self.next_worker + len(rows)) % len(parts)
         return Submitted(jobs, [part for part in parts if part], running)
 
