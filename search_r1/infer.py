@@ -25,7 +25,7 @@ from search_r1.evaluate import given_overrides
 from search_r1.launch import SetupConfig, composed, prepare, retrieval_server
 from search_r1.rewards.matching import extract_answer
 from verl.agent import Completion, Source, Trajectory, TrajectoryFailed
-from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, validate
+from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, environment_problems, validate
 from verl.utils.errors import ConfigError, DataError, listed
 from verl.workers.rollout.openai_engine import OpenAIEngine
 from verl.workers.rollout.router import Router
@@ -48,7 +48,7 @@ class Asker:
 
     async def start(self) -> None:
         """Builds the engine. Raises ConfigError when something that is needed is not there."""
-        if problems := self.agent.preflight():
+        if problems := environment_problems(self.config, self.agent):
             raise ConfigError(problems)
         model, rollout = self.config.actor_rollout_ref.model, self.config.actor_rollout_ref.rollout
         if rollout.name == "openai":
@@ -102,7 +102,7 @@ def answer_of(trajectory: Trajectory, tokenizer: Any) -> str | None:
 
 def show_colored(source: str, text: str, out: Any = None) -> None:
     """Writes a piece, in colours where a terminal reads them (and NO_COLOR is not set)."""
-    out = out or sys.stdout
+    out = sys.stdout if out is None else out
     if out.isatty() and "NO_COLOR" not in os.environ:
         if source == Source.OBSERVATION:
             text = f"{COLORS['observation']}{text}{PLAIN}"

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from search_r1.rewards.matching import gold_answers, normalize_answer
 
 Record = dict[str, Any]
@@ -116,6 +118,9 @@ def behaviour(records: Sequence[Record]) -> dict[str, float]:
         "retrieved_tokens": mean(courses, lambda c: tokens(c.record, "observation")),
         "answer_in_information": mean(courses, lambda c: any(s.has_answer for s in c.searches)),
     }
+    if latencies := [s["info"]["latency_s"] for r in records for s in r["segments"] if "latency_s" in s["info"]]:
+        p50, p95 = np.percentile(latencies, [50, 95])
+        figures |= {"search_latency_s/p50": float(p50), "search_latency_s/p95": float(p95)}
     reasons = Counter(c.record["stop_reason"] for c in courses)
     figures |= {f"stop/{reason}": count / len(courses) for reason, count in sorted(reasons.items())}
     with_gold = [c for c in courses if c.gold]

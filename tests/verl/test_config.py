@@ -11,8 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from tests.models import make_tiny_qwen2
-from verl.trainer.config import validate
-from verl.trainer.main_ppo import context_problems
+from verl.trainer.config import context_problems, validate
 from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

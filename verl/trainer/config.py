@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from verl.utils.config import Config
+from verl.utils.endpoint import check_endpoint
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty
@@ -255,6 +256,33 @@ def endpoint_problems(config: PPOConfig) -> list[str]:
             "(data.max_*_length) are counted; any that is close to the model's own will do"
         )
     return problems
+
+
+def environment_problems(config: PPOConfig, agent: Any) -> list[str]:
+    """A model that cannot hold a trajectory, an endpoint or a retriever that does not answer."""
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name == "openai":
+        problem = check_endpoint(rollout.endpoint)
+        problems = [f"actor_rollout_ref.rollout.endpoint.url: {problem}"] if problem else []
+    else:
+        problems = context_problems(config)
+    return problems + agent.preflight()
+
+
+def context_problems(config: PPOConfig) -> list[str]:
+    """Whether the model can hold a whole trajectory: the engine would refuse it only after everything has started."""
+    from transformers import AutoConfig
+
+    model = config.actor_rollout_ref.model
+    text = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    is_scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if limit is None or is_scaled or config.max_model_len <= limit:
+        return []
+    return [
+        f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than the {limit} tokens "
+        f"that {model.path} can hold (max_position_embeddings)"
+    ]
 
 
 def build_tokenizer(config: PPOConfig) -> Any:

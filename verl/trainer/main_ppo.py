@@ -67,17 +67,11 @@ def load_val_set(config: Any, tokenizer: Any) -> Any:
 
 
 def check_environment(config: Any, agent: Any) -> None:
-    """Raises ConfigError when the model cannot hold a trajectory, or endpoint or retriever are not there."""
-    from verl.utils.endpoint import check_endpoint
+    """Raises ConfigError when what the run needs beside its configuration is not there."""
+    from verl.trainer.config import environment_problems
     from verl.utils.errors import ConfigError
 
-    rollout = config.actor_rollout_ref.rollout
-    if rollout.name == "openai":
-        problem = check_endpoint(rollout.endpoint)
-        problems = [f"actor_rollout_ref.rollout.endpoint.url: {problem}"] if problem else []
-    else:
-        problems = context_problems(config)
-    if problems := problems + agent.preflight():
+    if problems := environment_problems(config, agent):
         raise ConfigError(problems)
 
 
@@ -99,22 +93,6 @@ def write_config(raw: dict[str, Any], config: Any) -> None:
     run_dir = Path(config.trainer.default_local_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(raw)))
-
-
-def context_problems(config: Any) -> list[str]:
-    """Whether the model can hold a whole trajectory: the engine would refuse it only after everything has started."""
-    from transformers import AutoConfig
-
-    model = config.actor_rollout_ref.model
-    text = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    is_scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
-    if limit is None or is_scaled or config.max_model_len <= limit:
-        return []
-    return [
-        f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than the {limit} tokens "
-        f"that {model.path} can hold (max_position_embeddings)"
-    ]
 
 
 def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, val_set: Any) -> None:

@@ -6,7 +6,7 @@ import random
 import pytest
 from scipy import stats
 
-from search_r1.evaluation import behaviour, report, scores
+from search_r1.evaluation import behaviour, report, scores, summary, table
 from search_r1.evaluation.behaviour import near_duplicates, read_course, search_counts
 from tests.retrieval import write_lines
 from verl.utils.errors import DataError
@@ -22,7 +22,12 @@ def record(question, searches, em=0.0, gold=("1", "2"), stop="answer", by_title=
     for query, passages in searches:
         segments.append({"source": "model", "text": "s", "token_ids": [1, 2], "info": {}})
         segments.append(
-            {"source": "observation", "text": "o", "token_ids": [3] * 5, "info": {"query": query, "passages": passages}}
+            {
+                "source": "observation",
+                "text": "o",
+                "token_ids": [3] * 5,
+                "info": {"query": query, "passages": passages, "latency_s": 0.5},
+            }
         )
     segments.append({"source": "model", "text": "a", "token_ids": [1], "info": {}})
     known = {"gold_titles": [f"T{g}" for g in gold]} if by_title else {"gold_ids": list(gold)}
@@ -71,7 +76,7 @@ def test_behaviour_by_hand():
         "own_tokens": (5 + 3 + 1 + 5) / 4, "retrieved_tokens": (10 + 5 + 0 + 10) / 4, "answer_in_information": 0.0,
         "stop/answer": 3 / 4, "stop/max_turns": 1 / 4, "gold_retrieved": 1 / 3, "gold_recall": (1 + 0.5 + 0) / 3,
         "right_if_gold_retrieved": 1.0, "premature_answers": 1 / 3, "searches_after_gold": 0.0,
-        "gold_recall/turn_1": 0.5, "gold_recall/turn_2": 1.0,
+        "search_latency_s/p50": 0.5, "search_latency_s/p95": 0.5, "gold_recall/turn_1": 0.5, "gold_recall/turn_2": 1.0,
     }  # fmt: skip
     assert found == pytest.approx(expected)
     assert search_counts(records) == {0: 1, 1: 1, 2: 2}
@@ -128,15 +133,62 @@ def test_report_of_two_results(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| A | 2 | 1.000 | 1.000-1.000 |" in text and "| average |  | 0.500 |" in text
     assert "EM +0.500" in text and "2 gained, 0 lost" in text
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["all"]["behaviour"]["under_search"] == 0 and summary["comparison"]["gained"] == ["A: x", "A: y"]
-    assert (out / "table.md").read_text() == text
+    found = json.loads((out / "summary.json").read_text())
+    assert found["all"]["behaviour"]["under_search"] == 0 and found["comparison"]["gained"] == ["A: x", "A: y"]
+    assert text.startswith((out / "table.md").read_text()) and "page.html" in text
+    assert (out / "page.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_several_samples_of_a_question_count_once():
     rows = [record("x", [], em=1.0), record("x", [], em=0.0), record("y", [], em=0.0)]
-    summary = report.summarize(rows)
-    assert summary["all"]["questions"] == 2 and summary["all"]["samples"] == 3 and summary["all"]["em"] == 0.25
+    found = report.summarize(rows)["all"]
+    assert found["questions"] == 2 and found["samples"] == 3 and found["em"] == 0.25
+    assert "pass@k" not in found, "one question has a single sample"
+
+
+def test_pass_at_k_by_hand():
+    """x: 1 of 3 right, y: 3 of 3, z: 0 of 3. pass@2 of x: 1 - C(2,2)/C(3,2) = 2/3."""
+    rows = [
+        record(q, [], em=em)
+        for q, ems in {"x": (1.0, 0.0, 0.0), "y": (1.0,) * 3, "z": (0.0,) * 3}.items()
+        for em in ems
+    ]
+    found = summary.summarize(rows)["all"]["pass@k"]
+    assert found == pytest.approx({"1": (1 / 3 + 1) / 3, "2": (2 / 3 + 1) / 3, "3": 2 / 3})
+    assert "pass@3 0.667" in report.table(summary.summarize(rows))
+
+
+def test_sets_of_mixed_hops_are_split():
+    rows = [record(str(i), [], em=float(i % 2)) for i in range(4)]
+    for i, row in enumerate(rows):
+        row["extra_info"]["hops"] = 2 + i % 2
+    found = summary.summarize(rows)["set"]["by_hops"]
+    assert {hops: figures["em"] for hops, figures in found.items()} == {"2": 0.0, "3": 1.0}
+    assert "| set, 3 hops | 2 | 1.000 |" in report.table(summary.summarize(rows))
+
+
+def test_the_papers_table_has_published_rows_beside_ours(tmp_path, capsys):
+    sets = ["nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle"]
+    whole = summary.summarize([record(s, [], em=1.0, source=s) for s in sets])
+    part = summary.summarize([record("x", [], em=1.0, source="nq"), record("y", [], em=0.0, source="own")])
+    for name, found in {"whole": whole, "part": part}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(found))
+    runs = [f"mine={tmp_path}/whole", str(tmp_path / "part")]
+    assert table.main([*runs, "--published", "Qwen2.5-7B", "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    head, _, mine, other, *published = text.splitlines()
+    assert head == "| method | NQ | TriviaQA | PopQA | HotpotQA | 2Wiki | MuSiQue | Bamboogle | own | average |"
+    assert mine.startswith("| **mine** | 1.000 (1.000-1.000) |") and mine.endswith("| - | - |"), "it lacks own"
+    assert other.startswith("| **part** | 1.000 (1.000-1.000) | - |") and other.endswith("0.000 (0.000-0.000) | - |")
+    assert all("Qwen2.5-7B, " in line for line in published)
+    assert any("Search-R1-base (PPO)" in line and "| 0.480 | 0.638 |" in line for line in published)
+    assert (tmp_path / "out" / "table.md").read_text() == text
+    assert "published" not in table.paper_table({"closed": summary.summarize([record("x", [])])})
+    with pytest.raises(SystemExit, match="--published GPT: there are Llama"):
+        table.main([runs[0], "--published", "GPT"])
+    with pytest.raises(SystemExit, match=r"summary\.json: no such file"):
+        table.main([str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""The paper's table: methods by sets, published rows beside ours.
+
+python -m search_r1.evaluation.table NAME=runs/A [NAME=runs/B ...] [--published MODEL] [--out DIR]
+
+A run folder is one that `search_r1.evaluate` has left a summary.json in. --out writes table.md and page.html.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from search_r1.evaluation.page import page, set_names
+from search_r1.evaluation.summary import AVERAGE
+
+PUBLISHED = Path(__file__).with_name("published.json")
+SETS = {"nq": "NQ", "triviaqa": "TriviaQA", "popqa": "PopQA", "hotpotqa": "HotpotQA", "2wikimultihopqa": "2Wiki",
+        "musique": "MuSiQue", "bamboogle": "Bamboogle"}  # fmt: skip
+
+
+def paper_table(results: dict[str, dict[str, Any]], published: str | None = None) -> str:
+    """Markdown: EM of our results by set, with 95 % intervals, and the average where a result has all sets.
+
+    Where they have one of the paper's sets, its columns and the published rows come too: of the model `published`, or
+    of all models.
+    """
+    found = set_names(results)
+    ours = list(SETS) if set(found) & set(SETS) else []
+    columns = [*ours, *(name for name in found if name not in SETS)]
+    lines = [["method", *(SETS.get(name, name) for name in columns), "average"]]
+    lines.append(["---"] * len(lines[0]))
+    for name, summary in results.items():
+        cells = [with_interval(summary[c]) if c in summary else "-" for c in columns]
+        whole = all(c in summary for c in columns)
+        lines.append([f"**{name}**", *cells, f"{summary[AVERAGE]['em']:.3f}" if whole else "-"])
+    for row in published_rows(published) if ours else []:
+        cells = ["-" if row["em"].get(c) is None else f"{row['em'][c]:.3f}" for c in columns]
+        average = "-" if row["average"] is None else f"{row['average']:.3f}"
+        lines.append([f"{row['model']}, {row['method']} ({row['source']})", *cells, average])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def with_interval(row: dict[str, Any]) -> str:
+    low, high = row["em_interval"]
+    return f"{row['em']:.3f} ({low:.3f}-{high:.3f})"
+
+
+def published_rows(model: str | None) -> list[dict[str, Any]]:
+    """Rows of published.json, the paper's before reproductions. Exits naming the models for an unknown one."""
+    rows = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    models = sorted({row["model"] for row in rows})
+    if model is not None and model not in models:
+        sys.exit(f"error: --published {model}: there are {', '.join(models)}")
+    wanted = [row for row in rows if model in (None, row["model"])]
+    return sorted(wanted, key=lambda row: (row["model"], row["kind"] != "paper"))
+
+
+def read_results(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Summaries by name, of `NAME=FOLDER` or `FOLDER`. Exits naming a folder without one."""
+    results: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        name, _, folder = run.rpartition("=")
+        path = Path(folder) / "summary.json"
+        if not path.is_file():
+            sys.exit(f"error: {path}: no such file; `python -m search_r1.evaluate` leaves it in its run folder")
+        results[name or Path(folder).resolve().name] = json.loads(path.read_text(encoding="utf-8"))
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m search_r1.evaluation.table", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="evaluations, in the order of the rows")
+    parser.add_argument("--published", metavar="MODEL", help="published rows of this model only, such as Qwen2.5-7B")
+    parser.add_argument("--out", type=Path, help="folder for table.md and page.html (default: none written)")
+    args = parser.parse_args(argv)
+    results = read_results(args.runs)
+    text = paper_table(results, args.published)
+    sys.stdout.write(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "table.md").write_text(text)
+        (args.out / "page.html").write_text(page(results, args.out.resolve().name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

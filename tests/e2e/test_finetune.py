@@ -1,0 +1,79 @@
+"""The supervised baselines: SFT on answers, rejection sampling; both resume behind the last finished round."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from search_r1.finetune import answer_rows
+from search_r1.search import bm25
+from search_r1.world.__main__ import main as make_world
+from tests.e2e.runs import ROOT
+from tests.retrieval import retrieval_server
+from verl.utils.dataset import read_parquet
+
+BASE = ROOT / "data" / "closed_world" / "base"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    sizes = ["--train-people=20", "--test-people=20", "--spare-people=0", "--train-questions=40", "--test-questions=10"]
+    make_world(["--out", str(folder), *sizes])
+    bm25.build(folder / "corpus.jsonl", folder / "bm25")
+    return folder
+
+
+def finetune(folder, world, url, *overrides):
+    settings = [
+        "experiment=closed_world/grpo", f"data.train_files={world}/train.parquet",
+        f"data.val_files={world}/test.parquet", f"actor_rollout_ref.model.path={BASE}", f"retriever.url={url}",
+        f"trainer.default_local_dir={folder}", "trainer.logger=[console]", "finetune.steps=2", "template=short",
+        "actor_rollout_ref.rollout.cpu_kvcache_gb=0.2", *overrides,
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "search_r1.finetune", *settings]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_answers_are_learned_and_a_finished_round_is_not_repeated(tmp_path, world):
+    done = finetune(tmp_path, world, "http://127.0.0.1:9", "method=sft")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "round_1" / "rows.jsonl").open()]
+    questions = read_parquet(str(world / "train.parquet"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert len(rows) == len(questions)
+    answer = questions[0]["reward_model"]["ground_truth"]["target"][0]
+    text = f"{questions[0]['prompt'][0]['content']}<answer> {answer} </answer>{tokenizer.eos_token}"
+    assert tokenizer.decode(rows[0]["input_ids"]) == text
+    own = [i for i, mask in zip(rows[0]["input_ids"], rows[0]["loss_mask"], strict=True) if mask]
+    assert tokenizer.decode(own) == f"<answer> {answer} </answer>{tokenizer.eos_token}"
+    before = (tmp_path / "round_1" / "rows.jsonl").stat().st_mtime_ns
+    assert finetune(tmp_path, world, "http://127.0.0.1:9", "method=sft").returncode == 0
+    assert (tmp_path / "round_1" / "rows.jsonl").stat().st_mtime_ns == before
+
+
+def test_samples_that_scored_are_learned(tmp_path, world):
+    with retrieval_server(world) as (url, _):
+        more = ["method=rejection", "finetune.rounds=1", "finetune.samples=4", "data.train_data_num=30"]
+        done = finetune(tmp_path, world, url, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = [json.loads(line) for line in (tmp_path / "round_1" / "samples" / "evaluation.jsonl").open()]
+    right = [s for s in samples if s["reward"]["score"] >= 1]
+    rows = [json.loads(line) for line in (tmp_path / "round_1" / "rows.jsonl").open()]
+    assert len(samples) == 120 and 0 < len(rows) == len(right) < 120
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_without_a_method_there_is_nothing_to_do(tmp_path, world):
+    done = finetune(tmp_path, world, "http://127.0.0.1:9")
+    assert done.returncode == 1 and "finetune.data: expected answers or samples" in done.stderr
+
+
+def test_rows_ask_in_the_named_template(world):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    (first, *_) = answer_rows([str(world / "train.parquet")], "direct", tokenizer)
+    assert "few words, without explanation" in tokenizer.decode(first["input_ids"])

@@ -1,0 +1,119 @@
+"""Asking a model: one question, a dialogue, a file; against scripted transcripts and a real engine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from search_r1 import infer
+from search_r1.prompts import build_prompt
+from tests.e2e.runs import CORPUS, ROOT
+from tests.openai_server import Player
+from tests.retrieval import retrieval_server, serving, write_corpus, write_lines
+
+SEARCH, ANSWER = "<think> t </think> <search> Ada Marin </search>", "<think> u </think> <answer> Torvel </answer>"
+BASE = "data/closed_world/base"
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, CORPUS)
+    with retrieval_server(folder) as (url, _):
+        yield url
+
+
+@pytest.fixture
+def repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def settings(retriever, *more):
+    return [
+        "experiment=nq_hotpotqa/grpo", f"retriever.url={retriever}", f"actor_rollout_ref.model.tokenizer_path={BASE}",
+        "actor_rollout_ref.rollout.endpoint.backoff_s=0.01", "trainer.experiment_name=x", *more,
+    ]  # fmt: skip
+
+
+def ask(scripts, retriever, *arguments, setup=()):
+    played = Player(scripts)
+    with serving(played.app) as url:
+        assert infer.main(["scripted", *arguments, "--endpoint", f"{url}/v1", *settings(retriever, *setup)]) == 0
+    return played
+
+
+def test_a_question_is_shown_piece_by_piece(retriever, repository, capsys):
+    played = ask({"Ada": [SEARCH, ANSWER]}, retriever, "Where was Ada Marin born")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f'{SEARCH}\n\n<information>Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.')
+    assert f"</information>\n\n{ANSWER}\n[answer: Torvel; 1 searches, " in shown and "\033" not in shown
+    first = played.requests["Ada"][0]["messages"]
+    assert first == [{"role": "user", "content": build_prompt("Where was Ada Marin born", "search")}]
+
+
+def test_a_dialogue_ends_with_an_empty_line_and_survives_a_failure(retriever, repository, capsys, monkeypatch):
+    lines = iter(["First?", "Broken?", "Second?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    played = Player({"First": [ANSWER], "Broken": ["x"], "Second": ["<think> no idea </think>"]})
+    with serving(played.app) as url:
+        played.scripts.pop("Broken")  # the server does not know it: status 500
+        flags = ["--endpoint", f"{url}/v1", *settings(retriever, "max_turns=1")]
+        assert infer.main(["scripted", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "[answer: Torvel; 0 searches" in shown and "[failed: " in shown and "[no answer; 0 searches" in shown
+
+
+def test_a_file_is_answered_and_answered_questions_are_not_asked_again(retriever, repository, tmp_path):
+    questions = write_lines(tmp_path / "q.jsonl", [{"question": "First?"}, {"question": "Second?"}])
+    out = tmp_path / "answers.jsonl"
+    files = ["--questions", str(questions), "--out", str(out)]
+    ask({"First": [SEARCH, ANSWER], "Second": [ANSWER]}, retriever, *files)
+    answers = {row["question"]: row for row in map(json.loads, out.open())}
+    assert answers["First?"]["answer"] == "Torvel" and answers["First?"]["searches"] == 1
+    assert [s["source"] for s in answers["First?"]["segments"]] == ["model", "observation", "model"]
+    write_lines(questions, [{"question": q} for q in ("First?", "Second?", "Third?")])
+    played = ask({"First": [ANSWER], "Second": [ANSWER], "Third": [ANSWER]}, retriever, *files)
+    assert len(out.read_text().splitlines()) == 3 and list(played.requests) == ["Third"]
+
+
+def test_a_file_without_questions_is_named(retriever, repository, tmp_path):
+    questions = write_lines(tmp_path / "q.jsonl", [{"question": "First?"}, {"text": "?"}])
+    with pytest.raises(SystemExit, match=r"q.jsonl.*2.*: no question"):
+        ask({}, retriever, "--questions", str(questions), "--out", str(tmp_path / "a.jsonl"))
+
+
+def test_a_real_engine_answers(retriever, tmp_path):
+    rollout = ["actor_rollout_ref.rollout.dtype=float32", "actor_rollout_ref.rollout.cpu_kvcache_gb=0.2"]
+    budgets = [
+        "data.max_prompt_length=512",
+        "data.max_start_length=64",
+        "data.max_response_length=48",
+        "data.max_obs_length=256",
+        "template=short",
+    ]
+    command = [sys.executable, "-m", "search_r1.infer", BASE, "In which country lies Torvel", *rollout, *budgets]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *settings(retriever)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("<think>") and " searches, " in done.stdout.splitlines()[-1]
+
+
+def test_colours_are_for_terminals_only(monkeypatch):
+    class Terminal(list):
+        write, flush = list.append, staticmethod(lambda: None)
+
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    infer.show_colored("model", "<think> a </think> <answer> b </answer>", out)
+    infer.show_colored("observation", "found", out)
+    assert out[0].count("\033[90m<think>") == 1 and out[0].count("\033[1;32m<answer>") == 1
+    assert out[1] == f"{infer.COLORS['observation']}found{infer.PLAIN}"
+    monkeypatch.setenv("NO_COLOR", "1")
+    infer.show_colored("model", "<think>", out)
+    assert out[2] == "<think>"
