@@ -29,7 +29,7 @@ body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper)
 padding:0 1rem}h1,h2,h3{line-height:1.25;overflow-wrap:anywhere}h2{margin-top:2.5rem}.wide,figure{overflow-x:auto}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}th[scope=row]{font-weight:400}
 th,td{padding:.35rem .6rem;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}
-th:first-child{text-align:left;min-width:8rem;overflow-wrap:anywhere}small{display:block;white-space:nowrap}
+th:first-child{text-align:left;min-width:8rem}small{display:block;white-space:nowrap}
 small,p{color:var(--soft)}p,figcaption{font-size:.875rem}svg{display:block;width:100%;height:auto;min-width:40rem}
 figure{margin:1rem 0;padding:.75rem;background:#fff;color:#40464f;border:1px solid var(--line);border-radius:8px}"""
 

@@ -1,0 +1,63 @@
+"""The script of the paper's table: its commands compose; a method is evaluated, and trained where it learns."""
+
+import os
+import shlex
+import subprocess
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from tests.e2e.runs import ROOT
+from verl.trainer.config import validate
+
+SCRIPT = ROOT / "scripts" / "nq_hotpotqa" / "table.sh"
+TRAINED = {"sft", "r1", "rejection", "search_r1_ppo", "search_r1_grpo"}
+
+
+def commands(*arguments, **env):
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments], env={**os.environ, "DRY_RUN": "1", **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line[2:]) for line in done.stdout.splitlines()]
+
+
+def composed(command):
+    name = command[command.index("--config-name") + 1] if "--config-name" in command else "grpo"
+    overrides = [a for a in command if "=" in a and not a.startswith("--")]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        return OmegaConf.to_container(compose(name, ["actor_rollout_ref.model.path=M", *overrides]), resolve=True)
+
+
+def test_every_method_is_evaluated_and_trained_where_it_learns():
+    *lines, table = commands("org/Model-7B", "retriever.topk=5")
+    trainings = [c for c in lines if c[2] == "search_r1.launch"]
+    evaluations = [c for c in lines if c[2] == "search_r1.evaluate"]
+    methods = {c[4].removeprefix("experiment=baseline/"): c for c in evaluations}
+    assert len(methods) == len(evaluations) == 12
+    assert {c[5].removeprefix("experiment=baseline/") for c in trainings} == TRAINED
+    assert {m for m, c in methods.items() if c[3].endswith("/hf")} == TRAINED
+    for command in trainings + evaluations:
+        config = validate(composed(command))
+        assert config.agent["retriever"]["topk"] == 5
+        if command in trainings and "rejection" not in str(command) and "sft" not in str(command):
+            estimator = "gae" if "search_r1_ppo" in str(command) else "grpo"
+            assert config.algorithm.adv_estimator == estimator and config.use_critic == (estimator == "gae")
+    assert table[2] == "search_r1.evaluation.table" and table[-2:] == ["--out", "runs/table"]
+
+
+@pytest.mark.parametrize(
+    ("method", "agent", "searches", "template"),
+    [
+        ("direct", "SearchAgentLoop", False, "direct"), ("cot", "SearchAgentLoop", False, "cot"),
+        ("rag", "RagLoop", True, "rag"), ("ircot", "IRCoTLoop", True, "ircot"),
+        ("search_o1", "SearchO1Loop", True, "search_o1"), ("react", "ReActLoop", True, "react"),
+        ("search", "SearchAgentLoop", True, None), ("r1", "SearchAgentLoop", False, "r1"),
+    ],
+)  # fmt: skip
+def test_a_method_is_its_config(method, agent, searches, template):
+    (evaluate,), _ = commands("M", METHODS=method)[:1], None
+    config = composed([a for a in evaluate if not a.endswith("M/hf")])
+    assert config["agent"]["_target_"].endswith(f".{agent}")
+    assert config["agent"]["do_search"] == searches and config["agent"]["template"] == template
