@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from search_r1.data.rows import read_rows, texts
+from search_r1.data.rows import read_rows, texts, training_row
 from search_r1.data.shapes import normalise
-from search_r1.prompts import TEMPLATES, build_prompt, format_passages, with_mark
+from search_r1.prompts import TEMPLATES, WITH_CONTEXT, build_prompt, format_passages, with_mark
 from search_r1.rewards.matching import normalize_answer
 from search_r1.search.client import RetrievalClient
 from search_r1.search.config import RetrieverConfig
@@ -88,15 +88,12 @@ def read_hub(name: str, split: str) -> tuple[str, Any]:
 def to_training_row(row: dict[str, Any], name: str, split: str, index: int, prompt: str) -> dict[str, Any]:
     """The row as the original's scripts write it, with what is known of gold passages in `extra_info`."""
     gold = {key: row[key] for key in ("gold_titles", "gold_ids", "hops") if row.get(key)}
+    question, answers = with_mark(row["question"]), row["golden_answers"]
     return {
         "id": row["id"],
-        "question": with_mark(row["question"]),
-        "golden_answers": row["golden_answers"],
-        "data_source": name,
-        "prompt": [{"role": "user", "content": prompt}],
-        "ability": "fact-reasoning",
-        "reward_model": {"style": "rule", "ground_truth": {"target": row["golden_answers"]}},
-        "extra_info": {"split": split, "index": index, "question": with_mark(row["question"]), **gold},
+        "question": question,
+        "golden_answers": answers,
+        **training_row(question, answers, name, prompt, split=split, index=index, **gold),
     }
 
 
@@ -164,7 +161,7 @@ def command(description: str, default_sources: str, default_dir: str, splits: Se
     add("--retriever_url", default="http://127.0.0.1:8000/retrieve", help="rag: the retrieval server")
     add("--topk", type=int, default=3, help="rag: passages per question (default: 3)")
     args = parser.parse_args()
-    retriever = RetrieverConfig(url=args.retriever_url, topk=args.topk) if args.template == "rag" else None
+    retriever = RetrieverConfig(url=args.retriever_url, topk=args.topk) if args.template in WITH_CONTEXT else None
     written: dict[str, list[dict[str, Any]]] = {}
     try:
         for split in splits:

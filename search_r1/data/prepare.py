@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from search_r1.data.rows import read_rows, texts
+from search_r1.data.rows import read_rows, texts, training_row
 from search_r1.data.shapes import normalise
-from search_r1.prompts import TEMPLATES, build_prompt
+from search_r1.prompts import TEMPLATES, WITH_CONTEXT, build_prompt
+from search_r1.rewards.matching import normalize_answer
 from verl.utils.errors import DataError, listed
 
 ANSWER_KEYS = ("golden_answers", "answers", "answer")
@@ -43,13 +44,8 @@ def convert(record: dict[str, Any], source: str, template: str, index: int) -> d
             kept |= {key: kind(record[key])} if record.get(key) is not None else {}
         except ValueError:
             return f"{key}: expected {kind.__name__}, got {record[key]!r}"
-    return {
-        "data_source": str(record.get("data_source") or source),
-        "prompt": [{"role": "user", "content": build_prompt(question, template)}],
-        "ability": "fact-reasoning",
-        "reward_model": {"style": "rule", "ground_truth": {"target": answers}},
-        "extra_info": {"index": index, **kept},
-    }
+    source = str(record.get("data_source") or source)
+    return training_row(question, answers, source, build_prompt(question, template), index=index, **kept)
 
 
 def check_native(record: dict[str, Any]) -> str | None:
@@ -78,8 +74,8 @@ def prepare(path: Path, template: str) -> list[dict[str, Any]]:
 
 
 def questions(rows: list[dict[str, Any]]) -> set[str]:
-    """The different prompts of the rows, without regard to case."""
-    return {row["prompt"][-1]["content"].lower() for row in rows}
+    """The different prompts of the rows, normalised as answers are: without case, articles and punctuation."""
+    return {normalize_answer(row["prompt"][-1]["content"]) for row in rows}
 
 
 def main() -> None:
@@ -90,7 +86,7 @@ def main() -> None:
     add("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
     add(
         "--template",
-        choices=sorted(set(TEMPLATES) - {"rag"}),
+        choices=sorted(set(TEMPLATES) - WITH_CONTEXT),
         default="search",
         help="prompt (default: search, the paper's)",
     )

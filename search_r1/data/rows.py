@@ -109,3 +109,14 @@ def texts(value: Any) -> list[str]:
     """The non-empty strings of a value or list of values."""
     values = value if isinstance(value, list) else [value]
     return [text for v in values if v is not None and (text := str(v).strip())]
+
+
+def training_row(question: str, answers: list[str], source: str, prompt: str, **extra: Any) -> dict[str, Any]:
+    """A line of the training parquet in the original's schema. `extra`: what else is known (split, index, gold)."""
+    return {
+        "data_source": source,
+        "prompt": [{"role": "user", "content": prompt}],
+        "ability": "fact-reasoning",
+        "reward_model": {"style": "rule", "ground_truth": {"target": answers}},
+        "extra_info": {"question": question, **extra},
+    }

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from search_r1.data.rows import training_row
 from search_r1.prompts import build_prompt
 from verl.utils.config import Config
 
@@ -226,13 +227,8 @@ def make_world(config: WorldConfig) -> World:
 def row(question: Question, split: str, index: int, ids: dict[str, str], common: dict[str, Entity]) -> dict[str, Any]:
     """One line of the training parquet."""
     hops, is_common = len(question.relations), question.path[0] in common
-    return {
-        "data_source": "closed_world_common" if is_common else DATA_SOURCES[hops],
-        "prompt": [{"role": "user", "content": build_prompt(question.text, "short")}],
-        "ability": "fact-reasoning",
-        "reward_model": {"style": "rule", "ground_truth": {"target": [question.path[-1]]}},
-        "extra_info": {
-            "split": split, "index": index, "question": question.text, "hops": hops, "common": is_common,
-            "gold_ids": [ids[name] for name in question.path[:-1]], "path": list(question.path),
-        },
-    }  # fmt: skip
+    return training_row(
+        question.text, [question.path[-1]], "closed_world_common" if is_common else DATA_SOURCES[hops],
+        build_prompt(question.text, "short"), split=split, index=index, hops=hops, common=is_common,
+        gold_ids=[ids[name] for name in question.path[:-1]], path=list(question.path),
+    )  # fmt: skip

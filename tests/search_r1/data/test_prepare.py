@@ -47,10 +47,10 @@ def test_row_in_the_training_schema(tmp_path):
         "prompt": [{"role": "user", "content": SEARCH_PROMPT.replace("{question}", "who {x}?")}],
         "ability": "fact-reasoning",
         "reward_model": {"style": "rule", "ground_truth": {"target": ["A", "B"]}},
-        "extra_info": {"index": 0, "gold_ids": ["1", "2"], "hops": 2, "id": "7"},
+        "extra_info": {"question": "who {x}", "index": 0, "gold_ids": ["1", "2"], "hops": 2, "id": "7"},
     }
     assert second["data_source"] == "nq" and second["reward_model"]["ground_truth"]["target"] == ["1947"]
-    assert second["extra_info"] == {"index": 1, "gold_titles": ["T"]}
+    assert second["extra_info"] == {"question": "when?", "index": 1, "gold_titles": ["T"]}
 
 
 def test_csv_and_parquet_mean_the_same_as_jsonl(tmp_path):
@@ -133,7 +133,9 @@ def test_command_writes_what_the_trainer_reads(tmp_path, monkeypatch, capsys):
     assert "3 training and 2 test questions; 1 duplicates, 1 of the test" in capsys.readouterr().out
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     test = RLHFDataset([str(tmp_path / "out" / "test.parquet")], tokenizer, 100)
-    assert [r["extra_info"] for r in test.rows] == [{"index": 3, "hops": 1}, {"index": 4, "hops": 1}]
+    assert [r["extra_info"] for r in test.rows] == [
+        {"question": "A?", "index": 3, "hops": 1}, {"question": "d", "index": 4, "hops": 1},
+    ]  # fmt: skip
     assert tokenizer.decode(test.prompt_ids[0]).endswith("Question: A?\n<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(SystemExit, match="expected 1 to 4 of the 5"):
         run(monkeypatch, "--questions", path, "--out", tmp_path / "out", "--test-size", 5)

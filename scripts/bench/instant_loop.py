@@ -1,0 +1,32 @@
+"""The agent loop of scripts/bench/evaluation.py: every turn searches, and what it finds is there at once."""
+
+from typing import Any
+
+from search_r1.agent.loop import SearchAgentLoop
+from search_r1.agent.observation import encode_passages
+from search_r1.search.client import Passage
+from verl.agent import Generate, Trajectory
+
+TEXT = "Dupsel joined Fonzuv. Dupsel elected Mebkol. Sogvig inhabits Dupsel. Sogvig serves Zogpug."
+FOUND = [Passage(str(i), f'"Title {i}"', TEXT, 1.0) for i in range(3)]
+
+
+class InstantLoop(SearchAgentLoop):
+    """All of the loop's work but parsing and the request: the random model's text holds no query."""
+
+    def preflight(self) -> list[str]:
+        return []
+
+    async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:
+        stop = [self.dialect.stop, "</answer>"]
+        completion = await generate(trajectory.token_ids, max_tokens=self.config.max_response_length, stop=stop)
+        stats["turns"] += 1
+        trajectory.add_completion(completion, turn=stats["turns"])
+        if not may_search:
+            trajectory.stop_reason = "answer"
+            return
+        stats["latency_s"].append(0.0)
+        query = self.tokenizer.decode(completion.token_ids)
+        pairs = [(p.title, p.text) for p in FOUND]
+        ids, cut = encode_passages(pairs, self.tokenizer, self.config.max_obs_length, "")
+        self._record(trajectory, stats, query, FOUND, ids, cut)
