@@ -2,7 +2,7 @@
 
 MODEL is a Hugging Face folder or hub name, a checkpoint's `hf` folder, or with --endpoint the name of a model behind an
 OpenAI-compatible API (text in, text out: for evaluation only). Data, method and search are those of the configuration:
-`experiment=nq_hotpotqa/common method=rag data.val_files=...`. Trajectories go to the run folder as they finish; an
+`experiment=nq_hotpotqa/grpo method=rag data.val_files=...`. Trajectories go to the run folder as they finish; an
 interrupted evaluation goes on where it was. Then come summary.json, table.md and page.html beside them.
 """
 
@@ -15,13 +15,13 @@ from search_r1.evaluation import report
 from search_r1.launch import composed, surrounded
 
 
-def run_name(model: str, method_suffix: str) -> str:
-    """A folder's name: the last two parts of the model's, so that the `hf` of two runs differ.
+def run_name(model: str) -> str:
+    """The run's name: the last two parts of the model's, so that the `hf` of two runs differ.
 
-    >>> run_name("/data/runs/grpo/hf", "-rag"), run_name("Qwen/Qwen2.5-7B", "")
-    ('evaluate-grpo--hf-rag', 'evaluate-Qwen--Qwen2.5-7B')
+    >>> run_name("/data/runs/grpo/hf"), run_name("Qwen/Qwen2.5-7B")
+    ('evaluate-grpo--hf', 'evaluate-Qwen--Qwen2.5-7B')
     """
-    return "evaluate-" + "--".join(part for part in Path(model).parts[-2:] if part != "/") + method_suffix
+    return "evaluate-" + "--".join(part for part in Path(model).parts[-2:] if part != "/")
 
 
 def given_overrides(model: str, endpoint: str | None) -> list[str]:
@@ -46,15 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--closed-book", type=Path, metavar="FILE", help="evaluation.jsonl without search")
     args, overrides = parser.parse_known_args(argv)
     given = given_overrides(args.model, args.endpoint)
+    if not any(o.startswith("trainer.experiment_name=") for o in overrides):
+        given.append(f"trainer.experiment_name={run_name(given[0].partition('=')[2])}")
     files = {
         name: value.resolve() for name, value in vars(args).items() if name in ("compare", "closed_book") and value
     }
     config = composed(args.config_name, [*given, *overrides])
-    if not any(o.startswith(("trainer.default_local_dir=", "trainer.experiment_name=")) for o in overrides):
-        given.append(
-            f"trainer.default_local_dir=runs/{run_name(str(config.actor_rollout_ref.model.path), config.method_suffix)}"
-        )
-        config = composed(args.config_name, [*given, *overrides])
     status = surrounded("verl.trainer.main_eval", args.config_name, [*given, *overrides], config)
     if status:
         return status

@@ -5,6 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from search_r1.evaluation.behaviour import behaviour
+
 HEADER = ("questions", "n", "EM", "searches", "answered", "right entity", "EM if gold retrieved")
 STEP = "training/global_step"
 
@@ -40,33 +42,14 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def summary(records: list[dict[str, Any]]) -> dict[str, float | None]:
     """EM, executed searches, share answered; search policy and reading apart, where gold passages are known."""
-    with_gold = [r for r in records if gold_ids(r)]
-    found = [r for r in with_gold if gold_ids(r) <= retrieved_ids(r)]
+    found = behaviour(records)
     return {
-        "EM": mean([r["reward"]["em"] for r in records]),
-        "searches": mean([len(queries(r)) for r in records]),
-        "answered": mean([float(r["stop_reason"] == "answer") for r in records]),
-        "right entity": len(found) / len(with_gold) if with_gold else None,
-        "EM if gold retrieved": mean([r["reward"]["em"] for r in found]) if found else None,
+        "EM": sum(r["reward"].get("em", 0.0) for r in records) / len(records),
+        "searches": found["searches"],
+        "answered": found["answered"],
+        "right entity": found.get("gold_retrieved"),
+        "EM if gold retrieved": found.get("right_if_gold_retrieved"),
     }
-
-
-def queries(record: dict[str, Any]) -> list[str]:
-    """Queries that were executed."""
-    return [s["info"]["query"] for s in record["segments"] if s["source"] == "observation" and "query" in s["info"]]
-
-
-def gold_ids(record: dict[str, Any]) -> set[str]:
-    return set(map(str, (record["extra_info"] or {}).get("gold_ids") or ()))
-
-
-def retrieved_ids(record: dict[str, Any]) -> set[str]:
-    """Ids of all passages shown to the policy."""
-    return {str(p["id"]) for s in record["segments"] for p in s["info"].get("passages", ())}
-
-
-def mean(values: list[float] | list[int]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -128,10 +128,11 @@ def behaviour(records: Sequence[Record]) -> dict[str, float]:
         figures |= {
             "gold_retrieved": mean(with_gold, lambda c: c.complete_at is not None),
             "gold_recall": mean(with_gold, lambda c: recall_after(c, len(c.searches))),
-            "right_if_gold_retrieved": mean([c for c in with_gold if c.complete_at is not None], lambda c: c.right),
             "premature_answers": mean(with_gold, lambda c: c.answered and c.complete_at is None),
             "searches_after_gold": sum(superfluous(c) for c in with_gold) / made,
         }
+        if found := [c for c in with_gold if c.complete_at is not None]:
+            figures["right_if_gold_retrieved"] = mean(found, lambda c: c.right)
         longest = max(len(c.searches) for c in with_gold)
         figures |= {
             f"gold_recall/turn_{turn}": mean([c for c in with_gold if len(c.searches) >= turn], recall_at(turn))

@@ -167,7 +167,13 @@ COUNTS = {
     "musique/qa_only/train.parquet": (19938, 0), "musique/qa_only/test.parquet": (2417, 0),
     "bamboogle/toolstar_test.jsonl": (125, 0), "bamboogle/simpledeepsearcher_bamboogle.json": (125, 0),
     "bamboogle/agentic_rag_test.jsonl": (125, 0), "searchr1_eval_subsets/popqa/test.jsonl": (1000, 1000),
-    "r1_searcher/training_set/stage_2.jsonl": (8148, 0), "seven_way_eval_deepresearcher/test.parquet": (3197, 0),
+    "searchr1_eval_subsets/nq/test.jsonl": (1000, 0), "searchr1_eval_subsets/triviaqa/test.jsonl": (1000, 0),
+    "searchr1_eval_subsets/bamboogle/test.jsonl": (125, 0), "searchr1_native_parquet/nq_search.test.parquet": (3610, 0),
+    "r1_searcher/training_set/stage_1.jsonl": (350, 0), "r1_searcher/training_set/stage_2.jsonl": (8148, 0),
+    "r1_searcher/eval_set/2wiki_500.jsonl": (500, 0), "r1_searcher/eval_set/hotpotqa_500.jsonl": (500, 0),
+    "r1_searcher/eval_set/musique_500.jsonl": (500, 0), "nq_open/dpr/topics.dpr.nq.test.txt": (3610, 0),
+    "seven_way_eval_deepresearcher/test.parquet": (3197, 0), "seven_way_eval_deepresearcher/dev.parquet": (875, 0),
+    "nq_train_silver.jsonl": (2478, 0),
 }  # fmt: skip
 
 
