@@ -2,9 +2,9 @@
 
     python scripts/bench/evaluation.py [--layers 8] [--width 512] [--questions 256] [--repeats 3]
 
-A random model writes turns of 64 tokens; two searches, answered at once with passages from memory, and an answer. The
-bare run gets the context of every turn as a prompt of its own, all at once, and writes as many tokens: no turn waits
-for the one before it. Same threads, same precision, prefix caching in both; the start of the engines is not counted.
+A random model writes turns of 32 to 96 tokens; two searches, answered at once with passages from memory, and an
+answer. The bare run gets the context of every turn as a prompt of its own, all at once, and writes as many tokens: no
+turn waits for the one before it. Same threads, same precision, prefix caching in both; the start of the engines is not counted.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-TURN_TOKENS, SEARCHES, PASSAGES = 64, 2, 3
+MAX_TURN_TOKENS, SEARCHES = 96, 2
 BARE = "bare"
 
 
@@ -66,7 +66,7 @@ def evaluate_once(folder: str, repeat: int, questions: int) -> tuple[float, list
 
     settings = [
         "experiment=closed_world/grpo", f"actor_rollout_ref.model.path={folder}", f"max_turns={SEARCHES}",
-        "agent._target_=scripts.bench.instant_loop.InstantLoop", f"data.max_response_length={TURN_TOKENS}",
+        "agent._target_=scripts.bench.instant_loop.InstantLoop", f"data.max_response_length={MAX_TURN_TOKENS}",
         f"data.val_files={folder}/questions.parquet", f"data.train_files={folder}/questions.parquet",
         f"trainer.default_local_dir={folder}/run{repeat}", "actor_rollout_ref.rollout.load_format=auto",
         "actor_rollout_ref.rollout.val_kwargs.temperature=1", "data.max_prompt_length=1024",
@@ -105,7 +105,7 @@ def bare(folder: str, repeats: int) -> None:
 
     calls = json.loads((Path(folder) / "calls.json").read_text())
     engine = LLM(
-        folder, dtype="float32", enforce_eager=True, max_model_len=1024 + TURN_TOKENS, enable_prefix_caching=True,
+        folder, dtype="float32", enforce_eager=True, max_model_len=1024 + MAX_TURN_TOKENS, enable_prefix_caching=True,
         max_num_seqs=256, max_num_batched_tokens=8192, kv_cache_memory_bytes=2**30, block_size=32,
         enable_chunked_prefill=False, disable_log_stats=True,
     )  # fmt: skip

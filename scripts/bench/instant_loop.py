@@ -8,6 +8,8 @@ from search_r1.search.client import Passage
 from verl.agent import Generate, Trajectory
 
 TEXT = "Dupsel joined Fonzuv. Dupsel elected Mebkol. Sogvig inhabits Dupsel. Sogvig serves Zogpug."
+MIN_TURN = 32
+"""Tokens; turns of equal length would all end at once, which real ones do not."""
 FOUND = [Passage(str(i), f'"Title {i}"', TEXT, 1.0) for i in range(3)]
 
 
@@ -19,7 +21,10 @@ class InstantLoop(SearchAgentLoop):
 
     async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:
         stop = [self.dialect.stop, "</answer>"]
-        completion = await generate(trajectory.token_ids, max_tokens=self.config.max_response_length, stop=stop)
+        length = MIN_TURN + hash((*trajectory.prompt_ids, stats["turns"])) % (
+            self.config.max_response_length - MIN_TURN
+        )
+        completion = await generate(trajectory.token_ids, max_tokens=length, stop=stop)
         stats["turns"] += 1
         trajectory.add_completion(completion, turn=stats["turns"])
         if not may_search:

@@ -19,7 +19,8 @@ from verl.workers.config import ModelConfig, RolloutConfig
 from verl.workers.rollout.vllm_server import VLLMServer
 
 SEARCHES, TURN_TOKENS, OBSERVATION_TOKENS, PROMPT_TOKENS = 2, 20, 100, 16
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": TURN_TOKENS, "stop": [], "seed": None}
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": TURN_TOKENS, "stop": [], "seed": None,
+            "log_probs": True}  # fmt: skip
 
 
 class Rollout:

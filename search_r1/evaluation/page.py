@@ -20,22 +20,22 @@ BARS = [{"facecolor": color, "hatch": hatch} for hatch in (None, "/////") for co
 POINTS = [{"color": color, "fillstyle": style, "ls": "", "ms": 7} for style in ("full", "none") for color in COLORS]
 COLUMNS = ("searches", "no_search", "answered", "valid_actions", "gold_retrieved", "right_if_gold_retrieved",
            "premature_answers", "searches_after_gold", "duplicate_queries", "over_search", "under_search")  # fmt: skip
-RC: Any = {"svg.fonttype": "none", "svg.hashsalt": "page", "text.parse_math": False, "hatch.color": "white",
-           "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False,
-           "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}  # fmt: skip
+RC: Any = {"svg.fonttype": "none", "svg.hashsalt": "page", "text.parse_math": False, "font.size": 9, "grid.alpha": 0.3,
+           "axes.titlelocation": "left", "axes.spines.right": False, "axes.spines.top": False, "axes.axisbelow": True,
+           "hatch.color": "white", "axes.titlesize": 9, "axes.grid": True, "axes.grid.axis": "y"}  # fmt: skip
 CSS = """:root{color-scheme:light dark;--ink:#1c1e21;--soft:#5f6670;--line:#d9dce1;--paper:#fff}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#a0a7b2;--line:#3a3f47;--paper:#16181c}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:72rem;margin:2rem auto;
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:76rem;margin:2rem auto;
 padding:0 1rem}h1,h2,h3{line-height:1.25;overflow-wrap:anywhere}h2{margin-top:2.5rem}.wide,figure{overflow-x:auto}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}th[scope=row]{font-weight:400}
-th,td{padding:.35rem .6rem;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}
-th:first-child{text-align:left;min-width:8rem}small{display:block;white-space:nowrap}
+table{border-collapse:collapse;font-size:.8125rem;font-variant-numeric:tabular-nums}th[scope=row]{font-weight:400}
+th,td{padding:.35rem .4rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
+th[scope=col]{vertical-align:bottom}th:first-child{text-align:left;min-width:8rem}small{display:block;white-space:nowrap}
 small,p{color:var(--soft)}p,figcaption{font-size:.875rem}svg{display:block;width:100%;height:auto;min-width:40rem}
 figure{margin:1rem 0;padding:.75rem;background:#fff;color:#40464f;border:1px solid var(--line);border-radius:8px}"""
 
 
 def page(results: Results, title: str = "Evaluation") -> str:
-    """A whole HTML page. `results`: summaries as `report.summarize` returns them, by name."""
+    """A whole HTML page. `results`: summaries as `summary.summarize` returns them, by name."""
     sets = set_names(results)
     rows = [[name, *(score(s[n]) if n in s else "–" for n in (*sets, AVERAGE))] for name, s in results.items()]
     blocks = (f"<h3>{escape(name)}</h3>\n{behaviour_table(s, results)}" for name, s in results.items())
@@ -88,7 +88,7 @@ def figures(results: Results) -> str:
     from matplotlib.figure import Figure  # without pyplot: needs no display, leaves no state
 
     plots = [(plot_scores, "EM per set, with 95 % intervals"), (plot_counts, "Searches per question"),
-             (plot_scatter, "EM against searches per question, a point per result and set")]  # fmt: skip
+             (plot_scatter, "EM against searches per question: colour tells the result, shape the set")]  # fmt: skip
     found = ""
     for number, (plot, label) in enumerate(plots, 1):
         with rc_context(RC):
@@ -104,7 +104,7 @@ def figures(results: Results) -> str:
 
 def plot_scores(figure: "Figure", results: Results) -> None:
     """Bars in groups, with whiskers."""
-    axis, sets, width, bars = figure.subplots(), set_names(results), min(0.8 / len(results), 0.25), []
+    axis, sets, width, bars = figure.subplots(), set_names(results), min(0.8 / len(results), 0.15), []
     for i, summary in enumerate(results.values()):
         rows = {j + (i - (len(results) - 1) / 2) * width: summary[s] for j, s in enumerate(sets) if s in summary}
         em = [row["em"] for row in rows.values()]
@@ -130,9 +130,10 @@ def plot_counts(figure: "Figure", results: Results) -> None:
 
 
 def plot_scatter(figure: "Figure", results: Results) -> None:
-    """Colour tells the result, shape the set."""
+    """A point per result and set."""
     axis, sets = figure.subplots(), dict(zip(set_names(results), cycle("os^DvPX*<>pH"), strict=False))
     handles = []
+    axis.plot(0, 0, alpha=0)  # the axes begin at 0
     for look, summary in zip(cycle(POINTS), results.values(), strict=False):
         handles += axis.plot([], [], marker="o", **look)
         for row, marker in ((summary[name], marker) for name, marker in sets.items() if name in summary):

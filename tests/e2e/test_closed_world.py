@@ -91,6 +91,7 @@ def vllm_reads_what_transformers_reads(path):
         await server.start()
         try:
             sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "max_tokens": 8, "stop": [], "seed": None}
+            sampling["log_probs"] = False
             return await server.generate("r0", prompt, sampling)
         finally:
             await server.shutdown()

@@ -42,7 +42,7 @@ def worker(tmp_path, failures: int) -> AgentLoopWorker:
     return made
 
 
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "log_probs": True}
 
 
 async def test_one_failure_is_repeated_from_the_start(tmp_path):

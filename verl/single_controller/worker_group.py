@@ -140,6 +140,11 @@ def spawn(
     return ray.remote(cls).options(**options).remote(*args, **kw)
 
 
+def ready(handle: Any) -> Any:
+    """A call that ends when the actor has been built; getting it raises what its constructor raised."""
+    return handle.__ray_ready__.remote()
+
+
 def get(refs: Any) -> Any:
     """Waits for the results of actor calls. Raises what the call raised."""
     return ray.get(refs)

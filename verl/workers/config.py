@@ -125,11 +125,20 @@ class SamplingConfig(Config):
 
     def params(self) -> dict[str, Any]:
         """What an engine has to know."""
-        return self.model_dump(include={"temperature", "top_p", "top_k"})
+        return {**self.model_dump(include={"temperature", "top_p", "top_k"}), "log_probs": self.trains}
+
+    @property
+    def trains(self) -> bool:
+        """Whether the tokens are trained on, so that their log-probs are needed."""
+        return True
 
 
 class ValSamplingConfig(SamplingConfig):
     temperature: NonNegativeFloat = 0.0
+
+    @property
+    def trains(self) -> bool:
+        return False
 
 
 class OpenAIConfig(EndpointConfig):

@@ -42,6 +42,7 @@ class Lab:
     def generate(self, prompt: list[int], **sampling: Any) -> Any:
         """A coroutine."""
         defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": 16, "stop": [], "seed": None}
+        defaults["log_probs"] = True
         return self.server.generate(f"r{next(self.names)}", prompt, defaults | sampling)
 
     def sync(self, model: Qwen2ForCausalLM, version: int = 0) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.agent import Row, Trajectory
-from verl.single_controller.worker_group import first_ready, get, kill, spawn
+from verl.single_controller.worker_group import first_ready, get, kill, ready, spawn
 from verl.trainer.config import PPOConfig
 from verl.workers.config import SamplingConfig
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
@@ -46,9 +46,9 @@ class RolloutManager:
         tp = rollout.tensor_model_parallel_size
         replicas = rollout.num_replicas or (max(1, len(locations) // tp) if device == "cuda" else 1)
         self.servers = [self._spawn_server(config, locations, rank, replicas) for rank in range(replicas)]
-        get([server.start.remote() for server in self.servers])
         workers = max(1, rollout.num_agent_workers)
         self.workers = [spawn(AgentLoopWorker, config, Router(self.servers), num_cpus=0) for _ in range(workers)]
+        get([server.start.remote() for server in self.servers] + [ready(worker) for worker in self.workers])
         self.next_worker = 0
         self.capacity = 2 * replicas * rollout.max_num_seqs
         """Trajectories under way that keep the engines busy."""

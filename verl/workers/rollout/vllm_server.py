@@ -101,7 +101,8 @@ class VLLMServer:
         }
 
     async def generate(self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
-        """One completion. `sampling`: temperature, top_p, top_k, max_tokens, stop, seed.
+        """One completion. `sampling`: temperature, top_p, top_k, max_tokens, stop, seed; log_probs, without which they
+        are zeros and the engine is spared some work.
 
         The stop string stays in the output, on the token that completes it; nothing that was not sampled is added.
         """
@@ -115,7 +116,7 @@ class VLLMServer:
             max_tokens=sampling["max_tokens"],
             stop=list(sampling["stop"]),
             seed=sampling["seed"],
-            logprobs=0,
+            logprobs=0 if sampling["log_probs"] else None,
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -128,7 +129,9 @@ class VLLMServer:
         ids = list(completion.token_ids)
         return Completion(
             token_ids=ids,
-            log_probs=[at[token].logprob for token, at in zip(ids, completion.logprobs, strict=True)],
+            log_probs=[at[token].logprob for token, at in zip(ids, completion.logprobs, strict=True)]
+            if sampling["log_probs"]
+            else [0.0] * len(ids),
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
             policy_version=self.version,
