@@ -2,9 +2,10 @@
 
     python scripts/bench/evaluation.py [--layers 8] [--width 512] [--questions 256] [--repeats 3]
 
-A random model writes turns of 32 to 96 tokens; two searches, answered at once with passages from memory, and an
-answer. The bare run gets the context of every turn as a prompt of its own, all at once, and writes as many tokens: no
-turn waits for the one before it. Same threads, same precision, prefix caching in both; the start of the engines is not counted.
+A random model writes turns of 32 to 96 tokens: two searches, answered at once with passages from memory, and an answer.
+The bare run gets the context of every turn as a prompt of its own, all at once, and writes as many tokens: no turn
+waits for the one before it. Same threads, same precision, prefix caching in both; the start of the engines and of the
+agent workers is not counted.
 """
 
 import argparse
