@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from search_r1.agent.loop import SearchAgentLoop
+from search_r1.finetune import FinetuneConfig
 from search_r1.launch import SetupConfig
 from search_r1.rewards.compose import SearchReward
 from search_r1.search.config import RetrieverConfig
@@ -18,7 +19,8 @@ HEAD = """# Configuration reference
 
 Written by `python scripts/config_reference.py` from the models that validate a run. Defaults here are those of the
 models; `configs/base.yaml` and the recipes in `configs/experiment/` set others: `--cfg job` shows what a command uses.
-Batch sizes count over all ranks. `max_turns`, `do_search` and `retriever.*` are top-level keys that `agent` takes over.
+Batch sizes count over all ranks. `max_turns`, `do_search`, `template` and `retriever.*` are top-level keys that `agent` takes
+over; `method=NAME` chooses one of `configs/method/`, which set them.
 
 Names that differ from the original Search-R1: `actor_rollout_ref.rollout.n_agent` is `rollout.n`;
 `actor.ppo_mini_batch_size` counts trajectories, also with groups; micro-batch sizes are per GPU
@@ -58,6 +60,7 @@ def page() -> str:
         ("agent", SearchAgentLoop.Config, "agent."),
         ("retriever", RetrieverConfig, "retriever."),
         ("reward", SearchReward.Config, "reward."),
+        ("finetune", FinetuneConfig, "finetune."),
         ("setup", SetupConfig, "setup."),
     ]
     text = [HEAD]
