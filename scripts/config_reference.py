@@ -19,8 +19,8 @@ HEAD = """# Configuration reference
 
 Written by `python scripts/config_reference.py` from the models that validate a run. Defaults here are those of the
 models; `configs/base.yaml` and the recipes in `configs/experiment/` set others: `--cfg job` shows what a command uses.
-Batch sizes count over all ranks. `max_turns`, `do_search`, `template` and `retriever.*` are top-level keys that `agent` takes
-over; `method=NAME` chooses one of `configs/method/`, which set them.
+Batch sizes count over all ranks. `max_turns`, `do_search`, `template` and `retriever.*` are top-level keys that `agent`
+takes over; `method=NAME` chooses one of `configs/method/`, which set them.
 
 Names that differ from the original Search-R1: `actor_rollout_ref.rollout.n_agent` is `rollout.n`;
 `actor.ppo_mini_batch_size` counts trajectories, also with groups; micro-batch sizes are per GPU

@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from search_r1.prompts import INVALID_ACTION, build_prompt
-from tests.e2e.runs import CORPUS, ROOT
+from tests.e2e.runs import ROOT
 from tests.openai_server import Player
-from tests.retrieval import retrieval_server, serving, write_corpus
+from tests.retrieval import serving
 from verl.trainer.main_eval import run_eval
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.ppo.batching import RolloutFailed
@@ -27,14 +27,6 @@ QUESTIONS = {kind: f"Where was Ada Marin of the {kind} tale born?" for kind in K
 ADA = 'Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.'
 RIGHT, WRONG = "Known. <answer> Torvel </answer> and more", "<answer> Marna </answer>"
 MAX_TURNS = 2
-
-
-@pytest.fixture(scope="module")
-def retriever(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder, CORPUS)
-    with retrieval_server(folder) as (url, _):
-        yield url
 
 
 @pytest.fixture

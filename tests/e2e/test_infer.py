@@ -9,20 +9,12 @@ import pytest
 
 from search_r1 import infer
 from search_r1.prompts import build_prompt
-from tests.e2e.runs import CORPUS, ROOT
+from tests.e2e.runs import ROOT
 from tests.openai_server import Player
-from tests.retrieval import retrieval_server, serving, write_corpus, write_lines
+from tests.retrieval import serving, write_lines
 
 SEARCH, ANSWER = "<think> t </think> <search> Ada Marin </search>", "<think> u </think> <answer> Torvel </answer>"
 BASE = "data/closed_world/base"
-
-
-@pytest.fixture(scope="module")
-def retriever(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder, CORPUS)
-    with retrieval_server(folder) as (url, _):
-        yield url
 
 
 @pytest.fixture

@@ -6,22 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.runs import CORPUS, arguments, metrics, train
+from tests.e2e.runs import arguments, metrics, train
 from tests.models import make_tiny_qwen2
-from tests.retrieval import retrieval_server, write_corpus
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_tiny_qwen2(tmp_path_factory.mktemp("model"), tied=True)
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder, CORPUS)
-    with retrieval_server(folder) as (address, _):
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +27,9 @@ def reward(tmp_path_factory):
     return path
 
 
-def test_grpo_trains_exports_and_resumes(tmp_path, model, url, reward):
+def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
     shared = {
-        "retriever__url": url,
+        "retriever__url": retriever,
         "trainer__save_freq": 2,
         "trainer__max_ckpt_to_keep": 1,
         "custom_reward_function__path": reward,
@@ -69,9 +60,9 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, url, reward):
     assert [p.name for p in (tmp_path / "run").glob("global_step_*")] == ["global_step_3"]
 
 
-def test_ppo_on_two_fsdp_ranks_with_a_custom_reward(tmp_path, model, url, reward):
+def test_ppo_on_two_fsdp_ranks_with_a_custom_reward(tmp_path, model, retriever, reward):
     more = {
-        "retriever__url": url,
+        "retriever__url": retriever,
         "trainer__n_gpus_per_node": 2,
         "trainer__total_training_steps": 2,
         "trainer__critic_warmup": 1,
