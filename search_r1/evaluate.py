@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config-name", default="grpo", help="configuration to start from (default: grpo)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="evaluation.jsonl of another model or method")
     parser.add_argument("--closed-book", type=Path, metavar="FILE", help="evaluation.jsonl without search")
+    parser.add_argument("--published", metavar="NAME", help="published rows of this model only, such as Qwen2.5-7B")
     args, overrides = parser.parse_known_args(argv)
     given = given_overrides(args.model, args.endpoint)
     if not any(o.startswith("trainer.experiment_name=") for o in overrides):
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status:
         return status
     folder = Path(config.trainer.default_local_dir)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in files.items()]
+    flags = [f"--published={args.published}"] if args.published else []
+    flags += [f"--{name.replace('_', '-')}={value}" for name, value in files.items()]
     return report.main([str(folder / "evaluation.jsonl"), "--out", str(folder), *flags])
 
 

@@ -76,7 +76,7 @@ class Finetune:
         final = self.run_dir / "hf"
         for number in range(self.config.rounds):
             folder = self.run_dir / f"round_{number + 1}"
-            if not (folder / "hf" / "config.json").exists():
+            if not (folder / "hf").exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 self.train(self.rows(folder), folder)
             self.model = str(folder / "hf")
@@ -117,12 +117,13 @@ class Finetune:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         run(
             *launcher, "-m", "verl.trainer.sft", f"model.path={self.model}", f"train_files=[{rows}]",
-            f"output={folder / 'hf'}", f"optim.lr={self.config.lr}", f"fsdp.dtype={fsdp['dtype']}",
+            f"output={folder / 'unfinished'}", f"optim.lr={self.config.lr}", f"fsdp.dtype={fsdp['dtype']}",
             f"total_training_steps={self.config.steps}", f"train_batch_size={self.config.train_batch_size}",
             f"micro_batch_size_per_gpu={self.config.micro_batch_size_per_gpu}", f"seed={self.raw['trainer']['seed']}",
             f"model.trust_remote_code={model['trust_remote_code']}",
             f"model.enable_gradient_checkpointing={model['enable_gradient_checkpointing']}",
         )  # fmt: skip
+        (folder / "unfinished").rename(folder / "hf")
 
 
 def run(*command: str) -> None:

@@ -30,8 +30,10 @@ class SearchO1Loop(SearchAgentLoop):
         self, trajectory: Trajectory, stats: dict[str, Any], query: str, passages: list[Passage], emitted: str,
         generate: Generate,
     ) -> None:  # fmt: skip
-        reasoning = self.tokenizer.decode(trajectory.response_ids, skip_special_tokens=True)
         context = fit(self.tokenizer, passages_text([(p.title, p.text) for p in passages]), self.config.max_obs_length)
+        bare = self.ask(REASON_IN_DOCUMENTS_PROMPT.format(reasoning="", query=query, context=context))
+        room = max(1, self.config.max_prompt_length - len(bare))
+        reasoning = self.tokenizer.decode(trajectory.response_ids[-room:], skip_special_tokens=True)
         side = self.ask(REASON_IN_DOCUMENTS_PROMPT.format(reasoning=reasoning, query=query, context=context))
         completion = await generate(side, max_tokens=self.config.max_response_length)
         finding = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
@@ -77,9 +79,11 @@ class IRCoTLoop(SearchAgentLoop):
 
     async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:
         """A sentence; in the last turn all that is said."""
-        completion = await generate(
-            self._context(trajectory, stats["question"]), max_tokens=self.config.max_response_length, stop=[ANSWER_END]
-        )
+        context = self._context(trajectory, stats["question"])
+        if len(context) > self.config.max_prompt_length:
+            trajectory.stop_reason = "context"
+            return
+        completion = await generate(context, max_tokens=self.config.max_response_length, stop=[ANSWER_END])
         stats["turns"] += 1
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
         said = SENTENCE_END.split(text, maxsplit=1)[0] if may_search else text

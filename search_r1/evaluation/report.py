@@ -55,9 +55,9 @@ def comparison(first: Sequence[Record], second: Sequence[Record]) -> tuple[str, 
 
 
 def name_of(path: Path) -> str:
-    """A result's name: its folder's, with what tells evaluation folders of one run apart."""
-    parts = [part for part in path.resolve().parent.parts[-2:] if part not in ("runs", "evaluation", "trajectories")]
-    return "/".join(parts) or path.stem
+    """A result's name: what tells its folders and file from those of other results."""
+    parts = [*path.resolve().parent.parts[-2:], path.stem]
+    return "/".join(part for part in parts if part not in ("runs", "evaluation", "trajectories")) or path.stem
 
 
 def main(argv: Sequence[str] | None = None) -> int:

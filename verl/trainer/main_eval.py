@@ -42,9 +42,9 @@ def run_eval(raw: dict[str, Any]) -> Path:
     check_environment(config, agent)
     path = Path(config.trainer.default_local_dir) / RESULT
     identify(config, val_set, path.with_suffix(".meta.json"))
+    write_config(raw, config)
     with rollout_of(config) as rollout:
         evaluate(config, val_set, rollout, tokenizer, path)
-    write_config(raw, config)
     return path
 
 
