@@ -1,6 +1,6 @@
 """Does evaluation keep the engine busy? Its tokens/s against a bare vLLM run over the same prompts.
 
-    python scripts/bench/evaluation.py [--layers 8] [--width 512] [--questions 256] [--repeats 3]
+    python scripts/bench/evaluation.py [--layers 4] [--width 256] [--questions 512] [--seqs 64] [--repeats 3]
 
 A random model writes turns of 32 to 96 tokens: two searches, answered at once with passages from memory, and an answer.
 The bare run gets the context of every turn as a prompt of its own, all at once, and writes as many tokens: no turn
@@ -56,7 +56,7 @@ def write_questions(path: str, count: int) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def evaluate_once(folder: str, repeat: int, questions: int) -> tuple[float, list[dict[str, Any]]]:
+def evaluate_once(folder: str, repeat: int, questions: int, seqs: int) -> tuple[float, list[dict[str, Any]]]:
     """Seconds of an evaluation without the engine's start, and its records."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -71,6 +71,7 @@ def evaluate_once(folder: str, repeat: int, questions: int) -> tuple[float, list
         f"data.val_files={folder}/questions.parquet", f"data.train_files={folder}/questions.parquet",
         f"trainer.default_local_dir={folder}/run{repeat}", "actor_rollout_ref.rollout.load_format=auto",
         "actor_rollout_ref.rollout.val_kwargs.temperature=1", "data.max_prompt_length=1024",
+        f"actor_rollout_ref.rollout.max_num_seqs={seqs}",
     ]  # fmt: skip
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         raw: Any = OmegaConf.to_container(compose("grpo", settings), resolve=True)
@@ -99,53 +100,50 @@ def calls_of(records: list[dict[str, Any]]) -> list[tuple[list[int], int]]:
     return calls
 
 
-def bare(folder: str, repeats: int) -> None:
-    """Prints the seconds of every repeat over calls.json; in a process of its own."""
+def bare(folder: str, seqs: int) -> None:
+    """Prints the seconds over calls.json; in a process of its own."""
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
 
     calls = json.loads((Path(folder) / "calls.json").read_text())
     engine = LLM(
         folder, dtype="float32", enforce_eager=True, max_model_len=1024 + MAX_TURN_TOKENS, enable_prefix_caching=True,
-        max_num_seqs=256, max_num_batched_tokens=8192, kv_cache_memory_bytes=2**30, block_size=32,
+        max_num_seqs=seqs, max_num_batched_tokens=8192, kv_cache_memory_bytes=2**30, block_size=32,
         enable_chunked_prefill=False, disable_log_stats=True,
     )  # fmt: skip
     params = [SamplingParams(temperature=1, max_tokens=n, ignore_eos=True) for _, n in calls]
     prompts: Any = [{"prompt_token_ids": ids} for ids, _ in calls]
-    seconds = []
-    for _ in range(repeats):
-        engine.reset_prefix_cache()
-        began = time.perf_counter()
-        engine.generate(prompts, params, use_tqdm=False)
-        seconds.append(time.perf_counter() - began)
-    sys.stdout.write(f"\n{BARE} {json.dumps(seconds)}\n")
+    began = time.perf_counter()
+    engine.generate(prompts, params, use_tqdm=False)
+    sys.stdout.write(f"\n{BARE} {time.perf_counter() - began}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--questions", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--questions", type=int, default=512)
+    parser.add_argument("--seqs", type=int, default=64, help="largest batch of both engines (default: 64)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.bare:
-        return bare(args.bare, args.repeats)
+        return bare(args.bare, args.seqs)
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, args.layers, args.width)
         write_questions(f"{folder}/questions.parquet", args.questions)
         speeds: dict[str, list[float]] = {"evaluation": [], BARE: []}
         for repeat in range(args.repeats):
-            seconds, records = evaluate_once(folder, repeat, args.questions)
+            seconds, records = evaluate_once(folder, repeat, args.questions, args.seqs)
             calls = calls_of(records)
             tokens = sum(n for _, n in calls)
             speeds["evaluation"].append(tokens / seconds)
             (Path(folder) / "calls.json").write_text(json.dumps(calls))
-            command = [sys.executable, __file__, "--bare", folder, "--repeats", "1"]
+            command = [sys.executable, __file__, "--bare", folder, "--seqs", str(args.seqs)]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found = next(line for line in out.splitlines() if line.startswith(f"{BARE} "))
-            speeds[BARE].append(tokens / json.loads(found.removeprefix(f"{BARE} "))[0])
+            speeds[BARE].append(tokens / float(found.removeprefix(f"{BARE} ")))
     middle = {name: statistics.median(values) for name, values in speeds.items()}
     rounded = {name: [round(v) for v in values] for name, values in speeds.items()}
     sys.stdout.write(
