@@ -10,6 +10,7 @@ Shapes: B trajectories, P longest prompt, R longest response, T = P + R.
 | response_mask       | [B, R]  | int64   | agent loop | 1 = token that the policy sampled and is trained on |
 | rollout_log_probs   | [B, R]  | float32 | agent loop | log-prob under the distribution it was sampled from, else 0 |
 | policy_versions     | [B, R]  | int32   | agent loop | weight version that sampled the token, -1 elsewhere |
+| turns               | [B, R]  | int32   | agent loop | number of the policy's turn, from 0, -1 elsewhere |
 | token_level_scores  | [B, R]  | float32 | reward     | score on the last policy token, 0 elsewhere |
 | token_level_rewards | [B, R]  | float32 | advantage  | scores minus the KL penalty, where KL is in the reward |
 | old_log_probs       | [B, R]  | float32 | actor      | log-prob under the weights before the update |
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.agent import Trajectory
+from verl.agent import Source, Trajectory
 
 Index = slice | Sequence[int] | np.ndarray | torch.Tensor
 
@@ -155,6 +156,7 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
     response_mask = torch.zeros(size, response_len, dtype=torch.long)
     log_probs = torch.zeros(size, response_len)
     versions = torch.full((size, response_len), -1, dtype=torch.int32)
+    turns = torch.full((size, response_len), -1, dtype=torch.int32)
     scores = torch.zeros(size, response_len)
     for row, trajectory in enumerate(trajectories):
         start, ids = prompt_len - len(trajectory.prompt_ids), trajectory.response_ids
@@ -164,6 +166,7 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
         response_mask[row, : len(ids)] = torch.tensor(trajectory.response_mask)
         log_probs[row, : len(ids)] = torch.tensor(trajectory.rollout_log_probs)
         versions[row, : len(ids)] = torch.tensor([s.policy_version for s in trajectory.segments for _ in s.token_ids])
+        turns[row, : len(ids)] = torch.tensor(turn_numbers(trajectory), dtype=torch.int32)
         if not response_mask[row].any():
             raise ValueError(f"trajectory {row} has no token of the policy")
         scores[row, response_mask[row].nonzero()[-1]] = trajectory.reward["score"]
@@ -175,6 +178,18 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
             "response_mask": response_mask,
             "rollout_log_probs": log_probs,
             "policy_versions": versions,
+            "turns": turns,
             "token_level_scores": scores,
         }
     )
+
+
+def turn_numbers(trajectory: Trajectory) -> list[int]:
+    """For each response token the number of the policy's turn that wrote it, -1 for what others wrote."""
+    numbers: list[int] = []
+    turn = -1
+    for segment in trajectory.segments:
+        own = segment.source is Source.MODEL
+        turn += own
+        numbers += [turn if own else -1] * len(segment.token_ids)
+    return numbers

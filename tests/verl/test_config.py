@@ -116,3 +116,45 @@ def test_a_context_longer_than_the_model_is_refused_before_anything_starts(tmp_p
     assert context_problems(config(limit)) == []
     (problem,) = context_problems(config(limit + 1))
     assert str(limit + 1) in problem and "max_position_embeddings" in problem
+
+
+ACTOR = "actor_rollout_ref.actor"
+ONE_STEP = [f"{ACTOR}.ppo_mini_batch_size=240", "data.train_batch_size=48", "actor_rollout_ref.rollout.n=5"]
+ALONE = ["actor_rollout_ref.rollout.n=1", f"{ACTOR}.ppo_mini_batch_size=48"]
+REINFORCE = f"{ACTOR}.policy_loss.loss_mode=reinforce"
+NORM = [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_factor=300"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.adv_estimator=dr_grpo", *NORM], ["algorithm.adv_estimator=rloo"],
+        ["algorithm.adv_estimator=reinforce", REINFORCE, *ONE_STEP],
+        ["algorithm.adv_estimator=reinforce_plus_plus", *ALONE],
+        ["algorithm.adv_estimator=reinforce_plus_plus_baseline"], ["algorithm.adv_estimator=turn_level"],
+        [f"{ACTOR}.policy_loss.loss_mode=gspo", f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"],
+        [f"{ACTOR}.policy_loss.loss_mode=cispo", f"{ACTOR}.policy_loss.llds_coef=0.1"],
+    ],
+)  # fmt: skip
+def test_algorithms_are_one_switch_each(overrides):
+    config = validate(composed("grpo", *overrides))
+    assert not config.use_critic
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ([NORM[0]], "loss_scale_factor: name the divisor"),
+        (["algorithm.adv_estimator=dr_grpo"], "divides by lengths, which algorithm.adv_estimator=dr_grpo is to avoid"),
+        ([f"{ACTOR}.policy_loss.loss_mode=gspo"], "loss_mode=gspo is defined for seq-mean-token-mean"),
+        ([REINFORCE, *ONE_STEP, f"{ACTOR}.ppo_epochs=2"], "would take 2 optimizer steps"),
+        ([REINFORCE, f"{ACTOR}.ppo_mini_batch_size=80"], "would take 3 optimizer steps"),
+        (["algorithm.adv_estimator=rloo", *ALONE], "adv_estimator=rloo needs actor_rollout_ref.rollout.n >= 2"),
+        (["algorithm.adv_estimator=turn_level", f"{ACTOR}.state_masking=false"], "trains on tokens of no turn"),
+        (["algorithm.adv_estimator=gae", *NORM], "critic.loss_agg_mode=seq-mean-token-sum-norm has no divisor"),
+    ],
+)  # fmt: skip
+def test_combinations_that_would_be_something_else_are_refused(overrides, reason):
+    with pytest.raises(ConfigError) as caught:
+        validate(composed("grpo", *overrides))
+    assert reason in str(caught.value)

@@ -65,8 +65,12 @@ class KLControlConfig(Config):
 
 
 class AlgorithmConfig(Config):
-    adv_estimator: Literal["gae", "grpo"] = "gae"
-    """gae is PPO with a critic, grpo compares the trajectories of one prompt."""
+    adv_estimator: Literal[
+        "gae", "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_plus_plus", "reinforce_plus_plus_baseline",
+        "turn_level",
+    ] = "gae"  # fmt: skip
+    """gae is PPO with a critic. grpo, dr_grpo (no std), rloo, reinforce_plus_plus_baseline and turn_level compare the
+    trajectories of one prompt; reinforce and reinforce_plus_plus take the returns as they are, the latter whitened."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token of the policy."""
     lam: float = Field(default=1.0, ge=0, le=1)
@@ -155,6 +159,11 @@ class PPOConfig(Config):
         return self.algorithm.adv_estimator == "gae"
 
     @property
+    def compares(self) -> bool:
+        """Whether advantages come from comparing the trajectories of one prompt."""
+        return self.algorithm.adv_estimator not in ("gae", "reinforce", "reinforce_plus_plus")
+
+    @property
     def use_reference(self) -> bool:
         return self.actor_rollout_ref.actor.use_kl_loss or self.algorithm.use_kl_in_reward
 
@@ -226,8 +235,11 @@ def combination_problems(config: PPOConfig) -> list[str]:
             )
         if mini < processes:
             problems.append(f"{name}.ppo_mini_batch_size={mini} is less than the {processes} training processes")
-    if config.algorithm.adv_estimator == "grpo" and rollout.n < 2:
-        problems.append("algorithm.adv_estimator=grpo needs actor_rollout_ref.rollout.n >= 2: it compares trajectories")
+    if config.compares and rollout.n < 2:
+        problems.append(
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator} needs actor_rollout_ref.rollout.n >= 2: it "
+            "compares trajectories of one prompt"
+        )
     if rollout.temperature == 0:
         problems.append("actor_rollout_ref.rollout.temperature=0: training needs sampling")
     if processes % rollout.tensor_model_parallel_size:
@@ -239,7 +251,32 @@ def combination_problems(config: PPOConfig) -> list[str]:
         )
     if config.data.max_start_length > config.data.max_prompt_length:
         problems.append("data.max_start_length is more than data.max_prompt_length, which bounds every context")
-    return problems + endpoint_problems(config)
+    return problems + loss_problems(config) + endpoint_problems(config)
+
+
+def loss_problems(config: PPOConfig) -> list[str]:
+    """Losses that their aggregation, or the number of optimizer steps, makes something else."""
+    actor, estimator = config.actor_rollout_ref.actor, config.algorithm.adv_estimator
+    agg, mode, key = actor.loss_agg_mode, actor.policy_loss.loss_mode, "actor_rollout_ref.actor"
+    steps = config.num_mini_batches * actor.ppo_epochs
+    norm = "seq-mean-token-sum-norm"
+    found = {
+        f"{key}.loss_scale_factor: name the divisor of loss_agg_mode={norm}":
+            agg == norm and actor.loss_scale_factor is None,
+        f"critic.loss_agg_mode={norm} has no divisor: set it on its own, for instance to token-mean":
+            config.use_critic and config.critic.loss_agg_mode == norm,
+        f"{key}.loss_agg_mode={agg} divides by lengths, which algorithm.adv_estimator=dr_grpo is to avoid: use {norm} "
+        "(with loss_scale_factor) or token-sum":
+            estimator == "dr_grpo" and agg not in (norm, "token-sum"),
+        f"{key}.loss_agg_mode={agg}: policy_loss.loss_mode=gspo is defined for seq-mean-token-mean":
+            mode == "gspo" and agg != "seq-mean-token-mean",
+        f"{key}.policy_loss.loss_mode=reinforce has no trust region and would take {steps} optimizer steps on one "
+        "rollout batch: set ppo_mini_batch_size to train_batch_size * rollout.n, and ppo_epochs to 1":
+            mode == "reinforce" and steps > 1,
+        f"{key}.state_masking=false trains on tokens of no turn, which adv_estimator=turn_level cannot credit":
+            estimator == "turn_level" and not actor.state_masking,
+    }  # fmt: skip
+    return [problem for problem, holds in found.items() if holds]
 
 
 def endpoint_problems(config: PPOConfig) -> list[str]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.worker import Worker
-from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty
+from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
 from verl.utils.checkpoint import load_state, save_pretrained, save_state
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
 from verl.workers.fsdp_model import (
@@ -27,12 +27,14 @@ from verl.workers.update import Counts, Metrics, map_micro_batches, update_mini_
 def policy_loss(
     config: ActorConfig, log_probs: torch.Tensor, entropy: torch.Tensor, rows: DataProto, counts: Counts
 ) -> tuple[torch.Tensor, Metrics]:
-    """Clipped policy loss, minus the entropy bonus, plus the KL to the reference where it is in the loss.
+    """Policy loss, minus the entropy bonus, plus the KL to the reference and the loss of likelihood where configured.
 
     log_probs, entropy: [b, R]. Returns this micro-batch's share of the loss and of each metric.
     """
     batch, mask = rows.batch, rows.batch["response_mask"]
-    shares = {"num_tokens": counts.num_tokens, "num_seqs": counts.num_seqs}
+    shares: dict[str, Any] = {
+        "num_tokens": counts.num_tokens, "num_seqs": counts.num_seqs, "loss_scale_factor": config.loss_scale_factor
+    }  # fmt: skip
     loss, metrics = compute_policy_loss(
         old_log_prob=batch["old_log_probs"],
         log_prob=log_probs,
@@ -43,6 +45,7 @@ def policy_loss(
         cliprange_high=config.clip_ratio_high,
         clip_ratio_c=config.clip_ratio_c,
         loss_agg_mode=config.loss_agg_mode,
+        loss_mode=config.policy_loss.loss_mode,
         **shares,
     )
     metrics["pg_loss"] = loss.detach()
@@ -55,6 +58,11 @@ def policy_loss(
         kl_loss = agg_loss(divergence, mask, config.loss_agg_mode, **shares)
         metrics["kl_loss"] = kl_loss.detach()
         loss = loss + config.kl_loss_coef * kl_loss
+    if config.policy_loss.llds_coef:
+        lost = likelihood_losses(batch["old_log_probs"], log_probs, batch["advantages"], mask)
+        likelihood_loss = agg_loss(lost, mask, config.loss_agg_mode, **shares)
+        metrics["likelihood_loss"] = likelihood_loss.detach()
+        loss = loss + config.policy_loss.llds_coef * likelihood_loss
     return loss, metrics
 
 

@@ -11,7 +11,7 @@ from verl.utils.config import Config
 from verl.utils.endpoint import EndpointConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 KLPenalty = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 
 
@@ -54,7 +54,15 @@ class FSDPConfig(Config):
     """Dtype of the computation; gradients are always reduced in float32."""
 
 
+class PolicyLossConfig(Config):
+    loss_mode: Literal["vanilla", "gspo", "cispo", "reinforce"] = "vanilla"
+    """vanilla is PPO's clip; gspo clips whole sequences (2507.18071), cispo the weight of REINFORCE (2506.13585)."""
+    llds_coef: NonNegativeFloat = 0.0
+    """Weight of the likelihood-preserving regulariser of LLDS (2512.04220), .1 to .2 there."""
+
+
 class ActorConfig(Config):
+    policy_loss: PolicyLossConfig = PolicyLossConfig()
     ppo_mini_batch_size: PositiveInt = 256
     """Trajectories per optimizer step."""
     ppo_micro_batch_size_per_gpu: PositiveInt = 8
@@ -71,6 +79,8 @@ class ActorConfig(Config):
     """Dual-clip bound for negative advantages (arXiv 1912.09729)."""
     loss_agg_mode: LossAggMode = "token-mean"
     """token-mean is what the original's code does; seq-mean-token-mean is the paper's printed formula."""
+    loss_scale_factor: PositiveFloat | None = None
+    """Constant divisor of loss_agg_mode=seq-mean-token-sum-norm (Dr. GRPO): most tokens that a policy may write."""
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus. The original's default is 0.001."""
     use_kl_loss: bool = False

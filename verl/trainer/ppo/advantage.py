@@ -5,10 +5,16 @@ import torch
 from verl.protocol import DataProto
 from verl.trainer.config import AlgorithmConfig
 from verl.trainer.ppo.core_algos import (
-    ADVANTAGE_ESTIMATORS,
     AdaptiveKLController,
     FixedKLController,
+    compute_gae_advantage_return,
+    compute_grpo_outcome_advantage,
+    compute_reinforce_advantage,
+    compute_reinforce_plus_plus_baseline_outcome_advantage,
+    compute_reinforce_plus_plus_outcome_advantage,
     compute_rewards,
+    compute_rloo_outcome_advantage,
+    compute_turn_level_advantage,
     kl_penalty,
 )
 from verl.utils.torch_functional import masked_mean
@@ -39,22 +45,34 @@ def apply_kl_penalty(
     return data.with_tensors(token_level_rewards=rewards), {"critic/kl": kl, "critic/kl_coeff": beta}
 
 
+def estimate(data: DataProto, config: AlgorithmConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages and returns [B, R] by `adv_estimator`."""
+    batch = data.batch
+    rewards, mask = batch["token_level_rewards"], batch["response_mask"]
+    if config.adv_estimator == "gae":
+        return compute_gae_advantage_return(rewards, batch["values"], mask, config.gamma, config.lam)
+    index = data.non_tensor_batch["uid"]
+    match config.adv_estimator:
+        case "grpo":
+            by_std = config.norm_adv_by_std_in_grpo
+            return compute_grpo_outcome_advantage(rewards, mask, index, norm_adv_by_std_in_grpo=by_std)
+        case "dr_grpo":
+            return compute_grpo_outcome_advantage(rewards, mask, index, norm_adv_by_std_in_grpo=False)
+        case "rloo":
+            return compute_rloo_outcome_advantage(rewards, mask, index)
+        case "reinforce":
+            return compute_reinforce_advantage(rewards, mask, config.gamma)
+        case "reinforce_plus_plus":
+            return compute_reinforce_plus_plus_outcome_advantage(rewards, mask, config.gamma)
+        case "reinforce_plus_plus_baseline":
+            return compute_reinforce_plus_plus_baseline_outcome_advantage(rewards, mask, index)
+        case "turn_level":
+            return compute_turn_level_advantage(rewards, mask, index, batch["turns"])
+
+
 def compute_advantage(data: DataProto, config: AlgorithmConfig) -> tuple[DataProto, dict[str, float]]:
     """`advantages` and `returns` of the batch, and the share of trajectories that teach anything."""
-    batch = data.batch
-    estimator = ADVANTAGE_ESTIMATORS[config.adv_estimator]
-    if config.adv_estimator == "gae":
-        result = estimator(
-            batch["token_level_rewards"], batch["values"], batch["response_mask"], config.gamma, config.lam
-        )
-    else:
-        result = estimator(
-            batch["token_level_rewards"],
-            batch["response_mask"],
-            data.non_tensor_batch["uid"],
-            norm_adv_by_std_in_grpo=config.norm_adv_by_std_in_grpo,
-        )
-    advantages, returns = result
+    advantages, returns = estimate(data, config)
     nonzero = (advantages.abs().amax(1) > 0).float().mean()
     shares = {"critic/advantages/nonzero_share": float(nonzero)}
     return data.with_tensors(advantages=advantages, returns=returns.to(torch.float32)), shares

@@ -101,7 +101,7 @@ class RayPPOTrainer:
                 seed=config.trainer.seed + 1_000_000 * self.step,
             )
         check_failures(results, config.trainer.max_failed_share)
-        min_group = 2 if config.algorithm.adv_estimator == "grpo" else 1
+        min_group = 2 if config.compares else 1
         jobs, trajectories, dropped = surviving(jobs, results, min_group)
         if hasattr(self.reward, "score_groups"):
             self.reward.score_groups(groups_of(jobs, trajectories))

@@ -1,0 +1,238 @@
+"""Estimators and losses beside PPO's and GRPO's: against twins in loops over plain floats, by hand, by enumeration."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.verl.test_core_algos import JUNK, masks, normal, with_junk
+from verl.trainer.ppo.core_algos import (
+    POLICY_LOSSES,
+    agg_loss,
+    compute_policy_loss,
+    compute_reinforce_advantage,
+    compute_reinforce_plus_plus_baseline_outcome_advantage,
+    compute_reinforce_plus_plus_outcome_advantage,
+    compute_rloo_outcome_advantage,
+    compute_turn_level_advantage,
+    likelihood_losses,
+)
+
+SIDES = {"cliprange_low": 0.2, "cliprange_high": 0.3}
+
+
+def lists(mask, *tensors):
+    """Rows of plain floats where the mask is on."""
+    return [
+        [[x for x, m in zip(row, bits, strict=True) if m] for row, bits in zip(t.tolist(), mask.tolist(), strict=True)]
+        for t in tensors
+    ]
+
+
+def spread(mask, rows):
+    """The inverse of `lists`: rows of floats back at the unmasked places."""
+    out = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, (bits, values) in enumerate(zip(mask.tolist(), rows, strict=True)):
+        for at, value in zip([t for t, m in enumerate(bits) if m], values, strict=True):
+            out[row, at] = value
+    return out
+
+
+def whitened(rows):
+    flat = [x for row in rows for x in row]
+    mean = sum(flat) / len(flat)
+    variance = sum((x - mean) ** 2 for x in flat) / max(1, len(flat) - 1)
+    return [[(x - mean) / math.sqrt(variance + 1e-8) for x in row] for row in rows]
+
+
+@st.composite
+def groups(draw):
+    mask = draw(masks(max_rows=8))
+    index = draw(st.lists(st.sampled_from("wxyz"), min_size=len(mask), max_size=len(mask)))
+    return mask, np.array(index, dtype=object)
+
+
+def others(index, row):
+    return [j for j, name in enumerate(index) if name == index[row] and j != row]
+
+
+@given(groups(), st.integers(0, 99), st.sampled_from(JUNK))
+@settings(max_examples=60, deadline=None)
+def test_outcome_estimators_twin(case, seed, junk):
+    mask, index = case
+    rewards = normal(mask, seed)
+    (rows,) = lists(mask, rewards)
+    totals = [sum(row) for row in rows]
+    rloo, centred = [], []
+    for i, total in enumerate(totals):
+        rest = [totals[j] for j in others(index, i)]
+        rloo.append(total - sum(rest) / len(rest) if rest else total)
+        group = [*rest, total]
+        centred.append(total - sum(group) / len(group) if rest else total)
+    dirty = with_junk(rewards, mask, junk)
+    expected = spread(mask, [[a] * len(row) for a, row in zip(rloo, rows, strict=True)])
+    torch.testing.assert_close(compute_rloo_outcome_advantage(dirty, mask, index)[0], expected, atol=1e-9, rtol=0)
+    expected = spread(mask, whitened([[a] * len(row) for a, row in zip(centred, rows, strict=True)]))
+    found, _ = compute_reinforce_plus_plus_baseline_outcome_advantage(dirty, mask, index)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@given(masks(), st.integers(0, 99), st.floats(0, 1), st.sampled_from(JUNK))
+@settings(max_examples=60, deadline=None)
+def test_returns_twin(mask, seed, gamma, junk):
+    rewards = normal(mask, seed)
+    (rows,) = lists(mask, rewards)
+    returns = [[sum(gamma ** (k - t) * row[k] for k in range(t, len(row))) for t in range(len(row))] for row in rows]
+    dirty = with_junk(rewards, mask, junk)
+    advantages, found = compute_reinforce_advantage(dirty, mask, gamma)
+    torch.testing.assert_close(found, spread(mask, returns), atol=1e-9, rtol=0)
+    assert torch.equal(advantages, found)
+    advantages, again = compute_reinforce_plus_plus_outcome_advantage(dirty, mask, gamma)
+    assert torch.equal(again, found)
+    torch.testing.assert_close(advantages, spread(mask, whitened(returns)), atol=1e-6, rtol=1e-6)
+
+
+def test_equal_scores_give_no_advantage():
+    rewards, mask, index = torch.full((3, 1), 0.9), torch.ones(3, 1), np.zeros(3, dtype=int)
+    assert (compute_rloo_outcome_advantage(rewards, mask, index)[0] == 0).all()
+    assert (compute_reinforce_plus_plus_baseline_outcome_advantage(rewards, mask, index)[0] == 0).all()
+    assert (compute_turn_level_advantage(rewards, mask, index, torch.zeros(3, 1))[0] == 0).all()
+
+
+def test_turn_level_by_hand():
+    # one group of three: a earns 1 in turn 0 and 2 in turn 1; b only turn 0, 4; c 0 and 3. An observation in between.
+    rewards = torch.tensor([[1.0, 9.0, 2.0], [4.0, 9.0, 0.0], [0.0, 9.0, 3.0]])
+    mask = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 0, 1]])
+    turns = torch.tensor([[0, -1, 1], [0, -1, -1], [0, -1, 1]])
+    advantages, returns = compute_turn_level_advantage(rewards, mask, np.zeros(3, dtype=int), turns)
+    assert returns.tolist() == [[3.0, 0.0, 2.0], [4.0, 0.0, 0.0], [3.0, 0.0, 3.0]]
+    # turn 0: 3 - (4 + 3) / 2, 4 - 3, 3 - 3.5; turn 1: of a against c alone, and the reverse
+    assert advantages.tolist() == [[-0.5, 0.0, -1.0], [1.0, 0.0, 0.0], [-0.5, 0.0, 1.0]]
+    alone, _ = compute_turn_level_advantage(rewards[:2], mask[:2], np.zeros(2, dtype=int), turns[:2])
+    assert alone[0, 2].item() == 2 - 4, "no other row has a turn 1: against all that the others earned"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_turn_level_credit_is_unbiased_when_the_policy_decides_to_stop(size):
+    """All outcomes of a group, weighted by their probability: the mean estimate is the gradient of the expected reward.
+
+    Turn 0 goes on with probability p (reward .3 for stopping); turn 1 is right with probability q (reward 1).
+    """
+    p, q, stop = 0.6, 0.25, 0.3
+    outcomes = {"stop": (1 - p, stop), "right": (p * q, 1.0), "wrong": (p * (1 - q), 0.0)}
+    true = {"p": q - stop, "q": p}  # of J = (1 - p) stop + p q
+    score = {  # d log-probability of turn 0 by p, of turn 1 by q
+        "stop": (-1 / (1 - p), 0.0), "right": (1 / p, 1 / q), "wrong": (1 / p, -1 / (1 - q)),
+    }  # fmt: skip
+    found = {"p": 0.0, "q": 0.0}
+    for group in product(outcomes, repeat=size):
+        mask = torch.tensor([[1, int(o != "stop")] for o in group])
+        turns = torch.where(mask.bool(), torch.tensor([0, 1]), -1)
+        rewards = torch.zeros(size, 2, dtype=torch.float64)
+        for row, outcome in enumerate(group):
+            rewards[row, int(outcome != "stop")] = outcomes[outcome][1]
+        advantages, _ = compute_turn_level_advantage(rewards, mask, np.zeros(size, dtype=int), turns)
+        weight = math.prod(outcomes[o][0] for o in group)
+        for row, outcome in enumerate(group):
+            found["p"] += weight * advantages[row, 0].item() * score[outcome][0] / size
+            found["q"] += weight * advantages[row, 1].item() * score[outcome][1] / size
+    assert found == pytest.approx(true, abs=1e-12)
+
+
+def twin_loss(mode, ratios, log_probs, advantages, low, high):
+    """Loss of each token of one sequence."""
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
+    losses = []
+    for ratio, log_prob, a in zip(ratios, log_probs, advantages, strict=True):
+        used = mean if mode == "gspo" else ratio
+        held = min(max(used, 1 - low), 1 + high)
+        if mode == "reinforce":
+            losses.append(-a * log_prob)
+        elif mode == "cispo":
+            losses.append(-held * a * log_prob)
+        else:
+            clipped = max(-a * used, -a * held)
+            losses.append(min(clipped, -3 * a) if mode == "vanilla" and a < 0 else clipped)
+    return losses
+
+
+@pytest.mark.parametrize("mode", POLICY_LOSSES)
+@given(mask=masks(), seed=st.integers(0, 99), junk=st.sampled_from(JUNK))
+@settings(max_examples=40, deadline=None)
+def test_policy_losses_twin(mode, mask, seed, junk):
+    old, advantages, weights = normal(mask, seed) - 2, normal(mask, seed + 1), normal(mask, seed + 2).exp()
+    new = old + 0.5 * normal(mask, seed + 3)
+    rows = lists(mask, (new - old).exp(), new, advantages)
+    losses = [twin_loss(mode, *row, 0.2, 0.3) for row in zip(*rows, strict=True)]
+    dirty = [with_junk(x, mask, junk) for x in (old, new, advantages)]
+    agg = {"loss_agg_mode": "token-mean", "loss_mode": mode, **SIDES}
+    found, _ = compute_policy_loss(*dirty, mask, **agg)
+    expected = agg_loss(spread(mask, losses), mask, "token-mean")
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    found, _ = compute_policy_loss(*dirty, mask, rollout_is_weights=with_junk(weights, mask, junk), **agg)
+    expected = agg_loss(spread(mask, losses) * weights, mask, "token-mean")
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mode", POLICY_LOSSES)
+def test_extreme_and_masked_tokens_bring_no_nan(mode, dtype):
+    old = torch.tensor([[-1e4, -1.0, math.nan], [-1.0, -1e4, -math.inf]], dtype=dtype)
+    new = torch.tensor([[-1.0, -1e4, 0.0], [-1e4, -1.0, math.inf]], dtype=dtype, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    advantages = torch.tensor([[1.0, -1.0, math.nan], [-1.0, 1.0, 1.0]], dtype=dtype)
+    loss, metrics = compute_policy_loss(old, new, advantages, mask, loss_mode=mode, **SIDES)
+    loss = loss + 0.1 * likelihood_losses(old, new, advantages, mask).sum()
+    loss.backward()
+    assert loss.isfinite() and new.grad.isfinite().all() and (new.grad[:, 2] == 0).all()
+    assert all(value.isfinite() for value in metrics.values())
+
+
+def test_what_a_clip_holds_still_learns_with_cispo_only():
+    old, mask = torch.zeros(1, 1), torch.ones(1, 1)
+    slopes = {}
+    for mode in POLICY_LOSSES:
+        new = torch.full((1, 1), 1.0, requires_grad=True)  # ratio e, far above 1.3
+        compute_policy_loss(old, new, torch.ones(1, 1), mask, loss_mode=mode, **SIDES)[0].backward()
+        slopes[mode] = new.grad.item()
+    assert slopes == pytest.approx({"vanilla": 0.0, "gspo": 0.0, "cispo": -1.3, "reinforce": -1.0})
+
+
+def test_gspo_gives_every_token_of_a_sequence_the_same_gradient():
+    old = torch.zeros(1, 3, dtype=torch.float64)
+    new = torch.tensor([[0.1, -0.2, 0.15]], dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(1, 3)
+    loss, _ = compute_policy_loss(
+        old, new, torch.ones(1, 3), mask, loss_mode="gspo", loss_agg_mode="seq-mean-token-mean", **SIDES
+    )
+    loss.backward()
+    ratio = math.exp(0.05 / 3)  # the gradient of the sequence's ratio by a token is ratio / 3
+    torch.testing.assert_close(new.grad, torch.full((1, 3), -ratio / 3, dtype=torch.float64))
+
+
+def test_likelihood_regulariser_by_hand():
+    old = torch.zeros(4, 2)
+    new = torch.tensor([[-0.5, 0.2], [0.5, -0.2], [-0.5, -0.5], [-0.5, 9.0]])
+    advantages = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0]])
+    # the second response gained as a whole, the third was bad; of the others the tokens that lost
+    expected = torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.0, 0.0], [0.5, 0.0]])
+    torch.testing.assert_close(likelihood_losses(old, new, advantages, mask), expected)
+
+
+@given(masks(), st.integers(0, 99), st.sampled_from(JUNK))
+@settings(max_examples=40, deadline=None)
+def test_constant_divisors(mask, seed, junk):
+    x = normal(mask, seed)
+    (rows,) = lists(mask, x)
+    dirty, kept = with_junk(x, mask, junk), [row for row in rows if row]
+    total = math.fsum(map(math.fsum, kept))
+    assert agg_loss(dirty, mask, "token-sum").item() == pytest.approx(total, abs=1e-9)
+    norm = agg_loss(dirty, mask, "seq-mean-token-sum-norm", loss_scale_factor=7.0).item()
+    assert norm == pytest.approx(total / len(kept) / 7, abs=1e-9)
+    with pytest.raises(ValueError, match="needs loss_scale_factor"):
+        agg_loss(dirty, mask, "seq-mean-token-sum-norm")

@@ -1,0 +1,55 @@
+"""The mathematics of PPO and GRPO: tensors and floats in, tensors out.
+
+Shapes: B trajectories, R response tokens. `response_mask` [B, R] is non-zero on the tokens that the policy sampled; on
+every other position (observations, forced tokens, padding) inputs may hold anything, NaN included: they change neither
+a result nor a gradient, and results are 0 there.
+
+Losses are *additive*: they are sums over a micro-batch divided by the token and sequence counts of the whole mini-batch
+(`num_tokens`, `num_seqs`: over all micro-batches and ranks; None: this batch is all there is). So are the metrics that
+come with them, always per token. Summed over micro-batches and ranks both are the figures of the mini-batch, and the
+gradient does not depend on how it was cut.
+"""
+
+from verl.trainer.ppo.core_algos.advantages import (
+    compute_gae_advantage_return,
+    compute_grpo_outcome_advantage,
+    compute_reinforce_advantage,
+    compute_reinforce_plus_plus_baseline_outcome_advantage,
+    compute_reinforce_plus_plus_outcome_advantage,
+    compute_rloo_outcome_advantage,
+    compute_turn_level_advantage,
+)
+from verl.trainer.ppo.core_algos.kl import (
+    AdaptiveKLController,
+    FixedKLController,
+    compute_rewards,
+    kl_penalty,
+)
+from verl.trainer.ppo.core_algos.losses import (
+    POLICY_LOSSES,
+    agg_loss,
+    compute_entropy_loss,
+    compute_policy_loss,
+    compute_value_loss,
+    likelihood_losses,
+)
+
+__all__ = [
+    "POLICY_LOSSES",
+    "AdaptiveKLController",
+    "FixedKLController",
+    "agg_loss",
+    "compute_entropy_loss",
+    "compute_gae_advantage_return",
+    "compute_grpo_outcome_advantage",
+    "compute_policy_loss",
+    "compute_reinforce_advantage",
+    "compute_reinforce_plus_plus_baseline_outcome_advantage",
+    "compute_reinforce_plus_plus_outcome_advantage",
+    "compute_rewards",
+    "compute_rloo_outcome_advantage",
+    "compute_turn_level_advantage",
+    "compute_value_loss",
+    "kl_penalty",
+    "likelihood_losses",
+]
