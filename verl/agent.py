@@ -78,6 +78,10 @@ class Trajectory:
     info: dict[str, Any] = field(default_factory=dict)
     context_violations: int = 0
     """Engine calls whose context was not a prefix of this trajectory."""
+    truncated: bool = False
+    """A turn was cut at its token limit, or the context was full: the policy did not end it."""
+    void_turns: int = 0
+    """Turns that neither acted nor answered, as the agent loop counts them."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -104,6 +108,7 @@ class Trajectory:
     def add_completion(self, completion: Completion, **info: Any) -> None:
         """Append what the engine sampled, checking that it was given exactly this trajectory so far."""
         self.context_violations += completion.context_digest != context_digest(self.token_ids)
+        self.truncated |= completion.finish_reason == "length"
         self.segments.append(
             Segment(Source.MODEL, completion.token_ids, completion.log_probs, completion.policy_version, info)
         )

@@ -17,6 +17,8 @@ Shapes: B trajectories, P longest prompt, R longest response, T = P + R.
 | ref_log_prob        | [B, R]  | float32 | reference  | log-prob under the initial weights |
 | values              | [B, R]  | float32 | critic     | value of the state in which the token was chosen |
 | advantages, returns | [B, R]  | float32 | advantage  | see core_algos |
+| truncated           | [B]     | bool    | agent loop | cut off by a token limit |
+| void_turns          | [B]     | int64   | agent loop | turns that neither acted nor answered |
 | mini_batch          | [B]     | int64   | trainer    | optimizer step of this batch that the row belongs to |
 | uid                 | [B]     | object  | trainer    | group of the row: one uuid per prompt |
 | data_source         | [B]     | object  | data       | name of the question set |
@@ -180,6 +182,8 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
             "policy_versions": versions,
             "turns": turns,
             "token_level_scores": scores,
+            "truncated": torch.tensor([t.truncated for t in trajectories]),
+            "void_turns": torch.tensor([t.void_turns for t in trajectories]),
         }
     )
 

@@ -125,7 +125,7 @@ class SearchAgentLoop:
     async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:
         """One generation and what answers it; sets `stop_reason` when it was the last."""
         if len(trajectory.token_ids) > self.config.max_prompt_length:
-            trajectory.stop_reason = "context"
+            trajectory.stop_reason, trajectory.truncated = "context", True
             return
         stop = [self.dialect.stop] * (self.max_searches > 0) + [ANSWER_END] * self.config.stop_at_answer
         completion = await generate(trajectory.token_ids, max_tokens=self.config.max_response_length, stop=stop)
@@ -133,6 +133,7 @@ class SearchAgentLoop:
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         action, end = parse_action(text, self.dialect.search)
         trajectory.add_completion(completion, turn=stats["turns"], finish_reason=completion.finish_reason)
+        trajectory.void_turns += isinstance(action, Invalid)
         if text[end:]:
             stats["overruns"].append(text[end:])
         if not completion.token_ids:

@@ -82,3 +82,33 @@ def test_a_task_without_search_trains_through_the_library_alone(tmp_path, model)
     status, output = train("toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)])
     assert status == 0, output[-3000:]
     assert metrics(tmp_path)[1]["toy/count"] == 12
+
+
+ACTOR = "actor_rollout_ref__actor"
+VARIANTS = {
+    "rloo, CISPO, likelihood kept, dynamic sampling, filters": {
+        "algorithm__adv_estimator": "rloo",
+        f"{ACTOR}__policy_loss__loss_mode": "cispo",
+        f"{ACTOR}__policy_loss__llds_coef": 0.1,
+        "algorithm__filter_groups__enable": "true",
+        "algorithm__filter_groups__max_num_gen_batches": 3,
+        "algorithm__loss_filters": "[zero_variance]",
+    },
+    "turn-level credit, GSPO": {
+        "algorithm__adv_estimator": "turn_level",
+        f"{ACTOR}__policy_loss__loss_mode": "gspo",
+        f"{ACTOR}__loss_agg_mode": "seq-mean-token-mean",
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_algorithms_train(tmp_path, model, retriever, reward, variant):
+    shared = {"retriever__url": retriever, "custom_reward_function__path": reward, "trainer__total_training_steps": 1}
+    status, output = train("grpo", arguments(tmp_path, model, **shared, **VARIANTS[variant]))
+    assert status == 0, output[-3000:]
+    line = metrics(tmp_path)[-1]
+    assert line["actor/optimizer_steps"] == 2 and line["rollout/context_violations"] == 0
+    if "dynamic" in variant:
+        assert 1 <= line["training/num_gen_batches"] <= 3 and line["rollout/filtered/zero_variance"] == 0
+        assert line["actor/likelihood_loss"] >= 0

@@ -64,6 +64,20 @@ class KLControlConfig(Config):
     """What the adaptive coefficient aims at."""
 
 
+class FilterGroupsConfig(Config):
+    """Dynamic sampling (DAPO, arXiv 2503.14476): groups whose trajectories all score the same are replaced."""
+
+    enable: bool = False
+    """Roll out further prompts until data.train_batch_size groups differ within."""
+    metric: str = "score"
+    """Which entry of the reward must differ."""
+    max_num_gen_batches: PositiveInt = 10
+    """Rollout batches per training step at most; then the step trains on what there is."""
+
+
+LossFilter = Literal["zero_variance", "void_turn", "truncated"]
+
+
 class AlgorithmConfig(Config):
     adv_estimator: Literal[
         "gae", "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_plus_plus", "reinforce_plus_plus_baseline",
@@ -77,6 +91,10 @@ class AlgorithmConfig(Config):
     """GAE lambda."""
     norm_adv_by_std_in_grpo: bool = True
     """Divide by the group's standard deviation; false is Dr. GRPO's numerator."""
+    filter_groups: FilterGroupsConfig = FilterGroupsConfig()
+    loss_filters: list[LossFilter] = []
+    """Trajectories left out of the policy loss, after their group's advantages were computed: of groups that all
+    score the same; with a turn that neither acts nor answers (SimpleTIR, arXiv 2509.02479); cut off by a limit."""
     use_kl_in_reward: bool = False
     """Subtract the KL to the reference from the rewards (PPO)."""
     kl_penalty: KLPenalty = "kl"

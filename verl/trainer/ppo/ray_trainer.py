@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from verl.agent import Trajectory
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
@@ -18,6 +20,7 @@ from verl.trainer.ppo.batching import (
     rollout_metrics,
     surviving,
 )
+from verl.trainer.ppo.filters import differing_groups, filter_loss, first_groups
 from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics
 from verl.trainer.ppo.records import trajectory_records
 from verl.trainer.ppo.rollout import RolloutManager
@@ -25,10 +28,15 @@ from verl.trainer.ppo.validation import validate
 from verl.utils.checkpoint import find_latest, mark_complete
 from verl.utils.dataset import ResumableSampler, RLHFDataset
 from verl.utils.tracking import Timers, Tracking
+from verl.workers.rollout.agent_worker import Job
 
 
 class TrainingDiverged(RuntimeError):
     """Losses or gradients stayed non-finite for too many training steps in a row."""
+
+
+class NothingToLearn(RuntimeError):
+    """A training step is left without a trajectory."""
 
 
 class RayPPOTrainer:
@@ -72,7 +80,7 @@ class RayPPOTrainer:
         while self.step < total:
             self.step += 1
             with self.timers("step"):
-                batch = self.generate(next(batches))
+                batch = self.generate(batches)
                 self.rollout.sleep()
                 batch = self.old_log_prob(batch)
                 batch = self.ref_log_prob(batch)
@@ -90,23 +98,31 @@ class RayPPOTrainer:
     def is_due(self, frequency: int, total: int) -> bool:
         return self.step == total or (frequency > 0 and self.step % frequency == 0)
 
-    def generate(self, rows: list[int]) -> DataProto:
-        """Rolls out and scores a batch of prompts, and drops what cannot be trained on."""
-        config, rollout = self.config, self.config.actor_rollout_ref.rollout
+    def generate(self, batches: Iterator[list[int]]) -> DataProto:
+        """Rolls out and scores a batch of prompts, and drops what cannot be trained on.
+
+        With `algorithm.filter_groups` further batches are drawn until enough groups teach something.
+        """
+        config, filters = self.config, self.config.algorithm.filter_groups
+        jobs: list[Job] = []
+        trajectories: list[Trajectory] = []
+        drawn: list[Trajectory] = []
         with self.timers("gen"):
-            jobs, results = self.rollout.generate(
-                [self.train_set.rows[i] for i in rows],
-                [self.train_set.prompt_ids[i] for i in rows],
-                rollout,
-                seed=config.trainer.seed + 1_000_000 * self.step,
+            for count in range(1, (filters.max_num_gen_batches if filters.enable else 1) + 1):
+                more = self.roll_out(next(batches), count)
+                drawn += more[1]
+                more = differing_groups(*more, filters.metric) if filters.enable else more
+                jobs, trajectories = jobs + more[0], trajectories + more[1]
+                self.metrics["training/num_gen_batches"] = float(count)
+                if len({job.uid for job in jobs}) >= config.data.train_batch_size:
+                    break
+        jobs, trajectories = first_groups(jobs, trajectories, config.data.train_batch_size)
+        if not trajectories:
+            raise NothingToLearn(
+                f"none of {len(drawn)} trajectories is in a group that differs in {filters.metric} "
+                "(algorithm.filter_groups), so nothing can be learned: try easier questions, or a denser reward"
             )
-        check_failures(results, config.trainer.max_failed_share)
-        min_group = 2 if config.compares else 1
-        jobs, trajectories, dropped = surviving(jobs, results, min_group)
-        if hasattr(self.reward, "score_groups"):
-            self.reward.score_groups(groups_of(jobs, trajectories))
-        self.metrics |= failure_metrics(results) | dropped | rollout_metrics(trajectories)
-        self.metrics |= self.agent.reduce_metrics(trajectories)
+        self.metrics |= rollout_metrics(drawn) | self.agent.reduce_metrics(drawn)
         if config.trainer.rollout_data_freq > 0 and self.step % config.trainer.rollout_data_freq == 0:
             self.tracking.log_trajectories("train", trajectory_records(jobs, trajectories, self.tokenizer), self.step)
         return build_batch(
@@ -117,6 +133,22 @@ class RayPPOTrainer:
             world_size=self.world_size,
             state_masking=config.actor_rollout_ref.actor.state_masking,
         )
+
+    def roll_out(self, rows: list[int], number: int) -> tuple[list[Job], list[Trajectory]]:
+        """The `number`th rollout of this step: the trajectories of some prompts, those that failed left out."""
+        config, rollout = self.config, self.config.actor_rollout_ref.rollout
+        jobs, results = self.rollout.generate(
+            [self.train_set.rows[i] for i in rows],
+            [self.train_set.prompt_ids[i] for i in rows],
+            rollout,
+            seed=config.trainer.seed + 1_000_000 * self.step + 500_000_000 * (number - 1),
+        )
+        check_failures(results, config.trainer.max_failed_share)
+        jobs, trajectories, dropped = surviving(jobs, results, min_group=2 if config.compares else 1)
+        if hasattr(self.reward, "score_groups"):
+            self.reward.score_groups(groups_of(jobs, trajectories))
+        self.metrics |= failure_metrics(results) | dropped
+        return jobs, trajectories
 
     def old_log_prob(self, batch: DataProto) -> DataProto:
         with self.timers("old_log_prob"):
@@ -151,6 +183,11 @@ class RayPPOTrainer:
 
     def update_actor(self, batch: DataProto) -> None:
         if self.step <= self.config.trainer.critic_warmup:
+            return
+        batch, shares = filter_loss(batch, self.config.algorithm.loss_filters)
+        self.metrics |= shares
+        if not batch.batch["response_mask"].any():
+            self.tracking.message(f"step {self.step}: algorithm.loss_filters left nothing to train on")
             return
         with self.timers("update_actor"):
             metrics = self.roles["actor"].update_actor(batch)

@@ -1,0 +1,60 @@
+"""What a step trains on: groups that differ, and rows that no filter takes."""
+
+import numpy as np
+import pytest
+import torch
+
+from verl.agent import Completion, Segment, Source, Trajectory, context_digest
+from verl.protocol import DataProto, collate_trajectories
+from verl.trainer.ppo.filters import differing_groups, filter_loss, first_groups
+from verl.workers.rollout.agent_worker import Job
+
+
+def rolled(scores):
+    """Jobs and trajectories of groups with these scores."""
+    jobs = [Job(uid, f"{uid}{i}", {}, [1]) for uid, values in scores.items() for i in range(len(values))]
+    trajectories = [
+        Trajectory([1], reward={"score": v, "em": float(v > 0)}) for values in scores.values() for v in values
+    ]
+    return jobs, trajectories
+
+
+def test_groups_that_all_score_the_same_are_dropped():
+    jobs, trajectories = rolled({"a": [1.0, 0.0], "b": [0.0, 0.0], "c": [0.2, 0.4], "d": [1.0]})
+    kept, _ = differing_groups(jobs, trajectories, "score")
+    assert [job.session for job in kept] == ["a0", "a1", "c0", "c1"]
+    assert [job.session for job in differing_groups(jobs, trajectories, "em")[0]] == ["a0", "a1"]
+    with pytest.raises(KeyError, match="f1"):
+        differing_groups(jobs, trajectories, "f1")
+    assert [job.session for job in first_groups(jobs, trajectories, 2)[0]] == ["a0", "a1", "b0", "b1"]
+
+
+def test_filtered_rows_are_neither_trained_on_nor_counted():
+    data = DataProto.from_dict(
+        {
+            "advantages": torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]),
+            "void_turns": torch.tensor([0, 0, 2, 0]),
+            "truncated": torch.tensor([False, False, False, True]),
+            "response_mask": torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0]]),
+        },
+        {"uid": np.array(list("aabb"), dtype=object)},
+    )
+    kept, shares = filter_loss(data, ["zero_variance", "void_turn"])
+    assert kept.batch["response_mask"].tolist() == [[0, 0], [1, 0], [0, 0], [1, 0]]
+    assert shares == {"rollout/filtered/zero_variance": 0.25, "rollout/filtered/void_turn": 0.25}
+    assert filter_loss(data, ["truncated"])[0].batch["response_mask"].sum(1).tolist() == [2, 1, 2, 0]
+    assert torch.equal(filter_loss(data, [])[0].batch["response_mask"], data.batch["response_mask"])
+
+
+def test_turns_and_limits_travel_with_the_batch():
+    def said(ids, reason):
+        return Completion(ids, [0.0] * len(ids), reason, None, 0, context_digest([]))
+
+    cut, whole = Trajectory([1], reward={"score": 1.0}), Trajectory([1], reward={"score": 0.0}, void_turns=1)
+    cut.add_completion(said([5, 6], "stop"))
+    cut.add_observation([7])
+    cut.add_completion(said([8], "length"))
+    whole.segments.append(Segment(Source.MODEL, [9], [0.0]))
+    batch = collate_trajectories([cut, whole], 0).batch
+    assert batch["turns"].tolist() == [[0, 0, -1, 1], [0, -1, -1, -1]]
+    assert batch["truncated"].tolist() == [True, False] and batch["void_turns"].tolist() == [0, 1]
