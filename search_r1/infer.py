@@ -25,7 +25,8 @@ from search_r1.evaluate import given_overrides
 from search_r1.launch import SetupConfig, composed, prepare, retrieval_server
 from search_r1.rewards.matching import extract_answer
 from verl.agent import Completion, Source, Trajectory, TrajectoryFailed
-from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, environment_problems, validate
+from verl.trainer.checks import environment_problems
+from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, validate
 from verl.utils.errors import ConfigError, DataError, listed
 from verl.workers.rollout.openai_engine import OpenAIEngine
 from verl.workers.rollout.router import Router

@@ -17,7 +17,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
 VERL_FOR_TASKS = ["verl.protocol", "verl.agent", "verl.utils"]
 PURE = ["verl.protocol", "verl.agent", "verl.trainer.ppo.core_algos"]
-ENTRY_POINTS = ["verl.workers.rollout", "verl.workers.config", "verl.trainer.sft", "verl.trainer.config"]
+ENTRY_POINTS = ["verl.workers.rollout", "verl.workers.config", "verl.trainer.sft", "verl.trainer.config",
+                "verl.trainer.checks"]  # fmt: skip
 FORBIDDEN = [
     # where, what may not be imported, except
     ("verl", ["search_r1"], []),

@@ -19,6 +19,7 @@ Shapes: B trajectories, P longest prompt, R longest response, T = P + R.
 | advantages, returns | [B, R]  | float32 | advantage  | see core_algos |
 | truncated           | [B]     | bool    | agent loop | cut off by a token limit |
 | void_turns          | [B]     | int64   | agent loop | turns that neither acted nor answered |
+| rollout_is_weights  | [B, R]  | float32 | trainer    | weight of the token's loss, where importance weights are on |
 | mini_batch          | [B]     | int64   | trainer    | optimizer step of this batch that the row belongs to |
 | uid                 | [B]     | object  | trainer    | group of the row: one uuid per prompt |
 | data_source         | [B]     | object  | data       | name of the question set |

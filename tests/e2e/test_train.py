@@ -94,7 +94,9 @@ VARIANTS = {
         "algorithm__filter_groups__max_num_gen_batches": 3,
         "algorithm__loss_filters": "[zero_variance]",
     },
-    "turn-level credit, GSPO": {
+    "turn-level credit, GSPO, corrected top-p": {
+        "actor_rollout_ref__rollout__top_p": 0.8,
+        "algorithm__rollout_correction__rollout_is": "token",
         "algorithm__adv_estimator": "turn_level",
         f"{ACTOR}__policy_loss__loss_mode": "gspo",
         f"{ACTOR}__loss_agg_mode": "seq-mean-token-mean",
@@ -112,3 +114,5 @@ def test_other_algorithms_train(tmp_path, model, retriever, reward, variant):
     if "dynamic" in variant:
         assert 1 <= line["training/num_gen_batches"] <= 3 and line["rollout/filtered/zero_variance"] == 0
         assert line["actor/likelihood_loss"] >= 0
+    else:  # the sampler gave its tokens more than the trainer does: all that it left out
+        assert line["rollout_corr/kl"] > 0.01 and line["rollout_corr/is_weight/mean"] < 0.99

@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from tests.models import make_tiny_qwen2
-from verl.trainer.config import context_problems, validate
+from verl.trainer.checks import context_problems
+from verl.trainer.config import validate
 from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +132,7 @@ NORM = [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_f
         ["algorithm.adv_estimator=dr_grpo", *NORM], ["algorithm.adv_estimator=rloo"],
         ["algorithm.adv_estimator=reinforce", REINFORCE, *ONE_STEP],
         ["algorithm.adv_estimator=reinforce_plus_plus", *ALONE],
+        ["actor_rollout_ref.rollout.top_p=0.95", "algorithm.rollout_correction.rollout_is=token"],
         ["algorithm.adv_estimator=reinforce_plus_plus_baseline"], ["algorithm.adv_estimator=turn_level"],
         [f"{ACTOR}.policy_loss.loss_mode=gspo", f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"],
         [f"{ACTOR}.policy_loss.loss_mode=cispo", f"{ACTOR}.policy_loss.llds_coef=0.1"],
@@ -151,6 +153,8 @@ def test_algorithms_are_one_switch_each(overrides):
         ([REINFORCE, f"{ACTOR}.ppo_mini_batch_size=80"], "would take 3 optimizer steps"),
         (["algorithm.adv_estimator=rloo", *ALONE], "adv_estimator=rloo needs actor_rollout_ref.rollout.n >= 2"),
         (["algorithm.adv_estimator=turn_level", f"{ACTOR}.state_masking=false"], "trains on tokens of no turn"),
+        (["actor_rollout_ref.rollout.top_p=0.95"], "sampled from another distribution than the one that is trained"),
+        (["actor_rollout_ref.rollout.top_k=50"], "set algorithm.rollout_correction.rollout_is or rollout_rs"),
         (["algorithm.adv_estimator=gae", *NORM], "critic.loss_agg_mode=seq-mean-token-sum-norm has no divisor"),
     ],
 )  # fmt: skip

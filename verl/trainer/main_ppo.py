@@ -68,7 +68,7 @@ def load_val_set(config: Any, tokenizer: Any) -> Any:
 
 def check_environment(config: Any, agent: Any) -> None:
     """Raises ConfigError when what the run needs beside its configuration is not there."""
-    from verl.trainer.config import environment_problems
+    from verl.trainer.checks import environment_problems
     from verl.utils.errors import ConfigError
 
     if problems := environment_problems(config, agent):

@@ -46,6 +46,7 @@ def policy_loss(
         clip_ratio_c=config.clip_ratio_c,
         loss_agg_mode=config.loss_agg_mode,
         loss_mode=config.policy_loss.loss_mode,
+        rollout_is_weights=batch.get("rollout_is_weights"),
         **shares,
     )
     metrics["pg_loss"] = loss.detach()

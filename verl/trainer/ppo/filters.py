@@ -1,4 +1,4 @@
-"""Which trajectories a step trains on: groups that teach nothing are replaced, others left out of the policy loss."""
+"""What the policy loss sees: groups that teach nothing are replaced, rows filtered, another sampler corrected for."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,6 +7,9 @@ from torch import Tensor
 
 from verl.agent import Trajectory
 from verl.protocol import DataProto
+from verl.trainer.config import RolloutCorrectionConfig
+from verl.trainer.ppo.core_algos import accepted, importance_weights, log_ratios, mismatch
+from verl.utils.torch_functional import masked_mean
 from verl.workers.rollout.agent_worker import Job
 
 Rolled = tuple[list[Job], list[Trajectory]]
@@ -52,3 +55,26 @@ def filter_loss(data: DataProto, names: Sequence[str]) -> tuple[DataProto, dict[
     for rows in left_out.values():
         out |= rows
     return data.with_tensors(response_mask=data.batch["response_mask"] * ~out.unsqueeze(1)), metrics
+
+
+def correct_rollout(data: DataProto, config: RolloutCorrectionConfig) -> tuple[DataProto, dict[str, float]]:
+    """The batch as the policy loss is to see it: with `rollout_is_weights`, and without tokens that are not accepted.
+
+    And `rollout_corr/*`: the mismatch of sampler and trainer, and what was done about it.
+    """
+    batch = data.batch
+    mask = batch["response_mask"].bool() & (batch["turns"] >= 0)  # without observations, also where they are trained on
+    old, sampled = batch["old_log_probs"], batch["rollout_log_probs"]
+    log_ratio = log_ratios(old, sampled, mask)
+    metrics = mismatch(old, sampled, mask)
+    if config.rollout_is is not None:
+        weights = importance_weights(log_ratio, mask, config.rollout_is, config.rollout_is_threshold)
+        metrics |= {"is_weight/mean": masked_mean(weights, mask).item(), "is_weight/max": weights.max().item()}
+        data = data.with_tensors(rollout_is_weights=torch.where(mask, weights, 1.0))
+    high = config.rollout_rs_threshold
+    low, veto = config.rollout_rs_threshold_lower or 1 / high, config.rollout_token_veto_threshold
+    if config.rollout_rs is not None or veto is not None:
+        out = mask & ~accepted(log_ratio, mask, config.rollout_rs, low, high, veto)
+        metrics["left_out"] = masked_mean(out.float(), mask).item()
+        data = data.with_tensors(response_mask=batch["response_mask"] * ~out)
+    return data, {f"rollout_corr/{name}": value for name, value in metrics.items()}

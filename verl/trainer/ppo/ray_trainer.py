@@ -20,7 +20,7 @@ from verl.trainer.ppo.batching import (
     rollout_metrics,
     surviving,
 )
-from verl.trainer.ppo.filters import differing_groups, filter_loss, first_groups
+from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
 from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics
 from verl.trainer.ppo.records import trajectory_records
 from verl.trainer.ppo.rollout import RolloutManager
@@ -185,9 +185,10 @@ class RayPPOTrainer:
         if self.step <= self.config.trainer.critic_warmup:
             return
         batch, shares = filter_loss(batch, self.config.algorithm.loss_filters)
-        self.metrics |= shares
+        batch, mismatch = correct_rollout(batch, self.config.algorithm.rollout_correction)
+        self.metrics |= shares | mismatch
         if not batch.batch["response_mask"].any():
-            self.tracking.message(f"step {self.step}: algorithm.loss_filters left nothing to train on")
+            self.tracking.message(f"step {self.step}: loss filters and rollout correction left nothing to train on")
             return
         with self.timers("update_actor"):
             metrics = self.roles["actor"].update_actor(batch)

@@ -19,6 +19,7 @@ from verl.trainer.ppo.core_algos.advantages import (
     compute_rloo_outcome_advantage,
     compute_turn_level_advantage,
 )
+from verl.trainer.ppo.core_algos.correction import accepted, importance_weights, log_ratios, mismatch
 from verl.trainer.ppo.core_algos.kl import (
     AdaptiveKLController,
     FixedKLController,
@@ -38,6 +39,7 @@ __all__ = [
     "POLICY_LOSSES",
     "AdaptiveKLController",
     "FixedKLController",
+    "accepted",
     "agg_loss",
     "compute_entropy_loss",
     "compute_gae_advantage_return",
@@ -50,6 +52,9 @@ __all__ = [
     "compute_rloo_outcome_advantage",
     "compute_turn_level_advantage",
     "compute_value_loss",
+    "importance_weights",
     "kl_penalty",
     "likelihood_losses",
+    "log_ratios",
+    "mismatch",
 ]

@@ -1,0 +1,115 @@
+"""What is wrong with a configuration whose keys and types are right; each problem with its key and its reason."""
+
+from typing import TYPE_CHECKING, Any
+
+from verl.utils.endpoint import check_endpoint
+
+if TYPE_CHECKING:
+    from verl.trainer.config import PPOConfig
+
+
+def combination_problems(config: "PPOConfig") -> list[str]:
+    """Settings that are valid alone and cannot work together."""
+    rollout, actor, critic = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor, config.critic
+    batch = config.data.train_batch_size * rollout.n
+    processes = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    problems: list[str] = []
+    sections = [("actor_rollout_ref.actor", actor.ppo_mini_batch_size)]
+    if config.use_critic:
+        sections.append(("critic", critic.ppo_mini_batch_size))
+    for name, mini in sections:
+        if batch % mini:
+            problems.append(
+                f"{name}.ppo_mini_batch_size={mini} does not divide data.train_batch_size * rollout.n = {batch}"
+            )
+        if mini < processes:
+            problems.append(f"{name}.ppo_mini_batch_size={mini} is less than the {processes} training processes")
+    if config.compares and rollout.n < 2:
+        problems.append(
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator} needs actor_rollout_ref.rollout.n >= 2: it "
+            "compares trajectories of one prompt"
+        )
+    if rollout.temperature == 0:
+        problems.append("actor_rollout_ref.rollout.temperature=0: training needs sampling")
+    if processes % rollout.tensor_model_parallel_size:
+        problems.append(f"rollout.tensor_model_parallel_size does not divide the {processes} training processes")
+    if config.max_model_len < config.data.max_start_length + config.data.max_response_length:
+        problems.append(
+            f"actor_rollout_ref.rollout.max_model_len={config.max_model_len} holds less than "
+            "data.max_start_length + data.max_response_length"
+        )
+    if config.data.max_start_length > config.data.max_prompt_length:
+        problems.append("data.max_start_length is more than data.max_prompt_length, which bounds every context")
+    return problems + loss_problems(config) + endpoint_problems(config)
+
+
+def loss_problems(config: "PPOConfig") -> list[str]:
+    """Losses that their aggregation, or the number of optimizer steps, makes something else."""
+    actor, estimator = config.actor_rollout_ref.actor, config.algorithm.adv_estimator
+    agg, mode, key = actor.loss_agg_mode, actor.policy_loss.loss_mode, "actor_rollout_ref.actor"
+    steps = config.num_mini_batches * actor.ppo_epochs
+    norm = "seq-mean-token-sum-norm"
+    rollout = config.actor_rollout_ref.rollout
+    found = {
+        f"actor_rollout_ref.rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: tokens are sampled from another "
+        "distribution than the one that is trained: set algorithm.rollout_correction.rollout_is or rollout_rs":
+            (rollout.top_p < 1 or rollout.top_k > 0) and not config.algorithm.rollout_correction.corrects,
+        f"{key}.loss_scale_factor: name the divisor of loss_agg_mode={norm}":
+            agg == norm and actor.loss_scale_factor is None,
+        f"critic.loss_agg_mode={norm} has no divisor: set it on its own, for instance to token-mean":
+            config.use_critic and config.critic.loss_agg_mode == norm,
+        f"{key}.loss_agg_mode={agg} divides by lengths, which algorithm.adv_estimator=dr_grpo is to avoid: use {norm} "
+        "(with loss_scale_factor) or token-sum":
+            estimator == "dr_grpo" and agg not in (norm, "token-sum"),
+        f"{key}.loss_agg_mode={agg}: policy_loss.loss_mode=gspo is defined for seq-mean-token-mean":
+            mode == "gspo" and agg != "seq-mean-token-mean",
+        f"{key}.policy_loss.loss_mode=reinforce has no trust region and would take {steps} optimizer steps on one "
+        "rollout batch: set ppo_mini_batch_size to train_batch_size * rollout.n, and ppo_epochs to 1":
+            mode == "reinforce" and steps > 1,
+        f"{key}.state_masking=false trains on tokens of no turn, which adv_estimator=turn_level cannot credit":
+            estimator == "turn_level" and not actor.state_masking,
+    }  # fmt: skip
+    return [problem for problem, holds in found.items() if holds]
+
+
+def endpoint_problems(config: "PPOConfig") -> list[str]:
+    """What an endpoint in the place of an engine lacks."""
+    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    problems: list[str] = []
+    if rollout.name != "openai":
+        return problems
+    if not rollout.endpoint.url:
+        problems.append("actor_rollout_ref.rollout.endpoint.url: name the endpoint of rollout.name=openai")
+    if model.tokenizer_path is None:
+        problems.append(
+            "actor_rollout_ref.model.tokenizer_path: an endpoint needs a tokenizer here, in whose tokens the budgets "
+            "(data.max_*_length) are counted; any that is close to the model's own will do"
+        )
+    return problems
+
+
+def environment_problems(config: "PPOConfig", agent: Any) -> list[str]:
+    """A model that cannot hold a trajectory, an endpoint or a retriever that does not answer."""
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name == "openai":
+        problem = check_endpoint(rollout.endpoint)
+        problems = [f"actor_rollout_ref.rollout.endpoint.url: {problem}"] if problem else []
+    else:
+        problems = context_problems(config)
+    return problems + agent.preflight()
+
+
+def context_problems(config: "PPOConfig") -> list[str]:
+    """Whether the model can hold a whole trajectory: the engine would refuse it only after everything has started."""
+    from transformers import AutoConfig
+
+    model = config.actor_rollout_ref.model
+    text = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    is_scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if limit is None or is_scaled or config.max_model_len <= limit:
+        return []
+    return [
+        f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than the {limit} tokens "
+        f"that {model.path} can hold (max_position_embeddings)"
+    ]
