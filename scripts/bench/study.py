@@ -34,15 +34,23 @@ def main(
     if unknown := sorted(set(names) - set(runs)):
         parser.error(f"unknown runs: {', '.join(unknown)}; there are {', '.join(runs)}")
     for name in names:
-        if name in {row["run"] for row in read_rows(rows)}:
-            continue
-        began = time.monotonic()
-        for command in runs[name]:
-            subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-        row = {"run": name, "commit": commit, "wall_s": round(time.monotonic() - began), **figures(name)}
-        with rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if args.commit:
-            subprocess.run(["git", "commit", "-qm", f"{rows.stem}: {name}", "--", str(rows)], cwd=ROOT, check=True)
+        run_missing(name, runs[name], rows, figures, args.commit)
     sys.stdout.write(table(read_rows(rows)))
+
+
+def run_missing(
+    name: str, commands: Sequence[Sequence[str]], rows: Path, figures: Callable[[str], Row], commit: bool
+) -> None:
+    """Runs the commands of `name` and appends its row, unless `rows` has it."""
+    if name in {row["run"] for row in read_rows(rows)}:
+        return
+    began = time.monotonic()
+    for command in commands:
+        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    row = {"run": name, "commit": head, "wall_s": round(time.monotonic() - began), **figures(name)}
+    with rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    if commit:
+        subprocess.run(["git", "add", str(rows)], cwd=ROOT, check=True)
+        subprocess.run(["git", "commit", "-qm", f"{rows.stem}: {name}", "--", str(rows)], cwd=ROOT, check=True)

@@ -122,6 +122,7 @@ class RayPPOTrainer:
                 f"none of {len(drawn)} trajectories is in a group that differs in {filters.metric} "
                 "(algorithm.filter_groups), so nothing can be learned: try easier questions, or a denser reward"
             )
+        self.metrics["training/num_trajectories"] = float(len(drawn))
         self.metrics |= rollout_metrics(drawn) | self.agent.reduce_metrics(drawn)
         if config.trainer.rollout_data_freq > 0 and self.step % config.trainer.rollout_data_freq == 0:
             self.tracking.log_trajectories("train", trajectory_records(jobs, trajectories, self.tokenizer), self.step)

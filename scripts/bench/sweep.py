@@ -1,0 +1,128 @@
+"""A sweep: trainings that differ in overrides and seeds, one after the other, with a table and a plot at the end.
+
+    python scripts/bench/sweep.py configs/sweeps/algorithms.yaml [RUN ...] [--rows FILE] [--commit]
+
+SWEEP.yaml has `overrides` of all runs, and `runs`: {NAME: {config: grpo | ppo, seeds: [0], overrides: []}}. A finished
+run appends its row to --rows and is not run again; an interrupted one resumes from its last checkpoint.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import study
+import yaml
+
+from search_r1.report import STEP, summary
+
+REACHED = 0.8
+COLLAPSED = 0.5
+"""A collapse: a validation score that falls below this share of the best one before it."""
+
+
+def read_sweep(path: Path) -> dict[str, list[list[str]]]:
+    """Commands by run, a run for each seed. Exits naming an unknown key."""
+    sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    runs: dict[str, list[list[str]]] = {}
+    for name, given in sweep["runs"].items():
+        if unknown := (given or {}).keys() - {"config", "seeds", "overrides"}:
+            sys.exit(f"error: {path}, {name}: unknown {', '.join(sorted(unknown))}; expected config, seeds, overrides")
+        settings: dict[str, Any] = {"config": "grpo", "seeds": [0], "overrides": [], **(given or {})}
+        for seed in settings["seeds"]:
+            run = f"{name}-seed{seed}"
+            runs[run] = [
+                [
+                    "bash", f"train_{settings['config']}.sh", *sweep.get("overrides", []), *settings["overrides"],
+                    f"trainer.seed={seed}", f"trainer.experiment_name={path.stem}-{run}",
+                    f"trainer.default_local_dir={folder_of(path, run)}",
+                ]
+            ]  # fmt: skip
+    return runs
+
+
+def folder_of(path: Path, run: str) -> str:
+    return f"runs/{path.stem}/{run}"
+
+
+def figures(folder: Path) -> study.Row:
+    """Curve of the validations over sampled trajectories, when it reached REACHED, and the last validation by hops."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    sampled, curve = 0.0, []
+    for line in metrics:
+        sampled += line.get("training/num_trajectories", 0)
+        if "val/test_score/all" in line:
+            curve.append((int(sampled), line["val/test_score/all"]))
+    best, collapses = 0.0, 0
+    for _, score in curve:
+        collapses += score < COLLAPSED * best
+        best = max(best, score)
+    last = sorted((folder / "trajectories").glob("val_*.jsonl"))[-1]
+    by_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in map(json.loads, last.open()):
+        by_source[record["data_source"]].append(record)
+    return {
+        "steps": metrics[-1][STEP], "curve": curve, "collapses": collapses,
+        "samples_to_reach": next((n for n, score in curve if score >= REACHED), None),
+        "optimizer_steps": sum(line.get("actor/optimizer_steps", 0) for line in metrics),
+        "last": {source: summary(records) for source, records in sorted(by_source.items())},
+    }  # fmt: skip
+
+
+def table(rows: list[study.Row]) -> str:
+    """Markdown: final EM and searches by set, trajectories until REACHED, collapses."""
+    sets = sorted({source for row in rows for source in row["last"]})
+    head = ["run", "EM", *(f"EM {s}" for s in sets), *(f"searches {s}" for s in sets), f"samples to {REACHED}",
+            "optimizer steps", "collapses", "minutes"]  # fmt: skip
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        em = [f"{row['last'][s]['EM']:.3f}" if s in row["last"] else "-" for s in sets]
+        searches = [f"{row['last'][s]['searches']:.2f}" if s in row["last"] else "-" for s in sets]
+        reached = "-" if row["samples_to_reach"] is None else f"{row['samples_to_reach']:,}"
+        end = [reached, f"{row['optimizer_steps']:.0f}", str(row["collapses"]), f"{row['wall_s'] / 60:.1f}"]
+        lines.append([row["run"], f"{row['curve'][-1][1]:.3f}", *em, *searches, *end])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def plot(rows: list[study.Row], path: Path) -> None:
+    """Validation score over sampled trajectories, a line per run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    names = list(dict.fromkeys(row["run"].rpartition("-seed")[0] for row in rows))
+    for row in rows:
+        name, _, seed = row["run"].rpartition("-seed")
+        label = name if seed == "0" else None
+        axis.plot(*zip(*row["curve"], strict=True), color=f"C{names.index(name)}", label=label, alpha=0.8)
+    axis.set(xlabel="trajectories sampled", ylabel="validation score")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="what to run")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="some of its runs, as NAME-seedN (default: all)")
+    parser.add_argument("--rows", type=Path, help="file of rows (default: docs/results/SWEEP.jsonl)")
+    parser.add_argument("--commit", action="store_true", help="commit the file of rows after every run")
+    args = parser.parse_args()
+    rows = (args.rows or study.ROOT / "docs" / "results" / f"{args.sweep.stem}.jsonl").resolve()
+    runs = read_sweep(args.sweep)
+    if unknown := sorted(set(args.runs) - set(runs)):
+        parser.error(f"unknown runs: {', '.join(unknown)}; there are {', '.join(runs)}")
+    for name in args.runs or runs:
+        study.run_missing(
+            name, runs[name], rows, lambda run: figures(study.ROOT / folder_of(args.sweep, run)), args.commit
+        )
+    found = study.read_rows(rows)
+    sys.stdout.write(table(found))
+    if found:
+        plot(found, rows.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The sweep of algorithms: every run composes and validates; what a finished run leaves becomes a row and a table."""
+
+import json
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from tests.e2e.runs import ROOT
+from tests.search_r1.evaluation.records import passage, record
+from verl.trainer.config import validate
+
+sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+import sweep
+
+ALGORITHMS = ROOT / "configs" / "sweeps" / "algorithms.yaml"
+
+
+@pytest.mark.parametrize("run", sweep.read_sweep(ALGORITHMS))
+def test_runs_take_equal_samples_and_optimizer_steps(run):
+    ((_, script, *overrides),) = sweep.read_sweep(ALGORITHMS)[run]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        name = script.removeprefix("train_").removesuffix(".sh")
+        config = validate(OmegaConf.to_container(compose(name, overrides), resolve=True))
+    assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 240 and config.num_mini_batches == 1
+    assert config.trainer.default_local_dir == f"runs/algorithms/{run}"
+
+
+def test_an_unknown_key_is_named(tmp_path):
+    (tmp_path / "s.yaml").write_text("runs: {a: {seed: 1}}")
+    with pytest.raises(SystemExit, match=r"s\.yaml, a: unknown seed; expected config, seeds, overrides"):
+        sweep.read_sweep(tmp_path / "s.yaml")
+
+
+def test_a_finished_run_becomes_a_row_a_table_and_a_plot(tmp_path):
+    scores = [0.1, 0.85, 0.3, 0.9]
+    lines = [
+        {"training/global_step": i, "val/test_score/all": s, **({"training/num_trajectories": 240} if i else {})}
+        for i, s in enumerate(scores)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "trajectories").mkdir()
+    last = [record("q", [("x", [passage("1")])], em=1.0, gold="1"), record("r", [], em=0.0)]
+    (tmp_path / "trajectories" / "val_000003.jsonl").write_text("".join(json.dumps(r) + "\n" for r in last))
+    row = {"run": "grpo-seed0", "wall_s": 60, **sweep.figures(tmp_path)}
+    assert row["curve"] == [(0, 0.1), (240, 0.85), (480, 0.3), (720, 0.9)]
+    assert row["samples_to_reach"] == 240 and row["collapses"] == 1 and row["last"]["set"]["EM"] == 0.5
+    assert "| grpo-seed0 | 0.900 | 0.500 | 0.50 | 240 | 0 | 1 | 1.0 |" in sweep.table([row])
+    sweep.plot([row], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
