@@ -128,3 +128,9 @@ def repeated_query(e: Episode) -> float:
     """Share of the searches whose query, normalised, was asked before in the same trajectory."""
     normal = [normalize_answer(query) for query in e.queries]
     return (len(normal) - len(set(normal))) / len(normal) if normal else 0.0
+
+
+def overlong(e: Episode, limit: int, buffer: int) -> float:
+    """DAPO's soft punishment of length (2503.14476, equation 13), over the policy's own tokens: 0 up to
+    `limit - buffer`, from there falling to -1 at `limit`, and -1 beyond."""
+    return -min(1.0, max(0.0, (e.own_tokens - (limit - buffer)) / buffer))

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from search_r1.rewards import components
 from search_r1.rewards.episode import Episode, read_episode
@@ -42,6 +42,8 @@ class SearchRewardConfig(Config):
     """Weight of not answering; negative for a penalty."""
     repeated_query: Weight = 0.0
     """Weight of the share of searches asked before; negative for a penalty."""
+    overlong: Weight = 0.0
+    """Weight of DAPO's soft punishment of length, between 0 and -1: positive for a penalty."""
     ikea: Weight = 0.0
     """Weight of IKEA's reward (2505.07596): fewer searches for a right answer."""
     otc_ppo: Weight = 0.0
@@ -62,6 +64,10 @@ class SearchRewardConfig(Config):
     """`em_format`: added to a wrong well-formed response where a passage held a gold answer."""
     nested_search: bool = False
     """Whether `<search>` may stand inside `<think>` for the format."""
+    overlong_limit: PositiveInt = 2000
+    """`overlong`: own tokens of a trajectory from which the punishment is whole."""
+    overlong_buffer: PositiveInt = 500
+    """`overlong`: tokens before that over which it rises."""
     otc_c: PositiveFloat = 4.0
     """OTC's constant: the largest number of searches."""
     judge_endpoint: JudgeConfig = Field(default_factory=JudgeConfig)
@@ -92,6 +98,7 @@ WEIGHTED: dict[str, Component] = {
     "retrieval": lambda e, c: components.retrieval_hit(e),
     "no_search": lambda e, c: components.no_search(e),
     "repeated_query": lambda e, c: components.repeated_query(e),
+    "overlong": lambda e, c: components.overlong(e, c.overlong_limit, c.overlong_buffer),
     "ikea": lambda e, c: components.ikea(e),
     "otc_ppo": lambda e, c: components.otc_ppo(e, c.otc_c),
 }

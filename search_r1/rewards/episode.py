@@ -19,6 +19,8 @@ class Episode:
     """Of executed searches, in their order."""
     passages: list[list[str]]
     """What each of these searches brought: title and text."""
+    own_tokens: int = 0
+    """Tokens that the policy wrote."""
 
     @property
     def answer(self) -> str | None:
@@ -44,4 +46,5 @@ def read_episode(trajectory: Trajectory, row: Row, tokenizer: Any) -> Episode:
         ],
         queries=[str(info["query"]) for info in found],
         passages=[[f"{p['title']}\n{p['text']}" for p in info["passages"]] for info in found],
+        own_tokens=trajectory.num_tokens(Source.MODEL),
     )

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -228,9 +229,15 @@ def test_otc_by_hand():
     assert components.otc_grpo([1, 2], [False, False], 4) == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(("tokens", "expected"), [(0, 0), (60, 0), (80, -0.5), (100, -1), (500, -1)])
+def test_overlong(tokens, expected):
+    assert components.overlong(replace(episode([]), own_tokens=tokens), limit=100, buffer=40) == expected
+
+
 def test_penalties_and_f1_plus(tokenizer):
     assert components.repeated_query(episode([], queries=["The moon?", "moon", "sun"])) == pytest.approx(1 / 3)
     assert components.repeated_query(episode([])) == 0
+
     silent = trajectory_of(tokenizer, ("M", "hm"))
     plus = {"em": 0.0, "f1": 1.0, "no_search": -0.1, "no_answer": -0.1}
     assert score(tokenizer, silent, "Rome", **plus)["score"] == pytest.approx(-0.2)
