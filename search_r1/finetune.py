@@ -106,7 +106,8 @@ class Finetune:
         run(
             "-m", "verl.trainer.main_eval", *self.argv, f"actor_rollout_ref.model.path={self.model}",
             f"data.val_files=[{','.join(files)}]", f"data.val_data_num={self.raw['data']['train_data_num'] or 'null'}",
-            "data.val_sample_per_source=null", f"{val}.n={self.config.samples}", f"{val}.temperature={self.config.temperature}",
+            "data.val_sample_per_source=null", f"{val}.n={self.config.samples}",
+            f"{val}.temperature={self.config.temperature}",
             f"trainer.default_local_dir={folder}",
         )  # fmt: skip
         return folder / "evaluation.jsonl"
