@@ -24,7 +24,7 @@ def table(summary: dict[str, Any]) -> str:
     """Markdown: a row per set, one for all, and the unweighted average."""
     head = ["set", "n", "EM", "95 %", "F1", "sub-EM", *(name.replace("_", " ") for name in SHOWN)]
     lines = [head, ["---"] * len(head)]
-    hops = {f"{name}, {n} hops": row for name, s in summary.items() for n, row in s.get("by_hops", {}).items()}
+    hops = {f"{name}, {n}-hop": row for name, s in summary.items() for n, row in s.get("by_hops", {}).items()}
     average = {AVERAGE: summary[AVERAGE]}
     for name, row in ({n: s for n, s in summary.items() if n != AVERAGE} | hops | average).items():
         scores = [f"{row['em']:.3f}", "", f"{row['f1']:.3f}", f"{row['sub_em']:.3f}"]

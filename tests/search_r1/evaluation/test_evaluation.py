@@ -138,7 +138,7 @@ def test_sets_of_mixed_hops_are_split():
         row["extra_info"]["hops"] = 2 + i % 2
     found = summary.summarize(rows)["set"]["by_hops"]
     assert {hops: figures["em"] for hops, figures in found.items()} == {"2": 0.0, "3": 1.0}
-    assert "| set, 3 hops | 2 | 1.000 |" in report.table(summary.summarize(rows))
+    assert "| set, 3-hop | 2 | 1.000 |" in report.table(summary.summarize(rows))
 
 
 def test_the_papers_table_has_published_rows_beside_ours(tmp_path, capsys):

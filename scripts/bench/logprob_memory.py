@@ -1,0 +1,68 @@
+"""Peak memory of log-probs and entropy, with their backward pass, for a large vocabulary, against the naive way.
+
+    python scripts/bench/logprob_memory.py [--tokens 2048] [--vocab 152000]
+
+Each way runs in a process of its own on bfloat16 logits that are there already. Reported is how far the process's
+resident memory rises above that, at its highest: the gradient of the logits, as large as they are, is part of it.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+
+WAYS = ("naive", "ours")
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(way: str, tokens: int, vocab: int) -> None:
+    """Prints the rise in GiB and the seconds, and a checksum of the results."""
+    import time
+
+    import torch
+
+    from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+
+    torch.manual_seed(0)
+    logits = torch.empty(tokens, vocab, dtype=torch.bfloat16)
+    for row in logits:
+        row.copy_(torch.randn(vocab))  # row by row: a float32 copy of all would set the peak
+    logits.requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,))
+    before, began = peak_gib(), time.perf_counter()
+    if way == "naive":
+        log_p = logits.float().log_softmax(-1)
+        log_prob, entropy = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+    else:
+        log_prob, entropy = logprobs_from_logits(logits, labels), entropy_from_logits(logits)
+    (log_prob.mean() + 0.01 * entropy.mean()).backward()
+    seconds = time.perf_counter() - began
+    sys.stdout.write(
+        f"{peak_gib() - before:.2f} {seconds:.2f} {log_prob.sum().item():.1f} {entropy.sum().item():.1f}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=152_000)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        return measure(args.way, args.tokens, args.vocab)
+    sizes = ["--tokens", str(args.tokens), "--vocab", str(args.vocab)]
+    sys.stdout.write(f"logits: {args.tokens * args.vocab * 2 / 2**30:.2f} GiB in bfloat16\n")
+    rises = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, *sizes, "--way", way]
+        rise, seconds, *sums = subprocess.check_output(command, text=True).split()
+        rises[way] = float(rise)
+        sys.stdout.write(f"{way}: {rise} GiB above the logits, {seconds} s (sums {', '.join(sums)})\n")
+    sys.stdout.write(f"ratio: {rises['ours'] / rises['naive']:.2f}\n")
+
+
+if __name__ == "__main__":
+    main()
