@@ -24,7 +24,7 @@ def measure(way: str, tokens: int, vocab: int) -> None:
 
     import torch
 
-    from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+    from verl.utils.torch_functional import logprobs_and_entropy
 
     torch.manual_seed(0)
     logits = torch.empty(tokens, vocab, dtype=torch.bfloat16)
@@ -37,7 +37,7 @@ def measure(way: str, tokens: int, vocab: int) -> None:
         log_p = logits.float().log_softmax(-1)
         log_prob, entropy = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
     else:
-        log_prob, entropy = logprobs_from_logits(logits, labels), entropy_from_logits(logits)
+        log_prob, entropy = logprobs_and_entropy(logits, labels)
     (log_prob.mean() + 0.01 * entropy.mean()).backward()
     seconds = time.perf_counter() - began
     sys.stdout.write(

@@ -102,3 +102,21 @@ def test_no_float32_copy_of_all_logits(monkeypatch):
         loss.backward()
     assert largest.elements <= 4 * 50
     assert sum(t.numel() for t in saved if t.dtype == torch.float32) <= 4 * 50
+
+
+@pytest.mark.parametrize("chunk", [1, 2**26])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_one_pass_gives_log_probs_and_entropy_at_the_temperature(monkeypatch, chunk, temperature):
+    monkeypatch.setattr(F, "CHUNK_ELEMENTS", chunk)
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 11, dtype=torch.float64, generator=g, requires_grad=True)
+    labels = torch.randint(0, 11, (2, 3), generator=g)
+    log_probs, entropy = F.logprobs_and_entropy(logits, labels, temperature)
+    expected = torch.distributions.Categorical(logits=logits / temperature)
+    torch.testing.assert_close(log_probs, expected.log_prob(labels))
+    torch.testing.assert_close(entropy, expected.entropy())
+    alone = F.logprobs_from_logits(logits, labels, temperature)
+    torch.testing.assert_close(log_probs, alone)
+    (found,) = torch.autograd.grad((log_probs.sum() + entropy.sum()), logits)
+    (wanted,) = torch.autograd.grad((expected.log_prob(labels).sum() + expected.entropy().sum()), logits)
+    torch.testing.assert_close(found, wanted)

@@ -34,9 +34,15 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
     return torch.where(mask.bool(), whitened if shift_mean else whitened + mean, 0.0)
 
 
-def logprobs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of `labels` [...] under `logits` [..., vocab], in float32 (float64 for float64 logits)."""
-    return _by_rows(_label_logprobs, logits, labels)
+def logprobs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of `labels` [...] under `logits` [..., vocab] / temperature, in float32 (float64 for float64)."""
+    return _by_rows(partial(_label_logprobs, temperature=temperature), logits, labels)
+
+
+def logprobs_and_entropy(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`logprobs_from_logits`, and the entropy of the same distributions, in one pass over the logits."""
+    both = _by_rows(partial(_both, temperature=temperature), logits, labels)
+    return both[..., 0], both[..., 1]
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
@@ -48,12 +54,24 @@ def _upcast(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    return _upcast(logits).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+def _label_logprobs(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    return _of_labels((_upcast(logits) / temperature).log_softmax(-1), labels)
+
+
+def _both(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    log_p = (_upcast(logits) / temperature).log_softmax(-1)
+    return torch.stack([_of_labels(log_p, labels), _entropy_of(log_p)], dim=-1)
+
+
+def _of_labels(log_p: Tensor, labels: Tensor) -> Tensor:
+    return log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    log_p = _upcast(logits).log_softmax(-1)
+    return _entropy_of(_upcast(logits).log_softmax(-1))
+
+
+def _entropy_of(log_p: Tensor) -> Tensor:
     # an impossible token (-inf) contributes 0, not 0 * inf, to the entropy and to its gradient
     log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)
     return -(log_p.exp() * log_p).sum(-1)
@@ -66,4 +84,5 @@ def _by_rows(fn: Callable[..., Tensor], logits: Tensor, *columns: Tensor) -> Ten
     chunks = [logits.flatten(0, -2).split(rows), *(column.flatten().split(rows) for column in columns)]
     if len(chunks[0]) > 1:
         fn = partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([fn(*chunk) for chunk in zip(*chunks, strict=True)]).view(logits.shape[:-1])
+    found = torch.cat([fn(*chunk) for chunk in zip(*chunks, strict=True)])
+    return found.view(*logits.shape[:-1], *found.shape[1:])

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
 from verl.protocol import DataProto
-from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+from verl.utils.torch_functional import logprobs_and_entropy, logprobs_from_logits
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 
 Head = Literal["lm", "value"]
@@ -122,11 +122,11 @@ def forward_log_probs(
     """
     inputs, r = trim(data)
     logits = model(**inputs, use_cache=False, logits_to_keep=r + 1).logits[:, :-1]
-    logits = logits.to(at_least_float32(logits.dtype)) / temperature
-    pad = (0, data.batch["responses"].shape[1] - r)
-    log_probs = logprobs_from_logits(logits, data.batch["responses"][:, :r])
-    entropy = torch.nn.functional.pad(entropy_from_logits(logits), pad) if with_entropy else None
-    return torch.nn.functional.pad(log_probs, pad), entropy
+    labels, pad = data.batch["responses"][:, :r], (0, data.batch["responses"].shape[1] - r)
+    if not with_entropy:
+        return torch.nn.functional.pad(logprobs_from_logits(logits, labels, temperature), pad), None
+    log_probs, entropy = logprobs_and_entropy(logits, labels, temperature)
+    return torch.nn.functional.pad(log_probs, pad), torch.nn.functional.pad(entropy, pad)
 
 
 def log_probs_of_rows(model: PreTrainedModel, data: DataProto, temperature: float) -> torch.Tensor:
