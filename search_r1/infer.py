@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +21,8 @@ from tqdm import tqdm
 
 from search_r1.data.rows import read_rows
 from search_r1.evaluate import given_overrides
-from search_r1.launch import SetupConfig, composed, prepare, retrieval_server
-from search_r1.rewards.matching import extract_answer
+from search_r1.launch import composed, surroundings
+from search_r1.rewards.matching import last_answer
 from verl.agent import Completion, Source, Trajectory, TrajectoryFailed
 from verl.trainer.checks import environment_problems
 from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, validate
@@ -45,7 +44,8 @@ class Asker:
         self.config, self.tokenizer = config, build_tokenizer(config)
         self.agent = build_agent(config, self.tokenizer)
         self.server: VLLMServer | None = None
-        self.engines: Router | OpenAIEngine
+        self.engines: Any = None
+        """A Router or an OpenAIEngine, once started."""
 
     async def start(self) -> None:
         """Builds the engine. Raises ConfigError when something that is needed is not there."""
@@ -97,8 +97,7 @@ class Asker:
 
 def answer_of(trajectory: Trajectory, tokenizer: Any) -> str | None:
     """The last answer that the model gave itself."""
-    turns = [tokenizer.decode(s.token_ids) for s in trajectory.segments if s.source is Source.MODEL]
-    return next((found for turn in reversed(turns) if (found := extract_answer(turn)) is not None), None)
+    return last_answer([tokenizer.decode(s.token_ids) for s in trajectory.segments if s.source is Source.MODEL])
 
 
 def show_colored(source: str, text: str, out: Any = None) -> None:
@@ -223,16 +222,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     return 0
-
-
-def surroundings(config: DictConfig, overrides: Sequence[str]) -> Any:
-    """The configuration's retrieval server where it has one of its own; its URL on the way in, else None."""
-    setup = SetupConfig.model_validate(OmegaConf.to_container(config.setup, resolve=True))
-    prepare(setup, config)
-    named = any(o.startswith("retriever.url=") for o in overrides)
-    if setup.index_dir is None or named or not config.do_search:
-        return nullcontext()
-    return retrieval_server(setup, int(config.retriever.topk))
 
 
 def answering(config: DictConfig, url: str | None) -> PPOConfig:

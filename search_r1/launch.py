@@ -71,22 +71,32 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 def surrounded(program: str, config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
     """Exit status of a module, run with what `setup` makes and serves around it."""
+    command = [sys.executable, "-m", program, "--config-name", config_name, *overrides]
+    with surroundings(config, overrides) as url:
+        return subprocess.call([*command, f"retriever.url={url}"] if url else command)
+
+
+@contextmanager
+def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator[str | None]:
+    """Makes what `setup` names and serves its index: the URL, None where the server is the user's or nobody searches."""
     setup = SetupConfig.model_validate(OmegaConf.to_container(config.setup, resolve=True))
     prepare(setup, config)
-    command = [sys.executable, "-m", program, "--config-name", config_name, *overrides]
-    serves = setup.index_dir is not None and not any(o.startswith("retriever.url=") for o in overrides)
-    if not (serves and config.do_search):
-        return subprocess.call(command)
+    named = any(o.startswith("retriever.url=") for o in overrides)
+    if setup.index_dir is None or named or not config.do_search:
+        yield None
+        return
     with retrieval_server(setup, int(config.retriever.topk)) as url:
-        return subprocess.call([*command, f"retriever.url={url}"])
+        yield url
 
 
 def prepare(setup: SetupConfig, config: DictConfig) -> None:
     """Makes what is absent; a second call only looks."""
     if setup.world and not Path(setup.world, "corpus.jsonl").exists():
         module("search_r1.world", "--out", setup.world)
-    if setup.world and not Path(config.actor_rollout_ref.model.path, "config.json").exists():
-        module("search_r1.world.base", "--out", config.actor_rollout_ref.model.path)
+    model = Path(config.actor_rollout_ref.model.path)
+    own = setup.world is not None and model.resolve() == Path(setup.world, "base").resolve()
+    if own and not (model / "config.json").exists():  # at any other path a missing model is the user's mistake
+        module("search_r1.world.base", "--out", str(model))
     if setup.questions:
         out = Path(config.data.train_files).parent
         if not (out / "train.parquet").exists():

@@ -101,9 +101,8 @@ def superfluous(course: Course) -> int:
     return len(course.searches) - course.complete_at if course.complete_at is not None else 0
 
 
-def behaviour(records: Sequence[Record]) -> dict[str, float]:
-    """Means over the records, under names that say what is counted. Shares of gold only where gold is known."""
-    courses = [read_course(record) for record in records]
+def behaviour(courses: Sequence[Course]) -> dict[str, float]:
+    """Means over the courses, under names that say what is counted. Shares of gold only where gold is known."""
     made = max(1, sum(len(c.searches) for c in courses))
     figures: dict[str, float] = {
         "searches": mean(courses, lambda c: len(c.searches)),
@@ -118,7 +117,7 @@ def behaviour(records: Sequence[Record]) -> dict[str, float]:
         "retrieved_tokens": mean(courses, lambda c: tokens(c.record, "observation")),
         "answer_in_information": mean(courses, lambda c: any(s.has_answer for s in c.searches)),
     }
-    if latencies := [s["info"]["latency_s"] for r in records for s in r["segments"] if "latency_s" in s["info"]]:
+    if latencies := [s["info"]["latency_s"] for c in courses for s in c.record["segments"] if "latency_s" in s["info"]]:
         p50, p95 = np.percentile(latencies, [50, 95])
         figures |= {"search_latency_s/p50": float(p50), "search_latency_s/p95": float(p95)}
     reasons = Counter(c.record["stop_reason"] for c in courses)
@@ -150,19 +149,19 @@ def recall_at(turn: int) -> Callable[[Course], float]:
     return lambda course: recall_after(course, turn)
 
 
-def search_counts(records: Sequence[Record]) -> dict[int, int]:
-    """How many records made so many searches."""
-    return dict(sorted(Counter(len(read_course(record).searches) for record in records).items()))
+def search_counts(courses: Sequence[Course]) -> dict[int, int]:
+    """How many courses made so many searches."""
+    return dict(sorted(Counter(len(c.searches) for c in courses).items()))
 
 
-def over_and_under_search(records: Sequence[Record], closed_book: dict[str, float]) -> dict[str, float]:
+def over_and_under_search(courses: Sequence[Course], closed_book: dict[str, float]) -> dict[str, float]:
     """Search where it was not needed, none where it was; `closed_book` says which questions the model knows, by prompt.
 
     over_search: share of the known questions that were searched for. under_search: share of the unknown ones that were
     answered, wrong, without a search.
     """
-    courses = [(read_course(record), closed_book[question_of(record)] >= 0.5) for record in records]
-    known, unknown = ([c for c, knows in courses if knows is wanted] for wanted in (True, False))
+    by_knowledge = [(c, closed_book[question_of(c.record)] >= 0.5) for c in courses]
+    known, unknown = ([c for c, knows in by_knowledge if knows is wanted] for wanted in (True, False))
     return {
         "known": len(known) / len(courses),
         "over_search": mean(known, lambda c: bool(c.searches)),

@@ -7,7 +7,14 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-from search_r1.evaluation.behaviour import behaviour, over_and_under_search, question_of, search_counts
+from search_r1.evaluation.behaviour import (
+    Course,
+    behaviour,
+    over_and_under_search,
+    question_of,
+    read_course,
+    search_counts,
+)
 from search_r1.evaluation.scores import bootstrap_interval
 from verl.utils.errors import DataError
 
@@ -56,12 +63,17 @@ def summarize(records: Sequence[Record], closed_book: dict[str, float] | None = 
     A set whose questions need different numbers of hops also has `by_hops`. `average` is the unweighted mean of the
     sets' scores, as in the paper's table.
     """
+    read = {id(record): read_course(record) for record in records}  # once: a record is in its set, in all, in its hops
+
+    def figures_of(group: Sequence[Record]) -> dict[str, Any]:
+        return figures([read[id(record)] for record in group], closed_book)
+
     groups = by_set(records)
-    summary = {name: figures(group, closed_book) for name, group in {**groups, ALL: list(records)}.items()}
+    summary = {name: figures_of(group) for name, group in {**groups, ALL: list(records)}.items()}
     for name in (*groups, ALL):
         hops = by_hops(groups.get(name, records))
         if len(hops) > 1:
-            summary[name]["by_hops"] = {str(n): figures(group, closed_book) for n, group in sorted(hops.items())}
+            summary[name]["by_hops"] = {str(n): figures_of(group) for n, group in sorted(hops.items())}
     summary[AVERAGE] = {score: sum(summary[name][score] for name in groups) / len(groups) for score in SCORES}
     return summary
 
@@ -75,8 +87,9 @@ def by_hops(records: Sequence[Record]) -> dict[int, list[Record]]:
     return dict(groups)
 
 
-def figures(group: Sequence[Record], closed_book: dict[str, float] | None) -> dict[str, Any]:
-    """Scores and behaviour of some records."""
+def figures(courses: Sequence[Course], closed_book: dict[str, float] | None) -> dict[str, Any]:
+    """Scores and behaviour of some records, read as courses."""
+    group = [course.record for course in courses]
     scores = {score: list(by_question(group, score).values()) for score in SCORES}
     found = {
         "questions": len(scores["em"]),
@@ -84,11 +97,11 @@ def figures(group: Sequence[Record], closed_book: dict[str, float] | None) -> di
         **{score: sum(values) / len(values) for score, values in scores.items()},
         **{f"{score}_interval": bootstrap_interval(values) for score, values in scores.items()},
         **passes(group),
-        "behaviour": behaviour(group),
-        "search_counts": search_counts(group),
+        "behaviour": behaviour(courses),
+        "search_counts": search_counts(courses),
     }
     if closed_book is not None:
-        found["behaviour"] |= over_and_under_search(group, closed_book)
+        found["behaviour"] |= over_and_under_search(courses, closed_book)
     return found
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from search_r1.rewards.matching import extract_answer, gold_answers
+from search_r1.rewards.matching import gold_answers, last_answer
 from verl.agent import Row, Source, Trajectory
 
 
@@ -25,7 +25,7 @@ class Episode:
     @property
     def answer(self) -> str | None:
         """The last complete `<answer>` within a turn, None without one."""
-        return next((found for turn in reversed(self.turns) if (found := extract_answer(turn)) is not None), None)
+        return last_answer(self.turns)
 
     @property
     def searches(self) -> int:

@@ -5,7 +5,8 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+from search_r1.agent.actions import ANSWER
+
 ARTICLE = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -23,6 +24,11 @@ def extract_answer(text: str) -> str | None:
     """The content of the last complete `<answer>` of the policy's own text, None without one."""
     answers = ANSWER.findall(text)
     return answers[-1].strip() if answers else None
+
+
+def last_answer(turns: Sequence[str]) -> str | None:
+    """The last complete `<answer>` within a turn, None without one."""
+    return next((found for turn in reversed(turns) if (found := extract_answer(turn)) is not None), None)
 
 
 def gold_answers(ground_truth: object) -> list[str]:

@@ -94,6 +94,20 @@ def test_a_real_engine_answers(retriever, tmp_path):
     assert done.stdout.startswith("<think>") and " searches, " in done.stdout.splitlines()[-1]
 
 
+def test_a_retriever_that_is_down_is_a_clear_error(repository):
+    flags = ["--endpoint", "http://127.0.0.1:9/v1", *settings("http://127.0.0.1:9/retrieve")]
+    with pytest.raises(SystemExit, match=r"(?s)error: .*endpoint.url: .*retriever.url: "):
+        infer.main(["scripted", "Who?", *flags])
+
+
+def test_a_missing_model_is_not_made_in_its_place(repository, tmp_path):
+    missing = tmp_path / "none"
+    with pytest.raises(SystemExit, match=f"actor_rollout_ref.model.path={missing}: no tokenizer"):
+        elsewhere = [f"setup.world={tmp_path}/world", "setup.index_dir=null"]
+        infer.main([str(missing), "Who?", "retriever.url=http://127.0.0.1:9/retrieve", *elsewhere])
+    assert not missing.exists()
+
+
 def test_colours_are_for_terminals_only(monkeypatch):
     class Terminal(list):
         write, flush = list.append, staticmethod(lambda: None)

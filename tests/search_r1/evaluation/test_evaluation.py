@@ -43,7 +43,8 @@ def test_behaviour_by_hand():
         record("c", [], em=0.0, stop="max_turns"),
         record("d", [("x", [passage("7")]), ("x", [passage("7")])], em=0.0, gold=()),
     ]
-    found = behaviour.behaviour(records)
+    courses = [read_course(r) for r in records]
+    found = behaviour.behaviour(courses)
     expected = {
         "searches": 5 / 4, "no_search": 1 / 4, "answered": 3 / 4, "valid_actions": (1 + 1 + 0 + 1) / 4,
         "duplicate_queries": 1 / 5, "near_duplicate_queries": 1 / 5, "new_passages": 4 / 5,
@@ -53,7 +54,7 @@ def test_behaviour_by_hand():
         "search_latency_s/p50": 0.5, "search_latency_s/p95": 0.5, "gold_recall/turn_1": 0.5, "gold_recall/turn_2": 1.0,
     }  # fmt: skip
     assert found == pytest.approx(expected)
-    assert search_counts(records) == {0: 1, 1: 1, 2: 2}
+    assert search_counts(courses) == {0: 1, 1: 1, 2: 2}
 
 
 def test_over_and_under_search():
@@ -64,7 +65,7 @@ def test_over_and_under_search():
         record("unknown, searched", [("x", [])], em=1.0),
     ]
     closed = {f"set: {r['extra_info']['question']}": float(i < 2) for i, r in enumerate(records)}
-    found = behaviour.over_and_under_search(records, closed)
+    found = behaviour.over_and_under_search([read_course(r) for r in records], closed)
     assert found == {"known": 0.5, "over_search": 0.5, "under_search": 0.5}
 
 
