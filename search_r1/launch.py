@@ -78,7 +78,7 @@ def surrounded(program: str, config_name: str, overrides: Sequence[str], config:
 
 @contextmanager
 def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator[str | None]:
-    """Makes what `setup` names and serves its index: the URL, or None if the server is the user's or nobody searches."""
+    """Makes what `setup` names, serves its index: the URL; None if the server is the user's, or nobody searches."""
     setup = SetupConfig.model_validate(OmegaConf.to_container(config.setup, resolve=True))
     prepare(setup, config)
     named = any(o.startswith("retriever.url=") for o in overrides)
