@@ -38,7 +38,7 @@ def settings(folder, world, url, steps):
         actor_rollout_ref__rollout__temperature=0.7,
         actor_rollout_ref__actor__ppo_mini_batch_size=32,
         actor_rollout_ref__actor__ppo_micro_batch_size_per_gpu=8,
-        actor_rollout_ref__actor__optim__lr=1e-3,
+        actor_rollout_ref__actor__optim__lr=1e-4,
         retriever__url=url,
         retriever__max_retries=1,
         reward__otc_grpo=0.5,
@@ -68,7 +68,8 @@ def test_a_retriever_that_dies_mid_step_loses_nothing(tmp_path, world):
     for line in lines[1:]:
         assert line["env/number_of_valid_search"] > 0 and line["rollout/context_violations"] == 0
         assert line["reward/otc_grpo"] <= line["reward/em"]  # of right answers, by the searches of their group
-        assert line["rollout/logprob_diff_max"] <= 1e-3  # T = 0.7, several turns, after 0, 1, 2... updates
+        assert line["rollout/logprob_diff_mean"] <= 1e-5  # T = 0.7, several turns, after 0, 1, 2... updates
+        assert line["rollout/logprob_diff_max"] <= 1e-3
     every_parameter_moved(BASE, tmp_path / "run/hf")
     vllm_reads_what_transformers_reads(tmp_path / "run/hf")
 

@@ -40,7 +40,7 @@ def apply_kl_penalty(
         return data.with_tensors(token_level_rewards=scores), {}
     beta = controller.value
     rewards = compute_rewards(scores, batch["old_log_probs"], batch["ref_log_prob"], beta, mask, config.kl_penalty)
-    kl = float(masked_mean(kl_penalty(batch["old_log_probs"], batch["ref_log_prob"], config.kl_penalty), mask))
+    kl = masked_mean(kl_penalty(batch["old_log_probs"], batch["ref_log_prob"], config.kl_penalty), mask).item()
     controller.update(kl, n_steps=len(data))
     return data.with_tensors(token_level_rewards=rewards), {"critic/kl": kl, "critic/kl_coeff": beta}
 
