@@ -44,8 +44,8 @@ class FinetuneConfig(Config):
     """Optimizer steps per round."""
     train_batch_size: PositiveInt = 64
     """Rows per optimizer step, over all ranks."""
-    micro_batch_size_per_gpu: PositiveInt = 16
-    """Rows per forward-backward pass of one rank: memory only."""
+    max_token_len_per_gpu: PositiveInt = 16384
+    """Most tokens in a forward-backward pass of one rank: what its memory is proportional to."""
     lr: float = Field(default=1e-5, gt=0)
     """Learning rate."""
 
@@ -120,7 +120,7 @@ class Finetune:
             *launcher, "-m", "verl.trainer.sft", f"model.path={self.model}", f"train_files=[{rows}]",
             f"output={folder / 'unfinished'}", f"optim.lr={self.config.lr}", f"fsdp.dtype={fsdp['dtype']}",
             f"total_training_steps={self.config.steps}", f"train_batch_size={self.config.train_batch_size}",
-            f"micro_batch_size_per_gpu={self.config.micro_batch_size_per_gpu}", f"seed={self.raw['trainer']['seed']}",
+            f"max_token_len_per_gpu={self.config.max_token_len_per_gpu}", f"seed={self.raw['trainer']['seed']}",
             f"model.trust_remote_code={model['trust_remote_code']}",
             f"model.enable_gradient_checkpointing={model['enable_gradient_checkpointing']}",
         )  # fmt: skip

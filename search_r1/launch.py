@@ -18,10 +18,12 @@ from pathlib import Path
 import httpx
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from pydantic import PositiveInt
+from pydantic import PositiveInt, ValidationError
 
 from search_r1.report import write_report
+from search_r1.world.generate import OPTIONS_FILE, WorldConfig
 from verl.utils.config import Config
+from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER_START_S = 120
@@ -32,6 +34,8 @@ class SetupConfig(Config):
 
     world: str | None = None
     """Folder of the closed world."""
+    world_options: WorldConfig = WorldConfig()
+    """What it is made with. A folder that was made with other options is refused."""
     questions: str | None = None
     """JSONL, CSV or parquet of questions and answers, made into data.train_files and data.val_files."""
     template: str = "search"
@@ -79,7 +83,7 @@ def surrounded(program: str, config_name: str, overrides: Sequence[str], config:
 @contextmanager
 def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator[str | None]:
     """Makes what `setup` names, serves its index: the URL; None if the server is the user's, or nobody searches."""
-    setup = SetupConfig.model_validate(OmegaConf.to_container(config.setup, resolve=True))
+    setup = read_setup(config)
     prepare(setup, config)
     named = any(o.startswith("retriever.url=") for o in overrides)
     if setup.index_dir is None or named or not config.do_search:
@@ -89,10 +93,19 @@ def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator[str |
         yield url
 
 
+def read_setup(config: DictConfig) -> SetupConfig:
+    """The typed `setup` section. Exits naming every wrong key."""
+    try:
+        return SetupConfig.model_validate(OmegaConf.to_container(config.setup, resolve=True))
+    except ValidationError as error:
+        problems = [f"setup.{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        sys.exit(f"error: {ConfigError(problems)}")
+
+
 def prepare(setup: SetupConfig, config: DictConfig) -> None:
     """Makes what is absent; a second call only looks."""
-    if setup.world and not Path(setup.world, "corpus.jsonl").exists():
-        module("search_r1.world", "--out", setup.world)
+    if setup.world:
+        prepare_world(Path(setup.world), setup.world_options)
     model = Path(config.actor_rollout_ref.model.path)
     own = setup.world is not None and model.resolve() == Path(setup.world, "base").resolve()
     if own and not (model / "config.json").exists():  # at any other path a missing model is the user's mistake
@@ -105,6 +118,25 @@ def prepare(setup: SetupConfig, config: DictConfig) -> None:
     if setup.index_dir and setup.corpus_path:
         flags = ["--retrieval_method", "bm25", "--corpus_path", setup.corpus_path, "--save_dir", setup.index_dir]
         module("search_r1.search.index_builder", *flags)
+
+
+def prepare_world(folder: Path, options: WorldConfig) -> None:
+    """Makes the closed world where it is absent. Exits naming the options in which one that is there differs.
+
+    A world without a record of its options has the default ones.
+    """
+    if not (folder / "corpus.jsonl").exists():
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options]
+        module("search_r1.world", "--out", str(folder), *flags)
+        return
+    record = folder / OPTIONS_FILE
+    made = WorldConfig.model_validate_json(record.read_text(encoding="utf-8")) if record.exists() else WorldConfig()
+    if differing := [name for name, value in options if getattr(made, name) != value]:
+        there, asked = (", ".join(f"{name}={getattr(o, name)}" for name in differing) for o in (made, options))
+        sys.exit(
+            f"error: setup.world={folder} was made with {there}; setup.world_options asks for {asked}. Remove the "
+            "folder, or name another"
+        )
 
 
 def module(name: str, *flags: str) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from search_r1.world.generate import World, WorldConfig, make_world
+from search_r1.world.generate import OPTIONS_FILE, World, WorldConfig, make_world
 
 
-def write_world(world: World, folder: Path) -> None:
-    """Writes the passages as JSONL and each list of questions as parquet."""
+def write_world(world: World, options: WorldConfig, folder: Path) -> None:
+    """Writes what made the world, the passages as JSONL and each list of questions as parquet."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / OPTIONS_FILE).write_text(options.model_dump_json(indent=2) + "\n", encoding="utf-8")
     lines = (json.dumps(p) + "\n" for p in world.passages)
     (folder / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
     for name, rows in world.rows.items():
@@ -30,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=field.default, help=description)
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
-    world = make_world(WorldConfig(**args))
-    write_world(world, out)
+    options = WorldConfig(**args)
+    world = make_world(options)
+    write_world(world, options, out)
     counts = ", ".join(f"{len(rows)} {name}" for name, rows in world.rows.items())
     sys.stdout.write(f"{out}: {len(world.passages)} passages; questions: {counts}\n")
     return 0

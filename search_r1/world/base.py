@@ -77,7 +77,7 @@ def train(stages: Sequence[Stage], start: str, out: str, optim: OptimConfig, see
     tokenizer = AutoTokenizer.from_pretrained(start)
     config = SFTConfig(
         model=ModelConfig(path=start, enable_gradient_checkpointing=False), output=out, train_batch_size=48,
-        micro_batch_size_per_gpu=12, seed=seed, total_training_steps=sum(s.max_steps for s in stages),
+        max_token_len_per_gpu=2048, seed=seed, total_training_steps=sum(s.max_steps for s in stages),
         optim=optim, fsdp=FSDPConfig(dtype="float32"),
     )  # fmt: skip
     trainer = SFTTrainer(config)

@@ -58,7 +58,7 @@ def arguments(folder: Path, model: Path, **more: Any) -> list[str]:
         "actor_rollout_ref.rollout.n": 3,
         "actor_rollout_ref.rollout.cpu_kvcache_gb": 0.2,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 6,
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4,
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 400,
         "trainer.default_local_dir": folder / "run",
         "trainer.experiment_name": "test",
         "trainer.logger": "[console]",

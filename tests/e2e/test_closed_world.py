@@ -37,7 +37,7 @@ def settings(folder, world, url, steps):
         actor_rollout_ref__rollout__n=4,
         actor_rollout_ref__rollout__temperature=0.7,
         actor_rollout_ref__actor__ppo_mini_batch_size=32,
-        actor_rollout_ref__actor__ppo_micro_batch_size_per_gpu=8,
+        actor_rollout_ref__actor__ppo_max_token_len_per_gpu=1024,
         actor_rollout_ref__actor__optim__lr=1e-4,
         retriever__url=url,
         retriever__max_retries=1,

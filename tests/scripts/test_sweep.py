@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from search_r1.launch import read_setup
 from tests.e2e.runs import ROOT
 from tests.search_r1.evaluation.records import passage, record
 from verl.trainer.config import validate
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 import sweep
 
 ALGORITHMS = ROOT / "configs" / "sweeps" / "algorithms.yaml"
+MASKING = ROOT / "configs" / "sweeps" / "masking.yaml"
 
 
 @pytest.mark.parametrize("run", sweep.read_sweep(ALGORITHMS))
@@ -25,6 +27,16 @@ def test_runs_take_equal_samples_and_optimizer_steps(run):
         config = validate(OmegaConf.to_container(compose(name, overrides), resolve=True))
     assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 240 and config.num_mini_batches == 1
     assert config.trainer.default_local_dir == f"runs/algorithms/{run}"
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_masked_and_unmasked_runs_read_the_same_world(masked):
+    ((_, _, *overrides),) = sweep.read_sweep(MASKING)["masked-seed0" if masked else "unmasked-seed0"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        composed = compose("grpo", overrides)
+    config = validate(OmegaConf.to_container(composed, resolve=True)).actor_rollout_ref
+    assert config.actor.state_masking is masked and read_setup(composed).world_options.filler == 2
+    assert config.rollout.engine_kwargs["hf_overrides"] == config.model.override_config  # else they disagree
 
 
 def test_an_unknown_key_is_named(tmp_path):

@@ -12,8 +12,9 @@ from tests.verl.test_update import make_model
 from verl.single_controller.worker import Worker
 from verl.workers.actor import policy_loss
 from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, OptimConfig
-from verl.workers.fsdp_model import build_model, build_train_state, forward_log_probs
-from verl.workers.update import map_micro_batches, update_mini_batches
+from verl.workers.forward import forward_log_probs
+from verl.workers.fsdp_model import build_model, build_train_state
+from verl.workers.update import Budget, map_micro_batches, update_mini_batches
 
 GOLDEN = Path(__file__).parents[1] / "assets" / "five_steps.json"
 KEYS = ("loss", "pg_loss", "kl_loss", "entropy", "grad_norm", "lr", "pg_clipfrac", "ppo_kl")
@@ -35,9 +36,11 @@ def five_steps(model_path: str) -> list[dict[str, float]]:
 
     trace = []
     for _ in range(5):
-        old = map_micro_batches(batch, 4, worker.device, lambda rows: forward_log_probs(model, rows, 0.7, False)[0])
+        old = map_micro_batches(
+            batch, Budget(1000, 4), worker.device, lambda rows: forward_log_probs(model, rows, 0.7, False)[0]
+        )
         data = batch.with_tensors(old_log_probs=old)
-        metrics = update_mini_batches(state, data, loss_fn, epochs=1, micro_batch_size=4, grad_clip=1.0)
+        metrics = update_mini_batches(state, data, loss_fn, epochs=1, budget=Budget(1000, 4), grad_clip=1.0)
         trace.append({key: metrics[key] for key in KEYS})
     return trace
 

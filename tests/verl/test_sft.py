@@ -68,8 +68,8 @@ def test_batches_take_every_row_once_per_epoch(tmp_path):
     assert sorted(len(row["input_ids"]) for row in next(rows)) == [3, 5, 7]
 
 
-def two_steps(model: Path, micro: int) -> list[dict[str, float]]:
-    trainer = SFTTrainer(config(model, micro_batch_size_per_gpu=micro))
+def two_steps(model: Path, tokens: int) -> list[dict[str, float]]:
+    trainer = SFTTrainer(config(model, max_token_len_per_gpu=tokens))
     return [trainer.step(ROWS), trainer.step(ROWS)]
 
 
@@ -82,10 +82,10 @@ def test_loss_is_the_mean_over_trained_tokens_and_falls(tmp_path):
         log_probs = plain(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         mask = torch.tensor(row["loss_mask"][1:])
         total, count = total - float((log_probs.detach() * mask).sum()), count + int(mask.sum())
-    (steps,) = run_ranks(1, two_steps, model, 1)
+    (steps,) = run_ranks(1, two_steps, model, 5)
     assert steps[0]["loss"] == pytest.approx(total / count, rel=1e-5)
     assert steps[1]["loss"] < steps[0]["loss"] and steps[0]["skipped_steps"] == 0
-    (wide,) = run_ranks(1, two_steps, model, 3)
-    ranks = run_ranks(2, two_steps, model, 2)
+    (wide,) = run_ranks(1, two_steps, model, 100)
+    ranks = run_ranks(2, two_steps, model, 8)
     for other in (wide, *ranks):
         assert [s["loss"] for s in other] == pytest.approx([s["loss"] for s in steps], rel=1e-4)

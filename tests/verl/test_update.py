@@ -12,8 +12,9 @@ from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
 from verl.workers.actor import policy_loss
 from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig
-from verl.workers.fsdp_model import TrainState, build_model, forward_log_probs
-from verl.workers.update import update_mini_batches
+from verl.workers.forward import forward_log_probs
+from verl.workers.fsdp_model import TrainState, build_model
+from verl.workers.update import Budget, update_mini_batches
 
 ACTOR = ActorConfig(use_kl_loss=True, kl_loss_coef=0.1, entropy_coeff=0.01)
 
@@ -60,7 +61,7 @@ def gradient(model_path: str, dtype: str, micro: int, sizes: list[int] | None) -
         log_probs, entropy = forward_log_probs(model, rows, 1.0, with_entropy=True)
         return policy_loss(ACTOR, log_probs, entropy, rows, counts)
 
-    metrics = update_mini_batches(state, mine, loss_fn, epochs=1, micro_batch_size=micro, grad_clip=1e9)
+    metrics = update_mini_batches(state, mine, loss_fn, epochs=1, budget=Budget(1000, micro), grad_clip=1e9)
     return optimizer.seen, metrics
 
 
@@ -102,7 +103,7 @@ def diverging_step(model_path: str) -> tuple[float, bool]:
         log_probs, entropy = forward_log_probs(model, rows, 1.0, with_entropy=True)
         return policy_loss(ACTOR, log_probs, entropy, rows, counts)
 
-    metrics = update_mini_batches(state, mine, loss_fn, epochs=1, micro_batch_size=4, grad_clip=1.0)
+    metrics = update_mini_batches(state, mine, loss_fn, epochs=1, budget=Budget(24), grad_clip=1.0)
     same = all(torch.equal(a, p.full_tensor()) for a, p in zip(before, model.parameters(), strict=True))
     return metrics["skipped_steps"], same
 

@@ -113,6 +113,7 @@ def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, 
         roles, group = build_workers(config, device, len(train_set))
         rollout = RolloutManager(config, device, group.locations)
         roles["actor"].connect_engines(rollout.servers)
+        logging.getLogger(__name__).info("policy: %s", roles["actor"].describe()[0])
         extra = torch.load(resume / "trainer.pt", weights_only=False) if resume else {}
         if resume:
             truncate_metrics(trainer_cfg.default_local_dir, int(resume.name.removeprefix("global_step_")))

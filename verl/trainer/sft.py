@@ -30,13 +30,15 @@ from verl.utils.config import Config
 from verl.utils.dataset import ResumableSampler
 from verl.utils.errors import DataError
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
-from verl.workers.fsdp_model import build_model, build_train_state, forward_log_probs, full_parameters
-from verl.workers.update import Counts, Metrics, reduce_sum, update_mini_batches
+from verl.workers.forward import forward_log_probs
+from verl.workers.fsdp_model import build_model, build_train_state, full_parameters
+from verl.workers.lora import base_model
+from verl.workers.update import Budget, Counts, Metrics, reduce_sum, update_mini_batches
 
 logger = logging.getLogger(__name__)
 
 Example = dict[str, list[int]]
-"""`input_ids` and `loss_mask`; optionally `watch_mask`, the tokens whose accuracy is reported (default: loss_mask)."""
+"""`input_ids` and `loss_mask`; optionally `watch_mask`: trained tokens whose accuracy is reported (default: all)."""
 
 
 class SFTConfig(Config):
@@ -47,8 +49,8 @@ class SFTConfig(Config):
     """JSONL or parquet files of rows."""
     train_batch_size: PositiveInt = 64
     """Rows per optimizer step, over all ranks."""
-    micro_batch_size_per_gpu: PositiveInt = 16
-    """Rows per forward-backward pass of one rank: memory only."""
+    max_token_len_per_gpu: PositiveInt = 16384
+    """Most tokens in a forward-backward pass of one rank: what its memory is proportional to."""
     max_length: PositiveInt = 4096
     """A longer row is an error."""
     total_training_steps: PositiveInt = 1000
@@ -89,14 +91,13 @@ class SFTTrainer:
             right = (log_probs > -0.6931) & rows.batch["watch_mask"].bool()
             return -trained.sum() / counts.num_tokens, {"watched": right.sum() / watched}
 
-        size = self.config.micro_batch_size_per_gpu
-        return update_mini_batches(
-            self.state, rows, loss_fn, epochs=1, micro_batch_size=size, grad_clip=self.config.grad_clip
-        )
+        budget = Budget(self.config.max_token_len_per_gpu)
+        return update_mini_batches(self.state, rows, loss_fn, epochs=1, budget=budget, grad_clip=self.config.grad_clip)
 
     def save(self, path: str) -> None:
         """Writes model and tokenizer in Hugging Face format. A collective."""
-        save_pretrained(self.state.model, full_parameters(self.state.model), self.config.model, path)
+        model = self.state.model
+        save_pretrained(base_model(model), full_parameters(model), self.config.model, path)
         dist.barrier()
 
 
@@ -117,14 +118,15 @@ def collate(examples: Sequence[Example], max_length: int) -> DataProto:
     def column(values: list[list[int]]) -> torch.Tensor:
         return torch.tensor([v + [0] * (width - len(v)) for v in values])
 
-    ids = column([e["input_ids"] for e in examples])
+    ids, trained = column([e["input_ids"] for e in examples]), column([e["loss_mask"] for e in examples])
+    watched = column([e.get("watch_mask") or e["loss_mask"] for e in examples])
     return DataProto.from_dict(
         {
             "prompts": ids[:, :1],
             "responses": ids[:, 1:],
             "attention_mask": column([[1] * len(e["input_ids"]) for e in examples]),
-            "response_mask": column([e["loss_mask"] for e in examples])[:, 1:],
-            "watch_mask": column([e.get("watch_mask") or e["loss_mask"] for e in examples])[:, 1:],
+            "response_mask": trained[:, 1:],
+            "watch_mask": (watched & trained)[:, 1:],
             "mini_batch": torch.zeros(len(examples), dtype=torch.long),
         },
         meta_info={"num_mini_batches": 1},

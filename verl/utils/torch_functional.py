@@ -39,9 +39,14 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.
     return _by_rows(partial(_label_logprobs, temperature=temperature), logits, labels)
 
 
-def logprobs_and_entropy(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`logprobs_from_logits`, and the entropy of the same distributions, in one pass over the logits."""
-    both = _by_rows(partial(_both, temperature=temperature), logits, labels)
+def logprobs_and_entropy(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_grad: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`logprobs_from_logits`, and the entropy of the same distributions, in one pass over the logits.
+
+    Without `entropy_grad` the backward pass is spared the entropy.
+    """
+    both = _by_rows(partial(_both, temperature=temperature, entropy_grad=entropy_grad), logits, labels)
     return both[..., 0], both[..., 1]
 
 
@@ -50,17 +55,22 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     return _by_rows(_entropy, logits)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32, or `dtype` where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _upcast(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(at_least_float32(logits.dtype))
 
 
 def _label_logprobs(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return _of_labels((_upcast(logits) / temperature).log_softmax(-1), labels)
 
 
-def _both(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def _both(logits: Tensor, labels: Tensor, temperature: float, entropy_grad: bool) -> Tensor:
     log_p = (_upcast(logits) / temperature).log_softmax(-1)
-    return torch.stack([_of_labels(log_p, labels), _entropy_of(log_p)], dim=-1)
+    return torch.stack([_of_labels(log_p, labels), _entropy_of(log_p if entropy_grad else log_p.detach())], dim=-1)
 
 
 def _of_labels(log_p: Tensor, labels: Tensor) -> Tensor:

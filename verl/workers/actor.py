@@ -13,15 +13,11 @@ from verl.single_controller.worker import Worker
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
 from verl.utils.checkpoint import load_state, save_pretrained, save_state
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
-from verl.workers.fsdp_model import (
-    build_model,
-    build_train_state,
-    forward_log_probs,
-    full_parameters,
-    log_probs_of_rows,
-)
+from verl.workers.forward import forward_log_probs, log_probs_of_rows
+from verl.workers.fsdp_model import build_model, build_train_state, describe, full_parameters
+from verl.workers.lora import base_model
 from verl.workers.rollout.weight_sync import WeightSender
-from verl.workers.update import Counts, Metrics, map_micro_batches, update_mini_batches
+from verl.workers.update import Budget, Counts, Metrics, map_micro_batches, update_mini_batches
 
 
 def policy_loss(
@@ -73,23 +69,29 @@ class ActorWorker(Worker):
     def __init__(self, model: ModelConfig, config: ActorConfig, rollout: RolloutConfig, total_steps: int) -> None:
         super().__init__()
         self.model_config, self.config, self.rollout = model, config, rollout
-        self.state = build_train_state(
-            build_model(model, "lm", config.fsdp_config, self.mesh), config.optim, total_steps
-        )
+        policy = build_model(model, "lm", config.fsdp_config, self.mesh)
+        self.state = build_train_state(policy, config.optim, total_steps, config.fsdp_config.optimizer_offload)
 
     @register(Dispatch.DP_COMPUTE_PROTO)
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """old_log_probs [B, R] under the present weights, at the sampling temperature."""
-        size = self.rollout.log_prob_micro_batch_size_per_gpu
-        forward = partial(log_probs_of_rows, self.state.model, temperature=self.rollout.temperature)
-        return DataProto({"old_log_probs": map_micro_batches(data, size, self.device, forward)})
+        rollout = self.rollout
+        budget = Budget(rollout.log_prob_max_token_len_per_gpu, rollout.log_prob_micro_batch_size_per_gpu)
+        forward = partial(log_probs_of_rows, self.state.model, temperature=rollout.temperature)
+        return DataProto({"old_log_probs": map_micro_batches(data, budget, self.device, forward)})
 
     @register(Dispatch.DP_COMPUTE_METRIC)
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """One optimizer step per mini-batch."""
 
         def loss_fn(rows: DataProto, counts: Counts) -> tuple[torch.Tensor, Metrics]:
-            log_probs, entropy = forward_log_probs(self.state.model, rows, self.rollout.temperature, with_entropy=True)
+            log_probs, entropy = forward_log_probs(
+                self.state.model,
+                rows,
+                self.rollout.temperature,
+                with_entropy=True,
+                entropy_grad=self.config.entropy_coeff != 0,
+            )
             assert entropy is not None
             return policy_loss(self.config, log_probs, entropy, rows, counts)
 
@@ -98,9 +100,14 @@ class ActorWorker(Worker):
             data.to(self.device),
             loss_fn,
             epochs=self.config.ppo_epochs,
-            micro_batch_size=self.config.ppo_micro_batch_size_per_gpu,
+            budget=Budget(self.config.ppo_max_token_len_per_gpu, self.config.ppo_micro_batch_size_per_gpu),
             grad_clip=self.config.grad_clip,
         )
+
+    @register(Dispatch.ONE_TO_ALL)
+    def describe(self) -> str:
+        """The policy in one line."""
+        return describe(self.state.model)
 
     @register(Dispatch.ONE_TO_ALL)
     def connect_engines(self, servers: Sequence[Any]) -> None:
@@ -123,5 +130,6 @@ class ActorWorker(Worker):
     @register(Dispatch.ONE_TO_ALL)
     def save_pretrained(self, path: str) -> None:
         """The policy in Hugging Face format, with its tokenizer."""
-        save_pretrained(self.state.model, full_parameters(self.state.model), self.model_config, path)
+        model = self.state.model
+        save_pretrained(base_model(model), full_parameters(model), self.model_config, path)
         dist.barrier()

@@ -24,6 +24,14 @@ class ModelConfig(Config):
     """Run Python code that comes with the weights."""
     enable_gradient_checkpointing: bool = True
     """Recompute activations of each decoder layer in the backward pass."""
+    use_torch_compile: bool = False
+    """Compile every decoder layer of actor, reference and critic."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of trained adapters (LoRA, arXiv 2106.09685) over frozen weights; 0: train all weights."""
+    lora_alpha: PositiveInt = 16
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the linear layers that get adapters."""
     override_config: dict[str, Any] = {}
     """Entries of the Hugging Face config to replace (for instance attn_implementation)."""
 
@@ -46,6 +54,8 @@ class OptimConfig(Config):
 class FSDPConfig(Config):
     param_offload: bool = False
     """Keep parameters and gradients on the CPU between uses (FSDP2 CPU offload; the optimizer then runs there too)."""
+    optimizer_offload: bool = False
+    """Keep the optimizer's state on the CPU between updates; it steps on the GPU."""
     reshard_after_forward: bool = True
     """Free the gathered parameters between forward and backward."""
     model_dtype: Dtype = "float32"
@@ -65,8 +75,11 @@ class ActorConfig(Config):
     policy_loss: PolicyLossConfig = PolicyLossConfig()
     ppo_mini_batch_size: PositiveInt = 256
     """Trajectories per optimizer step."""
-    ppo_micro_batch_size_per_gpu: PositiveInt = 8
-    """Trajectories per forward-backward pass of one rank: memory only, the gradient does not depend on it."""
+    ppo_micro_batch_size_per_gpu: PositiveInt | None = None
+    """Most trajectories in a forward-backward pass of one rank; null: as many as its tokens allow. The gradient does
+    not depend on it."""
+    ppo_max_token_len_per_gpu: PositiveInt = 16384
+    """Most tokens in such a pass: what its memory is proportional to. A longer trajectory passes alone."""
     ppo_epochs: PositiveInt = 1
     """Passes over each rollout batch."""
     clip_ratio: PositiveFloat = 0.2
@@ -98,8 +111,10 @@ class ActorConfig(Config):
 
 
 class RefConfig(Config):
-    log_prob_micro_batch_size_per_gpu: PositiveInt = 16
-    """Trajectories per forward pass of one rank."""
+    log_prob_micro_batch_size_per_gpu: PositiveInt | None = None
+    """Most trajectories in a forward pass of one rank."""
+    log_prob_max_token_len_per_gpu: PositiveInt = 32768
+    """Most tokens in such a pass."""
     fsdp_config: FSDPConfig = FSDPConfig(model_dtype="bfloat16")
 
 
@@ -107,8 +122,10 @@ class CriticConfig(Config):
     model: ModelConfig
     ppo_mini_batch_size: PositiveInt = 256
     """Trajectories per optimizer step."""
-    ppo_micro_batch_size_per_gpu: PositiveInt = 8
-    """Trajectories per forward-backward pass of one rank."""
+    ppo_micro_batch_size_per_gpu: PositiveInt | None = None
+    """Most trajectories in a forward-backward pass of one rank."""
+    ppo_max_token_len_per_gpu: PositiveInt = 16384
+    """Most tokens in such a pass."""
     ppo_epochs: PositiveInt = 1
     """Passes over each rollout batch."""
     cliprange_value: PositiveFloat = 0.5
@@ -193,8 +210,10 @@ class RolloutConfig(SamplingConfig):
     """dummy skips reading the weights from disk: the first weight sync brings them."""
     engine_kwargs: dict[str, Any] = {}
     """Further arguments of vLLM's AsyncEngineArgs."""
-    log_prob_micro_batch_size_per_gpu: PositiveInt = 16
-    """Trajectories per forward pass of one rank when the actor recomputes log-probs."""
+    log_prob_micro_batch_size_per_gpu: PositiveInt | None = None
+    """Most trajectories in a forward pass of one rank when the actor recomputes log-probs."""
+    log_prob_max_token_len_per_gpu: PositiveInt = 32768
+    """Most tokens in such a pass."""
     num_agent_workers: NonNegativeInt = 1
     """CPU processes that run agent loops, rewards included."""
     per_request_seed: bool = False

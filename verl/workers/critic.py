@@ -11,8 +11,9 @@ from verl.single_controller.worker import Worker
 from verl.trainer.ppo.core_algos import compute_value_loss
 from verl.utils.checkpoint import load_state, save_state
 from verl.workers.config import CriticConfig
-from verl.workers.fsdp_model import build_model, build_train_state, forward_values
-from verl.workers.update import Counts, Metrics, map_micro_batches, update_mini_batches
+from verl.workers.forward import forward_values
+from verl.workers.fsdp_model import build_model, build_train_state
+from verl.workers.update import Budget, Counts, Metrics, map_micro_batches, update_mini_batches
 
 
 class CriticWorker(Worker):
@@ -21,16 +22,15 @@ class CriticWorker(Worker):
     def __init__(self, config: CriticConfig, total_steps: int) -> None:
         super().__init__()
         self.config = config
+        self.budget = Budget(config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu)
         model = build_model(config.model, "value", config.fsdp_config, self.mesh)
-        self.state = build_train_state(model, config.optim, total_steps)
+        self.state = build_train_state(model, config.optim, total_steps, config.fsdp_config.optimizer_offload)
 
     @register(Dispatch.DP_COMPUTE_PROTO)
     def compute_values(self, data: DataProto) -> DataProto:
         """values [B, R]."""
-        size = self.config.ppo_micro_batch_size_per_gpu
-        return DataProto(
-            {"values": map_micro_batches(data, size, self.device, partial(forward_values, self.state.model))}
-        )
+        forward = partial(forward_values, self.state.model)
+        return DataProto({"values": map_micro_batches(data, self.budget, self.device, forward)})
 
     @register(Dispatch.DP_COMPUTE_METRIC)
     def update_critic(self, data: DataProto) -> dict[str, float]:
@@ -53,7 +53,7 @@ class CriticWorker(Worker):
             data.to(self.device),
             loss_fn,
             epochs=self.config.ppo_epochs,
-            micro_batch_size=self.config.ppo_micro_batch_size_per_gpu,
+            budget=self.budget,
             grad_clip=self.config.grad_clip,
         )
 

@@ -6,8 +6,9 @@ from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.workers.config import ModelConfig, RefConfig
-from verl.workers.fsdp_model import build_model, log_probs_of_rows
-from verl.workers.update import map_micro_batches
+from verl.workers.forward import log_probs_of_rows
+from verl.workers.fsdp_model import build_model
+from verl.workers.update import Budget, map_micro_batches
 
 
 class ReferenceWorker(Worker):
@@ -16,11 +17,13 @@ class ReferenceWorker(Worker):
     def __init__(self, model: ModelConfig, config: RefConfig, temperature: float) -> None:
         super().__init__()
         self.config, self.temperature = config, temperature
-        self.model = build_model(model, "lm", config.fsdp_config, self.mesh).requires_grad_(False)
+        plain = model.model_copy(update={"lora_rank": 0})  # adapters begin as nothing: the weights below them are it
+        self.model = build_model(plain, "lm", config.fsdp_config, self.mesh).requires_grad_(False)
 
     @register(Dispatch.DP_COMPUTE_PROTO)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """ref_log_prob [B, R], at the sampling temperature."""
-        size = self.config.log_prob_micro_batch_size_per_gpu
+        config = self.config
+        budget = Budget(config.log_prob_max_token_len_per_gpu, config.log_prob_micro_batch_size_per_gpu)
         forward = partial(log_probs_of_rows, self.model, temperature=self.temperature)
-        return DataProto({"ref_log_prob": map_micro_batches(data, size, self.device, forward)})
+        return DataProto({"ref_log_prob": map_micro_batches(data, budget, self.device, forward)})

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from verl.protocol import DataProto
-from verl.workers.fsdp_model import TrainState
+from verl.utils.seqlen_balancing import balance
+from verl.workers.fsdp_model import TrainState, move_optimizer
 
 INPUTS = ("prompts", "responses", "attention_mask", "response_mask")
 Metrics = dict[str, torch.Tensor]
@@ -31,11 +32,29 @@ LossFn = Callable[[DataProto, Counts], tuple[torch.Tensor, Metrics]]
 """Rows of a micro-batch -> its share of the mini-batch's loss, and its share of the metrics (both sum to the whole)."""
 
 
-def micro_batches(data: DataProto, size: int) -> list[DataProto]:
-    """Parts of at most `size` rows, of similar length (less padding), in a fixed order."""
-    lengths = data.batch["attention_mask"].sum(1)
-    order = torch.argsort(lengths, stable=True)
-    return [data[order[i : i + size]] for i in range(0, len(data), size)]
+@dataclass(frozen=True)
+class Budget:
+    """What one forward pass may hold. A row with more tokens than that passes alone."""
+
+    max_tokens: int
+    max_rows: int | None = None
+
+
+def micro_batches(lengths: list[int], budget: Budget, at_least: int = 1) -> list[list[int]]:
+    """Positions of `lengths` in the fewest parts of nearly equal sums that fit the budget, `at_least` so many.
+
+    Fewer rows than parts leave the last parts empty.
+    """
+    max_rows = budget.max_rows or max(1, len(lengths))
+    number = max(at_least, math.ceil(sum(lengths) / budget.max_tokens), math.ceil(len(lengths) / max_rows))
+    while True:
+        parts = balance(lengths, number, equal_size=False)
+        if all(
+            len(part) <= max_rows and (len(part) <= 1 or sum(lengths[row] for row in part) <= budget.max_tokens)
+            for part in parts
+        ):
+            return parts
+        number += 1
 
 
 def empty_rows(data: DataProto) -> DataProto:
@@ -60,22 +79,25 @@ def reduce_max(value: float, device: torch.device) -> float:
     return total.item()
 
 
-def run_micro_batches(data: DataProto, size: int, device: torch.device) -> list[DataProto]:
-    """`micro_batches`, filled up with empty ones to the largest number on any rank."""
-    parts = micro_batches(data, size)
-    missing = int(reduce_max(len(parts), device)) - len(parts)
-    return parts + [empty_rows(data)] * missing
+def run_micro_batches(data: DataProto, budget: Budget, device: torch.device) -> list[DataProto]:
+    """`micro_batches` of the rows, as many as on every other rank: some are empty rows where a rank has too few."""
+    lengths = data.batch["attention_mask"].sum(1).tolist()
+    number = int(reduce_max(len(micro_batches(lengths, budget)), device))
+    parts = micro_batches(lengths, budget, at_least=number)
+    while (more := int(reduce_max(len(parts), device))) > number:  # a rank found no `number` of parts that fit
+        parts, number = micro_batches(lengths, budget, at_least=more), more
+    return [data[part] if part else empty_rows(data) for part in parts]
 
 
 def map_micro_batches(
-    data: DataProto, size: int, device: torch.device, forward: Callable[[DataProto], torch.Tensor]
+    data: DataProto, budget: Budget, device: torch.device, forward: Callable[[DataProto], torch.Tensor]
 ) -> torch.Tensor:
     """`forward` [b, R] without gradient over micro-batches: [B, R] on the CPU, in the order of `data`."""
     rows = data.select(INPUTS).to(device)
     rows = rows.with_tensors(position=torch.arange(len(rows), device=device))
     result = torch.zeros(rows.batch["responses"].shape, dtype=torch.float32)
     with torch.no_grad():
-        for part in run_micro_batches(rows, size, device):
+        for part in run_micro_batches(rows, budget, device):
             out = forward(part)
             if part.batch["response_mask"].any():
                 result[part.batch["position"].cpu()] = out.cpu()
@@ -83,7 +105,7 @@ def map_micro_batches(
 
 
 def update_mini_batches(
-    state: TrainState, data: DataProto, loss_fn: LossFn, *, epochs: int, micro_batch_size: int, grad_clip: float
+    state: TrainState, data: DataProto, loss_fn: LossFn, *, epochs: int, budget: Budget, grad_clip: float
 ) -> dict[str, float]:
     """One optimizer step per mini-batch and epoch; metrics averaged over the steps.
 
@@ -92,13 +114,17 @@ def update_mini_batches(
     """
     device = data.batch["mini_batch"].device
     steps: list[dict[str, float]] = []
+    if state.offload_optimizer:
+        move_optimizer(state.optimizer, device)
     for _ in range(epochs):
         for index in range(data.meta_info["num_mini_batches"]):
             rows = data[data.batch["mini_batch"].cpu() == index]
             mask = rows.batch["response_mask"]
             tokens, seqs = reduce_sum([float(mask.sum()), float(len(rows))], device)
             counts = Counts(max(1, round(tokens)), max(1, round(seqs)))
-            steps.append(_step(state, run_micro_batches(rows, micro_batch_size, device), loss_fn, counts, grad_clip))
+            steps.append(_step(state, run_micro_batches(rows, budget, device), loss_fn, counts, grad_clip))
+    if state.offload_optimizer:
+        move_optimizer(state.optimizer, "cpu")
     state.scheduler.step()
     metrics = {k: _mean([s[k] for s in steps]) for k in steps[0]}
     metrics["skipped_steps"] = sum(s["skipped_steps"] for s in steps)

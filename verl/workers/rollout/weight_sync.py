@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from verl.single_controller.worker_group import get
 from verl.workers.config import ModelConfig
 from verl.workers.fsdp_model import full_parameters
+from verl.workers.lora import plain_name
 
 MEMORY_FILES = "/dev/shm"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -73,15 +74,29 @@ class WeightSender:
     def _connect(self) -> Any:
         """vLLM's trainer engine over CUDA IPC. Its ranks must be exactly those that share GPUs with
         the engines."""
-        from vllm.distributed.weight_transfer.base import ModuleSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         return WeightTransferTrainerFactory.trainer_init(
             IPCTrainerInitInfo(rank=dist.get_rank(), packed=True),
             client=EngineClient(self.servers),
-            source=ModuleSource(self.model),
+            source=policy_source(self.model),
         )
+
+
+def policy_source(model: PreTrainedModel) -> Any:
+    """vLLM's view of the policy: plain Hugging Face names and whole tensors, adapters merged."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class PolicySource(WeightSource):
+        def metadata(self) -> list[Any]:
+            named = ((plain_name(name), value) for name, value in model.named_parameters())
+            return [ParamMeta(name, value.dtype, tuple(value.shape)) for name, value in named if name]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return full_parameters(model)
+
+    return PolicySource()
 
 
 class EngineClient:

@@ -1,0 +1,99 @@
+"""Attention over packed sequences: no token attends across its own, and none is spent on padding.
+
+One row holds all sequences of a micro-batch, one after the other; `cu_seq_lens` [n + 1] says where each starts.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import flash_attention_mask
+
+PACKED = "packed"
+"""Name of `packed_attention` among the attention implementations of transformers."""
+
+
+def choose_attention(config: PretrainedConfig, on_gpu: bool, dtype: torch.dtype) -> str:
+    """flash_attention_2 where it is installed and the dtype allows it, else torch's own attention, packed.
+
+    Models that cap their attention scores (Gemma 2) get eager attention: torch's kernels cannot do that.
+    """
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
+    flash = on_gpu and dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else PACKED
+
+
+def packed_arguments(lengths: torch.Tensor) -> dict[str, Any]:
+    """What the model passes down to the attention of packed sequences of these lengths [n]."""
+    starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest
+    }  # fmt: skip
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of [1, H, T, D] within each sequence: [1, T, H, D]. An entry of transformers' interface.
+
+    On a GPU in half precision torch's variable-length kernel, elsewhere its sdpa, a sequence at a time. Raises
+    ValueError for what neither can do.
+    """
+    if softcap is not None or cu_seq_lens_q is None or max_length_q is None:
+        raise ValueError("packed attention needs cu_seq_lens_q, max_length_q and no softcap: set attn_implementation")
+    if query.is_cuda and query.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out: Any = varlen_attn(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            scale=scaling,
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out[None], None
+    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+
+
+@torch.compiler.disable
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    sizes = starts.diff().tolist()
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    for q, k, v in zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
+        size = q.shape[2]
+        mask = None
+        if sliding_window is not None and size > sliding_window:
+            distance = torch.arange(size, device=q.device)[:, None] - torch.arange(size, device=q.device)
+            mask = (distance >= 0) & (distance < sliding_window)
+        outputs.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, flash_attention_mask)

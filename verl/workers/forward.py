@@ -1,0 +1,80 @@
+"""A model run on rows of a batch, packed: log-probs and values of the tokens that are trained on.
+
+Shapes: b rows of a micro-batch, P prompt, R response, T real tokens of all rows, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from verl.protocol import DataProto
+from verl.utils.torch_functional import at_least_float32, logprobs_and_entropy, logprobs_from_logits
+from verl.workers.attention import packed_arguments
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The real tokens of some rows in one row of their own."""
+
+    inputs: dict[str, Any]
+    """Arguments of the model: input_ids and position_ids [1, T], and what its attention needs."""
+    chosen_at: torch.Tensor
+    """[n] positions of the states in which the n trained tokens were chosen: one before the tokens."""
+    labels: torch.Tensor
+    """[n] the trained tokens."""
+    response_mask: torch.Tensor
+    """[b, R] where they belong."""
+
+    def unpack(self, values: torch.Tensor) -> torch.Tensor:
+        """[n] to [b, R], 0 elsewhere."""
+        return torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
+            self.response_mask, values
+        )
+
+
+def pack(data: DataProto) -> Packed:
+    """`data` without its padding. Rows need a token before their first trained one."""
+    prompts, responses = data.batch["prompts"], data.batch["responses"]
+    real, trained = data.batch["attention_mask"].bool(), data.batch["response_mask"].bool()
+    whole = torch.cat([torch.zeros_like(prompts, dtype=torch.bool), trained], dim=1)[real]
+    lengths = real.sum(1)
+    return Packed(
+        inputs={
+            "input_ids": torch.cat([prompts, responses], dim=1)[real][None],
+            "position_ids": (real.cumsum(1) - 1)[real][None],
+            "use_cache": False,
+            **packed_arguments(lengths),
+        },
+        chosen_at=whole.nonzero()[:, 0] - 1,
+        labels=responses[trained],
+        response_mask=trained,
+    )
+
+
+def forward_log_probs(
+    model: PreTrainedModel, data: DataProto, temperature: float, with_entropy: bool, entropy_grad: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs [b, R] of the trained tokens under logits / temperature, and their entropy [b, R]; 0 elsewhere.
+
+    Only states in which the policy chose a token go through the head: observations cost no logits.
+    """
+    rows = pack(data)
+    logits = model(**rows.inputs, logits_to_keep=rows.chosen_at).logits[0]
+    if not with_entropy:
+        return rows.unpack(logprobs_from_logits(logits, rows.labels, temperature)), None
+    log_probs, entropy = logprobs_and_entropy(logits, rows.labels, temperature, entropy_grad)
+    return rows.unpack(log_probs), rows.unpack(entropy)
+
+
+def log_probs_of_rows(model: PreTrainedModel, data: DataProto, temperature: float) -> torch.Tensor:
+    """Log-probs alone: [b, R]."""
+    return forward_log_probs(model, data, temperature, with_entropy=False)[0]
+
+
+def forward_values(model: PreTrainedModel, data: DataProto) -> torch.Tensor:
+    """Values [b, R] of the states in which the trained tokens were chosen; 0 elsewhere."""
+    rows = pack(data)
+    values = model(**rows.inputs).logits[0, rows.chosen_at, 0]
+    return rows.unpack(values.to(at_least_float32(values.dtype)))

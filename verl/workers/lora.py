@@ -1,0 +1,61 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT, and the plain weights that they amount to."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from verl.workers.config import ModelConfig
+
+PREFIX = "base_model.model."
+BASE = ".base_layer"
+VALUE_HEAD = "score"
+
+
+def add_adapters(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """`model` frozen, with trained adapters at `target_modules`; a value head, being new, stays trained as well."""
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.target_modules,
+        exclude_modules=[VALUE_HEAD],
+        lora_dropout=0.0,
+    )
+    adapted = get_peft_model(model, lora)
+    if hasattr(model, VALUE_HEAD):
+        getattr(model, VALUE_HEAD).requires_grad_(True)
+    return cast(PreTrainedModel, adapted)
+
+
+def base_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The Hugging Face model within."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def scaling(model: PreTrainedModel) -> float:
+    """What the product of the two adapter matrices is multiplied with; 0 without adapters."""
+    if not isinstance(model, PeftModel):
+        return 0.0
+    lora = cast(LoraConfig, model.peft_config["default"])
+    return lora.lora_alpha / lora.r
+
+
+def plain_name(name: str) -> str | None:
+    """The Hugging Face name of a parameter, None of an adapter's."""
+    return None if ".lora_" in name else name.removeprefix(PREFIX).replace(BASE, "")
+
+
+def merged(
+    parameters: Mapping[str, Any], scale: float, whole: Callable[[Any], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face names and `whole` tensors, adapters added to their weights: W + scale * B A."""
+    for name, value in parameters.items():
+        if (plain := plain_name(name)) is None:
+            continue
+        tensor, (stem, found, _) = whole(value), name.partition(f"{BASE}.weight")
+        if found:
+            a, b = (whole(parameters[f"{stem}.lora_{x}.default.weight"]).float() for x in "AB")
+            tensor = (tensor.float() + scale * (b @ a)).to(tensor.dtype)
+        yield plain, tensor
