@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from transformers import Gemma3TextConfig, Qwen2Config
 
 from tests.models import make_tiny_qwen2
-from verl.trainer.checks import context_problems
+from verl.trainer.checks import context_problems, critic_problems
 from verl.trainer.config import validate
 from verl.utils.errors import ConfigError
 
@@ -117,6 +118,17 @@ def test_a_context_longer_than_the_model_is_refused_before_anything_starts(tmp_p
     assert context_problems(config(limit)) == []
     (problem,) = context_problems(config(limit + 1))
     assert str(limit + 1) in problem and "max_position_embeddings" in problem
+
+
+def test_a_critic_without_a_value_head_is_refused(tmp_path):
+    def problems(model_config, use_critic=True):
+        model_config.save_pretrained(tmp_path)
+        model = SimpleNamespace(path=str(tmp_path), trust_remote_code=False)
+        return critic_problems(SimpleNamespace(critic=SimpleNamespace(model=model), use_critic=use_critic))
+
+    assert problems(Qwen2Config()) == [] and problems(Gemma3TextConfig(), use_critic=False) == []
+    (problem,) = problems(Gemma3TextConfig())
+    assert "gemma3_text" in problem and "grpo" in problem
 
 
 ACTOR = "actor_rollout_ref.actor"

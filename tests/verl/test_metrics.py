@@ -16,6 +16,7 @@ def batch(critic=True):
         "responses": torch.zeros(2, 4, dtype=torch.long),
         "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]),
         "response_mask": torch.tensor([[1, 0, 1, 0], [1, 1, 0, 1]]),
+        "turns": torch.tensor([[0, -1, 1, -1], [0, 0, -1, 1]]),
         "token_level_scores": torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]),
         "token_level_rewards": torch.tensor([[-0.1, 0.0, 1.0, 0.0], [0.0, -0.2, 0.0, 0.0]]),
         "advantages": torch.tensor([[2.0, NAN, 1.0, NAN], [-1.0, -1.0, NAN, -1.0]]),
@@ -76,3 +77,10 @@ def test_throughput():
         "perf/time_per_step": 5.0,
         "perf/throughput": 1.0,
     }
+
+
+def test_observations_are_not_sampled_even_where_they_are_trained_on():
+    everything = batch()
+    everything = everything.with_tensors(response_mask=everything.batch["attention_mask"][:, 2:])
+    for name in ("response_length_model/mean", "response_length_observation/mean", "rollout/logprob_diff_max"):
+        assert compute_data_metrics(everything, 4)[name] == compute_data_metrics(batch(), 4)[name]

@@ -95,8 +95,25 @@ def environment_problems(config: "PPOConfig", agent: Any) -> list[str]:
         problem = check_endpoint(rollout.endpoint)
         problems = [f"actor_rollout_ref.rollout.endpoint.url: {problem}"] if problem else []
     else:
-        problems = context_problems(config)
+        problems = context_problems(config) + critic_problems(config)
     return problems + agent.preflight()
+
+
+def critic_problems(config: "PPOConfig") -> list[str]:
+    """Whether transformers can put a value head on the critic's model."""
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    if not config.use_critic:
+        return []
+    model = config.critic.model
+    hf_config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    mapped = type(hf_config) in AutoModelForTokenClassification._model_mapping
+    if mapped or "AutoModelForTokenClassification" in getattr(hf_config, "auto_map", {}):
+        return []
+    return [
+        f"critic.model.path={model.path}: transformers has no value head (token classification) for "
+        f"{hf_config.model_type}: use an algorithm.adv_estimator without a critic, such as grpo"
+    ]
 
 
 def context_problems(config: "PPOConfig") -> list[str]:

@@ -66,7 +66,7 @@ def packed_attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return out[None], None
-    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None  # pyright: ignore[reportCallIssue]
 
 
 @torch.compiler.disable

@@ -19,13 +19,14 @@ def compute_data_metrics(data: DataProto, max_length: int) -> dict[str, float]:
     """
     batch = data.batch
     mask = batch["response_mask"].bool()
+    sampled = mask & (batch["turns"] >= 0)  # without observations, also where they are trained on
     metrics = {
         **_stats("critic/score", masked_sum(batch["token_level_scores"], mask, axis=-1)),
         **_stats("critic/rewards", masked_sum(batch["token_level_rewards"], mask, axis=-1)),
         **_stats("critic/advantages", batch["advantages"][mask]),
         **_stats("critic/returns", batch["returns"][mask]),
-        **_length_metrics(batch, max_length),
-        **_rollout_metrics(batch["rollout_log_probs"], batch["old_log_probs"], mask),
+        **_length_metrics(batch, sampled, max_length),
+        **_rollout_metrics(batch["rollout_log_probs"], batch["old_log_probs"], sampled),
     }
     if "values" in batch:
         metrics |= _stats("critic/values", batch["values"][mask])
@@ -48,10 +49,10 @@ def compute_throughput_metrics(data: DataProto, timing: Mapping[str, float], n_g
     }
 
 
-def _length_metrics(batch: Mapping[str, Tensor], max_length: int) -> dict[str, float]:
+def _length_metrics(batch: Mapping[str, Tensor], mask: Tensor, max_length: int) -> dict[str, float]:
     prompt_width = batch["prompts"].shape[1]
     attended = batch["attention_mask"].bool()
-    sampled = batch["response_mask"].bool().sum(-1)
+    sampled = mask.sum(-1)
     response = attended[:, prompt_width:].sum(-1)
     return {
         **_stats("prompt_length", attended[:, :prompt_width].sum(-1)),

@@ -81,7 +81,7 @@ class RayPPOTrainer:
             self.step += 1
             with self.timers("step"):
                 batch = self.generate(batches)
-                self.rollout.sleep()
+                self.sleep()
                 batch = self.old_log_prob(batch)
                 batch = self.ref_log_prob(batch)
                 batch = self.values(batch)
@@ -150,6 +150,11 @@ class RayPPOTrainer:
             self.reward.score_groups(groups_of(jobs, trajectories))
         self.metrics |= failure_metrics(results) | dropped
         return jobs, trajectories
+
+    def sleep(self) -> None:
+        """Frees the engines' memory for the update."""
+        with self.timers("sleep"):
+            self.rollout.sleep()
 
     def old_log_prob(self, batch: DataProto) -> DataProto:
         with self.timers("old_log_prob"):

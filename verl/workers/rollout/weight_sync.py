@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from verl.single_controller.worker_group import get
 from verl.workers.config import ModelConfig
@@ -27,20 +27,25 @@ def write_engine_model(model: ModelConfig, folder: str) -> None:
     the head would stay behind (rollout and trainer log-probs then differ by 1-2 nats while training seems to work).
     """
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    config.tie_word_embeddings = False
+    config.tie_word_embeddings = not has_head(config)
     config.save_pretrained(folder)
     source = model.tokenizer_path or model.path
     AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
     policy = AutoModelForCausalLM.from_pretrained(
         model.path, dtype=torch.float32, trust_remote_code=model.trust_remote_code
     )
-    write_weights(policy.state_dict().items(), folder)
+    write_weights(policy.named_parameters(), folder, has_head(config))
 
 
-def write_weights(parameters: Iterable[tuple[str, torch.Tensor]], folder: str) -> None:
-    """Writes `model.safetensors` with an explicit head: a copy of the embedding where they are tied."""
+def has_head(config: PretrainedConfig) -> bool:
+    """Whether the engine of this family has a head; Gemma 2's has the embedding alone, so that nothing stays behind."""
+    return config.model_type != "gemma2"
+
+
+def write_weights(parameters: Iterable[tuple[str, torch.Tensor]], folder: str, own_head: bool = True) -> None:
+    """Writes `model.safetensors`; with `own_head` an explicit one: a copy of the embedding where they are tied."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters}
-    if HEAD not in weights and EMBEDDING in weights:
+    if own_head and HEAD not in weights and EMBEDDING in weights:
         weights[HEAD] = weights[EMBEDDING]
     unshared = {name: tensor.clone() if name == HEAD else tensor for name, tensor in weights.items()}
     save_file(unshared, Path(folder) / "model.safetensors", metadata={"format": "pt"})
@@ -62,7 +67,7 @@ class WeightSender:
         if dist.get_rank() == 0:
             folder = tempfile.mkdtemp(prefix="weights-", dir=MEMORY_FILES)
             try:
-                write_weights(parameters, folder)
+                write_weights(parameters, folder, has_head(self.model.config))
                 get([server.load_weights.remote(folder) for server in self.servers])
             finally:
                 shutil.rmtree(folder)
