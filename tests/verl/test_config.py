@@ -110,7 +110,7 @@ def test_missing_files_and_retriever_end_without_a_traceback(tmp_path):
 def test_a_context_longer_than_the_model_is_refused_before_anything_starts(tmp_path):
     make_tiny_qwen2(tmp_path)
     limit = json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"]
-    model = SimpleNamespace(path=str(tmp_path), trust_remote_code=False)
+    model = SimpleNamespace(path=str(tmp_path), trust_remote_code=False, override_config={})
 
     def config(length):
         return SimpleNamespace(actor_rollout_ref=SimpleNamespace(model=model), max_model_len=length)
@@ -118,6 +118,8 @@ def test_a_context_longer_than_the_model_is_refused_before_anything_starts(tmp_p
     assert context_problems(config(limit)) == []
     (problem,) = context_problems(config(limit + 1))
     assert str(limit + 1) in problem and "max_position_embeddings" in problem
+    model.override_config = {"max_position_embeddings": limit + 1}
+    assert context_problems(config(limit + 1)) == []
 
 
 def test_a_critic_without_a_value_head_is_refused(tmp_path):

@@ -121,7 +121,9 @@ def context_problems(config: "PPOConfig") -> list[str]:
     from transformers import AutoConfig
 
     model = config.actor_rollout_ref.model
-    text = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
+    text = AutoConfig.from_pretrained(
+        model.path, trust_remote_code=model.trust_remote_code, **model.override_config
+    ).get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     is_scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
     if limit is None or is_scaled or config.max_model_len <= limit:

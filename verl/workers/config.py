@@ -33,7 +33,8 @@ class ModelConfig(Config):
     target_modules: str | list[str] = "all-linear"
     """Names of the linear layers that get adapters."""
     override_config: dict[str, Any] = {}
-    """Entries of the Hugging Face config to replace (for instance attn_implementation)."""
+    """Entries of the Hugging Face config to replace, in training and in the engine (for instance rope_parameters);
+    attn_implementation chooses the attention of the training."""
 
 
 class OptimConfig(Config):

@@ -107,7 +107,8 @@ def log_probs(path: str, batch: DataProto) -> torch.Tensor:
 
 async def sample(server: VLLMServer, prompts: list[list[int]]) -> DataProto:
     sampling = {
-        "temperature": TEMPERATURE, "top_p": 1.0, "top_k": -1, "max_tokens": 24, "stop": [], "seed": 5, "log_probs": True
+        "temperature": TEMPERATURE, "top_p": 1.0, "top_k": -1, "max_tokens": 24, "stop": [], "seed": 5,
+        "log_probs": True,
     }  # fmt: skip
     requests = [server.generate(f"{server.version}-{i}", prompt, sampling) for i, prompt in enumerate(prompts)]
     return to_batch(prompts, await asyncio.gather(*requests))
