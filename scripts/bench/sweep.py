@@ -8,6 +8,7 @@ run appends its row to --rows and is not run again; an interrupted one resumes f
 
 import argparse
 import json
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path

@@ -3,7 +3,8 @@
     python scripts/bench/update.py [--shape tiny] [--rows 12] [--repeats 5] [--peak-tflops 989]
 
 The bare loop is the plain Hugging Face model (no FSDP, no masks to count, no metrics), a clipped loss in five lines,
-and AdamW. With --peak-tflops (989: bfloat16 on a Hopper card) the model FLOPs utilisation (MFU) is reported as well.
+and AdamW. On a CPU the times are CPU seconds of one thread, which other processes disturb less. With --peak-tflops (989:
+bfloat16 on a Hopper card) the model FLOPs utilisation (MFU) is reported as well.
 """
 
 import argparse
@@ -115,11 +116,12 @@ def framework(path: str, data: DataProto, budget: int, dtype: str) -> Callable[[
 
 
 def seconds(step: Callable[[], None], device: torch.device) -> float:
-    began = time.perf_counter()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    began = clock()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def flops(config: Qwen2Config, data: DataProto) -> float:
@@ -141,7 +143,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peak-tflops", type=float)
     args = parser.parse_args()
-    start_process_group()
+    start_process_group(threads=1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     config = hf_config(args.shape)

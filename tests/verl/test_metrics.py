@@ -72,10 +72,12 @@ def test_explained_variance_bounds():
 
 
 def test_throughput():
-    assert compute_throughput_metrics(batch(), {"timing_s/step": 5.0}, n_gpus=2) == {
+    timing = {"timing_s/gen": 3.0, "timing_s/update_actor": 1.5, "timing_s/step": 5.0}
+    assert compute_throughput_metrics(batch(), timing, n_gpus=2) == {
         "perf/total_num_tokens": 10,
         "perf/time_per_step": 5.0,
         "perf/throughput": 1.0,
+        "perf/timer_coverage": 0.9,
     }
 
 

@@ -40,12 +40,14 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 def compute_throughput_metrics(data: DataProto, timing: Mapping[str, float], n_gpus: int) -> dict[str, float]:
-    """Tokens of the batch (prompts included), seconds of the step, and tokens per second and GPU."""
+    """Tokens of the batch (prompts included), seconds of the step, tokens per second and GPU, and the share of the step
+    that the other timers account for."""
     tokens, seconds = int(data.batch["attention_mask"].sum()), timing["timing_s/step"]
     return {
         "perf/total_num_tokens": tokens,
         "perf/time_per_step": seconds,
         "perf/throughput": tokens / (seconds * n_gpus),
+        "perf/timer_coverage": (sum(timing.values()) - seconds) / seconds,
     }
 
 

@@ -116,11 +116,17 @@ class RayPPOTrainer:
                 self.metrics["training/num_gen_batches"] = float(count)
                 if len({job.uid for job in jobs}) >= config.data.train_batch_size:
                     break
-        jobs, trajectories = first_groups(jobs, trajectories, config.data.train_batch_size)
+        with self.timers("prepare"):
+            return self.prepare(*first_groups(jobs, trajectories, config.data.train_batch_size), drawn)
+
+    def prepare(self, jobs: list[Job], trajectories: list[Trajectory], drawn: list[Trajectory]) -> DataProto:
+        """What `fit` trains on, of all that were `drawn`; writes trajectories and their metrics."""
+        config = self.config
         if not trajectories:
             raise NothingToLearn(
-                f"none of {len(drawn)} trajectories is in a group that differs in {filters.metric} "
-                "(algorithm.filter_groups), so nothing can be learned: try easier questions, or a denser reward"
+                f"none of {len(drawn)} trajectories is in a group that differs in "
+                f"{config.algorithm.filter_groups.metric} (algorithm.filter_groups), so nothing can be learned: "
+                "try easier questions, or a denser reward"
             )
         self.metrics["training/num_trajectories"] = float(len(drawn))
         self.metrics |= rollout_metrics(drawn) | self.agent.reduce_metrics(drawn)
@@ -190,8 +196,9 @@ class RayPPOTrainer:
     def update_actor(self, batch: DataProto) -> None:
         if self.step <= self.config.trainer.critic_warmup:
             return
-        batch, shares = filter_loss(batch, self.config.algorithm.loss_filters)
-        batch, mismatch = correct_rollout(batch, self.config.algorithm.rollout_correction)
+        with self.timers("correct"):
+            batch, shares = filter_loss(batch, self.config.algorithm.loss_filters)
+            batch, mismatch = correct_rollout(batch, self.config.algorithm.rollout_correction)
         self.metrics |= shares | mismatch
         if not batch.batch["response_mask"].any():
             self.tracking.message(f"step {self.step}: loss filters and rollout correction left nothing to train on")
