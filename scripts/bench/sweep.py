@@ -67,6 +67,7 @@ def figures(folder: Path) -> study.Row:
     return {
         "steps": metrics[-1][STEP], "curve": curve, "collapses": collapses,
         "samples_to_reach": next((n for n, score in curve if score >= REACHED), None),
+        "timer_coverage": statistics.median(line["perf/timer_coverage"] for line in metrics if line[STEP] > 0),
         "optimizer_steps": sum(line.get("actor/optimizer_steps", 0) for line in metrics),
         "last": {source: summary(records) for source, records in sorted(by_source.items())},
     }  # fmt: skip

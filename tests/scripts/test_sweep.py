@@ -47,7 +47,11 @@ def test_an_unknown_key_is_named(tmp_path):
 def test_a_finished_run_becomes_a_row_a_table_and_a_plot(tmp_path):
     scores = [0.1, 0.85, 0.3, 0.9]
     lines = [
-        {"training/global_step": i, "val/test_score/all": s, **({"training/num_trajectories": 240} if i else {})}
+        {
+            "training/global_step": i,
+            "val/test_score/all": s,
+            **({"training/num_trajectories": 240, "perf/timer_coverage": 0.9 + i / 100} if i else {}),
+        }  # fmt: skip
         for i, s in enumerate(scores)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -56,6 +60,7 @@ def test_a_finished_run_becomes_a_row_a_table_and_a_plot(tmp_path):
     (tmp_path / "trajectories" / "val_000003.jsonl").write_text("".join(json.dumps(r) + "\n" for r in last))
     row = {"run": "grpo-seed0", "wall_s": 60, **sweep.figures(tmp_path)}
     assert row["curve"] == [(0, 0.1), (240, 0.85), (480, 0.3), (720, 0.9)]
+    assert row["timer_coverage"] == 0.92
     assert row["samples_to_reach"] == 240 and row["collapses"] == 1 and row["last"]["set"]["EM"] == 0.5
     assert "| grpo-seed0 | 0.900 | 0.500 | 0.50 | 240 | 0 | 1 | 1.0 |" in sweep.table([row])
     sweep.plot([row], tmp_path / "plot.png")
