@@ -3,8 +3,8 @@
     python scripts/bench/update.py [--shape tiny] [--rows 12] [--repeats 5] [--peak-tflops 989]
 
 The bare loop is the plain Hugging Face model (no FSDP, no masks to count, no metrics), a clipped loss in five lines,
-and AdamW. On a CPU the times are CPU seconds of one thread, which other processes disturb less. With --peak-tflops (989:
-bfloat16 on a Hopper card) the model FLOPs utilisation (MFU) is reported as well.
+and AdamW. On a CPU the times are CPU seconds of one thread, which other processes disturb less. With --peak-tflops
+(989: bfloat16 on a Hopper card) the model FLOPs utilisation (MFU) is reported as well.
 """
 
 import argparse

@@ -101,18 +101,29 @@ VARIANTS = {
         f"{ACTOR}__policy_loss__loss_mode": "gspo",
         f"{ACTOR}__loss_agg_mode": "seq-mean-token-mean",
     },
+    "REINFORCE++ baseline, LoRA, checkpointed activations": {
+        "algorithm__adv_estimator": "reinforce_plus_plus_baseline",
+        "actor_rollout_ref__model__lora_rank": 4,
+        "actor_rollout_ref__model__enable_gradient_checkpointing": "true",
+        f"{ACTOR}__optim__lr": 1e-2,
+        f"{ACTOR}__fsdp_config__optimizer_offload": "true",
+        "trainer__total_training_steps": 2,
+    },
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_algorithms_train(tmp_path, model, retriever, reward, variant):
     shared = {"retriever__url": retriever, "custom_reward_function__path": reward, "trainer__total_training_steps": 1}
-    status, output = train("grpo", arguments(tmp_path, model, **shared, **VARIANTS[variant]))
+    status, output = train("grpo", arguments(tmp_path, model, **{**shared, **VARIANTS[variant]}))
     assert status == 0, output[-3000:]
     line = metrics(tmp_path)[-1]
     assert line["actor/optimizer_steps"] == 2 and line["rollout/context_violations"] == 0
     if "dynamic" in variant:
         assert 1 <= line["training/num_gen_batches"] <= 3 and line["rollout/filtered/zero_variance"] == 0
         assert line["actor/likelihood_loss"] >= 0
+    elif "LoRA" in variant:  # the engine samples from the merged weights of the first update
+        assert "M trained, attention packed" in output and line["rollout/logprob_diff_max"] <= 1e-3
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf").num_parameters() > 0
     else:  # the sampler gave its tokens more than the trainer does: all that it left out
         assert line["rollout_corr/kl"] > 0.01 and line["rollout_corr/is_weight/mean"] < 0.99
