@@ -23,9 +23,10 @@ Batch sizes count over all ranks. `max_turns`, `do_search`, `template` and `retr
 takes over; `method=NAME` chooses one of `configs/method/`, which set them.
 
 Names that differ from the original Search-R1: `actor_rollout_ref.rollout.n_agent` is `rollout.n`;
-`actor.ppo_mini_batch_size` counts trajectories, also with groups; micro-batch sizes are per GPU
-(`ppo_micro_batch_size_per_gpu`, `log_prob_micro_batch_size_per_gpu`); `actor.entropy_coeff` is 0 unless a recipe
-sets it; `rollout.top_p` is 1; the three `*_offload` switches of FSDP are `fsdp_config.param_offload`; validation takes
+`actor.ppo_mini_batch_size` counts trajectories, also with groups; micro-batches are per GPU and
+limited in tokens (`ppo_max_token_len_per_gpu`, `log_prob_max_token_len_per_gpu`), in trajectories only if
+`*_micro_batch_size_per_gpu` is set; `actor.entropy_coeff` is 0 unless a recipe sets it; `rollout.top_p` is 1;
+`fsdp_config.grad_offload` comes with `param_offload`; validation takes
 all questions at once, so `data.val_batch_size` is gone; so are `algorithm.no_think_rl` and
 `algorithm.state_masking.*`, which the original never used.
 """
