@@ -3,46 +3,66 @@
     python scripts/bench/logprob_memory.py [--tokens 2048] [--vocab 152000]
 
 Each way runs in a process of its own on bfloat16 logits that are there already. Reported is how far the process's
-resident memory rises above that, at its highest: the gradient of the logits, as large as they are, is part of it.
+resident memory rises above that, at its highest: the gradient of the logits, as large as they are, is part of it. Where
+there is a GPU it is the memory that torch allocated there.
 """
 
 import argparse
 import resource
 import subprocess
 import sys
+import time
+from typing import Any
 
 WAYS = ("naive", "ours")
 
 
-def peak_gib() -> float:
+def peak_gib(device: str) -> float:
+    """Highest so far: the resident memory of this process, or what torch allocated on the GPU since the last reset."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def measure(way: str, tokens: int, vocab: int) -> None:
-    """Prints the rise in GiB and the seconds, and a checksum of the results."""
-    import time
-
-    import torch
-
+def forward_backward(way: str, logits: Any, labels: Any) -> tuple[float, float]:
+    """The sums of log-probs and entropy."""
     from verl.utils.torch_functional import logprobs_and_entropy
 
-    torch.manual_seed(0)
-    logits = torch.empty(tokens, vocab, dtype=torch.bfloat16)
-    for row in logits:
-        row.copy_(torch.randn(vocab))  # row by row: a float32 copy of all would set the peak
-    logits.requires_grad_()
-    labels = torch.randint(0, vocab, (tokens,))
-    before, began = peak_gib(), time.perf_counter()
     if way == "naive":
         log_p = logits.float().log_softmax(-1)
         log_prob, entropy = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
     else:
         log_prob, entropy = logprobs_and_entropy(logits, labels)
     (log_prob.mean() + 0.01 * entropy.mean()).backward()
-    seconds = time.perf_counter() - began
-    sys.stdout.write(
-        f"{peak_gib() - before:.2f} {seconds:.2f} {log_prob.sum().item():.1f} {entropy.sum().item():.1f}\n"
-    )
+    return log_prob.sum().item(), entropy.sum().item()
+
+
+def measure(way: str, tokens: int, vocab: int, device: str) -> tuple[float, float, float, float]:
+    """The rise in GiB, the seconds, and the sums of log-probs and entropy."""
+    import torch
+
+    torch.manual_seed(0)
+    logits = torch.empty(tokens, vocab, dtype=torch.bfloat16, device=device)
+    for row in logits:
+        row.copy_(torch.randn(vocab))  # row by row: a float32 copy of all would set the peak
+    logits.requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,)).to(device)
+    if device == "cuda":
+        forward_backward(way, logits[:8].detach().requires_grad_(), labels[:8])  # loads the kernels
+        torch.cuda.reset_peak_memory_stats()
+    before, began = peak_gib(device), time.perf_counter()
+    sums = forward_backward(way, logits, labels)
+    return peak_gib(device) - before, time.perf_counter() - began, *sums
+
+
+def measure_here(way: str, tokens: int, vocab: int) -> None:
+    """Prints what `measure` gives on the GPU, where there is none on the CPU."""
+    import torch
+
+    rise, seconds, *sums = measure(way, tokens, vocab, "cuda" if torch.cuda.is_available() else "cpu")
+    sys.stdout.write(f"{rise:.2f} {seconds:.2f} {sums[0]:.1f} {sums[1]:.1f}\n")
 
 
 def main() -> None:
@@ -52,7 +72,7 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
-        return measure(args.way, args.tokens, args.vocab)
+        return measure_here(args.way, args.tokens, args.vocab)
     sizes = ["--tokens", str(args.tokens), "--vocab", str(args.vocab)]
     sys.stdout.write(f"logits: {args.tokens * args.vocab * 2 / 2**30:.2f} GiB in bfloat16\n")
     rises = {}

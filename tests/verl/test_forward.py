@@ -126,7 +126,7 @@ def test_values_and_rows_without_a_trained_token(models):
 
 def half_precision(path: str) -> tuple[list[str], list[str]]:
     fsdp = FSDPConfig(model_dtype="float32", dtype="bfloat16", optimizer_offload=True)
-    state = build_train_state(build_model(ModelConfig(path=path), "lm", fsdp, Worker().mesh), OptimConfig(), 1, True)
+    state = build_train_state(build_model(ModelConfig(path=path), "lm", fsdp, Worker().mesh), OptimConfig(), 1, fsdp)
     log_probs, _ = forward_log_probs(state.model, ragged_batch(torch.float32), 1.0, with_entropy=False)
     log_probs.sum().backward()
     state.optimizer.step()

@@ -24,19 +24,25 @@ class Worker:
 
 def current_device() -> torch.device:
     """The accelerator of this process, or the CPU if the process group is gloo."""
-    on_gpu = dist.get_backend() != dist.Backend.GLOO
+    on_gpu = "nccl" in dist.get_backend_config()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def init_process_group(rank: int, world_size: int, address: str, port: int, device: str, threads: int | None) -> None:
-    """Joins this process to the group: nccl on `cuda`, gloo on `cpu` (with `threads` threads per rank)."""
+    """Joins this process to the group: nccl on `cuda`, gloo on `cpu` (with `threads` threads per rank).
+
+    Ranks with a GPU have gloo as well, for what FSDP keeps on the host (`param_offload`).
+    """
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
     if device == "cuda":
         torch.cuda.set_device(0)
     elif threads:
         torch.set_num_threads(threads)
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", rank=rank, world_size=world_size, timeout=PROCESS_GROUP_TIMEOUT
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        rank=rank,
+        world_size=world_size,
+        timeout=PROCESS_GROUP_TIMEOUT,
     )
 
 

@@ -72,7 +72,7 @@ class SFTTrainer:
         self.device = torch.device(kind)
         mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("dp",))
         self.state = build_train_state(
-            build_model(config.model, "lm", config.fsdp, mesh), config.optim, config.total_training_steps
+            build_model(config.model, "lm", config.fsdp, mesh), config.optim, config.total_training_steps, config.fsdp
         )
 
     def step(self, examples: Sequence[Example]) -> dict[str, float]:

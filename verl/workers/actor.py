@@ -70,7 +70,7 @@ class ActorWorker(Worker):
         super().__init__()
         self.model_config, self.config, self.rollout = model, config, rollout
         policy = build_model(model, "lm", config.fsdp_config, self.mesh)
-        self.state = build_train_state(policy, config.optim, total_steps, config.fsdp_config.optimizer_offload)
+        self.state = build_train_state(policy, config.optim, total_steps, config.fsdp_config)
 
     @register(Dispatch.DP_COMPUTE_PROTO)
     def compute_log_prob(self, data: DataProto) -> DataProto:
@@ -112,7 +112,12 @@ class ActorWorker(Worker):
     @register(Dispatch.ONE_TO_ALL)
     def connect_engines(self, servers: Sequence[Any]) -> None:
         """Names the engines that `send_weights` serves."""
-        self.sender = WeightSender(self.state.model, servers, self.device.type)
+        self.sender = WeightSender(self.state.model, servers, self.device.type, getattr(torch, self.rollout.dtype))
+
+    @register(Dispatch.ONE_TO_ALL)
+    def free_cached_memory(self) -> None:
+        """Returns what torch has cached on the GPU of this process, which an engine is about to take."""
+        torch.cuda.empty_cache()
 
     @register(Dispatch.ONE_TO_ALL)
     def send_weights(self) -> None:

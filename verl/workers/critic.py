@@ -24,7 +24,7 @@ class CriticWorker(Worker):
         self.config = config
         self.budget = Budget(config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu)
         model = build_model(config.model, "value", config.fsdp_config, self.mesh)
-        self.state = build_train_state(model, config.optim, total_steps, config.fsdp_config.optimizer_offload)
+        self.state = build_train_state(model, config.optim, total_steps, config.fsdp_config)
 
     @register(Dispatch.DP_COMPUTE_PROTO)
     def compute_values(self, data: DataProto) -> DataProto:

@@ -85,7 +85,7 @@ def shard(model: PreTrainedModel, layers: list[torch.nn.Module], fsdp: FSDPConfi
 
 
 def build_train_state(
-    model: PreTrainedModel, optim: OptimConfig, total_steps: int, offload_optimizer: bool = False
+    model: PreTrainedModel, optim: OptimConfig, total_steps: int, fsdp: FSDPConfig | None = None
 ) -> TrainState:
     """Fused AdamW over the trained parameters, and its schedule; `total_steps` counts training steps (its ticks)."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -100,7 +100,8 @@ def build_train_state(
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return TrainState(model, optimizer, LambdaLR(optimizer, scale), offload_optimizer)
+    moves = fsdp is not None and fsdp.optimizer_offload and not fsdp.param_offload  # the latter steps on the host
+    return TrainState(model, optimizer, LambdaLR(optimizer, scale), offload_optimizer=moves)
 
 
 def move_optimizer(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:

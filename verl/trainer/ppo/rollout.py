@@ -110,6 +110,7 @@ class RolloutManager:
         """Gives the engines the actor's weights, under a new version."""
         self.version += 1
         if self.sleeps:
+            actor.free_cached_memory()
             get([server.wake_up.remote(["weights"]) for server in self.servers])
         get([server.begin_weight_update.remote() for server in self.servers])
         actor.send_weights()

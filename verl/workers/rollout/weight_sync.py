@@ -54,8 +54,10 @@ def write_weights(parameters: Iterable[tuple[str, torch.Tensor]], folder: str, o
 class WeightSender:
     """The trainer's half of a sync; lives on every training rank, rank 0 talks to the engines."""
 
-    def __init__(self, model: PreTrainedModel, servers: Sequence[Any], device: str) -> None:
-        self.model, self.servers = model, servers
+    def __init__(
+        self, model: PreTrainedModel, servers: Sequence[Any], device: str, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model, self.servers, self.dtype = model, servers, dtype
         self.engine: Any = self._connect() if device == "cuda" else None
 
     def send(self) -> None:
@@ -76,6 +78,10 @@ class WeightSender:
                 pass
         dist.barrier()
 
+    def _buffer_size(self) -> int:
+        """Bytes of the packed transfer: 1 GiB, as in vLLM, or the largest tensor, which must fit (embeddings of 7B)."""
+        return max(2**30, *(p.numel() * self.dtype.itemsize for p in self.model.parameters()))
+
     def _connect(self) -> Any:
         """vLLM's trainer engine over CUDA IPC. Its ranks must be exactly those that share GPUs with
         the engines."""
@@ -83,23 +89,23 @@ class WeightSender:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         return WeightTransferTrainerFactory.trainer_init(
-            IPCTrainerInitInfo(rank=dist.get_rank(), packed=True),
+            IPCTrainerInitInfo(rank=dist.get_rank(), packed=True, packed_buffer_size_bytes=self._buffer_size()),
             client=EngineClient(self.servers),
-            source=policy_source(self.model),
+            source=policy_source(self.model, self.dtype),
         )
 
 
-def policy_source(model: PreTrainedModel) -> Any:
-    """vLLM's view of the policy: plain Hugging Face names and whole tensors, adapters merged."""
+def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
+    """vLLM's view of the policy: plain Hugging Face names and whole tensors of the engine's dtype, adapters merged."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class PolicySource(WeightSource):
         def metadata(self) -> list[Any]:
             named = ((plain_name(name), value) for name, value in model.named_parameters())
-            return [ParamMeta(name, value.dtype, tuple(value.shape)) for name, value in named if name]
+            return [ParamMeta(name, dtype, tuple(value.shape)) for name, value in named if name]
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return full_parameters(model)
+            return ((name, value.to(dtype)) for name, value in full_parameters(model))
 
     return PolicySource()
 
