@@ -46,14 +46,9 @@ def test_an_unknown_key_is_named(tmp_path):
 
 def test_a_finished_run_becomes_a_row_a_table_and_a_plot(tmp_path):
     scores = [0.1, 0.85, 0.3, 0.9]
-    lines = [
-        {
-            "training/global_step": i,
-            "val/test_score/all": s,
-            **({"training/num_trajectories": 240, "perf/timer_coverage": 0.9 + i / 100} if i else {}),
-        }  # fmt: skip
-        for i, s in enumerate(scores)
-    ]
+    lines: list[dict] = [{"training/global_step": i, "val/test_score/all": s} for i, s in enumerate(scores)]
+    for line in lines[1:]:
+        line |= {"training/num_trajectories": 240, "perf/timer_coverage": 0.9 + line["training/global_step"] / 100}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "trajectories").mkdir()
     last = [record("q", [("x", [passage("1")])], em=1.0, gold="1"), record("r", [], em=0.0)]
