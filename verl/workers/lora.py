@@ -20,7 +20,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         target_modules=config.target_modules,
-        exclude_modules=[VALUE_HEAD],
+        exclude_modules=[VALUE_HEAD] if hasattr(model, VALUE_HEAD) else None,
         lora_dropout=0.0,
     )
     adapted = get_peft_model(model, lora)
