@@ -117,12 +117,11 @@ class Finetune:
         ranks = self.raw["trainer"]["n_gpus_per_node"]
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         run(
-            *launcher, "-m", "verl.trainer.sft", f"model.path={self.model}", f"train_files=[{rows}]",
-            f"output={folder / 'unfinished'}", f"optim.lr={self.config.lr}", f"fsdp.dtype={fsdp['dtype']}",
+            *launcher, "-m", "verl.trainer.sft", f"model={json.dumps({**model, 'path': str(self.model)})}",
+            f"fsdp={json.dumps(fsdp)}", f"train_files=[{rows}]",
+            f"output={folder / 'unfinished'}", f"optim.lr={self.config.lr}",
             f"total_training_steps={self.config.steps}", f"train_batch_size={self.config.train_batch_size}",
             f"max_token_len_per_gpu={self.config.max_token_len_per_gpu}", f"seed={self.raw['trainer']['seed']}",
-            f"model.trust_remote_code={model['trust_remote_code']}",
-            f"model.enable_gradient_checkpointing={model['enable_gradient_checkpointing']}",
         )  # fmt: skip
         (folder / "unfinished").rename(folder / "hf")
 

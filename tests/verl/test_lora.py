@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -10,12 +11,13 @@ from tests.distributed import run_ranks
 from tests.models import make_tiny_qwen2
 from tests.verl.batches import ragged_batch
 from verl.single_controller.decorator import Dispatch, dispatch
+from verl.utils.errors import ConfigError
 from verl.workers.actor import ActorWorker
 from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
 from verl.workers.critic import CriticConfig, CriticWorker
 from verl.workers.forward import forward_log_probs
 from verl.workers.fsdp_model import full_parameters
-from verl.workers.lora import merged
+from verl.workers.lora import add_adapters, merged
 
 FLOAT32 = FSDPConfig(model_dtype="float32", dtype="float32")
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.0)
@@ -82,3 +84,10 @@ def test_merging_is_what_peft_merges(tmp_path: Path):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name].detach())
+
+
+def test_adapters_that_cannot_be_merged_are_refused(tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_qwen2(tmp_path, vocab=300))
+    config = ModelConfig(path=str(tmp_path), lora_rank=2, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match=r"target_modules=.*lm_head.*only layers"):
+        add_adapters(model, config)

@@ -18,12 +18,12 @@ PACKED = "packed"
 def choose_attention(config: PretrainedConfig, on_gpu: bool, dtype: torch.dtype) -> str:
     """flash_attention_2 where it is installed and the dtype allows it, else torch's own attention, packed.
 
-    Models that cap their attention scores (Gemma 2) get eager attention: torch's kernels cannot do that.
+    Models that cap their attention scores (Gemma 2) get eager attention instead of the latter: torch's kernels cannot
+    do that. Its memory grows with the square of a micro-batch's tokens.
     """
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        return "eager"
-    flash = on_gpu and dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else PACKED
+    if on_gpu and dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else PACKED
 
 
 def packed_arguments(lengths: torch.Tensor) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def packed_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of [1, H, T, D] within each sequence: [1, T, H, D]. An entry of transformers' interface.
@@ -53,8 +54,11 @@ def packed_attention(
     On a GPU in half precision torch's variable-length kernel, elsewhere its sdpa, a sequence at a time. Raises
     ValueError for what neither can do.
     """
-    if softcap is not None or cu_seq_lens_q is None or max_length_q is None:
-        raise ValueError("packed attention needs cu_seq_lens_q, max_length_q and no softcap: set attn_implementation")
+    if softcap is not None or s_aux is not None or cu_seq_lens_q is None or max_length_q is None:
+        raise ValueError(
+            "packed attention has neither capped scores nor sinks: set "
+            "++actor_rollout_ref.model.override_config.attn_implementation, to eager for instance"
+        )
     if query.is_cuda and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 

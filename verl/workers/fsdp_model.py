@@ -43,7 +43,7 @@ def build_model(config: ModelConfig, head: Head, fsdp: FSDPConfig, mesh: DeviceM
     dtype = getattr(torch, fsdp.model_dtype)
     hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     attention = choose_attention(hf_config, mesh.device_type == "cuda", getattr(torch, fsdp.dtype))
-    overrides = {"attn_implementation": attention, **config.override_config}
+    overrides = {"attn_implementation": attention} | {k: v for k, v in config.override_config.items() if v is not None}
     auto = AutoModelForCausalLM if head == "lm" else AutoModelForTokenClassification
     extra: dict[str, Any] = {} if head == "lm" else {"num_labels": 1}
     with torch.random.fork_rng(devices=[]):
@@ -108,6 +108,12 @@ def move_optimizer(optimizer: torch.optim.Optimizer, device: torch.device | str)
     """Brings the optimizer's state to `device`."""
     for state in optimizer.state.values():
         state.update({k: v.to(device) for k, v in state.items() if isinstance(v, torch.Tensor)})
+
+
+def rest_optimizer(state: TrainState) -> None:
+    """Leaves the optimizer's state where it belongs between updates."""
+    if state.offload_optimizer:
+        move_optimizer(state.optimizer, "cpu")
 
 
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from verl.utils.errors import ConfigError
 from verl.workers.config import ModelConfig
 
 PREFIX = "base_model.model."
@@ -15,7 +16,10 @@ VALUE_HEAD = "score"
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
-    """`model` frozen, with trained adapters at `target_modules`; a value head, being new, stays trained as well."""
+    """`model` frozen, with trained adapters at `target_modules`; a value head, being new, stays trained as well.
+
+    Raises ConfigError for adapters that could not be merged into plain weights, and for a value head of another name.
+    """
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -24,8 +28,13 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel
         lora_dropout=0.0,
     )
     adapted = get_peft_model(model, lora)
+    names = [name for name, _ in adapted.named_parameters() if ".lora_" in name]
+    if any(".lm_head." in name or ".embed_tokens." in name for name in names):
+        raise ConfigError([f"model.target_modules={config.target_modules}: not the embedding or the head, only layers"])
     if hasattr(model, VALUE_HEAD):
         getattr(model, VALUE_HEAD).requires_grad_(True)
+    elif model.get_output_embeddings() is None:
+        raise ConfigError([f"model.lora_rank: the value head of {model.config.model_type} is not called {VALUE_HEAD}"])
     return cast(PreTrainedModel, adapted)
 
 

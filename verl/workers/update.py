@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import balance
-from verl.workers.fsdp_model import TrainState, move_optimizer
+from verl.workers.fsdp_model import TrainState, move_optimizer, rest_optimizer
 
 INPUTS = ("prompts", "responses", "attention_mask", "response_mask")
 Metrics = dict[str, torch.Tensor]
@@ -123,8 +123,7 @@ def update_mini_batches(
             tokens, seqs = reduce_sum([float(mask.sum()), float(len(rows))], device)
             counts = Counts(max(1, round(tokens)), max(1, round(seqs)))
             steps.append(_step(state, run_micro_batches(rows, budget, device), loss_fn, counts, grad_clip))
-    if state.offload_optimizer:
-        move_optimizer(state.optimizer, "cpu")
+    rest_optimizer(state)
     state.scheduler.step()
     metrics = {k: _mean([s[k] for s in steps]) for k in steps[0]}
     metrics["skipped_steps"] = sum(s["skipped_steps"] for s in steps)

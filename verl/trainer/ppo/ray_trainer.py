@@ -77,6 +77,7 @@ class RayPPOTrainer:
         if self.config.trainer.val_only:
             return
         batches = iter(self.sampler)
+        self.timers.pop()
         while self.step < total:
             self.step += 1
             with self.timers("step"):

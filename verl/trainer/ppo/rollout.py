@@ -115,6 +115,7 @@ class RolloutManager:
         get([server.begin_weight_update.remote() for server in self.servers])
         actor.send_weights()
         if self.sleeps:
+            actor.free_cached_memory()
             get([server.wake_up.remote(["kv_cache"]) for server in self.servers])
         get([server.finish_weight_update_and_resume.remote(self.version) for server in self.servers])
 
