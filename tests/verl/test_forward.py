@@ -71,7 +71,7 @@ def test_attention_that_cannot_be_packed_says_so(models):
     from verl.workers.attention import packed_attention
 
     x = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(ValueError, match="set attn_implementation"):
+    with pytest.raises(ValueError, match="attn_implementation"):
         packed_attention(torch.nn.Module(), x, x, x, None, softcap=50.0)
 
 
