@@ -22,7 +22,7 @@ from pydantic import PositiveInt, ValidationError
 
 from search_r1.report import write_report
 from search_r1.world.generate import OPTIONS_FILE, WorldConfig
-from verl.utils.config import Config
+from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,8 +98,7 @@ def read_setup(config: DictConfig) -> SetupConfig:
     try:
         return SetupConfig.model_validate(OmegaConf.to_container(config.setup, resolve=True))
     except ValidationError as error:
-        problems = [f"setup.{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
-        sys.exit(f"error: {ConfigError(problems)}")
+        sys.exit(f"error: {ConfigError(problems_of(error, 'setup.'))}")
 
 
 def prepare(setup: SetupConfig, config: DictConfig) -> None:

@@ -18,9 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from instant_loop import write_questions
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from update import SHAPES, hf_config
 
@@ -42,20 +41,6 @@ def make_model(folder: Path, shape: str, device: str) -> None:
     tokenizer.save_pretrained(folder)
     del model
     torch.cuda.empty_cache()  # trainer and engine need it
-
-
-def write_questions(path: Path, count: int) -> None:
-    rows = [
-        {
-            "data_source": "bench",
-            "prompt": [{"role": "user", "content": f"Question: Where does person number {i} live?\n"}],
-            "ability": "fact-reasoning",
-            "reward_model": {"style": "rule", "ground_truth": {"target": ["x"]}},
-            "extra_info": {"question": f"{i}"},
-        }
-        for i in range(count)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def overrides(folder: Path, args: argparse.Namespace, device: str) -> list[str]:

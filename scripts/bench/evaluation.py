@@ -39,23 +39,6 @@ def make_model(folder: str, layers: int, width: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_questions(path: str, count: int) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [
-        {
-            "data_source": "bench",
-            "prompt": [{"role": "user", "content": f"Question: Where does person number {i} live?\n"}],
-            "ability": "fact-reasoning",
-            "reward_model": {"style": "rule", "ground_truth": {"target": ["x"]}},
-            "extra_info": {"question": f"{i}"},
-        }
-        for i in range(count)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), path)
-
-
 def evaluate_once(folder: str, repeat: int, questions: int, seqs: int) -> tuple[float, list[dict[str, Any]]]:
     """Seconds of an evaluation without the engine's start, and its records."""
     from hydra import compose, initialize_config_dir
@@ -130,6 +113,8 @@ def main() -> None:
     if args.bare:
         return bare(args.bare, args.seqs)
     sys.path.insert(0, str(ROOT))
+    from instant_loop import write_questions
+
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, args.layers, args.width)
         write_questions(f"{folder}/questions.parquet", args.questions)

@@ -1,5 +1,6 @@
-"""The agent loop of scripts/bench/evaluation.py: every turn searches, and what it finds is there at once."""
+"""The agent loop of benchmarks, and questions for it: every turn searches, and what it finds is there at once."""
 
+from pathlib import Path
 from typing import Any
 
 from search_r1.agent.loop import SearchAgentLoop
@@ -11,6 +12,24 @@ TEXT = "Dupsel joined Fonzuv. Dupsel elected Mebkol. Sogvig inhabits Dupsel. Sog
 MIN_TURN = 32
 """Tokens; turns of equal length would all end at once, which real ones do not."""
 FOUND = [Passage(str(i), f'"Title {i}"', TEXT, 1.0) for i in range(3)]
+
+
+def write_questions(path: Path | str, count: int) -> None:
+    """A file of questions whose answers nobody knows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "data_source": "bench",
+            "prompt": [{"role": "user", "content": f"Question: Where does person number {i} live?\n"}],
+            "ability": "fact-reasoning",
+            "reward_model": {"style": "rule", "ground_truth": {"target": ["x"]}},
+            "extra_info": {"question": f"{i}"},
+        }
+        for i in range(count)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 class InstantLoop(SearchAgentLoop):

@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.runs import CORPUS, arguments, metrics, train
+from tests.e2e.runs import arguments, metrics, train
 from tests.models import make_tiny_qwen2
-from tests.retrieval import retrieval_server, write_corpus
 
 ACTOR, REF, ROLLOUT = (f"actor_rollout_ref__{role}" for role in ("actor", "ref", "rollout"))
 MEAN_GAP = 0.05
@@ -21,15 +20,6 @@ LORA = {"actor_rollout_ref__model__lora_rank": 4, f"{ACTOR}__optim__lr": 1e-2}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_tiny_qwen2(tmp_path_factory.mktemp("model"), tied=True, width=128)
-
-
-@pytest.fixture(scope="module")
-def retriever(tmp_path_factory):
-    """URL of a retrieval server over four passages."""
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder, CORPUS)
-    with retrieval_server(folder) as (url, _):
-        yield url
 
 
 def two_steps(folder: Path, model: Path, retriever: str, device: str, **more: Any) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from tests.models import make_tiny_qwen2
 from verl.trainer.checks import context_problems, critic_problems, packing_problems
 from verl.trainer.config import validate
 from verl.utils.errors import ConfigError
+from verl.workers.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "experiment" / "nq_hotpotqa").glob("*-*.yaml"))
@@ -110,22 +111,21 @@ def test_missing_files_and_retriever_end_without_a_traceback(tmp_path):
 def test_a_context_longer_than_the_model_is_refused_before_anything_starts(tmp_path):
     make_tiny_qwen2(tmp_path)
     limit = json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"]
-    model = SimpleNamespace(path=str(tmp_path), trust_remote_code=False, override_config={})
 
-    def config(length):
+    def config(length, **overrides):
+        model = ModelConfig(path=str(tmp_path), override_config=overrides)
         return SimpleNamespace(actor_rollout_ref=SimpleNamespace(model=model), max_model_len=length)
 
     assert context_problems(config(limit)) == []
     (problem,) = context_problems(config(limit + 1))
     assert str(limit + 1) in problem and "max_position_embeddings" in problem
-    model.override_config = {"max_position_embeddings": limit + 1}
-    assert context_problems(config(limit + 1)) == []
+    assert context_problems(config(limit + 1, max_position_embeddings=limit + 1)) == []
 
 
 def test_recurrent_layers_are_refused(tmp_path):
     def problems(model_config):
         model_config.save_pretrained(tmp_path)
-        model = SimpleNamespace(path=str(tmp_path), trust_remote_code=False)
+        model = ModelConfig(path=str(tmp_path))
         return packing_problems(SimpleNamespace(actor_rollout_ref=SimpleNamespace(model=model)))
 
     assert problems(Qwen2Config()) == []
@@ -135,7 +135,7 @@ def test_recurrent_layers_are_refused(tmp_path):
 def test_a_critic_without_a_value_head_is_refused(tmp_path):
     def problems(model_config, use_critic=True):
         model_config.save_pretrained(tmp_path)
-        model = SimpleNamespace(path=str(tmp_path), trust_remote_code=False)
+        model = ModelConfig(path=str(tmp_path))
         return critic_problems(SimpleNamespace(critic=SimpleNamespace(model=model), use_critic=use_critic))
 
     assert problems(Qwen2Config()) == [] and problems(Gemma3TextConfig(), use_critic=False) == []

@@ -15,7 +15,7 @@ from verl.protocol import DataProto
 from verl.single_controller.worker import Worker
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 from verl.workers.forward import forward_log_probs, forward_values
-from verl.workers.fsdp_model import build_model, build_train_state, move_optimizer
+from verl.workers.fsdp_model import build_model, build_train_state
 from verl.workers.update import Budget, empty_rows, micro_batches
 
 SIZES = {
@@ -130,7 +130,7 @@ def half_precision(path: str) -> tuple[list[str], list[str]]:
     log_probs, _ = forward_log_probs(state.model, ragged_batch(torch.float32), 1.0, with_entropy=False)
     log_probs.sum().backward()
     state.optimizer.step()
-    move_optimizer(state.optimizer, "cpu")
+    state.rest_optimizer()
     moments = [v for s in state.optimizer.state.values() for v in s.values()]
     return [str(log_probs.dtype), *(str(p.dtype) for p in state.model.parameters())], [str(m.dtype) for m in moments]
 

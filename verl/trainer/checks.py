@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from verl.utils.endpoint import check_endpoint
+from verl.workers.config import ModelConfig
 
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
@@ -99,12 +100,19 @@ def environment_problems(config: "PPOConfig", agent: Any) -> list[str]:
     return problems + agent.preflight()
 
 
+def hf_config_of(model: ModelConfig) -> Any:
+    """The Hugging Face config of a model, as training and engine will see it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.architecture)
+
+
 def packing_problems(config: "PPOConfig") -> list[str]:
     """Whether trajectories in one row stay apart: recurrent layers would carry one's state into the next."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     model = config.actor_rollout_ref.model
-    hf_config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    hf_config = hf_config_of(model)
     cls = AutoModelForCausalLM._model_mapping.get(type(hf_config), None)
     if not getattr(cls, "_is_stateful", False):
         return []
@@ -115,12 +123,12 @@ def packing_problems(config: "PPOConfig") -> list[str]:
 
 def critic_problems(config: "PPOConfig") -> list[str]:
     """Whether transformers can put a value head on the critic's model."""
-    from transformers import AutoConfig, AutoModelForTokenClassification
+    from transformers import AutoModelForTokenClassification
 
     if not config.use_critic:
         return []
     model = config.critic.model
-    hf_config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    hf_config = hf_config_of(model)
     mapped = type(hf_config) in AutoModelForTokenClassification._model_mapping
     if mapped or "AutoModelForTokenClassification" in getattr(hf_config, "auto_map", {}):
         return []
@@ -132,12 +140,8 @@ def critic_problems(config: "PPOConfig") -> list[str]:
 
 def context_problems(config: "PPOConfig") -> list[str]:
     """Whether the model can hold a whole trajectory: the engine would refuse it only after everything has started."""
-    from transformers import AutoConfig
-
     model = config.actor_rollout_ref.model
-    text = AutoConfig.from_pretrained(
-        model.path, trust_remote_code=model.trust_remote_code, **model.override_config
-    ).get_text_config()
+    text = hf_config_of(model).get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     is_scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
     if limit is None or is_scaled or config.max_model_len <= limit:

@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from verl.trainer.checks import combination_problems
-from verl.utils.config import Config
+from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty
@@ -254,7 +254,7 @@ def _errors(model: type[Any], section: dict[str, Any], prefix: str) -> list[str]
     try:
         model.model_validate(section)
     except ValidationError as error:
-        return [f"{prefix}{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        return problems_of(error, prefix)
     return []
 
 

@@ -74,8 +74,7 @@ def read_model(config: ModelConfig, head: Literal["lm", "value"]) -> tuple[Sizes
     from verl.workers.lora import add_adapters
 
     lm, remote = head == "lm", config.trust_remote_code
-    overrides = {k: v for k, v in config.override_config.items() if k != "attn_implementation"}
-    overrides |= {} if lm else {"num_labels": 1}
+    overrides = config.architecture | ({} if lm else {"num_labels": 1})
     auto: Any = AutoModelForCausalLM if lm else AutoModelForTokenClassification
     try:
         hf = AutoConfig.from_pretrained(config.path, trust_remote_code=remote, **overrides)

@@ -37,6 +37,7 @@ def load_state(state: Any, path: str) -> None:
         model_state_dict=tensors["model"],
         optim_state_dict=tensors["optimizer"],
     )
+    state.rest_optimizer()
     own = _rank_file(path)
     extra = torch.load(own if own.exists() else Path(path) / "rank_0.pt", weights_only=False)
     state.scheduler.load_state_dict(extra["scheduler"])

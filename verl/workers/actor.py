@@ -14,7 +14,7 @@ from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalt
 from verl.utils.checkpoint import load_state, save_pretrained, save_state
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
 from verl.workers.forward import forward_log_probs, log_probs_of_rows
-from verl.workers.fsdp_model import build_model, build_train_state, describe, full_parameters, rest_optimizer
+from verl.workers.fsdp_model import build_model, build_train_state, describe, full_parameters
 from verl.workers.lora import base_model
 from verl.workers.rollout.weight_sync import WeightSender
 from verl.workers.update import Budget, Counts, Metrics, map_micro_batches, update_mini_batches
@@ -131,7 +131,6 @@ class ActorWorker(Worker):
     @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, path: str) -> None:
         load_state(self.state, path)
-        rest_optimizer(self.state)
 
     @register(Dispatch.ONE_TO_ALL)
     def save_pretrained(self, path: str) -> None:

@@ -36,6 +36,11 @@ class ModelConfig(Config):
     """Entries of the Hugging Face config to replace, in training and in the engine (for instance rope_parameters);
     attn_implementation chooses the attention of the training."""
 
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The entries that say what the model is, not how training computes it."""
+        return {k: v for k, v in self.override_config.items() if k != "attn_implementation"}
+
 
 class OptimConfig(Config):
     lr: PositiveFloat = 1e-6

@@ -12,7 +12,7 @@ from verl.trainer.ppo.core_algos import compute_value_loss
 from verl.utils.checkpoint import load_state, save_state
 from verl.workers.config import CriticConfig
 from verl.workers.forward import forward_values
-from verl.workers.fsdp_model import build_model, build_train_state, rest_optimizer
+from verl.workers.fsdp_model import build_model, build_train_state
 from verl.workers.update import Budget, Counts, Metrics, map_micro_batches, update_mini_batches
 
 
@@ -65,4 +65,3 @@ class CriticWorker(Worker):
     @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, path: str) -> None:
         load_state(self.state, path)
-        rest_optimizer(self.state)

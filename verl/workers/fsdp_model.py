@@ -33,6 +33,19 @@ class TrainState:
     offload_optimizer: bool = False
     """Keep the optimizer's state on the host between updates."""
 
+    def wake_optimizer(self, device: torch.device) -> None:
+        """Brings the optimizer's state to where it steps."""
+        self._move_optimizer(device)
+
+    def rest_optimizer(self) -> None:
+        """Leaves the optimizer's state where it belongs between updates."""
+        self._move_optimizer(torch.device("cpu"))
+
+    def _move_optimizer(self, device: torch.device) -> None:
+        if self.offload_optimizer:
+            for state in self.optimizer.state.values():
+                state.update({k: v.to(device) for k, v in state.items() if isinstance(v, torch.Tensor)})
+
 
 def build_model(config: ModelConfig, head: Head, fsdp: FSDPConfig, mesh: DeviceMesh) -> PreTrainedModel:
     """The sharded model, in evaluation mode (no dropout: log-probs before and after the update must agree).
@@ -102,18 +115,6 @@ def build_train_state(
 
     moves = fsdp is not None and fsdp.optimizer_offload and not fsdp.param_offload  # the latter steps on the host
     return TrainState(model, optimizer, LambdaLR(optimizer, scale), offload_optimizer=moves)
-
-
-def move_optimizer(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
-    """Brings the optimizer's state to `device`."""
-    for state in optimizer.state.values():
-        state.update({k: v.to(device) for k, v in state.items() if isinstance(v, torch.Tensor)})
-
-
-def rest_optimizer(state: TrainState) -> None:
-    """Leaves the optimizer's state where it belongs between updates."""
-    if state.offload_optimizer:
-        move_optimizer(state.optimizer, "cpu")
 
 
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import balance
-from verl.workers.fsdp_model import TrainState, move_optimizer, rest_optimizer
+from verl.workers.fsdp_model import TrainState
 
 INPUTS = ("prompts", "responses", "attention_mask", "response_mask")
 Metrics = dict[str, torch.Tensor]
@@ -82,10 +82,11 @@ def reduce_max(value: float, device: torch.device) -> float:
 def run_micro_batches(data: DataProto, budget: Budget, device: torch.device) -> list[DataProto]:
     """`micro_batches` of the rows, as many as on every other rank: some are empty rows where a rank has too few."""
     lengths = data.batch["attention_mask"].sum(1).tolist()
-    number = int(reduce_max(len(micro_batches(lengths, budget)), device))
-    parts = micro_batches(lengths, budget, at_least=number)
-    while (more := int(reduce_max(len(parts), device))) > number:  # a rank found no `number` of parts that fit
-        parts, number = micro_batches(lengths, budget, at_least=more), more
+    parts, number = micro_batches(lengths, budget), 0
+    while (most := int(reduce_max(len(parts), device))) > number:  # again: there may be no `number` of parts that fit
+        number = most
+        if len(parts) < number:
+            parts = micro_batches(lengths, budget, at_least=number)
     return [data[part] if part else empty_rows(data) for part in parts]
 
 
@@ -114,8 +115,7 @@ def update_mini_batches(
     """
     device = data.batch["mini_batch"].device
     steps: list[dict[str, float]] = []
-    if state.offload_optimizer:
-        move_optimizer(state.optimizer, device)
+    state.wake_optimizer(device)
     for _ in range(epochs):
         for index in range(data.meta_info["num_mini_batches"]):
             rows = data[data.batch["mini_batch"].cpu() == index]
@@ -123,7 +123,7 @@ def update_mini_batches(
             tokens, seqs = reduce_sum([float(mask.sum()), float(len(rows))], device)
             counts = Counts(max(1, round(tokens)), max(1, round(seqs)))
             steps.append(_step(state, run_micro_batches(rows, budget, device), loss_fn, counts, grad_clip))
-    rest_optimizer(state)
+    state.rest_optimizer()
     state.scheduler.step()
     metrics = {k: _mean([s[k] for s in steps]) for k in steps[0]}
     metrics["skipped_steps"] = sum(s["skipped_steps"] for s in steps)

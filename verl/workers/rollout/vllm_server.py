@@ -59,7 +59,7 @@ class VLLMServer:
             "enable_prefix_caching": self.config.enable_prefix_caching,
             "enforce_eager": self.config.enforce_eager,
             "trust_remote_code": self.model.trust_remote_code,
-            "hf_overrides": {k: v for k, v in self.model.override_config.items() if k != "attn_implementation"},
+            "hf_overrides": self.model.architecture,
             "generation_config": "vllm",  # no sampling defaults beside ours
             "logprobs_mode": "processed_logprobs",  # of what was sampled from: after temperature and truncation
             "disable_log_stats": True,
