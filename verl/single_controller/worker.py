@@ -1,7 +1,9 @@
 """What every accelerator process is: a rank of one process group."""
 
+import faulthandler
 import os
 import random
+import tempfile
 from datetime import timedelta
 
 import numpy as np
@@ -51,3 +53,17 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def make_deterministic() -> None:
+    """Makes torch choose kernels that give the same bits every time, or raise where there is none."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+
+
+def stacks() -> str:
+    """Where every Python thread of this process is."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()

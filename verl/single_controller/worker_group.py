@@ -1,17 +1,27 @@
 """The driver's side of the accelerator processes: where they are placed, and how their methods are called."""
 
+import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError as ActorDied
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from verl.single_controller.decorator import ATTRIBUTE, Dispatch, collect, dispatch
-from verl.single_controller.worker import Worker, init_process_group, seed_everything
+from verl.single_controller.worker import Worker, init_process_group, make_deterministic, seed_everything, stacks
+
+LIVENESS_S = 30
+"""How long a process that answers nothing is waited for before it counts as lost."""
+
+
+class WorkerLost(RuntimeError):
+    """A process of the run died, or no longer answers: what it held is gone, and the run must start again."""
 
 
 class RayClassWithInitArgs:
@@ -28,23 +38,47 @@ class RayResourcePool:
     process_on_nodes: list[int]
     use_gpu: bool = True
     timeout_s: float = 300
-    groups: list[PlacementGroup] = field(default_factory=list, init=False)
+    group: PlacementGroup | None = field(default=None, init=False)
 
     @property
     def world_size(self) -> int:
         return sum(self.process_on_nodes)
 
-    def get_placement_groups(self) -> list[PlacementGroup]:
-        """One group per node, made once. Raises RuntimeError when the cluster cannot provide them in time."""
-        if not self.groups:
-            bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if self.use_gpu else {"CPU": 1}
-            self.groups = [placement_group([bundle] * n, strategy="STRICT_PACK") for n in self.process_on_nodes]
-            if not all(group.wait(self.timeout_s) for group in self.groups):
+    def get_placement_group(self) -> PlacementGroup:
+        """One bundle per node, no two on the same node; made once.
+
+        Raises RuntimeError when the cluster cannot provide them in time.
+        """
+        if self.group is None:
+            bundles = [{"CPU": n, "GPU": n} if self.use_gpu else {"CPU": n} for n in self.process_on_nodes]
+            self.group = placement_group(bundles, strategy="STRICT_SPREAD")
+            if not self.group.wait(self.timeout_s):
                 raise RuntimeError(
-                    f"the Ray cluster has {ray.cluster_resources()} and cannot place {self.process_on_nodes} processes "
-                    f"per node with {bundle} each: lower trainer.nnodes / trainer.n_gpus_per_node or add nodes"
+                    f"the Ray cluster of {len(ray.nodes())} node(s) has {ray.available_resources()} free and cannot "
+                    f"place {bundles} on nodes of their own: lower trainer.nnodes / trainer.n_gpus_per_node (or "
+                    "actor_rollout_ref.rollout.nnodes / n_gpus_per_node), or add nodes"
                 )
-        return self.groups
+        return self.group
+
+    def spawn_hosts(self) -> tuple[list[Any], list[dict[str, Any]]]:
+        """A process in every place of the pool, and their locations, in the order of the ranks."""
+        group = self.get_placement_group()
+        hosts = [
+            ray.remote(concurrency_groups={WATCH: 1})(WorkerHost)
+            .options(
+                num_cpus=1,
+                num_gpus=int(self.use_gpu),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node),
+            )
+            .remote()
+            for node, size in enumerate(self.process_on_nodes)
+            for _ in range(size)
+        ]
+        return hosts, ray.get([host.location.remote() for host in hosts])
+
+
+WATCH = "watch"
+"""Calls that are answered while the process is at work."""
 
 
 class WorkerHost:
@@ -54,18 +88,26 @@ class WorkerHost:
         self.roles: dict[str, Worker] = {}
 
     def location(self) -> dict[str, Any]:
-        """Node, accelerators, and an address with a free port."""
+        """Node, accelerators, process, and an address with a free port."""
         with socket.socket() as s:
             s.bind(("", 0))
             port = s.getsockname()[1]
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
-        return {"node_id": context.get_node_id(), "gpus": gpus, "ip": ray.util.get_node_ip_address(), "port": port}
+        place = {"node_id": context.get_node_id(), "ip": ray.util.get_node_ip_address(), "port": port}
+        return {**place, "gpus": gpus, "pid": os.getpid()}
 
-    def setup(self, seed: int, *group: Any) -> None:
+    def setup(self, seed: int, deterministic: bool, *group: Any) -> None:
         disable_progress_bar()  # the driver has the console
+        if deterministic:
+            make_deterministic()
         init_process_group(*group)
         seed_everything(seed)
+
+    @ray.method(concurrency_group=WATCH)
+    def stacks(self) -> str:
+        """What the threads of this process are doing."""
+        return stacks()
 
     def add_role(self, role: str, spec: RayClassWithInitArgs) -> None:
         self.roles[role] = spec.cls(*spec.args, **spec.kwargs)
@@ -77,22 +119,13 @@ class WorkerHost:
 class RayWorkerGroup:
     """All ranks of a pool. `group["actor"].update_actor(batch)` calls a registered method on every rank."""
 
-    def __init__(self, pool: RayResourcePool, device: str, seed: int, threads: int | None = None) -> None:
+    def __init__(
+        self, pool: RayResourcePool, device: str, seed: int, threads: int | None = None, deterministic: bool = False
+    ) -> None:
         self.world_size = pool.world_size
-        self.hosts: list[Any] = [
-            ray.remote(WorkerHost)
-            .options(
-                num_cpus=1,
-                num_gpus=int(pool.use_gpu),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-            )
-            .remote()
-            for group, size in zip(pool.get_placement_groups(), pool.process_on_nodes, strict=True)
-            for i in range(size)
-        ]
-        self.locations: list[dict[str, Any]] = ray.get([host.location.remote() for host in self.hosts])
+        self.hosts, self.locations = pool.spawn_hosts()
         master = (self.world_size, self.locations[0]["ip"], self.locations[0]["port"], device, threads)
-        ray.get([host.setup.remote(seed + rank, rank, *master) for rank, host in enumerate(self.hosts)])
+        ray.get([host.setup.remote(seed + rank, deterministic, rank, *master) for rank, host in enumerate(self.hosts)])
         self.methods: dict[str, dict[str, Dispatch]] = {}
 
     def add_role(self, role: str, spec: RayClassWithInitArgs) -> "RoleView":
@@ -106,11 +139,33 @@ class RayWorkerGroup:
         return RoleView(self, role)
 
     def execute(self, role: str, method: str, *args: Any) -> Any:
-        """Calls a registered method on all ranks and waits. Raises what the first failing rank raised."""
+        """Calls a registered method on all ranks and waits.
+
+        Raises WorkerLost if a rank died, else what the first failing rank raised.
+        """
         mode = self.methods[role][method]
         per_rank = dispatch(mode, self.world_size, args)
         calls = [host.call.remote(role, method, *a) for host, a in zip(self.hosts, per_rank, strict=True)]
-        return collect(mode, ray.get(calls))
+        try:
+            return collect(mode, as_they_end(calls))
+        except RayError as error:
+            if lost := self.lost_ranks():
+                raise WorkerLost(f"{role}.{method}: {'; '.join(lost)}") from error
+            raise
+
+    def lost_ranks(self) -> list[str]:
+        """The ranks that do not answer, with their places. The others fail in a collective when one is lost."""
+        pings = [host.stacks.remote() for host in self.hosts]
+        answered, _ = ray.wait(pings, num_returns=len(pings), timeout=LIVENESS_S)
+        return [
+            f"rank {rank} (process {place['pid']} on {place['ip']}) is gone"
+            for rank, (ping, place) in enumerate(zip(pings, self.locations, strict=True))
+            if ping not in answered or died(ping)
+        ]
+
+    def stacks(self) -> dict[str, Any]:
+        """Calls that say what each rank is doing."""
+        return {f"rank {rank}": host.stacks.remote() for rank, host in enumerate(self.hosts)}
 
     def shutdown(self) -> None:
         for host in self.hosts:
@@ -140,6 +195,24 @@ def spawn(
     return ray.remote(cls).options(**options).remote(*args, **kw)
 
 
+def as_they_end(calls: Sequence[Any]) -> list[Any]:
+    """Results in the order of the calls. Raises what the first to fail raised, while others may still hang."""
+    results: dict[Any, Any] = {}
+    while waiting := [call for call in calls if call not in results]:
+        (done,), _ = ray.wait(waiting)
+        results[done] = ray.get(done)
+    return [results[call] for call in calls]
+
+
+def died(call: Any) -> bool:
+    """Whether a call that has ended was ended by the death of its process."""
+    try:
+        ray.get(call)
+    except ActorDied:
+        return True
+    return False
+
+
 def ready(handle: Any) -> Any:
     """A call that ends when the actor has been built; getting it raises what its constructor raised."""
     return handle.__ray_ready__.remote()
@@ -150,10 +223,10 @@ def get(refs: Any) -> Any:
     return ray.get(refs)
 
 
-def first_ready(refs: Sequence[Any]) -> int:
-    """Place of a call that has ended; waits for one."""
-    (ready,), _ = ray.wait(list(refs), num_returns=1)
-    return refs.index(ready)
+def first_ready(refs: Sequence[Any], timeout_s: float | None = None) -> int | None:
+    """Place of a call that has ended; waits for one, at most `timeout_s` seconds: then None."""
+    ready, _ = ray.wait(list(refs), num_returns=1, timeout=timeout_s)
+    return list(refs).index(ready[0]) if ready else None
 
 
 def kill(handle: Any) -> None:

@@ -93,6 +93,9 @@ class RolloutCorrectionConfig(Config):
     """Smallest ratio that stays; null: 1 / rollout_rs_threshold."""
     rollout_token_veto_threshold: PositiveFloat | None = None
     """Leave a sequence out in which some token's ratio is below this, such as 1e-4; null: none."""
+    bypass_mode: bool = False
+    """Take the sampler's log-probs for the old ones: the clip is then a trust region around the policy that sampled,
+    stale as it may be. False: the old log-probs are the present weights' (decoupled PPO, arXiv 2505.24298)."""
 
     @property
     def corrects(self) -> bool:
@@ -125,6 +128,16 @@ class AlgorithmConfig(Config):
     kl_penalty: KLPenalty = "kl"
     """Its estimator."""
     kl_ctrl: KLControlConfig = KLControlConfig()
+
+
+class AsyncTrainingConfig(Config):
+    """Rolling out while the weights are updated."""
+
+    max_staleness: NonNegativeInt = 0
+    """Batches of prompts that are rolled out ahead: tokens are at most so many weight versions old when they are
+    trained on. 0: synchronous; 1 with partial_rollout=false: one step off."""
+    partial_rollout: bool = True
+    """New weights reach trajectories under way between two of their turns; false: they wait until all have ended."""
 
 
 class TrainerConfig(Config):
@@ -166,6 +179,12 @@ class TrainerConfig(Config):
     """Checkpoint every so many steps, and at the end; -1: only at the end."""
     max_ckpt_to_keep: PositiveInt | None = None
     """Delete older checkpoints; null: keep all."""
+    best_metric: str | None = "val/test_score/all"
+    """Also keep the checkpoint of the step with the highest value of this metric; null: do not."""
+    async_save: bool = True
+    """Write checkpoints in the background, from a copy in host memory."""
+    deterministic: bool = False
+    """The same bits in every run of the same configuration; `+mode=deterministic` sets what that needs."""
     resume_mode: Literal["auto", "disable"] = "auto"
     """auto continues from the newest checkpoint in default_local_dir."""
     save_hf: bool = True
@@ -192,6 +211,7 @@ class PPOConfig(Config):
     actor_rollout_ref: ActorRolloutRefConfig
     critic: CriticConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    async_training: AsyncTrainingConfig = AsyncTrainingConfig()
     trainer: TrainerConfig = TrainerConfig()
     agent: dict[str, Any]
     reward: dict[str, Any]

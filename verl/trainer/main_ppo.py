@@ -175,7 +175,7 @@ def build_workers(config: Any, device: str, num_rows: int) -> tuple[dict[str, An
     model, trainer = config.actor_rollout_ref, config.trainer
     steps = total_training_steps(config, num_rows)
     pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=device == "cuda")
-    group = RayWorkerGroup(pool, device, trainer.seed, trainer.threads_per_rank)
+    group = RayWorkerGroup(pool, device, trainer.seed, trainer.threads_per_rank, trainer.deterministic)
     specs = {"actor": RayClassWithInitArgs(ActorWorker, model.model, model.actor, model.rollout, steps)}
     if config.use_reference:
         specs["ref"] = RayClassWithInitArgs(ReferenceWorker, model.model, model.ref, model.rollout.temperature)

@@ -191,9 +191,15 @@ class RolloutConfig(SamplingConfig):
     endpoint: OpenAIConfig = OpenAIConfig()
     dtype: Dtype = "bfloat16"
     """Dtype of the engine's weights and KV cache."""
+    nnodes: PositiveInt = 1
+    """Nodes of the engines, where they have GPUs of their own (hybrid_engine=false)."""
+    n_gpus_per_node: PositiveInt = 1
+    """Their GPUs on each of these nodes."""
     num_replicas: PositiveInt | None = None
-    """Engines; null: as many as the training GPUs hold (n_gpus / tensor_model_parallel_size), one on CPU. They share
-    the GPUs with the training and sleep while it updates."""
+    """Engines; null: as many as their GPUs hold (GPUs / tensor_model_parallel_size), one on CPU."""
+    num_val_replicas: NonNegativeInt = 0
+    """Further engines for validation alone, on GPUs of nnodes x n_gpus_per_node: they keep the weights with which a
+    validation began until it ends, while training goes on. 0: validation waits on the same engines."""
     tensor_model_parallel_size: PositiveInt = 1
     """GPUs per engine."""
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
@@ -228,6 +234,9 @@ class RolloutConfig(SamplingConfig):
 
 
 class ActorRolloutRefConfig(Config):
+    hybrid_engine: bool = True
+    """The engines share the GPUs with the training and sleep while it updates; false: they have GPUs of their own, as
+    training on stale data (async_training) needs."""
     model: ModelConfig
     actor: ActorConfig = ActorConfig()
     ref: RefConfig = RefConfig()
