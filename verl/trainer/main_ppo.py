@@ -157,7 +157,7 @@ def start_ray(config: Any) -> None:
 
     address = config.trainer.ray_address
     ray.init(
-        address=address,
+        address=address or "local",  # not given, Ray would join RAY_ADDRESS or whatever runs on this machine
         include_dashboard=False if address is None else None,
         log_to_driver=True,
         logging_level=logging.WARNING,
