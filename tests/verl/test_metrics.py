@@ -49,6 +49,8 @@ def test_data_metrics_by_hand():
     assert compute_data_metrics(batch(), max_length=4) == pytest.approx(
         {
             **stats,
+            "critic/score/std": 0.5,
+            "actor/positive_log_prob": -1.5,  # of -1 and -2
             "response_length/clip_ratio": 0.5,
             "state_tokens/total": 5,
             "state_tokens/coverage": 5 / 7,

@@ -41,7 +41,7 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         )
     if config.data.max_start_length > config.data.max_prompt_length:
         problems.append("data.max_start_length is more than data.max_prompt_length, which bounds every context")
-    return problems + loss_problems(config) + endpoint_problems(config)
+    return problems + loss_problems(config) + endpoint_problems(config) + collapse_problems(config)
 
 
 def loss_problems(config: "PPOConfig") -> list[str]:
@@ -71,6 +71,21 @@ def loss_problems(config: "PPOConfig") -> list[str]:
             estimator == "turn_level" and not actor.state_masking,
     }  # fmt: skip
     return [problem for problem, holds in found.items() if holds]
+
+
+def collapse_problems(config: "PPOConfig") -> list[str]:
+    """A collapse watch that could never raise an alarm, or has nothing to answer it with."""
+    watch, problems = config.trainer.collapse_watch, list[str]()
+    if 0 < len(watch.active) < watch.min_signals:
+        problems.append(
+            f"trainer.collapse_watch.min_signals={watch.min_signals} is more than the {len(watch.active)} of "
+            "trainer.collapse_watch.signals"
+        )
+    if watch.response == "roll_back" and config.trainer.save_freq <= 0:
+        problems.append(
+            "trainer.collapse_watch.response=roll_back needs checkpoints to roll back to: set trainer.save_freq"
+        )
+    return problems
 
 
 def endpoint_problems(config: "PPOConfig") -> list[str]:

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from verl.trainer.checks import combination_problems
+from verl.trainer.ppo.collapse import CollapseWatchConfig
 from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
@@ -195,6 +196,7 @@ class TrainerConfig(Config):
     """Stop when a larger share of a batch's trajectories failed (environment, not policy)."""
     max_skipped_steps: PositiveInt = 3
     """Stop after so many training steps in a row with a loss or gradient that is not finite."""
+    collapse_watch: CollapseWatchConfig = CollapseWatchConfig()
 
 
 class CustomRewardConfig(Config):

@@ -15,19 +15,26 @@ def compute_data_metrics(data: DataProto, max_length: int) -> dict[str, float]:
     Values and their explained variance only where the batch has a critic's `values`. `response_length/*` counts
     everything after the prompt, `response_length_model/*` what the policy sampled, `response_length_observation/*` the
     rest. `response_length/clip_ratio` is the share of trajectories, prompt included, of more than `max_length` tokens:
-    those that ran out of context.
+    those that ran out of context. `actor/positive_log_prob` is the mean log-probability of the sampled tokens that the
+    advantage favours, absent where there are none: it rises while the policy learns, and falls before a collapse (arXiv
+    2512.04220).
     """
     batch = data.batch
     mask = batch["response_mask"].bool()
     sampled = mask & (batch["turns"] >= 0)  # without observations, also where they are trained on
+    scores = masked_sum(batch["token_level_scores"], mask, axis=-1)
     metrics = {
-        **_stats("critic/score", masked_sum(batch["token_level_scores"], mask, axis=-1)),
+        **_stats("critic/score", scores),
+        "critic/score/std": scores.float().std(correction=0).item(),
         **_stats("critic/rewards", masked_sum(batch["token_level_rewards"], mask, axis=-1)),
         **_stats("critic/advantages", batch["advantages"][mask]),
         **_stats("critic/returns", batch["returns"][mask]),
         **_length_metrics(batch, sampled, max_length),
         **_rollout_metrics(batch["rollout_log_probs"], batch["old_log_probs"], sampled),
     }
+    positive = sampled & (batch["advantages"] > 0)
+    if positive.any():
+        metrics["actor/positive_log_prob"] = masked_mean(batch["old_log_probs"], positive).item()
     if "values" in batch:
         metrics |= _stats("critic/values", batch["values"][mask])
         metrics["critic/vf_explained_var"] = explained_variance(batch["values"], batch["returns"], mask)

@@ -1,0 +1,210 @@
+"""Collapse watch: tells from the metrics of training steps that a policy falls apart, before its reward tells."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from verl.utils.config import Config
+from verl.utils.tracking import STEP
+
+
+class Bound(Config):
+    """What a metric of a healthy run does not do. Every limit given counts; it must be finite in any case."""
+
+    below: float | None = None
+    """Fall below this."""
+    above: float | None = None
+    """Rise above this."""
+    falls_to: float | None = Field(default=None, gt=0, lt=1)
+    """Fall below this share of its reference."""
+    rises_to: float | None = Field(default=None, gt=1)
+    """Rise above this multiple of its reference."""
+    falls_by: PositiveFloat | None = None
+    """Fall by more than this from its reference; for what can be negative."""
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> "Bound":
+        if all(limit is None for limit in self.model_dump().values()):
+            raise ValueError(f"name a limit: {', '.join(Bound.model_fields)}")
+        return self
+
+    def broken(self, value: float, reference: float | None) -> str | None:
+        """The limit that `value` is out of, in words; None within bounds.
+
+        Without a reference (too little history) only `below` and `above` count; shares and multiples of a reference
+        that is not positive mean nothing, and do not either.
+        """
+        if not math.isfinite(value):
+            return "is not finite"
+        if self.below is not None and value < self.below:
+            return f"is below {self.below:g}"
+        if self.above is not None and value > self.above:
+            return f"is above {self.above:g}"
+        if reference is None:
+            return None
+        if self.falls_by is not None and value < reference - self.falls_by:
+            return f"fell by more than {self.falls_by:g}"
+        if reference > 0 and self.falls_to is not None and value < reference * self.falls_to:
+            return f"fell below {self.falls_to:g} of its reference"
+        if reference > 0 and self.rises_to is not None and value > reference * self.rises_to:
+            return f"rose above {self.rises_to:g} times its reference"
+        return None
+
+
+class CollapseWatchConfig(Config):
+    """Collapse shows in several signals at once, before it shows in the reward: one alone does not raise an alarm."""
+
+    signals: dict[str, Bound | None] = {}
+    """Metrics of a training step and their bounds (below, above: values; falls_to, rises_to: multiples of the
+    reference; falls_by: difference to it); null: not watched."""
+    min_signals: PositiveInt = 2
+    """Signals that must be out of bounds in one step."""
+    patience: PositiveInt = 3
+    """Such steps in a row that raise an alarm, and healthy ones in a row before there can be another."""
+    min_history: PositiveInt = 1
+    """Healthy values a signal needs before it has a reference."""
+    window: PositiveInt = 20
+    """The reference is the median of so many last healthy values."""
+    response: Literal["continue", "stop", "roll_back"] = "continue"
+    """On an alarm, after its message and a snapshot: go on; end the run; or restore the newest checkpoint."""
+    lr_factor: float = Field(default=0.5, gt=0, le=1)
+    """What roll_back multiplies the learning rates by."""
+    max_roll_backs: PositiveInt = 3
+    """The alarm after so many of them stops the run."""
+
+    @property
+    def active(self) -> dict[str, Bound]:
+        """The signals that are watched."""
+        return {name: bound for name, bound in self.signals.items() if bound is not None}
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A metric that is out of its bounds."""
+
+    name: str
+    since: int
+    """First step of this violation."""
+    value: float
+    reference: float | None
+    violation: str
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A collapse: the signals that are out of bounds, the one that left them first at the head."""
+
+    step: int
+    signals: tuple[Signal, ...]
+
+    @property
+    def since(self) -> int:
+        """The step in which the first signal moved."""
+        return self.signals[0].since
+
+    def message(self) -> str:
+        """The alarm in words, a line for every signal."""
+        first = self.signals[0]
+        lines = [f"collapse at step {self.step}: {first.name} moved first, at step {first.since}"]
+        for s in self.signals:
+            reference = "" if s.reference is None else f" (reference {s.reference:.4g})"
+            lines.append(f"  {s.name} = {s.value:.4g}{reference} {s.violation}, since step {s.since}")
+        return "\n".join(lines)
+
+
+class CollapseWatch:
+    """Judges one training step after the other.
+
+    A collapse is reported once: there is no second alarm before `patience` healthy steps in a row. A step is healthy
+    with fewer than `min_signals` signals out of bounds.
+    """
+
+    def __init__(self, config: CollapseWatchConfig) -> None:
+        self.config, self.bounds = config, config.active
+        self.history: dict[str, list[float]] = {}
+        self.since: dict[str, int] = {}
+        self.ill_steps = self.healthy_steps = 0
+        self.armed = True
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
+        """An alarm if this step completes a collapse.
+
+        A metric that is absent is not observed: it counts neither for nor against, and what it was last stands. A step
+        with fewer than `min_signals` of them is passed over.
+        """
+        seen = {name: float(metrics[name]) for name in self.bounds if name in metrics}
+        if len(seen) < self.config.min_signals:
+            return None
+        violations = self._violations(step, seen)
+        if len(violations) >= self.config.min_signals:
+            self.ill_steps, self.healthy_steps = self.ill_steps + 1, 0
+        else:
+            self._healthy(seen)
+        if not self.armed or self.ill_steps < self.config.patience:
+            return None
+        self.armed = False
+        signals = [Signal(n, self.since[n], seen[n], self._reference(n), text) for n, text in violations.items()]
+        return Alarm(step, tuple(sorted(signals, key=lambda s: s.since)))
+
+    def _violations(self, step: int, seen: Mapping[str, float]) -> dict[str, str]:
+        texts = {name: self.bounds[name].broken(value, self._reference(name)) for name, value in seen.items()}
+        violations = {name: text for name, text in texts.items() if text is not None}
+        for name in seen:
+            if name in violations:
+                self.since.setdefault(name, step)
+            else:
+                self.since.pop(name, None)
+        return violations
+
+    def _healthy(self, seen: Mapping[str, float]) -> None:
+        self.ill_steps, self.healthy_steps = 0, self.healthy_steps + 1
+        self.armed = self.armed or self.healthy_steps >= self.config.patience
+        if not self.armed:
+            return
+        for name, value in seen.items():
+            if math.isfinite(value):
+                self.history[name] = [*self.history.get(name, []), value][-self.config.window :]
+
+    def _reference(self, name: str) -> float | None:
+        # Learning moves every signal (entropy falls tenfold, length doubles), so the reference follows in a window;
+        # only healthy steps enter it, or a collapse would become its own reference. On recorded runs a window of 5
+        # steps overlooked a collapse that took 10, and 20 decided like all of the history.
+        history = self.history.get(name, [])
+        return median(history) if len(history) >= self.config.min_history else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later decisions depend on, as plain values."""
+        return {
+            "history": {name: list(values) for name, values in self.history.items()},
+            "since": dict(self.since),
+            "ill_steps": self.ill_steps,
+            "healthy_steps": self.healthy_steps,
+            "armed": self.armed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a `state_dict`. Signals that are new since then start without a history."""
+        self.history = {name: list(values) for name, values in state["history"].items()}
+        self.since = dict(state["since"])
+        self.ill_steps, self.healthy_steps = state["ill_steps"], state["healthy_steps"]
+        self.armed = state["armed"]
+
+
+def replay(path: Path, config: CollapseWatchConfig) -> list[Alarm]:
+    """The alarms that a run would have raised, from its metrics.jsonl.
+
+    Of a step that a resumed run wrote again, the last values count; null is a number that was not finite.
+    """
+    steps: dict[int, dict[str, float]] = {}
+    for line in path.read_text().splitlines():
+        row = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+        steps.setdefault(int(row[STEP]), {}).update(row)
+    watch = CollapseWatch(config)
+    alarms = [watch.observe(step, steps[step]) for step in sorted(steps)]
+    return [alarm for alarm in alarms if alarm is not None]
