@@ -26,6 +26,7 @@ from search_r1.rewards.matching import gold_answers
 from verl.utils.config import Config
 from verl.utils.dataset import read_parquet
 from verl.utils.errors import ConfigError, DataError
+from verl.utils.processes import dying_with_this
 from verl.utils.tokenizer import encode_chat, encode_text
 
 
@@ -128,7 +129,7 @@ class Finetune:
 
 def run(*command: str) -> None:
     """Runs python on `command`; ends the program with its status if it fails."""
-    if status := subprocess.call([sys.executable, *command], cwd=ROOT):
+    if status := subprocess.call([sys.executable, *command], cwd=ROOT, preexec_fn=dying_with_this()):
         sys.exit(status)
 
 

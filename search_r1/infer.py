@@ -211,8 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [path.resolve() if path else None for path in (args.questions, args.out)]
     config = composed(args.config_name, [*given_overrides(args.model, args.endpoint), *overrides])
     try:
-        with surroundings(config, overrides) as url:
-            asked = answering(config, url)
+        with surroundings(config, overrides) as server:
+            asked = answering(config, server.url if server else None)
             if files[0] and files[1]:
                 source, out = files[0], files[1]
                 asyncio.run(serve(asked, lambda asker: ask_file(asker, source, out)))

@@ -6,6 +6,7 @@ and reports. Sections left null are the user's own: for the paper's recipes this
 """
 
 import argparse
+import logging
 import os
 import socket
 import subprocess
@@ -24,9 +25,12 @@ from search_r1.report import write_report
 from search_r1.world.generate import OPTIONS_FILE, WorldConfig
 from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError
+from verl.utils.processes import Forward, dying_with_this, ended, exit_status
 
+logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 SERVER_START_S = 120
+MAX_SERVER_RESTARTS = 10
 
 
 class SetupConfig(Config):
@@ -56,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-name", default="grpo")
     args, overrides = parser.parse_known_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = composed(args.config_name, overrides)
     if config.finetune.data is not None:
         return surrounded("search_r1.finetune", args.config_name, overrides, config)
@@ -76,21 +81,34 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
 def surrounded(program: str, config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
     """Exit status of a module, run with what `setup` makes and serves around it."""
     command = [sys.executable, "-m", program, "--config-name", config_name, *overrides]
-    with surroundings(config, overrides) as url:
-        return subprocess.call([*command, f"retriever.url={url}"] if url else command)
+    with surroundings(config, overrides) as server:
+        return run([*command, f"retriever.url={server.url}"] if server else command, server)
+
+
+def run(command: list[str], server: "RetrievalServer | None") -> int:
+    """Exit status of a program, to which SIGINT and SIGTERM are passed on; the server is kept alive meanwhile.
+
+    The program ends with this one, however that ends.
+    """
+    with Forward() as signals:
+        program = signals.start(command, preexec_fn=dying_with_this())
+        while not ended(program, 1.0):
+            if server is not None:
+                server.revive()
+        return exit_status(signals.reap())
 
 
 @contextmanager
-def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator[str | None]:
-    """Makes what `setup` names, serves its index: the URL; None if the server is the user's, or nobody searches."""
+def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator["RetrievalServer | None"]:
+    """Makes what `setup` names, serves its index; None if the server is the user's, or nobody searches."""
     setup = read_setup(config)
     prepare(setup, config)
     named = any(o.startswith("retriever.url=") for o in overrides)
     if setup.index_dir is None or named or not config.do_search:
         yield None
         return
-    with retrieval_server(setup, int(config.retriever.topk)) as url:
-        yield url
+    with RetrievalServer(Path(setup.index_dir, "bm25"), str(setup.corpus_path), int(config.retriever.topk)) as server:
+        yield server
 
 
 def read_setup(config: DictConfig) -> SetupConfig:
@@ -145,22 +163,47 @@ def module(name: str, *flags: str) -> None:
         sys.exit(status)
 
 
-@contextmanager
-def retrieval_server(setup: SetupConfig, topk: int) -> Iterator[str]:
-    """URL of a retrieval server over the index, ended on the way out."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    flags = ["--index_path", f"{setup.index_dir}/bm25", "--corpus_path", str(setup.corpus_path), "--topk", str(topk)]
-    command = [sys.executable, "-m", "search_r1.search.retrieval_server", *flags, "--retriever_name", "bm25"]
-    command += ["--log_level", "warning"]  # the console is the run's
-    server = subprocess.Popen([*command, "--port", str(port)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        wait_until_healthy(f"http://127.0.0.1:{port}/health", server)
-        yield f"http://127.0.0.1:{port}/retrieve"
-    finally:
-        server.terminate()
-        server.wait()
+class RetrievalServer:
+    """A retrieval server over an index, at `url`. Ctrl-C does not reach it; it ends on the way out, or with this."""
+
+    def __init__(self, index: Path, corpus: str, topk: int) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/retrieve"
+        command = [sys.executable, "-m", "search_r1.search.retrieval_server", "--retriever_name", "bm25"]
+        command += ["--index_path", str(index), "--corpus_path", corpus, "--topk", str(topk), "--port", str(self.port)]
+        self.command = [*command, "--log_level", "warning"]  # the console is the run's
+        self.restarts = 0
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(self.command, env=env, start_new_session=True, preexec_fn=dying_with_this())
+
+    def revive(self) -> None:
+        """Starts the server again if it has ended, MAX_SERVER_RESTARTS times in all. Clients try again meanwhile."""
+        if self.process.poll() is None or self.restarts > MAX_SERVER_RESTARTS:
+            return
+        self.restarts += 1
+        what = f"the retrieval server ended (status {exit_status(self.process.returncode)})"
+        if self.restarts > MAX_SERVER_RESTARTS:
+            logger.error("%s after %d restarts: given up", what, MAX_SERVER_RESTARTS)
+            return
+        logger.warning("%s: restart %d of %d", what, self.restarts, MAX_SERVER_RESTARTS)
+        self.process = self.start()
+
+    def __enter__(self) -> "RetrievalServer":
+        self.process = self.start()
+        try:
+            wait_until_healthy(f"http://127.0.0.1:{self.port}/health", self.process)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait()
 
 
 def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:

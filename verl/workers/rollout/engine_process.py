@@ -1,9 +1,9 @@
 """What is mixed into vLLM's worker, inside the engine's process."""
 
 import os
-import select
 import signal
-import threading
+
+from verl.utils.processes import follow
 
 
 class FollowServer:
@@ -15,11 +15,9 @@ class FollowServer:
     def follow(self, server: int) -> None:
         """Watches the process `server`, parent of the engine, from a thread."""
         engine = os.getpid() if os.getppid() == server else os.getppid()
-        process = os.pidfd_open(server)
 
-        def watch() -> None:
-            select.select([process], [], [])
+        def end() -> None:
             os.kill(engine, signal.SIGKILL)
             os._exit(1)
 
-        threading.Thread(target=watch, daemon=True, name="follow-server").start()
+        follow(server, end)

@@ -1,0 +1,189 @@
+"""Who starts, stops and restarts a run: the supervisor around the driver, and the request to stop within it."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from verl.utils.processes import STOP_SIGNALS, Forward, ended, exit_status, follow, kill_session, session_over
+
+logger = logging.getLogger(__name__)
+LOST = 75
+"""Exit status of a driver that lost what it cannot replace: a rank, an engine, the patience for a hang. EX_TEMPFAIL."""
+LATEST = "latest_checkpointed_iteration.txt"  # verl.utils.checkpoint names it too, and imports torch
+RESTARTS = "restarts.jsonl"
+SUPERVISED = "VERL_SUPERVISED"
+MAX_PAUSE_S = 60.0
+SETTLE_S = 10.0
+
+
+def supervise(
+    command: list[str],
+    run_dir: str,
+    max_restarts: int,
+    resume: bool = True,
+    pause_s: float = 1.0,
+    grace_s: float = 20.0,
+) -> int:
+    """The exit status of a run: of `command`, started again while it ends by a signal or with LOST.
+
+    At most `max_restarts` times in a row without a new checkpoint in `run_dir` in between; `pause_s` seconds before the
+    first, twice as many before each further one. With `resume` false a start continues only from checkpoints that this
+    run has written. SIGINT and SIGTERM are passed on, and end it; `grace_s` seconds after the second its session is
+    killed.
+    """
+    latest = Path(run_dir) / LATEST
+    first = seen = checkpoint(latest)
+    attempts = 0
+    with Forward() as signals:
+        while True:
+            own = checkpoint(latest) != first
+            returncode = run_once(command, own, signals, grace_s)
+            if signals.received or not is_lost(returncode):
+                return exit_status(returncode)
+            now = checkpoint(latest)
+            attempts = 1 if now != seen else attempts + 1
+            seen = now
+            step = now[0] if resume or now != first else 0
+            if attempts > max_restarts:
+                logger.error("%s", given_up(run_dir, max_restarts, returncode, step))
+                return exit_status(returncode)
+            record(run_dir, returncode, step)
+            pause = min(MAX_PAUSE_S, pause_s * 2 ** (attempts - 1))
+            logger.warning(
+                "the run ended by %s: restart %d of %d in %g s, from %s",
+                cause(returncode), attempts, max_restarts, pause, where(step),
+            )  # fmt: skip
+            rest(pause, signals)
+            if signals.received:
+                return 128 + signals.received[0]
+
+
+def checkpoint(latest: Path) -> tuple[int, int]:
+    """Step of the newest checkpoint, and when it was named (ns); zeros if there is none."""
+    try:
+        return int(latest.read_text()), latest.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0, 0
+
+
+def run_once(command: list[str], own: bool, signals: Forward, grace_s: float) -> int:
+    """Return code of one start of the command, nothing of its session left. `own`: this run has written checkpoints."""
+    child = signals.start(command, env={**os.environ, SUPERVISED: f"{os.getpid()} {int(own)}"})
+    deadline = None
+    while not ended(child, 1.0):
+        if deadline is None and len(signals.received) > 1:
+            deadline = time.monotonic() + grace_s
+        if deadline is not None and time.monotonic() > deadline:
+            break
+    else:
+        session_over(child, SETTLE_S)  # who follows the driver tidies up first: shared memory, locks
+    if left := kill_session(child):
+        logger.warning("processes of the run that could not be killed: %s", left)
+    return signals.reap()
+
+
+def is_lost(returncode: int) -> bool:
+    """Whether a restart may help. SIGINT and SIGTERM are somebody's wish."""
+    return returncode == LOST or (returncode < 0 and -returncode not in STOP_SIGNALS)
+
+
+def cause(returncode: int) -> str:
+    """How a process ended.
+
+    >>> cause(-9), cause(75)
+    ('SIGKILL', 'status 75')
+    """
+    return signal.Signals(-returncode).name if returncode < 0 else f"status {returncode}"
+
+
+def where(step: int) -> str:
+    return f"the checkpoint of step {step}" if step else "the beginning"
+
+
+def rest(seconds: float, signals: Forward) -> None:
+    """Sleeps, but not through a signal."""
+    deadline = time.monotonic() + seconds
+    while not signals.received and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def record(run_dir: str, returncode: int, step: int) -> None:
+    """Appends a restart to restarts.jsonl: when (UTC), what ended the run, the step it continues after."""
+    how = {"signal": signal.Signals(-returncode).name} if returncode < 0 else {"status": returncode}
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    with (Path(run_dir) / RESTARTS).open("a") as file:
+        file.write(json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **how, "step": step}) + "\n")
+
+
+def given_up(run_dir: str, max_restarts: int, returncode: int, step: int) -> str:
+    """What is said when a run is not started again."""
+    times = f"{max_restarts} restarts without a new checkpoint in between" if max_restarts else "no restart"
+    return (
+        f"the run ended by {cause(returncode)}; given up after {times} (trainer.max_restarts). The cause is above, in "
+        f"Ray's logs (/tmp/ray/session_latest/logs), after a hang in {run_dir}/stacks; restarts are listed in "
+        f"{run_dir}/{RESTARTS}. SIGKILL that nobody sent is the kernel's answer to a lack of memory (dmesg). Repair "
+        f"it and run the same command: it continues from {where(step)} unless trainer.resume_mode=disable."
+    )
+
+
+def follow_supervisor() -> bool | None:
+    """Within the driver: whether this run has written checkpoints before this start; None: there is no supervisor.
+
+    From here on the driver and its session end with the supervisor. The mark is taken out of the environment, so that
+    no other program takes itself for the driver.
+    """
+    mark = os.environ.pop(SUPERVISED, None)
+    if mark is None:
+        return None
+    supervisor, own = map(int, mark.split())
+    try:
+        follow(supervisor, end_session)
+    except ProcessLookupError:
+        end_session()
+    if os.getppid() != supervisor:  # the number is another's by now
+        end_session()
+    return bool(own)
+
+
+def end_session() -> None:
+    """Kills this process, and before it all of its session if it leads one."""
+    if os.getsid(0) == os.getpid():
+        kill_session(os.getpid())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Stop:
+    """A request to end the run: `requested` is the signal's number, 0 before there is one.
+
+    The first SIGTERM or SIGINT is noted, the second raises KeyboardInterrupt in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.requested = 0
+
+    def listen(self) -> None:
+        """Installs the handlers. To be called again after `ray.init`, which takes SIGTERM for itself."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = signum
+        text = f"{signal.Signals(signum).name}: finishing this step, then a checkpoint; Ctrl-C again to exit now\n"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())  # logging is not for handlers
+
+    def __enter__(self) -> "Stop":
+        self._previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.listen()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

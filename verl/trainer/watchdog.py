@@ -1,0 +1,99 @@
+"""The end of a run that hangs: where every process stands is written down, then the driver leaves with LOST."""
+
+import faulthandler
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from verl.trainer.supervise import LOST
+
+logger = logging.getLogger(__name__)
+
+
+def leave() -> None:
+    """Ends this process with LOST, without cleaning up: that might hang as well."""
+    os._exit(LOST)
+
+
+class Watchdog:
+    """Calls `on_hang` when nothing was heard for `timeout_s` seconds, after writing all stacks to `folder`/stacks.
+
+    `stacks()` gives those of the other processes by their name, and has `stacks_timeout_s` seconds for it.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        stacks: Callable[[], dict[str, str]],
+        folder: str | Path,
+        on_hang: Callable[[], object] = leave,
+        stacks_timeout_s: float = 30.0,
+    ) -> None:
+        self.timeout_s, self.stacks, self.folder = timeout_s, stacks, Path(folder) / "stacks"
+        self.on_hang, self.stacks_timeout_s = on_hang, stacks_timeout_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._last = ("start", time.monotonic())
+
+    def beat(self, name: str) -> None:
+        """Says that the verb `name` begins, so all before it has ended."""
+        self._last = (name, time.monotonic())
+
+    def _watch(self) -> None:
+        while not self._ended.wait(max(0.0, self._last[1] + self.timeout_s - time.monotonic())):
+            verb, since = self._last
+            if time.monotonic() - since >= self.timeout_s:
+                self._hang(verb, time.monotonic() - since)
+                return
+
+    def _hang(self, verb: str, seconds: float) -> None:
+        what = f"'{verb}' has not ended for {seconds:.0f} s (trainer.hang_timeout_s={self.timeout_s:g})"
+        try:
+            path = self._write(what)
+            logger.error("%s: the stacks of all processes are in %s", what, path)
+        except OSError as error:
+            logger.error("%s: the stacks could not be written to %s (%s)", what, self.folder, error)
+        finally:
+            self.on_hang()
+
+    def _write(self, what: str) -> Path:
+        """The file of stacks: the driver's first, so that they are there whatever becomes of the others."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.txt"
+        with path.open("w") as file:
+            file.write(f"{what}\n\n== driver\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+            for name, text in self._others().items():
+                file.write(f"\n== {name}\n{text}\n")
+        return path
+
+    def _others(self) -> dict[str, str]:
+        """What `stacks()` gives, or why it gives nothing."""
+        found: dict[str, str] = {"other processes": f"no answer within {self.stacks_timeout_s:g} s"}
+
+        def ask() -> None:
+            nonlocal found
+            try:
+                found = self.stacks()
+            except Exception as error:  # whatever is broken, the run must end
+                found = {"other processes": f"{type(error).__name__}: {error}"}
+
+        asking = threading.Thread(target=ask, daemon=True, name="watchdog-stacks")
+        asking.start()
+        asking.join(self.stacks_timeout_s)
+        return found
+
+    def __enter__(self) -> "Watchdog":
+        self.beat("start")
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()

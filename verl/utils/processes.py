@@ -1,0 +1,147 @@
+"""Processes that end together: what follows whom, and what is left of a session."""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def ended(pid: int, timeout_s: float | None = None) -> bool:
+    """Whether the process has ended within `timeout_s` seconds (None: waits for it). Does not reap a child."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return _ended(process, timeout_s)
+    finally:
+        os.close(process)
+
+
+def _ended(process: int, timeout_s: float | None = None) -> bool:
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
+def follow(pid: int, action: Callable[[], object]) -> None:
+    """Calls `action` from a thread of its own when the process `pid` ends. Raises ProcessLookupError if it has."""
+    process = os.pidfd_open(pid)
+
+    def watch() -> None:
+        _ended(process)
+        action()
+
+    threading.Thread(target=watch, daemon=True, name=f"follow-{pid}").start()
+
+
+def dying_with_this() -> Callable[[], None]:
+    """A `preexec_fn`: the kernel kills the new process when the thread that starts it ends. Linux, prctl(2)."""
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        if LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+        if os.getppid() != parent:  # it ended in between
+            os._exit(1)
+
+    return die_with_parent
+
+
+def session_members(session: int) -> list[int]:
+    """Living processes of a session, zombies left out. proc_pid_stat(5)."""
+    members = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended in between
+            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(sid) == session and state not in "ZX":
+                members.append(int(entry.name))
+    return members
+
+
+def session_over(session: int, timeout_s: float) -> bool:
+    """Whether a session is left without a process within `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    while session_members(session):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def kill_session(session: int, timeout_s: float = 10.0) -> list[int]:
+    """The processes of a session that are left after all were killed for `timeout_s` seconds; not the calling one.
+
+    The session's leader must not have been reaped, or its number may be another's by now.
+    """
+    deadline = time.monotonic() + timeout_s
+    while (members := [pid for pid in session_members(session) if pid != os.getpid()]) and time.monotonic() < deadline:
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return members
+
+
+def exit_status(returncode: int) -> int:
+    """What a shell reports: 128 + n for a process that signal n ended.
+
+    >>> exit_status(2), exit_status(-9)
+    (2, 137)
+    """
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+class Forward:
+    """Passes SIGINT and SIGTERM on to the processes it starts, one for one. `received`: their numbers, in order."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._pending: list[int] = []
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def start(
+        self, command: list[str], env: dict[str, str] | None = None, preexec_fn: Callable[[], object] | None = None
+    ) -> int:
+        """The command's process, running in a session of its own: a terminal's Ctrl-C reaches it by this way only."""
+        self._child = subprocess.Popen(command, start_new_session=True, env=env, preexec_fn=preexec_fn)
+        self._flush()  # what came while it was started
+        return self._child.pid
+
+    def reap(self) -> int:
+        """The return code of what was started, waited for."""
+        assert self._child is not None
+        child, self._child = self._child, None  # from here on its number may be another's
+        return child.wait()
+
+    def _flush(self) -> None:
+        while self._child is not None and self._pending:
+            with suppress(IndexError, ProcessLookupError):  # a handler within this loop was faster
+                os.kill(self._child.pid, self._pending.pop(0))
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self.received.append(signum)
+        self._pending.append(signum)
+        self._flush()
+
+    def __enter__(self) -> "Forward":
+        self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._child is not None:  # an exception passes by
+            kill_session(self._child.pid)
+            self.reap()
