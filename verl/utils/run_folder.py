@@ -1,0 +1,188 @@
+"""The checkpoints of a run folder: which are complete, which is the newest, the best, and which may go.
+
+global_step_20/                       complete: it got this name by one rename, its bytes on the disk before that
+global_step_30.tmp/                   being written, or left behind by a crash
+latest_checkpointed_iteration.txt     the step to resume from
+best_checkpoint.json                  {"step": 20, "metric": "val/em", "value": 0.41}
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+LATEST = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpoint.json"
+PREFIX, PENDING = "global_step_", ".tmp"
+
+logger = logging.getLogger(__name__)
+
+
+def folder_of(root: str | Path, step: int) -> Path:
+    """Where the complete checkpoint of `step` is, or will be."""
+    return Path(root) / f"{PREFIX}{step}"
+
+
+def pending_folder(root: str | Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written until it is complete."""
+    return Path(root) / f"{PREFIX}{step}{PENDING}"
+
+
+def step_of(folder: Path) -> int:
+    """The training step of a complete checkpoint's folder."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def complete(root: str | Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`, which is complete from now on and the one to resume from.
+
+    Raises FileNotFoundError when nothing was written for that step.
+    """
+    folder = folder_of(root, step)
+    replace_folder(pending_folder(root, step), folder)
+    name_latest(root, step)
+    return folder
+
+
+def name_latest(root: str | Path, step: int) -> None:
+    """Makes `step` the one to resume from. After a roll back, newer folders stay until training comes by again."""
+    write_atomically(Path(root) / LATEST, str(step))
+
+
+def discard(root: str | Path, step: int) -> None:
+    """Deletes what was written of a checkpoint that did not become complete; nothing may be there."""
+    pending = pending_folder(root, step)
+    if pending.exists():
+        shutil.rmtree(pending)
+
+
+def remove_leftovers(root: str | Path) -> list[str]:
+    """Names of the folders deleted because a crash left them unfinished. No writer may be at work."""
+    leftovers = [p for p in sorted(Path(root).glob(f"*{PENDING}")) if p.is_dir()]
+    for path in leftovers:
+        shutil.rmtree(path)
+    return [path.name for path in leftovers]
+
+
+def steps(root: str | Path) -> list[int]:
+    """Steps with a complete checkpoint, in ascending order."""
+    names = (p.name for p in Path(root).glob(f"{PREFIX}*") if p.is_dir())
+    return sorted(int(m[1]) for name in names if (m := re.fullmatch(PREFIX + r"(\d+)", name)))
+
+
+def find_latest(root: str | Path) -> Path | None:
+    """Folder of the checkpoint to resume from, None if there is none.
+
+    That is the one the marker names. Without it, the newest before it (a newer one was given up by a roll back), or the
+    newest of all; a warning says so.
+    """
+    marker, found = Path(root) / LATEST, steps(root)
+    text = marker.read_text().strip() if marker.exists() else ""
+    named = int(text) if text.isdigit() else None
+    if named is not None and named in found:
+        return folder_of(root, named)
+    step = max((s for s in found if named is not None and s < named), default=max(found, default=None))
+    if step is None:
+        if text:
+            logger.warning("%s names %r, but there is no complete checkpoint: starting afresh", marker, text)
+        return None
+    logger.warning("%s names %s: taking %s", marker, repr(text) if text else "nothing", folder_of(root, step))
+    return folder_of(root, step)
+
+
+def find_before(root: str | Path, step: int) -> Path | None:
+    """Folder of the newest complete checkpoint before `step`, None if there is none: where to roll back to."""
+    earlier = [s for s in steps(root) if s < step]
+    return folder_of(root, earlier[-1]) if earlier else None
+
+
+def best(root: str | Path) -> dict[str, Any] | None:
+    """`step`, `metric` and `value` of the best checkpoint, None before there is one."""
+    path = Path(root) / BEST
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def mark_best(root: str | Path, step: int, metric: str, value: float) -> bool:
+    """Whether `step` is now the best checkpoint: its `value` is above that of the best so far.
+
+    The first one is, and the first under another `metric`; NaN is never better. The checkpoint must be complete, else
+    FileNotFoundError.
+    """
+    if not folder_of(root, step).is_dir():
+        raise FileNotFoundError(f"{folder_of(root, step)}: no complete checkpoint to call the best one")
+    record = best(root)
+    bar = record["value"] if record and record["metric"] == metric and record["step"] in steps(root) else float("-inf")
+    if not value > bar:
+        return False
+    write_atomically(Path(root) / BEST, json.dumps({"step": step, "metric": metric, "value": value}))
+    return True
+
+
+def prune(root: str | Path, keep: int | None, protected: Collection[int] = ()) -> list[int]:
+    """Steps whose checkpoints were deleted: all but the newest `keep`, the best, the latest and the `protected`.
+
+    Nothing is deleted without `keep`, nor what is newer than the latest (a roll back gave it up).
+    """
+    latest, record = find_latest(root), best(root)
+    if not keep or latest is None:
+        return []
+    spared = {*protected, step_of(latest), *([record["step"]] if record else [])}
+    old = [s for s in steps(root) if s <= step_of(latest)][:-keep]
+    gone = [s for s in old if s not in spared]
+    for step in gone:
+        delete_folder(folder_of(root, step))
+    return gone
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the file at once: a reader sees the old text or the new, after a power failure as well."""
+    pending = path.with_name(path.name + PENDING)
+    with pending.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(pending, path)
+    _sync(path.parent)
+
+
+def replace_folder(new: Path, path: Path, carry_over: bool = False) -> None:
+    """Renames the folder `new` to `path`, its content on the disk before that.
+
+    What was at `path` is deleted; with `carry_over` the files in it that `new` lacks stay, except weights.
+    """
+    for file in [new, *new.rglob("*")]:
+        _sync(file)
+    if not path.exists():
+        os.rename(new, path)
+        _sync(path.parent)
+        return
+    old = path.with_name(f"{path.name}.old{PENDING}")
+    if old.exists():
+        shutil.rmtree(old)
+    os.rename(path, old)
+    os.rename(new, path)
+    _sync(path.parent)
+    for file in old.iterdir() if carry_over else ():
+        if not (path / file.name).exists() and ".safetensors" not in file.name:
+            os.rename(file, path / file.name)
+    shutil.rmtree(old)
+
+
+def delete_folder(path: Path) -> None:
+    """Deletes a folder that never looks complete while half of it is gone."""
+    doomed = path.with_name(path.name + PENDING)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    """Waits until the file, or the list of a folder's files, is on the disk. FileNotFoundError if it is missing."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
