@@ -196,6 +196,12 @@ class TrainerConfig(Config):
     """Stop when a larger share of a batch's trajectories failed (environment, not policy)."""
     max_skipped_steps: PositiveInt = 3
     """Stop after so many training steps in a row with a loss or gradient that is not finite."""
+    max_restarts: NonNegativeInt = 3
+    """Start the driver again so many times in a row, without a new checkpoint in between, after it was lost: killed, or
+    a rank or an engine was, or it hung."""
+    hang_timeout_s: PositiveFloat = 3600.0
+    """Longest time of one verb of the training step, in seconds; then all stacks are written to the run folder and the
+    driver is started again."""
     collapse_watch: CollapseWatchConfig = CollapseWatchConfig()
 
 
