@@ -50,7 +50,9 @@ class RayResourcePool:
         Raises RuntimeError when the cluster cannot provide them in time.
         """
         if self.group is None:
-            bundles = [{"CPU": n, "GPU": n} if self.use_gpu else {"CPU": n} for n in self.process_on_nodes]
+            bundles: list[dict[str, float]] = [
+                {"CPU": n, "GPU": n} if self.use_gpu else {"CPU": n} for n in self.process_on_nodes
+            ]
             self.group = placement_group(bundles, strategy="STRICT_SPREAD")
             if not self.group.wait(self.timeout_s):
                 raise RuntimeError(

@@ -98,7 +98,7 @@ def read_parquet(path: str) -> list[Row]:
 
 
 class ResumableSampler:
-    """Batches of row numbers, epoch after epoch; its whole state is (epoch, position).
+    """Batches of row numbers, epoch after epoch; its whole state is (epoch, position, batches drawn).
 
     Each epoch is a new permutation drawn from (seed, epoch); the last, smaller part of an epoch is carried into the
     next, so that every batch is full and no row is dropped.
@@ -106,7 +106,7 @@ class ResumableSampler:
 
     def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
-        self.epoch, self.position = 0, 0
+        self.epoch = self.position = self.drawn = 0
 
     def _order(self) -> np.ndarray:
         if not self.shuffle:
@@ -123,10 +123,11 @@ class ResumableSampler:
                 self.position += len(part)
                 if self.position >= self.size:
                     self.epoch, self.position = self.epoch + 1, 0
+            self.drawn += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": self.position, "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position, self.drawn = state["epoch"], state["position"], state["drawn"]

@@ -6,7 +6,7 @@ import math
 import netrc
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ STEP = "training/global_step"
 class Timers:
     """Seconds spent under each name since the last `pop`."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_start: Callable[[str], None] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.on_start = on_start
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self.on_start(name)
         start = time.perf_counter()
         try:
             yield
@@ -122,9 +124,18 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def truncate_metrics(run_dir: str, step: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`: a resumed run writes them again."""
+def truncate_metrics(run_dir: str, step: int, moved_to: Path | None = None) -> None:
+    """Drops the lines of metrics.jsonl after `step`, or moves them: a resumed run writes them again.
+
+    A last line that a kill cut off goes as well.
+    """
     path = Path(run_dir) / "metrics.jsonl"
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)[STEP] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    later = [line for line in lines if json.loads(line)[STEP] > step]
+    if moved_to is not None:
+        moved_to.write_text("".join(later))
+    pending = path.with_suffix(".tmp")
+    pending.write_text("".join(line for line in lines if line not in later))
+    pending.replace(path)

@@ -37,6 +37,13 @@ class TrainState:
         """Brings the optimizer's state to where it steps."""
         self._move_optimizer(device)
 
+    def scale_lr(self, factor: float) -> None:
+        """Multiplies the learning rate, from the next step on and in what is saved."""
+        self.scheduler.base_lrs = [lr * factor for lr in self.scheduler.base_lrs]
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] *= factor
+            group["lr"] *= factor
+
     def rest_optimizer(self) -> None:
         """Leaves the optimizer's state where it belongs between updates."""
         self._move_optimizer(torch.device("cpu"))

@@ -58,6 +58,17 @@ def compute_throughput_metrics(data: DataProto, timing: Mapping[str, float], n_g
     }
 
 
+def staleness_metrics(data: DataProto, version: int) -> dict[str, float]:
+    """How many weight versions older than `version` the policy's tokens are: mean, max, and the share of each age."""
+    ages = version - data.batch["policy_versions"][data.batch["turns"] >= 0]
+    shares = torch.bincount(ages) / len(ages)
+    return {
+        "training/staleness/mean": ages.float().mean().item(),
+        "training/staleness/max": float(ages.max()),
+        **{f"training/staleness/share_{age}": share.item() for age, share in enumerate(shares)},
+    }
+
+
 def _length_metrics(batch: Mapping[str, Tensor], mask: Tensor, max_length: int) -> dict[str, float]:
     prompt_width = batch["prompts"].shape[1]
     attended = batch["attention_mask"].bool()

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ import torch
 from verl.agent import Trajectory
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
+from verl.trainer.ppo import validation
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
+from verl.trainer.ppo.ahead import RolloutAhead
 from verl.trainer.ppo.batching import (
     build_batch,
     check_failures,
@@ -20,14 +21,16 @@ from verl.trainer.ppo.batching import (
     rollout_metrics,
     surviving,
 )
+from verl.trainer.ppo.checkpoints import Checkpoints
+from verl.trainer.ppo.collapse import Alarm, CollapseWatch
 from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
-from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics
+from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics, staleness_metrics
+from verl.trainer.ppo.processes import Processes
 from verl.trainer.ppo.records import trajectory_records
-from verl.trainer.ppo.rollout import RolloutManager
-from verl.trainer.ppo.validation import validate
-from verl.utils.checkpoint import find_latest, mark_complete
-from verl.utils.dataset import ResumableSampler, RLHFDataset
-from verl.utils.tracking import Timers, Tracking
+from verl.trainer.ppo.rollout import Submitted
+from verl.trainer.supervise import Stop
+from verl.utils.dataset import RLHFDataset
+from verl.utils.tracking import Timers, Tracking, truncate_metrics
 from verl.workers.rollout.agent_worker import Job
 
 
@@ -37,6 +40,10 @@ class TrainingDiverged(RuntimeError):
 
 class NothingToLearn(RuntimeError):
     """A training step is left without a trajectory."""
+
+
+class TrainingCollapsed(RuntimeError):
+    """The collapse watch raised an alarm that ends the run."""
 
 
 class RayPPOTrainer:
@@ -50,38 +57,43 @@ class RayPPOTrainer:
         reward: Any,
         train_set: RLHFDataset,
         val_set: RLHFDataset,
-        roles: dict[str, Any],
-        world_size: int,
-        rollout: RolloutManager,
+        processes: Processes,
         tracking: Tracking,
+        timers: Timers,
+        stop: Stop,
     ) -> None:
         self.config, self.tokenizer, self.agent, self.reward = config, tokenizer, agent, reward
-        self.train_set, self.val_set = train_set, val_set
-        self.actor, self.reference, self.critic = (roles.get(k) for k in ("actor", "ref", "critic"))
-        self.roles, self.world_size = roles, world_size
-        self.rollout, self.tracking = rollout, tracking
-        self.sampler = ResumableSampler(
-            len(train_set), config.data.train_batch_size, config.trainer.seed, config.data.shuffle_train_dataloader
-        )
+        self.val_set = val_set
+        self.total = total_training_steps(config, len(train_set))
+        self.roles, self.world_size = processes.roles, processes.group.world_size
+        self.actor, self.reference, self.critic = self.roles["actor"], self.roles.get("ref"), self.roles.get("critic")
+        self.rollout, self.val_rollout = processes.rollout, processes.val_rollout
+        self.tracking, self.timers, self.stop = tracking, timers, stop
+        self.ahead = RolloutAhead(config, train_set, self.rollout)
         self.kl_ctrl = build_kl_controller(config.algorithm)
-        self.timers = Timers()
+        self.collapse_watch = CollapseWatch(config.trainer.collapse_watch)
+        self.checkpoints = Checkpoints(config.trainer, self.roles, tracking.message)
+        self.validating: tuple[int, Submitted] | None = None
+        """A validation under way, and the step of its weights."""
+        self.validating_again = False
+        """The run ended before the validation of the step that it resumes from."""
         self.step = self.skipped_in_a_row = 0
         self.metrics: dict[str, float] = {}
 
     def fit(self) -> None:
-        """Trains to `trainer.total_training_steps`, validating, logging and saving on the way."""
-        total, start, began = total_training_steps(self.config, len(self.train_set)), self.step, time.monotonic()
+        """Trains to `trainer.total_training_steps`, validating, logging and saving on the way.
+
+        After a request to stop it finishes the step and writes a checkpoint.
+        """
+        start, began = self.step, time.monotonic()
         self.sync_weights()
-        if self.config.trainer.val_only or (self.step == 0 and self.config.trainer.val_before_train):
+        if self.begins_with_validation():
             self.validate()
-        if self.config.trainer.val_only:
-            return
-        batches = iter(self.sampler)
         self.timers.pop()
-        while self.step < total:
+        while self.step < self.total and not self.config.trainer.val_only and not self.stop.requested:
             self.step += 1
             with self.timers("step"):
-                batch = self.generate(batches)
+                batch = self.generate()
                 self.sleep()
                 batch = self.old_log_prob(batch)
                 batch = self.ref_log_prob(batch)
@@ -90,17 +102,25 @@ class RayPPOTrainer:
                 self.update_critic(batch)
                 self.update_actor(batch)
                 self.sync_weights()
-                if self.is_due(self.config.trainer.test_freq, total):
+                alarm = self.watch(batch)
+                if self.is_due(self.config.trainer.test_freq):
                     self.validate()
-                if self.is_due(self.config.trainer.save_freq, total):
+                if self.is_due(self.config.trainer.save_freq) or self.stop.requested:
                     self.save_checkpoint()
-            self.log(batch, total, (time.monotonic() - began) / (self.step - start))
+            self.log(batch, (time.monotonic() - began) / max(1, self.step - start))
+            if alarm is not None:
+                self.respond(alarm)
+        self.finish()
 
-    def is_due(self, frequency: int, total: int) -> bool:
-        return self.step == total or (frequency > 0 and self.step % frequency == 0)
+    def begins_with_validation(self) -> bool:
+        trainer = self.config.trainer
+        return trainer.val_only or self.validating_again or (self.step == 0 and trainer.val_before_train)
 
-    def generate(self, batches: Iterator[list[int]]) -> DataProto:
-        """Rolls out and scores a batch of prompts, and drops what cannot be trained on.
+    def is_due(self, frequency: int) -> bool:
+        return self.step == self.total or (frequency > 0 and self.step % frequency == 0)
+
+    def generate(self) -> DataProto:
+        """Waits for a batch of trajectories, scored, and drops what cannot be trained on.
 
         With `algorithm.filter_groups` further batches are drawn until enough groups teach something.
         """
@@ -110,13 +130,15 @@ class RayPPOTrainer:
         drawn: list[Trajectory] = []
         with self.timers("gen"):
             for count in range(1, (filters.max_num_gen_batches if filters.enable else 1) + 1):
-                more = self.roll_out(next(batches), count)
+                more = self.roll_out()
                 drawn += more[1]
                 more = differing_groups(*more, filters.metric) if filters.enable else more
                 jobs, trajectories = jobs + more[0], trajectories + more[1]
                 self.metrics["training/num_gen_batches"] = float(count)
                 if len({job.uid for job in jobs}) >= config.data.train_batch_size:
                     break
+        with self.timers("save_checkpoint"):
+            self.checkpoints.complete()
         with self.timers("prepare"):
             return self.prepare(*first_groups(jobs, trajectories, config.data.train_batch_size), drawn)
 
@@ -133,7 +155,7 @@ class RayPPOTrainer:
         self.metrics |= rollout_metrics(drawn) | self.agent.reduce_metrics(drawn)
         if config.trainer.rollout_data_freq > 0 and self.step % config.trainer.rollout_data_freq == 0:
             self.tracking.log_trajectories("train", trajectory_records(jobs, trajectories, self.tokenizer), self.step)
-        return build_batch(
+        batch = build_batch(
             jobs,
             trajectories,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -141,16 +163,13 @@ class RayPPOTrainer:
             world_size=self.world_size,
             state_masking=config.actor_rollout_ref.actor.state_masking,
         )
+        self.metrics |= staleness_metrics(batch, self.rollout.version)
+        return batch
 
-    def roll_out(self, rows: list[int], number: int) -> tuple[list[Job], list[Trajectory]]:
-        """The `number`th rollout of this step: the trajectories of some prompts, those that failed left out."""
-        config, rollout = self.config, self.config.actor_rollout_ref.rollout
-        jobs, results = self.rollout.generate(
-            [self.train_set.rows[i] for i in rows],
-            [self.train_set.prompt_ids[i] for i in rows],
-            rollout,
-            seed=config.trainer.seed + 1_000_000 * self.step + 500_000_000 * (number - 1),
-        )
+    def roll_out(self) -> tuple[list[Job], list[Trajectory]]:
+        """The trajectories of the next batch of prompts, those that failed left out."""
+        config = self.config
+        jobs, results = self.ahead.next(self.total - self.step + 1)
         check_failures(results, config.trainer.max_failed_share)
         jobs, trajectories, dropped = surviving(jobs, results, min_group=2 if config.compares else 1)
         if hasattr(self.reward, "score_groups"):
@@ -165,7 +184,7 @@ class RayPPOTrainer:
 
     def old_log_prob(self, batch: DataProto) -> DataProto:
         with self.timers("old_log_prob"):
-            return batch.union(self.roles["actor"].compute_log_prob(batch))
+            return batch.union(self.actor.compute_log_prob(batch))
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
         if self.reference is None:
@@ -192,6 +211,7 @@ class RayPPOTrainer:
         with self.timers("update_critic"):
             metrics = self.critic.update_critic(batch)
         metrics["vf_loss"] = metrics.pop("loss")
+        self.keep_nonfinite("critic", batch, metrics)
         self.metrics |= {f"critic/{k}": v for k, v in metrics.items()}
 
     def update_actor(self, batch: DataProto) -> None:
@@ -205,7 +225,8 @@ class RayPPOTrainer:
             self.tracking.message(f"step {self.step}: loss filters and rollout correction left nothing to train on")
             return
         with self.timers("update_actor"):
-            metrics = self.roles["actor"].update_actor(batch)
+            metrics = self.actor.update_actor(batch)
+        self.keep_nonfinite("actor", batch, metrics)
         self.metrics |= {f"actor/{k}": v for k, v in metrics.items()}
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_steps:
@@ -214,61 +235,134 @@ class RayPPOTrainer:
                 "max_skipped_steps): lower actor_rollout_ref.actor.optim.lr, then run again to resume"
             )
 
+    def keep_nonfinite(self, role: str, batch: DataProto, metrics: dict[str, float]) -> None:
+        """Writes the batch to the run folder when an optimizer step was skipped, to reproduce what happened."""
+        if metrics["skipped_steps"]:
+            path = self.tracking.run_dir / "nonfinite" / f"{role}_{self.step:06d}.pt"
+            path.parent.mkdir(exist_ok=True)
+            torch.save(batch, path)
+            self.tracking.message(
+                f"step {self.step}: loss or gradient of the {role} not finite, {metrics['skipped_steps']:.0f} "
+                f"optimizer step(s) skipped; the batch is in {path}"
+            )
+
     def sync_weights(self) -> None:
+        with self.timers("settle"):
+            self.ahead.settle()
         with self.timers("update_weights"):
-            self.rollout.update_weights(self.roles["actor"])
+            self.rollout.update_weights(self.rollout.version + 1)
+
+    def watch(self, batch: DataProto) -> Alarm | None:
+        """Adds the figures of the batch, and asks the collapse watch about all of the step's."""
+        self.metrics |= compute_data_metrics(batch, self.config.data.max_prompt_length)
+        return self.collapse_watch.observe(self.step, self.metrics)
 
     def validate(self) -> None:
-        """Rolls out every held-out question; writes all trajectories and `val/` metrics."""
-        with self.timers("testing"):
-            metrics, records = validate(self.config, self.val_set, self.rollout, self.agent, self.tokenizer)
-        self.tracking.log_trajectories("val", records, self.step)
-        self.tracking.message(
-            f"step {self.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in sorted(metrics.items()) if "test_score" in k)
-        )
-        self.metrics |= metrics
-        if self.step == 0 or self.config.trainer.val_only:
-            self.tracking.log(self.metrics | self.timers.pop(), self.step)
-            self.metrics = {}
+        """Rolls out every held-out question under the present weights.
 
-    def log(self, batch: DataProto, total: int, seconds_per_step: float) -> None:
+        Engines of its own go on with it while the next steps are trained; otherwise this waits for the result.
+        """
+        with self.timers("testing"):
+            self.finish_validation()
+            if self.val_rollout is not self.rollout:
+                self.val_rollout.update_weights(self.rollout.version)
+            self.validating = self.step, validation.submit(self.config, self.val_set, self.val_rollout)
+            if self.val_rollout is self.rollout or self.step == 0:
+                self.finish_validation()
+
+    def finish_validation(self) -> None:
+        """Waits for the validation under way, if there is one; writes all its trajectories and `val/` metrics."""
+        if self.validating is None:
+            return
+        (step, submitted), self.validating = self.validating, None
+        jobs, results = self.val_rollout.collect(submitted)
+        metrics, records = validation.score(self.config, jobs, results, self.agent, self.tokenizer)
+        self.tracking.log_trajectories("val", records, step)
+        self.tracking.message(
+            f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in sorted(metrics.items()) if "test_score" in k)
+        )
+        self.checkpoints.score(step, metrics)
+        if step == self.step and step > 0 and not self.config.trainer.val_only:
+            self.metrics |= metrics
+        else:
+            self.tracking.log(metrics, step)
+
+    def log(self, batch: DataProto, seconds_per_step: float) -> None:
         """Writes the step's metrics and one line on the console."""
+        if self.validating is not None and self.val_rollout.is_done(self.validating[1]):
+            self.finish_validation()
         timing = self.timers.pop()
-        metrics = self.metrics | timing | compute_data_metrics(batch, self.config.data.max_prompt_length)
-        metrics |= compute_throughput_metrics(batch, timing, self.world_size)
-        metrics |= {"training/epoch": float(self.sampler.epoch), "training/policy_version": float(self.rollout.version)}
+        metrics = self.metrics | timing | compute_throughput_metrics(batch, timing, self.world_size)
+        epoch, version = self.ahead.sampler.epoch, self.rollout.version
+        metrics |= {"training/epoch": float(epoch), "training/policy_version": float(version)}
         self.tracking.log(metrics, self.step)
         self.metrics = {}
-        eta = (total - self.step) * seconds_per_step
-        self.tracking.message(console_line(metrics, self.step, total, eta))
+        self.tracking.message(console_line(metrics, self.step, self.total, (self.total - self.step) * seconds_per_step))
+
+    def respond(self, alarm: Alarm) -> None:
+        """Keeps the state of the alarm, and does what `trainer.collapse_watch.response` says.
+
+        Raises TrainingCollapsed when the run is to end, or there is nothing left to roll back to.
+        """
+        config, folder = self.config.trainer.collapse_watch, self.tracking.run_dir / "alarms" / f"step_{self.step}"
+        self.checkpoints.snapshot(folder, self.state_dict())
+        (folder / "alarm.txt").write_text(alarm.message() + "\n")
+        self.tracking.message(f"{alarm.message()}\nresponse: {config.response}; the state is in {folder}")
+        if config.response == "continue":
+            return
+        rolled_back = len(self.checkpoints.roll_backs())
+        if config.response == "stop" or rolled_back == config.max_roll_backs:
+            raise TrainingCollapsed(f"{alarm.message()}\nafter {rolled_back} roll-backs; the state is in {folder}")
+        self.roll_back(alarm, folder)
+
+    def roll_back(self, alarm: Alarm, folder: Path) -> None:
+        """Goes on from the newest checkpoint before the first signal moved, with a lower learning rate."""
+        factor = self.config.trainer.collapse_watch.lr_factor
+        healthy = self.checkpoints.rewind(alarm.step, alarm.since, factor)
+        if healthy is None:
+            raise TrainingCollapsed(f"{alarm.message()}\nno checkpoint is older than step {alarm.since}")
+        self.validating = None
+        truncate_metrics(str(self.tracking.run_dir), healthy, moved_to=folder / "metrics.jsonl")
+        self.load_checkpoint(healthy)
+        self.sync_weights()
+        self.tracking.message(f"rolled back to step {healthy}; learning rates times {factor}")
+
+    def finish(self) -> None:
+        """Writes what is still under way: a validation, a checkpoint of the last step."""
+        with self.timers("testing"):
+            self.finish_validation()
+        if self.checkpoints.newest < self.step and not self.config.trainer.val_only:
+            self.save_checkpoint()
+        self.checkpoints.complete(must_succeed=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs beside the states of the workers."""
+        return {
+            "step": self.step,
+            "sampler": self.ahead.state_dict(),
+            "kl": self.kl_ctrl.value,
+            "watch": self.collapse_watch.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "version": self.rollout.version,
+            "validating": self.validating is not None,
+            "wandb": self.tracking.wandb_id,
+        }
 
     def save_checkpoint(self) -> None:
         """Writes everything that resuming needs, then names it the newest."""
-        root = Path(self.config.trainer.default_local_dir)
-        folder = root / f"global_step_{self.step}"
         with self.timers("save_checkpoint"):
-            for role in ("actor", "critic"):
-                if role in self.roles:
-                    self.roles[role].save_checkpoint(str(folder / role))
-            extra = {"sampler": self.sampler.state_dict(), "kl": self.kl_ctrl.value, "wandb": self.tracking.wandb_id}
-            torch.save(extra | {"version": self.rollout.version}, folder / "trainer.pt")
-            mark_complete(str(root), self.step, self.config.trainer.max_ckpt_to_keep)
+            self.checkpoints.save(self.step, self.state_dict())
 
-    def load_checkpoint(self) -> bool:
-        """Continues from the newest checkpoint of the run folder; False if there is none."""
-        folder = find_latest(self.config.trainer.default_local_dir)
-        if folder is None:
-            return False
-        for role in ("actor", "critic"):
-            if role in self.roles:
-                self.roles[role].load_checkpoint(str(folder / role))
-        extra = torch.load(folder / "trainer.pt", weights_only=False)
-        self.step = int(folder.name.removeprefix("global_step_"))
-        self.sampler.load_state_dict(extra["sampler"])
-        self.kl_ctrl.value = extra["kl"]
-        self.rollout.version = extra["version"] - 1  # the sync that follows brings the version of the saved weights
-        self.tracking.message(f"resuming after step {self.step} from {folder}")
-        return True
+    def load_checkpoint(self, step: int) -> None:
+        """Goes on after `step`, of which there is a checkpoint."""
+        state = self.checkpoints.load(step)
+        self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
+        self.ahead.load_state_dict(state["sampler"])
+        self.kl_ctrl.value = state["kl"]
+        self.collapse_watch.load_state_dict(state["watch"])
+        self.validating_again = state["validating"]
+        self.rollout.version = state["version"] - 1  # the sync that follows brings the version of the saved weights
+        self.tracking.message(f"resuming after step {self.step}")
 
 
 def total_training_steps(config: PPOConfig, num_rows: int) -> int:

@@ -1,17 +1,22 @@
 """The driver's side of the rollout: engines, agent workers, weight versions."""
 
+import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from verl.agent import Row, Trajectory
-from verl.single_controller.worker_group import first_ready, get, kill, ready, spawn
+from verl.single_controller.worker_group import ActorDied, WorkerLost, first_ready, get, kill, ready, spawn
 from verl.trainer.config import PPOConfig
 from verl.workers.config import SamplingConfig
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
 from verl.workers.rollout.router import Router
 from verl.workers.rollout.vllm_server import VLLMServer
+
+logger = logging.getLogger(__name__)
+MAX_RESTARTS = 3
+"""Engines that may be restarted between two batches."""
 
 
 @dataclass(frozen=True)
@@ -37,40 +42,63 @@ def make_jobs(
 
 
 class RolloutManager:
-    """All engines and agent workers of a run, and the version of the weights that the engines hold."""
+    """Engines with their agent workers, and the version of the weights that the engines hold.
 
-    def __init__(self, config: PPOConfig, device: str, locations: Sequence[dict[str, Any]]) -> None:
+    An engine that dies is started again and given the present weights; its trajectories go on meanwhile where there is
+    another one, else then. `locations`: one place per accelerator of the engines, in the order of the ranks.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        device: str,
+        locations: Sequence[dict[str, Any]],
+        *,
+        name: str = "rollout",
+        replicas: int | None = None,
+    ) -> None:
+        self.config, self.device, self.locations, self.name = config, device, locations, name
         rollout = config.actor_rollout_ref.rollout
-        self.device, self.version = device, -1
-        self.sleeps, self.seeded = device == "cuda", rollout.per_request_seed
+        self.version, self.seeded = -1, rollout.per_request_seed
+        self.colocated = config.actor_rollout_ref.hybrid_engine
+        self.sleeps = device == "cuda" and self.colocated
         tp = rollout.tensor_model_parallel_size
-        replicas = rollout.num_replicas or (max(1, len(locations) // tp) if device == "cuda" else 1)
-        self.servers = [self._spawn_server(config, locations, rank, replicas) for rank in range(replicas)]
+        fitting = max(1, len(locations) // tp) if device == "cuda" else 1
+        self.replicas = replicas or rollout.num_replicas or fitting
+        self.servers = [self._spawn_server(rank) for rank in range(self.replicas)]
         workers = max(1, rollout.num_agent_workers)
         self.workers = [spawn(AgentLoopWorker, config, Router(self.servers), num_cpus=0) for _ in range(workers)]
         get([server.start.remote() for server in self.servers] + [ready(worker) for worker in self.workers])
-        self.next_worker = 0
-        self.capacity = 2 * replicas * rollout.max_num_seqs
+        self.lifelines = [server.lifeline.remote() for server in self.servers]
+        self.actor: Any = None
+        self.next_worker = self.restarts = 0
+        self.capacity = 2 * self.replicas * rollout.max_num_seqs
         """Trajectories under way that keep the engines busy."""
 
-    def _spawn_server(self, config: PPOConfig, locations: Sequence[dict[str, Any]], rank: int, replicas: int) -> Any:
-        model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    def _spawn_server(self, rank: int) -> Any:
+        model, rollout = self.config.actor_rollout_ref.model, self.config.actor_rollout_ref.rollout
         tp = rollout.tensor_model_parallel_size
-        ranks = locations[rank * tp : (rank + 1) * tp] if self.device == "cuda" else locations[:1]
+        ranks = self.locations[rank * tp : (rank + 1) * tp] if self.device == "cuda" else self.locations[:1]
         return spawn(
             VLLMServer,
             rollout,
             model,
-            max_model_len=config.max_model_len,
+            max_model_len=self.config.max_model_len,
             device=self.device,
+            colocated=self.colocated,
             replica_rank=rank,
-            num_replicas=replicas,
-            seed=config.trainer.seed,
+            num_replicas=self.replicas,
+            seed=self.config.trainer.seed,
             visible_devices=[gpu for location in ranks for gpu in location["gpus"]],
             node_id=ranks[0]["node_id"],
             num_cpus=0,
             env={"VLLM_NO_USAGE_STATS": "1"},
         )
+
+    def connect(self, actor: Any) -> None:
+        """Names the actor whose weights the engines take."""
+        self.actor = actor
+        actor.connect_engines(self.name, self.servers, self.colocated)
 
     def generate(
         self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int
@@ -95,36 +123,103 @@ class RolloutManager:
 
     def first_done(self, pending: Sequence["Submitted"]) -> int:
         """Place of one of them that has ended; waits for it. Each must be of one prompt."""
-        return first_ready([submitted.running[0] for submitted in pending])
+        return self._first_ready([submitted.running[0] for submitted in pending])
+
+    def is_done(self, submitted: "Submitted") -> bool:
+        """Whether `collect` would return at once."""
+        return all(first_ready([call], timeout_s=0) is not None for call in submitted.running)
+
+    def drain(self, pending: Sequence["Submitted"]) -> None:
+        """Waits until all of them have ended."""
+        waiting = [call for submitted in pending for call in submitted.running]
+        while waiting:
+            waiting.pop(self._first_ready(waiting))
 
     def collect(self, submitted: "Submitted") -> tuple[list[Job], list[Trajectory | Failure]]:
-        """Jobs and results, in the order in which they were submitted."""
+        """Jobs and results, in the order in which they were submitted. Raises WorkerLost if an agent worker died."""
+        self.drain([submitted])
+        try:
+            done = get(submitted.running)
+        except ActorDied as error:
+            raise WorkerLost("an agent worker died, and its trajectories with it") from error
+        self.restarts = 0
         results: dict[str, Trajectory | Failure] = {
             job.session: result
-            for part, out in zip(submitted.parts, get(submitted.running), strict=True)
+            for part, out in zip(submitted.parts, done, strict=True)
             for job, result in zip(part, out, strict=True)
         }
         return submitted.jobs, [results[job.session] for job in submitted.jobs]
 
-    def update_weights(self, actor: Any) -> None:
+    def _first_ready(self, calls: Sequence[Any]) -> int:
+        """Place of a call that has ended; waits for one, and restarts engines that die meanwhile."""
+        while True:
+            place = first_ready([*calls, *self.lifelines])
+            assert place is not None
+            if place < len(calls):
+                return place
+            self.restart_dead()
+            self._transfer()
+
+    def restart_dead(self) -> None:
+        """Starts every engine anew that has died. Raises WorkerLost when that happens again and again."""
+        dead = [rank for rank, line in enumerate(self.lifelines) if first_ready([line], timeout_s=0) is not None]
+        if not dead:
+            return
+        self.restarts += len(dead)
+        if self.restarts > MAX_RESTARTS:
+            raise WorkerLost(f"{self.restarts} {self.name} engines died while one batch was rolled out")
+        for rank in dead:
+            logger.warning("%s engine %d died; starting it again", self.name, rank)
+            kill(self.servers[rank])  # it may only be out of reach
+            self.servers[rank] = self._spawn_server(rank)
+        try:
+            get([self.servers[rank].start.remote() for rank in dead])
+            if self.actor is not None:  # nothing is sampled from initial weights
+                get([self.servers[rank].begin_weight_update.remote() for rank in dead])
+        except ActorDied as error:
+            raise WorkerLost(f"a {self.name} engine died and could not be started again") from error
+        for rank in dead:
+            self.lifelines[rank] = self.servers[rank].lifeline.remote()
+            get([worker.replace_engine.remote(rank, self.servers[rank]) for worker in self.workers])
+        if self.actor is not None:
+            self.connect(self.actor)
+
+    def update_weights(self, version: int) -> None:
         """Gives the engines the actor's weights, under a new version."""
-        self.version += 1
+        self.version = version
+        self.restart_dead()
         if self.sleeps:
-            actor.free_cached_memory()
+            self.actor.free_cached_memory()
             get([server.wake_up.remote(["weights"]) for server in self.servers])
-        get([server.begin_weight_update.remote() for server in self.servers])
-        actor.send_weights()
-        if self.sleeps:
-            actor.free_cached_memory()
-            get([server.wake_up.remote(["kv_cache"]) for server in self.servers])
-        get([server.finish_weight_update_and_resume.remote(self.version) for server in self.servers])
+        self._transfer(wakes=self.sleeps)
+
+    def _transfer(self, wakes: bool = False) -> None:
+        """Brings the actor's weights to all engines, as often as one of them dies under it."""
+        while self.actor is not None:
+            try:
+                get([server.begin_weight_update.remote() for server in self.servers])
+                self.actor.send_weights(self.name)
+                if wakes:
+                    self.actor.free_cached_memory()
+                    get([server.wake_up.remote(["kv_cache"]) for server in self.servers])
+                get([server.finish_weight_update_and_resume.remote(self.version) for server in self.servers])
+                return
+            except ActorDied:
+                self.restart_dead()
 
     def sleep(self) -> None:
         """Frees the accelerators for the update, where they are shared."""
         if self.sleeps:
             get([server.sleep.remote(1) for server in self.servers])
 
+    def stacks(self) -> dict[str, Any]:
+        """Calls that say what each process is doing."""
+        named = [(f"{self.name} engine {i}", server) for i, server in enumerate(self.servers)]
+        named += [(f"{self.name} agent worker {i}", worker) for i, worker in enumerate(self.workers)]
+        return {name: handle.stacks.remote() for name, handle in named}
+
     def shutdown(self) -> None:
+        """Ends all its processes."""
         get([worker.close.remote() for worker in self.workers])
         get([server.shutdown.remote() for server in self.servers])
         for actor in (*self.workers, *self.servers):

@@ -1,18 +1,26 @@
 """Validation: the same agent loop over every held-out question; nothing is dropped."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from verl.agent import Source, Trajectory
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.batching import check_failures, failure_metrics
 from verl.trainer.ppo.records import trajectory_records
-from verl.trainer.ppo.rollout import RolloutManager
+from verl.trainer.ppo.rollout import RolloutManager, Submitted
 from verl.utils.dataset import RLHFDataset
+from verl.workers.rollout.agent_worker import Failure, Job
 
 
-def validate(
-    config: PPOConfig, val_set: RLHFDataset, rollout: RolloutManager, agent: Any, tokenizer: Any
+def submit(config: PPOConfig, val_set: RLHFDataset, rollout: RolloutManager) -> Submitted:
+    """`val_kwargs.n` trajectories of every held-out question, under way."""
+    sampling = config.actor_rollout_ref.rollout.val_kwargs
+    return rollout.submit(val_set.rows, val_set.prompt_ids, sampling, seed=config.trainer.seed)
+
+
+def score(
+    config: PPOConfig, jobs: Sequence[Job], results: Sequence[Trajectory | Failure], agent: Any, tokenizer: Any
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """`val/` metrics, by data source and over all, and the records of all trajectories.
 
@@ -20,7 +28,6 @@ def validate(
     A trajectory that the environment broke twice is counted (`val/failed`), not scored.
     """
     sampling = config.actor_rollout_ref.rollout.val_kwargs
-    jobs, results = rollout.generate(val_set.rows, val_set.prompt_ids, sampling, seed=config.trainer.seed)
     check_failures(results, config.trainer.max_failed_share)
     done = [(job, r) for job, r in zip(jobs, results, strict=True) if isinstance(r, Trajectory)]
     by_source: dict[str, list[Trajectory]] = defaultdict(list)
@@ -28,9 +35,9 @@ def validate(
     for job, trajectory in done:
         if not trajectory.num_tokens(Source.MODEL):
             trajectory.reward = {"score": 0.0}
-        source, score = job.row["data_source"], trajectory.reward["score"]
+        source, reward = job.row["data_source"], trajectory.reward["score"]
         by_source[source].append(trajectory)
-        solved[source][job.uid] = solved[source].get(job.uid, False) or score >= 1
+        solved[source][job.uid] = solved[source].get(job.uid, False) or reward >= 1
     metrics = failure_metrics(results, "val")
     for source, trajectories in by_source.items():
         metrics[f"val/test_score/{source}"] = mean_of("score", trajectories)

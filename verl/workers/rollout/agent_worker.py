@@ -5,10 +5,12 @@ import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from verl.agent import Completion, Row, Source, Trajectory, TrajectoryFailed
+from verl.single_controller.worker import stacks
 from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer
+from verl.workers.rollout.router import Router
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,14 @@ class AgentLoopWorker:
             reward = self.reward(trajectory, job.row)
             trajectory.reward = await reward if inspect.isawaitable(reward) else reward
         return trajectory
+
+    def replace_engine(self, replica: int, handle: Any) -> None:
+        """Names the engine that takes the place of one that died."""
+        cast("Router", self.engines).replace(replica, handle)
+
+    def stacks(self) -> str:
+        """What the threads of this process are doing."""
+        return stacks()
 
     async def close(self) -> None:
         await self.agent.close()

@@ -1,31 +1,64 @@
 """Which engine serves which trajectory."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from verl.agent import Completion
+from verl.agent import Completion, TrajectoryFailed
+from verl.single_controller.worker_group import ActorDied
+
+MAX_LOST = 3
+"""Engines that may die under one call before the call counts as their cause."""
 
 
 class Router:
     """Keeps a session (trajectory) on the engine that started it, whose cache holds its earlier turns.
 
-    `handles` answer `generate.remote(request_id, prompt_ids, sampling)` with an awaitable: Ray actors, or fakes.
+    `handles` answer `generate.remote(request_id, prompt_ids, sampling)` with an awaitable: Ray actors, or fakes. When
+    an engine dies, the calls that it was answering are made again on another one, or wait until there is one
+    (`replace`): a call is its tokens, so nothing of the trajectory is lost.
     """
 
     def __init__(self, handles: Sequence[Any]) -> None:
-        self.handles = handles
+        self.handles = list(handles)
         self.load = [0] * len(handles)
         self.sessions: dict[str, int] = {}
+        self.dead: set[int] = set()
+        self.revived = asyncio.Event()
         self.calls = 0
 
     async def generate(self, session: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
-        """One completion for the session; a new session goes to the engine with the fewest."""
-        if session not in self.sessions:
-            self.sessions[session] = min(range(len(self.handles)), key=self.load.__getitem__)
-            self.load[self.sessions[session]] += 1
-        self.calls += 1
-        request_id = f"{session}-{self.calls}"
-        return await self.handles[self.sessions[session]].generate.remote(request_id, prompt_ids, sampling)
+        """One completion for the session; a new session goes to the engine with the fewest.
+
+        Raises TrajectoryFailed when MAX_LOST engines died while they answered this call.
+        """
+        for _ in range(MAX_LOST):
+            replica = await self._replica_of(session)
+            handle = self.handles[replica]
+            self.calls += 1
+            try:
+                return await handle.generate.remote(f"{session}-{self.calls}", prompt_ids, sampling)
+            except ActorDied:
+                if self.handles[replica] is handle:
+                    self.dead.add(replica)
+                self.forget(session)
+        raise TrajectoryFailed(f"{MAX_LOST} engines died while they answered the same call", 0)
+
+    async def _replica_of(self, session: str) -> int:
+        while session not in self.sessions:
+            if alive := [i for i in range(len(self.handles)) if i not in self.dead]:
+                self.sessions[session] = min(alive, key=self.load.__getitem__)
+                self.load[self.sessions[session]] += 1
+            else:
+                self.revived.clear()
+                await self.revived.wait()
+        return self.sessions[session]
+
+    def replace(self, replica: int, handle: Any) -> None:
+        """Puts a new engine in the place of one that died."""
+        self.handles[replica] = handle
+        self.dead.discard(replica)
+        self.revived.set()
 
     def forget(self, session: str) -> None:
         """Ends a session. One that never generated is no error."""

@@ -4,14 +4,15 @@ A plain class, made into a Ray actor by the driver, one per replica. `vllm` is i
 environment that it reads at import.
 """
 
+import asyncio
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from verl.agent import Completion, context_digest
+from verl.single_controller.worker import stacks
 from verl.workers.config import ModelConfig, RolloutConfig
-from verl.workers.rollout.weight_sync import MEMORY_FILES, write_engine_model
+from verl.workers.rollout.weight_sync import memory_folder, write_engine_model
 
 
 class VLLMServer:
@@ -24,6 +25,7 @@ class VLLMServer:
         *,
         max_model_len: int,
         device: str,
+        colocated: bool,
         replica_rank: int,
         num_replicas: int,
         visible_devices: Sequence[str] = (),
@@ -31,7 +33,7 @@ class VLLMServer:
     ) -> None:
         self.config, self.model, self.device = config, model, device
         self.max_model_len, self.seed = max_model_len, seed + replica_rank
-        self.num_replicas = num_replicas
+        self.num_replicas, self.colocated = num_replicas, colocated
         self.visible_devices = visible_devices
         self.version = -1
         self.engine: Any = None
@@ -42,7 +44,7 @@ class VLLMServer:
         if self.device == "cuda":
             self._build(**self._gpu_arguments())
         else:
-            with tempfile.TemporaryDirectory(prefix="engine-model-", dir=MEMORY_FILES) as folder:
+            with memory_folder() as folder:
                 write_engine_model(self.model, folder)
                 self._build(model=folder, **self._cpu_arguments())
         await self.engine.collective_rpc("follow", args=(os.getpid(),))
@@ -97,18 +99,20 @@ class VLLMServer:
             "tensor_parallel_size": self.config.tensor_model_parallel_size,
             "gpu_memory_utilization": self.config.gpu_memory_utilization,
             "load_format": self.config.load_format,
-            "enable_sleep_mode": True,
-            "weight_transfer_config": {"backend": "ipc"},
+            "enable_sleep_mode": self.colocated,
+            "weight_transfer_config": {"backend": "ipc" if self.colocated else "nccl"},
         }
 
     async def generate(self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
         """One completion. `sampling`: temperature, top_p, top_k, max_tokens, stop, seed; log_probs, without which they
         are zeros and the engine is spared some work.
 
-        The stop string stays in the output, on the token that completes it; nothing that was not sampled is added.
+        The stop string stays in the output, on the token that completes it; nothing that was not sampled is added. This
+        process ends with its engine: both are then replaced.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         params = SamplingParams(
             temperature=sampling["temperature"],
@@ -123,8 +127,11 @@ class VLLMServer:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         final = None
-        async for output in self.engine.generate({"prompt_token_ids": prompt_ids}, params, request_id):
-            final = output
+        try:
+            async for output in self.engine.generate({"prompt_token_ids": prompt_ids}, params, request_id):
+                final = output
+        except EngineDeadError:
+            os._exit(1)
         assert final is not None, "the engine ended a request without an output"
         completion = final.outputs[0]
         ids = list(completion.token_ids)
@@ -176,6 +183,14 @@ class VLLMServer:
     async def wake_up(self, tags: list[str]) -> None:
         """Takes memory back for `weights`, then for `kv_cache`."""
         await self.engine.wake_up(tags)
+
+    async def lifeline(self) -> None:
+        """Never returns: the call ends when this process dies."""
+        await asyncio.Event().wait()
+
+    def stacks(self) -> str:
+        """What the threads of this process are doing."""
+        return stacks()
 
     async def shutdown(self) -> None:
         """Ends the engine's process. It holds nothing to save, and left to itself takes more than its 5 s of grace."""

@@ -1,8 +1,11 @@
 """How the engines get the trainer's weights: a memory file system on CPU, vLLM's own weight transfer on GPU."""
 
+import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,17 @@ from verl.workers.lora import plain_name
 
 MEMORY_FILES = "/dev/shm"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@contextmanager
+def memory_folder() -> Iterator[str]:
+    """A folder in the memory file system, removed on the way out; so are those of processes that were killed."""
+    mine = f"verl-{os.stat('/proc/self/ns/pid').st_ino}-"  # process numbers mean something in one namespace only
+    for folder in Path(MEMORY_FILES).glob(f"{mine}*"):
+        if not Path("/proc", folder.name.removeprefix(mine).split("-")[0]).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # another process may remove it at the same time
+    with tempfile.TemporaryDirectory(prefix=f"{mine}{os.getpid()}-", dir=MEMORY_FILES) as folder:
+        yield folder
 
 
 def write_engine_model(model: ModelConfig, folder: str) -> None:
@@ -55,10 +69,20 @@ class WeightSender:
     """The trainer's half of a sync; lives on every training rank, rank 0 talks to the engines."""
 
     def __init__(
-        self, model: PreTrainedModel, servers: Sequence[Any], device: str, dtype: torch.dtype = torch.float32
+        self,
+        model: PreTrainedModel,
+        servers: Sequence[Any],
+        device: str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        colocated: bool = True,
+        ranks_per_server: int = 1,
     ) -> None:
         self.model, self.servers, self.dtype = model, servers, dtype
-        self.engine: Any = self._connect() if device == "cuda" else None
+        self.client = EngineClient(servers, ranks_per_server)
+        self.engine: Any = None
+        if device == "cuda":
+            self.engine = self._connect_ipc() if colocated else self._connect_nccl(len(servers) * ranks_per_server)
 
     def send(self) -> None:
         """Brings the present weights to all engines. A collective over the training ranks."""
@@ -66,33 +90,52 @@ class WeightSender:
             self.engine.send_weights()
             return
         parameters = full_parameters(self.model)
-        if dist.get_rank() == 0:
-            folder = tempfile.mkdtemp(prefix="weights-", dir=MEMORY_FILES)
-            try:
-                write_weights(parameters, folder, has_head(self.model.config))
-                get([server.load_weights.remote(folder) for server in self.servers])
-            finally:
-                shutil.rmtree(folder)
-        else:
-            for _ in parameters:
-                pass
-        dist.barrier()
+        try:
+            if dist.get_rank() == 0:
+                with memory_folder() as folder:
+                    write_weights(parameters, folder, has_head(self.model.config))
+                    get([server.load_weights.remote(folder) for server in self.servers])
+            else:
+                for _ in parameters:
+                    pass
+        finally:  # an engine that died under rank 0 must not leave the other ranks waiting
+            dist.barrier()
 
     def _buffer_size(self) -> int:
         """Bytes of the packed transfer: 1 GiB, as in vLLM, or the largest tensor, which must fit (embeddings of 7B)."""
         return max(2**30, *(p.numel() * self.dtype.itemsize for p in self.model.parameters()))
 
-    def _connect(self) -> Any:
-        """vLLM's trainer engine over CUDA IPC. Its ranks must be exactly those that share GPUs with
-        the engines."""
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    def _connect_ipc(self) -> Any:
+        """vLLM's trainer engine over CUDA IPC. Its ranks must be exactly those that share GPUs with the engines."""
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        return WeightTransferTrainerFactory.trainer_init(
-            IPCTrainerInitInfo(rank=dist.get_rank(), packed=True, packed_buffer_size_bytes=self._buffer_size()),
-            client=EngineClient(self.servers),
-            source=policy_source(self.model, self.dtype),
+        return self._connect(
+            IPCTrainerInitInfo(rank=dist.get_rank(), packed=True, packed_buffer_size_bytes=self._buffer_size())
         )
+
+    def _connect_nccl(self, engine_ranks: int) -> Any:
+        """vLLM's trainer engine over NCCL: rank 0 broadcasts to a group of itself and all engine processes."""
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        with socket.socket() as s:
+            s.bind(("", 0))
+            port = s.getsockname()[1]
+        return self._connect(
+            NCCLTrainerInitInfo(
+                rank=dist.get_rank(),
+                master_address=os.environ["MASTER_ADDR"],
+                master_port=port,
+                world_size=1 + engine_ranks,
+                packed=True,
+                packed_buffer_size_bytes=self._buffer_size(),
+            )
+        )
+
+    def _connect(self, info: Any) -> Any:
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        source = policy_source(self.model, self.dtype)
+        return WeightTransferTrainerFactory.trainer_init(info, client=self.client, source=source)
 
 
 def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
@@ -113,11 +156,16 @@ def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
 class EngineClient:
     """vLLM's `VLLMWeightSyncClient` over the handles of all replicas."""
 
-    def __init__(self, servers: Sequence[Any]) -> None:
-        self.servers = servers
+    def __init__(self, servers: Sequence[Any], ranks_per_server: int = 1) -> None:
+        self.servers, self.ranks_per_server = servers, ranks_per_server
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        get([server.init_weight_transfer_engine.remote(init_info) for server in self.servers])
+        """Tells every replica; over NCCL each has the ranks that follow on those of the one before."""
+        infos = [dict(init_info) for _ in self.servers]
+        for place, info in enumerate(infos):
+            if "rank_offset" in info:
+                info["rank_offset"] += place * self.ranks_per_server
+        get([s.init_weight_transfer_engine.remote(i) for s, i in zip(self.servers, infos, strict=True)])
 
     def start_weight_update(self) -> None:
         get([server.start_weight_update.remote() for server in self.servers])

@@ -1,0 +1,95 @@
+"""The processes of a run: training ranks with their roles, engines, agent workers."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from verl.single_controller.worker_group import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    died,
+    first_ready,
+    get,
+)
+from verl.trainer.config import PPOConfig
+from verl.trainer.ppo.rollout import RolloutManager
+from verl.workers.actor import ActorWorker
+from verl.workers.critic import CriticWorker
+from verl.workers.reference import ReferenceWorker
+
+STACKS_S = 10
+"""How long the processes have to say what they are doing."""
+
+
+@dataclass
+class Processes:
+    """What the trainer drives."""
+
+    group: RayWorkerGroup
+    roles: dict[str, Any]
+    """`actor`, and `ref` and `critic` where the algorithm uses them."""
+    rollout: RolloutManager
+    val_rollout: RolloutManager
+    """The engines of the validation: `rollout` itself unless `rollout.num_val_replicas` is set."""
+
+    @property
+    def rollouts(self) -> list[RolloutManager]:
+        return [self.rollout] if self.val_rollout is self.rollout else [self.rollout, self.val_rollout]
+
+    def stacks(self) -> dict[str, str]:
+        """What every process is doing, as far as it answers."""
+        calls = self.group.stacks()
+        for rollout in self.rollouts:
+            calls |= rollout.stacks()
+        deadline = time.monotonic() + STACKS_S
+        return {name: answer(call, max(0.1, deadline - time.monotonic())) for name, call in calls.items()}
+
+    def shutdown(self) -> None:
+        """Ends engines and agent workers; the training ranks end with Ray."""
+        for rollout in self.rollouts:
+            rollout.shutdown()
+
+
+def answer(call: Any, timeout_s: float) -> str:
+    """What a process says, or that it says nothing."""
+    if first_ready([call], timeout_s) is None:
+        return f"no answer within {timeout_s:.0f} s\n"
+    return "dead\n" if died(call) else get(call)
+
+
+def start_processes(config: PPOConfig, device: str, total_steps: int) -> Processes:
+    """Starts all of them and connects the actor with the engines."""
+    model, trainer = config.actor_rollout_ref, config.trainer
+    pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=device == "cuda")
+    group = RayWorkerGroup(pool, device, trainer.seed, trainer.threads_per_rank, trainer.deterministic)
+    specs = {"actor": RayClassWithInitArgs(ActorWorker, model.model, model.actor, model.rollout, total_steps)}
+    if config.use_reference:
+        specs["ref"] = RayClassWithInitArgs(ReferenceWorker, model.model, model.ref, model.rollout.temperature)
+    if config.use_critic:
+        specs["critic"] = RayClassWithInitArgs(CriticWorker, config.critic, total_steps)
+    roles = {role: group.add_role(role, spec) for role, spec in specs.items()}
+    processes = Processes(group, roles, *start_rollouts(config, device, group.locations))
+    for rollout in processes.rollouts:
+        rollout.connect(roles["actor"])
+    return processes
+
+
+def start_rollouts(
+    config: PPOConfig, device: str, training: list[dict[str, Any]]
+) -> tuple[RolloutManager, RolloutManager]:
+    """Engines of the training and of the validation: where the training is, or on accelerators of their own."""
+    rollout = config.actor_rollout_ref.rollout
+    places = training
+    if not config.actor_rollout_ref.hybrid_engine and device == "cuda":
+        pool = RayResourcePool([rollout.n_gpus_per_node] * rollout.nnodes)
+        hosts, places = pool.spawn_hosts()
+        places = [{**place, "host": host} for host, place in zip(hosts, places, strict=True)]  # a host holds its GPU
+    if rollout.num_val_replicas == 0:
+        shared = RolloutManager(config, device, places)
+        return shared, shared
+    own = rollout.num_val_replicas * rollout.tensor_model_parallel_size if device == "cuda" else 0
+    return (
+        RolloutManager(config, device, places[: len(places) - own]),
+        RolloutManager(config, device, places[len(places) - own :], name="val", replicas=rollout.num_val_replicas),
+    )
