@@ -41,7 +41,16 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         )
     if config.data.max_start_length > config.data.max_prompt_length:
         problems.append("data.max_start_length is more than data.max_prompt_length, which bounds every context")
-    return problems + loss_problems(config) + endpoint_problems(config) + collapse_problems(config)
+    return (
+        problems
+        + loss_problems(config)
+        + endpoint_problems(config)
+        + collapse_problems(config)
+        + [
+            *async_problems(config),
+            *deterministic_problems(config),
+        ]
+    )
 
 
 def loss_problems(config: "PPOConfig") -> list[str]:
@@ -71,6 +80,51 @@ def loss_problems(config: "PPOConfig") -> list[str]:
             estimator == "turn_level" and not actor.state_masking,
     }  # fmt: skip
     return [problem for problem, holds in found.items() if holds]
+
+
+def async_problems(config: "PPOConfig") -> list[str]:
+    """Stale data without anything that allows for it, and engines that could not roll out while weights change."""
+    correction, loss = config.algorithm.rollout_correction, config.actor_rollout_ref.actor.policy_loss.loss_mode
+    rollout, staleness = config.actor_rollout_ref.rollout, config.async_training.max_staleness
+    shares_gpus = config.actor_rollout_ref.hybrid_engine and config.device == "cuda"
+    engine_gpus = rollout.nnodes * rollout.n_gpus_per_node
+    found = {
+        f"async_training.max_staleness={staleness}: tokens are sampled from older weights than those that are trained: "
+        "set algorithm.rollout_correction.rollout_is or rollout_rs, or bypass_mode with a loss that clips (not "
+        "actor.policy_loss.loss_mode=reinforce)":
+            staleness > 0 and not correction.corrects and not (correction.bypass_mode and loss != "reinforce"),
+        "algorithm.rollout_correction.bypass_mode: the ratio to the sampler is in the loss already, rollout_is and "
+        "rollout_rs would correct it again: set them to null":
+            correction.bypass_mode and correction.corrects,
+        f"async_training.max_staleness={staleness}: engines roll out while the weights are updated, so they need GPUs "
+        "of their own: actor_rollout_ref.hybrid_engine=false":
+            staleness > 0 and shares_gpus,
+        f"actor_rollout_ref.rollout.num_val_replicas={rollout.num_val_replicas}: engines that validate during training "
+        "need GPUs of their own: actor_rollout_ref.hybrid_engine=false":
+            rollout.num_val_replicas > 0 and shares_gpus,
+        f"actor_rollout_ref.rollout: nnodes * n_gpus_per_node = {engine_gpus} GPUs hold no engine beside the "
+        f"{rollout.num_val_replicas} of num_val_replicas, of tensor_model_parallel_size="
+        f"{rollout.tensor_model_parallel_size} GPUs each":
+            config.device == "cuda" and not config.actor_rollout_ref.hybrid_engine
+            and engine_gpus < (rollout.num_val_replicas + 1) * rollout.tensor_model_parallel_size,
+    }  # fmt: skip
+    return [problem for problem, holds in found.items() if holds]
+
+
+def deterministic_problems(config: "PPOConfig") -> list[str]:
+    """What makes two runs of the same configuration differ in their last bits: timing, batches, threads."""
+    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    found = {
+        "actor_rollout_ref.rollout.num_replicas=1": rollout.num_replicas == 1,
+        "actor_rollout_ref.rollout.max_num_seqs=1": rollout.max_num_seqs == 1,
+        "actor_rollout_ref.rollout.enable_prefix_caching=false": not rollout.enable_prefix_caching,
+        "actor_rollout_ref.rollout.per_request_seed=true": rollout.per_request_seed,
+        "actor_rollout_ref.rollout.cpu_threads=1": rollout.cpu_threads is not None,
+        "trainer.threads_per_rank=1": trainer.threads_per_rank is not None,
+        "async_training.max_staleness=0": config.async_training.max_staleness == 0,
+    }
+    missing = [setting for setting, holds in found.items() if trainer.deterministic and not holds]
+    return [f"trainer.deterministic=true needs {' '.join(missing)} (+mode=deterministic sets all)"] if missing else []
 
 
 def collapse_problems(config: "PPOConfig") -> list[str]:

@@ -226,6 +226,14 @@ class PPOConfig(Config):
     custom_reward_function: CustomRewardConfig = CustomRewardConfig()
 
     @property
+    def device(self) -> str:
+        """`cuda` or `cpu`."""
+        from torch.cuda import is_available
+
+        found = "cuda" if is_available() else "cpu"
+        return found if self.trainer.device == "auto" else self.trainer.device
+
+    @property
     def use_critic(self) -> bool:
         return self.algorithm.adv_estimator == "gae"
 

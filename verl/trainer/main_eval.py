@@ -14,7 +14,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from verl.trainer.main_ppo import check_environment, device_of, load_val_set, prepare, start_ray, write_config
+from verl.trainer.main_ppo import check_environment, load_val_set, prepare, start_ray, write_config
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
 RESULT = "evaluation.jsonl"
@@ -54,7 +54,7 @@ def rollout_of(config: Any) -> Iterator[Any]:
     from verl.trainer.local_rollout import LocalRollout
     from verl.trainer.ppo.rollout import RolloutManager
 
-    rollout, on_ray, device = None, config.actor_rollout_ref.rollout.name == "vllm", device_of(config)
+    rollout, on_ray, device = None, config.actor_rollout_ref.rollout.name == "vllm", config.device
     if on_ray:
         start_ray(config)
     try:

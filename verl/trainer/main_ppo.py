@@ -4,28 +4,84 @@ Everything that can be wrong with a run is found before the first process starts
 """
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+
+from verl.trainer.supervise import LOST, Stop, follow_supervisor, supervise
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
 
 
 @hydra.main(config_path=CONFIGS, config_name="ppo", version_base=None)
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry point. Errors that a user can act on end the program without a traceback."""
+    """Hydra's entry point: the supervisor, or under it the driver. A job of a multirun is its own driver."""
+    set_up_logging()
+    own = follow_supervisor()
+    raw: Any = OmegaConf.to_container(cfg, resolve=True)
+    if own is None and HydraConfig.get().mode != RunMode.MULTIRUN:
+        status = supervised(raw)
+    else:
+        if own:  # resume_mode=disable is about what an earlier run has written
+            raw["trainer"]["resume_mode"] = "auto"
+        status = drive(raw)
+    if status:
+        sys.exit(status)
+
+
+def supervised(raw: dict[str, Any]) -> int:
+    """Exit status of this command in a process of its own, started again when it is lost."""
+    trainer = raw["trainer"]
+    limit = trainer["max_restarts"]
+    return supervise(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *sys.argv[1:]],
+        str(trainer["default_local_dir"]),
+        limit if isinstance(limit, int) else 0,  # what is no number is the driver's to refuse
+    )
+
+
+def drive(raw: dict[str, Any]) -> int:
+    """Exit status of a run within this process. Errors that a user can act on end it without a traceback."""
+    with Stop() as stop:
+        try:
+            run_ppo(raw, stop)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        except Exception as error:
+            status = status_of(error)
+            if status is None:
+                raise
+            return status
+    return 128 + stop.requested if stop.requested else 0
+
+
+def status_of(error: Exception) -> int | None:
+    """Exit status for an error that is known, after saying what it is; None for one whose traceback is needed."""
     from verl.utils.errors import ConfigError, DataError
 
-    try:
-        run_ppo(OmegaConf.to_container(cfg, resolve=True))  # pyright: ignore[reportArgumentType]
-    except (ConfigError, DataError) as error:
-        sys.exit(f"error: {error}")
+    if isinstance(error, (ConfigError, DataError)):
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    from verl.single_controller.worker_group import ActorDied, WorkerLost
+    from verl.trainer.ppo.batching import RolloutFailed
+    from verl.trainer.ppo.ray_trainer import NothingToLearn, TrainingCollapsed, TrainingDiverged
+
+    if isinstance(error, (WorkerLost, ActorDied)):
+        logging.getLogger(__name__).error("lost: %s", error)
+        return LOST
+    if isinstance(error, (RolloutFailed, TrainingDiverged, NothingToLearn, TrainingCollapsed)):
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return None
 
 
-def run_ppo(raw: dict[str, Any]) -> None:
+def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     """Validates the composed configuration, then trains. Raises ConfigError or DataError before anything is started."""
     config, tokenizer, agent, reward = prepare(raw)
     check_trainable(config, agent)
@@ -33,15 +89,20 @@ def run_ppo(raw: dict[str, Any]) -> None:
     val_set = load_val_set(config, tokenizer)
     check_environment(config, agent)
     write_config(raw, config)
-    train(config, tokenizer, agent, reward, train_set, val_set)
+    train(config, tokenizer, agent, reward, train_set, val_set, stop)
+
+
+def set_up_logging() -> None:
+    """Times and messages on the console."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def prepare(raw: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     """Configuration, tokenizer, agent and reward. Raises ConfigError listing every problem."""
     from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer, validate
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_logging()
     config: PPOConfig = validate(raw)
     tokenizer = build_tokenizer(config)
     return config, tokenizer, build_agent(config, tokenizer), build_reward(config, tokenizer)
@@ -95,60 +156,71 @@ def write_config(raw: dict[str, Any], config: Any) -> None:
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(raw)))
 
 
-def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, val_set: Any) -> None:
-    """Starts Ray, the workers and the engines, trains, writes the final policy, and ends them all."""
+def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, val_set: Any, stop: Stop) -> None:
+    """Starts Ray and all processes, trains from the newest checkpoint, writes the final policy, and ends them all."""
     import ray
-    import torch
 
-    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-    from verl.trainer.ppo.rollout import RolloutManager
-    from verl.utils.checkpoint import find_latest
-    from verl.utils.tracking import Tracking, truncate_metrics
+    from verl.trainer.ppo.processes import start_processes
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer, total_training_steps
+    from verl.trainer.watchdog import Watchdog
+    from verl.utils.errors import ConfigError
+    from verl.utils.run_folder import find_latest, remove_leftovers, step_of
+    from verl.utils.tracking import Timers
 
-    trainer_cfg, device = config.trainer, device_of(config)
-    resume = trainer_cfg.resume_mode == "auto" and find_latest(trainer_cfg.default_local_dir)
+    trainer_cfg = config.trainer
+    root = trainer_cfg.default_local_dir
+    remove_leftovers(root)
+    resume = find_latest(root)
+    if resume is not None and trainer_cfg.resume_mode == "disable":
+        raise ConfigError(
+            [
+                f"trainer.resume_mode=disable, but {root} holds checkpoints of an earlier run: name another folder by "
+                "trainer.default_local_dir, or delete them"
+            ]
+        )
     start_ray(config)
-    tracking = rollout = None
+    stop.listen()  # Ray has taken SIGTERM
+    tracking = None
     try:
-        roles, group = build_workers(config, device, len(train_set))
-        rollout = RolloutManager(config, device, group.locations)
-        roles["actor"].connect_engines(rollout.servers)
-        logging.getLogger(__name__).info("policy: %s", roles["actor"].describe()[0])
-        extra = torch.load(resume / "trainer.pt", weights_only=False) if resume else {}
-        if resume:
-            truncate_metrics(trainer_cfg.default_local_dir, int(resume.name.removeprefix("global_step_")))
-        tracking = Tracking(
-            trainer_cfg.default_local_dir,
-            trainer_cfg.logger,
-            trainer_cfg.project_name,
-            trainer_cfg.experiment_name,
-            config.model_dump(),
-            trainer_cfg.panels,
-            extra.get("wandb"),
-        )
-        trainer = RayPPOTrainer(
-            config, tokenizer, agent, reward, train_set, val_set, roles, group.world_size, rollout, tracking
-        )
-        if resume:
-            trainer.load_checkpoint()
-        trainer.fit()
-        if trainer_cfg.save_hf and not trainer_cfg.val_only:
-            roles["actor"].save_pretrained(str(Path(trainer_cfg.default_local_dir) / "hf"))
+        processes = start_processes(config, config.device, total_training_steps(config, len(train_set)))
+        logging.getLogger(__name__).info("policy: %s", processes.roles["actor"].describe()[0])
+        tracking = start_tracking(config, resume)
+        with Watchdog(trainer_cfg.hang_timeout_s, processes.stacks, root) as watchdog:
+            trainer = RayPPOTrainer(
+                config, tokenizer, agent, reward, train_set, val_set, processes, tracking, Timers(watchdog.beat), stop
+            )
+            if resume:
+                trainer.load_checkpoint(step_of(resume))
+            trainer.fit()
+            if trainer_cfg.save_hf and not trainer_cfg.val_only and not stop.requested:
+                processes.roles["actor"].save_pretrained(str(Path(root) / "hf"))
+            processes.shutdown()
     finally:
-        if rollout is not None:
-            rollout.shutdown()
         if tracking is not None:
             tracking.finish()
         ray.shutdown()
 
 
-def device_of(config: Any) -> str:
-    """`cuda` or `cpu`."""
+def start_tracking(config: Any, resume: Path | None) -> Any:
+    """Where metrics go; of a run that resumes those after its checkpoint are dropped, and its wandb run goes on."""
     import torch
 
-    if config.trainer.device != "auto":
-        return config.trainer.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    from verl.trainer.ppo.checkpoints import TRAINER
+    from verl.utils.run_folder import step_of
+    from verl.utils.tracking import Tracking, truncate_metrics
+
+    trainer = config.trainer
+    if resume:
+        truncate_metrics(trainer.default_local_dir, step_of(resume))
+    return Tracking(
+        trainer.default_local_dir,
+        trainer.logger,
+        trainer.project_name,
+        trainer.experiment_name,
+        config.model_dump(),
+        trainer.panels,
+        torch.load(resume / TRAINER, weights_only=False)["wandb"] if resume else None,
+    )
 
 
 def start_ray(config: Any) -> None:
@@ -162,26 +234,6 @@ def start_ray(config: Any) -> None:
         log_to_driver=True,
         logging_level=logging.WARNING,
     )
-
-
-def build_workers(config: Any, device: str, num_rows: int) -> tuple[dict[str, Any], Any]:
-    """One process per accelerator holding actor and, where the algorithm needs them, reference and critic."""
-    from verl.single_controller.worker_group import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-    from verl.trainer.ppo.ray_trainer import total_training_steps
-    from verl.workers.actor import ActorWorker
-    from verl.workers.critic import CriticWorker
-    from verl.workers.reference import ReferenceWorker
-
-    model, trainer = config.actor_rollout_ref, config.trainer
-    steps = total_training_steps(config, num_rows)
-    pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=device == "cuda")
-    group = RayWorkerGroup(pool, device, trainer.seed, trainer.threads_per_rank, trainer.deterministic)
-    specs = {"actor": RayClassWithInitArgs(ActorWorker, model.model, model.actor, model.rollout, steps)}
-    if config.use_reference:
-        specs["ref"] = RayClassWithInitArgs(ReferenceWorker, model.model, model.ref, model.rollout.temperature)
-    if config.use_critic:
-        specs["critic"] = RayClassWithInitArgs(CriticWorker, config.critic, steps)
-    return {role: group.add_role(role, spec) for role, spec in specs.items()}, group
 
 
 if __name__ == "__main__":

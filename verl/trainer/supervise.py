@@ -26,16 +26,14 @@ def supervise(
     command: list[str],
     run_dir: str,
     max_restarts: int,
-    resume: bool = True,
     pause_s: float = 1.0,
     grace_s: float = 20.0,
 ) -> int:
     """The exit status of a run: of `command`, started again while it ends by a signal or with LOST.
 
     At most `max_restarts` times in a row without a new checkpoint in `run_dir` in between; `pause_s` seconds before the
-    first, twice as many before each further one. With `resume` false a start continues only from checkpoints that this
-    run has written. SIGINT and SIGTERM are passed on, and end it; `grace_s` seconds after the second its session is
-    killed.
+    first, twice as many before each further one. SIGINT and SIGTERM are passed on, and end it; `grace_s` seconds after
+    the second its session is killed.
     """
     latest = Path(run_dir) / LATEST
     first = seen = checkpoint(latest)
@@ -49,15 +47,14 @@ def supervise(
             now = checkpoint(latest)
             attempts = 1 if now != seen else attempts + 1
             seen = now
-            step = now[0] if resume or now != first else 0
             if attempts > max_restarts:
-                logger.error("%s", given_up(run_dir, max_restarts, returncode, step))
+                logger.error("%s", given_up(run_dir, max_restarts, returncode, now[0]))
                 return exit_status(returncode)
-            record(run_dir, returncode, step)
+            record(run_dir, returncode, now[0])
             pause = min(MAX_PAUSE_S, pause_s * 2 ** (attempts - 1))
             logger.warning(
                 "the run ended by %s: restart %d of %d in %g s, from %s",
-                cause(returncode), attempts, max_restarts, pause, where(step),
+                cause(returncode), attempts, max_restarts, pause, where(now[0]),
             )  # fmt: skip
             rest(pause, signals)
             if signals.received:

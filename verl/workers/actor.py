@@ -11,7 +11,7 @@ from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
-from verl.utils.checkpoint import load_state, save_pretrained, save_state
+from verl.utils.checkpoint import Checkpointer, save_pretrained
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
 from verl.workers.forward import forward_log_probs, log_probs_of_rows
 from verl.workers.fsdp_model import build_model, build_train_state, describe, full_parameters
@@ -71,6 +71,8 @@ class ActorWorker(Worker):
         self.model_config, self.config, self.rollout = model, config, rollout
         policy = build_model(model, "lm", config.fsdp_config, self.mesh)
         self.state = build_train_state(policy, config.optim, total_steps, config.fsdp_config)
+        self.checkpointer = Checkpointer(self.state)
+        self.senders: dict[str, WeightSender] = {}
 
     @register(Dispatch.DP_COMPUTE_PROTO)
     def compute_log_prob(self, data: DataProto) -> DataProto:
@@ -110,9 +112,16 @@ class ActorWorker(Worker):
         return describe(self.state.model)
 
     @register(Dispatch.ONE_TO_ALL)
-    def connect_engines(self, servers: Sequence[Any]) -> None:
-        """Names the engines that `send_weights` serves."""
-        self.sender = WeightSender(self.state.model, servers, self.device.type, getattr(torch, self.rollout.dtype))
+    def connect_engines(self, name: str, servers: Sequence[Any], colocated: bool) -> None:
+        """Names the engines that `send_weights(name)` serves."""
+        self.senders[name] = WeightSender(
+            self.state.model,
+            servers,
+            self.device.type,
+            getattr(torch, self.rollout.dtype),
+            colocated=colocated,
+            ranks_per_server=self.rollout.tensor_model_parallel_size,
+        )
 
     @register(Dispatch.ONE_TO_ALL)
     def free_cached_memory(self) -> None:
@@ -120,17 +129,27 @@ class ActorWorker(Worker):
         torch.cuda.empty_cache()
 
     @register(Dispatch.ONE_TO_ALL)
-    def send_weights(self) -> None:
-        """Brings the present weights to the engines, which must be waiting for them."""
-        self.sender.send()
+    def send_weights(self, name: str) -> None:
+        """Brings the present weights to the engines of that name, which must be waiting for them."""
+        self.senders[name].send()
 
     @register(Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, path: str) -> None:
-        save_state(self.state, path)
+    def scale_lr(self, factor: float) -> None:
+        self.state.scale_lr(factor)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, path: str, asynchronous: bool = False) -> None:
+        """Writes the training state; with `asynchronous` in the background, until `finish_checkpoint`."""
+        self.checkpointer.save(path, asynchronous)
+
+    @register(Dispatch.ONE_TO_ALL)
+    def finish_checkpoint(self) -> None:
+        """Waits for the checkpoint that is being written. Raises CheckpointError if it failed."""
+        self.checkpointer.finish()
 
     @register(Dispatch.ONE_TO_ALL)
     def load_checkpoint(self, path: str) -> None:
-        load_state(self.state, path)
+        self.checkpointer.load(path)
 
     @register(Dispatch.ONE_TO_ALL)
     def save_pretrained(self, path: str) -> None:

@@ -77,4 +77,6 @@ def correct_rollout(data: DataProto, config: RolloutCorrectionConfig) -> tuple[D
         out = mask & ~accepted(log_ratio, mask, config.rollout_rs, low, high, veto)
         metrics["left_out"] = masked_mean(out.float(), mask).item()
         data = data.with_tensors(response_mask=batch["response_mask"] * ~out)
+    if config.bypass_mode:
+        data = data.with_tensors(old_log_probs=torch.where(mask, sampled, old))
     return data, {f"rollout_corr/{name}": value for name, value in metrics.items()}

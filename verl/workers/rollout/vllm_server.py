@@ -25,7 +25,7 @@ class VLLMServer:
         *,
         max_model_len: int,
         device: str,
-        colocated: bool,
+        colocated: bool = True,
         replica_rank: int,
         num_replicas: int,
         visible_devices: Sequence[str] = (),
