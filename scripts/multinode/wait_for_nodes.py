@@ -7,8 +7,8 @@ import time
 import ray
 
 CURE = (
-    "Look at the output of scripts/multinode/ray_node.sh on the machines that are missing. Each must reach the address, "
-    "run the same Python and Ray, have the head's RAY_AUTH_MODE and, with token, its ~/.ray/auth_token"
+    "Look at the output of scripts/multinode/ray_node.sh on the machines that are missing. Each must reach the "
+    "address, run the same Python and Ray, have the head's RAY_AUTH_MODE and, with token, its ~/.ray/auth_token"
 )
 
 
@@ -40,10 +40,8 @@ def connected(address: str) -> bool:
 
 def described(nodes: list[dict]) -> str:
     """Address and resources of each node."""
-    return ", ".join(
-        f"{node['NodeManagerAddress']} ({node['Resources'].get('CPU', 0):g} CPU, {node['Resources'].get('GPU', 0):g} GPU)"
-        for node in nodes
-    )
+    has = [(node["NodeManagerAddress"], node["Resources"].get) for node in nodes]
+    return ", ".join(f"{address} ({get('CPU', 0):g} CPU, {get('GPU', 0):g} GPU)" for address, get in has)
 
 
 if __name__ == "__main__":
