@@ -11,11 +11,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from verl.utils.processes import STOP_SIGNALS, Forward, ended, exit_status, follow, kill_session, session_over
+from verl.utils.run_folder import LATEST
 
 logger = logging.getLogger(__name__)
 LOST = 75
 """Exit status of a driver that lost what it cannot replace: a rank, an engine, the patience for a hang. EX_TEMPFAIL."""
-LATEST = "latest_checkpointed_iteration.txt"  # verl.utils.checkpoint names it too, and imports torch
 RESTARTS = "restarts.jsonl"
 SUPERVISED = "VERL_SUPERVISED"
 MAX_PAUSE_S = 60.0
@@ -62,10 +62,10 @@ def supervise(
 
 
 def checkpoint(latest: Path) -> tuple[int, int]:
-    """Step of the newest checkpoint, and when it was named (ns); zeros if there is none."""
+    """Step of the newest checkpoint, and when it was named (ns); zeros if none is named."""
     try:
         return int(latest.read_text()), latest.stat().st_mtime_ns
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # what is no number is the driver's to tell
         return 0, 0
 
 
@@ -79,7 +79,7 @@ def run_once(command: list[str], own: bool, signals: Forward, grace_s: float) ->
         if deadline is not None and time.monotonic() > deadline:
             break
     else:
-        session_over(child, SETTLE_S)  # who follows the driver tidies up first: shared memory, locks
+        session_over(child, min(SETTLE_S, grace_s))  # who follows the driver tidies up first: shared memory, locks
     if left := kill_session(child):
         logger.warning("processes of the run that could not be killed: %s", left)
     return signals.reap()

@@ -1,0 +1,45 @@
+"""Processes that a test starts, found again by a mark in their environment."""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+MARK = "PROCESSES_OF_TEST"
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Returns when the condition holds; fails after a time that nothing here takes."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def marked(mark: str) -> list[int]:
+    """Living processes with the mark in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, psutil.Error):
+            if mark.encode() not in (entry / "environ").read_bytes():
+                continue
+            if psutil.Process(int(entry.name)).status() != psutil.STATUS_ZOMBIE:
+                found.append(int(entry.name))
+    return found
+
+
+@contextmanager
+def family() -> Iterator[tuple[dict[str, str], Callable[[], list[int]]]]:
+    """(environment for what the test starts, processes alive with it). None may be left at the end."""
+    mark = f"{MARK}={uuid.uuid4().hex}"
+    try:
+        yield {**os.environ, MARK: mark.partition("=")[2]}, lambda: marked(mark)
+        wait_for(lambda: not marked(mark), 20)
+    finally:
+        for pid in marked(mark):
+            with suppress(ProcessLookupError):
+                os.kill(pid, 9)
