@@ -1,9 +1,11 @@
 """The driver's side of the accelerator processes: where they are placed, and how their methods are called."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import ray
@@ -16,6 +18,9 @@ from transformers.utils.logging import disable_progress_bar
 from verl.single_controller.decorator import ATTRIBUTE, Dispatch, collect, dispatch
 from verl.single_controller.worker import Worker, init_process_group, make_deterministic, seed_everything, stacks
 
+logger = logging.getLogger(__name__)
+SOON_S = 10
+"""How long a place for the processes is waited for in silence."""
 LIVENESS_S = 30
 """How long a process that answers nothing is waited for before it counts as lost."""
 
@@ -54,12 +59,14 @@ class RayResourcePool:
                 {"CPU": n, "GPU": n} if self.use_gpu else {"CPU": n} for n in self.process_on_nodes
             ]
             self.group = placement_group(bundles, strategy="STRICT_SPREAD")
-            if not self.group.wait(self.timeout_s):
-                raise RuntimeError(
-                    f"the Ray cluster of {len(ray.nodes())} node(s) has {ray.available_resources()} free and cannot "
-                    f"place {bundles} on nodes of their own: lower trainer.nnodes / trainer.n_gpus_per_node (or "
-                    "actor_rollout_ref.rollout.nnodes / n_gpus_per_node), or add nodes"
-                )
+            soon = min(SOON_S, self.timeout_s)
+            if not self.group.wait(soon):
+                logger.warning("%s; waiting %g s for that", no_place(bundles), self.timeout_s - soon)
+                if not self.group.wait(self.timeout_s - soon):
+                    raise RuntimeError(
+                        f"{no_place(bundles)}: lower trainer.nnodes / trainer.n_gpus_per_node (or actor_rollout_ref."
+                        "rollout.nnodes / n_gpus_per_node), add nodes, or end what holds them (`ray status` shows it)"
+                    )
         return self.group
 
     def spawn_hosts(self) -> tuple[list[Any], list[dict[str, Any]]]:
@@ -77,6 +84,31 @@ class RayResourcePool:
             for _ in range(size)
         ]
         return hosts, ray.get([host.location.remote() for host in hosts])
+
+
+def no_place(bundles: list[dict[str, float]]) -> str:
+    """What was asked of the cluster, and what each of its nodes has, in use or not."""
+    has = [
+        f"{node['NodeManagerAddress']} { ({k: node['Resources'].get(k, 0) for k in ('CPU', 'GPU')}) }"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return f"Ray cannot place {bundles} on nodes of their own; there are {', '.join(has)}"
+
+
+def placement(locations: Sequence[dict[str, Any]]) -> str:
+    """Which ranks are on which node.
+
+    >>> places = [{"ip": "10.0.0.1", "node_id": "4fd9f15d43"}] * 2 + [{"ip": "10.0.0.2", "node_id": "7c84312646"}]
+    >>> placement(places)
+    'ranks 0-1 on 10.0.0.1 (node 4fd9f15d), ranks 2-2 on 10.0.0.2 (node 7c843126)'
+    """
+    texts, first = [], 0
+    for (node, ip), ranks in groupby(locations, key=lambda place: (place["node_id"], place["ip"])):
+        last = first + len(list(ranks)) - 1
+        texts.append(f"ranks {first}-{last} on {ip} (node {node[:8]})")
+        first = last + 1
+    return ", ".join(texts)
 
 
 WATCH = "watch"
@@ -126,6 +158,7 @@ class RayWorkerGroup:
     ) -> None:
         self.world_size = pool.world_size
         self.hosts, self.locations = pool.spawn_hosts()
+        logger.info("%s", placement(self.locations))
         master = (self.world_size, self.locations[0]["ip"], self.locations[0]["port"], device, threads)
         ray.get([host.setup.remote(seed + rank, deterministic, rank, *master) for rank, host in enumerate(self.hosts)])
         self.methods: dict[str, dict[str, Dispatch]] = {}

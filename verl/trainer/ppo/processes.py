@@ -61,7 +61,11 @@ def answer(call: Any, timeout_s: float) -> str:
 def start_processes(config: PPOConfig, device: str, total_steps: int) -> Processes:
     """Starts all of them and connects the actor with the engines."""
     model, trainer = config.actor_rollout_ref, config.trainer
-    pool = RayResourcePool([trainer.n_gpus_per_node] * trainer.nnodes, use_gpu=device == "cuda")
+    pool = RayResourcePool(
+        [trainer.n_gpus_per_node] * trainer.nnodes,
+        use_gpu=device == "cuda",
+        timeout_s=300 if trainer.ray_address else 10,  # a Ray of our own gets no further nodes
+    )
     group = RayWorkerGroup(pool, device, trainer.seed, trainer.threads_per_rank, trainer.deterministic)
     specs = {"actor": RayClassWithInitArgs(ActorWorker, model.model, model.actor, model.rollout, total_steps)}
     if config.use_reference:
@@ -88,8 +92,8 @@ def start_rollouts(
     if rollout.num_val_replicas == 0:
         shared = RolloutManager(config, device, places)
         return shared, shared
-    own = rollout.num_val_replicas * rollout.tensor_model_parallel_size if device == "cuda" else 0
+    split = len(places) - rollout.num_val_replicas * rollout.tensor_model_parallel_size if device == "cuda" else 0
     return (
-        RolloutManager(config, device, places[: len(places) - own]),
-        RolloutManager(config, device, places[len(places) - own :], name="val", replicas=rollout.num_val_replicas),
+        RolloutManager(config, device, places[:split] or places),  # on the CPU all share the place
+        RolloutManager(config, device, places[split:], name="val", replicas=rollout.num_val_replicas),
     )

@@ -1,0 +1,89 @@
+"""Two Ray nodes on one machine: ranks of one group on both, a whole training, and what is left of it: nothing."""
+
+import os
+import re
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+from ray._private.state import GlobalState
+from ray._raylet import GcsClientOptions
+from ray.cluster_utils import Cluster
+
+from tests.e2e.runs import arguments, metrics, train
+from tests.models import make_tiny_qwen2
+from verl.single_controller.decorator import Dispatch, register
+from verl.single_controller.worker import Worker
+from verl.single_controller.worker_group import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+
+MARK = "SEARCH_R1_TEST_MARK"
+
+
+class Summing(Worker):
+    """A role with collectives."""
+
+    @register(Dispatch.ONE_TO_ALL)
+    def sums(self):
+        own = torch.tensor([float(10**self.rank)])
+        gathered = [torch.zeros(1) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own)
+        dist.all_reduce(own)
+        return self.rank, own.item(), [value.item() for value in gathered]
+
+
+@pytest.fixture(scope="module")
+def mark():
+    """What every process of the cluster and of its runs has in its environment."""
+    os.environ[MARK] = uuid.uuid4().hex
+    yield os.environ[MARK]
+    del os.environ[MARK]
+
+
+@pytest.fixture(scope="module")
+def cluster(mark):
+    """Two nodes of two CPUs."""
+    cluster = Cluster()
+    cluster.add_node(num_cpus=2, include_dashboard=False)
+    cluster.add_node(num_cpus=2)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def driver(cluster):
+    ray.init(cluster.address, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def marked(mark):
+    """{pid: command} of the living processes with the mark, those left out that Ray keeps for its next job."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment, command = (entry / "environ").read_bytes(), (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"{MARK}={mark}".encode() in environment.split(b"\0") and command and b"ray::IDLE" not in command:
+            found[int(entry.name)] = command.replace(b"\0", b" ").decode().strip()
+    return found
+
+
+def test_ranks_of_a_group_are_on_both_nodes_in_order_and_reduce_across(driver):
+    group = RayWorkerGroup(RayResourcePool([2, 2], use_gpu=False), "cpu", seed=0, threads=1)
+    nodes = [place["node_id"] for place in group.locations]
+    assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
+    assert set(nodes) == {node["NodeID"] for node in ray.nodes()}
+    results = group.add_role("summing", RayClassWithInitArgs(Summing)).sums()
+    assert results == [(rank, 1111.0, [1.0, 10.0, 100.0, 1000.0]) for rank in range(4)]
+    group.shutdown()
+
+
+def test_more_than_the_cluster_has_is_refused_with_what_it_has(driver):
+    for asked in ([1, 1, 1], [3, 1]):
+        with pytest.raises(RuntimeError, match=r"cannot place .* there are .*'CPU': 2.*'CPU': 2.*trainer\.nnodes"):
+            RayResourcePool(asked, use_gpu=False, timeout_s=1).get_placement_group()
