@@ -1,13 +1,21 @@
-"""What is made around a run: the closed world by its options."""
+"""What is made around a run: the closed world by its options, and a retrieval server that lasts as long as the run."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from search_r1.launch import prepare_world, read_setup
+from search_r1.launch import MAX_SERVER_RESTARTS, RetrievalServer, prepare_world, read_setup
 from search_r1.world.generate import WorldConfig
+from tests.retrieval import write_corpus
+from tests.verl.processes import family, wait_for
 
+ROOT = Path(__file__).parents[2]
 SMALL = WorldConfig(train_people=20, test_people=20, spare_people=0, train_questions=20, test_questions=10, filler=10)
 
 
@@ -26,3 +34,90 @@ def test_a_world_is_made_with_its_options_and_refused_with_others(tmp_path):
 def test_an_unknown_option_is_named():
     with pytest.raises(SystemExit, match=r"setup\.world_options\.fillers: Extra inputs are not permitted \(got 10\)"):
         read_setup(OmegaConf.create({"setup": {"world_options": {"fillers": 10}}}))
+
+
+SURROUND = """
+import logging, pathlib, sys
+from search_r1.launch import RetrievalServer, run
+logging.basicConfig(format="%(message)s")
+folder = pathlib.Path(sys.argv[1])
+with RetrievalServer(folder / "bm25", str(folder / "corpus.jsonl"), 1) as server:
+    (folder / "server").write_text(f"{server.port} {server.process.pid}")
+    status = run([sys.executable, "-c", sys.argv[2], server.url], server)
+sys.exit(status)
+"""
+SEARCHES = """
+import httpx, os, pathlib, signal, sys, time
+folder = pathlib.Path(os.environ["FOLDER"])
+def search():
+    try:
+        return httpx.post(sys.argv[1], json={"queries": ["Torvel"]}, timeout=5).status_code
+    except httpx.TransportError:
+        return 0
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """`launch(body)`: the launcher of a program with this body, with a server over one passage, running."""
+    write_corpus(tmp_path, [{"id": "0", "contents": '"Torvel"\nTorvel lies in Marna.'}])
+    with family() as (env, alive):
+
+        def begin(body: str) -> "subprocess.Popen[str]":
+            env.update(FOLDER=str(tmp_path), PYTHONPATH=str(ROOT))
+            begin.alive = alive
+            command = [sys.executable, "-c", SURROUND, str(tmp_path), SEARCHES + body]
+            return subprocess.Popen(
+                command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+        yield begin
+
+
+def server_of(folder: Path) -> int:
+    """The process of the retrieval server."""
+    wait_for((folder / "ready").exists)
+    return int((folder / "server").read_text().split()[1])
+
+
+def test_a_killed_server_comes_back_at_its_address(tmp_path, launch):
+    body = "(folder / 'ready').touch()\nwhile not (folder / 'killed').exists(): time.sleep(0.02)\n"
+    launcher = launch(body + "while search() != 200: time.sleep(0.1)")
+    os.kill(server_of(tmp_path), signal.SIGKILL)
+    (tmp_path / "killed").touch()
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0
+    assert "the retrieval server ended (status 137): restart 1 of 10" in output
+
+
+def test_a_signal_reaches_the_program_once_and_the_server_stays_until_its_end(tmp_path, launch):
+    body = (
+        "got = []\nfor n in (2, 15): signal.signal(n, lambda n, frame: got.append(n))\n"
+        "(folder / 'ready').touch()\nwhile not got: time.sleep(0.02)\n"
+        "time.sleep(0.5)\nassert search() == 200 and got == [2]\nsys.exit(130)"
+    )
+    launcher = launch(body)
+    server_of(tmp_path)
+    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130, output
+    assert "Traceback" not in output
+
+
+def test_nothing_outlives_a_killed_launcher(tmp_path, launch):
+    launcher = launch("(folder / 'ready').touch(); time.sleep(600)")
+    server_of(tmp_path)
+    assert len(launch.alive()) == 3
+    launcher.kill()
+    wait_for(lambda: not launch.alive())
+
+
+def test_a_server_that_ends_again_and_again_is_given_up(caplog, tmp_path):
+    server = RetrievalServer(tmp_path / "absent", str(tmp_path / "absent.jsonl"), 1)
+    server.command = [sys.executable, "-c", "raise SystemExit(3)"]
+    server.process = server.start()
+    for _ in range(MAX_SERVER_RESTARTS + 3):
+        server.process.wait()
+        server.revive()
+    assert caplog.text.count("the retrieval server ended (status 3): restart") == MAX_SERVER_RESTARTS
+    assert caplog.text.count("given up") == 1
