@@ -153,7 +153,10 @@ def test_a_kill_between_any_two_operations_leaves_a_checkpoint(tmp_path, monkeyp
 
 
 def test_an_export_replaces_weights_and_keeps_other_files(tmp_path):
-    for name, files in {"hf": ["model-1-of-2.safetensors", "notes.md", "config.json"], "hf.tmp": ["config.json"]}.items():
+    for name, files in {
+        "hf": ["model-1-of-2.safetensors", "notes.md", "config.json"],
+        "hf.tmp": ["config.json"],
+    }.items():
         (tmp_path / name).mkdir()
         for file in files:
             (tmp_path / name / file).write_text(name)

@@ -1,52 +1,137 @@
-"""Sharded checkpoints of one training state, and export to the Hugging Face format."""
+"""Sharded checkpoints of one training state, written while training goes on; export to the Hugging Face format."""
 
-import os
+import pickle
 import random
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from transformers import AutoTokenizer
 
-LATEST = "latest_checkpointed_iteration.txt"
+from verl.utils.run_folder import replace_folder
 
 
-def save_state(state: Any, path: str) -> None:
-    """Writes model, optimizer, schedule and each rank's random state under `path`. A collective."""
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read. The message names the folder, the ranks and what stopped them."""
+
+
+class Checkpointer:
+    """Saves and loads one training state. Every method is a collective, the constructor too.
+
+    Ranks agree over a gloo group of their own: the background thread's messages cannot mix with those of training, nor
+    with another role's.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.group: Any = dist.new_group(backend="gloo")
+        self.pending: tuple[str, int, Future[Any]] | None = None
+
+    def save(self, path: str, asynchronous: bool = False) -> None:
+        """Writes model, optimizer, schedule and each rank's random state, as they are now, under `path`.
+
+        With `asynchronous` it returns once they are copied to host memory (as much again as the rank's share of them),
+        and `finish` must be called. Raises CheckpointError, also for an earlier save that was not finished.
+        """
+        self.finish()
+        content = training_state(self.state)
+        size = num_bytes(content)
+        content[_own_key()] = pickle.dumps({"scheduler": self.state.scheduler.state_dict(), "rng": rng_state()})
+        where: dict[str, Any] = {"storage_writer": FileSystemWriter(path), "process_group": self.group}
+        if asynchronous:
+            self.pending = path, size, cast("Future[Any]", async_save(content, **where))
+        else:
+            with _explained("written", path, size):
+                save(content, **where)
+
+    def finish(self) -> None:
+        """Waits until an asynchronous save is on the disk. Raises CheckpointError on every rank if it failed on any."""
+        if self.pending is None:
+            return
+        (path, size, future), self.pending = self.pending, None
+        with _explained("written", path, size):
+            future.result()
+
+    def load(self, path: str) -> None:
+        """Restores what `save` wrote, on any number of ranks.
+
+        A rank that was not there when it was saved takes rank 0's schedule and keeps the random state it was seeded
+        with. Raises CheckpointError when it cannot be read, FileNotFoundError when it is not there.
+        """
+        self.finish()
+        reader, key, state = FileSystemReader(path), _own_key(), self.state
+        known = key in reader.read_metadata().state_dict_metadata
+        content = training_state(state)
+        key = key if known else "rank_0"
+        content[key] = b""
+        with _explained("read", path):
+            load(content, storage_reader=reader, process_group=self.group)
+        set_state_dict(
+            state.model,
+            state.optimizer,
+            model_state_dict=content["model"],
+            optim_state_dict=content["optimizer"],
+        )
+        state.rest_optimizer()
+        extra = pickle.loads(content[key])
+        state.scheduler.load_state_dict(extra["scheduler"])
+        if known:
+            set_rng_state(extra["rng"])
+
+
+def training_state(state: Any) -> dict[str, Any]:
+    """`model` and `optimizer` under names that do not depend on ranks; the tensors are those that train.
+
+    Reading the state of an optimizer that has not stepped makes torch take one step with a gradient and a learning rate
+    of zero; it is not counted.
+    """
+    fresh = not state.optimizer.state
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    save({"model": model, "optimizer": optimizer}, checkpoint_id=path)
-    torch.save({"scheduler": state.scheduler.state_dict(), "rng": rng_state()}, _rank_file(path))
-    dist.barrier()
+    if fresh:
+        for values in state.optimizer.state.values():
+            values["step"].zero_()
+        state.rest_optimizer()
+    return {"model": model, "optimizer": optimizer}
 
 
-def load_state(state: Any, path: str) -> None:
-    """Restores what `save_state` wrote. A rank without a file of its own (more ranks than before) takes rank 0's."""
-    model, optimizer = get_state_dict(state.model, state.optimizer)
-    tensors = {"model": model, "optimizer": optimizer}
-    load(tensors, checkpoint_id=path)
-    set_state_dict(
-        state.model,
-        state.optimizer,
-        model_state_dict=tensors["model"],
-        optim_state_dict=tensors["optimizer"],
-    )
-    state.rest_optimizer()
-    own = _rank_file(path)
-    extra = torch.load(own if own.exists() else Path(path) / "rank_0.pt", weights_only=False)
-    state.scheduler.load_state_dict(extra["scheduler"])
-    if own.exists():
-        set_rng_state(extra["rng"])
+def num_bytes(content: dict[str, Any]) -> int:
+    """Bytes of all tensors of a `training_state`, over all ranks."""
+    tensors = [*content["model"].values()]
+    tensors += [v for values in content["optimizer"]["state"].values() for v in values.values()]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
-def _rank_file(path: str) -> Path:
-    return Path(path) / f"rank_{dist.get_rank()}.pt"
+@contextmanager
+def _explained(done: str, path: str, size: int | None = None) -> Iterator[None]:
+    """Turns torch's report of the ranks that failed, which is no Exception, into a CheckpointError."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(error.failures.items())]
+        room = "" if size is None else f"; it takes {size / 1e6:.1f} MB and has room for {_room(Path(path)) / 1e6:.1f}"
+        raise CheckpointError(f"{path}: the checkpoint could not be {done}{room} ({'; '.join(causes)})") from error
+
+
+def _room(path: Path) -> int:
+    """Bytes that fit in the folder: those free on its disk and those it holds."""
+    disk = next(p for p in (path, *path.absolute().parents) if p.exists())
+    held = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.exists() else 0
+    return shutil.disk_usage(disk).free + held
+
+
+def _own_key() -> str:
+    return f"rank_{dist.get_rank()}"
 
 
 def rng_state() -> dict[str, Any]:
@@ -71,25 +156,18 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def save_pretrained(model: Any, parameters: Iterator[tuple[str, torch.Tensor]], config: Any, path: str) -> None:
-    """Writes the model and its tokenizer in Hugging Face format. A collective: `parameters` gathers on every rank."""
+    """Writes the model and its tokenizer in Hugging Face format, whole or not at all.
+
+    A collective: `parameters` gathers on every rank. Other files in the folder stay.
+    """
     weights = {name: tensor.cpu() for name, tensor in parameters if dist.get_rank() == 0}
     if dist.get_rank() == 0:
-        model.save_pretrained(path, state_dict={k: v.contiguous() for k, v in weights.items()})
+        target = Path(path).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pending = target.with_name(target.name + ".tmp")
+        if pending.exists():
+            shutil.rmtree(pending)
+        model.save_pretrained(pending, state_dict={k: v.contiguous() for k, v in weights.items()})
         source = config.tokenizer_path or config.path
-        AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code).save_pretrained(path)
-
-
-def mark_complete(root: str, step: int, keep: int | None) -> None:
-    """Names `global_step_<step>` the checkpoint to resume from, atomically, then deletes all but the newest `keep`."""
-    pending = Path(root) / (LATEST + ".tmp")
-    pending.write_text(str(step))
-    os.replace(pending, Path(root) / LATEST)
-    steps = sorted(int(p.name.removeprefix("global_step_")) for p in Path(root).glob("global_step_*"))
-    for old in [s for s in steps if s <= step][:-keep] if keep else []:
-        shutil.rmtree(Path(root) / f"global_step_{old}")
-
-
-def find_latest(root: str) -> Path | None:
-    """Folder of the newest complete checkpoint under `root`, None if there is none."""
-    marker = Path(root) / LATEST
-    return Path(root) / f"global_step_{int(marker.read_text())}" if marker.exists() else None
+        AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code).save_pretrained(pending)
+        replace_folder(pending, target, carry_over=True)
