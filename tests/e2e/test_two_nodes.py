@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 import uuid
 from collections import Counter
 from pathlib import Path
@@ -87,3 +88,58 @@ def test_more_than_the_cluster_has_is_refused_with_what_it_has(driver):
     for asked in ([1, 1, 1], [3, 1]):
         with pytest.raises(RuntimeError, match=r"cannot place .* there are .*'CPU': 2.*'CPU': 2.*trainer\.nnodes"):
             RayResourcePool(asked, use_gpu=False, timeout_s=1).get_placement_group()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cluster, mark, retriever):
+    """A training on both nodes: its folder, status and output, and what ran before it."""
+    before = marked(mark)
+    folder = tmp_path_factory.mktemp("run")
+    model = make_tiny_qwen2(tmp_path_factory.mktemp("model"), tied=True)
+    more = {"trainer__ray_address": cluster.address, "trainer__nnodes": 2, "trainer__total_training_steps": 2}
+    status, output = train("grpo", arguments(folder, model, retriever__url=retriever, **more))
+    return folder, status, output, before
+
+
+def actors(cluster):
+    """The actors that the cluster remembers: class, state, node."""
+    state = GlobalState()
+    options = GcsClientOptions.create(cluster.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+    state._initialize_global_state(options)
+    table = state.actor_table(None).values()
+    return [(actor["ActorClassName"], actor["State"], actor["Address"]["NodeID"]) for actor in table]
+
+
+def test_a_run_trains_on_two_nodes(run, cluster):
+    folder, status, output, _ = run
+    assert status == 0, output[-3000:]
+    placed = re.search(r"ranks 0-0 on \S+ \(node (\w+)\), ranks 1-1 on \S+ \(node (\w+)\)", output)
+    assert placed and placed[1] != placed[2]
+    for line in metrics(folder)[1:]:
+        assert line["rollout/context_violations"] == 0 and line["rollout/logprob_diff_max"] <= 1e-3
+        assert line["actor/grad_norm"] >= 0 and line["training/policy_version"] == line["training/global_step"]
+    engines = [node for name, _, node in actors(cluster) if name == "VLLMServer"]
+    assert engines and all(node.startswith(placed[1]) for node in engines)  # they read what rank 0 leaves in /dev/shm
+
+
+def test_the_cluster_outlives_the_run_and_nothing_else_does(run, cluster, mark, driver):
+    *_, before = run
+    assert [node["Alive"] for node in ray.nodes()] == [True, True]
+    assert ray.get(ray.remote(lambda: 5).remote()) == 5
+    found = actors(cluster)
+    assert Counter(name for name, *_ in found)["WorkerHost"] >= 2 and {state for _, state, _ in found} == {"DEAD"}
+    deadline = time.monotonic() + 60
+    while (left := {pid: command for pid, command in marked(mark).items() if pid not in before}) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.1)
+    assert not left
+
+
+def test_without_an_address_a_run_has_a_ray_of_its_own(tmp_path, cluster, tmp_path_factory, retriever):
+    """One node, whatever else runs on the machine: two are refused."""
+    model = make_tiny_qwen2(tmp_path_factory.mktemp("model"), tied=True)
+    status, output = train("grpo", arguments(tmp_path, model, retriever__url=retriever, trainer__nnodes=2))
+    assert status == 1 and re.search(r"cannot place .* there are \S+ {'CPU': [^{]*}: lower trainer.nnodes", output), (
+        output
+    )

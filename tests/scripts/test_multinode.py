@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from tests.e2e.runs import ROOT
 from tests.retrieval import free_port
 from verl.trainer.config import validate
+from verl.utils.errors import ConfigError
 
 PYTHON_STUB = """#!{python}
 import json, os, sys
@@ -150,6 +151,15 @@ def test_a_signal_stops_the_trainer_and_queues_what_is_not_done(checkout, slurm,
 def test_slurm_script_asks_for_a_retriever(checkout, slurm):
     with job(checkout, slurm) as running:
         assert running.wait(60) == 1 and "RETRIEVER_URL" in running.stderr.read()
+
+
+def test_an_engine_across_two_nodes_is_refused():
+    rollout, cluster = "actor_rollout_ref.rollout", ["trainer.nnodes=2", "trainer.n_gpus_per_node=4"]
+    assert composed([*cluster, f"{rollout}.tensor_model_parallel_size=4"]).trainer.nnodes == 2
+    with pytest.raises(
+        ConfigError, match=r"=8 does not divide trainer\.n_gpus_per_node=4: an engine lives on one"
+    ):
+        composed([*cluster, f"{rollout}.tensor_model_parallel_size=8"])
 
 
 def test_ray_nodes_join_with_a_token_and_leave(checkout, tmp_path):

@@ -32,8 +32,12 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         )
     if rollout.temperature == 0:
         problems.append("actor_rollout_ref.rollout.temperature=0: training needs sampling")
-    if processes % rollout.tensor_model_parallel_size:
-        problems.append(f"rollout.tensor_model_parallel_size does not divide the {processes} training processes")
+    pool, section = (config.trainer, "trainer") if config.actor_rollout_ref.hybrid_engine else (rollout, "rollout")
+    if pool.n_gpus_per_node % rollout.tensor_model_parallel_size:
+        problems.append(
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
+            f"divide {section}.n_gpus_per_node={pool.n_gpus_per_node}: an engine lives on one node"
+        )
     if config.max_model_len < config.data.max_start_length + config.data.max_response_length:
         problems.append(
             f"actor_rollout_ref.rollout.max_model_len={config.max_model_len} holds less than "
