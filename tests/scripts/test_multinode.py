@@ -156,9 +156,7 @@ def test_slurm_script_asks_for_a_retriever(checkout, slurm):
 def test_an_engine_across_two_nodes_is_refused():
     rollout, cluster = "actor_rollout_ref.rollout", ["trainer.nnodes=2", "trainer.n_gpus_per_node=4"]
     assert composed([*cluster, f"{rollout}.tensor_model_parallel_size=4"]).trainer.nnodes == 2
-    with pytest.raises(
-        ConfigError, match=r"=8 does not divide trainer\.n_gpus_per_node=4: an engine lives on one"
-    ):
+    with pytest.raises(ConfigError, match=r"=8 does not divide trainer\.n_gpus_per_node=4: an engine lives on one"):
         composed([*cluster, f"{rollout}.tensor_model_parallel_size=8"])
 
 

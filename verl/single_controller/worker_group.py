@@ -73,7 +73,7 @@ class RayResourcePool:
         """A process in every place of the pool, and their locations, in the order of the ranks."""
         group = self.get_placement_group()
         hosts = [
-            ray.remote(concurrency_groups={WATCH: 1})(WorkerHost)
+            ray.remote(concurrency_groups={WATCH: 1})(WorkerHost)  # pyright: ignore[reportCallIssue]
             .options(
                 num_cpus=1,
                 num_gpus=int(self.use_gpu),
