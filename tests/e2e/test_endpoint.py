@@ -20,6 +20,7 @@ from tests.retrieval import serving
 from verl.trainer.main_eval import run_eval
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.ppo.batching import RolloutFailed
+from verl.trainer.supervise import Stop
 from verl.utils.errors import ConfigError, DataError
 
 KINDS = ("right", "wrong", "malformed", "endless")
@@ -236,7 +237,7 @@ def test_a_refused_key_an_absent_endpoint_and_training_are_clear_errors(question
     with pytest.raises(ConfigError, match="does not answer"):
         run_eval(configuration("direct", "http://127.0.0.1:9", questions, retriever))
     with pytest.raises(ConfigError, match="gives no tokens or weights to train"):
-        run_ppo(configuration("direct", "http://127.0.0.1:9", questions, retriever))
+        run_ppo(configuration("direct", "http://127.0.0.1:9", questions, retriever), Stop())
     no_tokenizer = "actor_rollout_ref.model.tokenizer_path=null"
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         run_eval(configuration("direct", "http://127.0.0.1:9", questions, retriever, no_tokenizer))
@@ -245,7 +246,8 @@ def test_a_refused_key_an_absent_endpoint_and_training_are_clear_errors(question
         run_ppo(
             configuration(
                 "ircot", "", questions, retriever, engine, "actor_rollout_ref.model.path=data/closed_world/base"
-            )
+            ),
+            Stop(),
         )
 
 

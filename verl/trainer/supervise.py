@@ -19,7 +19,7 @@ LOST = 75
 RESTARTS = "restarts.jsonl"
 SUPERVISED = "VERL_SUPERVISED"
 MAX_PAUSE_S = 60.0
-SETTLE_S = 10.0
+SETTLE_S = 5.0
 
 
 def supervise(
