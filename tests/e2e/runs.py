@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,11 +70,19 @@ def arguments(folder: Path, model: Path, **more: Any) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items() if value is not None]
 
 
-def start(config: str, overrides: list[str]) -> "subprocess.Popen[str]":
-    """`python -m verl.trainer.main_ppo`, running."""
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", config, *overrides]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(
+    config: str,
+    overrides: list[str],
+    env: Mapping[str, str] = os.environ,
+    prefix: Sequence[str] = (),
+    output: int | IO[str] = subprocess.PIPE,
+) -> "subprocess.Popen[str]":
+    """`python -m verl.trainer.main_ppo`, running, in a session of its own."""
+    command = [*prefix, sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", config, *overrides]
+    env = {**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def train(config: str, overrides: list[str], timeout: float = 420) -> tuple[int, str]:

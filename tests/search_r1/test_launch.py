@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from search_r1.launch import MAX_SERVER_RESTARTS, RetrievalServer, prepare_world, read_setup
 from search_r1.world.generate import WorldConfig
+from tests.processes import family, wait_for
 from tests.retrieval import write_corpus
-from tests.verl.processes import family, wait_for
 
 ROOT = Path(__file__).parents[2]
 SMALL = WorldConfig(train_people=20, test_people=20, spare_people=0, train_questions=20, test_questions=10, filler=10)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.verl.processes import family, wait_for
+from tests.processes import family, wait_for
 
 ROOT = Path(__file__).parents[2]
 HEAD = """

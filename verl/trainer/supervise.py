@@ -158,7 +158,8 @@ def end_session() -> None:
 class Stop:
     """A request to end the run: `requested` is the signal's number, 0 before there is one.
 
-    The first SIGTERM or SIGINT is noted, the second raises KeyboardInterrupt in the main thread.
+    The first SIGTERM or SIGINT is noted; a SIGINT after that raises KeyboardInterrupt in the main thread. A further
+    SIGTERM does not: who sends it to all processes of a job reaches the driver twice.
     """
 
     def __init__(self) -> None:
@@ -171,7 +172,9 @@ class Stop:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.requested = signum
         text = f"{signal.Signals(signum).name}: finishing this step, then a checkpoint; Ctrl-C again to exit now\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())  # logging is not for handlers

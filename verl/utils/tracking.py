@@ -52,6 +52,7 @@ class Tracking:
     ) -> None:
         self.run_dir, self.panels = Path(run_dir), panels
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.unwritten = ""
         self.console = "console" in loggers
         self.wandb: Any = _start_wandb(run_dir, project, experiment, config, resume_id) if "wandb" in loggers else None
 
@@ -60,11 +61,23 @@ class Tracking:
         return self.wandb.id if self.wandb else None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Appends one line to metrics.jsonl and sends the metrics on. Numbers that are not finite become null there."""
+        """Appends one line to metrics.jsonl and sends the metrics on. Numbers that are not finite become null there.
+
+        Lines that cannot be written (a full disk) are told, kept, and written with the next one.
+        """
         metrics = {**metrics, **{panel: metrics[key] for panel, key in self.panels.items() if key in metrics}}
         line = {STEP: step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.unwritten += json.dumps(line) + "\n"
+        path = self.run_dir / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            if path.exists():
+                os.truncate(path, size)
+            logger.warning("%s: %s; kept in memory until it can be written", path, error)
         if self.wandb:
             self.wandb.log({STEP: step, **metrics})
 
@@ -77,8 +90,11 @@ class Tracking:
         """Writes trajectories/<name>_<step>.jsonl, and the first ones as a wandb table."""
         path = self.run_dir / "trajectories" / f"{name}_{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        with path.open("w") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        try:
+            with path.open("w") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        except OSError as error:
+            logger.warning("%s: %s; these trajectories are not written", path, error)
         if self.wandb:
             import wandb
 

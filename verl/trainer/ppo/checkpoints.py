@@ -36,7 +36,7 @@ class Checkpoints:
         try:
             self._write(run_folder.pending_folder(self.root, step), state, self.config.async_save)
         except (CheckpointError, OSError) as error:
-            self._give_up(error)
+            self._give_up(self._finished() or error)
         if not self.config.async_save:
             self.complete()
 
@@ -60,8 +60,8 @@ class Checkpoints:
             return
         step = self.pending
         try:
-            for role in self.roles.values():
-                role.finish_checkpoint()
+            if error := self._finished():
+                raise error
             run_folder.complete(self.root, step)
         except (CheckpointError, OSError) as error:
             self._give_up(error)
@@ -71,6 +71,16 @@ class Checkpoints:
         self.pending, self.newest = None, step
         self._rank(step)
         run_folder.prune(self.root, self.config.max_ckpt_to_keep)
+
+    def _finished(self) -> CheckpointError | None:
+        """Waits until no role writes any more; what the first to fail says."""
+        errors: list[CheckpointError] = []
+        for role in self.roles.values():
+            try:
+                role.finish_checkpoint()
+            except CheckpointError as error:
+                errors.append(error)
+        return errors[0] if errors else None
 
     def _give_up(self, error: Exception) -> None:
         step, self.pending = self.pending, None

@@ -304,13 +304,14 @@ class RayPPOTrainer:
 
         Raises TrainingCollapsed when the run is to end, or there is nothing left to roll back to.
         """
-        config, folder = self.config.trainer.collapse_watch, self.tracking.run_dir / "alarms" / f"step_{self.step}"
+        config, rolled_back = self.config.trainer.collapse_watch, len(self.checkpoints.roll_backs())
+        name = f"step_{self.step}" + (f"-{rolled_back}" if rolled_back else "")
+        folder = self.tracking.run_dir / "alarms" / name
         self.checkpoints.snapshot(folder, self.state_dict())
         (folder / "alarm.txt").write_text(alarm.message() + "\n")
         self.tracking.message(f"{alarm.message()}\nresponse: {config.response}; the state is in {folder}")
         if config.response == "continue":
             return
-        rolled_back = len(self.checkpoints.roll_backs())
         if config.response == "stop" or rolled_back == config.max_roll_backs:
             raise TrainingCollapsed(f"{alarm.message()}\nafter {rolled_back} roll-backs; the state is in {folder}")
         self.roll_back(alarm, folder)
