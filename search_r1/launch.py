@@ -50,6 +50,8 @@ class SetupConfig(Config):
     """JSONL corpus with `id` and `contents`."""
     index_dir: str | None = None
     """Folder of its BM25 index, built and served unless retriever.url is given as an override."""
+    server_flags: list[str] = []
+    """Further flags of that server."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +109,9 @@ def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator["Retr
     if setup.index_dir is None or named or not config.do_search:
         yield None
         return
-    with RetrievalServer(Path(setup.index_dir, "bm25"), str(setup.corpus_path), int(config.retriever.topk)) as server:
+    with RetrievalServer(
+        Path(setup.index_dir, "bm25"), str(setup.corpus_path), int(config.retriever.topk), setup.server_flags
+    ) as server:
         yield server
 
 
@@ -166,14 +170,14 @@ def module(name: str, *flags: str) -> None:
 class RetrievalServer:
     """A retrieval server over an index, at `url`. Ctrl-C does not reach it; it ends on the way out, or with this."""
 
-    def __init__(self, index: Path, corpus: str, topk: int) -> None:
+    def __init__(self, index: Path, corpus: str, topk: int, flags: Sequence[str] = ()) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/retrieve"
         command = [sys.executable, "-m", "search_r1.search.retrieval_server", "--retriever_name", "bm25"]
         command += ["--index_path", str(index), "--corpus_path", corpus, "--topk", str(topk), "--port", str(self.port)]
-        self.command = [*command, "--log_level", "warning"]  # the console is the run's
+        self.command = [*command, "--log_level", "warning", *flags]  # the console is the run's
         self.restarts = 0
 
     def start(self) -> "subprocess.Popen[bytes]":

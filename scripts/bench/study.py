@@ -39,14 +39,21 @@ def main(
 
 
 def run_missing(
-    name: str, commands: Sequence[Sequence[str]], rows: Path, figures: Callable[[str], Row], commit: bool
+    name: str,
+    commands: Sequence[Sequence[str]],
+    rows: Path,
+    figures: Callable[[str], Row],
+    commit: bool,
+    status: int = 0,
 ) -> None:
-    """Runs the commands of `name` and appends its row, unless `rows` has it."""
+    """Runs the commands of `name`, each to end with `status`, and appends its row, unless `rows` has it."""
     if name in {row["run"] for row in read_rows(rows)}:
         return
     began = time.monotonic()
     for command in commands:
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        ended = subprocess.run(command, cwd=ROOT, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        if ended.returncode != status:
+            sys.exit(f"error: {name} ended with status {ended.returncode}, expected {status}: {' '.join(command)}")
     head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     row = {"run": name, "commit": head, "wall_s": round(time.monotonic() - began), **figures(name)}
     with rows.open("a", encoding="utf-8") as file:

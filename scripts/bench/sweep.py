@@ -2,8 +2,9 @@
 
     python scripts/bench/sweep.py configs/sweeps/algorithms.yaml [RUN ...] [--rows FILE] [--commit]
 
-SWEEP.yaml has `overrides` of all runs, and `runs`: {NAME: {config: grpo | ppo, seeds: [0], overrides: []}}. A finished
-run appends its row to --rows and is not run again; an interrupted one resumes from its last checkpoint.
+SWEEP.yaml has `overrides` of all runs, and `runs`: {NAME: {config: grpo | ppo, seeds: [0], overrides: [], status: 0}},
+where `status` is what a run is to end with. A finished run appends its row to --rows and is not run again; an
+interrupted one resumes from its last checkpoint.
 """
 
 import argparse
@@ -19,28 +20,28 @@ import yaml
 
 from search_r1.report import STEP, summary
 
+DEFAULTS: dict[str, Any] = {"config": "grpo", "seeds": [0], "overrides": [], "status": 0}
 REACHED = 0.8
 COLLAPSED = 0.5
 """A collapse: a validation score that falls below this share of the best one before it."""
 
 
-def read_sweep(path: Path) -> dict[str, list[list[str]]]:
-    """Commands by run, a run for each seed. Exits naming an unknown key."""
+def read_sweep(path: Path) -> dict[str, tuple[list[str], int]]:
+    """Command and exit status by run, a run for each seed. Exits naming an unknown key."""
     sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
-    runs: dict[str, list[list[str]]] = {}
+    runs: dict[str, tuple[list[str], int]] = {}
     for name, given in sweep["runs"].items():
-        if unknown := (given or {}).keys() - {"config", "seeds", "overrides"}:
-            sys.exit(f"error: {path}, {name}: unknown {', '.join(sorted(unknown))}; expected config, seeds, overrides")
-        settings: dict[str, Any] = {"config": "grpo", "seeds": [0], "overrides": [], **(given or {})}
+        if unknown := (given or {}).keys() - DEFAULTS.keys():
+            sys.exit(f"error: {path}, {name}: unknown {', '.join(sorted(unknown))}; expected {', '.join(DEFAULTS)}")
+        settings = {**DEFAULTS, **(given or {})}
         for seed in settings["seeds"]:
             run = f"{name}-seed{seed}"
-            runs[run] = [
-                [
-                    "bash", f"train_{settings['config']}.sh", *sweep.get("overrides", []), *settings["overrides"],
-                    f"trainer.seed={seed}", f"trainer.experiment_name={path.stem}-{run}",
-                    f"trainer.default_local_dir={folder_of(path, run)}",
-                ]
+            command = [
+                "bash", f"train_{settings['config']}.sh", *sweep.get("overrides", []), *settings["overrides"],
+                f"trainer.seed={seed}", f"trainer.experiment_name={path.stem}-{run}",
+                f"trainer.default_local_dir={folder_of(path, run)}",
             ]  # fmt: skip
+            runs[run] = command, settings["status"]
     return runs
 
 
@@ -60,6 +61,7 @@ def figures(folder: Path) -> study.Row:
     for _, score in curve:
         collapses += score < COLLAPSED * best
         best = max(best, score)
+    trained = [line for line in metrics if "perf/time_per_step" in line]
     last = sorted((folder / "trajectories").glob("val_*.jsonl"))[-1]
     by_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in map(json.loads, last.open()):
@@ -67,10 +69,20 @@ def figures(folder: Path) -> study.Row:
     return {
         "steps": metrics[-1][STEP], "curve": curve, "collapses": collapses,
         "samples_to_reach": next((n for n, score in curve if score >= REACHED), None),
-        "timer_coverage": statistics.median(line["perf/timer_coverage"] for line in metrics if line[STEP] > 0),
+        "timer_coverage": statistics.median(line["perf/timer_coverage"] for line in trained),
+        "seconds": [round(line["perf/time_per_step"], 2) for line in trained],
+        "staleness": mean_of(trained, "training/staleness/share_"),
+        "mismatch": mean_of(trained, "rollout_corr/"),
+        "alarms": [p.read_text() for p in sorted(folder.glob("alarms/*/alarm.txt"), key=lambda p: p.stat().st_mtime)],
         "optimizer_steps": sum(line.get("actor/optimizer_steps", 0) for line in metrics),
         "last": {source: summary(records) for source, records in sorted(by_source.items())},
     }  # fmt: skip
+
+
+def mean_of(metrics: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    """Mean over the training steps of every metric under `prefix`; where a step lacks one it counts 0."""
+    names = sorted({key for line in metrics for key in line if key.startswith(prefix)})
+    return {n.removeprefix(prefix): sum(line.get(n) or 0.0 for line in metrics) / len(metrics) for n in names}
 
 
 def table(rows: list[study.Row]) -> str:
@@ -117,9 +129,9 @@ def main() -> None:
     if unknown := sorted(set(args.runs) - set(runs)):
         parser.error(f"unknown runs: {', '.join(unknown)}; there are {', '.join(runs)}")
     for name in args.runs or runs:
-        study.run_missing(
-            name, runs[name], rows, lambda run: figures(study.ROOT / folder_of(args.sweep, run)), args.commit
-        )
+        command, status = runs[name]
+        folder = study.ROOT / folder_of(args.sweep, name)
+        study.run_missing(name, [command], rows, lambda _, folder=folder: figures(folder), args.commit, status)
     found = study.read_rows(rows)
     sys.stdout.write(table(found))
     if found:

@@ -255,8 +255,8 @@ def test_asked_to_stop(tmp_path, model):
 
 def test_asynchronous_and_killed(tmp_path, model):
     """Two engines beside the training, batches rolled out two steps ahead, new weights between turns, validation on an
-    engine of its own. Everything killed after step 4, then resumed: every batch is trained on once and in order although
-    others were under way; no token is older than two versions; trajectories change weights between turns."""
+    engine of its own. Everything killed after step 5, then resumed: every batch is trained on once and in order
+    although others were under way; no token is older than two versions; trajectories change weights between turns."""
     settings = {
         "async_training__max_staleness": 2,
         "algorithm__rollout_correction__rollout_is": "token",
@@ -305,6 +305,7 @@ def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
         "trainer__collapse_watch__max_roll_backs": 1,
         "+trainer__collapse_watch__signals": "{reward/calls: {above: 40}}",  # 12 a step: the fourth has 42.5 on average
         "actor_rollout_ref__actor__optim__lr": 1e-3,
+        "actor_rollout_ref__rollout__num_agent_workers": 1,
         "custom_reward_function__path": reward,
     }
     with family() as environment:
@@ -320,7 +321,7 @@ def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
 
 
 def test_a_loss_that_is_not_finite(tmp_path, model):
-    """Rewards of NaN: the step is skipped, its batch kept to reproduce it, and after the allowed number the run ends."""
+    """Rewards of NaN: the step is skipped and its batch kept to reproduce it; after the allowed number the run ends."""
     reward = tmp_path / "reward.py"
     reward.write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return float('nan')\n"

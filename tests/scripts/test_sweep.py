@@ -17,11 +17,13 @@ import sweep
 
 ALGORITHMS = ROOT / "configs" / "sweeps" / "algorithms.yaml"
 MASKING = ROOT / "configs" / "sweeps" / "masking.yaml"
+ASYNCHRONY = ROOT / "configs" / "sweeps" / "asynchrony.yaml"
+COLLAPSE = ROOT / "configs" / "sweeps" / "collapse.yaml"
 
 
 @pytest.mark.parametrize("run", sweep.read_sweep(ALGORITHMS))
 def test_runs_take_equal_samples_and_optimizer_steps(run):
-    ((_, script, *overrides),) = sweep.read_sweep(ALGORITHMS)[run]
+    (_, script, *overrides), _ = sweep.read_sweep(ALGORITHMS)[run]
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         name = script.removeprefix("train_").removesuffix(".sh")
         config = validate(OmegaConf.to_container(compose(name, overrides), resolve=True))
@@ -29,9 +31,21 @@ def test_runs_take_equal_samples_and_optimizer_steps(run):
     assert config.trainer.default_local_dir == f"runs/algorithms/{run}"
 
 
+@pytest.mark.parametrize(
+    ("path", "run"), [(path, run) for path in (ASYNCHRONY, COLLAPSE) for run in sweep.read_sweep(path)]
+)
+def test_runs_of_other_sweeps_compose(path, run):
+    (_, script, *overrides), status = sweep.read_sweep(path)[run]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        composed = compose(script.removeprefix("train_").removesuffix(".sh"), overrides)
+    config = validate(OmegaConf.to_container(composed, resolve=True))
+    assert status == int(config.trainer.collapse_watch.response == "stop")
+    assert bool(read_setup(composed).server_flags) == (path == ASYNCHRONY)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_masked_and_unmasked_runs_read_the_same_world(masked):
-    ((_, _, *overrides),) = sweep.read_sweep(MASKING)["masked-seed0" if masked else "unmasked-seed0"]
+    (_, _, *overrides), _ = sweep.read_sweep(MASKING)["masked-seed0" if masked else "unmasked-seed0"]
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         composed = compose("grpo", overrides)
     config = validate(OmegaConf.to_container(composed, resolve=True)).actor_rollout_ref
@@ -40,7 +54,7 @@ def test_masked_and_unmasked_runs_read_the_same_world(masked):
 
 def test_an_unknown_key_is_named(tmp_path):
     (tmp_path / "s.yaml").write_text("runs: {a: {seed: 1}}")
-    with pytest.raises(SystemExit, match=r"s\.yaml, a: unknown seed; expected config, seeds, overrides"):
+    with pytest.raises(SystemExit, match=r"s\.yaml, a: unknown seed; expected config, seeds, overrides, status"):
         sweep.read_sweep(tmp_path / "s.yaml")
 
 
@@ -49,13 +63,15 @@ def test_a_finished_run_becomes_a_row_a_table_and_a_plot(tmp_path):
     lines: list[dict] = [{"training/global_step": i, "val/test_score/all": s} for i, s in enumerate(scores)]
     for line in lines[1:]:
         line |= {"training/num_trajectories": 240, "perf/timer_coverage": 0.9 + line["training/global_step"] / 100}
+        line |= {"perf/time_per_step": 2.0, "training/staleness/share_0": 0.25, "training/staleness/share_1": 0.75}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "trajectories").mkdir()
     last = [record("q", [("x", [passage("1")])], em=1.0, gold="1"), record("r", [], em=0.0)]
     (tmp_path / "trajectories" / "val_000003.jsonl").write_text("".join(json.dumps(r) + "\n" for r in last))
     row = {"run": "grpo-seed0", "wall_s": 60, **sweep.figures(tmp_path)}
     assert row["curve"] == [(0, 0.1), (240, 0.85), (480, 0.3), (720, 0.9)]
-    assert row["timer_coverage"] == 0.92
+    assert row["timer_coverage"] == 0.92 and row["seconds"] == [2.0] * 3 and row["alarms"] == []
+    assert row["staleness"] == {"0": 0.25, "1": 0.75} and row["mismatch"] == {}
     assert row["samples_to_reach"] == 240 and row["collapses"] == 1 and row["last"]["set"]["EM"] == 0.5
     assert "| grpo-seed0 | 0.900 | 0.500 | 0.50 | 240 | 0 | 1 | 1.0 |" in sweep.table([row])
     sweep.plot([row], tmp_path / "plot.png")
