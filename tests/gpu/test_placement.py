@@ -1,4 +1,4 @@
-"""The real command on one GPU that trainer and engine share: sleep, wake-up, weights through CUDA IPC."""
+"""The real command on GPUs: engines that share the trainer's (sleep, CUDA IPC), and engines on their own (NCCL)."""
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ def model(tmp_path_factory):
     return make_tiny_qwen2(tmp_path_factory.mktemp("model"), tied=True, width=128)
 
 
-def two_steps(folder: Path, model: Path, retriever: str, device: str, **more: Any) -> list[dict[str, Any]]:
-    """Metrics of two steps of GRPO in bfloat16."""
+def few_steps(folder: Path, model: Path, retriever: str, device: str, **more: Any) -> list[dict[str, Any]]:
+    """Metrics of two steps of GRPO in bfloat16, or as many as `more` says."""
     reward = folder / "reward.py"  # varies even with random weights
     reward.write_text("def compute_score(solution_str, **_):\n    return len(solution_str) / 100\n")
     settings = {
@@ -49,7 +49,7 @@ def two_steps(folder: Path, model: Path, retriever: str, device: str, **more: An
 @pytest.mark.gpu("vllm")
 @pytest.mark.parametrize("more", [{}, LORA], ids=["all weights", "lora"])
 def test_the_engine_samples_from_the_policy_that_is_trained(tmp_path, model, retriever, more):
-    lines = two_steps(tmp_path, model, retriever, "cuda", **more)
+    lines = few_steps(tmp_path, model, retriever, "cuda", **more)
     assert [line["training/global_step"] for line in lines] == [0, 1, 2]
     for line in lines[1:]:
         assert line["training/policy_version"] == line["training/global_step"]
@@ -58,3 +58,29 @@ def test_the_engine_samples_from_the_policy_that_is_trained(tmp_path, model, ret
         assert 0 < line["rollout/logprob_diff_mean"] < MEAN_GAP
     exported, initial = (AutoModelForCausalLM.from_pretrained(p) for p in (tmp_path / "run/hf", model))
     assert not torch.equal(exported.model.layers[0].mlp.up_proj.weight, initial.model.layers[0].mlp.up_proj.weight)
+
+
+def separate(val_replicas: int) -> dict[str, Any]:
+    """Engines on GPUs of their own, batches rolled out two steps ahead."""
+    return {
+        "actor_rollout_ref__hybrid_engine": "false",
+        f"{ROLLOUT}__n_gpus_per_node": 1 + val_replicas,
+        f"{ROLLOUT}__num_val_replicas": val_replicas,
+        "async_training__max_staleness": 2,
+        "algorithm__rollout_correction__rollout_is": "token",
+        "trainer__total_training_steps": 6,
+        "trainer__test_freq": 2,
+    }
+
+
+@pytest.mark.gpu("vllm")
+@pytest.mark.parametrize("val_replicas", [0, 1])
+def test_engines_on_gpus_of_their_own_roll_out_while_the_policy_is_trained(tmp_path, model, retriever, val_replicas):
+    if torch.cuda.device_count() < 2 + val_replicas:
+        pytest.skip(f"needs {2 + val_replicas} CUDA devices")
+    lines = few_steps(tmp_path, model, retriever, "cuda", **separate(val_replicas))
+    trained = [line for line in lines if "actor/grad_norm" in line]
+    assert [line["training/global_step"] for line in trained] == list(range(1, 7))
+    assert trained[0]["rollout/logprob_diff_mean"] < MEAN_GAP  # no update in between: only the transfer counts
+    assert max(line["training/staleness/max"] for line in trained) == 2
+    assert sorted(line["training/global_step"] for line in lines if "val/test_score/all" in line) == [0, 2, 4, 6]
