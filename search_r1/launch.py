@@ -109,6 +109,11 @@ def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator["Retr
     if setup.index_dir is None or named or not config.do_search:
         yield None
         return
+    if config.trainer.nnodes > 1:
+        sys.exit(
+            f"error: trainer.nnodes={config.trainer.nnodes}: a retrieval server started here answers on this machine "
+            "alone: start one that all nodes reach, and name it by retriever.url (docs/multinode.md)"
+        )
     with RetrievalServer(
         Path(setup.index_dir, "bm25"), str(setup.corpus_path), int(config.retriever.topk), setup.server_flags
     ) as server:

@@ -329,8 +329,8 @@ class RayPPOTrainer:
         self.tracking.message(f"rolled back to step {healthy}; learning rates times {factor}")
 
     def finish(self) -> None:
-        """Writes what is still under way: a validation, a checkpoint of the last step."""
-        with self.timers("testing"):
+        """Writes what is still under way: a validation (after a request to stop, the resumed run's), the last step."""
+        if not self.stop.requested:
             self.finish_validation()
         if self.checkpoints.newest < self.step and not self.config.trainer.val_only:
             self.save_checkpoint()
