@@ -1,6 +1,7 @@
-"""Processes that a test starts, found again by a mark in their environment."""
+"""Processes that a test starts, found again by a mark in their environment; a disk that is full."""
 
 import os
+import resource
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -43,3 +44,14 @@ def family() -> Iterator[tuple[dict[str, str], Callable[[], list[int]]]]:
         for pid in marked(mark):
             with suppress(ProcessLookupError):
                 os.kill(pid, 9)
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes: writes raise OSError, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -11,7 +11,6 @@ from verl.utils.run_folder import (
     best,
     complete,
     discard,
-    find_before,
     find_latest,
     mark_best,
     name_latest,
@@ -63,8 +62,6 @@ def test_steps_are_ordered_as_numbers(tmp_path):
     (tmp_path / "global_step_x").mkdir()
     (tmp_path / "global_step_7").write_text("a file")
     assert steps(tmp_path) == [9, 20, 100]
-    assert find_before(tmp_path, 100) == tmp_path / "global_step_20"
-    assert find_before(tmp_path, 9) is None
 
 
 def test_leftovers_of_a_crash_are_removed(tmp_path):

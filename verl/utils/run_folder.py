@@ -42,7 +42,9 @@ def complete(root: str | Path, step: int) -> Path:
 
     Raises FileNotFoundError when nothing was written for that step.
     """
-    folder = folder_of(root, step)
+    folder, record = folder_of(root, step), best(root)
+    if record and record["step"] == step:
+        (Path(root) / BEST).unlink()  # other weights had that value
     replace_folder(pending_folder(root, step), folder)
     name_latest(root, step)
     return folder
@@ -92,12 +94,6 @@ def find_latest(root: str | Path) -> Path | None:
         return None
     logger.warning("%s names %s: taking %s", marker, repr(text) if text else "nothing", folder_of(root, step))
     return folder_of(root, step)
-
-
-def find_before(root: str | Path, step: int) -> Path | None:
-    """Folder of the newest complete checkpoint before `step`, None if there is none: where to roll back to."""
-    earlier = [s for s in steps(root) if s < step]
-    return folder_of(root, earlier[-1]) if earlier else None
 
 
 def best(root: str | Path) -> dict[str, Any] | None:

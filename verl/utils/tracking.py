@@ -68,6 +68,11 @@ class Tracking:
         metrics = {**metrics, **{panel: metrics[key] for panel, key in self.panels.items() if key in metrics}}
         line = {STEP: step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
         self.unwritten += json.dumps(line) + "\n"
+        self._write()
+        if self.wandb:
+            self.wandb.log({STEP: step, **metrics})
+
+    def _write(self) -> None:
         path = self.run_dir / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -78,8 +83,6 @@ class Tracking:
             if path.exists():
                 os.truncate(path, size)
             logger.warning("%s: %s; kept in memory until it can be written", path, error)
-        if self.wandb:
-            self.wandb.log({STEP: step, **metrics})
 
     def message(self, text: str) -> None:
         """A line on the console."""
@@ -89,11 +92,12 @@ class Tracking:
     def log_trajectories(self, name: str, records: Sequence[dict[str, Any]], step: int, samples: int = 8) -> Path:
         """Writes trajectories/<name>_<step>.jsonl, and the first ones as a wandb table."""
         path = self.run_dir / "trajectories" / f"{name}_{step:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
         try:
+            path.parent.mkdir(exist_ok=True)
             with path.open("w") as file:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         except OSError as error:
+            path.unlink(missing_ok=True)
             logger.warning("%s: %s; these trajectories are not written", path, error)
         if self.wandb:
             import wandb
@@ -107,6 +111,9 @@ class Tracking:
         return path
 
     def finish(self) -> None:
+        """Ends the run of wandb; a last attempt to write what could not be written."""
+        if self.unwritten:
+            self._write()
         if self.wandb:
             self.wandb.finish()
 

@@ -1,5 +1,6 @@
 """The checkpoints of a run, as its driver sees them: written in the background, named when whole, rolled back to."""
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -26,13 +27,15 @@ class Checkpoints:
         self.config, self.root, self.message = config, Path(config.default_local_dir), message
         self.roles = {name: roles[name] for name in ("actor", "critic") if name in roles}
         self.pending: int | None = None
+        self.failure: Exception | None = None
+        """Why the last checkpoint was given up."""
         self.newest = 0
         self.scores: dict[int, float] = {}
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copies everything, and starts writing it; training may go on when this returns."""
         self.complete()
-        self.pending = step
+        self.pending, self.failure = step, None
         try:
             self._write(run_folder.pending_folder(self.root, step), state, self.config.async_save)
         except (CheckpointError, OSError) as error:
@@ -47,26 +50,29 @@ class Checkpoints:
 
     def _write(self, folder: Path, state: dict[str, Any], asynchronous: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, folder / TRAINER)
+        content = io.BytesIO()
+        torch.save({**state, "roll_backs": len(self.roll_backs())}, content)
+        (folder / TRAINER).write_bytes(content.getvalue())  # torch's own writer raises RuntimeError on a full disk
         for name, role in self.roles.items():
             role.save_checkpoint(str(folder / name), asynchronous)
 
     def complete(self, must_succeed: bool = False) -> None:
         """Waits for the checkpoint under way, makes it the one to resume from, and deletes what is not to be kept.
 
-        Raises CheckpointError with `must_succeed`, else a checkpoint that failed is given up.
+        A checkpoint that failed is given up; with `must_succeed` the last one raises CheckpointError or OSError.
         """
-        if self.pending is None:
-            return
-        step = self.pending
+        if self.pending is not None:
+            self._complete(self.pending)
+        if must_succeed and self.failure is not None:
+            raise self.failure
+
+    def _complete(self, step: int) -> None:
         try:
             if error := self._finished():
                 raise error
             run_folder.complete(self.root, step)
         except (CheckpointError, OSError) as error:
             self._give_up(error)
-            if must_succeed:
-                raise
             return
         self.pending, self.newest = None, step
         self._rank(step)
@@ -83,7 +89,7 @@ class Checkpoints:
         return errors[0] if errors else None
 
     def _give_up(self, error: Exception) -> None:
-        step, self.pending = self.pending, None
+        step, self.pending, self.failure = self.pending, None, error
         assert step is not None
         self.message(f"checkpoint of step {step} FAILED, training goes on and the one before stays: {error}")
         run_folder.discard(self.root, step)
@@ -98,8 +104,12 @@ class Checkpoints:
     def _rank(self, step: int) -> None:
         """Calls the checkpoint the best if it is, once it is whole and scored."""
         name = self.config.best_metric
-        if name is not None and step in self.scores and run_folder.folder_of(self.root, step).is_dir():
+        if name is None or step not in self.scores or not run_folder.folder_of(self.root, step).is_dir():
+            return
+        try:
             run_folder.mark_best(self.root, step, name, self.scores[step])
+        except OSError as error:
+            self.message(f"the checkpoint of step {step} could not be compared with the best: {error}")
 
     def load(self, step: int) -> dict[str, Any]:
         """Restores the roles as they were after `step`; what `save` was given as the driver's state.
@@ -109,12 +119,13 @@ class Checkpoints:
         folder = run_folder.folder_of(self.root, step)
         for name, role in self.roles.items():
             role.load_checkpoint(str(folder / name))
-        factor = math.prod(entry["lr_factor"] for entry in self.roll_backs() if entry["to"] >= step)
+        state = torch.load(folder / TRAINER, weights_only=False)
+        factor = math.prod(entry["lr_factor"] for entry in self._rolled_back_since(state) if entry["to"] >= step)
         if factor != 1:
             for role in self.roles.values():
                 role.scale_lr(factor)
         self.newest = step
-        return torch.load(folder / TRAINER, weights_only=False)
+        return state
 
     def roll_backs(self) -> list[dict[str, float]]:
         """What was rolled back in this run folder: `alarm` and `to` (steps), `lr_factor`."""
@@ -122,13 +133,25 @@ class Checkpoints:
         return json.loads(path.read_text()) if path.exists() else []
 
     def rewind(self, alarm: int, before: int, lr_factor: float) -> int | None:
-        """The newest checkpoint older than the step `before`, now the one to resume from; None if there is none."""
+        """The newest checkpoint older than the step `before`, now the one to resume from; None if there is none.
+
+        None that an earlier roll back gave up: training may have come by without replacing it.
+        """
         self.complete()
-        folder = run_folder.find_before(self.root, before)
-        if folder is None:
+        healthy = [s for s in run_folder.steps(self.root) if s < before and not self._given_up(s)]
+        if not healthy:
             return None
-        step = run_folder.step_of(folder)
+        step = healthy[-1]
+        self.scores = {scored: value for scored, value in self.scores.items() if scored <= step}
         entries = [*self.roll_backs(), {"alarm": alarm, "to": step, "lr_factor": lr_factor}]
         run_folder.write_atomically(self.root / ROLL_BACKS, json.dumps(entries))
         run_folder.name_latest(self.root, step)
         return step
+
+    def _given_up(self, step: int) -> bool:
+        state = torch.load(run_folder.folder_of(self.root, step) / TRAINER, weights_only=False)
+        return any(entry["to"] < step for entry in self._rolled_back_since(state))
+
+    def _rolled_back_since(self, state: dict[str, Any]) -> list[dict[str, float]]:
+        """The roll-backs that a checkpoint with this state has not seen."""
+        return self.roll_backs()[state.get("roll_backs", 0) :]

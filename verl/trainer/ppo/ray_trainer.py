@@ -282,7 +282,7 @@ class RayPPOTrainer:
             f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in sorted(metrics.items()) if "test_score" in k)
         )
         self.checkpoints.score(step, metrics)
-        if step == self.step and step > 0 and not self.config.trainer.val_only:
+        if step == self.step and self.metrics:  # its line is not written yet
             self.metrics |= metrics
         else:
             self.tracking.log(metrics, step)
@@ -312,7 +312,7 @@ class RayPPOTrainer:
         self.tracking.message(f"{alarm.message()}\nresponse: {config.response}; the state is in {folder}")
         if config.response == "continue":
             return
-        if config.response == "stop" or rolled_back == config.max_roll_backs:
+        if config.response == "stop" or rolled_back >= config.max_roll_backs:
             raise TrainingCollapsed(f"{alarm.message()}\nafter {rolled_back} roll-backs; the state is in {folder}")
         self.roll_back(alarm, folder)
 
@@ -324,6 +324,7 @@ class RayPPOTrainer:
             raise TrainingCollapsed(f"{alarm.message()}\nno checkpoint is older than step {alarm.since}")
         self.validating = None
         truncate_metrics(str(self.tracking.run_dir), healthy, moved_to=folder / "metrics.jsonl")
+        self.sleep()
         self.load_checkpoint(healthy)
         self.sync_weights()
         self.tracking.message(f"rolled back to step {healthy}; learning rates times {factor}")
@@ -332,9 +333,12 @@ class RayPPOTrainer:
         """Writes what is still under way: a validation (after a request to stop, the resumed run's), the last step."""
         if not self.stop.requested:
             self.finish_validation()
+        with self.timers("save_checkpoint"):
+            self.checkpoints.complete()
         if self.checkpoints.newest < self.step and not self.config.trainer.val_only:
             self.save_checkpoint()
-        self.checkpoints.complete(must_succeed=True)
+        with self.timers("save_checkpoint"):
+            self.checkpoints.complete(must_succeed=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the states of the workers."""
