@@ -186,3 +186,74 @@ def test_combinations_that_would_be_something_else_are_refused(overrides, reason
     with pytest.raises(ConfigError) as caught:
         validate(composed("grpo", *overrides))
     assert reason in str(caught.value)
+
+
+STALE, BYPASS = "async_training.max_staleness=1", "algorithm.rollout_correction.bypass_mode=true"
+CORRECTED = "algorithm.rollout_correction.rollout_is=token"
+CUDA, APART = "trainer.device=cuda", "actor_rollout_ref.hybrid_engine=false"
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [STALE, CORRECTED], [STALE, "algorithm.rollout_correction.rollout_rs=sequence"],
+        [STALE, BYPASS], [STALE, BYPASS, f"{ACTOR}.policy_loss.loss_mode=cispo"],
+        [STALE, CORRECTED, CUDA, APART], [BYPASS],
+        [CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=1"],
+        [f"{ROLLOUT}.num_val_replicas=1"], [STALE, CORRECTED, "async_training.partial_rollout=false"],
+    ],
+)  # fmt: skip
+def test_asynchrony_with_what_allows_for_it(overrides):
+    assert validate(composed("grpo", "trainer.device=cpu", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ([STALE], "async_training.max_staleness=1: tokens are sampled from older weights"),
+        ([STALE, BYPASS, REINFORCE, *ONE_STEP], "or bypass_mode with a loss that clips"),
+        ([BYPASS, CORRECTED], "bypass_mode: the ratio to the sampler is in the loss already"),
+        ([BYPASS, "algorithm.rollout_correction.rollout_rs=token"], "set them to null"),
+        ([STALE, CORRECTED, CUDA], "max_staleness=1: engines roll out while the weights are updated"),
+        ([CUDA, f"{ROLLOUT}.num_val_replicas=1"], "num_val_replicas=1: engines that validate during training need"),
+        ([CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=2"], "2 GPUs hold no engine"),
+        ([CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=1",
+          f"{ROLLOUT}.tensor_model_parallel_size=2"], "beside the 1 of num_val_replicas"),
+    ],
+)  # fmt: skip
+def test_asynchrony_that_nothing_allows_for_is_refused(overrides, reason):
+    with pytest.raises(ConfigError) as caught:
+        validate(composed("grpo", "trainer.device=cpu", *overrides))
+    assert reason in str(caught.value) and str(caught.value).count("\n") <= 1, "that and nothing else"
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_one_switch_makes_runs_deterministic(algorithm):
+    config = validate(composed(algorithm, "+mode=deterministic"))
+    assert config.trainer.deterministic and config.actor_rollout_ref.rollout.max_num_seqs == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "cure"),
+    [
+        (f"{ROLLOUT}.num_replicas=2", f"{ROLLOUT}.num_replicas=1"),
+        (f"{ROLLOUT}.max_num_seqs=2", f"{ROLLOUT}.max_num_seqs=1"),
+        (f"{ROLLOUT}.enable_prefix_caching=true", f"{ROLLOUT}.enable_prefix_caching=false"),
+        (f"{ROLLOUT}.per_request_seed=false", f"{ROLLOUT}.per_request_seed=true"),
+        (f"{ROLLOUT}.cpu_threads=null", f"{ROLLOUT}.cpu_threads=1"),
+        ("trainer.threads_per_rank=null", "trainer.threads_per_rank=1"),
+        (STALE, "async_training.max_staleness=0"),
+    ],
+)
+def test_what_would_not_be_deterministic_is_refused_with_its_cure(override, cure):
+    with pytest.raises(ConfigError) as caught:
+        validate(composed("grpo", "trainer.device=cpu", "+mode=deterministic", CORRECTED, override))
+    assert f"trainer.deterministic=true needs {cure} (+mode=deterministic sets all)" in str(caught.value)
+
+
+def test_all_that_deterministic_runs_lack_is_listed():
+    with pytest.raises(ConfigError) as caught:
+        validate(composed("grpo", "trainer.deterministic=true"))
+    for key in ("max_num_seqs=1", "enable_prefix_caching=false", "per_request_seed=true", "threads_per_rank=1"):
+        assert key in str(caught.value)

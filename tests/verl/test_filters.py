@@ -6,7 +6,8 @@ import torch
 
 from verl.agent import Completion, Segment, Source, Trajectory, context_digest
 from verl.protocol import DataProto, collate_trajectories
-from verl.trainer.ppo.filters import differing_groups, filter_loss, first_groups
+from verl.trainer.config import RolloutCorrectionConfig
+from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
 from verl.workers.rollout.agent_worker import Job
 
 
@@ -58,3 +59,22 @@ def test_turns_and_limits_travel_with_the_batch():
     batch = collate_trajectories([cut, whole], 0).batch
     assert batch["turns"].tolist() == [[0, 0, -1, 1], [0, -1, -1, -1]]
     assert batch["truncated"].tolist() == [True, False] and batch["void_turns"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("trains_on_observations", [False, True])
+def test_bypassing_takes_the_samplers_log_probs_on_tokens_of_the_policy(trains_on_observations):
+    mask = torch.tensor([[1, int(trains_on_observations), 1, 0], [1, 0, 0, 0]])
+    data = DataProto.from_dict(
+        {
+            "old_log_probs": torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-5.0, -6.0, -7.0, -8.0]]),
+            "rollout_log_probs": torch.tensor([[-1.5, 0.0, -2.5, 0.0], [-5.5, 0.0, 0.0, 0.0]]),
+            "response_mask": mask,
+            "turns": torch.tensor([[0, -1, 1, -1], [0, -1, -1, -1]]),
+        }
+    )
+    plain, expected = correct_rollout(data, RolloutCorrectionConfig())
+    bypassed, metrics = correct_rollout(data, RolloutCorrectionConfig(bypass_mode=True))
+    assert bypassed.batch["old_log_probs"].tolist() == [[-1.5, -2.0, -2.5, -4.0], [-5.5, -6.0, -7.0, -8.0]]
+    assert metrics == expected and metrics["rollout_corr/diff_mean"] == 0.5, "of the trainer's log-probs"
+    assert torch.equal(plain.batch["old_log_probs"], data.batch["old_log_probs"])
+    assert torch.equal(bypassed.batch["response_mask"], mask) and "rollout_is_weights" not in bypassed.batch

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from verl.protocol import DataProto
-from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics, explained_variance
+from verl.trainer.ppo.metrics import (
+    compute_data_metrics,
+    compute_throughput_metrics,
+    explained_variance,
+    staleness_metrics,
+)
 
 NAN = math.nan
 
@@ -88,3 +93,19 @@ def test_observations_are_not_sampled_even_where_they_are_trained_on():
     everything = everything.with_tensors(response_mask=everything.batch["attention_mask"][:, 2:])
     for name in ("response_length_model/mean", "response_length_observation/mean", "rollout/logprob_diff_max"):
         assert compute_data_metrics(everything, 4)[name] == compute_data_metrics(batch(), 4)[name]
+
+
+def test_staleness_counts_tokens_of_the_policy_by_their_age():
+    """Ages at version 7: 0, 0, 2 and 3; what the observation and the padding carry does not count."""
+    turns, versions = torch.tensor([[0, -1, 1], [0, 0, -1]]), torch.tensor([[7, 0, 5], [7, 4, -1]])
+    found = staleness_metrics(DataProto.from_dict({"turns": turns, "policy_versions": versions}), 7)
+    assert found == pytest.approx(
+        {
+            "training/staleness/mean": 1.25,
+            "training/staleness/max": 3,
+            "training/staleness/share_0": 0.5,
+            "training/staleness/share_1": 0.0,
+            "training/staleness/share_2": 0.25,
+            "training/staleness/share_3": 0.25,
+        }
+    )

@@ -45,6 +45,8 @@ class Router:
         raise TrajectoryFailed(f"{MAX_LOST} engines died while they answered the same call", 0)
 
     async def _replica_of(self, session: str) -> int:
+        if self.sessions.get(session) in self.dead:  # it died while the session was elsewhere
+            self.forget(session)
         while session not in self.sessions:
             if alive := [i for i in range(len(self.handles)) if i not in self.dead]:
                 self.sessions[session] = min(alive, key=self.load.__getitem__)
