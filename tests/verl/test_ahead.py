@@ -50,7 +50,7 @@ def ahead(staleness: int, partial: bool = True) -> tuple[RolloutAhead, Rollout]:
         actor_rollout_ref=SimpleNamespace(rollout=None),
         async_training=SimpleNamespace(max_staleness=staleness, partial_rollout=partial),
     )
-    return RolloutAhead(config, Questions(), rollout), rollout  # pyright: ignore[reportArgumentType]
+    return RolloutAhead(config, Questions(), rollout), rollout
 
 
 def expected(count: int) -> list[tuple[list[int], int]]:
@@ -96,7 +96,7 @@ def test_a_resumed_run_sees_exactly_the_batches_not_yet_returned(staleness, afte
     rest, ages = train(resumed, rollout, total - done, total, done)
     assert first + rest == expected(total) and max(ages, default=0) <= after
     source.load_state_dict(state)  # a roll back, in the same process
-    assert train(source, source.rollout, total - done, total, done)[0] == rest  # pyright: ignore[reportArgumentType]
+    assert train(source, source.rollout, total - done, total, done)[0] == rest
 
 
 def test_several_batches_in_a_step_keep_order_and_age():

@@ -153,6 +153,36 @@ def test_another_number_of_ranks_loads_the_same_state(tmp_path, model, before, a
     assert all(torch.equal(drawn, torch.rand(2)) for _, drawn in loaded[1:])  # a new rank keeps its own random state
 
 
+def lowered(model: str, root: str) -> list[tuple[float, ...]]:
+    """Learning rates of both roles, one step of training apart; lowered after the first, saved after the second."""
+    workers, restored = build(model), build(model)
+    seen = []
+
+    def look(at: Workers) -> None:
+        seen.append(tuple(w.state.optimizer.param_groups[0]["lr"] for w in at))
+
+    train(workers)
+    for worker in workers:
+        worker.scale_lr(0.5)
+    look(workers)
+    train(workers)
+    look(workers)
+    save(workers, root)
+    load(restored, root)
+    look(restored)
+    for at in (workers, restored):
+        train(at)
+        look(at)
+    return seen
+
+
+def test_a_lowered_learning_rate_stays_lowered(tmp_path, model):
+    """1e-2 after a warm-up over 5 of 10 steps: 2e-3 more in each step, half of it once lowered."""
+    (seen,) = run_ranks(1, lowered, model, str(tmp_path))
+    assert [actor for actor, _ in seen] == pytest.approx([2e-3, 3e-3, 3e-3, 4e-3, 4e-3])
+    assert [critic for _, critic in seen] == pytest.approx([2e-3, 3e-3, 3e-3, 4e-3, 4e-3])
+
+
 def saved_before_the_first_step(model: str, root: str) -> tuple[dict, dict, set[float]]:
     plain, saving = build(model), build(model)
     save(saving, root)

@@ -23,7 +23,7 @@ class Role:
         self.calls.append("save")
         if self.fails:
             raise CheckpointError("no room at the start")
-        Path(path).mkdir()
+        Path(path).mkdir(exist_ok=True)
         (Path(path) / "lr").write_text(str(self.lr))
 
     def finish_checkpoint(self):
@@ -107,9 +107,9 @@ def test_the_best_needs_a_score_and_a_whole_checkpoint_in_any_order(tmp_path):
     assert best(tmp_path) == {"step": 1, "metric": "em", "value": 0.5}
     run.save(2)
     run.checkpoints.score(2, {"other": 0.9})
-    assert best(tmp_path)["step"] == 1  # pyright: ignore
+    assert best(tmp_path)["step"] == 1
     run.checkpoints.score(2, {"em": 0.75})
-    assert best(tmp_path)["step"] == 2  # pyright: ignore
+    assert best(tmp_path)["step"] == 2
     run.save(3, 4)
     assert steps(tmp_path) == [2, 4]
 
@@ -118,7 +118,7 @@ def test_a_best_checkpoint_that_is_replaced_loses_its_value(tmp_path):
     run = Run(tmp_path).save(1, 2)
     run.checkpoints.score(2, {"em": 0.9})
     assert run.checkpoints.rewind(alarm=3, before=2, lr_factor=0.5) == 1
-    assert best(tmp_path)["value"] == 0.9  # pyright: ignore
+    assert best(tmp_path)["value"] == 0.9
     run.save(2)
     assert best(tmp_path) is None, "the score was of weights that are gone"
     run.checkpoints.score(2, {"em": 0.25})

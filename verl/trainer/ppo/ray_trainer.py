@@ -29,6 +29,7 @@ from verl.trainer.ppo.processes import Processes
 from verl.trainer.ppo.records import trajectory_records
 from verl.trainer.ppo.rollout import Submitted
 from verl.trainer.supervise import Stop
+from verl.utils.checkpoint import CheckpointError
 from verl.utils.dataset import RLHFDataset
 from verl.utils.tracking import Timers, Tracking, truncate_metrics
 from verl.workers.rollout.agent_worker import Job
@@ -307,9 +308,12 @@ class RayPPOTrainer:
         config, rolled_back = self.config.trainer.collapse_watch, len(self.checkpoints.roll_backs())
         name = f"step_{self.step}" + (f"-{rolled_back}" if rolled_back else "")
         folder = self.tracking.run_dir / "alarms" / name
-        self.checkpoints.snapshot(folder, self.state_dict())
-        (folder / "alarm.txt").write_text(alarm.message() + "\n")
         self.tracking.message(f"{alarm.message()}\nresponse: {config.response}; the state is in {folder}")
+        try:
+            self.checkpoints.snapshot(folder, self.state_dict())
+            (folder / "alarm.txt").write_text(alarm.message() + "\n")
+        except (CheckpointError, OSError) as error:
+            self.tracking.message(f"the state of the alarm could not be written: {error}")
         if config.response == "continue":
             return
         if config.response == "stop" or rolled_back >= config.max_roll_backs:
