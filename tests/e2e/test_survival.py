@@ -286,8 +286,8 @@ def test_asynchronous_and_killed(tmp_path, model):
 
 
 def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
-    """A signal that leaves its bound in step 4 for good: rolled back to step 3 with half the learning rate, and when
-    it comes again, stopped; the state of each alarm is kept."""
+    """A signal that leaves its bound in step 4 for good: rolled back to step 2, whose weights rolled out the last
+    healthy step, with half the learning rate, and when it comes again, stopped; the state of each alarm is kept."""
     reward = tmp_path / "reward.py"
     reward.write_text(
         "calls = 0\n"
@@ -299,6 +299,7 @@ def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
     settings = {
         "trainer__total_training_steps": 9,
         "trainer__save_freq": 1,
+        "trainer__max_ckpt_to_keep": 1,
         "trainer__val_before_train": "false",
         "trainer__collapse_watch__response": "roll_back",
         "trainer__collapse_watch__min_signals": 1,
@@ -311,12 +312,12 @@ def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
     with family() as environment:
         run = Run(tmp_path, model, environment, **settings)
         run.ends(1)
-    assert "reward/calls moved first, at step 4" in run.output and "rolled back to step 3" in run.output
-    assert run.steps() == [1, 2, 3, 4, 5] and prompts(tmp_path) == drawn(5, 4)
+    assert "reward/calls moved first, at step 4" in run.output and "rolled back to step 2" in run.output
+    assert run.steps() == [1, 2, 3, 4] and {k: v for k, v in prompts(tmp_path).items() if k < 5} == drawn(4, 4)
     rates = [line["actor/lr"] for line in metrics(tmp_path)]
-    assert rates == pytest.approx([1e-3] * 3 + [5e-4] * 2)
-    first, second = tmp_path / "run/alarms/step_5", tmp_path / "run/alarms/step_5-1"
-    assert [json.loads(line)["training/global_step"] for line in (first / "metrics.jsonl").open()] == [4, 5]
+    assert rates == pytest.approx([1e-3] * 2 + [5e-4] * 2)
+    first, second = tmp_path / "run/alarms/step_5", tmp_path / "run/alarms/step_4-1"
+    assert [json.loads(line)["training/global_step"] for line in (first / "metrics.jsonl").open()] == [3, 4, 5]
     assert all((folder / "actor").is_dir() and (folder / "alarm.txt").exists() for folder in (first, second))
 
 

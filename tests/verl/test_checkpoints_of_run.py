@@ -53,6 +53,15 @@ class Run:
         return self
 
 
+def rewind(checkpoints, alarm, before, lr_factor):
+    checkpoints.suspect_from = before
+    return checkpoints.rewind(alarm, lr_factor)
+
+    def rewind(self, alarm: int, before: int) -> int | None:
+        self.checkpoints.suspect_from = before
+        return self.checkpoints.rewind(alarm, 0.5)
+
+
 def test_a_checkpoint_counts_when_it_is_complete(tmp_path):
     run = Run(tmp_path)
     run.checkpoints.save(1, {"step": 1})
@@ -117,7 +126,7 @@ def test_the_best_needs_a_score_and_a_whole_checkpoint_in_any_order(tmp_path):
 def test_a_best_checkpoint_that_is_replaced_loses_its_value(tmp_path):
     run = Run(tmp_path).save(1, 2)
     run.checkpoints.score(2, {"em": 0.9})
-    assert run.checkpoints.rewind(alarm=3, before=2, lr_factor=0.5) == 1
+    assert rewind(run.checkpoints, 3, 2, 0.5) == 1
     assert best(tmp_path)["value"] == 0.9
     run.save(2)
     assert best(tmp_path) is None, "the score was of weights that are gone"
@@ -133,12 +142,12 @@ def test_a_roll_back_lowers_learning_rates_once(tmp_path, crash):
         return Run(tmp_path) if crash else run
 
     run = Run(tmp_path).save(10, 20, 30)
-    assert run.checkpoints.rewind(alarm=35, before=33, lr_factor=0.5) == 30
+    assert rewind(run.checkpoints, 35, 33, 0.5) == 30
     for _ in range(2):
         run = again(run)
         run.checkpoints.load(30)
         assert run.actor.lr == run.critic.lr == 0.5
-    assert run.checkpoints.rewind(alarm=38, before=20, lr_factor=0.5) == 10
+    assert rewind(run.checkpoints, 38, 20, 0.5) == 10
     run = again(run)
     run.checkpoints.load(10)
     assert run.actor.lr == 0.25
@@ -151,9 +160,20 @@ def test_a_roll_back_lowers_learning_rates_once(tmp_path, crash):
 
 def test_no_roll_back_to_what_an_earlier_one_gave_up(tmp_path):
     run = Run(tmp_path).save(10, 17)  # 17: of a request to stop, not a multiple of save_freq
-    assert run.checkpoints.rewind(alarm=19, before=16, lr_factor=0.5) == 10
+    assert rewind(run.checkpoints, 19, 16, 0.5) == 10
     assert find_latest(tmp_path) == tmp_path / "global_step_10"
-    assert run.checkpoints.rewind(alarm=19, before=19, lr_factor=0.5) == 10
+    assert rewind(run.checkpoints, 19, 19, 0.5) == 10
     run.save(18)
-    assert run.checkpoints.rewind(alarm=25, before=20, lr_factor=0.5) == 18
-    assert run.checkpoints.rewind(alarm=12, before=10, lr_factor=0.5) is None
+    assert rewind(run.checkpoints, 25, 20, 0.5) == 18
+    assert rewind(run.checkpoints, 12, 10, 0.5) is None
+
+
+def test_the_checkpoint_to_roll_back_to_is_kept(tmp_path):
+    run = Run(tmp_path, max_ckpt_to_keep=1)
+    assert run.save(1, 2).checkpoints.rewind(3, 0.5) is None, "nothing is suspected"
+    run.checkpoints.suspect_from = 3
+    run.save(3, 4)
+    assert steps(tmp_path) == [2, 4]
+    run.checkpoints.suspect_from = 5
+    run.save(5)
+    assert steps(tmp_path) == [4, 5] and run.rewind(6, before=5) == 4

@@ -94,7 +94,7 @@ def test_an_alarm_whose_state_cannot_be_written_is_answered_all_the_same(trainer
 def test_roll_backs_end_with_the_run_also_when_fewer_are_allowed_than_there_were(trainer):
     trainer.run.save(1, 2, 3)
     for _ in range(2):
-        assert trainer.checkpoints.rewind(alarm=4, before=3, lr_factor=0.5) == 2
+        assert trainer.run.rewind(4, before=3) == 2
     watch = CollapseWatchConfig(response="roll_back", max_roll_backs=1)
     trainer.config.trainer.collapse_watch = watch
     with pytest.raises(TrainingCollapsed, match="after 2 roll-backs"):

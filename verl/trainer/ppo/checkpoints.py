@@ -27,6 +27,8 @@ class Checkpoints:
         self.config, self.root, self.message = config, Path(config.default_local_dir), message
         self.roles = {name: roles[name] for name in ("actor", "critic") if name in roles}
         self.pending: int | None = None
+        self.suspect_from: int | None = None
+        """The newest checkpoint before this step is kept: it is what a roll back would go to."""
         self.failure: Exception | None = None
         """Why the last checkpoint was given up."""
         self.newest = 0
@@ -76,7 +78,8 @@ class Checkpoints:
             return
         self.pending, self.newest = None, step
         self._rank(step)
-        run_folder.prune(self.root, self.config.max_ckpt_to_keep)
+        healthy = self._healthy()
+        run_folder.prune(self.root, self.config.max_ckpt_to_keep, [] if healthy is None else [healthy])
 
     def _finished(self) -> CheckpointError | None:
         """Waits until no role writes any more; what the first to fail says."""
@@ -132,21 +135,25 @@ class Checkpoints:
         path = self.root / ROLL_BACKS
         return json.loads(path.read_text()) if path.exists() else []
 
-    def rewind(self, alarm: int, before: int, lr_factor: float) -> int | None:
-        """The newest checkpoint older than the step `before`, now the one to resume from; None if there is none.
-
-        None that an earlier roll back gave up: training may have come by without replacing it.
-        """
+    def rewind(self, alarm: int, lr_factor: float) -> int | None:
+        """The newest checkpoint before `suspect_from`, now the one to resume from; None if there is none."""
         self.complete()
-        healthy = [s for s in run_folder.steps(self.root) if s < before and not self._given_up(s)]
-        if not healthy:
+        step = self._healthy()
+        if step is None:
             return None
-        step = healthy[-1]
         self.scores = {scored: value for scored, value in self.scores.items() if scored <= step}
         entries = [*self.roll_backs(), {"alarm": alarm, "to": step, "lr_factor": lr_factor}]
         run_folder.write_atomically(self.root / ROLL_BACKS, json.dumps(entries))
         run_folder.name_latest(self.root, step)
         return step
+
+    def _healthy(self) -> int | None:
+        """Where a roll back would go to: to none that an earlier one gave up, training may have come by without
+        replacing it."""
+        if self.suspect_from is None:
+            return None
+        found = [s for s in run_folder.steps(self.root) if s < self.suspect_from and not self._given_up(s)]
+        return max(found, default=None)
 
     def _given_up(self, step: int) -> bool:
         state = torch.load(run_folder.folder_of(self.root, step) / TRAINER, weights_only=False)
@@ -154,4 +161,4 @@ class Checkpoints:
 
     def _rolled_back_since(self, state: dict[str, Any]) -> list[dict[str, float]]:
         """The roll-backs that a checkpoint with this state has not seen."""
-        return self.roll_backs()[state.get("roll_backs", 0) :]
+        return self.roll_backs()[state["roll_backs"] :]

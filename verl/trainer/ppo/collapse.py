@@ -72,7 +72,7 @@ class CollapseWatchConfig(Config):
     window: PositiveInt = 20
     """The reference is the median of so many last healthy values."""
     response: Literal["continue", "stop", "roll_back"] = "continue"
-    """On an alarm, after its message and a snapshot: go on; end the run; or restore the newest checkpoint."""
+    """On an alarm, after its message and a snapshot: go on; end the run; or restore the newest healthy checkpoint."""
     lr_factor: float = Field(default=0.5, gt=0, le=1)
     """What roll_back multiplies the learning rates by."""
     max_roll_backs: PositiveInt = 3

@@ -88,6 +88,8 @@ class RayPPOTrainer:
         """
         start, began = self.step, time.monotonic()
         self.sync_weights()
+        if self.step == 0 and self.config.trainer.collapse_watch.response == "roll_back":
+            self.save_checkpoint()
         if self.begins_with_validation():
             self.validate()
         self.timers.pop()
@@ -256,7 +258,12 @@ class RayPPOTrainer:
     def watch(self, batch: DataProto) -> Alarm | None:
         """Adds the figures of the batch, and asks the collapse watch about all of the step's."""
         self.metrics |= compute_data_metrics(batch, self.config.data.max_prompt_length)
-        return self.collapse_watch.observe(self.step, self.metrics)
+        alarm = self.collapse_watch.observe(self.step, self.metrics)
+        if self.config.trainer.collapse_watch.response == "roll_back":
+            moved = min(self.collapse_watch.since.values(), default=self.step + 1)
+            # What a step shows was rolled out by the weights of the step before, or of older ones.
+            self.checkpoints.suspect_from = moved - 1 - self.config.async_training.max_staleness
+        return alarm
 
     def validate(self) -> None:
         """Rolls out every held-out question under the present weights.
@@ -321,11 +328,11 @@ class RayPPOTrainer:
         self.roll_back(alarm, folder)
 
     def roll_back(self, alarm: Alarm, folder: Path) -> None:
-        """Goes on from the newest checkpoint before the first signal moved, with a lower learning rate."""
+        """Goes on from the newest checkpoint whose rollouts showed no signal, with a lower learning rate."""
         factor = self.config.trainer.collapse_watch.lr_factor
-        healthy = self.checkpoints.rewind(alarm.step, alarm.since, factor)
+        healthy = self.checkpoints.rewind(alarm.step, factor)
         if healthy is None:
-            raise TrainingCollapsed(f"{alarm.message()}\nno checkpoint is older than step {alarm.since}")
+            raise TrainingCollapsed(f"{alarm.message()}\nno checkpoint is old enough to be healthy")
         self.validating = None
         truncate_metrics(str(self.tracking.run_dir), healthy, moved_to=folder / "metrics.jsonl")
         self.sleep()
