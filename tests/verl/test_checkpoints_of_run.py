@@ -57,10 +57,6 @@ def rewind(checkpoints, alarm, before, lr_factor):
     checkpoints.suspect_from = before
     return checkpoints.rewind(alarm, lr_factor)
 
-    def rewind(self, alarm: int, before: int) -> int | None:
-        self.checkpoints.suspect_from = before
-        return self.checkpoints.rewind(alarm, 0.5)
-
 
 def test_a_checkpoint_counts_when_it_is_complete(tmp_path):
     run = Run(tmp_path)
@@ -176,4 +172,4 @@ def test_the_checkpoint_to_roll_back_to_is_kept(tmp_path):
     assert steps(tmp_path) == [2, 4]
     run.checkpoints.suspect_from = 5
     run.save(5)
-    assert steps(tmp_path) == [4, 5] and run.rewind(6, before=5) == 4
+    assert steps(tmp_path) == [4, 5] and run.checkpoints.rewind(6, 0.5) == 4

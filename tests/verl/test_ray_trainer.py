@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.verl.test_checkpoints_of_run import Run
+from tests.verl.test_checkpoints_of_run import Run, rewind
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.collapse import Alarm, CollapseWatchConfig, Signal
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, TrainingCollapsed
@@ -94,7 +94,7 @@ def test_an_alarm_whose_state_cannot_be_written_is_answered_all_the_same(trainer
 def test_roll_backs_end_with_the_run_also_when_fewer_are_allowed_than_there_were(trainer):
     trainer.run.save(1, 2, 3)
     for _ in range(2):
-        assert trainer.run.rewind(4, before=3) == 2
+        assert rewind(trainer.checkpoints, 4, 3, 0.5) == 2
     watch = CollapseWatchConfig(response="roll_back", max_roll_backs=1)
     trainer.config.trainer.collapse_watch = watch
     with pytest.raises(TrainingCollapsed, match="after 2 roll-backs"):
