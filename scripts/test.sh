@@ -4,4 +4,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SETUP_EXTRA=dev source scripts/setup.sh
 export WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest "$@"
+WORKERS=2  # whole runs spend half of their time waiting; on a GPU they would share its memory
+[[ "$DEVICE" == cpu ]] || WORKERS=0
+exec "$PYTHON" -m pytest -n "$WORKERS" --dist loadfile "$@"
