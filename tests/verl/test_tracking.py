@@ -1,10 +1,13 @@
 """metrics.jsonl on a full disk, and cut back to a checkpoint."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from tests.processes import file_limit
+from verl.trainer.config import TrainerConfig
+from verl.trainer.main_ppo import start_tracking
 from verl.utils.tracking import STEP, Timers, Tracking, truncate_metrics
 
 
@@ -81,6 +84,14 @@ def test_a_cut_line_that_ends_at_its_newline_is_dropped_too(tmp_path):
     path.write_text(line(1) + line(2).rstrip("\n"))
     truncate_metrics(str(tmp_path), 5)
     assert path.read_text() == line(1)
+
+
+def test_a_run_that_was_lost_before_its_first_checkpoint_leaves_no_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line(1) + line(2)[:-4])
+    trainer = TrainerConfig(default_local_dir=str(tmp_path), logger=[])
+    start_tracking(SimpleNamespace(trainer=trainer, model_dump=dict), None).log({"loss": 0.5}, 1)
+    assert rows(path) == [{STEP: 1, "loss": 0.5}]
 
 
 def test_timers_add_up_and_say_what_begins():

@@ -202,7 +202,8 @@ def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, 
 
 
 def start_tracking(config: Any, resume: Path | None) -> Any:
-    """Where metrics go; of a run that resumes those after its checkpoint are dropped, and its wandb run goes on."""
+    """Where metrics go. Those after the checkpoint that the run starts from, or all without one, are dropped: they are
+    written again. The wandb run of a checkpoint goes on."""
     import torch
 
     from verl.trainer.ppo.checkpoints import TRAINER
@@ -210,8 +211,7 @@ def start_tracking(config: Any, resume: Path | None) -> Any:
     from verl.utils.tracking import Tracking, truncate_metrics
 
     trainer = config.trainer
-    if resume:
-        truncate_metrics(trainer.default_local_dir, step_of(resume))
+    truncate_metrics(trainer.default_local_dir, step_of(resume) if resume else -1)
     return Tracking(
         trainer.default_local_dir,
         trainer.logger,
