@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError as ActorUnavailableError
 from ray.exceptions import RayActorError as ActorDied
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group

@@ -143,8 +143,8 @@ class Checkpoints:
             return None
         self.scores = {scored: value for scored, value in self.scores.items() if scored <= step}
         entries = [*self.roll_backs(), {"alarm": alarm, "to": step, "lr_factor": lr_factor}]
+        run_folder.name_latest(self.root, step)  # first: a crash in between costs the factor, not a factor too many
         run_folder.write_atomically(self.root / ROLL_BACKS, json.dumps(entries))
-        run_folder.name_latest(self.root, step)
         return step
 
     def _healthy(self) -> int | None:

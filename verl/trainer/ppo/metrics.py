@@ -1,5 +1,6 @@
 """Figures of a training batch under their final names. Shapes and keys: the schema of `verl.protocol`."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -67,6 +68,18 @@ def staleness_metrics(data: DataProto, version: int) -> dict[str, float]:
         "training/staleness/max": float(ages.max()),
         **{f"training/staleness/share_{age}": share.item() for age, share in enumerate(shares)},
     }
+
+
+def console_line(metrics: dict[str, float], step: int, total: int, eta_s: float) -> str:
+    """Step, reward, length, searches and speed in one line; task metrics where the task has them."""
+    parts = [f"step {step}/{total}", f"reward {metrics['critic/score/mean']:.3f}"]
+    labels = {"reward/em": "EM", "env/number_of_valid_search": "searches", "env/finish_ratio": "answered"}
+    for key, label in labels.items():
+        if key in metrics:
+            parts.append(f"{label} {metrics[key]:.2f}")
+    parts.append(f"tokens/s {metrics['perf/throughput']:.0f}")
+    parts.append(f"{metrics['timing_s/step']:.1f} s/step")
+    return "  ".join([*parts, f"ETA {math.ceil(eta_s / 60)} min"])
 
 
 def _length_metrics(batch: Mapping[str, Tensor], mask: Tensor, max_length: int) -> dict[str, float]:

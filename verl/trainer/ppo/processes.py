@@ -6,9 +6,9 @@ from typing import Any
 
 from verl.single_controller.worker_group import (
     RayClassWithInitArgs,
+    RayError,
     RayResourcePool,
     RayWorkerGroup,
-    died,
     first_ready,
     get,
 )
@@ -55,7 +55,10 @@ def answer(call: Any, timeout_s: float) -> str:
     """What a process says, or that it says nothing."""
     if first_ready([call], timeout_s) is None:
         return f"no answer within {timeout_s:.0f} s\n"
-    return "dead\n" if died(call) else get(call)
+    try:
+        return get(call)
+    except RayError as error:
+        return f"{type(error).__name__}: {error}\n"
 
 
 def start_processes(config: PPOConfig, device: str, total_steps: int) -> Processes:
@@ -95,5 +98,5 @@ def start_rollouts(
     split = len(places) - rollout.num_val_replicas * rollout.tensor_model_parallel_size if device == "cuda" else 0
     return (
         RolloutManager(config, device, places[:split] or places),  # on the CPU all share the place
-        RolloutManager(config, device, places[split:], name="val", replicas=rollout.num_val_replicas),
+        RolloutManager(config, device, places[split:], name="val", replicas=rollout.num_val_replicas, pinned=True),
     )

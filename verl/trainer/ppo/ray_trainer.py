@@ -1,6 +1,5 @@
 """The trainer: one training step is the list of verbs in `fit`."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,12 @@ from verl.trainer.ppo.batching import (
 from verl.trainer.ppo.checkpoints import Checkpoints
 from verl.trainer.ppo.collapse import Alarm, CollapseWatch
 from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
-from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics, staleness_metrics
+from verl.trainer.ppo.metrics import (
+    compute_data_metrics,
+    compute_throughput_metrics,
+    console_line,
+    staleness_metrics,
+)
 from verl.trainer.ppo.processes import Processes
 from verl.trainer.ppo.records import trajectory_records
 from verl.trainer.ppo.rollout import Submitted
@@ -242,11 +246,15 @@ class RayPPOTrainer:
         """Writes the batch to the run folder when an optimizer step was skipped, to reproduce what happened."""
         if metrics["skipped_steps"]:
             path = self.tracking.run_dir / "nonfinite" / f"{role}_{self.step:06d}.pt"
-            path.parent.mkdir(exist_ok=True)
-            torch.save(batch, path)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                torch.save(batch, path)
+                where = f"is in {path}"
+            except (OSError, RuntimeError) as error:  # the latter is torch's own of a full disk
+                where = f"could not be written: {error}"
             self.tracking.message(
                 f"step {self.step}: loss or gradient of the {role} not finite, {metrics['skipped_steps']:.0f} "
-                f"optimizer step(s) skipped; the batch is in {path}"
+                f"optimizer step(s) skipped; the batch {where}"
             )
 
     def sync_weights(self) -> None:
@@ -385,15 +393,3 @@ def total_training_steps(config: PPOConfig, num_rows: int) -> int:
     """trainer.total_training_steps, or what trainer.total_epochs amounts to."""
     trainer = config.trainer
     return trainer.total_training_steps or max(1, trainer.total_epochs * num_rows // config.data.train_batch_size)
-
-
-def console_line(metrics: dict[str, float], step: int, total: int, eta_s: float) -> str:
-    """Step, reward, length, searches and speed in one line; task metrics where the task has them."""
-    parts = [f"step {step}/{total}", f"reward {metrics['critic/score/mean']:.3f}"]
-    labels = {"reward/em": "EM", "env/number_of_valid_search": "searches", "env/finish_ratio": "answered"}
-    for key, label in labels.items():
-        if key in metrics:
-            parts.append(f"{label} {metrics[key]:.2f}")
-    parts.append(f"tokens/s {metrics['perf/throughput']:.0f}")
-    parts.append(f"{metrics['timing_s/step']:.1f} s/step")
-    return "  ".join([*parts, f"ETA {math.ceil(eta_s / 60)} min"])

@@ -45,7 +45,8 @@ class RolloutManager:
     """Engines with their agent workers, and the version of the weights that the engines hold.
 
     An engine that dies is started again and given the present weights; its trajectories go on meanwhile where there is
-    another one, else then. `locations`: one place per accelerator of the engines, in the order of the ranks.
+    another one, else then. `locations`: one place per accelerator of the engines, in the order of the ranks. `pinned`:
+    the engines keep weights that the actor may no longer have, and are lost with them.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class RolloutManager:
         *,
         name: str = "rollout",
         replicas: int | None = None,
+        pinned: bool = False,
     ) -> None:
         self.config, self.device, self.locations, self.name = config, device, locations, name
         rollout = config.actor_rollout_ref.rollout
-        self.version, self.seeded = -1, rollout.per_request_seed
+        self.version, self.seeded, self.pinned = -1, rollout.per_request_seed, pinned
         self.colocated = config.actor_rollout_ref.hybrid_engine
         self.sleeps = device == "cuda" and self.colocated
         tp = rollout.tensor_model_parallel_size
@@ -157,11 +159,16 @@ class RolloutManager:
             assert place is not None
             if place < len(calls):
                 return place
+            if self.pinned:
+                raise WorkerLost(f"a {self.name} engine died, and with it the weights that it was to keep")
             self.restart_dead()
             self._transfer()
 
-    def restart_dead(self) -> None:
-        """Starts every engine anew that has died. Raises WorkerLost when that happens again and again."""
+    def restart_dead(self, asleep: bool = False) -> None:
+        """Starts every engine anew that has died, `asleep` like the others if they are.
+
+        Raises WorkerLost when that happens again and again.
+        """
         dead = [rank for rank, line in enumerate(self.lifelines) if first_ready([line], timeout_s=0) is not None]
         if not dead:
             return
@@ -176,6 +183,8 @@ class RolloutManager:
             get([self.servers[rank].start.remote() for rank in dead])
             if self.actor is not None:  # nothing is sampled from initial weights
                 get([self.servers[rank].begin_weight_update.remote() for rank in dead])
+            if asleep:
+                get([self.servers[rank].sleep.remote(1) for rank in dead])
         except ActorDied as error:
             raise WorkerLost(f"a {self.name} engine died and could not be started again") from error
         for rank in dead:
@@ -187,7 +196,7 @@ class RolloutManager:
     def update_weights(self, version: int) -> None:
         """Gives the engines the actor's weights, under a new version."""
         self.version = version
-        self.restart_dead()
+        self.restart_dead(asleep=self.sleeps)
         if self.sleeps:
             self.actor.free_cached_memory()
             get([server.wake_up.remote(["weights"]) for server in self.servers])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from verl.agent import Completion, TrajectoryFailed
-from verl.single_controller.worker_group import ActorDied
+from verl.single_controller.worker_group import ActorDied, ActorUnavailableError
 
 MAX_LOST = 3
 """Engines that may die under one call before the call counts as their cause."""
@@ -38,8 +38,8 @@ class Router:
             self.calls += 1
             try:
                 return await handle.generate.remote(f"{session}-{self.calls}", prompt_ids, sampling)
-            except ActorDied:
-                if self.handles[replica] is handle:
+            except ActorDied as error:  # out of reach is not dead: it will not be replaced
+                if self.handles[replica] is handle and not isinstance(error, ActorUnavailableError):
                     self.dead.add(replica)
                 self.forget(session)
         raise TrajectoryFailed(f"{MAX_LOST} engines died while they answered the same call", 0)
