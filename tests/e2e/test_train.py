@@ -32,6 +32,7 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
         "retriever__url": retriever,
         "trainer__save_freq": 2,
         "trainer__max_ckpt_to_keep": 1,
+        "trainer__best_metric": "null",
         "custom_reward_function__path": reward,
         "actor_rollout_ref__rollout__temperature": 0.7,
         "actor_rollout_ref__actor__optim__lr": 1e-3,
