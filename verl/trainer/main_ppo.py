@@ -69,13 +69,12 @@ def status_of(error: Exception) -> int | None:
         sys.stderr.write(f"error: {error}\n")
         return 1
     from verl.single_controller.worker_group import ActorDied, WorkerLost
-    from verl.trainer.ppo.batching import RolloutFailed
-    from verl.trainer.ppo.ray_trainer import NothingToLearn, TrainingCollapsed, TrainingDiverged
+    from verl.trainer.ppo.ray_trainer import ENDINGS
 
     if isinstance(error, (WorkerLost, ActorDied)):
         logging.getLogger(__name__).error("lost: %s", error)
         return LOST
-    if isinstance(error, (RolloutFailed, TrainingDiverged, NothingToLearn, TrainingCollapsed)):
+    if isinstance(error, ENDINGS):
         sys.stderr.write(f"error: {error}\n")
         return 1
     return None
@@ -161,7 +160,7 @@ def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, 
     import ray
 
     from verl.trainer.ppo.processes import start_processes
-    from verl.trainer.ppo.ray_trainer import RayPPOTrainer, total_training_steps
+    from verl.trainer.ppo.ray_trainer import ENDINGS, RayPPOTrainer, total_training_steps
     from verl.trainer.watchdog import Watchdog
     from verl.utils.errors import ConfigError
     from verl.utils.run_folder import find_latest, remove_leftovers, step_of
@@ -191,7 +190,11 @@ def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, 
             )
             if resume:
                 trainer.load_checkpoint(step_of(resume))
-            trainer.fit()
+            try:
+                trainer.fit()
+            except ENDINGS:  # all processes are well: nothing of the last checkpoint is lost
+                trainer.checkpoints.complete()
+                raise
             if trainer_cfg.save_hf and not trainer_cfg.val_only and not stop.requested:
                 processes.roles["actor"].save_pretrained(str(Path(root) / "hf"))
             processes.shutdown()

@@ -13,6 +13,7 @@ from verl.trainer.ppo import validation
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
 from verl.trainer.ppo.ahead import RolloutAhead
 from verl.trainer.ppo.batching import (
+    RolloutFailed,
     build_batch,
     check_failures,
     failure_metrics,
@@ -49,6 +50,10 @@ class NothingToLearn(RuntimeError):
 
 class TrainingCollapsed(RuntimeError):
     """The collapse watch raised an alarm that ends the run."""
+
+
+ENDINGS = (RolloutFailed, TrainingDiverged, NothingToLearn, TrainingCollapsed)
+"""What ends a run and would come again if it were only started again."""
 
 
 class RayPPOTrainer:
