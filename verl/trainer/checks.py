@@ -45,16 +45,8 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         )
     if config.data.max_start_length > config.data.max_prompt_length:
         problems.append("data.max_start_length is more than data.max_prompt_length, which bounds every context")
-    return (
-        problems
-        + loss_problems(config)
-        + endpoint_problems(config)
-        + collapse_problems(config)
-        + [
-            *async_problems(config),
-            *deterministic_problems(config),
-        ]
-    )
+    rules = (loss_problems, endpoint_problems, collapse_problems, async_problems, deterministic_problems)
+    return problems + [problem for rule in rules for problem in rule(config)]
 
 
 def loss_problems(config: "PPOConfig") -> list[str]:

@@ -9,14 +9,14 @@ import torch.distributed as dist
 
 from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, register
-from verl.single_controller.worker import Worker
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
-from verl.utils.checkpoint import Checkpointer, save_pretrained
+from verl.utils.checkpoint import save_pretrained
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
 from verl.workers.forward import forward_log_probs, log_probs_of_rows
 from verl.workers.fsdp_model import build_model, build_train_state, describe, full_parameters
 from verl.workers.lora import base_model
 from verl.workers.rollout.weight_sync import WeightSender
+from verl.workers.trained import TrainedWorker
 from verl.workers.update import Budget, Counts, Metrics, map_micro_batches, update_mini_batches
 
 
@@ -63,15 +63,14 @@ def policy_loss(
     return loss, metrics
 
 
-class ActorWorker(Worker):
+class ActorWorker(TrainedWorker):
     """One rank of the policy."""
 
     def __init__(self, model: ModelConfig, config: ActorConfig, rollout: RolloutConfig, total_steps: int) -> None:
         super().__init__()
         self.model_config, self.config, self.rollout = model, config, rollout
         policy = build_model(model, "lm", config.fsdp_config, self.mesh)
-        self.state = build_train_state(policy, config.optim, total_steps, config.fsdp_config)
-        self.checkpointer = Checkpointer(self.state)
+        self.hold(build_train_state(policy, config.optim, total_steps, config.fsdp_config))
         self.senders: dict[str, WeightSender] = {}
 
     @register(Dispatch.DP_COMPUTE_PROTO)
@@ -132,24 +131,6 @@ class ActorWorker(Worker):
     def send_weights(self, name: str) -> None:
         """Brings the present weights to the engines of that name, which must be waiting for them."""
         self.senders[name].send()
-
-    @register(Dispatch.ONE_TO_ALL)
-    def scale_lr(self, factor: float) -> None:
-        self.state.scale_lr(factor)
-
-    @register(Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, path: str, asynchronous: bool = False) -> None:
-        """Writes the training state; with `asynchronous` in the background, until `finish_checkpoint`."""
-        self.checkpointer.save(path, asynchronous)
-
-    @register(Dispatch.ONE_TO_ALL)
-    def finish_checkpoint(self) -> None:
-        """Waits for the checkpoint that is being written. Raises CheckpointError if it failed."""
-        self.checkpointer.finish()
-
-    @register(Dispatch.ONE_TO_ALL)
-    def load_checkpoint(self, path: str) -> None:
-        self.checkpointer.load(path)
 
     @register(Dispatch.ONE_TO_ALL)
     def save_pretrained(self, path: str) -> None:

@@ -6,16 +6,15 @@ import torch
 
 from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, register
-from verl.single_controller.worker import Worker
 from verl.trainer.ppo.core_algos import compute_value_loss
-from verl.utils.checkpoint import Checkpointer
 from verl.workers.config import CriticConfig
 from verl.workers.forward import forward_values
 from verl.workers.fsdp_model import build_model, build_train_state
+from verl.workers.trained import TrainedWorker
 from verl.workers.update import Budget, Counts, Metrics, map_micro_batches, update_mini_batches
 
 
-class CriticWorker(Worker):
+class CriticWorker(TrainedWorker):
     """One rank of the critic: the initial policy with a new value head."""
 
     def __init__(self, config: CriticConfig, total_steps: int) -> None:
@@ -23,8 +22,7 @@ class CriticWorker(Worker):
         self.config = config
         self.budget = Budget(config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu)
         model = build_model(config.model, "value", config.fsdp_config, self.mesh)
-        self.state = build_train_state(model, config.optim, total_steps, config.fsdp_config)
-        self.checkpointer = Checkpointer(self.state)
+        self.hold(build_train_state(model, config.optim, total_steps, config.fsdp_config))
 
     @register(Dispatch.DP_COMPUTE_PROTO)
     def compute_values(self, data: DataProto) -> DataProto:
@@ -56,21 +54,3 @@ class CriticWorker(Worker):
             budget=self.budget,
             grad_clip=self.config.grad_clip,
         )
-
-    @register(Dispatch.ONE_TO_ALL)
-    def scale_lr(self, factor: float) -> None:
-        self.state.scale_lr(factor)
-
-    @register(Dispatch.ONE_TO_ALL)
-    def save_checkpoint(self, path: str, asynchronous: bool = False) -> None:
-        """Writes the training state; with `asynchronous` in the background, until `finish_checkpoint`."""
-        self.checkpointer.save(path, asynchronous)
-
-    @register(Dispatch.ONE_TO_ALL)
-    def finish_checkpoint(self) -> None:
-        """Waits for the checkpoint that is being written. Raises CheckpointError if it failed."""
-        self.checkpointer.finish()
-
-    @register(Dispatch.ONE_TO_ALL)
-    def load_checkpoint(self, path: str) -> None:
-        self.checkpointer.load(path)
