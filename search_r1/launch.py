@@ -8,12 +8,13 @@ and reports. Sections left null are the user's own: for the paper's recipes this
 import argparse
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -172,13 +173,23 @@ def module(name: str, *flags: str) -> None:
         sys.exit(status)
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on.
+
+    It is below those that systems hand out by themselves, so that no connection takes it before the server does.
+    """
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+
+
 class RetrievalServer:
     """A retrieval server over an index, at `url`. Ctrl-C does not reach it; it ends on the way out, or with this."""
 
     def __init__(self, index: Path, corpus: str, topk: int, flags: Sequence[str] = ()) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/retrieve"
         command = [sys.executable, "-m", "search_r1.search.retrieval_server", "--retriever_name", "bm25"]
         command += ["--index_path", str(index), "--corpus_path", corpus, "--topk", str(topk), "--port", str(self.port)]

@@ -1,6 +1,5 @@
 """Runs a function on N gloo ranks, each a real process."""
 
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +13,14 @@ from verl.single_controller.worker import init_process_group, seed_everything
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     """What `fn(*args)` returned on each rank."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, port, folder, fn, args), nprocs=world_size)
+        mp.spawn(_rank, (world_size, folder, fn, args), nprocs=world_size)
         return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    init_process_group(rank, world_size, "127.0.0.1", port, "cpu", threads=1)
+def _rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    store = torch.distributed.FileStore(f"{folder}/store", world_size)
+    init_process_group(rank, world_size, store, "cpu", threads=1)
     seed_everything(0)
     result = fn(*args)
     torch.save(result, Path(folder) / f"{rank}.pt")

@@ -1,7 +1,6 @@
 """Real retrieval servers over a few passages."""
 
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from search_r1.launch import free_port
 from search_r1.search import bm25
 
 SERVER = Path(__file__).resolve().parents[1] / "search_r1" / "search" / "retrieval_server.py"
@@ -31,13 +31,6 @@ def write_corpus(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path = write_lines(folder / "corpus.jsonl", rows)
     bm25.build(path, folder / "bm25")
     return path
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextmanager

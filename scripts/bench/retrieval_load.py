@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from search_r1.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = (1, 16, 64, 256, 1000)
@@ -73,9 +74,7 @@ async def run_clients(port: int, count: int, queries: Iterator[str], seconds: fl
 @contextmanager
 def server(flags: list[str]) -> Iterator[int]:
     """Port of a server that is ready."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     program = [sys.executable, str(ROOT / "search_r1" / "search" / "retrieval_server.py")]
     process = subprocess.Popen([*program, *flags, "--port", str(port), "--cache_size", "0"])
     try:

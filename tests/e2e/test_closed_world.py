@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from search_r1.launch import free_port
 from search_r1.search import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import arguments, metrics, start, train
-from tests.retrieval import free_port, retrieval_server
+from tests.retrieval import retrieval_server
 from verl.workers.config import ModelConfig, RolloutConfig
 from verl.workers.rollout.vllm_server import VLLMServer
 

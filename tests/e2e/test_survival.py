@@ -12,10 +12,11 @@ import psutil
 import pytest
 import torch
 
+from search_r1.launch import free_port
 from tests.e2e.runs import CORPUS, QUESTIONS, arguments, metrics, start
 from tests.models import make_tiny_qwen2
 from tests.processes import family, wait_for
-from tests.retrieval import free_port, retrieval_server, write_corpus
+from tests.retrieval import retrieval_server, write_corpus
 from verl.protocol import DataProto
 from verl.utils.dataset import ResumableSampler
 

@@ -1,6 +1,5 @@
 """One nccl rank: bfloat16 over float32 masters, checkpointing, compilation, offloading."""
 
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -46,16 +45,13 @@ def make_model(folder: Path) -> str:
 
 def on_rank(device: str, fn: Callable[..., Any], *args: Any) -> Any:
     """What `fn(*args)` returned in a process of its own, the only rank of its group."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (device, port, folder, fn, args))
+        mp.spawn(_rank, (device, folder, fn, args))
         return torch.load(Path(folder) / "result.pt", weights_only=False)
 
 
-def _rank(rank: int, device: str, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    init_process_group(rank, 1, "127.0.0.1", port, device, threads=1)
+def _rank(rank: int, device: str, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    init_process_group(rank, 1, torch.distributed.HashStore(), device, threads=1)
     seed_everything(0)
     torch.save(fn(*args), Path(folder) / "result.pt")
     torch.distributed.destroy_process_group()

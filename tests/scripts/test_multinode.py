@@ -13,8 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from search_r1.launch import free_port
 from tests.e2e.runs import ROOT
-from tests.retrieval import free_port
 from verl.trainer.config import validate
 from verl.utils.errors import ConfigError
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
@@ -30,18 +31,23 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def init_process_group(rank: int, world_size: int, address: str, port: int, device: str, threads: int | None) -> None:
+def init_process_group(
+    rank: int, world_size: int, store: Store | None, device: str, threads: int | None = None
+) -> None:
     """Joins this process to the group: nccl on `cuda`, gloo on `cpu` (with `threads` threads per rank).
 
-    Ranks with a GPU have gloo as well, for what FSDP keeps on the host (`param_offload`).
+    The ranks meet in `store`, or where torchrun's environment says. Ranks with a GPU have gloo as well, for what
+    FSDP keeps on the host (`param_offload`).
     """
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
     if device == "cuda":
         torch.cuda.set_device(0)
     elif threads:
         torch.set_num_threads(threads)
+    if store is not None:
+        store.set_timeout(PROCESS_GROUP_TIMEOUT)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=PROCESS_GROUP_TIMEOUT,

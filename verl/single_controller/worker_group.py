@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -14,6 +13,7 @@ from ray.exceptions import RayActorError as ActorDied
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers.utils.logging import disable_progress_bar
 
 from verl.single_controller.decorator import ATTRIBUTE, Dispatch, collect, dispatch
@@ -121,22 +121,26 @@ class WorkerHost:
 
     def __init__(self) -> None:
         self.roles: dict[str, Worker] = {}
+        self.store: TCPStore | None = None
 
     def location(self) -> dict[str, Any]:
-        """Node, accelerators, process, and an address with a free port."""
-        with socket.socket() as s:
-            s.bind(("", 0))
-            port = s.getsockname()[1]
+        """Node, accelerators and process."""
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
-        place = {"node_id": context.get_node_id(), "ip": ray.util.get_node_ip_address(), "port": port}
+        place = {"node_id": context.get_node_id(), "ip": ray.util.get_node_ip_address()}
         return {**place, "gpus": gpus, "pid": os.getpid()}
 
-    def setup(self, seed: int, deterministic: bool, *group: Any) -> None:
+    def open_store(self, address: str) -> int:
+        """Opens the store in which the ranks meet, on a port that the system chooses."""
+        self.store = store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return store.port
+
+    def setup(self, seed: int, deterministic: bool, address: str, port: int, rank: int, size: int, *on: Any) -> None:
         disable_progress_bar()  # the driver has the console
+        os.environ["MASTER_ADDR"] = address
         if deterministic:
             make_deterministic()
-        init_process_group(*group)
+        init_process_group(rank, size, self.store or TCPStore(address, port), *on)
         seed_everything(seed)
 
     @ray.method(concurrency_group=WATCH)
@@ -160,8 +164,10 @@ class RayWorkerGroup:
         self.world_size = pool.world_size
         self.hosts, self.locations = pool.spawn_hosts()
         logger.info("%s", placement(self.locations))
-        master = (self.world_size, self.locations[0]["ip"], self.locations[0]["port"], device, threads)
-        ray.get([host.setup.remote(seed + rank, deterministic, rank, *master) for rank, host in enumerate(self.hosts)])
+        address = self.locations[0]["ip"]
+        store = (address, ray.get(self.hosts[0].open_store.remote(address)))
+        on = (self.world_size, device, threads)
+        ray.get([h.setup.remote(seed + r, deterministic, *store, r, *on) for r, h in enumerate(self.hosts)])
         self.methods: dict[str, dict[str, Dispatch]] = {}
 
     def add_role(self, role: str, spec: RayClassWithInitArgs) -> "RoleView":

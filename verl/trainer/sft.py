@@ -9,7 +9,6 @@ A row is `input_ids` and `loss_mask` (1 = trained). It uses the sharded model an
 import json
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from pydantic import PositiveFloat, PositiveInt, ValidationError
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
@@ -161,12 +161,9 @@ def batches(examples: Sequence[Example], config: SFTConfig) -> Iterator[list[Exa
 
 def start_process_group(threads: int | None = None) -> None:
     """The group that torchrun's environment describes; without it, this process alone."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = int(os.getenv("MASTER_PORT", str(s.getsockname()[1])))
     rank, size = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    init_process_group(rank, size, os.environ.get("MASTER_ADDR", "127.0.0.1"), port, kind, threads=threads)
+    init_process_group(rank, size, None if "MASTER_ADDR" in os.environ else HashStore(), kind, threads=threads)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,9 +7,10 @@ import httpx
 import pytest
 from fastapi import FastAPI, Response
 
+from search_r1.launch import free_port
 from search_r1.search.client import RetrievalClient, SearchError, check_server
 from search_r1.search.config import RetrieverConfig
-from tests.retrieval import free_port, retrieval_server, serving, write_corpus
+from tests.retrieval import retrieval_server, serving, write_corpus
 from tests.search_r1.search.test_server import ROWS, Engine, app
 
 

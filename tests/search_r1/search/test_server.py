@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from search_r1.launch import free_port
 from search_r1.search.app import ServerSettings, create_app
 from search_r1.search.engine import EngineError
-from tests.retrieval import SERVER, free_port, retrieval_server, serving, wait_until_ready, write_corpus
+from tests.retrieval import SERVER, retrieval_server, serving, wait_until_ready, write_corpus
 
 ROWS = [
     {"id": "0", "contents": '"Torvel"\nTorvel lies in Marna. It has a harbour.'},

@@ -7,12 +7,13 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from search_r1.launch import free_port
 from search_r1.search.engine import EngineError
 from search_r1.search.html import title_and_text
 from search_r1.search.manifest import CorpusError
 from search_r1.search.serp_search_server import load, parse_arguments
 from search_r1.search.web import MAX_QUERY_CHARS, Pace, WebRetriever, brave, google, serpapi, shorten
-from tests.retrieval import free_port, serving, wait_until_ready
+from tests.retrieval import serving, wait_until_ready
 
 KEY = "the-secret-key"
 
