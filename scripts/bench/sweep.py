@@ -106,10 +106,11 @@ def plot(rows: list[study.Row], path: Path) -> None:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    names = list(dict.fromkeys(row["run"].rpartition("-seed")[0] for row in rows))
+    names: list[str] = []
     for row in rows:
-        name, _, seed = row["run"].rpartition("-seed")
-        label = name if seed == "0" else None
+        name = row["run"].rpartition("-seed")[0]
+        label = None if name in names else name
+        names += [name] if label else []
         axis.plot(*zip(*row["curve"], strict=True), color=f"C{names.index(name)}", label=label, alpha=0.8)
     axis.set(xlabel="trajectories sampled", ylabel="validation score")
     axis.grid(alpha=0.3)
