@@ -188,7 +188,7 @@ def test_every_part_is_killed_in_turn(tmp_path, model):
         "trainer__total_training_steps": 8,
         "trainer__save_freq": 1,
         "trainer__n_gpus_per_node": 2,
-        "trainer__hang_timeout_s": 75,
+        "trainer__hang_timeout_s": 100,
         "trainer__max_ckpt_to_keep": 2,
         "actor_rollout_ref__actor__optim__lr": 1e-3,
         "agent__pause_s": 2,

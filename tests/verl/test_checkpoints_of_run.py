@@ -8,6 +8,7 @@ import pytest
 from tests.processes import file_limit
 from verl.trainer.config import TrainerConfig
 from verl.trainer.ppo.checkpoints import Checkpoints
+from verl.utils import run_folder
 from verl.utils.checkpoint import CheckpointError
 from verl.utils.run_folder import best, find_latest, steps
 
@@ -65,8 +66,6 @@ def test_a_checkpoint_counts_when_it_is_complete(tmp_path):
     run.checkpoints.complete()
     assert find_latest(tmp_path) == tmp_path / "global_step_1" and run.checkpoints.newest == 1
     assert run.checkpoints.load(1)["step"] == 1 and run.actor.lr == run.critic.lr == 1
-    Run(tmp_path, async_save=False).checkpoints.save(2, {"step": 2})
-    assert find_latest(tmp_path) == tmp_path / "global_step_2"
 
 
 @pytest.mark.parametrize("trouble", ["fails", "finishes_badly"])
@@ -117,6 +116,26 @@ def test_the_best_needs_a_score_and_a_whole_checkpoint_in_any_order(tmp_path):
     assert best(tmp_path)["step"] == 2
     run.save(3, 4)
     assert steps(tmp_path) == [2, 4]
+
+
+def test_a_checkpoint_is_kept_until_its_score_has_come(tmp_path):
+    run = Run(tmp_path, max_ckpt_to_keep=1).save(1)
+    run.checkpoints.score(1, {"em": 0.5})
+    run.checkpoints.awaited = 2
+    run.save(2, 3)
+    assert steps(tmp_path) == [1, 2, 3]
+    run.checkpoints.score(2, {"em": 0.75})
+    run.save(4)
+    assert steps(tmp_path) == [2, 4] and best(tmp_path)["step"] == 2
+
+
+def test_old_checkpoints_that_cannot_be_deleted_stop_nothing(tmp_path, monkeypatch):
+    def busy(*_):
+        raise OSError("device busy")
+
+    monkeypatch.setattr(run_folder, "delete_folder", busy)
+    run = Run(tmp_path, max_ckpt_to_keep=1).save(1, 2)
+    assert run.said == ["old checkpoints could not be deleted: device busy"] and run.checkpoints.newest == 2
 
 
 def test_a_best_checkpoint_that_is_replaced_loses_its_value(tmp_path):

@@ -9,11 +9,12 @@ import pytest
 from tests.verl.test_checkpoints_of_run import Run, rewind
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.collapse import Alarm, CollapseWatchConfig, Signal
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer, TrainingCollapsed
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer, TrainingCollapsed, TrainingDiverged
 from verl.utils.checkpoint import CheckpointError
 from verl.utils.run_folder import best, steps
 from verl.utils.tracking import STEP, Timers, Tracking
 
+STATE = {"step": 4, "skipped_in_a_row": 0, "validating": True}
 ALARM = Alarm(4, (Signal("entropy", 3, 0.1, 1.0, "fell"),))
 
 
@@ -62,6 +63,47 @@ def test_a_validation_goes_into_the_line_of_its_step_while_that_is_not_written(t
     trainer.validating = (3, "of the step before")
     trainer.finish_validation()
     assert lines(tmp_path) == [{STEP: 3, "em": 0.5}]
+
+
+def test_a_checkpoint_waits_for_a_validation_of_weights_that_it_does_not_hold(trainer, tmp_path):
+    trainer.validating = (3, "under way")
+    trainer.save_checkpoint()
+    assert lines(tmp_path) == [{STEP: 3, "em": 0.5}] and trainer.validating is None
+    trainer.validating = (4, "under way")
+    trainer.save_checkpoint()
+    assert trainer.validating is not None
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_resumed_run_repeats_a_validation_unless_it_was_written(trainer, tmp_path, written):
+    trainer.state_dict = lambda: {"sampler": {}, "kl": 0.0, "watch": {}, "version": 4, **STATE}
+    trainer.save_checkpoint()
+    trainer.checkpoints.complete()
+    if written:
+        trainer.tracking.log({"val/em": 0.5, "val/odd": float("nan")}, 4)
+    trainer.tracking.log({"loss": 1.0}, 4)
+    trainer.ahead = trainer.collapse_watch = SimpleNamespace(load_state_dict=lambda state: None)
+    trainer.kl_ctrl = SimpleNamespace()
+    trainer.load_checkpoint(4)
+    assert trainer.validating_again is not written
+
+
+def test_a_step_whose_alarm_is_to_be_answered_is_not_saved(trainer, tmp_path):
+    for response, saved in (("stop", []), ("roll_back", []), ("continue", [4])):
+        trainer.config.trainer.collapse_watch = CollapseWatchConfig(response=response)
+        trainer.save_checkpoint(ALARM)
+        trainer.checkpoints.complete()
+        assert steps(tmp_path) == saved
+
+
+def test_skipped_steps_of_either_role_count_and_only_in_a_row(trainer):
+    trainer.skipped_in_a_row, trainer.config.trainer.max_skipped_steps = 0, 2
+    for role, skipped in (("actor", 1.0), ("actor", 0.0), ("critic", 2.0)):
+        trainer.metrics = {f"{role}/skipped_steps": skipped}
+        trainer.check_finite()
+    trainer.metrics = {"actor/skipped_steps": 0.0, "critic/skipped_steps": 1.0}
+    with pytest.raises(TrainingDiverged, match="2 training steps in a row"):
+        trainer.check_finite()
 
 
 def test_the_last_checkpoint_is_written_once_and_again_if_it_failed(trainer, tmp_path):

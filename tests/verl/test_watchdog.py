@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def hang(folder, stacks, **more):
     """The file of stacks that a watchdog wrote about a verb that hangs."""
     noticed = threading.Event()
-    with Watchdog(0.2, stacks, folder, noticed.set, **more) as watchdog:
+    with Watchdog(0.2, folder, stacks, noticed.set, **more) as watchdog:
         watchdog.beat("gen")
         assert noticed.wait(60)
     (path,) = (folder / "stacks").iterdir()
@@ -43,14 +43,14 @@ def test_an_error_on_the_way_is_written_in_their_place(tmp_path):
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, caplog):
     (tmp_path / "stacks").touch()
     noticed = threading.Event()
-    with Watchdog(0.05, dict, tmp_path, noticed.set):
+    with Watchdog(0.05, tmp_path, on_hang=noticed.set):
         assert noticed.wait(60)
     assert "'start' has not ended" in caplog.text and "could not be written" in caplog.text
 
 
 def test_beats_keep_it_quiet_and_its_end_is_clean(tmp_path):
     barked = threading.Event()
-    with Watchdog(5.0, dict, tmp_path, barked.set) as watchdog:
+    with Watchdog(5.0, tmp_path, on_hang=barked.set) as watchdog:
         for verb in ("gen", "values", "update_actor"):
             watchdog.beat(verb)
     assert not barked.is_set() and not (tmp_path / "stacks").exists()
@@ -60,7 +60,7 @@ def test_beats_keep_it_quiet_and_its_end_is_clean(tmp_path):
 def test_a_hanging_driver_leaves_with_the_status_that_is_restarted(tmp_path):
     code = (
         "import sys, time; from verl.trainer.watchdog import Watchdog\n"
-        "with Watchdog(0.2, dict, sys.argv[1]) as watchdog:\n"
+        "with Watchdog(0.2, sys.argv[1]) as watchdog:\n"
         "    watchdog.beat('update_weights'); time.sleep(600)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=60)

@@ -9,8 +9,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError as ActorUnavailableError
-from ray.exceptions import RayActorError as ActorDied
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -22,6 +21,8 @@ from verl.single_controller.worker import Worker, init_process_group, make_deter
 logger = logging.getLogger(__name__)
 SOON_S = 10
 """How long a place for the processes is waited for in silence."""
+ActorDied = (RayActorError, OutOfMemoryError, NodeDiedError)
+"""What a call raises whose process died; of a process that Ray ended for want of memory it is no RayActorError."""
 LIVENESS_S = 30
 """How long a process that answers nothing is waited for before it counts as lost."""
 
@@ -165,14 +166,15 @@ class RayWorkerGroup:
         self.hosts, self.locations = pool.spawn_hosts()
         logger.info("%s", placement(self.locations))
         address = self.locations[0]["ip"]
-        store = (address, ray.get(self.hosts[0].open_store.remote(address)))
-        on = (self.world_size, device, threads)
-        ray.get([h.setup.remote(seed + r, deterministic, *store, r, *on) for r, h in enumerate(self.hosts)])
+        (port,) = self._wait("open_store", [self.hosts[0].open_store.remote(address)])
+        group = (address, port), (self.world_size, device, threads)
+        setup = [h.setup.remote(seed + r, deterministic, *group[0], r, *group[1]) for r, h in enumerate(self.hosts)]
+        self._wait("setup", setup)
         self.methods: dict[str, dict[str, Dispatch]] = {}
 
     def add_role(self, role: str, spec: RayClassWithInitArgs) -> "RoleView":
         """Builds the role on every rank (collectives allowed) and returns its methods."""
-        ray.get([host.add_role.remote(role, spec) for host in self.hosts])
+        self._wait(role, [host.add_role.remote(role, spec) for host in self.hosts])
         members = {name: getattr(spec.cls, name) for name in dir(spec.cls)}
         self.methods[role] = {k: getattr(v, ATTRIBUTE) for k, v in members.items() if hasattr(v, ATTRIBUTE)}
         return self[role]
@@ -188,11 +190,14 @@ class RayWorkerGroup:
         mode = self.methods[role][method]
         per_rank = dispatch(mode, self.world_size, args)
         calls = [host.call.remote(role, method, *a) for host, a in zip(self.hosts, per_rank, strict=True)]
+        return collect(mode, self._wait(f"{role}.{method}", calls))
+
+    def _wait(self, name: str, calls: list[Any]) -> list[Any]:
         try:
-            return collect(mode, as_they_end(calls))
+            return as_they_end(calls)
         except RayError as error:
             if lost := self.lost_ranks():
-                raise WorkerLost(f"{role}.{method}: {'; '.join(lost)}") from error
+                raise WorkerLost(f"{name}: {'; '.join(lost)}") from error
             raise
 
     def lost_ranks(self) -> list[str]:

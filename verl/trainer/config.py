@@ -259,6 +259,11 @@ class PPOConfig(Config):
         rollout_batch = self.data.train_batch_size * self.actor_rollout_ref.rollout.n
         return rollout_batch // self.actor_rollout_ref.actor.ppo_mini_batch_size
 
+    def total_training_steps(self, num_rows: int) -> int:
+        """trainer.total_training_steps, or what trainer.total_epochs amounts to."""
+        trainer = self.trainer
+        return trainer.total_training_steps or max(1, trainer.total_epochs * num_rows // self.data.train_batch_size)
+
 
 def validate(raw: dict[str, Any]) -> PPOConfig:
     """The typed configuration of a composed one. Raises ConfigError listing every wrong key, type and combination."""

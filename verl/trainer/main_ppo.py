@@ -68,10 +68,12 @@ def status_of(error: Exception) -> int | None:
     if isinstance(error, (ConfigError, DataError)):
         sys.stderr.write(f"error: {error}\n")
         return 1
-    from verl.single_controller.worker_group import ActorDied, WorkerLost
+    from ray.exceptions import RayError, RayTaskError
+
+    from verl.single_controller.worker_group import WorkerLost
     from verl.trainer.ppo.ray_trainer import ENDINGS
 
-    if isinstance(error, (WorkerLost, ActorDied)):
+    if isinstance(error, (WorkerLost, RayError)) and not isinstance(error, RayTaskError):  # that is our code's own
         logging.getLogger(__name__).error("lost: %s", error)
         return LOST
     if isinstance(error, ENDINGS):
@@ -150,9 +152,14 @@ def check_trainable(config: Any, agent: Any) -> None:
 
 def write_config(raw: dict[str, Any], config: Any) -> None:
     """Writes the resolved configuration to the run folder."""
+    from verl.utils.run_folder import write_atomically
+
     run_dir = Path(config.trainer.default_local_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(raw)))
+    try:
+        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(raw)))
+    except OSError as error:  # a run that is started again on a full disk goes on
+        logging.getLogger(__name__).warning("%s", error)
 
 
 def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, val_set: Any, stop: Stop) -> None:
@@ -160,7 +167,7 @@ def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, 
     import ray
 
     from verl.trainer.ppo.processes import start_processes
-    from verl.trainer.ppo.ray_trainer import ENDINGS, RayPPOTrainer, total_training_steps
+    from verl.trainer.ppo.ray_trainer import ENDINGS, RayPPOTrainer
     from verl.trainer.watchdog import Watchdog
     from verl.utils.errors import ConfigError
     from verl.utils.run_folder import find_latest, remove_leftovers, step_of
@@ -181,10 +188,11 @@ def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, 
     stop.listen()  # Ray has taken SIGTERM
     tracking = None
     try:
-        processes = start_processes(config, config.device, total_training_steps(config, len(train_set)))
-        logging.getLogger(__name__).info("policy: %s", processes.roles["actor"].describe()[0])
-        tracking = start_tracking(config, resume)
-        with Watchdog(trainer_cfg.hang_timeout_s, processes.stacks, root) as watchdog:
+        with Watchdog(trainer_cfg.hang_timeout_s, root) as watchdog:
+            processes = start_processes(config, config.device, config.total_training_steps(len(train_set)))
+            watchdog.stacks = processes.stacks
+            logging.getLogger(__name__).info("policy: %s", processes.roles["actor"].describe()[0])
+            tracking = start_tracking(config, resume)
             trainer = RayPPOTrainer(
                 config, tokenizer, agent, reward, train_set, val_set, processes, tracking, Timers(watchdog.beat), stop
             )

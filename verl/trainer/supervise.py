@@ -113,9 +113,13 @@ def rest(seconds: float, signals: Forward) -> None:
 def record(run_dir: str, returncode: int, step: int) -> None:
     """Appends a restart to restarts.jsonl: when (UTC), what ended the run, the step it continues after."""
     how = {"signal": signal.Signals(-returncode).name} if returncode < 0 else {"status": returncode}
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    with (Path(run_dir) / RESTARTS).open("a") as file:
-        file.write(json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **how, "step": step}) + "\n")
+    line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **how, "step": step})
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        with (Path(run_dir) / RESTARTS).open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:  # a full disk is no reason to end the run
+        logger.warning("restart not recorded: %s", error)
 
 
 def given_up(run_dir: str, max_restarts: int, returncode: int, step: int) -> str:

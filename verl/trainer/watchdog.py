@@ -29,8 +29,8 @@ class Watchdog:
     def __init__(
         self,
         timeout_s: float,
-        stacks: Callable[[], dict[str, str]],
         folder: str | Path,
+        stacks: Callable[[], dict[str, str]] = dict,
         on_hang: Callable[[], object] = leave,
         stacks_timeout_s: float = 30.0,
     ) -> None:

@@ -110,6 +110,18 @@ class Tracking:
             self.wandb.log({STEP: step, f"{name}/trajectories": table})
         return path
 
+    def keep(self, content: Any, name: str) -> str:
+        """Writes the file `name` of the run folder by torch.save. Says where it is, or why it is not there."""
+        import torch
+
+        path = self.run_dir / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            torch.save(content, path)
+        except (OSError, RuntimeError) as error:  # the latter is torch's own of a full disk
+            return f"could not be written: {error}"
+        return f"is in {path}"
+
     def finish(self) -> None:
         """Ends the run of wandb; a last attempt to write what could not be written."""
         if self.unwritten:
@@ -158,7 +170,10 @@ def truncate_metrics(run_dir: str, step: int, moved_to: Path | None = None) -> N
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     later = [line for line in lines if json.loads(line)[STEP] > step]
     if moved_to is not None:
-        moved_to.write_text("".join(later))
+        try:
+            moved_to.write_text("".join(later))
+        except OSError as error:
+            logger.warning("%s: %s; these metrics are dropped", moved_to, error)
     pending = path.with_suffix(".tmp")
     pending.write_text("".join(line for line in lines if line not in later))
     pending.replace(path)

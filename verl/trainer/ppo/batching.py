@@ -16,6 +16,10 @@ class RolloutFailed(RuntimeError):
     """Too many trajectories failed for reasons that are not the policy's."""
 
 
+class NothingToLearn(RuntimeError):
+    """A training step is left without a trajectory."""
+
+
 def failure_metrics(results: Sequence[Trajectory | Failure], prefix: str = "rollout") -> dict[str, float]:
     """Share of failed trajectories, in all and by the number of environment calls of the failed ones."""
     failed = [r for r in results if isinstance(r, Failure)]

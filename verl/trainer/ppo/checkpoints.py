@@ -33,6 +33,8 @@ class Checkpoints:
         """Why the last checkpoint was given up."""
         self.newest = 0
         self.scores: dict[int, float] = {}
+        self.awaited: int | None = None
+        """The step whose score is still to come: its checkpoint is kept until then."""
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copies everything, and starts writing it; training may go on when this returns."""
@@ -42,8 +44,10 @@ class Checkpoints:
             self._write(run_folder.pending_folder(self.root, step), state, self.config.async_save)
         except (CheckpointError, OSError) as error:
             self._give_up(self._finished() or error)
-        if not self.config.async_save:
-            self.complete()
+
+    def exists(self, step: int) -> bool:
+        """Whether there is a complete checkpoint of `step`."""
+        return run_folder.folder_of(self.root, step).is_dir()
 
     def snapshot(self, folder: Path, state: dict[str, Any]) -> None:
         """Writes everything to a folder that no run resumes from by itself. Raises CheckpointError or OSError."""
@@ -78,8 +82,11 @@ class Checkpoints:
             return
         self.pending, self.newest = None, step
         self._rank(step)
-        healthy = self._healthy()
-        run_folder.prune(self.root, self.config.max_ckpt_to_keep, [] if healthy is None else [healthy])
+        needed = [step for step in (self._healthy(), self.awaited) if step is not None]
+        try:
+            run_folder.prune(self.root, self.config.max_ckpt_to_keep, needed)
+        except OSError as error:
+            self.message(f"old checkpoints could not be deleted: {error}")
 
     def _finished(self) -> CheckpointError | None:
         """Waits until no role writes any more; what the first to fail says."""
@@ -95,10 +102,14 @@ class Checkpoints:
         step, self.pending, self.failure = self.pending, None, error
         assert step is not None
         self.message(f"checkpoint of step {step} FAILED, training goes on and the one before stays: {error}")
-        run_folder.discard(self.root, step)
+        try:
+            run_folder.discard(self.root, step)
+        except OSError as error:
+            self.message(f"what was written of it could not be deleted: {error}")
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
         """Notes how good the policy of `step` is, by `trainer.best_metric`."""
+        self.awaited = None
         name = self.config.best_metric
         if name is not None and name in metrics:
             self.scores[step] = metrics[name]
@@ -107,7 +118,7 @@ class Checkpoints:
     def _rank(self, step: int) -> None:
         """Calls the checkpoint the best if it is, once it is whole and scored."""
         name = self.config.best_metric
-        if name is None or step not in self.scores or not run_folder.folder_of(self.root, step).is_dir():
+        if name is None or step not in self.scores or not self.exists(step):
             return
         try:
             run_folder.mark_best(self.root, step, name, self.scores[step])

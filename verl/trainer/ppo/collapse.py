@@ -14,6 +14,10 @@ from verl.utils.config import Config
 from verl.utils.tracking import STEP
 
 
+class TrainingCollapsed(RuntimeError):
+    """The collapse watch raised an alarm that ends the run."""
+
+
 class Bound(Config):
     """What a metric of a healthy run does not do. Every limit given counts; it must be finite in any case."""
 

@@ -4,8 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from verl.agent import Trajectory
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
@@ -13,6 +11,7 @@ from verl.trainer.ppo import validation
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
 from verl.trainer.ppo.ahead import RolloutAhead
 from verl.trainer.ppo.batching import (
+    NothingToLearn,
     RolloutFailed,
     build_batch,
     check_failures,
@@ -22,14 +21,9 @@ from verl.trainer.ppo.batching import (
     surviving,
 )
 from verl.trainer.ppo.checkpoints import Checkpoints
-from verl.trainer.ppo.collapse import Alarm, CollapseWatch
+from verl.trainer.ppo.collapse import Alarm, CollapseWatch, TrainingCollapsed
 from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
-from verl.trainer.ppo.metrics import (
-    compute_data_metrics,
-    compute_throughput_metrics,
-    console_line,
-    staleness_metrics,
-)
+from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics, console_line, staleness_metrics
 from verl.trainer.ppo.processes import Processes
 from verl.trainer.ppo.records import trajectory_records
 from verl.trainer.ppo.rollout import Submitted
@@ -42,14 +36,6 @@ from verl.workers.rollout.agent_worker import Job
 
 class TrainingDiverged(RuntimeError):
     """Losses or gradients stayed non-finite for too many training steps in a row."""
-
-
-class NothingToLearn(RuntimeError):
-    """A training step is left without a trajectory."""
-
-
-class TrainingCollapsed(RuntimeError):
-    """The collapse watch raised an alarm that ends the run."""
 
 
 ENDINGS = (RolloutFailed, TrainingDiverged, NothingToLearn, TrainingCollapsed)
@@ -74,7 +60,7 @@ class RayPPOTrainer:
     ) -> None:
         self.config, self.tokenizer, self.agent, self.reward = config, tokenizer, agent, reward
         self.val_set = val_set
-        self.total = total_training_steps(config, len(train_set))
+        self.total = config.total_training_steps(len(train_set))
         self.roles, self.world_size = processes.roles, processes.group.world_size
         self.actor, self.reference, self.critic = self.roles["actor"], self.roles.get("ref"), self.roles.get("critic")
         self.rollout, self.val_rollout = processes.rollout, processes.val_rollout
@@ -97,7 +83,7 @@ class RayPPOTrainer:
         """
         start, began = self.step, time.monotonic()
         self.sync_weights()
-        if self.step == 0 and self.config.trainer.collapse_watch.response == "roll_back":
+        if self.step == 0 and self.collapse_response == "roll_back" and not self.checkpoints.exists(0):
             self.save_checkpoint()
         if self.begins_with_validation():
             self.validate()
@@ -113,16 +99,23 @@ class RayPPOTrainer:
                 batch = self.advantage(batch)
                 self.update_critic(batch)
                 self.update_actor(batch)
+                self.check_finite()
                 self.sync_weights()
                 alarm = self.watch(batch)
                 if self.is_due(self.config.trainer.test_freq):
                     self.validate()
                 if self.is_due(self.config.trainer.save_freq) or self.stop.requested:
-                    self.save_checkpoint()
+                    self.save_checkpoint(alarm)
             self.log(batch, (time.monotonic() - began) / max(1, self.step - start))
+            if not self.config.trainer.async_save:
+                self.checkpoints.complete()
             if alarm is not None:
                 self.respond(alarm)
         self.finish()
+
+    @property
+    def collapse_response(self) -> str:
+        return self.config.trainer.collapse_watch.response
 
     def begins_with_validation(self) -> bool:
         trainer = self.config.trainer
@@ -240,39 +233,38 @@ class RayPPOTrainer:
             metrics = self.actor.update_actor(batch)
         self.keep_nonfinite("actor", batch, metrics)
         self.metrics |= {f"actor/{k}": v for k, v in metrics.items()}
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
+
+    def check_finite(self) -> None:
+        """Raises TrainingDiverged when an optimizer step was skipped in `trainer.max_skipped_steps` steps in a row."""
+        skipped = any(self.metrics.get(f"{role}/skipped_steps") for role in ("actor", "critic"))
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_steps:
             raise TrainingDiverged(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} training steps in a row (trainer."
-                "max_skipped_steps): lower actor_rollout_ref.actor.optim.lr, then run again to resume"
+                "max_skipped_steps): lower the learning rate (of the critic too), then run again to resume"
             )
 
     def keep_nonfinite(self, role: str, batch: DataProto, metrics: dict[str, float]) -> None:
         """Writes the batch to the run folder when an optimizer step was skipped, to reproduce what happened."""
         if metrics["skipped_steps"]:
-            path = self.tracking.run_dir / "nonfinite" / f"{role}_{self.step:06d}.pt"
-            try:
-                path.parent.mkdir(exist_ok=True)
-                torch.save(batch, path)
-                where = f"is in {path}"
-            except (OSError, RuntimeError) as error:  # the latter is torch's own of a full disk
-                where = f"could not be written: {error}"
+            where = self.tracking.keep(batch, f"nonfinite/{role}_{self.step:06d}.pt")
             self.tracking.message(
                 f"step {self.step}: loss or gradient of the {role} not finite, {metrics['skipped_steps']:.0f} "
                 f"optimizer step(s) skipped; the batch {where}"
             )
 
     def sync_weights(self) -> None:
+        self.rollout.version += 1  # an engine that is replaced while the others settle takes these weights already
         with self.timers("settle"):
             self.ahead.settle()
         with self.timers("update_weights"):
-            self.rollout.update_weights(self.rollout.version + 1)
+            self.rollout.update_weights(self.rollout.version)
 
     def watch(self, batch: DataProto) -> Alarm | None:
         """Adds the figures of the batch, and asks the collapse watch about all of the step's."""
         self.metrics |= compute_data_metrics(batch, self.config.data.max_prompt_length)
         alarm = self.collapse_watch.observe(self.step, self.metrics)
-        if self.config.trainer.collapse_watch.response == "roll_back":
+        if self.collapse_response == "roll_back":
             moved = min(self.collapse_watch.since.values(), default=self.step + 1)
             # What a step shows was rolled out by the weights of the step before, or of older ones.
             self.checkpoints.suspect_from = moved - 1 - self.config.async_training.max_staleness
@@ -288,6 +280,7 @@ class RayPPOTrainer:
             if self.val_rollout is not self.rollout:
                 self.val_rollout.update_weights(self.rollout.version)
             self.validating = self.step, validation.submit(self.config, self.val_set, self.val_rollout)
+            self.checkpoints.awaited = self.step
             if self.val_rollout is self.rollout or self.step == 0:
                 self.finish_validation()
 
@@ -377,8 +370,16 @@ class RayPPOTrainer:
             "wandb": self.tracking.wandb_id,
         }
 
-    def save_checkpoint(self) -> None:
-        """Writes everything that resuming needs, then names it the newest."""
+    def save_checkpoint(self, alarm: Alarm | None = None) -> None:
+        """Writes everything that resuming needs, then names it the newest.
+
+        Not in a step with an alarm that is to be answered: a run that dies before would resume as if it had been.
+        """
+        if alarm is not None and self.collapse_response != "continue":
+            return
+        if self.validating is not None and self.validating[0] < self.step:
+            with self.timers("testing"):
+                self.finish_validation()  # its weights are in no checkpoint that the run would resume from
         with self.timers("save_checkpoint"):
             self.checkpoints.save(self.step, self.state_dict())
 
@@ -389,12 +390,8 @@ class RayPPOTrainer:
         self.ahead.load_state_dict(state["sampler"])
         self.kl_ctrl.value = state["kl"]
         self.collapse_watch.load_state_dict(state["watch"])
-        self.validating_again = state["validating"]
+        done = validation.recorded(self.tracking.run_dir, step)
+        self.checkpoints.score(step, done)
+        self.validating_again = state["validating"] and not done
         self.rollout.version = state["version"] - 1  # the sync that follows brings the version of the saved weights
         self.tracking.message(f"resuming after step {self.step}")
-
-
-def total_training_steps(config: PPOConfig, num_rows: int) -> int:
-    """trainer.total_training_steps, or what trainer.total_epochs amounts to."""
-    trainer = config.trainer
-    return trainer.total_training_steps or max(1, trainer.total_epochs * num_rows // config.data.train_batch_size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.agent import Row, Trajectory
-from verl.single_controller.worker_group import ActorDied, WorkerLost, first_ready, get, kill, ready, spawn
+from verl.single_controller.worker_group import ActorDied, RayError, WorkerLost, first_ready, get, kill, ready, spawn
 from verl.trainer.config import PPOConfig
 from verl.workers.config import SamplingConfig
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
@@ -185,7 +185,7 @@ class RolloutManager:
                 get([self.servers[rank].begin_weight_update.remote() for rank in dead])
             if asleep:
                 get([self.servers[rank].sleep.remote(1) for rank in dead])
-        except ActorDied as error:
+        except RayError as error:  # its predecessor could be
             raise WorkerLost(f"a {self.name} engine died and could not be started again") from error
         for rank in dead:
             self.lifelines[rank] = self.servers[rank].lifeline.remote()

@@ -1,7 +1,9 @@
 """Validation: the same agent loop over every held-out question; nothing is dropped."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from verl.agent import Source, Trajectory
@@ -10,6 +12,7 @@ from verl.trainer.ppo.batching import check_failures, failure_metrics
 from verl.trainer.ppo.records import trajectory_records
 from verl.trainer.ppo.rollout import RolloutManager, Submitted
 from verl.utils.dataset import RLHFDataset
+from verl.utils.tracking import STEP
 from verl.workers.rollout.agent_worker import Failure, Job
 
 
@@ -49,6 +52,14 @@ def score(
     metrics["val/test_score/all"] = mean_of("score", [t for _, t in done])
     metrics |= {f"val/{k}": v for k, v in agent.reduce_metrics([t for _, t in done]).items()}
     return metrics, trajectory_records([j for j, _ in done], [t for _, t in done], tokenizer)
+
+
+def recorded(run_dir: Path, step: int) -> dict[str, float]:
+    """The `val/` metrics that the run folder has of `step`; none if its validation was not finished."""
+    path = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.open()] if path.exists() else []
+    figures = [figure for line in lines if line[STEP] == step for figure in line.items()]
+    return {name: value for name, value in figures if name.startswith("val/") and value is not None}
 
 
 def mean_of(name: str, trajectories: list[Trajectory]) -> float:

@@ -12,8 +12,8 @@ class FollowServer:
     vLLM's engine outlives a server that was killed (Ray kills its actors when the driver dies), and keeps its memory.
     """
 
-    def follow(self, server: int) -> None:
-        """Watches the process `server`, parent of the engine, from a thread."""
+    def follow(self, server: int) -> int:
+        """Process of the engine. Watches the process `server`, its parent, from a thread."""
         engine = os.getpid() if os.getppid() == server else os.getppid()
 
         def end() -> None:
@@ -21,3 +21,4 @@ class FollowServer:
             os._exit(1)
 
         follow(server, end)
+        return engine

@@ -11,6 +11,7 @@ from typing import Any
 
 from verl.agent import Completion, context_digest
 from verl.single_controller.worker import stacks
+from verl.utils.processes import follow
 from verl.workers.config import ModelConfig, RolloutConfig
 from verl.workers.rollout.weight_sync import memory_folder, write_engine_model
 
@@ -47,7 +48,13 @@ class VLLMServer:
             with memory_folder() as folder:
                 write_engine_model(self.model, folder)
                 self._build(model=folder, **self._cpu_arguments())
-        await self.engine.collective_rpc("follow", args=(os.getpid(),))
+        (process, *_) = await self.engine.collective_rpc("follow", args=(os.getpid(),))
+        follow(process, self._engine_ended)
+
+    def _engine_ended(self) -> None:
+        """Ends this process with its engine, so that both are replaced. vLLM leaves calls to a dead engine hanging."""
+        if self.engine is not None:
+            os._exit(1)
 
     def _build(self, **kwargs: Any) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -107,8 +114,7 @@ class VLLMServer:
         """One completion. `sampling`: temperature, top_p, top_k, max_tokens, stop, seed; log_probs, without which they
         are zeros and the engine is spared some work.
 
-        The stop string stays in the output, on the token that completes it; nothing that was not sampled is added. This
-        process ends with its engine: both are then replaced.
+        The stop string stays in the output, on the token that completes it; nothing that was not sampled is added.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -131,7 +137,7 @@ class VLLMServer:
             async for output in self.engine.generate({"prompt_token_ids": prompt_ids}, params, request_id):
                 final = output
         except EngineDeadError:
-            os._exit(1)
+            os._exit(1)  # before the error is taken for one of the call
         assert final is not None, "the engine ended a request without an output"
         completion = final.outputs[0]
         ids = list(completion.token_ids)
@@ -194,6 +200,6 @@ class VLLMServer:
 
     async def shutdown(self) -> None:
         """Ends the engine's process. It holds nothing to save, and left to itself takes more than its 5 s of grace."""
-        if self.engine is not None:
-            self.engine.shutdown(timeout=0)
-            self.engine = None
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.shutdown(timeout=0)
