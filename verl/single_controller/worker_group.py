@@ -237,6 +237,7 @@ def spawn(
     """The handle of a Ray actor made from the plain class `cls`, on `node_id` if given."""
     options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": env or {}}}
     options["max_concurrency"] = 10_000  # asyncio actors: thousands of trajectories wait in one process
+    options["enable_task_events"] = False  # a call of the engine each: Ray would keep 100,000
     if node_id:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return ray.remote(cls).options(**options).remote(*args, **kw)
