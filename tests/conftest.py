@@ -1,9 +1,13 @@
 """What whole runs share."""
 
 import pytest
+from hypothesis import settings
 
 from tests.e2e.runs import CORPUS
 from tests.retrieval import retrieval_server, write_corpus
+
+settings.register_profile("suite", deadline=None, derandomize=True)  # the same examples on every machine
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ def make_tiny_qwen2(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
+    torch.manual_seed(seed)
     model = Qwen2ForCausalLM(config)
     perturb(model, seed=seed, scale=0.1)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -52,7 +52,7 @@ def overrides(method, url, questions, retriever, *more):
         f"method={method}", "experiment=nq_hotpotqa/grpo", f"max_turns={MAX_TURNS}", "trainer.device=cpu",
         "actor_rollout_ref.model.path=scripted", "actor_rollout_ref.model.tokenizer_path=data/closed_world/base",
         "actor_rollout_ref.rollout.name=openai", f"{endpoint}.url={url}/v1", f"{endpoint}.backoff_s=0.01",
-        f"{endpoint}.timeout_s=1", f"{endpoint}.max_retries=2", f"retriever.url={retriever}",
+        f"{endpoint}.timeout_s=3", f"{endpoint}.max_retries=2", f"retriever.url={retriever}",
         "data.max_start_length=1024", "data.max_response_length=200", f"data.train_files={questions}",
         f"data.val_files={questions}", f"trainer.default_local_dir={questions.parent}/run",
         "trainer.experiment_name=endpoint", *more,

@@ -50,19 +50,19 @@ class Run:
         return [line["training/global_step"] for line in metrics(self.folder) if "critic/score/mean" in line]
 
     def reached(self, step):
-        wait_for(lambda: step in self.steps() or self.process.poll() is not None, 240)
+        wait_for(lambda: step in self.steps() or self.process.poll() is not None, 600)
         assert step in self.steps(), self.output[-3000:]
 
     def pids(self, name):
-        """Processes of the run by a part of their title."""
+        """Processes of the run by a part of their title, the eldest first."""
         found = []
         for pid in self.alive():
             try:
-                title = " ".join(psutil.Process(pid).cmdline())
+                process = psutil.Process(pid)
+                found += [(process.create_time(), pid)] if name in " ".join(process.cmdline()) else []
             except psutil.Error:
                 continue
-            found += [pid] if name in title else []
-        return sorted(found)
+        return [pid for _, pid in sorted(found)]
 
     def kill(self, name, which=0):
         """SIGKILL for such a process, by age."""
@@ -79,7 +79,7 @@ class Run:
             self.process.poll()
 
     def ends(self, status=0):
-        assert self.process.wait(300) == status, self.output[-4000:]
+        assert self.process.wait(900) == status, self.output[-4000:]
         wait_for(lambda: not self.alive(), 20)  # no orphan, no Ray
 
 
@@ -188,7 +188,7 @@ def test_every_part_is_killed_in_turn(tmp_path, model):
         "trainer__total_training_steps": 8,
         "trainer__save_freq": 1,
         "trainer__n_gpus_per_node": 2,
-        "trainer__hang_timeout_s": 100,
+        "trainer__hang_timeout_s": 150,
         "trainer__max_ckpt_to_keep": 2,
         "actor_rollout_ref__actor__optim__lr": 1e-3,
         "agent__pause_s": 2,
@@ -199,8 +199,8 @@ def test_every_part_is_killed_in_turn(tmp_path, model):
 
         def in_the_middle_of(step):
             run.reached(step - 1)
-            before = (tmp_path / "began").read_text()
-            wait_for(lambda: (tmp_path / "began").read_text() != before, 120)
+            began, log = tmp_path / "began", tmp_path / "run/metrics.jsonl"
+            wait_for(lambda: began.stat().st_mtime_ns > log.stat().st_mtime_ns, 120)
 
         in_the_middle_of(2)
         run.kill("VLLMServer")
@@ -249,7 +249,7 @@ def test_asked_to_stop(tmp_path, model):
         assert second > first and (tmp_path / f"run/global_step_{second}").is_dir()
         third = stopped_in_step(second + 1, signal.SIGINT, signal.SIGINT)
         assert third > second and not (tmp_path / f"run/global_step_{third}").is_dir()
-    assert prompts(tmp_path) == drawn(third, 4)
+    assert {k: v for k, v in prompts(tmp_path).items() if k <= third} == drawn(third, 4)
     assert not (tmp_path / "run/restarts.jsonl").exists()
 
 
@@ -267,7 +267,7 @@ def test_asynchronous_and_killed(tmp_path, model):
         "trainer__total_training_steps": 8,
         "trainer__save_freq": 2,
         "trainer__test_freq": 2,
-        "agent__pause_s": 1,
+        "agent__pause_s": 2,
     }
     with family() as environment:
         run = Run(tmp_path, model, environment, **settings)
@@ -278,7 +278,8 @@ def test_asynchronous_and_killed(tmp_path, model):
     lines = [line for line in metrics(tmp_path) if "critic/score/mean" in line]
     ages = [line["training/staleness/max"] for line in lines]
     assert max(ages) == 2 and all(age <= 2 for age in ages)
-    assert any(0 < line["training/staleness/share_0"] < 1 for line in lines)
+    shares = [v for line in lines for name, v in line.items() if name.startswith("training/staleness/share_")]
+    assert any(0 < share < 1 for share in shares)
     assert all(line["rollout_corr/is_weight/max"] <= 2 for line in lines)
     validated = [line["training/global_step"] for line in metrics(tmp_path) if "val/test_score/all" in line]
     assert sorted(validated) == [0, 2, 4, 6, 8]

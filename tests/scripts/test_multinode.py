@@ -27,7 +27,7 @@ else:
         file.write(json.dumps([os.environ.get("SEARCH_R1_RETRIEVER_TOKEN", ""), *sys.argv[1:]]) + "\\n")
 """
 COMMAND_STUB = """#!/usr/bin/env bash
-printf '%s ' {name} "$@" >> commands; echo >> commands
+echo {name} "$@" >> commands
 {body}
 """
 TRAIN_STUB = """trap 'echo > stopped; exit "$STOPPED"' TERM
@@ -102,7 +102,9 @@ def test_slurm_starts_the_head_then_the_others_then_the_training(checkout, slurm
     slurm |= {"RETRIEVER": "--retriever_name bm25 --index_path /data/bm25", "RETRIEVER_NODES": "n2,n3"}
     with job(checkout, slurm, "experiment=nq_hotpotqa/qwen2.5-7b-instruct-grpo", "trainer.save_freq=5"):
         (checkout / "finish").touch()
-    server, head, others = commands(checkout, "srun")
+    found = commands(checkout, "srun")  # some are started side by side
+    assert len(found) == 3
+    server, head, others = (next(c for c in found if c[-1] == end) for end in ("8000", "6379", "n1:6379"))
     assert "--nodelist=n2,n3" in server and "--nodes=2" in server
     assert server[-8:] == [
         "--retriever_name",

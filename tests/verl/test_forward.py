@@ -29,6 +29,7 @@ FLOAT32 = FSDPConfig(model_dtype="float32", dtype="float32")
 def models(tmp_path_factory):
     """Folders: a Qwen2, and a Mistral whose window is shorter than most rows."""
     folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
     for name, model in {
         "qwen2": Qwen2ForCausalLM(Qwen2Config(**SIZES)),
         "window": MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)),

@@ -156,7 +156,7 @@ def test_a_driver_that_ignores_the_second_signal_is_killed_with_its_session(tmp_
 
 def test_a_signal_in_the_pause_ends_the_run(tmp_path, start):
     supervisor = start("sys.exit(75)", max_restarts=1000)
-    wait_for(lambda: (tmp_path / "restarts.jsonl").exists() and len(restarts(tmp_path)) == 4)
+    wait_for(lambda: (tmp_path / "restarts.jsonl").exists() and len(restarts(tmp_path)) >= 4)
     supervisor.send_signal(signal.SIGTERM)
     assert end(supervisor)[0] in (143, 75)  # in a pause, or while the driver was starting
 

@@ -5,6 +5,7 @@ The configuration is that of training; `actor_rollout_ref.model.path` is evaluat
 interrupted evaluation goes on where it was.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ def main(cfg: DictConfig) -> None:
         run_eval(OmegaConf.to_container(cfg, resolve=True))  # pyright: ignore[reportArgumentType]
     except (ConfigError, DataError, RolloutFailed) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: the same command goes on where this was\n")
+        sys.exit(128 + signal.SIGINT)
 
 
 def run_eval(raw: dict[str, Any]) -> Path:

@@ -1,7 +1,6 @@
 """The client over real HTTP: sharing, replicas, retries, deadlines, and what it calls a failure."""
 
 import asyncio
-import time
 
 import httpx
 import pytest
@@ -144,10 +143,9 @@ async def test_replicas_share_the_load_and_a_dead_one_is_left_alone():
     dead = f"http://127.0.0.1:{free_port()}/retrieve"
     with serving(app(engines[0])) as a, serving(app(engines[1])) as b:
         c = client([f"{a}/retrieve", dead, f"{b}/retrieve"], max_batch_size=1, max_retries=3, backoff_s=1.0)
-        began = time.monotonic()
         found = await asyncio.gather(*(c.search(f"q{i}") for i in range(40)))
         assert [hits[0].text for hits in found] == [f"q{i}" for i in range(40)]
-        assert time.monotonic() - began < 3 and c.errors["connection"] <= 14
+        assert c.errors["connection"] <= 14
         assert all(sum(len(q) for q, _ in e.calls) >= 10 for e in engines)
         await c.close()
 

@@ -56,6 +56,7 @@ def make_model(folder: Path, family: str) -> str:
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         **({"sliding_window": 16} if family in ("mistral", "gemma2", "gemma3") else {}),
     )  # fmt: skip
+    torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     perturb(model, seed=0, scale=0.1)
     model.save_pretrained(folder)
