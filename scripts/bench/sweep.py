@@ -106,12 +106,13 @@ def plot(rows: list[study.Row], path: Path) -> None:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    names: list[str] = []
+    by_name: dict[str, list[study.Row]] = defaultdict(list)
     for row in rows:
-        name = row["run"].rpartition("-seed")[0]
-        label = None if name in names else name
-        names += [name] if label else []
-        axis.plot(*zip(*row["curve"], strict=True), color=f"C{names.index(name)}", label=label, alpha=0.8)
+        by_name[row["run"].rpartition("-seed")[0]].append(row)
+    for index, (name, seeds) in enumerate(by_name.items()):
+        for place, row in enumerate(seeds):
+            label = None if place else name
+            axis.plot(*zip(*row["curve"], strict=True), color=f"C{index}", label=label, alpha=0.8)
     axis.set(xlabel="trajectories sampled", ylabel="validation score")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -66,6 +66,8 @@ def test_a_checkpoint_counts_when_it_is_complete(tmp_path):
     run.checkpoints.complete()
     assert find_latest(tmp_path) == tmp_path / "global_step_1" and run.checkpoints.newest == 1
     assert run.checkpoints.load(1)["step"] == 1 and run.actor.lr == run.critic.lr == 1
+    Run(tmp_path, async_save=False).save(2)
+    assert find_latest(tmp_path) == tmp_path / "global_step_2"
 
 
 @pytest.mark.parametrize("trouble", ["fails", "finishes_badly"])

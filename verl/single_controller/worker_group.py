@@ -136,7 +136,7 @@ class WorkerHost:
         self.store = store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return store.port
 
-    def setup(self, seed: int, deterministic: bool, address: str, port: int, rank: int, size: int, *on: Any) -> None:
+    def setup(self, seed: int, deterministic: bool, rank: int, size: int, address: str, port: int, *on: Any) -> None:
         disable_progress_bar()  # the driver has the console
         os.environ["MASTER_ADDR"] = address
         if deterministic:
@@ -167,8 +167,8 @@ class RayWorkerGroup:
         logger.info("%s", placement(self.locations))
         address = self.locations[0]["ip"]
         (port,) = self._wait("open_store", [self.hosts[0].open_store.remote(address)])
-        group = (address, port), (self.world_size, device, threads)
-        setup = [h.setup.remote(seed + r, deterministic, *group[0], r, *group[1]) for r, h in enumerate(self.hosts)]
+        group = (self.world_size, address, port, device, threads)
+        setup = [h.setup.remote(seed + rank, deterministic, rank, *group) for rank, h in enumerate(self.hosts)]
         self._wait("setup", setup)
         self.methods: dict[str, dict[str, Dispatch]] = {}
 
@@ -183,16 +183,14 @@ class RayWorkerGroup:
         return RoleView(self, role)
 
     def execute(self, role: str, method: str, *args: Any) -> Any:
-        """Calls a registered method on all ranks and waits.
-
-        Raises WorkerLost if a rank died, else what the first failing rank raised.
-        """
+        """Calls a registered method on all ranks and waits. Raises what `_wait` does."""
         mode = self.methods[role][method]
         per_rank = dispatch(mode, self.world_size, args)
         calls = [host.call.remote(role, method, *a) for host, a in zip(self.hosts, per_rank, strict=True)]
         return collect(mode, self._wait(f"{role}.{method}", calls))
 
     def _wait(self, name: str, calls: list[Any]) -> list[Any]:
+        """Results of the ranks. Raises WorkerLost if a rank died, else what the first failing rank raised."""
         try:
             return as_they_end(calls)
         except RayError as error:
