@@ -11,14 +11,25 @@ from typing import Literal, NamedTuple
 from verl.utils.torch_functional import CHUNK_ELEMENTS
 from verl.workers.config import FSDPConfig
 
-GIB, FLOAT32, WIDTH = 2**30, 4, {"float32": 4, "bfloat16": 2, "float16": 2}
+GIB = 2**30
+FLOAT32 = 4
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number."""
 CONTEXTS_GIB = 4.0
 """CUDA contexts of trainer and engine, NCCL, library workspaces, fragmentation: a guess, not measured."""
-CHUNKS_INFER, CHUNKS_TRAIN = 2, 4
-"""float32 copies of a chunk of logits that `verl.utils.torch_functional` has at once, without and with a gradient."""
-WEIGHTS, OPTIMIZER, GRADIENTS, GATHERED = "weights", "optimizer state", "gradients", "gathered parameters"
-REDUCED, KEPT, LAYER = "gradients before reduction", "activations kept", "activations of a layer"
-LOGITS, CHUNKS, ENGINE = "logits and gradient", "float32 chunks of logits", "engine: weights, KV cache"
+CHUNKS_INFER = 2
+"""float32 copies of a chunk of logits that `verl.utils.torch_functional` has at once, without a gradient."""
+CHUNKS_TRAIN = 4
+"""The same with a gradient."""
+WEIGHTS = "weights"
+OPTIMIZER = "optimizer state"
+GRADIENTS = "gradients"
+GATHERED = "gathered parameters"
+REDUCED = "gradients before reduction"
+KEPT = "activations kept"
+LAYER = "activations of a layer"
+LOGITS = "logits and gradient"
+CHUNKS = "float32 chunks of logits"
 CONTEXTS = "contexts, fragmentation (a guess)"
 Entries = dict[tuple[str, str], float]
 """Bytes by role and name."""
@@ -94,7 +105,8 @@ class Role:
     @property
     def gathering(self) -> float:
         """Bytes while the root arrives: in a buffer, on its way to where it is used; on one rank, from its cast."""
-        s, casts = self.sizes, self.fsdp.dtype != self.fsdp.model_dtype
+        s = self.sizes
+        casts = self.fsdp.dtype != self.fsdp.model_dtype
         if self.world == 1:
             return self.gathered(0) + self.width * s.vocab * s.hidden * casts
         return self.gathered(1) + self.width * s.root * (1 + casts / self.world)
@@ -106,8 +118,10 @@ def layer_saved(s: Sizes, width: int) -> float:
     A norm: a float32 copy of its input, the normed input, and the output, if that is the input of a projection.
     Attention: q, k, v, output. MLP: gate, its activation, up, their product.
     """
-    norms = (FLOAT32 + width) * (2 * s.hidden + s.head_norms * (s.queries + s.keys)) + 2 * width * s.hidden
-    return norms + width * (2 * s.queries + 2 * s.keys + 4 * s.intermediate)
+    normed = 2 * s.hidden + s.head_norms * (s.queries + s.keys)
+    norms = (FLOAT32 + width) * normed + 2 * width * s.hidden
+    attention = 2 * s.queries + 2 * s.keys
+    return norms + width * (attention + 4 * s.intermediate)
 
 
 def resident(role: Role, updates: bool) -> dict[str, float]:
@@ -120,8 +134,11 @@ def resident(role: Role, updates: bool) -> dict[str, float]:
 
 def infer_moments(role: Role) -> dict[str, dict[str, float]]:
     """Bytes at the moments of a forward pass without gradient, one of which is its peak."""
-    s, w, (tokens, trained, _) = role.sizes, role.width, role.infer
-    ahead, logits = int(role.world > 1), w * s.vocab * trained  # `ahead`: layers in the buffer of an all-gather
+    s = role.sizes
+    w = role.width
+    tokens, trained, _ = role.infer
+    ahead = int(role.world > 1)  # layers in the buffer of an all-gather
+    logits = w * s.vocab * trained
     layer = w * (max(3 * s.intermediate, 6 * s.hidden) + 4 * s.hidden) * tokens
     chunks = CHUNKS_INFER * FLOAT32 * min(s.vocab * trained, CHUNK_ELEMENTS)
     return {
@@ -135,8 +152,13 @@ def infer_moments(role: Role) -> dict[str, dict[str, float]]:
 def update_moments(role: Role) -> dict[str, dict[str, float]]:
     """Bytes at the moments of a forward and backward pass, one of which is its peak; not of the first micro-batch."""
     assert role.update is not None
-    s, w, (tokens, trained, _) = role.sizes, role.width, role.update
-    ahead, logits, saved = int(role.world > 1), w * s.vocab * trained, layer_saved(s, w) * tokens
+    s = role.sizes
+    w = role.width
+    tokens, trained, _ = role.update
+    ahead = int(role.world > 1)  # layers in the buffer of an all-gather
+    logits = w * s.vocab * trained
+    saved = layer_saved(s, w) * tokens
+    # parameters with a gradient, of a layer and of the root
     layer, root = (s.layer, s.root) if role.whole else (role.trained / s.layers, 0)
     head = w * s.vocab * s.hidden * role.whole
     tied = 0 < s.root < 2 * s.vocab * s.hidden
@@ -159,28 +181,39 @@ def update_moments(role: Role) -> dict[str, dict[str, float]]:
     return {f"backward, {name}" if name != "loss" else name: own | m for name, m in moments.items()}
 
 
-def peak(phase: str, roles: Sequence[Role], engine: float) -> tuple[Entries, str]:
-    """What is alive at the peak of a phase, and when that is; `engine`: bytes of the engine while it is awake."""
+def resting(roles: Sequence[Role], phase: str, active: Role | None = None) -> Entries:
+    """Bytes that the roles keep during a phase, without the passes of the `active` one.
 
-    def resting(active: Role | None) -> Entries:
-        # without resharding a forward pass leaves its parameters gathered until a backward pass, if there is one
-        entries: Entries = {}
-        for role in roles:
-            entries |= {(role.name, k): v for k, v in resident(role, phase == f"{role.name} update").items()}
-            lingers = role.name == "ref" or phase in ("log-probs", "critic update")
-            if lingers and role is not active and not role.reshards:
-                entries[role.name, GATHERED] = role.gathered(0)
-        return entries | {("", CONTEXTS): CONTEXTS_GIB * GIB}
+    Without resharding a forward pass leaves its parameters gathered until a backward pass, if there is one.
+    """
+    entries: Entries = {}
+    for role in roles:
+        kept = resident(role, updates=phase == f"{role.name} update")
+        entries |= {(role.name, name): size for name, size in kept.items()}
+        lingers = role.name == "ref" or phase in ("log-probs", "critic update")
+        if lingers and role is not active and not role.reshards:
+            entries[role.name, GATHERED] = role.gathered(0)
+    return entries
 
+
+def peak(phase: str, roles: Sequence[Role], always: Entries, engine: Entries) -> tuple[Entries, str]:
+    """What is alive at the peak of a phase, and when that is.
+
+    `always`: what stays through all phases beside the roles. `engine`: the engine while it is awake.
+    """
+    always = {("", CONTEXTS): CONTEXTS_GIB * GIB} | always
     if phase == "rollout":
-        return resting(None) | {("", ENGINE): engine}, ""
+        return resting(roles, phase) | always | engine, ""
     passes = {
         role: infer_moments(role) if phase == "log-probs" else update_moments(role)
         for role in roles
         if phase in ("log-probs", f"{role.name} update")
     }
     found = [
-        (resting(role) | {(role.name, k): v for k, v in entries.items()}, f"{role.name}: {moment}")
+        (
+            resting(roles, phase, role) | always | {(role.name, name): size for name, size in entries.items()},
+            f"{role.name}: {moment}",
+        )
         for role, moments in passes.items()
         for moment, entries in moments.items()
     ]
