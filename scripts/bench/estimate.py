@@ -62,11 +62,11 @@ def hf_config(shape: str) -> Any:
 
 def predicted(path: str, fsdp: Any, world: int, work: tuple[float, float], case: dict[str, Any]) -> dict[str, float]:
     """Bytes of an actor alone: its resident state and the peaks of log-probs and update."""
-    from verl.trainer.estimate import read_model
     from verl.trainer.memory import Pass, Role, infer_moments, resident, update_moments
+    from verl.trainer.sizing import read_model
     from verl.workers.config import ModelConfig
 
-    sizes, trained = read_model(ModelConfig(path=path, lora_rank=case.get("lora_rank", 0)), "lm")
+    sizes, trained = read_model(ModelConfig(path=path, lora_rank=case.get("lora_rank", 0)), "lm", {})
     one = Pass(*work, "")
     role = Role("actor", sizes, trained, fsdp, world, one, one, case.get("checkpointing", True))
     base = sum(resident(role, True).values())
@@ -293,8 +293,8 @@ def layer_case() -> None:
     import torch
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-    from verl.trainer.estimate import read_model
     from verl.trainer.memory import layer_saved
+    from verl.trainer.sizing import read_model
     from verl.workers.attention import PACKED, packed_arguments
     from verl.workers.config import ModelConfig
 
@@ -322,7 +322,7 @@ def layer_case() -> None:
                 del out
                 with tempfile.TemporaryDirectory() as folder:
                     config.save_pretrained(folder)
-                    formula = layer_saved(read_model(ModelConfig(path=folder), "lm")[0], dtype.itemsize)
+                    formula = layer_saved(read_model(ModelConfig(path=folder), "lm", {})[0], dtype.itemsize)
                 name = f"{shape}, {str(dtype).removeprefix('torch.')}"
                 sys.stdout.write(f"{name:34}{attention:>12}{formula:12,.0f}{counted:12,.0f}  {formula / counted:.2f}\n")
 

@@ -13,14 +13,17 @@ from transformers import Qwen2Config
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from verl.trainer import memory
-from verl.trainer.estimate import longest_trajectory, main, read_model, verdict
+from verl.trainer import engine_memory, memory
+from verl.trainer.engine_memory import kv_bytes_per_token, retriever_memory
+from verl.trainer.estimate import main, verdict
 from verl.trainer.memory import GIB, Pass, Role, Sizes, infer_moments, layer_saved, peak, resident, update_moments
+from verl.trainer.sizing import longest_trajectory, read_model
 from verl.utils.torch_functional import CHUNK_ELEMENTS
-from verl.workers.config import FSDPConfig, ModelConfig
+from verl.workers.config import FSDPConfig, ModelConfig, RolloutConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = Sizes(params=1_000, layer=200, layers=3, hidden=4, queries=4, keys=2, intermediate=8, vocab=50)
+ENGINE = ("engine", engine_memory.KV_CACHE)
 ROLE = Role("actor", SIZES, 1_000, FSDPConfig(), 2, Pass(30, 10, "infer.key"), Pass(20, 10, "update.key"))
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
@@ -150,22 +153,23 @@ def test_phases():
     ref = replace(ROLE, name="ref", trained=0, update=None)
     critic = replace(ROLE, name="critic", sizes=replace(SIZES, vocab=0))
     roles = [ROLE, ref, critic]
-    rollout, _ = peak("rollout", roles, 5.0)
-    assert rollout["", memory.ENGINE] == 5.0 and rollout["", memory.CONTEXTS] == memory.CONTEXTS_GIB * GIB
+    retriever = {("retriever", engine_memory.INDEX): 7.0}
+    rollout, _ = peak("rollout", roles, retriever, {ENGINE: 5.0})
+    assert rollout[ENGINE] == 5.0 and rollout["", memory.CONTEXTS] == memory.CONTEXTS_GIB * GIB
     assert rollout["ref", memory.WEIGHTS] == 2_000 and ("actor", memory.GATHERED) not in rollout
-    update, moment = peak("actor update", roles, 5.0)
-    assert moment.startswith("actor") and ("", memory.ENGINE) not in update
+    update, moment = peak("actor update", roles, retriever, {ENGINE: 5.0})
+    assert moment.startswith("actor") and ENGINE not in update
     assert update["critic", memory.OPTIMIZER] == 4_000 and ("critic", memory.GRADIENTS) not in update
-    assert peak("critic update", roles, 5.0)[1].startswith("critic")
+    assert peak("critic update", roles, {}, {})[1].startswith("critic")
     fullest = max(sum(m.values()) for m in update_moments(ROLE).values())
-    assert sum(update.values()) == pytest.approx(memory.CONTEXTS_GIB * GIB + 5 * 2_000 + 4_000 + fullest, rel=1e-12)
+    assert sum(update.values()) == pytest.approx(memory.CONTEXTS_GIB * GIB + 7 + 5 * 2_000 + 4_000 + fullest, rel=1e-12)
 
 
 def test_without_resharding_parameters_stay_gathered():
     ref, actor = (fsdp(role, reshard_after_forward=False) for role in (replace(ROLE, name="ref", trained=0), ROLE))
-    assert peak("rollout", [actor, ref], 0.0)[0]["ref", memory.GATHERED] == 2_000
-    assert ("actor", memory.GATHERED) not in peak("rollout", [actor, ref], 0.0)[0]
-    assert peak("log-probs", [actor, ref], 0.0)[0]["actor", memory.GATHERED] >= 2_000
+    assert peak("rollout", [actor, ref], {}, {})[0]["ref", memory.GATHERED] == 2_000
+    assert ("actor", memory.GATHERED) not in peak("rollout", [actor, ref], {}, {})[0]
+    assert peak("log-probs", [actor, ref], {}, {})[0]["actor", memory.GATHERED] >= 2_000
 
 
 def budgets(agent, **actor):
@@ -177,9 +181,9 @@ def budgets(agent, **actor):
 def test_longest_trajectory():
     assert longest_trajectory(budgets({"max_turns": 4}))[:2] == (5096, 2500 / 5096)
     assert longest_trajectory(budgets({"max_turns": 1}))[:2] == (2048 + 1000 + 500, 1000 / 3548)
-    tokens, share, why = longest_trajectory(budgets({}))
+    tokens, share, why, *_ = longest_trajectory(budgets({}))
     assert (tokens, share) == (5096, 1.0) and "unknown" in why
-    tokens, share, why = longest_trajectory(budgets({"max_turns": 4}, state_masking=False))
+    tokens, share, why, *_ = longest_trajectory(budgets({"max_turns": 4}, state_masking=False))
     assert share == 1.0 and "state_masking=false" in why
 
 
@@ -197,7 +201,7 @@ LAYER = 2 * 64 * 64 + 2 * 64 * 32 + 64 + 2 * 32 + 3 * 64 * 96 + 2 * 64
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_sizes_of_a_model(tmp_path, tied):
-    sizes, trained = read_model(small_model(tmp_path, tied), "lm")
+    sizes, trained = read_model(small_model(tmp_path, tied), "lm", {})
     root = 64 * 100 * (1 if tied else 2) + 64
     assert sizes == Sizes(3 * LAYER + root, LAYER, 3, 64, 64, 32, 96, 100)
     assert trained == sizes.params and sizes.root == root
@@ -205,8 +209,8 @@ def test_sizes_of_a_model(tmp_path, tied):
 
 def test_sizes_of_a_critic_and_of_adapters(tmp_path):
     config = small_model(tmp_path, False)
-    assert read_model(config, "value")[0].root == 64 * 100 + 64 + 64 + 1
-    _, trained = read_model(config.model_copy(update={"lora_rank": 8}), "lm")
+    assert read_model(config, "value", {})[0].root == 64 * 100 + 64 + 64 + 1
+    _, trained = read_model(config.model_copy(update={"lora_rank": 8}), "lm", {})
     assert trained == 3 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))  # rank times ins and outs
 
 
@@ -214,7 +218,7 @@ def test_only_what_is_accounted_for_is_estimated(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", "attn_logit_softcapping": 50.0}))
     with pytest.raises(SystemExit) as caught:
         main(["--config-name", "grpo", f"actor_rollout_ref.model.path={tmp_path}"])
-    assert caught.value.code == 2 and "attention is not capped" in capsys.readouterr().err
+    assert caught.value.code == 2 and "attention scores are capped" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -238,9 +242,10 @@ def test_paper_recipes(algorithm, qwen, capsys):
     (total,) = (line.split()[1:] for line in out.splitlines() if line.startswith("total"))
     assert float(total[0]) == 4 + 0.6 * 80
     assert "fits: 28.0 of 80 GiB are left at the peak (rollout)" in out
-    rows = [line.split() for line in out.splitlines() if line.startswith(("actor:", "critic:", "ref:", "contexts"))]
+    owners = ("actor:", "critic:", "ref:", "engine:", "contexts")
+    rows = [line.split() for line in out.splitlines() if line.startswith(owners)]
     columns = zip(*([float(cell.replace("-", "0")) for cell in row[-len(total) :]] for row in rows), strict=True)
-    assert [sum(column) for column in columns][1:] == pytest.approx([float(x) for x in total[1:]], abs=0.05)
+    assert [sum(column) for column in columns] == pytest.approx([float(x) for x in total], abs=0.05)
 
 
 def test_a_gpu_that_is_too_small(qwen, capsys):
@@ -250,7 +255,7 @@ def test_a_gpu_that_is_too_small(qwen, capsys):
     out = capsys.readouterr().out
     assert "does not fit in 24 GiB: rollout" in out
     advice = out[out.index("does not fit") :]
-    assert advice.index("actor: activations kept") < advice.index("engine: weights, KV cache")
+    assert advice.index("actor: activations kept") < advice.index("engine: KV cache")
     for key in (
         "actor_rollout_ref.model.enable_gradient_checkpointing=true",
         "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
@@ -297,10 +302,10 @@ def test_a_configuration_that_cannot_work(overrides, message, capsys):
 
 
 def test_verdict_names_each_phase_that_exceeds(qwen):
-    peaks = {phase: peak(phase, [ROLE], 5.0 * GIB) for phase in ("rollout", "log-probs", "actor update")}
+    peaks = {phase: peak(phase, [ROLE], {}, {ENGINE: 5.0 * GIB}) for phase in ("rollout", "log-probs", "actor update")}
     assert verdict(peaks, [ROLE], 10 * GIB).startswith("fits: 1.0 of 10 GiB")
     text = verdict(peaks, [ROLE], 4.5 * GIB)
-    assert text.splitlines()[:2] == ["does not fit in 4.5 GiB: rollout 9.0", "  5.0 GiB of engine: weights, KV cache"]
+    assert text.splitlines()[:2] == ["does not fit in 4.5 GiB: rollout 9.0", "  5.0 GiB of engine: KV cache"]
 
 
 @pytest.mark.parametrize("change", [{}, {"checkpointing": False, "lora_rank": 16}])
