@@ -14,10 +14,11 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from verl.trainer import engine_memory, memory
-from verl.trainer.engine_memory import kv_bytes_per_token, retriever_memory
+from verl.trainer.engine_memory import retriever_memory
 from verl.trainer.estimate import main, verdict
 from verl.trainer.memory import GIB, Pass, Role, Sizes, infer_moments, layer_saved, peak, resident, update_moments
-from verl.trainer.sizing import longest_trajectory, read_model
+from verl.trainer.sizing import load_shapes, longest_trajectory, read_model
+from verl.utils.errors import ConfigError
 from verl.utils.torch_functional import CHUNK_ELEMENTS
 from verl.workers.config import FSDPConfig, ModelConfig, RolloutConfig
 
@@ -255,7 +256,7 @@ def test_a_gpu_that_is_too_small(qwen, capsys):
     out = capsys.readouterr().out
     assert "does not fit in 24 GiB: rollout" in out
     advice = out[out.index("does not fit") :]
-    assert advice.index("actor: activations kept") < advice.index("engine: KV cache")
+    assert advice.index("actor: activations kept") < advice.index("engine: its share")
     for key in (
         "actor_rollout_ref.model.enable_gradient_checkpointing=true",
         "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
@@ -285,6 +286,80 @@ def test_options_shrink_what_they_should(qwen, capsys):
     assert row("total", fewer)[2] < row("total")[2] - 3 and row("total", "--trained-share", "0.1")[1] < row("total")[1]
 
 
+SHARE = replace(SIZES, params=1_000_000, vocab=500)
+
+
+def test_the_share_of_an_engine_by_hand():
+    """3 layers, keys of 2 numbers: a token takes 2 x 3 x 2 x 2 bytes. MLP of 8, hidden 4."""
+    config = RolloutConfig(max_num_batched_tokens=1_000, max_num_seqs=10, gpu_memory_utilization=0.5)
+    share = engine_memory.engine_memory(SHARE, config, 10 * GIB)
+    assert share.share == pytest.approx(5 * GIB)
+    assert share.weights == 2_000_000 and share.profile == 2 * (3 * 8 + 4 * 4) * 1_000
+    assert share.logits == (2 + 4) * 500 * 10 and share.graphs == 2 * GIB
+    assert share.kv_bytes_per_token == 24
+    assert share.kv_tokens == int((3 * GIB - 2_000_000 - 80_000 - 30_000) / 24)
+    eager = engine_memory.engine_memory(SHARE, config.model_copy(update={"enforce_eager": True}), 10 * GIB)
+    assert eager.kv_cache - share.kv_cache == pytest.approx(GIB)
+    two = engine_memory.engine_memory(SHARE, config.model_copy(update={"tensor_model_parallel_size": 2}), 10 * GIB)
+    assert two.weights == 1_000_000 and two.kv_bytes_per_token == 12
+
+
+def test_a_retriever_by_hand():
+    """wiki-18 in float16 over 8 GPUs: 3.76 GiB a GPU, and FAISS's scratch and the encoder."""
+    assert retriever_memory(21_015_324, 8) / GIB == pytest.approx(21_015_324 * 768 * 2 / 8 / GIB + 3.0)
+
+
+def test_a_retriever_on_the_same_gpus(qwen, capsys):
+    assert estimate("grpo", qwen, "--retriever-gb-per-gpu", "7") == 0
+    out = capsys.readouterr().out
+    assert "fits: 21.0 of 80 GiB are left at the peak (rollout), with 7.0 GiB of a retriever on each GPU" in out
+    (row,) = (line.split() for line in out.splitlines() if line.startswith("retriever:"))
+    assert row[-3:] == ["7.00"] * 3
+    greedy = "actor_rollout_ref.rollout.gpu_memory_utilization=0.88"
+    assert estimate("grpo", qwen, greedy) == 0
+    assert "engine start: asks for 70.4 GiB, finds 76.0 free" in capsys.readouterr().out
+    assert estimate("grpo", qwen, greedy, "--retriever-passages", "21015324") == 1
+    out = capsys.readouterr().out
+    assert "the engine refuses to start: it asks for 70.4 GiB, and the trainer and retriever leave 69.2" in out
+
+
+def test_an_engine_without_room_for_a_sequence(qwen, capsys):
+    assert estimate("grpo", qwen, "actor_rollout_ref.rollout.gpu_memory_utilization=0.2") == 1
+    out = capsys.readouterr().out
+    assert "the engine's KV cache has room for 0 tokens and not for one sequence of 4,596" in out
+
+
+PUBLISHED = {
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+}
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
+def test_shapes_have_the_published_number_of_parameters(path):
+    shapes = load_shapes(str(ROOT / "scripts" / "bench" / "model_shapes.json"))
+    assert read_model(ModelConfig(path=path), "lm", shapes)[0].params == PUBLISHED[path]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"), [("qwen3_moe", "experts"), ("mixtral", "experts"), ("qwen3_5_text", "linear attention")]
+)
+def test_models_of_other_layers_are_refused_with_the_reason(model_type, reason):
+    with pytest.raises(ConfigError, match=reason):
+        read_model(ModelConfig(path="it"), "lm", {"it": {"model_type": model_type}})
+
+
+def test_without_a_config_the_way_out_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["actor_rollout_ref.model.path=/nowhere", "experiment=nq_hotpotqa/grpo", "--shapes", "/no/file.json"])
+    assert "--shapes /no/file.json: no JSON" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -305,7 +380,7 @@ def test_verdict_names_each_phase_that_exceeds(qwen):
     peaks = {phase: peak(phase, [ROLE], {}, {ENGINE: 5.0 * GIB}) for phase in ("rollout", "log-probs", "actor update")}
     assert verdict(peaks, [ROLE], 10 * GIB).startswith("fits: 1.0 of 10 GiB")
     text = verdict(peaks, [ROLE], 4.5 * GIB)
-    assert text.splitlines()[:2] == ["does not fit in 4.5 GiB: rollout 9.0", "  5.0 GiB of engine: KV cache"]
+    assert text.splitlines()[:2] == ["does not fit in 4.5 GiB: rollout 9.0", "  5.0 GiB of engine: its share"]
 
 
 @pytest.mark.parametrize("change", [{}, {"checkpointing": False, "lora_rank": 16}])

@@ -157,6 +157,7 @@ def verdict(peaks: Peaks, roles: Sequence[Role], limit: float, retriever: float 
     by_name: dict[str, Role] = {role.name: role for role in roles}
     found: dict[tuple[str, str], tuple[float, list[str]]] = {}
     for phase, entries in over.items():
+        entries = engine_as_one(entries)
         remedies = {key: remedy(key, by_name.get(key[0]), phase) for key in entries}
         for key in sorted((k for k in entries if remedies[k]), key=lambda k: -entries[k])[:3]:
             size, keys = found.get(key, (0.0, []))
@@ -168,10 +169,17 @@ def verdict(peaks: Peaks, roles: Sequence[Role], limit: float, retriever: float 
     return "\n".join(lines)
 
 
+def engine_as_one(entries: Entries) -> Entries:
+    """The entries with the engine's parts summed: one key decides how large they are together."""
+    others = {key: size for key, size in entries.items() if key[0] != "engine"}
+    engine = total({key: size for key, size in entries.items() if key[0] == "engine"})
+    return others | ({("engine", "its share"): engine} if engine else {})
+
+
 def remedy(key: tuple[str, str], role: Role | None, phase: str) -> list[str]:
     """The keys that shrink an entry, the cheapest first."""
     owner, name = key
-    if owner == "engine" and name == engine_memory.KV_CACHE:
+    if owner == "engine":
         return ["lower actor_rollout_ref.rollout.gpu_memory_utilization"]
     if owner == "retriever":
         return ["a retriever on the CPU or on another machine (retriever.url)"]
