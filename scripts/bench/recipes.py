@@ -36,6 +36,8 @@ SOURCES = {
     "bamboogle": 125,
 }
 """Questions of the seven data sets of the paper's test file: 51,713 in all."""
+Row = tuple[str, str]
+"""A recipe and the cells of its row."""
 MEMORY_HEADER = (
     "| recipe | card | rollout | log-probs | critic update | actor update | left | left beside a retriever "
     "| KV cache, tokens | trajectories at once: longest, mean |"
@@ -91,13 +93,11 @@ def time_row(card: str, found: step_time.StepTime) -> str:
     return f"{card} | " + " | ".join(f"{cell:.0f}" for cell in cells) + f" | {run / 3600:.0f} h |"
 
 
-def rows_of(
-    config_name: str, experiment: str, overrides: list[str]
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def rows_of(config_name: str, experiment: str, overrides: list[str]) -> tuple[list[Row], list[Row]]:
     """Name and cells of the rows of both tables for a recipe. Raises ConfigError where it cannot be estimated."""
     name = experiment.rpartition("/")[2]
-    memory: list[tuple[str, str]] = []
-    time: list[tuple[str, str]] = []
+    memory: list[Row] = []
+    time: list[Row] = []
     for card, gib in CARDS.items():
         common = ["--config-name", config_name, f"experiment={experiment}", *overrides]
         common += ["--shapes", str(SHAPES), "--gpu-memory-gb", str(gib)]
@@ -112,7 +112,7 @@ def rows_of(
     return memory, time
 
 
-def joined(rows: list[tuple[str, str]]) -> list[str]:
+def joined(rows: list[Row]) -> list[str]:
     """One row for all recipes (first of each pair) whose figures (second) are the same."""
     names: dict[str, list[str]] = {}
     for name, cells in rows:
@@ -125,8 +125,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in training")
     parser.add_argument("--recipes", type=Path, default=ROOT / "configs" / "experiment" / "nq_hotpotqa")
     args = parser.parse_intermixed_args()
-    memory: list[tuple[str, str]] = []
-    time: list[tuple[str, str]] = []
+    memory: list[Row] = []
+    time: list[Row] = []
     refused: list[str] = []
     known = json.loads(SHAPES.read_text())
     for config_name, experiment in find_recipes(args.recipes):
