@@ -15,9 +15,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from verl.trainer import estimate, step_time
+from verl.trainer import estimate, sizing, step_time
+from verl.trainer.engine_memory import retriever_memory
 from verl.trainer.estimate import Estimate
 from verl.trainer.memory import GIB
+from verl.trainer.step_time import StepTime
 from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,12 +68,12 @@ def header(text: str) -> list[str]:
     return [text, "|" + "---|" * columns]
 
 
-def memory_row(card: str, alone: Estimate, beside: Estimate, mean_tokens: int) -> str:
+def memory_row(card: str, alone: Estimate, beside: Estimate, mean_tokens: float) -> str:
     """A row of the table of memory. GiB."""
     phases = ("rollout", "log-probs", "critic update", "actor update")
     cells = [f"{estimate.total(alone.peaks[phase][0]) / GIB:.1f}" if phase in alone.peaks else "" for phase in phases]
     tokens = alone.engine.kv_tokens if alone.engine else 0
-    at_once = f"{tokens // alone.longest.tokens:,}, {tokens // mean_tokens:,}"
+    at_once = f"{tokens // alone.longest.tokens:,}, {tokens // mean_tokens:,.0f}"
     lefts = [
         f"{found.left / GIB:.1f}" if found.fits else f"**does not fit** ({found.left / GIB:.1f})"
         for found in (alone, beside)
@@ -79,7 +81,7 @@ def memory_row(card: str, alone: Estimate, beside: Estimate, mean_tokens: int) -
     return f"{card} | " + " | ".join([*cells, *lefts, f"{tokens:,}", at_once]) + " |"
 
 
-def time_row(card: str, found: step_time.StepTime) -> str:
+def time_row(card: str, found: StepTime) -> str:
     """A row of the table of time. Seconds; hours of the run."""
     seconds = {verb.name: verb.seconds for verb in found.verbs()}
     step = sum(seconds.values())
@@ -96,18 +98,18 @@ def time_row(card: str, found: step_time.StepTime) -> str:
 def rows_of(config_name: str, experiment: str, overrides: list[str]) -> tuple[list[Row], list[Row]]:
     """Name and cells of the rows of both tables for a recipe. Raises ConfigError where it cannot be estimated."""
     name = experiment.rpartition("/")[2]
+    config = sizing.load_config(config_name, [f"experiment={experiment}", *overrides])
+    step_time.refuse_other_schedules(config)
+    longest = sizing.longest_trajectory(config)
+    roles = sizing.roles_of(config, longest, sizing.load_shapes(str(SHAPES)))
+    assumptions = step_time.default_assumptions()
+    retriever = retriever_memory(WIKI_18, config.trainer.n_gpus_per_node)
     memory: list[Row] = []
     time: list[Row] = []
     for card, gib in CARDS.items():
-        common = ["--config-name", config_name, f"experiment={experiment}", *overrides]
-        common += ["--shapes", str(SHAPES), "--gpu-memory-gb", str(gib)]
-        parser = estimate.build_parser()
-        args = parser.parse_intermixed_args(common)
-        alone = estimate.estimate_arguments(args)
-        passages = ["--retriever-passages", str(WIKI_18)]
-        beside = estimate.estimate_arguments(parser.parse_intermixed_args([*common, *passages]))
-        memory.append((name, memory_row(card, alone, beside, args.mean_tokens)))
-        seconds = step_time.step_time(step_time.build_parser().parse_intermixed_args([*common, "--gpu", card]))
+        alone, beside = (estimate.estimate(config, roles, longest, gib * GIB, taken) for taken in (0.0, retriever))
+        seconds = StepTime(config, roles, longest, step_time.card(card, gib), assumptions)
+        memory.append((name, memory_row(card, alone, beside, seconds.mean_tokens)))
         time.append((name, time_row(card, seconds)))
     return memory, time
 

@@ -356,7 +356,7 @@ def test_models_of_other_layers_are_refused_with_the_reason(model_type, reason):
 
 def test_without_a_config_the_way_out_is_named(capsys):
     with pytest.raises(SystemExit):
-        main(["actor_rollout_ref.model.path=/nowhere", "experiment=nq_hotpotqa/grpo", "--shapes", "/no/file.json"])
+        main(["experiment=nq_hotpotqa/qwen2.5-3b-grpo", "--shapes", "/no/file.json"])
     assert "--shapes /no/file.json: no JSON" in capsys.readouterr().err
 
 

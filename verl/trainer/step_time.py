@@ -81,6 +81,17 @@ class Batch(NamedTuple):
     prompts: int
 
 
+def card(name: str, memory_gib: float) -> Gpu:
+    """One of `GPUS`, with its memory."""
+    tflops, terabytes = GPUS[name]
+    return Gpu(tflops * 1e12, terabytes * 1e12, memory_gib * GIB)
+
+
+def default_assumptions() -> SimpleNamespace:
+    """Every assumption at its default."""
+    return SimpleNamespace(**{name: default for name, (default, _) in ASSUMPTIONS.items()})
+
+
 def layer_flops(sizes: Sizes, tokens: float, length: float) -> float:
     """FLOPs of all layers in a forward pass over `tokens` in rows of `length`: products and causal attention."""
     attention = sizes.hidden * 2 * (sizes.queries + sizes.keys)
@@ -344,10 +355,8 @@ def step_time(args: argparse.Namespace) -> StepTime:
     refuse_other_schedules(config)
     longest = longest_trajectory(config)
     roles = roles_of(config, longest, load_shapes(args.shapes))
-    tflops, terabytes = GPUS[args.gpu]
-    gpu = Gpu(tflops * 1e12, terabytes * 1e12, args.gpu_memory_gb * GIB)
     assumptions = SimpleNamespace(**{name: getattr(args, name) for name in ASSUMPTIONS})
-    return StepTime(config, roles, longest, gpu, assumptions)
+    return StepTime(config, roles, longest, card(args.gpu, args.gpu_memory_gb), assumptions)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
