@@ -23,14 +23,32 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-SHAPES: dict[str, dict[str, Any]] = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
-    "tiny": dict(zip("hilakvt", (64, 128, 2, 2, 1, 1_000, True), strict=True)),
-    "62M, deep": dict(zip("hilakvt", (512, 2_048, 12, 8, 2, 32_000, True), strict=True)),
-    "89M, 152k words": dict(zip("hilakvt", (512, 1_536, 4, 8, 2, 152_000, True), strict=True)),
-    "131M, untied": dict(zip("hilakvt", (768, 3_072, 4, 12, 4, 64_000, False), strict=True)),
-    "Qwen2.5-3B": dict(zip("hilakvt", (2_048, 11_008, 36, 16, 2, 151_936, True), strict=True)),
-    "Qwen2.5-7B": dict(zip("hilakvt", (3_584, 18_944, 28, 28, 4, 152_064, False), strict=True)),
+PUBLISHED = Path(__file__).with_name("model_shapes.json")
+
+
+def qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> Any:
+    """What `config.json` of a Qwen2 model of these sizes holds."""
+    return {
+        "model_type": "qwen2",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 32_768,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": qwen2(64, 128, 2, 2, 1, 1_000, True),
+    "62M, deep": qwen2(512, 2_048, 12, 8, 2, 32_000, True),
+    "89M, 152k words": qwen2(512, 1_536, 4, 8, 2, 152_000, True),
+    "131M, untied": qwen2(768, 3_072, 4, 12, 4, 64_000, False),
+    **{path.partition("/")[2]: shape for path, shape in json.loads(PUBLISHED.read_text()).items()},
 }
+"""By name the config of a model."""
 REAL = [  # shape, dtype of the computation, prompt, response, share of the response that is trained on
     ("62M, deep", "bfloat16", 1_536, 512, 1.0),
     ("62M, deep", "float32", 1_024, 1_024, 0.25),
@@ -47,17 +65,16 @@ RANKS = [  # shape, ranks, tokens, trained tokens, and what differs from the def
     ("Qwen2.5-7B", 8, 16_384, 8_000, {"reshard_after_forward": False}),
     ("Qwen2.5-7B", 8, 16_384, 8_000, {"model_dtype": "bfloat16"}),
     ("Qwen2.5-7B", 64, 32_768, 16_000, {}),
+    ("Qwen3-4B", 8, 16_384, 8_000, {}),
+    ("Llama-3.1-8B", 8, 16_384, 8_000, {}),
+    ("Llama-3.2-3B", 8, 16_384, 8_000, {}),
 ]
 
 
 def hf_config(shape: str) -> Any:
-    from transformers import Qwen2Config
+    from transformers import AutoConfig
 
-    s = SHAPES[shape]
-    return Qwen2Config(
-        hidden_size=s["h"], intermediate_size=s["i"], num_hidden_layers=s["l"], num_attention_heads=s["a"],
-        num_key_value_heads=s["k"], vocab_size=s["v"], tie_word_embeddings=s["t"], max_position_embeddings=32_768,
-    )  # fmt: skip
+    return AutoConfig.for_model(**SHAPES[shape])
 
 
 def predicted(path: str, fsdp: Any, world: int, work: tuple[float, float], case: dict[str, Any]) -> dict[str, float]:
@@ -144,7 +161,7 @@ def real_case(paths: dict[str, str], case: dict[str, Any]) -> dict[str, dict[str
         return made
 
     actor(paths["tiny"])  # brings libraries and workspaces into memory
-    data = batch_of(2, case["prompt"], case["response"], case["share"], SHAPES[case["shape"]]["v"])
+    data = batch_of(2, case["prompt"], case["response"], case["share"], SHAPES[case["shape"]]["vocab_size"])
     meter = Meter("cuda" if torch.cuda.is_available() else "cpu")
     made = actor(paths[case["shape"]])
     measured: dict[str, float] = {"weights + optimizer": meter.rise()}
@@ -316,8 +333,8 @@ def layer_case() -> None:
                     return t
 
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                    out = layer(x, position_embeddings=rotary, attention_mask=None,
-                                **packed_arguments(torch.tensor([tokens])))  # fmt: skip
+                    packed = packed_arguments(torch.tensor([tokens]))
+                    out = layer(x, position_embeddings=rotary, attention_mask=None, **packed)
                 counted = sum(size for at, size in sizes.items() if at not in shared) / tokens
                 del out
                 with tempfile.TemporaryDirectory() as folder:
@@ -330,13 +347,15 @@ def layer_case() -> None:
 def save_models(folder: Path, ranks: bool) -> dict[str, str]:
     """Configs of all shapes, weights too where they are to be read."""
     import torch
-    from transformers import Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     needed = {case[0] for case in (RANKS if ranks else REAL)} | {"tiny"}
     paths = {shape: str(folder / str(i)) for i, shape in enumerate(SHAPES) if shape in needed}
     for shape, path in paths.items():
-        (hf_config(shape) if ranks else Qwen2ForCausalLM(hf_config(shape))).save_pretrained(path)
+        config = hf_config(shape)
+        saved = config if ranks else AutoModelForCausalLM.from_config(config)
+        saved.save_pretrained(path)
     return paths
 
 
