@@ -111,13 +111,17 @@ def forward_flops(sizes: Sizes, tokens: float, trained: float, length: float) ->
 
 
 def update_flops(role: Role, tokens: float, trained: float, length: float) -> float:
-    """FLOPs of a forward and a backward pass; with checkpointing the layers run forward twice.
+    """FLOPs of a forward and a backward pass.
 
-    A backward pass costs two forward passes, or one where only adapters have gradients.
+    A backward pass costs two forward passes, or one where only adapters have gradients. With checkpointing a layer runs
+    forward again, but for its last product, whose result no gradient needs.
     """
+    sizes = role.sizes
     backward = 2 if role.whole else 1
-    layers = 1 + backward + role.checkpointing
-    return layers * layer_flops(role.sizes, tokens, length) + (1 + backward) * head_flops(role.sizes, trained)
+    layers = layer_flops(sizes, tokens, length)
+    last_product = 2 * tokens * sizes.layers * sizes.hidden * sizes.intermediate
+    again = (layers - last_product) * role.checkpointing
+    return (1 + backward) * (layers + head_flops(sizes, trained)) + again
 
 
 @dataclass(frozen=True)
