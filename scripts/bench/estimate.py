@@ -48,7 +48,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "131M, untied": qwen2(768, 3_072, 4, 12, 4, 64_000, False),
     **{path.partition("/")[2]: shape for path, shape in json.loads(PUBLISHED.read_text()).items()},
 }
-"""By name the config of a model."""
 REAL = [  # shape, dtype of the computation, prompt, response, share of the response that is trained on
     ("62M, deep", "bfloat16", 1_536, 512, 1.0),
     ("62M, deep", "float32", 1_024, 1_024, 0.25),
@@ -353,8 +352,7 @@ def save_models(folder: Path, ranks: bool) -> dict[str, str]:
     needed = {case[0] for case in (RANKS if ranks else REAL)} | {"tiny"}
     paths = {shape: str(folder / str(i)) for i, shape in enumerate(SHAPES) if shape in needed}
     for shape, path in paths.items():
-        config = hf_config(shape)
-        saved = config if ranks else AutoModelForCausalLM.from_config(config)
+        saved = hf_config(shape) if ranks else AutoModelForCausalLM.from_config(hf_config(shape))
         saved.save_pretrained(path)
     return paths
 
