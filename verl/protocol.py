@@ -29,6 +29,7 @@ Masks are carried from the agent loop, never recovered by comparing ids with the
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,23 @@ class DataProto:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns of one batch must have one length, got {lengths}")
         return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the tensors as arrays of these rows alone, in host memory.
+
+        A tensor would be pickled with its whole storage, so that a part of a batch would bring all of it along. Arrays
+        are also what Ray lays into shared memory as they are.
+        """
+        arrays = {key: column.detach().cpu().numpy() for key, column in self.batch.items()}
+        return {**vars(self), "batch": arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes tensors of the arrays; shared memory is read-only, so what lies there is copied."""
+        vars(self).update(state)
+        arrays: dict[str, np.ndarray] = state["batch"]
+        self.batch = {
+            key: torch.from_numpy(array if array.flags.writeable else array.copy()) for key, array in arrays.items()
+        }
 
     def _columns(self) -> Iterator[tuple[str, torch.Tensor | np.ndarray]]:
         yield from self.batch.items()
@@ -149,52 +167,97 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
         scores         0 0 0 0 s 0
 
     Raises ValueError for a trajectory without a sampled token: it has nothing to train, the caller drops and counts it.
+    And for a sampled segment that does not have a log-prob for every token.
     """
-    size = len(trajectories)
-    prompt_len = max(len(t.prompt_ids) for t in trajectories)
-    response_len = max(len(t.response_ids) for t in trajectories)
-    prompts = torch.full((size, prompt_len), pad_token_id)
-    responses = torch.full((size, response_len), pad_token_id)
-    attention_mask = torch.zeros(size, prompt_len + response_len, dtype=torch.long)
-    response_mask = torch.zeros(size, response_len, dtype=torch.long)
-    log_probs = torch.zeros(size, response_len)
-    versions = torch.full((size, response_len), -1, dtype=torch.int32)
-    turns = torch.full((size, response_len), -1, dtype=torch.int32)
-    scores = torch.zeros(size, response_len)
-    for row, trajectory in enumerate(trajectories):
-        start, ids = prompt_len - len(trajectory.prompt_ids), trajectory.response_ids
-        prompts[row, start:] = torch.tensor(trajectory.prompt_ids)
-        responses[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, start : prompt_len + len(ids)] = 1
-        response_mask[row, : len(ids)] = torch.tensor(trajectory.response_mask)
-        log_probs[row, : len(ids)] = torch.tensor(trajectory.rollout_log_probs)
-        versions[row, : len(ids)] = torch.tensor([s.policy_version for s in trajectory.segments for _ in s.token_ids])
-        turns[row, : len(ids)] = torch.tensor(turn_numbers(trajectory), dtype=torch.int32)
-        if not response_mask[row].any():
-            raise ValueError(f"trajectory {row} has no token of the policy")
-        scores[row, response_mask[row].nonzero()[-1]] = trajectory.reward["score"]
-    return DataProto.from_dict(
-        {
-            "prompts": prompts,
-            "responses": responses,
-            "attention_mask": attention_mask,
-            "response_mask": response_mask,
-            "rollout_log_probs": log_probs,
-            "policy_versions": versions,
-            "turns": turns,
-            "token_level_scores": scores,
-            "truncated": torch.tensor([t.truncated for t in trajectories]),
-            "void_turns": torch.tensor([t.void_turns for t in trajectories]),
-        }
+    prompts, prompt_real = pad_left([t.prompt_ids for t in trajectories], pad_token_id)
+    tokens = response_tokens(trajectories)
+    lengths = np.array([sum(len(s.token_ids) for s in t.segments) for t in trajectories])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    response_mask = spread(tokens.turns >= 0, real, False)
+    sampled = response_mask.any(axis=1)
+    if not sampled.all():
+        raise ValueError(f"trajectory {int(np.argmin(sampled))} has no token of the policy")
+    last = real.shape[1] - 1 - np.argmax(response_mask[:, ::-1], axis=1)
+    scores = np.zeros(real.shape, dtype=np.float32)
+    scores[np.arange(len(trajectories)), last] = [t.reward["score"] for t in trajectories]
+    columns = {
+        "prompts": prompts,
+        "responses": spread(tokens.ids, real, pad_token_id),
+        "attention_mask": np.concatenate([prompt_real, real], axis=1).astype(np.int64),
+        "response_mask": response_mask.astype(np.int64),
+        "rollout_log_probs": spread(tokens.log_probs, real, 0.0),
+        "policy_versions": spread(tokens.versions, real, -1),
+        "turns": spread(tokens.turns, real, -1),
+        "token_level_scores": scores,
+        "truncated": np.array([t.truncated for t in trajectories]),
+        "void_turns": np.array([t.void_turns for t in trajectories]),
+    }
+    return DataProto.from_dict({key: torch.from_numpy(column) for key, column in columns.items()})
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """The response tokens of many trajectories, one after the other, and what is known of each: arrays [N]."""
+
+    ids: np.ndarray
+    log_probs: np.ndarray
+    """Float32; 0 where the policy did not write."""
+    versions: np.ndarray
+    """Int32: the weight version that sampled the token, -1 where none did."""
+    turns: np.ndarray
+    """Int32: the number of the policy's turn, -1 for what others wrote."""
+
+
+def response_tokens(trajectories: Sequence[Trajectory]) -> ResponseTokens:
+    """All response tokens. Raises ValueError for a sampled segment with another number of log-probs than tokens.
+
+    Tokens are Python integers in lists; all of them become one array at once, which is much faster than row by row.
+    """
+    segments = [segment for trajectory in trajectories for segment in trajectory.segments]
+    lengths = np.array([len(segment.token_ids) for segment in segments], dtype=np.int64)
+    turns = np.array([turn for t in trajectories for turn in turn_numbers(t)], dtype=np.int32)
+    versions = np.array([segment.policy_version for segment in segments], dtype=np.int32)
+    own = [segment for segment in segments if segment.source is Source.MODEL]
+    for segment in own:
+        if len(segment.log_probs) != len(segment.token_ids):
+            raise ValueError(f"{len(segment.token_ids)} sampled tokens have {len(segment.log_probs)} log-probs")
+    turn_of_token = np.repeat(turns, lengths)
+    log_probs = np.zeros(len(turn_of_token), dtype=np.float32)
+    log_probs[turn_of_token >= 0] = flat([segment.log_probs for segment in own], np.float32)
+    return ResponseTokens(
+        ids=flat([segment.token_ids for segment in segments], np.int64),
+        log_probs=log_probs,
+        versions=np.repeat(versions, lengths),
+        turns=turn_of_token,
     )
 
 
 def turn_numbers(trajectory: Trajectory) -> list[int]:
-    """For each response token the number of the policy's turn that wrote it, -1 for what others wrote."""
+    """For each segment the number of the policy's turn that it is, -1 for what others wrote."""
     numbers: list[int] = []
     turn = -1
     for segment in trajectory.segments:
         own = segment.source is Source.MODEL
         turn += own
-        numbers += [turn if own else -1] * len(segment.token_ids)
+        numbers.append(turn if own else -1)
     return numbers
+
+
+def flat(lists: Sequence[Sequence[float]], dtype: type[np.generic]) -> np.ndarray:
+    """The numbers of all lists, one after the other, [N]."""
+    return np.fromiter(chain.from_iterable(lists), dtype, count=sum(map(len, lists)))
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal length [B, longest], int64, padded on the left, and where they are real."""
+    lengths = np.array([len(row) for row in rows])
+    width = lengths.max()
+    real = np.arange(width) >= width - lengths[:, None]
+    return spread(flat(rows, np.int64), real, pad), real
+
+
+def spread(values: np.ndarray, real: np.ndarray, pad: float) -> np.ndarray:
+    """`values` [N] at the N places where `real` [B, L] is true, row by row, and `pad` elsewhere."""
+    whole = np.full(real.shape, pad, dtype=values.dtype)
+    whole[real] = values
+    return whole

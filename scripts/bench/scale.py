@@ -2,11 +2,14 @@
 
     python scripts/bench/scale.py [--sizes 0.25 0.5 1 2] [--stages driver agents transport] [--json out.json]
 
-The driver's verbs run with real Ray and eight ranks that do not compute; agent workers run the real loop and reward
-against an engine and a retriever that answer at once (synthetic.py), with a tokenizer of 150,000 entries. Size 1 is the
-paper's GRPO: 512 prompts, five trajectories each, of up to 4,096 tokens. `driver` is repeated at every size of the
-batch, `agents` at every number of searches a trajectory (4 at size 1). Each measurement has a process of its own.
-Growth is the slope of log(cost) over log(size): 1 is linear, 2 quadratic.
+The driver's verbs run with real Ray and eight ranks that do not compute, in two processes, so that a small machine can
+hold them. Trajectories are written in every step here; training does it every tenth. Agent workers run the real loop
+and reward against an engine and a retriever that answer at once (synthetic.py), with a tokenizer of 150,000 entries.
+
+Size 1 is the paper's GRPO: 512 prompts, five trajectories each, of up to 4,096 tokens. `driver` is repeated at every
+size of the batch; `agents` with more and more searches a trajectory, 4 at size 1; `transport` is that with engine calls
+through Ray and searches through HTTP. Each measurement has a process of its own. Growth is the slope of log(figure)
+over log(tokens): 1 is linear, 2 quadratic.
 """
 
 import argparse
@@ -74,7 +77,10 @@ def verdicts(stage: str, figures: Figures) -> list[str]:
     """The goals, and what was reached at size 1."""
     if stage == "driver":
         limit = DRIVER_SHARE * STEP_S
-        return [f"{name}: {figures[name]:.1f} s of driver; goal {limit:.0f} s" for name in ("GRPO step", "PPO step")]
+        return [
+            f"{name} step: {figures[f'{name} step, CPU s']:.1f} s of driver; goal {limit:.0f} s"
+            for name in ("GRPO", "PPO")
+        ]
     goal = GENERATED_PER_S / AGENT_WORKERS
     return [f"{stage}: {figures['generated tokens/s']:,.0f} generated tokens/s of a core; goal {goal:,.0f}"]
 

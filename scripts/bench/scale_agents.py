@@ -1,4 +1,4 @@
-"""The agent workers' part of scale.py: seconds of CPU per trajectory, where they go, and how they grow with its length."""
+"""The agent workers' part of scale.py: CPU seconds of a trajectory, and where they go."""
 
 import asyncio
 import multiprocessing
@@ -52,9 +52,7 @@ class FakeRetriever:
 class AgentProcess(AgentLoopWorker):
     """An agent worker with the real loop and reward, and beside them stand-ins or what it is given."""
 
-    def __init__(
-        self, folder: Path, searches: int = 4, engines: Any = None, retriever: str | None = None
-    ) -> None:
+    def __init__(self, folder: Path, searches: int = 4, engines: Any = None, retriever: str | None = None) -> None:
         self.world = load_world(folder)
         tokenizer = self.world.tokenizer
         turn = 500

@@ -1,5 +1,6 @@
-"""The driver's part of scale.py: seconds of every verb of a training step, with real Ray and ranks that do not compute."""
+"""The driver's part of scale.py: seconds of every verb of a training step, with real Ray; the ranks do not compute."""
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable
@@ -8,22 +9,14 @@ from typing import Any, get_args
 
 import ray
 import torch
+from ray import cloudpickle
 from scale_agents import AgentProcess, load_world, make_jobs, trajectories_of
 
 from search_r1.agent.metrics import reduce_metrics
 from verl.agent import Trajectory
 from verl.protocol import DataProto
-from verl.single_controller.decorator import ATTRIBUTE, dispatch
-from verl.single_controller.worker import Worker
-from verl.single_controller.worker_group import (
-    RayClassWithInitArgs,
-    RayResourcePool,
-    RayWorkerGroup,
-    RoleView,
-    get,
-    ready,
-    spawn,
-)
+from verl.single_controller.decorator import collect, dispatch, registered
+from verl.single_controller.worker_group import as_they_end, get, ready, spawn
 from verl.trainer.config import AlgorithmConfig, KLControlConfig, RolloutCorrectionConfig
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
 from verl.trainer.ppo.batching import build_batch, check_failures, groups_of, rollout_metrics, surviving
@@ -37,13 +30,11 @@ from verl.workers.critic import CriticWorker
 from verl.workers.reference import ReferenceWorker
 from verl.workers.rollout.agent_worker import Job
 
-NUM_AGENT_WORKERS, RANKS, MINI_BATCHES = 2, 8, 2
+NUM_PROCESSES, RANKS, MINI_BATCHES = 2, 8, 2
 ESTIMATORS = get_args(AlgorithmConfig.model_fields["adv_estimator"].annotation)
 CORRECTION = RolloutCorrectionConfig(rollout_is="token", rollout_rs="sequence", rollout_token_veto_threshold=1e-4)
-RECORDS_EVERY = 10
-"""`trainer.rollout_data_freq`."""
 GRPO = (
-    "submit", "collect", "drop and count", "records / 10", "build batch", "send: log-probs", "send: reference",
+    "submit", "collect", "drop and count", "records", "build batch", "send: log-probs", "send: reference",
     "advantage: grpo", "filter, correct", "send: actor", "metrics",
 )  # fmt: skip
 PPO = (
@@ -52,54 +43,60 @@ PPO = (
 )  # fmt: skip
 
 
-def called_like(method: Any) -> Callable[[Any], Any]:
-    """Marks a stand-in to be sent what the real method is sent."""
+class RankProcess(AgentProcess):
+    """An agent worker that also stands in for ranks: what it returns has the shapes of the real results."""
 
-    def mark(stand_in: Any) -> Any:
-        setattr(stand_in, ATTRIBUTE, getattr(method, ATTRIBUTE))
-        return stand_in
+    def call(self, method: str, data: DataProto) -> Any:
+        """The answer of a rank to a call of one of `METHODS`."""
+        result = METHODS[method][1]
+        if result is None:
+            return {"loss": float(data.batch["response_mask"].sum())}
+        return DataProto({result: torch.full(data.batch["responses"].shape, -0.5)})
 
-    return mark
+
+METHODS: dict[str, tuple[type, str | None]] = {
+    "compute_log_prob": (ActorWorker, "old_log_probs"),
+    "compute_ref_log_prob": (ReferenceWorker, "ref_log_prob"),
+    "compute_values": (CriticWorker, "values"),
+    "update_actor": (ActorWorker, None),
+    "update_critic": (CriticWorker, None),
+}
+"""Whose method it is, and the column that it returns."""
 
 
-class FakeRank(Worker):
-    """All roles of a rank. What it returns has the shapes of the real results."""
+class Ranks:
+    """RANKS ranks that do not compute, in a few processes: what the driver does for them is the same."""
 
-    def _numbers(self, data: DataProto, name: str) -> DataProto:
-        return DataProto({name: torch.full(data.batch["responses"].shape, -0.5)})
+    def __init__(self, processes: list[Any]) -> None:
+        self.processes = processes
 
-    @called_like(ActorWorker.compute_log_prob)
-    def compute_log_prob(self, data: DataProto) -> DataProto:
-        return self._numbers(data, "old_log_probs")
+    def arguments(self, method: str, batch: DataProto) -> list[tuple[Any, ...]]:
+        """What each rank is sent, as RayWorkerGroup decides it."""
+        call = registered(METHODS[method][0])[method]
+        return dispatch(call.mode, RANKS, call.select(method, (batch,)))
 
-    @called_like(ReferenceWorker.compute_ref_log_prob)
-    def compute_ref_log_prob(self, data: DataProto) -> DataProto:
-        return self._numbers(data, "ref_log_prob")
-
-    @called_like(CriticWorker.compute_values)
-    def compute_values(self, data: DataProto) -> DataProto:
-        return self._numbers(data, "values")
-
-    @called_like(ActorWorker.update_actor)
-    def update_actor(self, data: DataProto) -> dict[str, float]:
-        return {"loss": float(data.batch["advantages"].sum())}
-
-    @called_like(CriticWorker.update_critic)
-    def update_critic(self, data: DataProto) -> dict[str, float]:
-        return {"loss": float(data.batch["returns"].sum())}
+    def execute(self, method: str, batch: DataProto) -> Any:
+        """Calls all ranks and waits, as RayWorkerGroup does."""
+        places = itertools.cycle(self.processes)
+        calls = [
+            process.call.remote(method, *args)
+            for process, args in zip(places, self.arguments(method, batch), strict=False)
+        ]
+        return collect(registered(METHODS[method][0])[method].mode, as_they_end(calls))
 
 
 class Verbs:
-    """Seconds of each verb, in their order."""
+    """Seconds of each verb, in their order: of the driver's CPU, all threads, and of the clock."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+        self.wall: dict[str, float] = {}
 
     def __call__(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `function` returns."""
-        began = time.perf_counter()
+        cpu, wall = time.process_time(), time.perf_counter()
         result = function(*args, **kwargs)
-        self.seconds[name] = time.perf_counter() - began
+        self.cpu[name], self.wall[name] = time.process_time() - cpu, time.perf_counter() - wall
         return result
 
 
@@ -110,65 +107,60 @@ def status_gib(field: str) -> float:
 
 
 def driver(folder: Path, prompts: int, group: int) -> dict[str, float]:
-    """The seconds of one training step by verb, GiB of memory, and MiB that each rank is sent. Starts Ray, ends it."""
-    ray.init(address="local", num_cpus=RANKS + 1, include_dashboard=False, log_to_driver=False)
+    """The seconds of one training step by verb, GiB of memory, and MiB that a rank is sent. Starts Ray and ends it."""
+    torch.set_num_threads(1)  # so that CPU seconds are those of the work, not of threads that wait
+    ray.init(address="local", num_cpus=NUM_PROCESSES, include_dashboard=False, log_to_driver=False)
     try:
-        agents = [spawn(AgentProcess, folder, num_cpus=0) for _ in range(NUM_AGENT_WORKERS)]
-        ranks = RayWorkerGroup(RayResourcePool([RANKS], use_gpu=False), "cpu", seed=0, threads=1)
-        role = ranks.add_role("fake", RayClassWithInitArgs(FakeRank))
-        get([ready(agent) for agent in agents])
+        processes = [spawn(RankProcess, folder, num_cpus=0) for _ in range(NUM_PROCESSES)]
+        get([ready(process) for process in processes])
         world = load_world(folder)
-        warm = make_jobs(world, RANKS, group)
-        step(warm, agents, role, world.tokenizer, folder)
+        step(make_jobs(world, RANKS, group), processes, world.tokenizer, folder)  # a warm-up
         jobs = make_jobs(world, prompts, group)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = status_gib("VmRSS")
-        verbs, figures = step(jobs, agents, role, world.tokenizer, folder)
+        verbs, figures = step(jobs, processes, world.tokenizer, folder)
         figures["driver GiB"] = status_gib("VmHWM") - before
     finally:
         ray.shutdown()
+    steps = {"GRPO": GRPO, "PPO": PPO}
     return {
-        **verbs,
-        "GRPO step": sum(verbs[verb] for verb in GRPO),
-        "PPO step": sum(verbs[verb] for verb in PPO),
         **figures,
+        **{f"{verb}, CPU s": seconds for verb, seconds in verbs.cpu.items()},
+        **{f"{name} step, CPU s": sum(verbs.cpu[verb] for verb in parts) for name, parts in steps.items()},
+        **{f"{name} step, s": sum(verbs.wall[verb] for verb in parts) for name, parts in steps.items()},
     }
 
 
-def step(
-    jobs: list[Job], agents: list[Any], role: RoleView, tokenizer: Any, folder: Path
-) -> tuple[dict[str, float], dict[str, float]]:
+def step(jobs: list[Job], processes: list[Any], tokenizer: Any, folder: Path) -> tuple[Verbs, dict[str, float]]:
     """Seconds by verb, and other figures."""
-    verbs = Verbs()
-    running = verbs("submit", submit, jobs, agents)
+    verbs, ranks = Verbs(), Ranks(processes)
+    running = verbs("submit", submit, jobs, processes)
     ray.wait(running, num_returns=len(running), fetch_local=True)
     results = [result for part in verbs("collect", get, running) for result in part]
-    jobs = [job for start in range(len(agents)) for job in jobs[start :: len(agents)]]
+    jobs = [job for start in range(len(processes)) for job in jobs[start :: len(processes)]]
     trajectories = trajectories_of(results)
     verbs("drop and count", count, jobs, results)
-    verbs("records / 10", write_records, jobs, trajectories, tokenizer, folder)
-    verbs.seconds["records / 10"] /= RECORDS_EVERY
+    verbs("records", write_records, jobs, trajectories, tokenizer, folder)
     batch: DataProto = verbs(
         "build batch", build_batch, jobs, trajectories, pad_token_id=tokenizer.pad_token_id,
         num_mini_batches=MINI_BATCHES, world_size=RANKS, state_masking=True,
     )  # fmt: skip
-    batch = batch.union(verbs("send: log-probs", role.compute_log_prob, batch))
-    batch = batch.union(verbs("send: reference", role.compute_ref_log_prob, batch))
-    batch = batch.union(verbs("send: values", role.compute_values, batch))
+    batch = batch.union(verbs("send: log-probs", ranks.execute, "compute_log_prob", batch))
+    batch = batch.union(verbs("send: reference", ranks.execute, "compute_ref_log_prob", batch))
+    batch = batch.union(verbs("send: values", ranks.execute, "compute_values", batch))
     batch = advantages(batch, verbs)
-    verbs("send: critic", role.update_critic, batch)
+    verbs("send: critic", ranks.execute, "update_critic", batch)
     sent = verbs("filter, correct", filter_and_correct, batch)
-    verbs("send: actor", role.update_actor, sent)
+    verbs("send: actor", ranks.execute, "update_actor", sent)
     verbs("metrics", figures_of, batch)
-    return verbs.seconds, {
+    return verbs, {
         "trajectories": len(batch),
         "tokens": int(batch.batch["attention_mask"].sum()),
-        "longest prompt": batch.batch["prompts"].shape[1],
         "longest response": batch.batch["responses"].shape[1],
         "batch MiB": sum(column.nbytes for column in batch.batch.values()) / 2**20,
-        "MiB of trajectories": len(ray.cloudpickle.dumps(trajectories)) / 2**20,
-        "MiB to a rank: log-probs": mib_to_a_rank(role, "compute_log_prob", batch),
-        "MiB to a rank: actor": mib_to_a_rank(role, "update_actor", sent),
+        "trajectories, pickled MiB": len(cloudpickle.dumps(trajectories)) / 2**20,
+        "to a rank for log-probs, MiB": mib(ranks.arguments("compute_log_prob", batch)[0]),
+        "to a rank for the update, MiB": mib(ranks.arguments("update_actor", sent)[0]),
     }
 
 
@@ -224,8 +216,6 @@ def figures_of(batch: DataProto) -> dict[str, float]:
     }
 
 
-def mib_to_a_rank(role: RoleView, method: str, batch: DataProto) -> float:
-    """Size of the pickled arguments of rank 0."""
-    call = role.group.methods[role.role][method]
-    arguments = dispatch(call, RANKS, (batch,))[0]
-    return len(ray.cloudpickle.dumps(arguments)) / 2**20
+def mib(arguments: tuple[Any, ...]) -> float:
+    """Their size when pickled."""
+    return len(cloudpickle.dumps(arguments)) / 2**20

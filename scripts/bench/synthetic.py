@@ -135,11 +135,12 @@ class FakeEngine:
         self.world = world
 
     async def generate(self, session: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
-        """A search, or an answer, as the context decides; cut at the limit of the turn."""
+        """A search, or an answer, as session and context decide; cut at the limit of the turn."""
         digest = context_digest(prompt_ids)
-        answers = digest % 1000 < 1000 * ANSWER_SHARE
+        chance = zlib.crc32(session.encode(), digest)
+        answers = chance % 1000 < 1000 * ANSWER_SHARE
         pool = self.world.answers if answers else self.world.searches
-        ids, log_probs = pool[digest // 1000 % len(pool)]
+        ids, log_probs = pool[chance // 1000 % len(pool)]
         limit = sampling["max_tokens"]
         reason = "stop" if len(ids) <= limit else "length"
         return Completion(ids[:limit], log_probs[:limit], reason, None, 0, digest)

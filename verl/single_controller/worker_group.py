@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers.utils.logging import disable_progress_bar
 
-from verl.single_controller.decorator import ATTRIBUTE, Dispatch, collect, dispatch
+from verl.single_controller.decorator import Registered, collect, dispatch, registered
 from verl.single_controller.worker import Worker, init_process_group, make_deterministic, seed_everything, stacks
 
 logger = logging.getLogger(__name__)
@@ -170,24 +170,26 @@ class RayWorkerGroup:
         group = (self.world_size, address, port, device, threads)
         setup = [h.setup.remote(seed + rank, deterministic, rank, *group) for rank, h in enumerate(self.hosts)]
         self._wait("setup", setup)
-        self.methods: dict[str, dict[str, Dispatch]] = {}
+        self.methods: dict[str, dict[str, Registered]] = {}
 
     def add_role(self, role: str, spec: RayClassWithInitArgs) -> "RoleView":
         """Builds the role on every rank (collectives allowed) and returns its methods."""
         self._wait(role, [host.add_role.remote(role, spec) for host in self.hosts])
-        members = {name: getattr(spec.cls, name) for name in dir(spec.cls)}
-        self.methods[role] = {k: getattr(v, ATTRIBUTE) for k, v in members.items() if hasattr(v, ATTRIBUTE)}
+        self.methods[role] = registered(spec.cls)
         return self[role]
 
     def __getitem__(self, role: str) -> "RoleView":
         return RoleView(self, role)
 
     def execute(self, role: str, method: str, *args: Any) -> Any:
-        """Calls a registered method on all ranks and waits. Raises what `_wait` does."""
-        mode = self.methods[role][method]
-        per_rank = dispatch(mode, self.world_size, args)
+        """Calls a registered method on all ranks and waits.
+
+        Raises KeyError when a batch lacks a column that the method reads, else what `_wait` does.
+        """
+        name, call = f"{role}.{method}", self.methods[role][method]
+        per_rank = dispatch(call.mode, self.world_size, call.select(name, args))
         calls = [host.call.remote(role, method, *a) for host, a in zip(self.hosts, per_rank, strict=True)]
-        return collect(mode, self._wait(f"{role}.{method}", calls))
+        return collect(call.mode, self._wait(name, calls))
 
     def _wait(self, name: str, calls: list[Any]) -> list[Any]:
         """Results of the ranks. Raises WorkerLost if a rank died, else what the first failing rank raised."""

@@ -17,7 +17,7 @@ from verl.workers.fsdp_model import build_model, build_train_state, describe, fu
 from verl.workers.lora import base_model
 from verl.workers.rollout.weight_sync import WeightSender
 from verl.workers.trained import TrainedWorker
-from verl.workers.update import Budget, Counts, Metrics, map_micro_batches, update_mini_batches
+from verl.workers.update import INPUTS, Budget, Counts, Metrics, map_micro_batches, update_mini_batches
 
 
 def policy_loss(
@@ -73,7 +73,7 @@ class ActorWorker(TrainedWorker):
         self.hold(build_train_state(policy, config.optim, total_steps, config.fsdp_config))
         self.senders: dict[str, WeightSender] = {}
 
-    @register(Dispatch.DP_COMPUTE_PROTO)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """old_log_probs [B, R] under the present weights, at the sampling temperature."""
         rollout = self.rollout
@@ -81,9 +81,13 @@ class ActorWorker(TrainedWorker):
         forward = partial(log_probs_of_rows, self.state.model, temperature=rollout.temperature)
         return DataProto({"old_log_probs": map_micro_batches(data, budget, self.device, forward)})
 
-    @register(Dispatch.DP_COMPUTE_METRIC)
+    @register(
+        Dispatch.DP_COMPUTE_METRIC,
+        columns=(*INPUTS, "mini_batch", "advantages", "old_log_probs"),
+        optional=("ref_log_prob", "rollout_is_weights"),
+    )
     def update_actor(self, data: DataProto) -> dict[str, float]:
-        """One optimizer step per mini-batch."""
+        """One optimizer step per mini-batch. `use_kl_loss` needs `ref_log_prob`."""
 
         def loss_fn(rows: DataProto, counts: Counts) -> tuple[torch.Tensor, Metrics]:
             log_probs, entropy = forward_log_probs(

@@ -11,7 +11,7 @@ from verl.workers.config import CriticConfig
 from verl.workers.forward import forward_values
 from verl.workers.fsdp_model import build_model, build_train_state
 from verl.workers.trained import TrainedWorker
-from verl.workers.update import Budget, Counts, Metrics, map_micro_batches, update_mini_batches
+from verl.workers.update import INPUTS, Budget, Counts, Metrics, map_micro_batches, update_mini_batches
 
 
 class CriticWorker(TrainedWorker):
@@ -24,13 +24,13 @@ class CriticWorker(TrainedWorker):
         model = build_model(config.model, "value", config.fsdp_config, self.mesh)
         self.hold(build_train_state(model, config.optim, total_steps, config.fsdp_config))
 
-    @register(Dispatch.DP_COMPUTE_PROTO)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
     def compute_values(self, data: DataProto) -> DataProto:
         """values [B, R]."""
         forward = partial(forward_values, self.state.model)
         return DataProto({"values": map_micro_batches(data, self.budget, self.device, forward)})
 
-    @register(Dispatch.DP_COMPUTE_METRIC)
+    @register(Dispatch.DP_COMPUTE_METRIC, columns=(*INPUTS, "mini_batch", "returns", "values"))
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """One optimizer step per mini-batch."""
 

@@ -8,7 +8,7 @@ from verl.single_controller.worker import Worker
 from verl.workers.config import ModelConfig, RefConfig
 from verl.workers.forward import log_probs_of_rows
 from verl.workers.fsdp_model import build_model
-from verl.workers.update import Budget, map_micro_batches
+from verl.workers.update import INPUTS, Budget, map_micro_batches
 
 
 class ReferenceWorker(Worker):
@@ -20,7 +20,7 @@ class ReferenceWorker(Worker):
         plain = model.model_copy(update={"lora_rank": 0})  # adapters begin as nothing: the weights below them are it
         self.model = build_model(plain, "lm", config.fsdp_config, self.mesh).requires_grad_(False)
 
-    @register(Dispatch.DP_COMPUTE_PROTO)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """ref_log_prob [B, R], at the sampling temperature."""
         config = self.config

@@ -17,6 +17,7 @@ from verl.utils.seqlen_balancing import balance
 from verl.workers.fsdp_model import TrainState
 
 INPUTS = ("prompts", "responses", "attention_mask", "response_mask")
+"""Columns that a forward pass reads."""
 Metrics = dict[str, torch.Tensor]
 
 
