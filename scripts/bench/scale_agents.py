@@ -94,15 +94,15 @@ def make_jobs(world: World, prompts: int, group: int) -> list[Job]:
 
 
 def watched(owner: Any, name: str, label: str, spent: Stopwatch) -> None:
-    """Replaces a function by one that adds its seconds to `spent`."""
+    """Replaces a function by one that adds its seconds of CPU to `spent`."""
     function: Callable[..., Any] = getattr(owner, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        began = time.thread_time()
         try:
             return function(*args, **kwargs)
         finally:
-            spent[label] += time.perf_counter() - began
+            spent[label] += time.thread_time() - began
 
     setattr(owner, name, timed)
 

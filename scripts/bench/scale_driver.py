@@ -192,11 +192,10 @@ def advantages(batch: DataProto, verbs: Verbs) -> DataProto:
     verbs("KL in reward", apply_kl_penalty, batch, penalised, build_kl_controller(penalised))
     plain = AlgorithmConfig()
     batch, _ = apply_kl_penalty(batch, plain, build_kl_controller(plain))
-    made: dict[str, DataProto] = {}
-    for name in ESTIMATORS:
+    for name in sorted(ESTIMATORS, key="grpo".__eq__):  # grpo last: its batch is the one to go on with
         config = AlgorithmConfig(adv_estimator=name)
-        made[name], _ = verbs(f"advantage: {name}", compute_advantage, batch, config)
-    return made["grpo"]
+        made, _ = verbs(f"advantage: {name}", compute_advantage, batch, config)
+    return made
 
 
 def filter_and_correct(batch: DataProto) -> DataProto:

@@ -124,11 +124,12 @@ class SearchAgentLoop:
 
     async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:
         """One generation and what answers it; sets `stop_reason` when it was the last."""
-        if len(trajectory.token_ids) > self.config.max_prompt_length:
+        context = trajectory.token_ids
+        if len(context) > self.config.max_prompt_length:
             trajectory.stop_reason, trajectory.truncated = "context", True
             return
         stop = [self.dialect.stop] * (self.max_searches > 0) + [ANSWER_END] * self.config.stop_at_answer
-        completion = await generate(trajectory.token_ids, max_tokens=self.config.max_response_length, stop=stop)
+        completion = await generate(context, max_tokens=self.config.max_response_length, stop=stop)
         stats["turns"] += 1
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         action, end = parse_action(text, self.dialect.search)

@@ -1,10 +1,12 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
 from verl.agent import Completion, Segment, Source, Trajectory, context_digest
 from verl.protocol import DataProto, collate_trajectories
-from verl.single_controller.decorator import Dispatch, collect, dispatch
+from verl.single_controller.decorator import Dispatch, Registered, collect, dispatch, register
 
 
 def trajectory(score: float = 1.0) -> Trajectory:
@@ -78,3 +80,48 @@ def test_operations_return_new_objects():
     assert data[torch.tensor([True, False, True, False])].batch["x"].tolist() == [0, 2]
     with pytest.raises(ValueError, match="one length"):
         data.with_tensors(z=torch.zeros(3))
+
+
+def test_a_part_is_pickled_alone():
+    """A slice of a tensor shares the storage of the whole, which torch pickles all of."""
+    data = DataProto.from_dict({"x": torch.arange(80_000).view(8, -1), "y": torch.zeros(8, 5, dtype=torch.bool)})
+    parts = data.split([2, 6])
+    sizes = [len(pickle.dumps(part)) for part in parts]
+    assert sizes[0] < 1.02 * data.batch["x"].nbytes / 4
+    copies = [pickle.loads(pickle.dumps(part)) for part in parts]
+    whole = DataProto.concat(copies)
+    assert all(torch.equal(whole.batch[key], column) for key, column in data.batch.items())
+
+
+def test_what_shared_memory_brings_can_be_written():
+    data = DataProto.from_dict({"x": torch.arange(4)})
+    buffers: list[pickle.PickleBuffer] = []
+    stream = pickle.dumps(data, protocol=5, buffer_callback=buffers.append)
+    copy = pickle.loads(stream, buffers=[bytes(buffer) for buffer in buffers])  # read-only, as Ray's are
+    copy.batch["x"] += 1
+    assert copy.batch["x"].tolist() == [1, 2, 3, 4] and data.batch["x"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_method_is_sent_the_columns_that_it_reads():
+    call = Registered(Dispatch.DP_COMPUTE_PROTO, columns=("x",), optional=("y",))
+    data = DataProto.from_dict(
+        {"x": torch.zeros(2), "z": torch.zeros(2)}, {"uid": np.array(["a", "b"], dtype=object)}, {"rank_sizes": [2, 0]}
+    )
+    (sent, other) = call.select("actor.update_actor", (data, 7))
+    assert set(sent.batch) == {"x"} and not sent.non_tensor_batch and sent.meta_info == data.meta_info and other == 7
+    (sent,) = call.select("actor.update_actor", (data.with_tensors(y=torch.zeros(2)),))
+    assert set(sent.batch) == {"x", "y"}
+    with pytest.raises(KeyError, match="actor.update_actor reads the column.* x, which the batch does not have"):
+        call.select("actor.update_actor", (data.select(["z"]),))
+
+
+def test_a_method_that_gets_rows_must_name_columns():
+    with pytest.raises(TypeError, match="must name the columns"):
+        register(Dispatch.DP_COMPUTE_METRIC)
+
+
+def test_sampled_tokens_without_log_probs_are_refused():
+    t = trajectory()
+    t.segments[0].log_probs.pop()
+    with pytest.raises(ValueError, match="2 sampled tokens have 1 log-probs"):
+        collate_trajectories([t], 0)

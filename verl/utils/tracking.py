@@ -5,6 +5,7 @@ import logging
 import math
 import netrc
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ class Tracking:
         path = self.run_dir / name
         try:
             path.parent.mkdir(exist_ok=True)
-            torch.save(content, path)
+            torch.save(content, path, pickle_protocol=pickle.HIGHEST_PROTOCOL)  # torch's default writes arrays as text
         except (OSError, RuntimeError) as error:  # the latter is torch's own of a full disk
             return f"could not be written: {error}"
         return f"is in {path}"

@@ -91,25 +91,34 @@ def build_batch(
     nearly equal tokens. `meta_info["rank_sizes"]` is what each rank gets. Without `state_masking` every response token
     is trained on (the paper's ablation); this is the only place that decides it.
     """
-    data = collate_trajectories(trajectories, pad_token_id)
+    lengths = [len(t.prompt_ids) + sum(len(s.token_ids) for s in t.segments) for t in trajectories]
+    mini_batch = np.arange(len(lengths)) * num_mini_batches // len(lengths)
+    ranks = rows_of_ranks(lengths, mini_batch, world_size)
+    order = [row for rank in ranks for row in rank]  # before there is a batch: it is too large to be copied for it
+    data = collate_trajectories([trajectories[row] for row in order], pad_token_id)
     if not state_masking:
         prompt_len = data.batch["prompts"].shape[1]
         data = data.with_tensors(response_mask=data.batch["attention_mask"][:, prompt_len:])
-    mini = torch.arange(len(data)) * num_mini_batches // len(data)
-    data = DataProto.from_dict(
-        {**data.batch, "mini_batch": mini},
+    return DataProto.from_dict(
+        {**data.batch, "mini_batch": torch.from_numpy(mini_batch[order])},
         {
-            "uid": np.array([job.uid for job in jobs], dtype=object),
-            "data_source": np.array([job.row["data_source"] for job in jobs], dtype=object),
+            "uid": np.array([jobs[row].uid for row in order], dtype=object),
+            "data_source": np.array([jobs[row].row["data_source"] for row in order], dtype=object),
         },
+        {"rank_sizes": [len(rank) for rank in ranks], "num_mini_batches": num_mini_batches},
     )
-    lengths = data.batch["attention_mask"].sum(1)
+
+
+def rows_of_ranks(lengths: Sequence[int], mini_batch: np.ndarray, world_size: int) -> list[list[int]]:
+    """The rows of each rank: every mini-batch [B] spread over all of them, with nearly equal tokens for each.
+
+    Where rows do not divide evenly, the parts with more rows go to another rank in each mini-batch.
+    """
     ranks: list[list[int]] = [[] for _ in range(world_size)]
-    for index in range(num_mini_batches):
-        rows = (mini == index).nonzero()[:, 0].tolist()
-        parts = balance([int(lengths[row]) for row in rows], world_size)
-        for rank, part in enumerate(parts[index % world_size :] + parts[: index % world_size]):
+    for index in range(int(mini_batch.max()) + 1):
+        rows = np.flatnonzero(mini_batch == index).tolist()
+        parts = balance([lengths[row] for row in rows], world_size)
+        first = index % world_size
+        for rank, part in enumerate(parts[first:] + parts[:first]):
             ranks[rank] += [rows[i] for i in part]
-    ordered = data[[row for rank in ranks for row in rank]]
-    ordered.meta_info.update(rank_sizes=[len(rank) for rank in ranks], num_mini_batches=num_mini_batches)
-    return ordered
+    return ranks
