@@ -85,16 +85,6 @@ def verdicts(stage: str, figures: Figures) -> list[str]:
     return [f"{stage}: {figures['generated tokens/s']:,.0f} generated tokens/s of a core; goal {goal:,.0f}"]
 
 
-def prepare(folder: Path, vocabulary: int) -> None:
-    """Writes the tokenizer, unless it is there from another run."""
-    from scale_agents import WORDS
-    from synthetic import Words, make_tokenizer
-
-    if not (folder / "tokenizer.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        make_tokenizer(folder, vocabulary, Words(WORDS, seed=0))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.25, 0.5, 1, 2])
@@ -103,6 +93,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=5, help="trajectories per prompt")
     parser.add_argument("--trajectories", type=int, default=256, help="of the stages agents and transport")
     parser.add_argument("--vocabulary", type=int, default=150_000)
+    parser.add_argument("--words", type=int, default=200_000, help="different words in all texts")
     parser.add_argument("--work", type=Path, help="where the tokenizer is kept for the next run")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -110,10 +101,12 @@ def main() -> None:
     if args.one:
         sys.stdout.write(json.dumps(measure(args.one, args.work, args.sizes[0], args)) + "\n")
         return
+    from scale_agents import prepare
+
     results: dict[str, list[Figures]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work or Path(temporary)
-        prepare(folder, args.vocabulary)
+        prepare(folder, args.vocabulary, args.words)
         for stage in args.stages:
             sizes = [1.0] if stage == "transport" else args.sizes
             results[stage] = [in_a_process(stage, folder, size, args) for size in sizes]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from synthetic import FakeEngine, Words, World, serve
+from synthetic import FakeEngine, Words, World, make_tokenizer, serve
 from transformers import AutoTokenizer
 
 from search_r1.agent import loop
@@ -24,13 +24,21 @@ from verl.workers.config import SamplingConfig
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
 from verl.workers.rollout.router import Router
 
-WORDS = 200_000
 Stopwatch = dict[str, float]
+
+
+def prepare(folder: Path, vocabulary: int, words: int) -> None:
+    """Writes the tokenizer and the number of words, unless they are there from another run."""
+    if not (folder / "words").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        make_tokenizer(folder, vocabulary, Words(words, seed=0))
+        (folder / "words").write_text(str(words))
 
 
 def load_world(folder: Path) -> World:
     """The same in every process."""
-    return World(AutoTokenizer.from_pretrained(folder), Words(WORDS, seed=1))
+    words = int((folder / "words").read_text())
+    return World(AutoTokenizer.from_pretrained(folder), Words(words, seed=1))
 
 
 class FakeRetriever:

@@ -111,7 +111,7 @@ def test_a_method_is_sent_the_columns_that_it_reads():
     assert set(sent.batch) == {"x"} and not sent.non_tensor_batch and sent.meta_info == data.meta_info and other == 7
     (sent,) = call.select("actor.update_actor", (data.with_tensors(y=torch.zeros(2)),))
     assert set(sent.batch) == {"x", "y"}
-    with pytest.raises(KeyError, match="actor.update_actor reads the column.* x, which the batch does not have"):
+    with pytest.raises(KeyError, match=r"actor\.update_actor reads the column\(s\) x,"):
         call.select("actor.update_actor", (data.select(["z"]),))
 
 
