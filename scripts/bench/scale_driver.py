@@ -1,6 +1,7 @@
 """The driver's part of scale.py: seconds of every verb of a training step, with real Ray; the ranks do not compute."""
 
 import itertools
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from typing import Any, get_args
 
 import ray
 import torch
-from ray import cloudpickle
 from scale_agents import AgentProcess, load_world, make_jobs, trajectories_of
 
 from search_r1.agent.metrics import reduce_metrics
@@ -158,7 +158,7 @@ def step(jobs: list[Job], processes: list[Any], tokenizer: Any, folder: Path) ->
         "tokens": int(batch.batch["attention_mask"].sum()),
         "longest response": batch.batch["responses"].shape[1],
         "batch MiB": sum(column.nbytes for column in batch.batch.values()) / 2**20,
-        "trajectories, pickled MiB": len(cloudpickle.dumps(trajectories)) / 2**20,
+        "trajectories, pickled MiB": len(pickle.dumps(trajectories)) / 2**20,
         "to a rank for log-probs, MiB": mib(ranks.arguments("compute_log_prob", batch)[0]),
         "to a rank for the update, MiB": mib(ranks.arguments("update_actor", sent)[0]),
     }
@@ -217,4 +217,4 @@ def figures_of(batch: DataProto) -> dict[str, float]:
 
 def mib(arguments: tuple[Any, ...]) -> float:
     """Their size when pickled."""
-    return len(cloudpickle.dumps(arguments)) / 2**20
+    return len(pickle.dumps(arguments)) / 2**20
