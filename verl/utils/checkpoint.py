@@ -1,5 +1,6 @@
 """Sharded checkpoints of one training state, written while training goes on; export to the Hugging Face format."""
 
+import json
 import pickle
 import random
 import shutil
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from verl.utils.run_folder import replace_folder
 
@@ -158,9 +159,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def save_pretrained(model: Any, parameters: Iterator[tuple[str, torch.Tensor]], config: Any, path: str) -> None:
     """Writes the model and its tokenizer in Hugging Face format, whole or not at all.
 
+    The weights have the dtype that the config at `config.path` states, or else that of training.
     A collective: `parameters` gathers on every rank. Other files in the folder stay.
     """
-    weights = {name: tensor.cpu() for name, tensor in parameters if dist.get_rank() == 0}
+    dtype = source_dtype(config)
+    weights = {n: p.to(dtype or p.dtype).cpu() for n, p in parameters if dist.get_rank() == 0}
     if dist.get_rank() == 0:
         target = Path(path).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +171,24 @@ def save_pretrained(model: Any, parameters: Iterator[tuple[str, torch.Tensor]], 
         if pending.exists():
             shutil.rmtree(pending)
         model.save_pretrained(pending, state_dict={k: v.contiguous() for k, v in weights.items()})
+        state_dtype(pending, next(iter(weights.values())).dtype)
         source = config.tokenizer_path or config.path
         AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code).save_pretrained(pending)
         replace_folder(pending, target, carry_over=True)
+
+
+def source_dtype(config: Any) -> torch.dtype | None:
+    """The dtype that the Hugging Face config of a model states, if it does."""
+    source = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    return source.dtype or source.get_text_config().dtype
+
+
+def state_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Writes into the config of a saved model that its weights have this dtype.
+
+    `save_pretrained` states the dtype of the model in memory: that of training.
+    """
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(content, indent=2) + "\n")

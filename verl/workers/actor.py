@@ -116,7 +116,9 @@ class ActorWorker(TrainedWorker):
 
     @register(Dispatch.ONE_TO_ALL)
     def connect_engines(self, name: str, servers: Sequence[Any], colocated: bool) -> None:
-        """Names the engines that `send_weights(name)` serves."""
+        """Names the engines that `send_weights(name)` serves, in the place of those of that name."""
+        if name in self.senders:
+            self.senders.pop(name).close()
         self.senders[name] = WeightSender(
             self.state.model,
             servers,

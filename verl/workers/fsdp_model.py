@@ -131,8 +131,14 @@ def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
-    """The unsharded tensor."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+    """The unsharded tensor, on the device of the mesh.
+
+    With `param_offload` the shards rest on the host. They are gathered on the GPU all the same:
+    over NVLink instead of TCP (gloo), and into a tensor that NCCL and CUDA IPC can hand on.
+    """
+    if isinstance(value, DTensor):
+        value = value.to(value.device_mesh.device_type).full_tensor()
+    return value.detach()
 
 
 def describe(model: PreTrainedModel) -> str:

@@ -17,6 +17,10 @@ from verl.workers.rollout.vllm_server import VLLMServer
 logger = logging.getLogger(__name__)
 MAX_RESTARTS = 3
 """Engines that may be restarted between two batches."""
+SLEEP_LEVEL = 2
+"""vLLM's: the weights are dropped, because the transfer at every wake-up brings all of them. Level 1
+would copy them to pinned host memory and back for nothing (3B: 6 GB an engine, 48 GB a node of
+eight). Buffers, such as the tables of rotary embeddings, are kept at both levels."""
 
 
 @dataclass(frozen=True)
@@ -164,62 +168,80 @@ class RolloutManager:
             self.restart_dead()
             self._transfer()
 
-    def restart_dead(self, asleep: bool = False) -> None:
+    def restart_dead(self, asleep: bool = False, whole_group: bool = False) -> None:
         """Starts every engine anew that has died, `asleep` like the others if they are.
 
+        With `whole_group` all of them: those that live wait for the dead ones and will not return.
         Raises WorkerLost when that happens again and again.
         """
         dead = [rank for rank, line in enumerate(self.lifelines) if first_ready([line], timeout_s=0) is not None]
+        if whole_group:
+            dead = list(range(self.replicas))
         if not dead:
             return
-        self.restarts += len(dead)
+        self.restarts += 1 if whole_group else len(dead)
         if self.restarts > MAX_RESTARTS:
             raise WorkerLost(f"{self.restarts} {self.name} engines died while one batch was rolled out")
         for rank in dead:
             logger.warning("%s engine %d died; starting it again", self.name, rank)
             kill(self.servers[rank])  # it may only be out of reach
             self.servers[rank] = self._spawn_server(rank)
+        if self.sleeps and self.actor is not None:  # a new engine needs its share of the GPU at once
+            self.actor.free_cached_memory()
         try:
             get([self.servers[rank].start.remote() for rank in dead])
             if self.actor is not None:  # nothing is sampled from initial weights
                 get([self.servers[rank].begin_weight_update.remote() for rank in dead])
             if asleep:
-                get([self.servers[rank].sleep.remote(1) for rank in dead])
+                get([self.servers[rank].sleep.remote(SLEEP_LEVEL) for rank in dead])
+            for rank in dead:
+                self.lifelines[rank] = self.servers[rank].lifeline.remote()
+                get([worker.replace_engine.remote(rank, self.servers[rank]) for worker in self.workers])
+            if self.actor is not None:
+                self.connect(self.actor)
         except RayError as error:  # its predecessor could be
             raise WorkerLost(f"a {self.name} engine died and could not be started again") from error
-        for rank in dead:
-            self.lifelines[rank] = self.servers[rank].lifeline.remote()
-            get([worker.replace_engine.remote(rank, self.servers[rank]) for worker in self.workers])
-        if self.actor is not None:
-            self.connect(self.actor)
 
     def update_weights(self, version: int) -> None:
         """Gives the engines the actor's weights, under a new version."""
         self.version = version
         self.restart_dead(asleep=self.sleeps)
-        if self.sleeps:
-            self.actor.free_cached_memory()
-            get([server.wake_up.remote(["weights"]) for server in self.servers])
         self._transfer(wakes=self.sleeps)
 
     def _transfer(self, wakes: bool = False) -> None:
-        """Brings the actor's weights to all engines, as often as one of them dies under it."""
+        """Brings the actor's weights to all engines, as often as one of them dies under it.
+
+        Engines on GPUs of their own are one NCCL group with the actor: if one is lost while weights
+        travel, the others stay in the broadcast, and all are replaced.
+        """
         while self.actor is not None:
+            in_broadcast = False
             try:
+                if wakes:
+                    self.actor.free_cached_memory()
+                    get([server.wake_up.remote(["weights"]) for server in self.servers])
                 get([server.begin_weight_update.remote() for server in self.servers])
+                in_broadcast = self.device == "cuda" and not self.colocated
                 self.actor.send_weights(self.name)
+                in_broadcast = False
                 if wakes:
                     self.actor.free_cached_memory()
                     get([server.wake_up.remote(["kv_cache"]) for server in self.servers])
                 get([server.finish_weight_update_and_resume.remote(self.version) for server in self.servers])
                 return
             except ActorDied:
-                self.restart_dead()
+                self.restart_dead(whole_group=in_broadcast)
 
     def sleep(self) -> None:
-        """Frees the accelerators for the update, where they are shared."""
-        if self.sleeps:
-            get([server.sleep.remote(1) for server in self.servers])
+        """Frees the accelerators for the update, where they are shared.
+
+        An engine that has died holds none; `update_weights` starts it again.
+        """
+        for call in [server.sleep.remote(SLEEP_LEVEL) for server in self.servers if self.sleeps]:
+            try:
+                get(call)
+            except ActorDied:
+                logger.warning("a %s engine died before it could sleep", self.name)
 
     def stacks(self) -> dict[str, Any]:
         """Calls that say what each process is doing."""

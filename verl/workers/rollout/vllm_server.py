@@ -37,6 +37,7 @@ class VLLMServer:
         self.num_replicas, self.colocated = num_replicas, colocated
         self.visible_devices = visible_devices
         self.version = -1
+        self.updating = False
         self.engine: Any = None
 
     async def start(self) -> None:
@@ -99,7 +100,11 @@ class VLLMServer:
 
     def _gpu_arguments(self) -> dict[str, Any]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.visible_devices)
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA IPC handles travel pickled, within this run
+        if self.colocated:  # CUDA IPC handles travel pickled, within this run
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        # FlashInfer's sampler, which vLLM takes for top_p < 1 without log-probs (a sampled
+        # validation), is compiled at its first use, and fails where nvcc is older than torch's CUDA.
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         return {
             "model": self.model.path,
             "tokenizer": self.model.tokenizer_path or self.model.path,
@@ -172,6 +177,14 @@ class VLLMServer:
         await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
+        """Makes the engine ready for new weights.
+
+        A transfer that was broken off, because another engine died, is ended first: vLLM refuses a
+        second one beside it, and all that it left half loaded is loaded again.
+        """
+        if self.updating:
+            await self.engine.finish_weight_update()
+        self.updating = True
         await self.engine.start_weight_update()
 
     async def update_weights(self, update_info: Any) -> None:
@@ -181,9 +194,10 @@ class VLLMServer:
 
     async def finish_weight_update(self) -> None:
         await self.engine.finish_weight_update()
+        self.updating = False
 
     async def sleep(self, level: int) -> None:
-        """Frees GPU memory: level 1 keeps the weights in host memory."""
+        """Frees GPU memory: level 1 keeps the weights in host memory, level 2 only what is no weight."""
         await self.engine.sleep(level)
 
     async def wake_up(self, tags: list[str]) -> None:

@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from verl.single_controller.worker_group import get
+from verl.single_controller.worker_group import RayError, get
 from verl.workers.config import ModelConfig
 from verl.workers.fsdp_model import full_parameters
 from verl.workers.lora import plain_name
@@ -80,14 +80,18 @@ class WeightSender:
     ) -> None:
         self.model, self.servers, self.dtype = model, servers, dtype
         self.client = EngineClient(servers, ranks_per_server)
+        self.source: Any = None
         self.engine: Any = None
         if device == "cuda":
             self.engine = self._connect_ipc() if colocated else self._connect_nccl(len(servers) * ranks_per_server)
 
     def send(self) -> None:
-        """Brings the present weights to all engines. A collective over the training ranks."""
+        """Brings the present weights to all engines. A collective over the training ranks.
+
+        Raises on rank 0 what an engine raised, after every rank is through: none is left waiting.
+        """
         if self.engine is not None:
-            self.engine.send_weights()
+            self._transfer()
             return
         parameters = full_parameters(self.model)
         try:
@@ -100,6 +104,19 @@ class WeightSender:
                     pass
         finally:  # an engine that died under rank 0 must not leave the other ranks waiting
             dist.barrier()
+
+    def close(self) -> None:
+        """Releases the connection. Nothing of vLLM's waits for the engines, which may be gone."""
+        if self.engine is not None:
+            self.engine.shutdown()
+
+    def _transfer(self) -> None:
+        """Sends through vLLM. Whatever happens to rank 0, it gathers with the other ranks to the end."""
+        try:
+            self.engine.send_weights()
+        finally:
+            self.source.exhaust()
+        self.client.raise_failure()
 
     def _buffer_size(self) -> int:
         """Bytes of the packed transfer: 1 GiB, as in vLLM, or the largest tensor, which must fit (embeddings of 7B)."""
@@ -114,28 +131,47 @@ class WeightSender:
         )
 
     def _connect_nccl(self, engine_ranks: int) -> Any:
-        """vLLM's trainer engine over NCCL: rank 0 broadcasts to a group of itself and all engine processes."""
+        """vLLM's trainer engine over NCCL: rank 0 broadcasts to a group of itself and all engine processes.
+
+        A broadcast never ends when one of the group is gone, so rank 0 breaks the group up as soon
+        as it hears of it. The engines that are left stay in their broadcast: all must be replaced.
+        """
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        with socket.socket() as s:
-            s.bind(("", 0))
-            port = s.getsockname()[1]
-        return self._connect(
-            NCCLTrainerInitInfo(
-                rank=dist.get_rank(),
-                master_address=os.environ["MASTER_ADDR"],
-                master_port=port,
-                world_size=1 + engine_ranks,
-                packed=True,
-                packed_buffer_size_bytes=self._buffer_size(),
+        with reserved_port() as port:
+            engine = self._connect(
+                NCCLTrainerInitInfo(
+                    rank=dist.get_rank(),
+                    master_address=os.environ["MASTER_ADDR"],
+                    master_port=port,
+                    world_size=1 + engine_ranks,
+                    packed=True,
+                    packed_buffer_size_bytes=self._buffer_size(),
+                )
             )
-        )
+        if engine.model_update_group is not None:  # rank 0's
+            self.client.on_failure = engine.model_update_group.destroy
+        return engine
 
     def _connect(self, info: Any) -> Any:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        source = policy_source(self.model, self.dtype)
-        return WeightTransferTrainerFactory.trainer_init(info, client=self.client, source=source)
+        self.source = policy_source(self.model, self.dtype)
+        return WeightTransferTrainerFactory.trainer_init(
+            info, client=self.client, source=self.source
+        )
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that the system gives to nobody else meanwhile.
+
+    It is bound but not listened to, so that a listener with SO_REUSEADDR, as vLLM's, gets it.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
 
 
 def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
@@ -143,21 +179,38 @@ def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class PolicySource(WeightSource):
+        rest: Iterator[tuple[str, torch.Tensor]] = iter(())
+
         def metadata(self) -> list[Any]:
             named = ((plain_name(name), value) for name, value in model.named_parameters())
             return [ParamMeta(name, dtype, tuple(value.shape)) for name, value in named if name]
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return ((name, value.to(dtype)) for name, value in full_parameters(model))
+            self.rest = ((name, value.to(dtype)) for name, value in full_parameters(model))
+            return self.rest
+
+        def exhaust(self) -> None:
+            """Gathers what the last pass left: a rank that stops early blocks the others."""
+            for _ in self.rest:
+                pass
 
     return PolicySource()
 
 
 class EngineClient:
-    """vLLM's `VLLMWeightSyncClient` over the handles of all replicas."""
+    """vLLM's `VLLMWeightSyncClient` over the handles of all replicas.
+
+    A transfer is a chain of collectives of the training ranks, of which rank 0 alone speaks to the
+    engines: an exception would take it out of the chain and leave the others in a barrier for the
+    30 minutes of their process group. So the first failure is kept, the calls after it are left
+    out, and `raise_failure` raises it once all ranks are through.
+    """
 
     def __init__(self, servers: Sequence[Any], ranks_per_server: int = 1) -> None:
         self.servers, self.ranks_per_server = servers, ranks_per_server
+        self.failure: RayError | None = None
+        self.on_failure: Callable[[], None] | None = None
+        """Called at the first failure, in the thread that noticed it."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Tells every replica; over NCCL each has the ranks that follow on those of the one before."""
@@ -168,10 +221,26 @@ class EngineClient:
         get([s.init_weight_transfer_engine.remote(i) for s, i in zip(self.servers, infos, strict=True)])
 
     def start_weight_update(self) -> None:
-        get([server.start_weight_update.remote() for server in self.servers])
+        self.failure = None
+        self._call("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        get([server.update_weights.remote(update_info) for server in self.servers])
+        self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        get([server.finish_weight_update.remote() for server in self.servers])
+        self._call("finish_weight_update")
+
+    def raise_failure(self) -> None:
+        """Raises what the first failing engine of the last transfer raised, if there was one."""
+        if self.failure is not None:
+            raise self.failure
+
+    def _call(self, method: str, *args: Any) -> None:
+        if self.failure is not None:
+            return
+        try:
+            get([getattr(server, method).remote(*args) for server in self.servers])
+        except RayError as error:
+            self.failure = error
+            if self.on_failure is not None:
+                self.on_failure()
