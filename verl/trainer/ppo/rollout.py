@@ -183,7 +183,7 @@ class RolloutManager:
         if self.restarts > MAX_RESTARTS:
             raise WorkerLost(f"{self.restarts} {self.name} engines died while one batch was rolled out")
         for rank in dead:
-            logger.warning("%s engine %d died; starting it again", self.name, rank)
+            logger.warning("%s engine %d is lost; starting it again", self.name, rank)
             kill(self.servers[rank])  # it may only be out of reach
             self.servers[rank] = self._spawn_server(rank)
         if self.sleeps and self.actor is not None:  # a new engine needs its share of the GPU at once

@@ -1,0 +1,151 @@
+"""The driver's order of calls when engines die: memory first, all of a broken NCCL group, none left asleep."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from verl.single_controller.worker_group import WorkerLost
+from verl.trainer.ppo import rollout as module
+from verl.trainer.ppo.rollout import SLEEP_LEVEL, RolloutManager
+
+Log = list[str]
+
+
+class Engine:
+    """An engine's handle: notes its calls, and fails them once it is dead."""
+
+    def __init__(self, name: str, log: Log) -> None:
+        self.name, self.log, self.dead = name, log, False
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*args: Any) -> Any:
+            text = " ".join([self.name, method, *(str(arg) for arg in args)])
+            if method != "lifeline":
+                self.log.append(text)
+            return self if method == "lifeline" else RayActorError() if self.dead else text
+
+        return SimpleNamespace(remote=remote)
+
+
+class Actor:
+    """The trainer's side; a transfer kills the engines of `kills` when its turn comes."""
+
+    def __init__(self, log: Log) -> None:
+        self.log, self.kills = log, []
+
+    def connect_engines(self, name: str, servers: Sequence[Engine], colocated: bool) -> None:
+        self.log.append("actor connect " + " ".join(server.name for server in servers))
+
+    def free_cached_memory(self) -> None:
+        self.log.append("actor free")
+
+    def send_weights(self, name: str) -> None:
+        self.log.append("actor send")
+        for engine in self.kills:
+            engine.dead = True
+        if self.kills:
+            self.kills = []
+            raise RayActorError
+
+
+def get(refs: Any) -> Any:
+    for ref in refs if isinstance(refs, list) else [refs]:
+        if isinstance(ref, Exception):
+            raise ref
+    return refs
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Makes a manager of two engines, `a0` and `b0`; those that take their places are `a1`, `b1` and so on."""
+    monkeypatch.setattr(module, "get", get)
+    monkeypatch.setattr(module, "kill", lambda handle: handle.log.append(f"{handle.name} kill"))
+    monkeypatch.setattr(
+        module, "first_ready", lambda refs, timeout_s=None: 0 if refs[0].dead else None
+    )
+
+    def build(colocated: bool) -> RolloutManager:
+        manager = object.__new__(RolloutManager)
+        manager.log = log = []
+        manager.device, manager.colocated, manager.sleeps = "cuda", colocated, colocated
+        manager.name, manager.replicas, manager.restarts, manager.workers = "rollout", 2, 0, []
+        manager.servers = [Engine(name, log) for name in ("a0", "b0")]
+        manager.lifelines = list(manager.servers)
+        manager.actor = Actor(log)
+        manager._spawn_server = lambda rank: Engine(f"{'ab'[rank]}{manager.restarts}", log)
+        return manager
+
+    return build
+
+
+def test_a_dead_engine_is_started_once_the_trainer_has_let_go_of_the_gpu(make):
+    manager = make(colocated=True)
+    manager.servers[1].dead = True
+    manager.update_weights(5)
+    assert manager.log == [
+        "b0 kill",
+        "actor free",
+        "b1 start",
+        "b1 begin_weight_update",
+        f"b1 sleep {SLEEP_LEVEL}",
+        "actor connect a0 b1",
+        "actor free",
+        "a0 wake_up ['weights']",
+        "b1 wake_up ['weights']",
+        "a0 begin_weight_update",
+        "b1 begin_weight_update",
+        "actor send",
+        "actor free",
+        "a0 wake_up ['kv_cache']",
+        "b1 wake_up ['kv_cache']",
+        "a0 finish_weight_update_and_resume 5",
+        "b1 finish_weight_update_and_resume 5",
+    ]
+
+
+def test_of_engines_that_share_gpus_only_the_dead_one_is_replaced(make):
+    manager = make(colocated=True)
+    manager.actor.kills = [manager.servers[1]]
+    manager.update_weights(5)
+    assert [server.name for server in manager.servers] == ["a0", "b1"]
+    restarted = manager.log[manager.log.index("b0 kill") :]
+    assert restarted[:3] == ["b0 kill", "actor free", "b1 start"]
+    assert manager.log.count("actor send") == 2
+
+
+def test_a_broadcast_that_lost_an_engine_costs_all_of_its_group(make):
+    manager = make(colocated=False)
+    manager.actor.kills = [manager.servers[1]]
+    manager.update_weights(5)
+    assert [server.name for server in manager.servers] == ["a1", "b1"] and manager.restarts == 1
+    assert "actor free" not in manager.log, "they have GPUs of their own"
+    assert manager.log.count("actor connect a1 b1") == 1 and manager.log.count("actor send") == 2
+
+
+def test_an_engine_lost_before_the_broadcast_costs_itself(make):
+    manager = make(colocated=False)
+    manager.servers[0].dead = True
+    manager.update_weights(5)
+    assert [server.name for server in manager.servers] == ["a1", "b0"]
+
+
+def test_an_engine_that_died_before_it_could_sleep_does_not_end_the_run(make):
+    manager = make(colocated=True)
+    manager.servers[0].dead = True
+    manager.sleep()
+    assert manager.log == [f"a0 sleep {SLEEP_LEVEL}", f"b0 sleep {SLEEP_LEVEL}"]
+
+
+def test_an_engine_that_dies_while_another_is_replaced_ends_the_attempt(make, monkeypatch):
+    manager = make(colocated=True)
+    manager.servers[1].dead = True
+
+    def connect(*_: Any) -> None:
+        raise RayActorError
+
+    monkeypatch.setattr(manager.actor, "connect_engines", connect)
+    with pytest.raises(WorkerLost, match="could not be started again"):
+        manager.update_weights(5)
