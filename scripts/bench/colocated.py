@@ -117,20 +117,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=16384, help="tokens per micro-batch")
     parser.add_argument("--engine-share", type=float, default=0.5, help="rollout.gpu_memory_utilization")
     parser.add_argument("--dir", default="runs", help="where the model and the run lie meanwhile")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal, with --shape tiny")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse()
-    if not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: scripts/bench/colocated.py needs a CUDA device, and torch sees none")
     os.makedirs(args.dir, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="colocated-", dir=args.dir) as folder:
-        lines = train(Path(folder).resolve(), args, "cuda")
-    count, gpu = args.prompts * args.group, torch.cuda.get_device_name()
+        lines = train(Path(folder).resolve(), args, args.device)
+    count = args.prompts * args.group
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     tokens = statistics.median(line["perf/total_num_tokens"] for line in lines)
     sys.stdout.write(f"{args.shape} on one {gpu}: {count} trajectories, {tokens:,.0f} tokens a step\n")
     sys.stdout.write(report(lines))
+    medians = {key: statistics.median(line[key] for line in lines) for key in FIGURES}
+    medians |= {name: statistics.median(line[f"timing_s/{name}"] for line in lines) for name in TIMES}
+    sys.stdout.write(f"RESULT {json.dumps({key: round(value, 4) for key, value in medians.items()})}\n")
 
 
 if __name__ == "__main__":

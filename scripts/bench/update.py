@@ -8,6 +8,7 @@ and AdamW. On a CPU the times are CPU seconds of one thread, which other process
 """
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -166,14 +167,18 @@ def main() -> None:
         for name, step in steps.items():
             times[name].append(seconds(step, device))
     lines = [f"{args.shape}: {args.rows} trajectories, {tokens} tokens a step, {dtype}, {device.type}"]
+    figures: dict[str, object] = {}
     for name, taken in times.items():
         rate = tokens / statistics.median(taken)
         mfu = flops(config, data) / statistics.median(taken) / 1e12
         of = f", MFU {mfu / args.peak_tflops:.1%}" if args.peak_tflops else ""
         lines.append(f"{name:10} {rate:10,.0f} tokens/s ({min(taken):.3f} to {max(taken):.3f} s){of}")
+        figures[name] = f"{rate:,.0f} tokens/s{of}"
     ratios = [bare / ours for bare, ours in zip(times["bare loop"], times["actor"], strict=True)]
     lines.append(f"actor / bare loop: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
     sys.stdout.write("\n".join(lines) + "\n")
+    figures["actor / bare loop"] = round(statistics.median(ratios), 3)
+    sys.stdout.write(f"RESULT {json.dumps(figures)}\n")
 
 
 if __name__ == "__main__":

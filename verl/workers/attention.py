@@ -4,6 +4,7 @@ One row holds all sequences of a micro-batch, one after the other; `cu_seq_lens`
 """
 
 import importlib.util
+from inspect import signature
 from typing import Any
 
 import torch
@@ -67,10 +68,15 @@ def packed_attention(
             q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
             scale=scaling,
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            enable_gqa=q.shape[1] != k.shape[1],
+            **grouping(varlen_attn, q.shape[1] != k.shape[1]),
         )  # fmt: skip
         return out[None], None
     return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None  # pyright: ignore[reportCallIssue]
+
+
+def grouping(kernel: Any, grouped: bool) -> dict[str, bool]:
+    """What tells the kernel that heads share keys and values; before torch 2.12 it sees that from their shapes."""
+    return {"enable_gqa": grouped} if "enable_gqa" in signature(kernel).parameters else {}
 
 
 @torch.compiler.disable
