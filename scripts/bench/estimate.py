@@ -382,6 +382,7 @@ def main() -> None:
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         paths = save_models(Path(folder), args.ranks)
+        ratios: list[float] = []
         for case in cases(args.ranks):
             command = [sys.executable, __file__, "--case", json.dumps([paths, case])]
             output = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -390,8 +391,10 @@ def main() -> None:
             sys.stdout.write(f"{name}\n{'MiB':>26}{'predicted':>12}{'measured':>12}\n")
             for what, expected in found["predicted"].items():
                 real = found["measured"][what]
+                ratios.append(round(expected / real, 3))
                 sys.stdout.write(f"{what:>26}{expected / MIB:12,.0f}{real / MIB:12,.0f}{expected / real:12.2f}\n")
             sys.stdout.flush()
+        sys.stdout.write(f"RESULT {json.dumps({'smallest ratio': min(ratios), 'largest ratio': max(ratios)})}\n")
     return None
 
 

@@ -12,14 +12,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from tests.models import make_tiny_qwen2, perturb, rig
+from tests.models import make_tiny_qwen2, rig
 from verl.agent import Completion
 from verl.protocol import DataProto
 from verl.single_controller.worker import Worker
@@ -95,14 +96,18 @@ class Trainer:
             self.sender = WeightSender(self.model, [Handle(lab)], self.device, torch.bfloat16)
         self.sender.send()
 
-    def perturb(self, group: str) -> None:
-        """Changes all parameters whose names hold `group`."""
-        chosen = [p for name, p in self.model.named_parameters() if group in name]
+    @contextmanager
+    def perturbed(self, group: str) -> Iterator[None]:
+        """All parameters whose names hold `group` are other ones meanwhile."""
+        named: Any = self.model.named_parameters()
+        chosen = [p.data.to_local() for name, p in named if group in name]
         assert chosen, f"no parameter is called {group}"
-        with torch.no_grad():
-            for parameter in chosen:
-                local = parameter.to_local()  # pyright: ignore[reportAttributeAccessIssue]
-                local.add_(torch.randn_like(local), alpha=0.2)
+        before = [local.clone() for local in chosen]
+        for local in chosen:
+            local.add_(torch.randn_like(local), alpha=0.1)
+        yield
+        for local, old in zip(chosen, before, strict=True):
+            local.copy_(old)
 
     @torch.no_grad()
     def log_probs(self, contexts: list[list[int]], outs: list[Completion]) -> torch.Tensor:

@@ -8,12 +8,15 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import flash_attention_mask
 
 PACKED = "packed"
 """Name of `packed_attention` among the attention implementations of transformers."""
+NAMES_GROUPS = "enable_gqa" in signature(varlen.varlen_attn).parameters
+"""Whether torch's kernel wants to be told that heads share keys and values. That of 2.11 sees it from the shapes."""
 
 
 def choose_attention(config: PretrainedConfig, on_gpu: bool, dtype: torch.dtype) -> str:
@@ -68,15 +71,10 @@ def packed_attention(
             q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
             scale=scaling,
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            **grouping(varlen_attn, q.shape[1] != k.shape[1]),
+            **({"enable_gqa": q.shape[1] != k.shape[1]} if NAMES_GROUPS else {}),
         )  # fmt: skip
         return out[None], None
     return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None  # pyright: ignore[reportCallIssue]
-
-
-def grouping(kernel: Any, grouped: bool) -> dict[str, bool]:
-    """What tells the kernel that heads share keys and values; before torch 2.12 it sees that from their shapes."""
-    return {"enable_gqa": grouped} if "enable_gqa" in signature(kernel).parameters else {}
 
 
 @torch.compiler.disable
