@@ -1,7 +1,8 @@
 """An engine and a trainer of the same small model in one process, and what the smoke asks of the engine alone.
 
-    python scripts/bench/gpu_engine.py --device cuda --dir FOLDER     # one model runner, chosen by VLLM_USE_V2_MODEL_RUNNER
+    python scripts/bench/gpu_engine.py --device cuda --dir FOLDER
 
+asks one model runner, which VLLM_USE_V2_MODEL_RUNNER=0 or 1 chooses.
 The engine's model runs in a process of its own, as in training; weights travel by CUDA IPC.
 """
 
@@ -166,10 +167,7 @@ class Lab:
     async def _all(self, contexts: list[list[int]], sampling: dict[str, Any]) -> list[Completion]:
         defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": NEW_TOKENS}
         defaults |= {"stop": [], "seed": None, "log_probs": True}
-        calls = [
-            self.server.generate(f"r{next(self.names)}", context, defaults | sampling)
-            for context in contexts
-        ]
+        calls = [self.server.generate(f"r{next(self.names)}", context, defaults | sampling) for context in contexts]
         return list(await asyncio.gather(*calls))
 
     def generate(self, contexts: list[list[int]], **sampling: Any) -> list[Completion]:
@@ -274,9 +272,7 @@ async def pause(lab: Lab, context: list[int], problems: list[str]) -> None:
 
 
 @torch.no_grad()
-def mean_gap(
-    model: Qwen2ForCausalLM, contexts: list[list[int]], outs: list[Completion], temperature: float
-) -> float:
+def mean_gap(model: Qwen2ForCausalLM, contexts: list[list[int]], outs: list[Completion], temperature: float) -> float:
     """Mean difference to the model's log-probs at this temperature, in nats."""
     gaps = []
     for context, out in zip(contexts, outs, strict=True):

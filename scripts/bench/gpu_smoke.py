@@ -139,9 +139,7 @@ def page(report: Mapping[str, Any]) -> str:
     """One HTML page that needs no other file."""
     rows, outputs = [], []
     for stage in report["stages"]:
-        figures = "<br>".join(
-            html.escape(f"{key}: {value}") for key, value in stage["figures"].items()
-        )
+        figures = "<br>".join(html.escape(f"{key}: {value}") for key, value in stage["figures"].items())
         cells = [
             html.escape(stage["name"]),
             html.escape(stage["question"]),

@@ -82,9 +82,7 @@ def runner(device: str, folder: Path) -> Figures:
             continue  # it is made of Triton kernels
         command = [sys.executable, str(ROOT / "scripts" / "bench" / "gpu_engine.py")]
         command += ["--device", device, "--dir", str(folder)]
-        done = subprocess.run(
-            command, env={**os.environ, RUNNER: flag}, stdout=subprocess.PIPE, text=True
-        )
+        done = subprocess.run(command, env={**os.environ, RUNNER: flag}, stdout=subprocess.PIPE, text=True)
         marked = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if done.returncode or not marked:
             sys.stdout.write(done.stdout[-4000:])

@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
-import gpu_smoke
-from gpu_smoke import Stage
+import gpu_smoke  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+Stage = gpu_smoke.Stage
 
 
 def stage(name: str, code: str, limit_s: float = 60, needs: tuple[str, ...] = ()) -> Stage:
@@ -57,7 +58,7 @@ def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
 
 
 def test_a_stage_that_fails_can_say_how_the_others_may_go_on():
-    says = "print('RESULT {\"fallback\": {\"SMOKE_MODE\": \"old\"}}'); raise SystemExit(1)"
+    says = 'print(\'RESULT {"fallback": {"SMOKE_MODE": "old"}}\'); raise SystemExit(1)'
     reads = "import os; raise SystemExit(os.environ['SMOKE_MODE'] != 'old')"
     found = run(stage("new", says), stage("uses", reads, needs=("new",)))
     assert found["new"].status == "failed" and found["uses"].status == "ok"

@@ -63,12 +63,10 @@ def make(monkeypatch):
     """Makes a manager of two engines, `a0` and `b0`; those that take their places are `a1`, `b1` and so on."""
     monkeypatch.setattr(module, "get", get)
     monkeypatch.setattr(module, "kill", lambda handle: handle.log.append(f"{handle.name} kill"))
-    monkeypatch.setattr(
-        module, "first_ready", lambda refs, timeout_s=None: 0 if refs[0].dead else None
-    )
+    monkeypatch.setattr(module, "first_ready", lambda refs, timeout_s=None: 0 if refs[0].dead else None)
 
-    def build(colocated: bool) -> RolloutManager:
-        manager = object.__new__(RolloutManager)
+    def build(colocated: bool) -> Any:
+        manager: Any = object.__new__(RolloutManager)
         manager.log = log = []
         manager.device, manager.colocated, manager.sleeps = "cuda", colocated, colocated
         manager.name, manager.replicas, manager.restarts, manager.workers = "rollout", 2, 0, []

@@ -179,7 +179,7 @@ def save_pretrained(model: Any, parameters: Iterator[tuple[str, torch.Tensor]], 
 
 def source_dtype(config: Any) -> torch.dtype | None:
     """The dtype that the Hugging Face config of a model states, if it does."""
-    source = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    source: Any = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     return source.dtype or source.get_text_config().dtype
 
 

@@ -67,11 +67,12 @@ def packed_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        grouped: Any = {"enable_gqa": q.shape[1] != k.shape[1]} if NAMES_GROUPS else {}
         out: Any = varlen_attn(
             q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
             scale=scaling,
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            **({"enable_gqa": q.shape[1] != k.shape[1]} if NAMES_GROUPS else {}),
+            **grouped,
         )  # fmt: skip
         return out[None], None
     return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None  # pyright: ignore[reportCallIssue]

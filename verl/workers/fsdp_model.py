@@ -137,7 +137,8 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     over NVLink instead of TCP (gloo), and into a tensor that NCCL and CUDA IPC can hand on.
     """
     if isinstance(value, DTensor):
-        value = value.to(value.device_mesh.device_type).full_tensor()
+        shards: Any = value.to(value.device_mesh.device_type)
+        value = shards.full_tensor()
     return value.detach()
 
 

@@ -94,12 +94,13 @@ def recorded(iterator: Iterator[Any], gpu_uuid: str) -> Iterator[Any]:
 
 def without_a_gpu() -> None:
     """Puts stubs in the place of what the senders ask of CUDA."""
+    senders: Any = ipc_engine
     weight_sync.get = get
     properties = SimpleNamespace(uuid=str(dist.get_rank()))
     torch.accelerator.current_device_index = lambda: 0
     torch.cuda.get_device_properties = lambda index: properties  # pyright: ignore
     torch.cuda.synchronize = torch.cuda.ipc_collect = lambda *_: None
-    ipc_engine.packed_ipc_producer = cpu_chunks
+    senders.packed_ipc_producer = cpu_chunks
 
 
 def policy(path: str) -> Any:
@@ -185,12 +186,13 @@ class LostInBroadcast(StubEngine):
 def over_nccl(path: str) -> list[tuple[str, list[int]]]:
     """What a rank saw of transfers whose engine dies before or within, and the bytes of the broadcasts."""
     without_a_gpu()
-    nccl_engine.packed_nccl_broadcast_producer = broadcast_chunks
+    senders: Any = nccl_engine
+    senders.packed_nccl_broadcast_producer = broadcast_chunks
     weight_sync.os.environ["MASTER_ADDR"] = "127.0.0.1"
     model, seen = policy(path), []
     for before in (True, False):
         group = StubGroup()
-        nccl_engine.open_trainer_endpoint = lambda info, group=group: group
+        senders.open_trainer_endpoint = lambda info, group=group: group
         sender = WeightSender(model, [LostInBroadcast(group, before)], "cuda", colocated=False)
         seen.append((failure_of(sender), group.sent))
         sender.close()

@@ -186,21 +186,25 @@ class RolloutManager:
             logger.warning("%s engine %d is lost; starting it again", self.name, rank)
             kill(self.servers[rank])  # it may only be out of reach
             self.servers[rank] = self._spawn_server(rank)
-        if self.sleeps and self.actor is not None:  # a new engine needs its share of the GPU at once
-            self.actor.free_cached_memory()
         try:
-            get([self.servers[rank].start.remote() for rank in dead])
-            if self.actor is not None:  # nothing is sampled from initial weights
-                get([self.servers[rank].begin_weight_update.remote() for rank in dead])
-            if asleep:
-                get([self.servers[rank].sleep.remote(SLEEP_LEVEL) for rank in dead])
-            for rank in dead:
-                self.lifelines[rank] = self.servers[rank].lifeline.remote()
-                get([worker.replace_engine.remote(rank, self.servers[rank]) for worker in self.workers])
-            if self.actor is not None:
-                self.connect(self.actor)
+            self._bring_up(dead, asleep)
         except RayError as error:  # its predecessor could be
             raise WorkerLost(f"a {self.name} engine died and could not be started again") from error
+
+    def _bring_up(self, ranks: Sequence[int], asleep: bool) -> None:
+        """Builds the engines of these ranks and puts them in the places of those before them."""
+        if self.sleeps and self.actor is not None:  # a new engine needs its share of the GPU at once
+            self.actor.free_cached_memory()
+        get([self.servers[rank].start.remote() for rank in ranks])
+        if self.actor is not None:  # nothing is sampled from initial weights
+            get([self.servers[rank].begin_weight_update.remote() for rank in ranks])
+        if asleep:
+            get([self.servers[rank].sleep.remote(SLEEP_LEVEL) for rank in ranks])
+        for rank in ranks:
+            self.lifelines[rank] = self.servers[rank].lifeline.remote()
+            get([worker.replace_engine.remote(rank, self.servers[rank]) for worker in self.workers])
+        if self.actor is not None:
+            self.connect(self.actor)
 
     def update_weights(self, version: int) -> None:
         """Gives the engines the actor's weights, under a new version."""

@@ -157,9 +157,7 @@ class WeightSender:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
         self.source = policy_source(self.model, self.dtype)
-        return WeightTransferTrainerFactory.trainer_init(
-            info, client=self.client, source=self.source
-        )
+        return WeightTransferTrainerFactory.trainer_init(info, client=self.client, source=self.source)
 
 
 @contextmanager
