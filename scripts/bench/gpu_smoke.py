@@ -224,7 +224,7 @@ def stages_of(python: str, device: str, peak_tflops: float, work: Path) -> list[
         Stage(f"steps-{shape}", "does a real shape train", colocated, 150, ("sleep",)),
         *([speed("0.5B", 128, 16384, 60), speed("1.5B", 64, 4096, 60)] if on_gpu else []),
         speed("3B", 64, 4096, 90) if on_gpu else speed("tiny", 12, 4096, 30),
-        Stage("offload", "does an update with offload learn the same", offload, 90),
+        *([Stage("offload", "does an update with offload learn the same", offload, 90)] * on_gpu),
         Stage("estimate", "memory, estimated and measured", estimate, 120),
         body("faiss", "does faiss search on the GPU what it does on the CPU", 60, "none"),
     ]

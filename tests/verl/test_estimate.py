@@ -307,15 +307,16 @@ def test_a_retriever_by_hand():
 
 
 def test_a_retriever_on_the_same_gpus(qwen, capsys):
-    assert estimate("grpo", qwen, "--retriever-gb-per-gpu", "7") == 0
+    away = [f"actor_rollout_ref.{role}.fsdp_config.param_offload=true" for role in ("actor", "ref")]
+    assert estimate("grpo", qwen, *away, "--retriever-gb-per-gpu", "7") == 0
     out = capsys.readouterr().out
     assert "fits: 21.0 of 80 GiB are left at the peak (rollout), with 7.0 GiB of a retriever on each GPU" in out
     (row,) = (line.split() for line in out.splitlines() if line.startswith("retriever:"))
     assert row[-3:] == ["7.00"] * 3
     greedy = "actor_rollout_ref.rollout.gpu_memory_utilization=0.88"
-    assert estimate("grpo", qwen, greedy) == 0
+    assert estimate("grpo", qwen, *away, greedy) == 0
     assert "engine start: asks for 70.4 GiB, finds 76.0 free" in capsys.readouterr().out
-    assert estimate("grpo", qwen, greedy, "--retriever-passages", "21015324") == 1
+    assert estimate("grpo", qwen, *away, greedy, "--retriever-passages", "21015324") == 1
     out = capsys.readouterr().out
     assert "the engine refuses to start: it asks for 70.4 GiB, and the trainer and retriever leave 69.2" in out
 
