@@ -25,9 +25,14 @@ def run_name(model: str) -> str:
 
 
 def given_overrides(model: str, endpoint: str | None) -> list[str]:
-    """MODEL and --endpoint as overrides; a folder by its full path."""
+    """MODEL and --endpoint as overrides; a folder by its full path.
+
+    All questions are asked, also where the validations of an experiment take a sample: further overrides may say
+    otherwise.
+    """
     path = Path(model)
     given = [f"actor_rollout_ref.model.path={path.resolve() if path.exists() else model}"]
+    given.append("data.val_sample_per_source=null")
     if endpoint:
         rollout = "actor_rollout_ref.rollout"
         given += [f"{rollout}.name=openai", f"{rollout}.endpoint.url={endpoint}"]

@@ -94,7 +94,7 @@ def server(flags: list[str]) -> Iterator[int]:
 
 def prepare(args: argparse.Namespace) -> list[str]:
     """The server's flags for the engine, its index built if it is not there."""
-    name = {"bm25": "bm25", "dense": "dense_Flat.index"}[args.engine]
+    name = {"bm25": "bm25", "lucene": "lucene", "dense": "dense_Flat.index"}[args.engine]
     model = ["--device", "cpu"] if args.engine == "dense" else []
     build = ["--retrieval_method", args.engine, "--corpus_path", str(args.corpus), "--save_dir", str(args.work), *model]
     if args.engine == "dense":

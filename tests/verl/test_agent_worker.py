@@ -34,11 +34,12 @@ class Breaking:
         return trajectory
 
 
-def worker(tmp_path, failures: int) -> AgentLoopWorker:
+def worker(tmp_path, failures: int, max_under_way: int = 8) -> AgentLoopWorker:
     made = AgentLoopWorker.__new__(AgentLoopWorker)
     made.agent, made.engines = Breaking(failures), Router([Engine()])
     made.tokenizer = make_tokenizer(tmp_path)
     made.reward = lambda trajectory, row: {"score": 1.0}
+    made.limit(max_under_way)
     return made
 
 
@@ -56,3 +57,45 @@ async def test_two_failures_give_it_up_with_the_number_of_searches(tmp_path):
     made = worker(tmp_path, 2)
     assert await made.run(jobs, SAMPLING) == [Failure("retriever is down", 2)] * 3
     assert made.engines.load == [0]
+
+
+class Counting:
+    """Counts how many trajectories are under way, and in which order they began; each ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.began, self.ends, self.under_way, self.most = [], asyncio.Queue(), 0, 0
+
+    async def run(self, prompt_ids, row, generate):
+        self.began.append(row["name"])
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        await self.ends.get()
+        self.under_way -= 1
+        return Trajectory(prompt_ids)
+
+
+async def test_batches_share_the_places_first_come_first_served_and_their_progress_is_known(tmp_path):
+    """A batch that came first is never overtaken, so one that is waited for cannot starve behind a later one."""
+    made = worker(tmp_path, 0, max_under_way=2)
+    made.agent = agent = Counting()
+    names = {"train": [f"t{i}" for i in range(5)], "val": [f"v{i}" for i in range(4)]}
+    calls = [
+        asyncio.create_task(made.run([Job("u", name, {"name": name}, [7]) for name in batch], SAMPLING))
+        for batch in names.values()
+    ]
+
+    async def end(count):
+        for _ in range(count):
+            agent.ends.put_nowait(None)
+        for _ in range(50):
+            await asyncio.sleep(0)
+
+    await end(0)
+    assert agent.began == ["t0", "t1"] and await made.progress() == {"t0": 0, "v0": 0}
+    await end(3)
+    assert agent.began == ["t0", "t1", "t2", "t3", "t4"] and await made.progress() == {"t0": 3, "v0": 0}
+    await end(3)
+    assert calls[0].done() and agent.began[5:] == ["v0", "v1", "v2"] and await made.progress() == {"v0": 1}
+    await end(3)
+    assert [len(await call) for call in calls] == [5, 4]
+    assert agent.most == 2 and agent.began == names["train"] + names["val"] and await made.progress() == {}

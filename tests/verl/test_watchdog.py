@@ -24,7 +24,7 @@ def hang(folder, stacks, **more):
 
 def test_the_stacks_of_all_processes_are_written(tmp_path):
     text = hang(tmp_path, lambda: {"rank 0": "in all_reduce", "engine 1": "idle"})
-    assert re.match(r"'gen' has not ended for \d+ s \(trainer.hang_timeout_s=0.2\)\n\n== driver\n", text)
+    assert re.match(r"'gen' made no progress for \d+ s \(trainer.hang_timeout_s=0.2\)\n\n== driver\n", text)
     assert "test_watchdog.py" in text and "in hang" in text  # this thread, waiting
     assert text.endswith("\n== rank 0\nin all_reduce\n\n== engine 1\nidle\n")
 
@@ -46,7 +46,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, caplog):
     noticed = threading.Event()
     with Watchdog(0.05, tmp_path, on_hang=noticed.set):
         assert noticed.wait(60)
-    assert "'start' has not ended" in caplog.text and "could not be written" in caplog.text
+    assert "'start' made no progress" in caplog.text and "could not be written" in caplog.text
 
 
 def test_beats_keep_it_quiet_and_its_end_is_clean(tmp_path):

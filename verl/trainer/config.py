@@ -200,8 +200,8 @@ class TrainerConfig(Config):
     """Start the driver again so many times in a row, without a new checkpoint in between, after it was lost: killed, or
     a rank or an engine was, or it hung."""
     hang_timeout_s: PositiveFloat = 3600.0
-    """Longest time of one verb of the training step, in seconds; then all stacks are written to the run folder and the
-    driver is started again."""
+    """Longest time without progress, in seconds: none of the verbs of a training step begins, and no trajectory that is
+    waited for finishes. Then all stacks are written to the run folder and the driver is started again."""
     collapse_watch: CollapseWatchConfig = CollapseWatchConfig()
 
 

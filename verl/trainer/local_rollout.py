@@ -30,7 +30,7 @@ class LocalRollout:
     async def _build(self, config: PPOConfig) -> tuple[OpenAIEngine, AgentLoopWorker]:
         model = config.actor_rollout_ref.model.path
         engine = OpenAIEngine(config.actor_rollout_ref.rollout.endpoint, model, build_tokenizer(config))
-        return engine, AgentLoopWorker(config, engine)
+        return engine, AgentLoopWorker(config, engine, self.capacity)
 
     def submit(
         self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int

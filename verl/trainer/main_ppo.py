@@ -191,6 +191,8 @@ def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, 
         with Watchdog(trainer_cfg.hang_timeout_s, root) as watchdog:
             processes = start_processes(config, config.device, config.total_training_steps(len(train_set)))
             watchdog.stacks = processes.stacks
+            for rollout in processes.rollouts:
+                rollout.on_progress = watchdog.progress
             logging.getLogger(__name__).info("policy: %s", processes.roles["actor"].describe()[0])
             tracking = start_tracking(config, resume)
             trainer = RayPPOTrainer(

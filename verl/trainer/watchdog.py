@@ -23,6 +23,9 @@ def leave() -> None:
 class Watchdog:
     """Calls `on_hang` when nothing was heard for `timeout_s` seconds, after writing all stacks to `folder`/stacks.
 
+    What counts is a verb that begins, and a trajectory that finishes within one (`RolloutManager.on_progress`): a
+    validation may take hours as long as it gets on.
+
     `stacks()` gives those of the other processes by their name, and has `stacks_timeout_s` seconds for it.
     """
 
@@ -44,6 +47,10 @@ class Watchdog:
         """Says that the verb `name` begins, so all before it has ended."""
         self._last = (name, time.monotonic())
 
+    def progress(self) -> None:
+        """Says that the present verb got on: however long it takes in all, it does not hang."""
+        self.beat(self._last[0])
+
     def _watch(self) -> None:
         while not self._ended.wait(max(0.0, self._last[1] + self.timeout_s - time.monotonic())):
             verb, since = self._last
@@ -52,7 +59,7 @@ class Watchdog:
                 return
 
     def _hang(self, verb: str, seconds: float) -> None:
-        what = f"'{verb}' has not ended for {seconds:.0f} s (trainer.hang_timeout_s={self.timeout_s:g})"
+        what = f"'{verb}' made no progress for {seconds:.0f} s (trainer.hang_timeout_s={self.timeout_s:g})"
         try:
             path = self._write(what)
             logger.error("%s: the stacks of all processes are in %s", what, path)

@@ -6,8 +6,10 @@ import random
 import pytest
 from scipy import stats
 
+from search_r1.evaluate import given_overrides
 from search_r1.evaluation import behaviour, report, scores, summary, table
 from search_r1.evaluation.behaviour import near_duplicates, read_course, search_counts
+from search_r1.launch import composed
 from tests.retrieval import write_lines
 from tests.search_r1.evaluation.records import passage, record
 from verl.utils.errors import DataError
@@ -177,3 +179,11 @@ def test_bad_files_are_named(tmp_path, text, message):
         report.read_records(path)
     with pytest.raises(SystemExit, match="error: "):
         report.main([str(path)])
+
+
+def test_an_evaluation_asks_everything_although_the_recipe_validates_on_a_sample():
+    recipe = ["experiment=nq_hotpotqa/grpo"]
+    assert composed("grpo", recipe).data.val_sample_per_source == 500
+    given = given_overrides("Qwen/Qwen2.5-3B", None)
+    assert composed("grpo", [*given, *recipe]).data.val_sample_per_source is None
+    assert composed("grpo", [*given, *recipe, "data.val_sample_per_source=7"]).data.val_sample_per_source == 7

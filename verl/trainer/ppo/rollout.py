@@ -1,8 +1,9 @@
 """The driver's side of the rollout: engines, agent workers, weight versions."""
 
 import logging
+import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,10 @@ SLEEP_LEVEL = 2
 """vLLM's: the weights are dropped, because the transfer at every wake-up brings all of them. Level 1
 would copy them to pinned host memory and back for nothing (3B: 6 GB an engine, 48 GB a node of
 eight). Buffers, such as the tables of rotary embeddings, are kept at both levels."""
+PROGRESS_S = 60.0
+"""How often the agent workers are asked how far they are, while their trajectories are waited for."""
+ANSWER_S = 5.0
+"""How long their answers are waited for."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class Submitted:
     parts: list[list[Job]]
     """The jobs of each agent worker."""
     running: list[Any]
+    """The call of each agent worker."""
+    name: str = "rollout"
+    """What it is called where progress is told."""
 
 
 def make_jobs(
@@ -72,14 +80,19 @@ class RolloutManager:
         fitting = max(1, len(locations) // tp) if device == "cuda" else 1
         self.replicas = replicas or rollout.num_replicas or fitting
         self.servers = [self._spawn_server(rank) for rank in range(self.replicas)]
+        self.capacity = 2 * self.replicas * rollout.max_num_seqs
+        """Trajectories under way that keep the engines busy: as many again as they compute are searching."""
         workers = max(1, rollout.num_agent_workers)
-        self.workers = [spawn(AgentLoopWorker, config, Router(self.servers), num_cpus=0) for _ in range(workers)]
+        share = math.ceil(self.capacity / workers)
+        self.workers = [spawn(AgentLoopWorker, config, Router(self.servers), share, num_cpus=0) for _ in range(workers)]
         get([server.start.remote() for server in self.servers] + [ready(worker) for worker in self.workers])
         self.lifelines = [server.lifeline.remote() for server in self.servers]
         self.actor: Any = None
         self.next_worker = self.restarts = 0
-        self.capacity = 2 * self.replicas * rollout.max_num_seqs
-        """Trajectories under way that keep the engines busy."""
+        self.on_progress: Callable[[], object] = lambda: None
+        """Called when a trajectory that is waited for has finished, within `progress_s` or the time of the batch."""
+        self.progress_s = min(PROGRESS_S, config.trainer.hang_timeout_s / 4)
+        self.finished: dict[str, int] = {}
 
     def _spawn_server(self, rank: int) -> Any:
         model, rollout = self.config.actor_rollout_ref.model, self.config.actor_rollout_ref.rollout
@@ -116,16 +129,25 @@ class RolloutManager:
         return self.collect(self.submit(rows, prompts, sampling, seed))
 
     def submit(
-        self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[list[int]],
+        sampling: SamplingConfig,
+        seed: int,
+        name: str = "rollout",
     ) -> "Submitted":
-        """Starts what `generate` does; `collect` waits for it."""
+        """Starts what `generate` does; `collect` waits for it.
+
+        There is no limit to what may be submitted: an agent worker has its share of `capacity` under way and lets the
+        rest wait.
+        """
         jobs = make_jobs(rows, prompts, sampling, seed if self.seeded else None)
         parts: list[list[Job]] = [[] for _ in self.workers]
         for index, job in enumerate(jobs):
             parts[(self.next_worker + index // sampling.n) % len(parts)].append(job)
         running = [w.run.remote(p, sampling.params()) for w, p in zip(self.workers, parts, strict=True) if p]
         self.next_worker = (self.next_worker + len(rows)) % len(parts)
-        return Submitted(jobs, [part for part in parts if part], running)
+        return Submitted(jobs, [part for part in parts if part], running, name)
 
     def first_done(self, pending: Sequence["Submitted"]) -> int:
         """Place of one of them that has ended; waits for it. Each must be of one prompt."""
@@ -139,7 +161,7 @@ class RolloutManager:
         """Waits until all of them have ended."""
         waiting = [call for submitted in pending for call in submitted.running]
         while waiting:
-            waiting.pop(self._first_ready(waiting))
+            waiting.pop(self._first_ready(waiting, pending))
 
     def collect(self, submitted: "Submitted") -> tuple[list[Job], list[Trajectory | Failure]]:
         """Jobs and results, in the order in which they were submitted. Raises WorkerLost if an agent worker died."""
@@ -156,17 +178,44 @@ class RolloutManager:
         }
         return submitted.jobs, [results[job.session] for job in submitted.jobs]
 
-    def _first_ready(self, calls: Sequence[Any]) -> int:
-        """Place of a call that has ended; waits for one, and restarts engines that die meanwhile."""
+    def _first_ready(self, calls: Sequence[Any], told: Sequence["Submitted"] = ()) -> int:
+        """Place of a call that has ended; waits for one, and restarts engines that die meanwhile.
+
+        Says now and then how far the batches in `told` are.
+        """
         while True:
-            place = first_ready([*calls, *self.lifelines])
-            assert place is not None
+            place = first_ready([*calls, *self.lifelines], timeout_s=self.progress_s)
+            if place is None:
+                self._look_for_progress(told)
+                continue
             if place < len(calls):
+                self.on_progress()
                 return place
             if self.pinned:
                 raise WorkerLost(f"a {self.name} engine died, and with it the weights that it was to keep")
             self.restart_dead()
             self._transfer()
+
+    def _look_for_progress(self, told: Sequence["Submitted"]) -> None:
+        """Calls `on_progress` if trajectories have finished since the last time, and says how many of `told` have."""
+        finished: dict[str, int] = {}
+        asked = [worker.progress.remote() for worker in self.workers]
+        for call in asked:
+            if first_ready([call], timeout_s=ANSWER_S) is None:
+                continue  # at work, or hanging: the watchdog decides by what it hears
+            try:
+                finished |= get(call)
+            except ActorDied:
+                continue  # so has the call that is waited for
+        if finished != self.finished:
+            self.on_progress()
+        self.finished = finished
+        for batch in told:
+            done = sum(
+                len(part) if first_ready([call], timeout_s=0) is not None else finished.get(part[0].session, 0)
+                for part, call in zip(batch.parts, batch.running, strict=True)
+            )
+            logger.info("%s: %s of %s trajectories", batch.name, f"{done:,}", f"{len(batch.jobs):,}")
 
     def restart_dead(self, asleep: bool = False, whole_group: bool = False) -> None:
         """Starts every engine anew that has died, `asleep` like the others if they are.

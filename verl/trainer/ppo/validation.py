@@ -17,9 +17,9 @@ from verl.workers.rollout.agent_worker import Failure, Job
 
 
 def submit(config: PPOConfig, val_set: RLHFDataset, rollout: RolloutManager) -> Submitted:
-    """`val_kwargs.n` trajectories of every held-out question, under way."""
+    """`val_kwargs.n` trajectories of every held-out question, under way or waiting for their turn."""
     sampling = config.actor_rollout_ref.rollout.val_kwargs
-    return rollout.submit(val_set.rows, val_set.prompt_ids, sampling, seed=config.trainer.seed)
+    return rollout.submit(val_set.rows, val_set.prompt_ids, sampling, seed=config.trainer.seed, name="validation")
 
 
 def score(

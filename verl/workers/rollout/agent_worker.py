@@ -46,17 +46,44 @@ class Engines(Protocol):
 
 
 class AgentLoopWorker:
-    """Owns one agent loop and one reward; serves batches of jobs."""
+    """Owns one agent loop and one reward; serves batches of jobs.
 
-    def __init__(self, config: PPOConfig, engines: Engines) -> None:
+    At most `max_under_way` trajectories are under way, of all batches together, and the others wait in the order in
+    which they came. More would not keep the engines busier. They would only all search at the same time, and a
+    retriever that is slower than the engines would then answer most of them after their deadline.
+    """
+
+    def __init__(self, config: PPOConfig, engines: Engines, max_under_way: int) -> None:
         tokenizer = build_tokenizer(config)
         self.agent = build_agent(config, tokenizer)
         self.reward = build_reward(config, tokenizer)
         self.engines = engines
+        self.limit(max_under_way)
+
+    def limit(self, max_under_way: int) -> None:
+        """Sets how many trajectories may be under way."""
+        self.places = asyncio.Semaphore(max_under_way)
+        self.finished: dict[str, int] = {}
 
     async def run(self, jobs: Sequence[Job], sampling: dict[str, Any]) -> list[Trajectory | Failure]:
         """The trajectories of `jobs`, in their order, with their rewards."""
-        return list(await asyncio.gather(*(self._run_twice(job, sampling) for job in jobs)))
+        batch = jobs[0].session
+        self.finished[batch] = 0
+
+        async def run_in_turn(job: Job) -> Trajectory | Failure:
+            async with self.places:
+                result = await self._run_twice(job, sampling)
+            self.finished[batch] += 1
+            return result
+
+        try:
+            return list(await asyncio.gather(*(run_in_turn(job) for job in jobs)))
+        finally:
+            del self.finished[batch]
+
+    async def progress(self) -> dict[str, int]:
+        """Trajectories that have finished of each call of `run` under way, by the session of its first job."""
+        return dict(self.finished)
 
     async def _run_twice(self, job: Job, sampling: dict[str, Any]) -> Trajectory | Failure:
         for attempt in range(2):
