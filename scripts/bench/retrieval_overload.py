@@ -3,8 +3,9 @@
     python scripts/bench/retrieval_overload.py --corpus C.jsonl --queries Q.jsonl bm25
 
 Every client keeps one connection and one request under way, each of new queries, the server's cache off. A client that
-is refused (429) sends the same request again: after what Retry-After says, or at once with --impatient. The last column
-is the throughput's share of the best row. `--server` gives the server further flags, for instance
+is refused (429) sends the same request again: after what Retry-After says, or at once with --impatient. The last two
+columns are shares of the best row: of the queries per second, and of the queries per second of the server's processor
+time, which other work on the machine does not change. `--server` gives the server further flags, for instance
 `--server="--request_timeout_s 5"`, which makes it refuse what it could not answer in five seconds.
 """
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvloop
 from retrieval_load import prepare, server
 
@@ -39,6 +41,7 @@ class Setting:
     """Whether the warm-up is over."""
     statuses: Counter[int] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
+    reconnecting: Any = None
 
 
 class Client(asyncio.Protocol):
@@ -53,11 +56,16 @@ class Client(asyncio.Protocol):
         self.answer = bytearray()
         self.awaited = 0
         self.body = b""
+        self.waiting = False
+        """For an answer."""
         self.loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        self.ask()
+        if self.body:
+            self.send()
+        else:
+            self.ask()
 
     def ask(self) -> None:
         """Sends the next request."""
@@ -66,8 +74,13 @@ class Client(asyncio.Protocol):
         self.send()
 
     def send(self) -> None:
+        """Sends the request, on a new connection where the server has closed the idle one."""
         if self.transport.is_closing():
+            if self.setting.counting:
+                connecting = self.loop.create_connection(lambda: self, "127.0.0.1", self.setting.port)
+                self.setting.reconnecting = asyncio.ensure_future(connecting)
             return
+        self.waiting = True
         head = b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         self.transport.write(head % len(self.body) + self.body)
 
@@ -99,7 +112,7 @@ class Client(asyncio.Protocol):
                 setting.latencies.append(time.perf_counter() - self.began)
         wait_s = float(self.header(b"retry-after"))
         self.answer.clear()
-        self.awaited = 0
+        self.awaited, self.waiting = 0, False
         if status == 200:
             self.ask()
         elif setting.impatient:
@@ -108,21 +121,27 @@ class Client(asyncio.Protocol):
             self.loop.call_later(wait_s, self.send)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self.setting.counting:
+        if self.setting.counting and self.waiting:
             self.setting.statuses[0] += 1
 
 
-async def run_clients(setting: Setting, clients: int, seconds: float) -> float:
-    """Runs them for `seconds` after the warm-up; the seconds it took."""
+async def run_clients(setting: Setting, clients: int, seconds: float) -> tuple[float, float]:
+    """Runs them for `seconds` after the warm-up; the seconds it took, and those of the server's processor time."""
     loop = asyncio.get_running_loop()
     made = [await loop.create_connection(lambda: Client(setting), "127.0.0.1", setting.port) for _ in range(clients)]
     await asyncio.sleep(WARM_UP_S)
-    setting.counting, began = True, time.perf_counter()
+    setting.counting, began, before = True, time.perf_counter(), server_cpu_s()
     await asyncio.sleep(seconds)
-    setting.counting, took = False, time.perf_counter() - began
+    setting.counting, took, used = False, time.perf_counter() - began, server_cpu_s() - before
     for transport, _ in made:
         transport.abort()
-    return took
+    return took, used
+
+
+def server_cpu_s() -> float:
+    """Processor time of the server so far, in seconds."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return sum(t.user + t.system for t in times)
 
 
 def bodies(texts: list[str], num_queries: int) -> Iterator[bytes]:
@@ -152,18 +171,28 @@ def main() -> None:
     with server([*prepare(args), *args.server.split()]) as port:
         for count in args.clients:
             setting = Setting(port, requests, args.queries_per_request, args.impatient)
-            took = uvloop.run(run_clients(setting, count, args.seconds))
-            rows.append((count, setting.statuses[200] * args.queries_per_request / took, setting, took))
+            took, used = uvloop.run(run_clients(setting, count, args.seconds))
+            answered = setting.statuses[200] * args.queries_per_request
+            rows.append((count, answered / took, answered / used, setting.statuses[429] / took, setting))
             time.sleep(2.0)  # the server drops what the last clients left
-    best = max(rate for _, rate, _, _ in rows)
-    table = ["| clients | queries/s | p50 s | p99 s | refused/s | other answers | of the best |", "|---" * 7 + "|"]
-    for count, rate, setting, took in rows:
+    sys.stdout.write(table(rows))
+
+
+def table(rows: list[tuple[int, float, float, float, Setting]]) -> str:
+    """Of (clients, queries/s, queries/s of processor time, refusals/s, what else was seen)."""
+    best, best_of_cpu = max(row[1] for row in rows), max(row[2] for row in rows)
+    heads = ["clients", "queries/s", "queries/CPU s", "p50 s", "p99 s", "refused/s", "other answers"]
+    heads += ["of the best", "of the best per CPU s"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for clients, rate, rate_of_cpu, refused, setting in rows:
         ordered = sorted(setting.latencies) or [float("nan")]
         p50, p99 = (ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.99))
-        refused = setting.statuses[429] / took
         other = {status: n for status, n in setting.statuses.items() if status not in (200, 429)} or "none"
-        table.append(f"| {count} | {rate:.0f} | {p50:.2f} | {p99:.2f} | {refused:.0f} | {other} | {rate / best:.2f} |")
-    sys.stdout.write("\n".join(table) + "\n")
+        lines.append(
+            f"| {clients} | {rate:.0f} | {rate_of_cpu:.0f} | {p50:.2f} | {p99:.2f} | {refused:.0f} | {other} "
+            f"| {rate / best:.2f} | {rate_of_cpu / best_of_cpu:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

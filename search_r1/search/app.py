@@ -20,13 +20,16 @@ from pydantic_core import to_json
 from search_r1.search.batching import BatchingEngine, Overloaded
 from search_r1.search.engine import EngineError, Hits, Retriever
 from search_r1.search.experiments import Latency
-from search_r1.search.limits import BodyLimit
+from search_r1.search.limits import BodyLimit, Door, hold
 from search_r1.search.manifest import CorpusError
 from search_r1.search.schema import Problem, RetrieveRequest, RetrieveResponse
 from search_r1.search.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
 LOADING_RETRY_S = 2
+WAIT_SHARE = 0.5
+"""A request is refused when it would have to wait longer than this share of its deadline: the estimate may be wrong, and
+a client with the same deadline can be refused once and still be served."""
 REPORT_EVERY_S = 60.0
 DISCONNECTED = 499
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -45,7 +48,7 @@ class ServerSettings:
     topk: int = 3
     max_batch_size: int = 256
     batch_wait_s: float = 0.0
-    max_queue: int = 16384
+    max_queue: int = 1 << 18
     cache_size: int = 10000
     request_timeout_s: float = 60.0
     max_body_bytes: int = 16 << 20
@@ -76,7 +79,13 @@ class Service:
             return
         s = self.settings
         self.engine = BatchingEngine(
-            retriever, self.metrics, s.max_batch_size, s.batch_wait_s, s.max_queue, s.cache_size
+            retriever,
+            self.metrics,
+            s.max_batch_size,
+            s.batch_wait_s,
+            s.max_queue,
+            s.cache_size,
+            max_wait_s=WAIT_SHARE * s.request_timeout_s,
         )
         fields = {"engine": retriever.name, "documents": len(retriever), "seconds": round(time.monotonic() - began, 2)}
         log.info("ready", extra=fields)
@@ -105,9 +114,21 @@ class Service:
                     await asyncio.sleep(max(s.latency.draw() for _ in request.queries))
                 return await self.engine.search(request.queries, request.topk or s.topk)
         except Overloaded as error:
+            await hold()
             raise HTTPException(429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}) from error
         except TimeoutError as error:
             raise HTTPException(504, f"no result within {s.request_timeout_s:g} s") from error
+
+    def overload(self) -> Overloaded | None:
+        """Why a further request would be refused, None if there is room for it."""
+        if self.engine is None or not self.engine.is_full():
+            return None
+        return Overloaded(self.engine.retry_after_s())
+
+    def count_refusal(self) -> None:
+        """Counts a request that was refused before it was read."""
+        self.metrics.errors.labels(kind="http_429").inc()
+        self.metrics.requests.labels(status=429).inc()
 
 
 def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastAPI:
@@ -125,6 +146,7 @@ def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastA
     app = FastAPI(title="Search-R1 retrieval", lifespan=lifespan)
     app.state.service = service
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(Door, overload=service.overload, on_refusal=service.count_refusal)
     app.add_exception_handler(RequestValidationError, invalid)
 
     async def retrieve(body: RetrieveRequest, request: Request) -> Response:

@@ -38,9 +38,13 @@ class OutOfTime(SearchError):
 
 
 class ServerBusy(SearchError):
-    """429: the queue was full."""
+    """429: the queue was full; the server asks to come again after `retry_after_s`."""
 
     kind = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ServerFailed(SearchError):
@@ -163,17 +167,23 @@ class RetrievalClient:
             if loop.time() >= deadline:
                 raise OutOfTime(f"no answer in {config.timeout_s:g} s ({attempt + 1} attempts, last: {last})") from last
             if attempt < config.max_retries:
-                await asyncio.sleep(self._pause(attempt, deadline))
+                await asyncio.sleep(self._pause(attempt, deadline, getattr(last, "retry_after_s", 0.0)))
         raise type(last)(f"search failed {config.max_retries + 1} times, last: {last}") from last
 
-    def _pause(self, attempt: int, deadline: float) -> float:
-        """Seconds until the next attempt: none while another server is awake, at least till one wakes up otherwise."""
+    def _pause(self, attempt: int, deadline: float, asked_s: float) -> float:
+        """Seconds until the next attempt; `asked_s` is what the last server asked for.
+
+        None while another server is awake. Otherwise what was asked for (at most half of the time that is left, so that
+        there is another attempt), at least the backoff, and at least till a server wakes up.
+        """
         now = asyncio.get_running_loop().time()
+        left = deadline - now
         resting = min(server.resting_until for server in self.balancer.servers) - now
         if resting <= 0 and len(self.balancer.servers) > 1:
             return 0.0
         backoff = self.config.backoff_s * 2**attempt * random.uniform(0.5, 1.0)
-        return max(0.0, min(max(backoff, resting), deadline - now))
+        asked = min(asked_s * random.uniform(1.0, 1.1), left / 2)
+        return max(0.0, min(max(backoff, resting, asked), left))
 
     async def _ask(self, server: Server, queries: list[str], left_s: float) -> list[Found]:
         """One request to one server. Raises the SearchError that fits."""
@@ -197,8 +207,9 @@ class RetrievalClient:
             self.errors["engine"] += sum(isinstance(f, SearchError) for f in found)
             return found
         if status == 429:
-            self.balancer.is_busy(server, clock(), retry_after(answer, self.config.backoff_s))
-            raise ServerBusy(problem)
+            wait_s = retry_after(answer, self.config.backoff_s)
+            self.balancer.is_busy(server, clock(), wait_s)
+            raise ServerBusy(problem, wait_s)
         if status >= 500:
             self.balancer.failed(server, clock())
             raise ServerFailed(problem)

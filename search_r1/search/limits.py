@@ -1,8 +1,17 @@
-"""A limit on the size of request bodies, also of those that do not say how long they are."""
+"""What is refused before it is parsed: bodies that are too large, and requests for which there is no room."""
+
+import asyncio
+import random
+from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from search_r1.search.batching import Overloaded
+
+HOLD_S = 1.0
+"""How long a refusal is held back, on average."""
 
 
 class BodyLimit:
@@ -29,3 +38,32 @@ class BodyLimit:
             return message
 
         await self.app(scope, limited, send)
+
+
+class Door:
+    """ASGI middleware that answers 429 with Retry-After while `overload()` says why there is no room.
+
+    Neither body nor query is looked at, so that refusals take nothing from the requests that were let in. The answer is
+    held back for a second, for clients that would ask again at once; whoever finds room after that is let in.
+    """
+
+    def __init__(
+        self, app: ASGIApp, overload: Callable[[], Overloaded | None], on_refusal: Callable[[], object]
+    ) -> None:
+        self.app, self.overload, self.on_refusal = app, overload, on_refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or self.overload() is None:
+            return await self.app(scope, receive, send)
+        await hold()
+        reason = self.overload()
+        if reason is None:
+            return await self.app(scope, receive, send)
+        self.on_refusal()
+        headers = {"Retry-After": f"{reason.retry_after_s:.0f}"}
+        return await JSONResponse({"detail": str(reason)}, 429, headers)(scope, receive, send)
+
+
+async def hold() -> None:
+    """Waits for about HOLD_S, so that those who are refused together are not answered together."""
+    await asyncio.sleep(random.uniform(0.5, 1.5) * HOLD_S)

@@ -23,6 +23,8 @@ from search_r1.search.manifest import CorpusError
 from search_r1.search.server_metrics import MULTIPROC_DIR
 
 WORKER = "SEARCH_R1_WORKER"
+KEEP_ALIVE_S = 60
+"""Clients give up an idle connection first: one that the server closes may break the request that is just being sent."""
 STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "color_message"}
 
 
@@ -41,13 +43,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = batching.add_argument
     add("--max_batch_size", type=positive, default=defaults.max_batch_size, help="queries per engine call")
     add("--batch_wait_ms", type=float, default=0.0, help="how long an idle engine waits for more queries (default: 0)")
-    add("--max_queue", type=positive, default=defaults.max_queue, help="queries that may wait; above: 429")
+    add("--max_queue", type=positive, default=defaults.max_queue, help="most queries that may wait; above: 429")
     add("--cache_size", type=int, default=defaults.cache_size, help="queries whose passages are kept; 0: none")
     add(
         "--request_timeout_s",
         type=float,
         default=defaults.request_timeout_s,
-        help="longest time of a request; then 504",
+        help="longest time of a request; then 504. One that would have to wait half of it is refused: 429",
     )
     add("--max_body_bytes", type=positive, default=defaults.max_body_bytes, help="largest request; above: 413")
     add("--max_queries", type=positive, default=defaults.max_queries, help="queries per request; above: 422")
@@ -89,7 +91,7 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
         sys.exit(f"error: --max_queue {args.max_queue} has no room for a request of --max_queries {args.max_queries}")
     common: dict[str, Any] = {
         "host": args.host, "port": args.port, "log_config": None, "access_log": False,
-        "timeout_graceful_shutdown": int(args.request_timeout_s) + 1,
+        "timeout_graceful_shutdown": int(args.request_timeout_s) + 1, "timeout_keep_alive": KEEP_ALIVE_S,
     }  # fmt: skip
     if args.workers == 1:
         set_up_logging(args.log_level)
