@@ -23,6 +23,8 @@ from search_r1.search.manifest import CorpusError
 from search_r1.search.server_metrics import MULTIPROC_DIR
 
 WORKER = "SEARCH_R1_WORKER"
+HEALTH_S = 60
+"""A worker that answers nothing for so long is replaced. Imports on a busy machine take many seconds."""
 KEEP_ALIVE_S = 60
 """Clients give up an idle connection first: one that the server closes may break the request that is just being sent."""
 STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "color_message"}
@@ -106,7 +108,8 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
         sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {WORKER: json.dumps([module, argv]), MULTIPROC_DIR: folder}
-        uvicorn.run(f"{__name__}:worker", factory=True, workers=args.workers, **common)
+        workers = {"workers": args.workers, "timeout_worker_healthcheck": HEALTH_S}
+        uvicorn.run(f"{__name__}:worker", factory=True, **workers, **common)
     return 0
 
 

@@ -129,6 +129,17 @@ async def test_a_retry_makes_good_and_is_counted():
         await c.close()
 
 
+async def test_a_busy_server_is_asked_again_when_it_says():
+    c, two = client("http://a/retrieve"), client(["http://a/retrieve", "http://b/retrieve"])
+    now = asyncio.get_running_loop().time()
+    pauses = [c._pause(0, now + 60, 10.0) for _ in range(20)]
+    assert all(10 <= pause <= 11 for pause in pauses) and len(set(pauses)) == 20
+    assert 9 <= c._pause(0, now + 20, 40.0) <= 10, "there is time left for another attempt"
+    assert two._pause(0, now + 60, 10.0) == 0, "another replica is awake"
+    await c.close()
+    await two.close()
+
+
 async def test_only_the_failed_query_of_a_shared_request_fails():
     with serving(app(Engine())) as base:
         c = client(f"{base}/retrieve", batch_wait_s=0.05)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -9,13 +10,18 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import pytest
 
 from search_r1.launch import free_port
+from search_r1.search import limits
 from search_r1.search.app import ServerSettings, create_app
+from search_r1.search.batching import BatchingEngine, Overloaded
 from search_r1.search.engine import EngineError
+from search_r1.search.experiments import Latency
+from search_r1.search.server_metrics import ServerMetrics
 from tests.retrieval import SERVER, retrieval_server, serving, wait_until_ready, write_corpus
 
 ROWS = [
@@ -40,6 +46,8 @@ def url(folder):
 
 
 HTTP = httpx.Client(timeout=30)
+IMPATIENT = httpx.Timeout(60, read=0.2)
+"""Of clients that give up while their request is under way."""
 
 
 class Engine:
@@ -63,6 +71,19 @@ class Engine:
         return [
             EngineError("not this one") if q == "sour" else [hit] * topk for q, hit in zip(queries, echo, strict=True)
         ]
+
+
+class Gate(Engine):
+    """Finishes no search before it is opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.opened = threading.Event()
+
+    def search(self, queries, topk):
+        found = super().search(queries, topk)
+        assert self.opened.wait(60)
+        return found
 
 
 def app(engine, **settings):
@@ -173,6 +194,80 @@ def test_a_full_queue_answers_429_and_loses_nothing():
         assert {a.status_code for a in answers} == {200, 429} and len(answers) - len(busy) >= 3
 
 
+async def test_a_refusal_costs_no_reading():
+    """A body that cannot be decoded is refused like any other, and after the rush it is an error again."""
+    engine, broken = Gate(), b'{"queries": ["'
+    with serving(app(engine, max_batch_size=1, max_queue=2)) as base:
+        wait_until_ready(f"{base}/health")
+        async with httpx.AsyncClient(timeout=60) as http:
+            let_in = [asyncio.create_task(http.post(f"{base}/retrieve", json={"queries": ["a"]}))]
+            while not engine.calls:
+                await asyncio.sleep(0.01)
+            let_in += [asyncio.create_task(http.post(f"{base}/retrieve", json={"queries": [q]})) for q in "bc"]
+            while (await queue_depth(http, base)) < 2:
+                await asyncio.sleep(0.01)
+            refused = await asyncio.gather(*(http.post(f"{base}/retrieve", content=broken) for _ in range(50)))
+            assert {answer.status_code for answer in refused} == {429}
+            assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+            engine.opened.set()
+            assert [answer.status_code for answer in await asyncio.gather(*let_in)] == [200] * 3
+            assert (await http.post(f"{base}/retrieve", content=broken)).status_code == 422
+            text = (await http.get(f"{base}/metrics")).text
+            assert 'retrieval_requests_total{status="429"} 50.0' in text
+
+
+async def queue_depth(http, base):
+    """Queries that wait, by the server's own count."""
+    text = (await http.get(f"{base}/metrics")).text
+    return float(text.split("\nretrieval_queue_depth ")[1].split("\n")[0])
+
+
+async def test_the_queue_is_full_when_it_would_take_too_long_and_callers_return_at_different_times():
+    engine = BatchingEngine(Engine(), ServerMetrics(), max_wait_s=20.0, cache_size=0)
+    under_way = [asyncio.create_task(engine.search([f"q{i}" for i in range(30)], 3))]
+    await asyncio.sleep(0)
+    assert not engine.is_full(), "nothing is known about its pace"
+    engine.pace.add(queries=10, seconds=10.0)
+    assert engine.wait_s == 30.0 and engine.is_full()
+    times = set()
+    for _ in range(200):
+        with pytest.raises(Overloaded) as refused:
+            await engine.search(["more"], 3)
+        times.add(round(refused.value.retry_after_s))
+    assert times <= set(range(1, 31)) and len(times) > 20
+    engine.pace.add(queries=256, seconds=1.0)
+    under_way.append(asyncio.create_task(engine.search(["more"], 3)))
+    await asyncio.sleep(0)
+    assert engine.num_waiting == 31, "a faster engine lets in more"
+    for task in under_way:
+        task.cancel()
+    await asyncio.wait(under_way)
+    assert engine.num_waiting == 0 and engine.waiting == {} and engine.wait_s == 0.0
+
+
+async def test_who_finds_room_after_a_while_at_the_door_is_let_in(monkeypatch):
+    monkeypatch.setattr(limits, "HOLD_S", 0.0)
+    reasons, entered = [Overloaded(3.0), Overloaded(2.0), Overloaded(3.0), None, None], []
+
+    async def inside(scope, receive, send):
+        entered.append(scope)
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    door = limits.Door(inside, lambda: reasons.pop(0), lambda: sent.append("counted"))
+    scope = {"type": "http", "method": "POST"}
+    await door(scope, None, send)
+    assert entered == [] and sent[0] == "counted" and sent[1]["status"] == 429
+    assert (b"retry-after", b"2") in sent[1]["headers"]
+    await door(scope, None, send)
+    await door(scope, None, send)
+    await door({"type": "http", "method": "GET"}, None, send)
+    assert len(entered) == 3 and len(sent) == 3 and reasons == []
+
+
 def test_a_query_that_breaks_the_engine_fails_alone():
     engine = Engine(lag=0.1)
     with serving(app(engine)) as base, ThreadPoolExecutor(8) as pool:
@@ -212,6 +307,51 @@ def test_a_client_that_goes_away_costs_no_search():
             time.sleep(0.1)
             assert pool.submit(ask, base, "next").result().status_code == 200
     assert [queries for queries, _ in engine.calls] == [["long"], ["next"]]
+
+
+@pytest.mark.parametrize("latency", [None, Latency(300, 400)], ids=["queued", "delayed on purpose"])
+async def test_hundreds_of_clients_that_give_up_cost_no_search(latency):
+    engine = Gate()
+    with serving(app(engine, max_batch_size=1, latency=latency)) as base:
+        wait_until_ready(f"{base}/health")
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits()) as http:
+            long = asyncio.create_task(http.post(f"{base}/retrieve", json={"queries": ["long"]}))
+            while not engine.calls:
+                await asyncio.sleep(0.01)
+
+            async def give_up(i):
+                queries = [f"{i} {j}" for j in range(5)]
+                with pytest.raises(httpx.ReadTimeout):
+                    await http.post(f"{base}/retrieve", json={"queries": queries}, timeout=IMPATIENT)
+
+            await asyncio.gather(*(give_up(i) for i in range(150)))
+            while 'retrieval_requests_total{status="499"} 150.0' not in (await http.get(f"{base}/metrics")).text:
+                await asyncio.sleep(0.01)
+            assert await queue_depth(http, base) == 0
+            following = asyncio.create_task(http.post(f"{base}/retrieve", json={"queries": ["next"]}))
+            engine.opened.set()
+            assert [answer.status_code for answer in await asyncio.gather(long, following)] == [200, 200]
+    assert [queries for queries, _ in engine.calls] == [["long"], ["next"]]
+
+
+async def test_clients_that_give_up_are_noticed_by_every_worker(folder):
+    delayed = ["--inject_latency_ms", "60000", "--inject_latency_p99_ms", "60001", "--workers", "2"]
+    with retrieval_server(folder, *delayed) as (address, _):
+        base = address.removesuffix("/retrieve")
+
+        async def give_up(i):
+            with suppress(httpx.ReadTimeout):  # the other worker may still be loading, and says so
+                await http.post(address, json={"queries": [f"harbour {i}"]}, timeout=IMPATIENT)
+
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits()) as http:
+            await asyncio.gather(*(give_up(i) for i in range(40)))
+            while True:
+                text = (await http.get(f"{base}/metrics")).text
+                ended = re.findall(r'retrieval_requests_total{status="(?:499|503)"} (\S+)', text)
+                if sum(map(float, ended)) == 40:
+                    break
+                await asyncio.sleep(0.01)
+        assert "retrieval_batch_size_count 0.0" in text and 'status="499"' in text
 
 
 def test_shutdown_drains(folder):
