@@ -26,7 +26,7 @@ import uvloop
 from retrieval_load import prepare, server
 
 CLIENTS = (1, 4, 16, 64, 256, 1000)
-WARM_UP_S = 3.0
+WARM_UP_S = 8.0
 
 
 @dataclass

@@ -20,7 +20,7 @@ from pydantic_core import to_json
 from search_r1.search.batching import BatchingEngine, Overloaded
 from search_r1.search.engine import EngineError, Hits, Retriever
 from search_r1.search.experiments import Latency
-from search_r1.search.limits import BodyLimit, Door, hold
+from search_r1.search.limits import BodyLimit, Door
 from search_r1.search.manifest import CorpusError
 from search_r1.search.schema import Problem, RetrieveRequest, RetrieveResponse
 from search_r1.search.server_metrics import ServerMetrics
@@ -28,8 +28,8 @@ from search_r1.search.server_metrics import ServerMetrics
 log = logging.getLogger(__name__)
 LOADING_RETRY_S = 2
 WAIT_SHARE = 0.5
-"""A request is refused when it would have to wait longer than this share of its deadline: the estimate may be wrong, and
-a client with the same deadline can be refused once and still be served."""
+"""A request is refused when it would have to wait longer than this share of its deadline: the estimate may be wrong,
+and a client with the same deadline can be refused once and still be served."""
 REPORT_EVERY_S = 60.0
 DISCONNECTED = 499
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -114,7 +114,6 @@ class Service:
                     await asyncio.sleep(max(s.latency.draw() for _ in request.queries))
                 return await self.engine.search(request.queries, request.topk or s.topk)
         except Overloaded as error:
-            await hold()
             raise HTTPException(429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}) from error
         except TimeoutError as error:
             raise HTTPException(504, f"no result within {s.request_timeout_s:g} s") from error

@@ -1,7 +1,6 @@
 """What is refused before it is parsed: bodies that are too large, and requests for which there is no room."""
 
 import asyncio
-import random
 from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
@@ -10,8 +9,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from search_r1.search.batching import Overloaded
 
-HOLD_S = 1.0
-"""How long a refusal is held back, on average."""
+REFUSALS_PER_S = 100
+"""Refusals that leave in a second: they take a few hundredths of a core."""
+MAX_TURN_S = 10.0
+"""Nobody waits longer than this to be refused."""
 
 
 class BodyLimit:
@@ -43,19 +44,20 @@ class BodyLimit:
 class Door:
     """ASGI middleware that answers 429 with Retry-After while `overload()` says why there is no room.
 
-    Neither body nor query is looked at, so that refusals take nothing from the requests that were let in. The answer is
-    held back for a second, for clients that would ask again at once; whoever finds room after that is let in.
+    Neither body nor query is looked at, and refusals leave one by one, so that they take nothing from the requests that
+    were let in however many clients ask again at once. Whoever finds room when it is his turn is let in.
     """
 
     def __init__(
         self, app: ASGIApp, overload: Callable[[], Overloaded | None], on_refusal: Callable[[], object]
     ) -> None:
         self.app, self.overload, self.on_refusal = app, overload, on_refusal
+        self.last_turn = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or self.overload() is None:
             return await self.app(scope, receive, send)
-        await hold()
+        await self.turn()
         reason = self.overload()
         if reason is None:
             return await self.app(scope, receive, send)
@@ -63,7 +65,8 @@ class Door:
         headers = {"Retry-After": f"{reason.retry_after_s:.0f}"}
         return await JSONResponse({"detail": str(reason)}, 429, headers)(scope, receive, send)
 
-
-async def hold() -> None:
-    """Waits for about HOLD_S, so that those who are refused together are not answered together."""
-    await asyncio.sleep(random.uniform(0.5, 1.5) * HOLD_S)
+    async def turn(self) -> None:
+        """Waits in the line of those who are to be refused."""
+        now = asyncio.get_running_loop().time()
+        self.last_turn = max(now, self.last_turn) + 1 / REFUSALS_PER_S
+        await asyncio.sleep(min(self.last_turn - now, MAX_TURN_S))

@@ -26,7 +26,7 @@ WORKER = "SEARCH_R1_WORKER"
 HEALTH_S = 60
 """A worker that answers nothing for so long is replaced. Imports on a busy machine take many seconds."""
 KEEP_ALIVE_S = 60
-"""Clients give up an idle connection first: one that the server closes may break the request that is just being sent."""
+"""Longer than clients keep an idle connection: one that the server closes may break a request that is just coming."""
 STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "color_message"}
 
 

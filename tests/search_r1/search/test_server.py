@@ -245,8 +245,8 @@ async def test_the_queue_is_full_when_it_would_take_too_long_and_callers_return_
     assert engine.num_waiting == 0 and engine.waiting == {} and engine.wait_s == 0.0
 
 
-async def test_who_finds_room_after_a_while_at_the_door_is_let_in(monkeypatch):
-    monkeypatch.setattr(limits, "HOLD_S", 0.0)
+async def test_who_finds_room_when_it_is_his_turn_is_let_in(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_TURN_S", 0.0)
     reasons, entered = [Overloaded(3.0), Overloaded(2.0), Overloaded(3.0), None, None], []
 
     async def inside(scope, receive, send):
