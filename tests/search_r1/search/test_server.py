@@ -252,6 +252,9 @@ async def test_who_finds_room_when_it_is_his_turn_is_let_in(monkeypatch):
     async def inside(scope, receive, send):
         entered.append(scope)
 
+    async def receive():
+        raise AssertionError("a refusal reads nothing")
+
     sent = []
 
     async def send(message):
@@ -259,12 +262,12 @@ async def test_who_finds_room_when_it_is_his_turn_is_let_in(monkeypatch):
 
     door = limits.Door(inside, lambda: reasons.pop(0), lambda: sent.append("counted"))
     scope = {"type": "http", "method": "POST"}
-    await door(scope, None, send)
+    await door(scope, receive, send)
     assert entered == [] and sent[0] == "counted" and sent[1]["status"] == 429
     assert (b"retry-after", b"2") in sent[1]["headers"]
-    await door(scope, None, send)
-    await door(scope, None, send)
-    await door({"type": "http", "method": "GET"}, None, send)
+    await door(scope, receive, send)
+    await door(scope, receive, send)
+    await door({"type": "http", "method": "GET"}, receive, send)
     assert len(entered) == 3 and len(sent) == 3 and reasons == []
 
 
