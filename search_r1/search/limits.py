@@ -9,9 +9,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from search_r1.search.batching import Overloaded
 
-REFUSALS_PER_S = 100
-"""Refusals that leave in a second: they take a few hundredths of a core."""
-MAX_TURN_S = 10.0
+REFUSALS_PER_S = 50
+"""Refusals that leave in a second: they take a hundredth of a core."""
+MAX_TURN_S = 20.0
 """Nobody waits longer than this to be refused."""
 
 
