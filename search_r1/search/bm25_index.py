@@ -1,0 +1,223 @@
+"""The files of a BM25 index, mapped when it is read: postings, what lets the scorer skip them, vocabulary."""
+
+from bisect import bisect_left
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from search_r1.search.bm25_postings import Gatherer, allocate, write_postings
+from search_r1.search.bm25_score import CHUNK, RANGE, TOP_LEVEL
+from search_r1.search.compiled import compiled
+
+K1, B = np.float32(0.9), np.float32(0.4)
+FREQUENT = 256
+"""A word in more than one of so many documents has its highest score in every range written down."""
+MAX_KEPT_WORDS = 1 << 20
+MORE_THAN_ROUNDING = 1e-4
+
+
+class Postings(NamedTuple):
+    """What the scorer reads, mapped into memory. T words, P postings, F frequent words, D documents."""
+
+    starts: np.ndarray
+    """int64 [T + 1]: the postings of word t are starts[t] to starts[t + 1], in the order of the documents."""
+    documents: np.ndarray
+    """int32 [P]: place of the document in the corpus."""
+    codes: np.ndarray
+    """uint16 [P]: 256 * occurrences + length byte; without occurrences where they do not fit (see `exceptions`)."""
+    divisors: np.ndarray
+    """float32 [65536], by code: 1 + occurrences / norm. A word of weight w scores w - w / divisor."""
+    levels: np.ndarray
+    """uint8 [65536], by code: that score as a share of the weight, in steps of 1/255, rounded up."""
+    exceptions: np.ndarray
+    """int64, ascending: places of the postings whose word occurs more than 255 times in the document."""
+    exception_divisors: np.ndarray
+    """float32: their divisors."""
+    rows: np.ndarray
+    """int32 [T]: row of a frequent word in the two tables that follow, -1 for other words."""
+    maxima: np.ndarray
+    """uint8 [F, ranges]: the highest level of the word in each range; ranges are padded to whole chunks."""
+    offsets: np.ndarray
+    """uint32 [F, chunks + 1]: number of the word's postings before each chunk."""
+    best_levels: np.ndarray
+    """uint8 [T]: the highest level of each word."""
+
+
+class Room(NamedTuple):
+    """Room for the scorer to work in, for one thread."""
+
+    bounds: np.ndarray
+    """uint16, one a range."""
+    chunk_bounds: np.ndarray
+    """uint16, one a chunk."""
+    buffer: np.ndarray
+    """float64 [RANGE]: scores of a range's documents, zero between ranges."""
+    counts: np.ndarray
+    """int64 [256]."""
+
+
+def new_room(postings: Postings) -> Room:
+    """Room for one thread and an index."""
+    ranges = postings.maxima.shape[1]
+    bounds, chunk_bounds = np.zeros(ranges, dtype=np.uint16), np.zeros(ranges // CHUNK, dtype=np.uint16)
+    return Room(bounds, chunk_bounds, np.zeros(RANGE), np.zeros(256, dtype=np.int64))
+
+
+def length_bytes(lengths: np.ndarray) -> np.ndarray:
+    """Document lengths in one byte as Lucene keeps them: exact below 40, then four significant bits."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    excess = np.maximum(lengths - 24, 0)
+    bits = np.frexp(excess.astype(np.float64))[1].astype(np.int64)
+    shift = np.maximum(bits - 4, 0)
+    floating = (excess >> shift & 7) | (shift + 1) << 3
+    return np.where(lengths < 24, lengths, 24 + np.where(bits < 4, excess, floating)).astype(np.uint8)
+
+
+def length_of_bytes() -> np.ndarray:
+    """float32 [256]: the length that each byte stands for."""
+    lengths = np.arange(256, dtype=np.int64)
+    shift = (lengths - 24 >> 3) - 1
+    digits = lengths - 24 & 7
+    floating = np.where(shift < 0, digits, (digits | 8) << np.maximum(shift, 0))
+    return np.where(lengths < 24, lengths, 24 + floating).astype(np.float32)
+
+
+def inverse_norms(average_length: float) -> np.ndarray:
+    """float32 [256], by length byte: 1 / (k1 (1 - b + b length / average)), in Lucene's order of operations."""
+    relative = B * length_of_bytes() / np.float32(average_length)
+    return np.float32(1) / (K1 * ((np.float32(1) - B) + relative))
+
+
+def write_index(gathered: Gatherer, folder: Path) -> None:
+    """Writes everything but manifest and corpus to `folder`."""
+    numbers = write_vocabulary(gathered.vocabulary, folder)
+    lengths = np.frombuffer(gathered.lengths, dtype=np.int32)
+    documents = len(lengths)
+    average = max(1.0, lengths.sum(dtype=np.int64) / max(1, np.count_nonzero(lengths)))
+    norms = inverse_norms(average)
+    bytes_of_documents = length_bytes(lengths)
+    starts, exceptions, counts = write_postings(gathered, numbers, bytes_of_documents, folder)
+    codes = np.load(folder / "posting_codes.npy", mmap_mode="r")
+    divisors = (np.float32(1) + np.arange(256, dtype=np.float32)[:, None] * norms).ravel()
+    exception_norms = norms[codes[exceptions]]  # such a code is the length byte alone
+    frequency = np.diff(starts)
+    with_words = np.count_nonzero(lengths)
+    idf = np.log1p((with_words - frequency + 0.5) / (frequency + 0.5)).astype(np.float32)
+    arrays = {
+        "starts": starts,
+        "idf": idf,
+        "divisors": divisors,
+        "levels": levels_of(divisors),
+        "exceptions": exceptions,
+        "exception_divisors": np.float32(1) + counts.astype(np.float32) * exception_norms,
+    }
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+    write_maxima(folder, starts, arrays["levels"], documents)
+
+
+def levels_of(divisors: np.ndarray) -> np.ndarray:
+    """uint8 [65536]: 1 - 1 / divisor in steps of 1/255, rounded up; the highest for codes without occurrences."""
+    shares = 1 - 1 / divisors.astype(np.float64)
+    levels = np.ceil(shares * TOP_LEVEL + MORE_THAN_ROUNDING).clip(0, TOP_LEVEL).astype(np.uint8)
+    levels[:256] = TOP_LEVEL
+    return levels
+
+
+def write_maxima(folder: Path, starts: np.ndarray, levels: np.ndarray, documents: int) -> None:
+    """Writes the highest level of every word, and of frequent words in every range of documents."""
+    frequency = np.diff(starts)
+    frequent = np.flatnonzero(frequency > documents / FREQUENT)
+    rows = np.full(len(frequency), -1, dtype=np.int32)
+    rows[frequent] = np.arange(len(frequent))
+    chunks = -(-documents // (RANGE * CHUNK))
+    maxima = allocate(folder / "maxima.npy", "u1", (len(frequent), chunks * CHUNK))
+    chunk_starts = allocate(folder / "chunk_starts.npy", "u4", (len(frequent), chunks + 1))
+    highest = np.zeros(len(frequency), dtype=np.uint8)
+    documents_of, codes = (np.load(folder / f"posting_{name}.npy", mmap_mode="r") for name in ("documents", "codes"))
+    fill_highest(starts, np.asarray(codes), levels, highest)
+    for row, term in enumerate(frequent):
+        part = slice(starts[term], starts[term + 1])
+        fill_row(
+            np.asarray(documents_of[part]),
+            np.asarray(codes[part]),
+            levels,
+            maxima[row],
+            chunk_starts[row],
+            RANGE,
+            CHUNK,
+        )
+    np.save(folder / "rows.npy", rows)
+    np.save(folder / "highest_levels.npy", highest)
+
+
+@compiled
+def fill_highest(starts, codes, levels, highest):
+    """The highest level of each word."""
+    for term in range(highest.shape[0]):
+        for place in range(starts[term], starts[term + 1]):
+            highest[term] = max(highest[term], levels[codes[place]])
+
+
+@compiled
+def fill_row(documents, codes, levels, maxima, chunk_starts, range_size, chunk_size):
+    """The highest level of one word in every range, and the number of its postings before every chunk."""
+    for place in range(documents.shape[0]):
+        number = documents[place] // range_size
+        maxima[number] = max(maxima[number], levels[codes[place]])
+        chunk_starts[number // chunk_size + 1] += 1
+    for chunk in range(chunk_starts.shape[0] - 1):
+        chunk_starts[chunk + 1] += chunk_starts[chunk]
+
+
+def read_postings(folder: Path) -> Postings:
+    """What the scorer needs, mapped."""
+    names = {
+        "documents": "posting_documents",
+        "codes": "posting_codes",
+        "offsets": "chunk_starts",
+        "best_levels": "highest_levels",
+    }
+    return Postings(*(mapped(folder / f"{names.get(field, field)}.npy") for field in Postings._fields))
+
+
+def mapped(path: Path) -> np.ndarray:
+    """An array whose file is mapped, read-only."""
+    values = np.load(path, mmap_mode="r")
+    return np.asarray(values).view(np.ndarray)
+
+
+def write_vocabulary(vocabulary: dict[str, int], folder: Path) -> np.ndarray:
+    """Writes the words in the order of their bytes; returns the number that each has in this order."""
+    words = sorted((word.encode("utf-8", "surrogatepass"), number) for word, number in vocabulary.items())
+    offsets = np.zeros(len(words) + 1, dtype=np.int64)
+    numbers = np.zeros(len(words), dtype=np.int32)
+    with (folder / "vocabulary.bin").open("wb") as file:
+        for position, (word, number) in enumerate(words):
+            file.write(word)
+            offsets[position + 1] = offsets[position] + len(word)
+            numbers[number] = position
+    np.save(folder / "vocabulary_offsets.npy", offsets)
+    return numbers
+
+
+class Vocabulary(dict[str, int]):
+    """`vocabulary[word]` is the number of a word, -1 for an unknown one; words are kept once they were looked up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.offsets = np.load(folder / "vocabulary_offsets.npy", mmap_mode="r")
+        path = folder / "vocabulary.bin"
+        self.letters = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+
+    def __missing__(self, word: str) -> int:
+        letters = word.encode("utf-8", "surrogatepass")
+        words = range(len(self.offsets) - 1)
+        place = bisect_left(words, letters, key=self._word)
+        number = place if place < len(words) and self._word(place) == letters else -1
+        if len(self) < MAX_KEPT_WORDS:
+            self[word] = number
+        return number
+
+    def _word(self, number: int) -> bytes:
+        return self.letters[self.offsets[number] : self.offsets[number + 1]].tobytes()
