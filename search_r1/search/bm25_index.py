@@ -93,20 +93,27 @@ def write_index(gathered: Gatherer, folder: Path) -> None:
     """Writes everything but manifest and corpus to `folder`."""
     numbers = write_vocabulary(gathered.vocabulary, folder)
     lengths = np.frombuffer(gathered.lengths, dtype=np.int32)
-    documents = len(lengths)
-    average = max(1.0, lengths.sum(dtype=np.int64) / max(1, np.count_nonzero(lengths)))
+    starts, exceptions, counts = write_postings(gathered, numbers, length_bytes(lengths), folder)
+    write_statistics(folder, starts, exceptions, counts, lengths)
+
+
+def write_statistics(
+    folder: Path, starts: np.ndarray, exceptions: np.ndarray, counts: np.ndarray, lengths: np.ndarray
+) -> None:
+    """Writes what follows from the postings in `folder`: weights of words, scores by code, highest scores.
+
+    `counts` are the occurrences of the postings at `exceptions`, `lengths` those of the documents in words.
+    """
+    with_words = np.count_nonzero(lengths)
+    average = max(1.0, lengths.sum(dtype=np.int64) / max(1, with_words))
     norms = inverse_norms(average)
-    bytes_of_documents = length_bytes(lengths)
-    starts, exceptions, counts = write_postings(gathered, numbers, bytes_of_documents, folder)
     codes = np.load(folder / "posting_codes.npy", mmap_mode="r")
     divisors = (np.float32(1) + np.arange(256, dtype=np.float32)[:, None] * norms).ravel()
     exception_norms = norms[codes[exceptions]]  # such a code is the length byte alone
     frequency = np.diff(starts)
-    with_words = np.count_nonzero(lengths)
-    idf = np.log1p((with_words - frequency + 0.5) / (frequency + 0.5)).astype(np.float32)
     arrays = {
         "starts": starts,
-        "idf": idf,
+        "idf": np.log1p((with_words - frequency + 0.5) / (frequency + 0.5)).astype(np.float32),
         "divisors": divisors,
         "levels": levels_of(divisors),
         "exceptions": exceptions,
@@ -114,7 +121,7 @@ def write_index(gathered: Gatherer, folder: Path) -> None:
     }
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
-    write_maxima(folder, starts, arrays["levels"], documents)
+    write_maxima(folder, starts, arrays["levels"], len(lengths))
 
 
 def levels_of(divisors: np.ndarray) -> np.ndarray:
