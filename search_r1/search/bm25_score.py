@@ -275,8 +275,7 @@ def complete_score(postings, query, essential, document, score, rest, needed_sco
     for i in range(essential, query.terms.shape[0]):
         if score + rest * unit < needed_score:
             return -1.0
-        row = query.rows[i]
-        if row < 0 or postings.maxima[row, number] > 0:
+        if query.rows[i] < 0 or postings.maxima[query.rows[i], number] > 0:
             score += score_of_word(postings, query, i, document)
         rest -= level_in_range(postings, query, i, number)
     return score
@@ -387,7 +386,6 @@ def rank_batch(postings, words, query_starts, room, scores, documents, counts):
     for i in range(counts.shape[0]):
         low, high = query_starts[i], query_starts[i + 1]
         if low == high:
-            counts[i] = 0
             continue
         query = Query(
             words.terms[low:high],

@@ -84,7 +84,7 @@ def test_a_change_in_the_middle_of_a_large_corpus_is_seen(tmp_path):
         BM25Retriever(tmp_path / "bm25", path)
 
 
-@pytest.mark.parametrize("name", ["data.csc.index.npy", "vocab.index.json", "offsets.npy"])
+@pytest.mark.parametrize("name", ["posting_codes.npy", "vocabulary.bin", "offsets.npy"])
 def test_a_damaged_index_is_refused(tmp_path, name):
     path = write_corpus(tmp_path, ROWS)
     file = tmp_path / "bm25" / name
