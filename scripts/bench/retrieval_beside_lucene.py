@@ -3,8 +3,8 @@
     python scripts/bench/retrieval_beside_lucene.py --corpus C.jsonl --queries Q.jsonl
 
 Both servers stay up; for each number of clients they are measured in turn, --rounds times, so that whatever else runs
-on the machine disturbs both. Every client keeps one connection, each query is different, the cache is off. Q.jsonl has a
-`question` a line. `none` is without HTTP: the engine in this process, 64 queries a call. Indexes are made in --work.
+on the machine disturbs both. Every client keeps one connection, each query is different, the cache is off. Q.jsonl has
+a `question` a line. `none` is without HTTP: the engine in this process, 64 queries a call. Indexes are made in --work.
 """
 
 import argparse
