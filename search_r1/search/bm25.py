@@ -44,6 +44,7 @@ def build(reader: CorpusReader | Path, index: Path) -> int:
         write_index(gathered, folder)
         shutil.rmtree(scratch)
         count = len(gathered.lengths)
+        Scorer(folder, count, threads=1)  # compiles on a new machine, so that no server has to
         write_manifest(folder, engine=NAME, parameters=PARAMETERS, corpus=reader.fingerprint(), documents=count)
     return count
 
