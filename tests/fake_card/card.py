@@ -9,8 +9,8 @@ import ctypes
 import importlib.util
 import subprocess
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Memory:
         self.sizes: dict[int, int] = {}
         self.allocated = self.reserved = self.peak = 0
         self.engine: dict[str, int] = {}
+        self.counts = True
 
     @property
     def free(self) -> int:
@@ -63,6 +64,8 @@ class Memory:
 
     def note(self, storage: Any) -> None:
         """Counts a storage, or its new size."""
+        if not self.counts:
+            return
         key = storage._cdata
         if key not in self.sizes:
             weakref.finalize(storage, self._forget, key)
@@ -179,6 +182,29 @@ def plug_in(memory: Memory, uuid: Callable[[], str], log: Callable[..., None]) -
     torch.cuda.manual_seed_all = lambda seed: None
     torch.accelerator.current_device_index = lambda: 0
     torch.accelerator.current_stream = lambda device=None: stream  # pyright: ignore
+
+
+def patch_fsdp(memory: Memory) -> None:
+    """Lets fake tensors say where FSDP2 has moved them, and leaves out of the count what DTensor makes to learn shapes."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_init
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    move, propagate = _fsdp_init._move_states_to_device, ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def moved(parameters: list[Any], buffers: list[Any], device: Any) -> None:
+        move(parameters, buffers, device)
+        for tensor in (*parameters, *buffers):
+            tensor.fake_device = device
+
+    def propagated(*args: Any) -> Any:
+        memory.counts = False
+        try:
+            return propagate(*args)
+        finally:
+            memory.counts = True
+
+    _fsdp_init._move_states_to_device = moved
+    ShardingPropagator._propagate_tensor_meta_non_cached = propagated  # pyright: ignore
 
 
 def resized(memory: Memory, on_card: Callable[[Any], bool]) -> None:
@@ -340,10 +366,7 @@ def card_mode(memory: Memory, log_collective: Callable[[str, list[Any]], None]) 
 
     FakeTensor.numpy = numpy  # pyright: ignore
     mode = CardMode()
+    patch_fsdp(memory)
     resized(memory, lambda storage: storage._cdata in tensors_on_card)
     return mode
 
-
-@contextmanager
-def silent() -> Iterator[None]:
-    yield
