@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,7 +112,6 @@ class Rehearsal:
         self.events: list[tuple[str, str]] = []
         self.timeline: list[tuple[str, float, float, float, float]] = []
         self.collectives: dict[str, int] = {}
-        self.exported: list[str] = []
         total = int(case.get("gpu_gib", 80) * GIB)
         self.memory = Memory(total, int(4 * GIB))
         colocated = not case.get("separate")
@@ -149,13 +149,17 @@ class Rehearsal:
         card.plug_in(self.memory, lambda: engine.UUID.format(self.engines.gpu), lambda what: self.log("rank", what))
         self.mode = card.card_mode(self.memory, self.log_collective)
 
+        exports: Any = weakref.WeakValueDictionary()
+        """What CUDA IPC shares, by handle; it lives as long as the trainer keeps it."""
+
         def reduce_tensor(tensor: Any) -> tuple[None, tuple[Any, ...]]:
             assert tensor.device.type == "cuda", "CUDA IPC cannot hand on a tensor of the host"
-            self.exported.append(f"{tensor.nbytes}")
-            return None, (tensor, None, None, None, None, None, 0)
+            handle = len(exports)
+            exports[handle] = tensor
+            return None, (handle, None, None, None, None, None, 0)
 
         packed.reduce_tensor = reduce_tensor
-        reductions.rebuild_cuda_tensor = lambda *args: args[0]
+        reductions.rebuild_cuda_tensor = lambda handle, *_: exports[handle]
         nccl_engine.open_trainer_endpoint = lambda info: engine.Group(self.engines, 0, info.world_size)
         async_llm.AsyncLLM = self.engines  # pyright: ignore
         ranks.Wire(lambda what: self.log("rank", what))
@@ -264,7 +268,6 @@ def main() -> None:
         "estimate": estimate,
         "tied": shape["tie_word_embeddings"],
         "layers": shape["num_hidden_layers"],
-        "exported": rehearsal.exported,
     }
     sys.stdout.write("\n" + json.dumps(result) + "\n")
     sys.stdout.flush()
