@@ -131,7 +131,7 @@ class StubEngine:
         backend = self.args.weight_transfer_config
         backend = backend["backend"] if isinstance(backend, dict) else backend.backend
         self.receivers = [
-            receiver(self.shared, backend, gpu, rank, request.init_info) for rank, gpu in enumerate(self.gpus)
+            Receiver(self.shared, backend, gpu, rank, request.init_info) for rank, gpu in enumerate(self.gpus)
         ]
 
     async def start_weight_update(self) -> None:
@@ -150,41 +150,58 @@ class StubEngine:
 
     async def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.log("finish_update")
+        for receive in self.receivers:
+            receive.close()
         self.updating, self.current = False, True
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.log("shutdown")
 
 
-def receiver(shared: Engines, backend: str, gpu: int, rank: int, init_info: dict[str, Any]) -> Callable[[Any], None]:
-    """The engine process of one card, up to the model: vLLM's own classes, the model a list."""
-    import torch
-    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+class Receiver:
+    """The engine process of one card, up to the model: vLLM's own class, the model a list of what arrived."""
 
-    def load_weights(weights: Any) -> None:
-        found = shared.received[UUID.format(gpu)]
+    def __init__(self, shared: Engines, backend: str, gpu: int, rank: int, init_info: dict[str, Any]) -> None:
+        self.shared, self.gpu = shared, gpu
+        self.engine, self.info_cls = (self._ipc if backend == "ipc" else self._nccl)(rank, init_info)
+
+    def _ipc(self, rank: int, init_info: dict[str, Any]) -> tuple[Any, Any]:
+        import torch
+        from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
+
+        engine = self._make(IPCWeightTransferEngine, torch.device("cuda", 0))
+        engine.init_transfer_engine(engine.init_info_cls(**init_info))
+        return engine, IPCWeightTransferUpdateInfo
+
+    def _nccl(self, rank: int, init_info: dict[str, Any]) -> tuple[Any, Any]:
+        import torch
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+
+        engine = self._make(NCCLWeightTransferEngine, torch.device("meta"))
+        info = engine.init_info_cls(**init_info)
+        engine.packed, engine.packed_num_buffers = info.packed, info.packed_num_buffers
+        engine.packed_buffer_size_bytes = info.packed_buffer_size_bytes
+        engine.model_update_group = Group(self.shared, info.rank_offset + rank, info.world_size)
+        return engine, NCCLWeightTransferUpdateInfo
+
+    def _make(self, cls: Any, device: Any) -> Any:
+        config = SimpleNamespace(parallel_config=None, model_config=None)
+        return cls(None, config, device, SimpleNamespace(load_weights=self._load))
+
+    def _load(self, weights: Any) -> None:
+        found = self.shared.received[UUID.format(self.gpu)]
         found += [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in weights]
 
-    cls: Any = IPCWeightTransferEngine if backend == "ipc" else NCCLWeightTransferEngine
-    info_cls: Any = IPCWeightTransferUpdateInfo if backend == "ipc" else NCCLWeightTransferUpdateInfo
-    config = SimpleNamespace(parallel_config=None, model_config=None)
-    device = torch.device("cuda", 0) if backend == "ipc" else torch.device("meta")
-    engine = cls(None, config, device, SimpleNamespace(load_weights=load_weights))
-    if backend == "ipc":
-        engine.init_transfer_engine(cls.init_info_cls(**init_info))
-    else:
-        place = init_info["rank_offset"] + rank
-        engine.packed, engine.packed_buffer_size_bytes = init_info["packed"], init_info["packed_buffer_size_bytes"]
-        engine.packed_num_buffers = init_info["packed_num_buffers"]
-        engine.model_update_group = Group(shared, place, init_info["world_size"])
+    def __call__(self, update_info: dict[str, Any]) -> None:
+        self.shared.gpu = self.gpu
+        self.engine.receive_weights(self.info_cls(**update_info))
+        self.shared.gpu = 0
 
-    def receive(update_info: dict[str, Any]) -> None:
-        shared.gpu = gpu
-        engine.receive_weights(info_cls(**update_info))
-        shared.gpu = 0
-
-    return receive
+    def close(self) -> None:
+        """Lets go of the trainer's buffer, as the engine does when an update is finished."""
+        importer = getattr(self.engine, "_packed_importer", None)
+        if importer is not None:
+            importer.close()
 
 
 class Group:

@@ -1,14 +1,18 @@
-"""One training step of a recipe on cards that are not there: `python tests/fake_card/rehearse.py '{"recipe": ...}'`.
+"""One training step of a recipe on cards that are not there.
 
-Prints one JSON object: what happened in which order on the first rank and in each engine, what it found of memory,
-dtypes and devices, and what each engine process received. The configuration is the recipe's; the batch is small, and
-`layers` of the model may be fewer. Everything of verl runs but the agent loops, whose text a script writes.
+    python tests/fake_card/rehearse.py LIBRARY FOLDER '{"recipe": "qwen2.5-3b-ppo", "layers": 2}' ...
+
+For each case it writes one JSON file to FOLDER: what happened in which order on the first rank and in each engine,
+what was on the card, dtypes and devices, and what each engine process received. The configuration is the recipe's; the
+batch is small, and `layers` of the model may be fewer. LIBRARY is what `card.build` made. Everything of verl runs but
+the agent loops, whose text a script writes.
 """
 
 import json
 import os
 import sys
 import tempfile
+import traceback
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,7 +112,7 @@ class ScriptedWorker:
 class Rehearsal:
     """The stand-ins, in place."""
 
-    def __init__(self, case: dict[str, Any], config_of: Any) -> None:
+    def __init__(self, case: dict[str, Any]) -> None:
         self.events: list[tuple[str, str]] = []
         self.timeline: list[tuple[str, float, float, float, float]] = []
         self.collectives: dict[str, int] = {}
@@ -243,22 +247,20 @@ def estimated(config: Any, gpu_gib: float) -> dict[str, float]:
     return {phase: (total(peak(phase, roles, engine)[0]) - memory.CONTEXTS_GIB * GIB) / GIB for phase in phases}
 
 
-def main() -> None:
-    case = json.loads(sys.argv[1])
-    card.load(case["library"])
-    os.environ.update({"WANDB_MODE": "disabled", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"})
+def rehearse(case: dict[str, Any]) -> dict[str, Any]:
+    """What happened in a step of the case. Leaves the stand-ins in place."""
+    from verl.trainer.estimate import read_model
+
+    gpu_gib = case.get("gpu_gib", 80)
     with tempfile.TemporaryDirectory() as folder:
         path = model_folder(Path(folder), case["recipe"].split("-")[1], case.get("layers"))
-        rehearsal = Rehearsal(case, None)
+        rehearsal = Rehearsal(case)
         config = configuration(case, path, f"{folder}/run")
-        shape = json.loads((Path(path) / "config.json").read_text())
-        from verl.trainer.estimate import read_model
-
         sizes, _ = read_model(config.actor_rollout_ref.model, "lm")
-        estimate = estimated(config, case.get("gpu_gib", 80))
+        estimate = estimated(config, gpu_gib)
         rehearsal.put_in_place(2 * sizes.params)
         rehearsal.train(config)
-    result = {
+    return {
         "events": rehearsal.events,
         "timeline": rehearsal.timeline,
         "collectives": rehearsal.collectives,
@@ -266,12 +268,37 @@ def main() -> None:
         "parameters": rehearsal.parameters,
         "moments": rehearsal.moments,
         "estimate": estimate,
-        "tied": shape["tie_word_embeddings"],
-        "layers": shape["num_hidden_layers"],
     }
-    sys.stdout.write("\n" + json.dumps(result) + "\n")
-    sys.stdout.flush()
-    os._exit(0)  # engines have threads that wait for ever
+
+
+def in_a_fork(case: dict[str, Any], path: str) -> None:
+    """Rehearses in a process that ends with it; writes the result to `path`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            result = rehearse(case)
+        except BaseException:
+            result = {"error": traceback.format_exc()}
+        Path(path).write_text(json.dumps(result))
+        os._exit(0)  # engines have threads that wait for ever
+    os.waitpid(child, 0)
+
+
+def main() -> None:
+    """Rehearses the cases one after the other; the imports, which take longest, are shared."""
+    library, folder, *cases = sys.argv[1:]
+    card.load(library)
+    os.environ.update({"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"})
+    import vllm.distributed.weight_transfer.ipc_engine
+    import vllm.distributed.weight_transfer.nccl_engine
+    import vllm.v1.engine.async_llm
+
+    import verl.trainer.estimate
+    import verl.trainer.main_ppo
+    import verl.trainer.ppo.ray_trainer  # noqa: F401
+
+    for number, case in enumerate(cases):
+        in_a_fork(json.loads(case), f"{folder}/{number}.json")
 
 
 if __name__ == "__main__":
