@@ -369,4 +369,3 @@ def card_mode(memory: Memory, log_collective: Callable[[str, list[Any]], None]) 
     patch_fsdp(memory)
     resized(memory, lambda storage: storage._cdata in tensors_on_card)
     return mode
-

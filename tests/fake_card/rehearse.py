@@ -166,10 +166,11 @@ class Rehearsal:
         reductions.rebuild_cuda_tensor = lambda handle, *_: exports[handle]
         nccl_engine.open_trainer_endpoint = lambda info: engine.Group(self.engines, 0, info.world_size)
         async_llm.AsyncLLM = self.engines  # pyright: ignore
-        ranks.Wire(lambda what: self.log("rank", what))
+        ranks.no_peers(lambda what: self.log("rank", what))
         ranks.models_without_weights()
         worker_group.ray = cluster.Cluster()  # pyright: ignore
-        worker_group.WorkerHost = ranks.host_class(self.mode, self.memory, self.log)
+        ranks.Host.mode, ranks.Host.memory, ranks.Host.log = self.mode, self.memory, self.log
+        worker_group.WorkerHost = ranks.Host  # pyright: ignore
         worker_group.RayResourcePool.get_placement_group = lambda self: None  # pyright: ignore
         worker_group.PlacementGroupSchedulingStrategy = lambda *_, **__: None  # pyright: ignore
         worker_group.NodeAffinitySchedulingStrategy = lambda *_, **__: None  # pyright: ignore
@@ -291,7 +292,7 @@ def main() -> None:
     os.environ.update({"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"})
     import vllm.distributed.weight_transfer.ipc_engine
     import vllm.distributed.weight_transfer.nccl_engine
-    import vllm.v1.engine.async_llm
+    import vllm.v1.engine.async_llm  # noqa: F401
 
     import verl.trainer.estimate
     import verl.trainer.main_ppo
