@@ -142,7 +142,7 @@ class Rehearsal:
         import vllm.distributed.weight_transfer.packed_tensor as packed
         import vllm.v1.engine.async_llm as async_llm
 
-        from tests.fake_card import cluster, engine, ranks
+        from tests.fake_card import cluster, engine, mode, ranks
         from verl.single_controller import worker_group
         from verl.trainer.ppo import rollout
 
@@ -151,7 +151,8 @@ class Rehearsal:
         if self.case.get("dies_at"):
             self.engines.dies_at = tuple(self.case["dies_at"])
         card.plug_in(self.memory, lambda: engine.UUID.format(self.engines.gpu), lambda what: self.log("rank", what))
-        self.mode = card.card_mode(self.memory, self.log_collective)
+        self.mode = mode.CardMode(self.memory, self.log_collective)
+        mode.put_in_place(self.mode)
 
         exports: Any = weakref.WeakValueDictionary()
         """What CUDA IPC shares, by handle; it lives as long as the trainer keeps it."""
