@@ -96,7 +96,7 @@ def test_all_engines_do_the_same(case):
 
 @pytest.mark.parametrize("case", COLOCATED, indirect=True)
 def test_every_message_of_the_training_is_on_the_card(case):
-    """And of the dtypes that were meant. With offload only the norm of the gradient is summed on the host: a few bytes."""
+    """And of the dtypes that were meant. With offload the norm of the gradient is summed on the host: some bytes."""
     host = {key: size for key, size in case.collectives.items() if " cpu " in key}
     assert all(size < 2**20 for size in host.values()), host
     assert bool(host) == (case.name == "offload")
