@@ -45,9 +45,10 @@ def model_folder(folder: Path, size: str, layers: int | None) -> str:
 
     from tests.models import make_tokenizer
 
-    shape = SHAPES[size] | ({"num_hidden_layers": layers} if layers else {})
+    shape: dict[str, Any] = SHAPES[size] | ({"num_hidden_layers": layers} if layers else {})
     make_tokenizer(folder)
-    Qwen2Config(**shape, max_position_embeddings=32_768).save_pretrained(folder)
+    made: Any = Qwen2Config
+    made(**shape, max_position_embeddings=32_768).save_pretrained(folder)
     return str(folder)
 
 
@@ -114,7 +115,7 @@ class Rehearsal:
 
     def __init__(self, case: dict[str, Any]) -> None:
         self.events: list[tuple[str, str]] = []
-        self.timeline: list[tuple[str, float, float, float, float]] = []
+        self.timeline: list[tuple[Any, ...]] = []
         self.collectives: dict[str, int] = {}
         total = int(case.get("gpu_gib", 80) * GIB)
         self.memory = Memory(total, int(4 * GIB))
@@ -163,9 +164,9 @@ class Rehearsal:
             exports[handle] = tensor
             return None, (handle, None, None, None, None, None, 0)
 
-        packed.reduce_tensor = reduce_tensor
+        packed.reduce_tensor = reduce_tensor  # pyright: ignore
         reductions.rebuild_cuda_tensor = lambda handle, *_: exports[handle]
-        nccl_engine.open_trainer_endpoint = lambda info: engine.Group(self.engines, 0, info.world_size)
+        nccl_engine.open_trainer_endpoint = lambda info: engine.Group(self.engines, 0, info.world_size)  # pyright: ignore
         async_llm.AsyncLLM = self.engines  # pyright: ignore
         ranks.no_peers(lambda what: self.log("rank", what))
         ranks.models_without_weights()
