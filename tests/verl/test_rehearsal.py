@@ -148,7 +148,7 @@ def test_the_card_holds_what_the_estimate_says(case):
     """Peaks of the first rank, in GiB; the rehearsal raises where trainer, its cache and the engine exceed the card."""
     peaks = {what.removeprefix("rank ").removesuffix(" done"): peak for what, _, _, peak, _ in case.timeline}
     log_probs = max(value for name, value in peaks.items() if ".compute_" in name)
-    assert log_probs == pytest.approx(case.estimate["log-probs"], rel=0.15)
+    assert 0.75 < log_probs / case.estimate["log-probs"] < 1.05
     for role in ("actor", *["critic"] * ("ppo" in case.name)):
         assert peaks[f"{role}.update_{role}"] == pytest.approx(case.estimate[f"{role} update"], rel=0.1)
     what, allocated, _, _, engine = case.timeline[-1]
@@ -173,7 +173,6 @@ def test_an_engine_that_dies_in_a_transfer_is_replaced_and_takes_the_weights(cas
 
 def test_what_torch_freed_is_not_an_engines_before_the_cache_is_emptied():
     memory = card.Memory(10, 1)
-    storage = SimpleNamespace(_cdata=1, nbytes=lambda: 6)
     memory.sizes, memory.allocated, memory.reserved = {1: 6}, 6, 6
     memory._forget(1)
     assert memory.allocated == 0 and memory.free == 3
@@ -182,7 +181,7 @@ def test_what_torch_freed_is_not_an_engines_before_the_cache_is_emptied():
     memory.empty_cache()
     memory.take("weights", 4)
     with pytest.raises(card.OutOfMemory):
-        memory.note(SimpleNamespace(_cdata=2, nbytes=lambda: 6, __weakref__=storage))
+        memory.note(torch.empty(6, dtype=torch.uint8).untyped_storage())
 
 
 def test_trajectories_fill_a_micro_batch():
