@@ -49,15 +49,13 @@ class Asker:
 
     async def start(self) -> None:
         """Builds the engine. Raises ConfigError when something that is needed is not there."""
-        if problems := environment_problems(self.config, self.agent):
-            raise ConfigError(problems)
         model, rollout = self.config.actor_rollout_ref.model, self.config.actor_rollout_ref.rollout
+        if problems := environment_problems(self.config, self.agent, rollout.tensor_model_parallel_size):
+            raise ConfigError(problems)
         if rollout.name == "openai":
             self.engines = OpenAIEngine(rollout.endpoint, model.path, self.tokenizer)
             return
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() and self.config.trainer.device != "cpu" else "cpu"
+        device = self.config.device
         gpus = [str(i) for i in range(rollout.tensor_model_parallel_size)] if device == "cuda" else []
         self.server = VLLMServer(
             rollout, model, max_model_len=self.config.max_model_len, device=device, replica_rank=0, num_replicas=1,

@@ -200,7 +200,10 @@ def set_depth(index: Any, nprobe: int, ef_search: int) -> None:
 def to_gpus(index: Any) -> Any:
     """The index in half precision, its vectors divided over all GPUs. Raises CorpusError with a CPU build of FAISS."""
     if not hasattr(faiss, "index_cpu_to_all_gpus"):
-        raise CorpusError("--faiss_gpu: this FAISS has no GPU support; pip install faiss-gpu-cu12 instead of faiss-cpu")
+        raise CorpusError(
+            "--faiss_gpu: this FAISS is the build for the CPU: pip uninstall faiss-cpu, then "
+            "pip install -e '.[dense-gpu]' in the project's folder (both builds fill the same folder)"
+        )
     options = faiss.GpuMultipleClonerOptions()
     options.useFloat16, options.shard = True, True
     return faiss.index_cpu_to_all_gpus(index, co=options)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from verl.utils import device
 from verl.utils.endpoint import check_endpoint
 from verl.workers.config import ModelConfig
 
@@ -154,15 +155,45 @@ def endpoint_problems(config: "PPOConfig") -> list[str]:
     return problems
 
 
-def environment_problems(config: "PPOConfig", agent: Any) -> list[str]:
-    """A model that cannot hold a trajectory, an endpoint or a retriever that does not answer."""
+def environment_problems(config: "PPOConfig", agent: Any, gpus: int) -> list[str]:
+    """GPUs that cannot be used, a model that cannot hold a trajectory, an endpoint or a retriever that does not answer.
+
+    `gpus`: how many a run on CUDA needs on this machine, 0 if they are elsewhere.
+    """
     rollout = config.actor_rollout_ref.rollout
     if rollout.name == "openai":
         problem = check_endpoint(rollout.endpoint)
         problems = [f"actor_rollout_ref.rollout.endpoint.url: {problem}"] if problem else []
     else:
-        problems = context_problems(config) + packing_problems(config) + critic_problems(config)
+        problems = device_problems(config, gpus)
+        problems += context_problems(config) + packing_problems(config) + critic_problems(config)
     return problems + agent.preflight()
+
+
+def device_problems(config: "PPOConfig", gpus: int) -> list[str]:
+    """Whether this machine can run what trainer.device asks for; `auto` never means the CPU where a GPU is meant."""
+    wanted = config.trainer.device
+    if wanted == "cpu":
+        return [cpu_problem()] if device.has_cuda_engine() else []
+    if gpus == 0 and wanted == "cuda":
+        return []
+    if config.device == "cpu" and not device.gpu_is_meant():
+        return []
+    problems: list[str] = []
+    if unusable := device.cuda_problem() or device.toolchain_problem():
+        instead = "" if device.has_cuda_engine() else "; trainer.device=cpu trains on the CPU"
+        problems.append(f"trainer.device={wanted}: {unusable}{instead}")
+    elif missing := device.visible_problem(gpus):
+        problems.append(f"trainer.n_gpus_per_node={config.trainer.n_gpus_per_node}: {missing}")
+    return problems
+
+
+def cpu_problem() -> str:
+    """What is wrong with a run on the CPU where the packages are those for GPUs."""
+    return (
+        "trainer.device=cpu: the installed vLLM is the build for CUDA, which cannot run on the CPU: make an "
+        f"environment for the CPU ({device.CPU_ENVIRONMENT})"
+    )
 
 
 def hf_config_of(model: ModelConfig) -> Any:

@@ -25,6 +25,8 @@ class DataConfig(Config):
     """Parquet files of training questions."""
     val_files: list[str]
     """Parquet files of held-out questions."""
+    made_by: str | None = None
+    """Command that makes these files, named by the error where one is missing; null: nobody knows."""
     train_batch_size: PositiveInt = 512
     """Prompts per training step."""
     max_start_length: PositiveInt = 2048

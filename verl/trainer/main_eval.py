@@ -43,7 +43,7 @@ def run_eval(raw: dict[str, Any]) -> Path:
     raw["actor_rollout_ref"]["rollout"]["load_format"] = "auto"  # no weight sync will bring the weights
     config, tokenizer, agent, _ = prepare(raw)
     val_set = load_val_set(config, tokenizer)
-    check_environment(config, agent)
+    check_environment(config, agent, config.trainer.n_gpus_per_node)
     path = Path(config.trainer.default_local_dir) / RESULT
     identify(config, val_set, path.with_suffix(".meta.json"))
     write_config(raw, config)

@@ -88,7 +88,7 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     check_trainable(config, agent)
     train_set = load_dataset(config, tokenizer, config.data.train_files, config.data.train_data_num)
     val_set = load_val_set(config, tokenizer)
-    check_environment(config, agent)
+    check_environment(config, agent, gpus_here(config))
     write_config(raw, config)
     train(config, tokenizer, agent, reward, train_set, val_set, stop)
 
@@ -110,10 +110,17 @@ def prepare(raw: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
 
 
 def load_dataset(config: Any, tokenizer: Any, files: Any, limit: int | None) -> Any:
-    """The questions of `files`, `limit` of them if it is given. Raises DataError naming file and row."""
+    """The questions of `files`, `limit` of them if it is given. Raises DataError naming file and row.
+
+    For a missing file it names the command that makes it, if the configuration knows one.
+    """
     from verl.utils.dataset import RLHFDataset
+    from verl.utils.errors import DataError
 
     data = config.data
+    missing = [path for path in files if not Path(path).is_file()]
+    if missing and data.made_by:
+        raise DataError(f"{missing[0]}: no such file. It is made by: {data.made_by}")
     return RLHFDataset(files, tokenizer, data.max_start_length, limit or -1, data.apply_chat_template_kwargs)
 
 
@@ -128,12 +135,21 @@ def load_val_set(config: Any, tokenizer: Any) -> Any:
     return val_set
 
 
-def check_environment(config: Any, agent: Any) -> None:
-    """Raises ConfigError when what the run needs beside its configuration is not there."""
+def gpus_here(config: Any) -> int:
+    """GPUs that a training on one machine needs there; 0 when a cluster has them."""
+    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+    if trainer.ray_address is not None:
+        return 0
+    engines = 0 if config.actor_rollout_ref.hybrid_engine else rollout.nnodes * rollout.n_gpus_per_node
+    return trainer.nnodes * trainer.n_gpus_per_node + engines
+
+
+def check_environment(config: Any, agent: Any, gpus: int) -> None:
+    """Raises ConfigError when what the run needs beside its configuration is not there, such as `gpus` GPUs."""
     from verl.trainer.checks import environment_problems
     from verl.utils.errors import ConfigError
 
-    if problems := environment_problems(config, agent):
+    if problems := environment_problems(config, agent, gpus):
         raise ConfigError(problems)
 
 

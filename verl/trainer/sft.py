@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from verl.protocol import DataProto
 from verl.single_controller.worker import init_process_group, seed_everything
+from verl.utils import device
 from verl.utils.checkpoint import save_pretrained
 from verl.utils.config import Config
 from verl.utils.dataset import ResumableSampler
@@ -175,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples = read_examples(config.train_files)
     except (ValidationError, DataError) as error:
         sys.exit(f"error: {error}")
+    if device.has_cuda_engine() and (problem := device.cuda_problem()):
+        sys.exit(f"error: {problem}")  # an environment for GPUs is not there to train on the CPU
     start_process_group()
     seed_everything(config.seed)
     trainer = SFTTrainer(config)

@@ -3,7 +3,6 @@
 One row holds all sequences of a micro-batch, one after the other; `cu_seq_lens` [n + 1] says where each starts.
 """
 
-import importlib.util
 from inspect import signature
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import flash_attention_mask
+from transformers.utils import is_flash_attn_2_available
 
 PACKED = "packed"
 """Name of `packed_attention` among the attention implementations of transformers."""
@@ -22,10 +22,12 @@ NAMES_GROUPS = "enable_gqa" in signature(varlen.varlen_attn).parameters
 def choose_attention(config: PretrainedConfig, on_gpu: bool, dtype: torch.dtype) -> str:
     """flash_attention_2 where it is installed and the dtype allows it, else torch's own attention, packed.
 
+    On a GPU the latter runs the same kernel, which torch carries. What counts as installed is said by transformers: its
+    flash_attention_2 does not work with other packages whose module is flash_attn, such as flash-attn-4.
     Models that cap their attention scores (Gemma 2) get eager attention instead of the latter: torch's kernels cannot
     do that. Its memory grows with the square of a micro-batch's tokens.
     """
-    if on_gpu and dtype != torch.float32 and importlib.util.find_spec("flash_attn") is not None:
+    if on_gpu and dtype != torch.float32 and is_flash_attn_2_available():
         return "flash_attention_2"
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else PACKED
 
