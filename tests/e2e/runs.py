@@ -52,6 +52,7 @@ def arguments(folder: Path, model: Path, **more: Any) -> list[str]:
         "actor_rollout_ref.ref.fsdp_config.dtype": "float32",
         "actor_rollout_ref.ref.fsdp_config.model_dtype": "float32",
         "actor_rollout_ref.rollout.dtype": "float32",
+        "trainer.device": "cpu",
         "trainer.n_gpus_per_node": 1,
         "data.max_obs_length": 128,
         "max_turns": 2,

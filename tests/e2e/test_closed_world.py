@@ -16,6 +16,8 @@ from tests.retrieval import retrieval_server
 from verl.workers.config import ModelConfig, RolloutConfig
 from verl.workers.rollout.vllm_server import VLLMServer
 
+pytestmark = pytest.mark.cpu_engine
+
 BASE = Path(__file__).parents[2] / "data" / "closed_world" / "base"
 
 

@@ -14,6 +14,8 @@ from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import ROOT, arguments
 from tests.retrieval import retrieval_server
 
+pytestmark = pytest.mark.cpu_engine
+
 BASE = Path(__file__).parents[2] / "data" / "closed_world" / "base"
 QUESTIONS, SAMPLES = 300, 2
 

@@ -15,6 +15,8 @@ from tests.e2e.runs import ROOT
 from tests.retrieval import retrieval_server
 from verl.utils.dataset import read_parquet
 
+pytestmark = pytest.mark.cpu_engine
+
 BASE = ROOT / "data" / "closed_world" / "base"
 
 

@@ -76,6 +76,7 @@ def test_a_file_without_questions_is_named(retriever, repository, tmp_path):
         ask({}, retriever, "--questions", str(questions), "--out", str(tmp_path / "a.jsonl"))
 
 
+@pytest.mark.cpu_engine
 def test_a_real_engine_answers(retriever, tmp_path):
     rollout = ["actor_rollout_ref.rollout.dtype=float32", "actor_rollout_ref.rollout.cpu_kvcache_gb=0.2"]
     budgets = [

@@ -20,6 +20,8 @@ from tests.retrieval import retrieval_server, write_corpus
 from verl.protocol import DataProto
 from verl.utils.dataset import ResumableSampler
 
+pytestmark = pytest.mark.cpu_engine
+
 UNCOMPARED = ("timing_s/", "perf/", "latency")
 """Metrics that are times."""
 

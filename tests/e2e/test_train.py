@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.e2e.runs import arguments, metrics, train
 from tests.models import make_tiny_qwen2
 
+pytestmark = pytest.mark.cpu_engine
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -21,6 +21,8 @@ from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
+pytestmark = pytest.mark.cpu_engine
+
 MARK = "SEARCH_R1_TEST_MARK"
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.models import make_tiny_qwen2
 
+pytestmark = pytest.mark.cpu_engine
+
 ROOT = Path(__file__).parents[3]
 
 SERVER = """

@@ -29,6 +29,8 @@ from verl.workers.reference import ReferenceWorker
 from verl.workers.rollout.vllm_server import VLLMServer
 from verl.workers.rollout.weight_sync import has_head, write_weights
 
+pytestmark = pytest.mark.cpu_engine
+
 torch.set_num_threads(1)
 FAMILIES: dict[str, type[transformers.PreTrainedConfig]] = {
     "qwen2.5": transformers.Qwen2Config,

@@ -17,6 +17,8 @@ from verl.workers.config import ModelConfig, RolloutConfig
 from verl.workers.rollout.vllm_server import VLLMServer
 from verl.workers.rollout.weight_sync import write_engine_model, write_weights
 
+pytestmark = pytest.mark.cpu_engine
+
 torch.set_num_threads(1)
 ATTENTION = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj"]
 OTHERS = ["gate_proj", "up_proj", "down_proj", "input_layernorm", "post_attention_layernorm", "model.norm", "lm_head"]
