@@ -33,7 +33,7 @@ DEVICE="${SETUP_DEVICE:-}"
 [[ "$DEVICE" == gpu || "$DEVICE" == cpu ]] || fail "SETUP_DEVICE=$DEVICE: gpu or cpu"
 
 problem_of() {  # problem_of PYTHON CALL: exits with status 1 and a message where a check of verl/utils/device.py finds something
-  PYTHONPATH="$ROOT" "$1" -c "import sys; from verl.utils import device; sys.exit(device.$2)"
+  PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$1" -c "import sys; from verl.utils import device; sys.exit(device.$2)"
 }
 
 find_python() {  # sets BASE to a Python that can make an environment

@@ -13,12 +13,15 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "triton", "vllm", "transformers", "ray", "flashinfer-python", "faiss-gpu", "sentence-transformers")
 OWN = ("verl", "search_r1")
+MODEL = "data/closed_world/base"
+"""Folder of any model, whose configuration the engine's arguments read."""
 MODULES = (
     "torch.nn.attention.varlen",
     "torch.distributed.fsdp",
@@ -138,7 +141,7 @@ def engine_arguments() -> None:
     for colocated in (True, False):
         server = VLLMServer(
             RolloutConfig(),
-            ModelConfig(path="model"),
+            ModelConfig(path=MODEL),
             max_model_len=64,
             device="cuda",
             colocated=colocated,
@@ -158,24 +161,24 @@ def sampling_parameters() -> None:
     from verl.workers.config import ModelConfig, RolloutConfig
     from verl.workers.rollout.vllm_server import VLLMServer
 
+    class Reached(Exception):
+        pass
+
     class Engine:
-        """Stops the request where the engine would begin."""
+        """Ends the request where the engine would begin."""
 
         def generate(self, prompt: Any, params: Any, request_id: str) -> Any:
             if not isinstance(params, SamplingParams):
                 raise TypeError(f"not SamplingParams: {params}")
-            raise StopAsyncIteration
+            raise Reached
 
     server = VLLMServer(
-        RolloutConfig(), ModelConfig(path="model"), max_model_len=64, device="cuda", replica_rank=0, num_replicas=1
+        RolloutConfig(), ModelConfig(path=MODEL), max_model_len=64, device="cuda", replica_rank=0, num_replicas=1
     )
     server.engine = Engine()
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": 8, "stop": ["a"], "seed": 0}
-    try:
+    with suppress(Reached):
         asyncio.run(server.generate("0", [1], {**sampling, "log_probs": True}))
-    except RuntimeError as error:  # what a coroutine makes of StopAsyncIteration
-        if not isinstance(error.__cause__, StopAsyncIteration):
-            raise
 
 
 def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
