@@ -80,6 +80,7 @@ SIGNATURES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     (f"{TRANSFER}.factory:WeightTransferTrainerFactory.trainer_init", 1, ("client", "source")),
     ("faiss:index_cpu_to_all_gpus", 1, ("co",)),
     ("faiss:read_index", 2, ()),
+    ("faiss:get_num_gpus", 0, ()),
 )
 ATTRIBUTES = (
     f"{TRANSFER}.base:WeightSource.metadata",

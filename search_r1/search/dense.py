@@ -198,12 +198,17 @@ def set_depth(index: Any, nprobe: int, ef_search: int) -> None:
 
 
 def to_gpus(index: Any) -> Any:
-    """The index in half precision, its vectors divided over all GPUs. Raises CorpusError with a CPU build of FAISS."""
-    if not hasattr(faiss, "index_cpu_to_all_gpus"):
+    """The index in half precision, its vectors divided over all GPUs.
+
+    Raises CorpusError where FAISS is the build for the CPU, or sees no GPU.
+    """
+    if not hasattr(faiss, "StandardGpuResources"):  # the functions around it are in both builds
         raise CorpusError(
             "--faiss_gpu: this FAISS is the build for the CPU: pip uninstall faiss-cpu, then "
             "pip install -e '.[dense-gpu]' in the project's folder (both builds fill the same folder)"
         )
+    if faiss.get_num_gpus() == 0:
+        raise CorpusError("--faiss_gpu: FAISS sees no GPU (CUDA_VISIBLE_DEVICES, nvidia-smi)")
     options = faiss.GpuMultipleClonerOptions()
     options.useFloat16, options.shard = True, True
     return faiss.index_cpu_to_all_gpus(index, co=options)

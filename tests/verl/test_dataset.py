@@ -1,10 +1,13 @@
 """Question files: what is wrong is named with file and row; a fixed sample is the same whatever stands beside it."""
 
+from types import SimpleNamespace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests.models import make_tokenizer
+from verl.trainer.main_ppo import load_dataset
 from verl.utils.dataset import RLHFDataset, sample_per_source
 from verl.utils.errors import DataError
 
@@ -45,6 +48,16 @@ def test_bad_files_are_named(tmp_path):
     for name, message in cases.items():
         with pytest.raises(DataError, match=f"{name}: {message}"):
             RLHFDataset([str(tmp_path / name)], tokenizer, 50)
+
+
+def test_missing_files_name_the_command_that_makes_them(tmp_path):
+    data = SimpleNamespace(made_by="python make.py", max_start_length=50, apply_chat_template_kwargs={})
+    path = str(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train.parquet: no such file. It is made by: python make.py"):
+        load_dataset(SimpleNamespace(data=data), None, [path], None)
+    data.made_by = None
+    with pytest.raises(DataError, match=r"train.parquet: no such file$"):
+        load_dataset(SimpleNamespace(data=data), None, [path], None)
 
 
 def test_a_sample_is_fixed_by_its_seed_and_does_not_depend_on_other_sets(tmp_path):
