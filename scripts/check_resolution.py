@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = index_flags(settings)
     wanted = [(device, python) for device in ([args.device] if args.device else EXTRAS) for python in PYTHONS]
     with ThreadPoolExecutor() as pool:  # they wait for the index most of the time
-        problems = list(pool.map(lambda pair: resolve(*pair, flags, environment), wanted))
+        problems = list(pool.map(lambda pair: resolve(pair[0], pair[1], flags, environment), wanted))
     for (device, python), problem in zip(wanted, problems, strict=True):
         sys.stdout.write(f".[{','.join(EXTRAS[device])}] for Python {python}: {problem or 'resolves'}\n")
     return int(any(problems))
