@@ -92,7 +92,7 @@ class SFTTrainer:
             right = (log_probs > -0.6931) & rows.batch["watch_mask"].bool()
             return -trained.sum() / counts.num_tokens, {"watched": right.sum() / watched}
 
-        budget = Budget(self.config.max_token_len_per_gpu)
+        budget = Budget.of(self.state.model, self.config.max_token_len_per_gpu)
         return update_mini_batches(self.state, rows, loss_fn, epochs=1, budget=budget, grad_clip=self.config.grad_clip)
 
     def save(self, path: str) -> None:

@@ -77,8 +77,9 @@ class ActorWorker(TrainedWorker):
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """old_log_probs [B, R] under the present weights, at the sampling temperature."""
         rollout = self.rollout
-        budget = Budget(rollout.log_prob_max_token_len_per_gpu, rollout.log_prob_micro_batch_size_per_gpu)
-        forward = partial(log_probs_of_rows, self.state.model, temperature=rollout.temperature)
+        model = self.state.model
+        budget = Budget.of(model, rollout.log_prob_max_token_len_per_gpu, rollout.log_prob_micro_batch_size_per_gpu)
+        forward = partial(log_probs_of_rows, model, temperature=rollout.temperature)
         return DataProto({"old_log_probs": map_micro_batches(data, budget, self.device, forward)})
 
     @register(
@@ -105,7 +106,9 @@ class ActorWorker(TrainedWorker):
             data.to(self.device),
             loss_fn,
             epochs=self.config.ppo_epochs,
-            budget=Budget(self.config.ppo_max_token_len_per_gpu, self.config.ppo_micro_batch_size_per_gpu),
+            budget=Budget.of(
+                self.state.model, self.config.ppo_max_token_len_per_gpu, self.config.ppo_micro_batch_size_per_gpu
+            ),
             grad_clip=self.config.grad_clip,
         )
 

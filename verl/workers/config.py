@@ -32,6 +32,9 @@ class ModelConfig(Config):
     """Adapters are scaled by lora_alpha / lora_rank."""
     target_modules: str | list[str] = "all-linear"
     """Names of the linear layers that get adapters."""
+    pack_rows: bool | None = None
+    """Whether trajectories share a forward pass. Null: if a probe on a shallow random copy of the model shows that they
+    stay apart; otherwise each passes alone, which is exact and slower. True: without a probe."""
     override_config: dict[str, Any] = {}
     """Entries of the Hugging Face config to replace, in training and in the engine (for instance rope_parameters);
     attn_implementation chooses the attention of the training."""

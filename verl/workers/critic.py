@@ -20,8 +20,8 @@ class CriticWorker(TrainedWorker):
     def __init__(self, config: CriticConfig, total_steps: int) -> None:
         super().__init__()
         self.config = config
-        self.budget = Budget(config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu)
         model = build_model(config.model, "value", config.fsdp_config, self.mesh)
+        self.budget = Budget.of(model, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu)
         self.hold(build_train_state(model, config.optim, total_steps, config.fsdp_config))
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)

@@ -6,21 +6,20 @@ One code path for 1..N ranks, nccl or gloo.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
 from verl.utils.torch_functional import at_least_float32
-from verl.workers.attention import choose_attention
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 from verl.workers.lora import add_adapters, merged, scaling
-
-Head = Literal["lm", "value"]
+from verl.workers.packing import forget_lengths, packing_of
+from verl.workers.shallow import Head
 
 
 @dataclass
@@ -58,12 +57,13 @@ def build_model(config: ModelConfig, head: Head, fsdp: FSDPConfig, mesh: DeviceM
     """The sharded model, in evaluation mode (no dropout: log-probs before and after the update must agree).
 
     Every rank reads the weights to host memory and keeps its shard. A value head is a new linear layer, the same on all
-    ranks because rank 0's seed initialises it.
+    ranks because rank 0's seed initialises it. `model.packs_rows` says whether rows may share a forward pass. Raises
+    ConfigError for a model that cannot be trained here.
     """
     dtype = getattr(torch, fsdp.model_dtype)
-    hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    attention = choose_attention(hf_config, mesh.device_type == "cuda", getattr(torch, fsdp.dtype))
-    overrides = {"attn_implementation": attention} | {k: v for k, v in config.override_config.items() if v is not None}
+    packing = packing_of(config, head, mesh.device_type == "cuda", getattr(torch, fsdp.dtype))
+    overrides = {k: v for k, v in config.override_config.items() if v is not None}
+    overrides["attn_implementation"] = packing.attention
     auto = AutoModelForCausalLM if head == "lm" else AutoModelForTokenClassification
     extra: dict[str, Any] = {} if head == "lm" else {"num_labels": 1}
     with torch.random.fork_rng(devices=[]):
@@ -75,16 +75,36 @@ def build_model(config: ModelConfig, head: Head, fsdp: FSDPConfig, mesh: DeviceM
             model = add_adapters(model, config)
     model.config.use_cache = False
     model.eval()
+    forget_lengths(model)
     layers = decoder_layers(model)
-    if config.enable_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in layers:
-            layer.training = True  # of the layer alone: it checkpoints only while training; its parts keep no dropout
     if config.use_torch_compile:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)  # the hooks of FSDP stay outside
+    if config.enable_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers:
+            checkpoint_in_evaluation(layer)
     shard(model, layers, fsdp, mesh)
+    model.packs_rows = packing.packs  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return model
+
+
+def checkpoint_in_evaluation(layer: torch.nn.Module) -> None:
+    """Lets a layer checkpoint, which transformers' layers do only while training, and compute as in evaluation.
+
+    Some families ask the layer itself whether to drop out (OPT) or to add noise, so it says so only until it computes.
+    """
+    compute = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        layer.training = False
+        try:
+            return compute(*args, **kwargs)
+        finally:
+            layer.training = True
+
+    layer.forward = forward
+    layer.training = True
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import balance
@@ -39,6 +40,11 @@ class Budget:
 
     max_tokens: int
     max_rows: int | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, max_tokens: int, max_rows: int | None = None) -> "Budget":
+        """One row where the rows of this model may not share a pass (`packing.py`)."""
+        return cls(max_tokens, max_rows if getattr(model, "packs_rows", True) else 1)
 
 
 def micro_batches(lengths: list[int], budget: Budget, at_least: int = 1) -> list[list[int]]:

@@ -1,0 +1,190 @@
+"""Whether trajectories may share a forward pass of a model: decided by trying it.
+
+Most families keep packed rows apart. Recurrent layers carry one row's state into the next, some attention looks past
+the borders, some kinds of RoPE depend on the longest row; nothing in a configuration says so reliably.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from verl.protocol import DataProto
+from verl.utils.errors import ConfigError
+from verl.workers.attention import PACKED, choose_attention
+from verl.workers.config import ModelConfig
+from verl.workers.forward import forward_log_probs, forward_values
+from verl.workers.shallow import LENGTH_DEPENDENT, WINDOW, Head, rope_kinds, rope_limit, shallow_model
+
+BOUND = 1e-3
+"""Largest difference of a log-prob or value, in float32, that passes for rounding."""
+LENGTHS = (11, 29, 17)
+"""Tokens of the rows of a probe: the short ones stand before and behind a longer one."""
+PROMPT = 3
+OTHERS = ("sdpa", "eager")
+"""Implementations of transformers that are tried, a row at a time, where the chosen one does not do."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows go through a model, and what the probe saw."""
+
+    attention: str
+    """Attention implementation of transformers."""
+    packs: bool
+    """Whether rows may share a forward pass; otherwise each passes alone."""
+    reason: str = ""
+    """What was tried before and how far it was from the model's plain forward pass: nats, or units of the value."""
+
+
+def packing_of(
+    config: ModelConfig, head: Head, on_gpu: bool, dtype: torch.dtype, longest: int | None = None
+) -> Packing:
+    """How rows of this model go through it. `longest`: most tokens of a row, where that is known.
+
+    `pack_rows`, where it is set, is taken at its word. Raises ConfigError for a model that is not causal, or cannot be
+    run the way that training runs models.
+    """
+    hf_config = AutoConfig.from_pretrained(
+        config.path, trust_remote_code=config.trust_remote_code, **config.architecture
+    )
+    chosen = config.override_config.get("attn_implementation")
+    attention = chosen or choose_attention(hf_config, on_gpu, dtype)
+    if config.pack_rows is not None:
+        return Packing(attention, config.pack_rows, reason="" if config.pack_rows else "model.pack_rows=false")
+    try:
+        probe = Probe(hf_config, head, longest, config.trust_remote_code)
+    except Exception as error:
+        raise ConfigError([f"model.path={config.path}: transformers cannot build it: {_first_line(error)}"]) from error
+    found = probe.decide(_on_cpu(attention), also=() if chosen else OTHERS)
+    if isinstance(found, str):
+        raise ConfigError([f"model.path={config.path}: {hf_config.model_type} {found}"])
+    return found if found.attention != _on_cpu(attention) else replace(found, attention=attention)
+
+
+def decided(config: ModelConfig, packing: Packing) -> ModelConfig:
+    """`config` with the decision in it, so that no process has to probe again."""
+    override = config.override_config | {"attn_implementation": packing.attention}
+    return config.model_copy(update={"pack_rows": packing.packs, "override_config": override})
+
+
+class Probe:
+    """A shallow random copy of a model, rows for it, and what its plain forward pass makes of each row alone."""
+
+    def __init__(
+        self, hf_config: PretrainedConfig, head: Head, longest: int | None = None, trust_remote_code: bool = False
+    ) -> None:
+        kinds = rope_kinds(hf_config) & set(LENGTH_DEPENDENT)
+        stretched = bool(kinds) and (longest is None or longest > rope_limit(hf_config))
+        self.head: Head = head
+        self.model = shallow_model(
+            hf_config, head, stretched_rope=stretched, trust_remote_code=trust_remote_code
+        )
+        forget_lengths(self.model)
+        self.rows = _ragged_rows(self.model.config.get_text_config().vocab_size)
+
+    @torch.no_grad()
+    def decide(self, attention: str, also: Sequence[str] = OTHERS) -> Packing | str:
+        """The first way that gives what the plain forward pass gives, packed before alone; or why there is none."""
+        try:
+            _use(self.model, "eager")
+            if not self._is_causal():
+                return "is not causal: its states depend on what comes after (an encoder?)"
+            truth = self._plain()
+        except Exception as error:
+            return f"does not run in a plain forward pass: {_first_line(error)}"
+        ways = [(attention, True), (attention, False), *((name, False) for name in also if name != attention)]
+        seen: list[str] = []
+        for name, packs in ways:
+            gap = self._gap(name, packs, truth)
+            if isinstance(gap, float) and gap <= BOUND:
+                return Packing(name, packs, "; ".join(seen))
+            what = f"differs by {gap:.2g}" if isinstance(gap, float) else f"fails ({gap})"
+            seen.append(f"{'rows in one pass' if packs else 'a row alone'} with attention {name} {what}")
+        return f"cannot be trained here: {'; '.join(seen)}, against its plain forward pass"
+
+    def _gap(self, attention: str, packs: bool, truth: torch.Tensor) -> float | str:
+        """How far this way is from the truth, or the error in which it ends."""
+        try:
+            _use(self.model, attention)
+            if packs:
+                return float((self._ours(self.rows) - truth).abs().max())
+            alone = torch.cat([self._ours(self.rows[[place]]) for place in range(len(self.rows))])
+            return float((alone - truth).abs().max())
+        except Exception as error:
+            return _first_line(error)
+
+    def _ours(self, rows: DataProto) -> torch.Tensor:
+        """[b, R] by the forward pass of training."""
+        if self.head == "value":
+            return forward_values(self.model, rows)
+        return forward_log_probs(self.model, rows, 1.0, with_entropy=False)[0]
+
+    def _plain(self) -> torch.Tensor:
+        """[b, R] by the model's own forward pass, a row at a time, without any argument but its tokens."""
+        result = torch.zeros(self.rows.batch["responses"].shape)
+        for place, length in enumerate(LENGTHS):
+            ids = torch.cat([self.rows.batch["prompts"][place], self.rows.batch["responses"][place]])[:length]
+            states = self.model(input_ids=ids[None], use_cache=False).logits[0, PROMPT - 1 : -1]
+            if self.head == "value":
+                values = states[:, 0]
+            else:
+                values = states.log_softmax(-1).gather(1, ids[PROMPT:, None])[:, 0]
+            result[place, : length - PROMPT] = values
+        return result
+
+    def _is_causal(self) -> bool:
+        """Whether the states of a row stay the same when its last tokens are others."""
+        ids = torch.cat([self.rows.batch["prompts"][1], self.rows.batch["responses"][1]])[None]
+        others = ids.clone()
+        others[:, -WINDOW:] = ids[:, :WINDOW]
+        states, changed = (
+            self.model(input_ids=tokens, use_cache=False).logits[0, :-WINDOW] for tokens in (ids, others)
+        )
+        return float((states - changed).abs().max()) <= BOUND
+
+
+def forget_lengths(model: PreTrainedModel) -> None:
+    """Lets dynamic RoPE depend on the present rows alone; transformers keeps the frequencies of the longest so far."""
+
+    def reset(module: Any, _: Any) -> None:
+        module.max_seq_len_cached = module.original_max_seq_len
+        module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
+
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.register_forward_pre_hook(reset)
+
+
+def _ragged_rows(vocab: int) -> DataProto:
+    """Rows of `LENGTHS` random tokens below `vocab`, trained on all but their prompts."""
+    generator = torch.Generator().manual_seed(0)
+    width = max(LENGTHS) - PROMPT
+    real = torch.tensor([[int(place < length - PROMPT) for place in range(width)] for length in LENGTHS])
+    tokens = torch.randint(2, vocab, (len(LENGTHS), PROMPT + width), generator=generator)
+    return DataProto.from_dict(
+        {
+            "prompts": tokens[:, :PROMPT],
+            "responses": tokens[:, PROMPT:],
+            "attention_mask": torch.cat([torch.ones(len(LENGTHS), PROMPT, dtype=torch.long), real], dim=1),
+            "response_mask": real,
+        }
+    )
+
+
+def _on_cpu(attention: str) -> str:
+    """What stands for an implementation on the CPU: kernels of a GPU do the same as `PACKED`."""
+    return PACKED if attention.startswith("flash") else attention
+
+
+def _use(model: PreTrainedModel, attention: str) -> None:
+    model.set_attn_implementation(attention)
+    if model.config._attn_implementation != attention:
+        raise ValueError(f"{type(model).__name__} does not take attention {attention}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
