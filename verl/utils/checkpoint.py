@@ -160,7 +160,7 @@ def save_pretrained(model: Any, parameters: Iterator[tuple[str, torch.Tensor]], 
     """Writes the model and its tokenizer in Hugging Face format, whole or not at all.
 
     The weights have the dtype that the config at `config.path` states, or else that of training.
-    A collective: `parameters` gathers on every rank. Other files in the folder stay.
+    A collective: `parameters`, as in a checkpoint, gathers on every rank. Other files in the folder stay.
     """
     dtype = source_dtype(config)
     weights = {n: p.to(dtype or p.dtype).cpu() for n, p in parameters if dist.get_rank() == 0}
@@ -170,7 +170,8 @@ def save_pretrained(model: Any, parameters: Iterator[tuple[str, torch.Tensor]], 
         pending = target.with_name(target.name + ".tmp")
         if pending.exists():
             shutil.rmtree(pending)
-        model.save_pretrained(pending, state_dict={k: v.contiguous() for k, v in weights.items()})
+        state = {k: v.contiguous() for k, v in weights.items()}
+        model.save_pretrained(pending, state_dict=state, save_original_format=False)  # their names are those already
         state_dtype(pending, next(iter(weights.values())).dtype)
         source = config.tokenizer_path or config.path
         AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code).save_pretrained(pending)

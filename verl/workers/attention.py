@@ -98,12 +98,11 @@ def _one_by_one(
         if sliding_window is not None and size > sliding_window:
             distance = torch.arange(size, device=q.device)[:, None] - torch.arange(size, device=q.device)
             mask = (distance >= 0) & (distance < sliding_window)
-        outputs.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
+        output = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)  # contiguous, as some families need it
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
 from verl.utils.torch_functional import at_least_float32
+from verl.workers.checkpoint_names import checkpoint_format
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
-from verl.workers.lora import add_adapters, merged, scaling
+from verl.workers.lora import add_adapters, base_model, merged, plain_name, scaling
 from verl.workers.packing import forget_lengths, packing_of
 from verl.workers.shallow import Head
 
@@ -145,9 +146,16 @@ def build_train_state(
 
 
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face names and whole tensors, adapters merged, gathered one by one. A collective: every rank must exhaust
-    it."""
-    return merged(dict(model.named_parameters()), scaling(model), whole)
+    """Names and whole tensors as in a checkpoint, adapters merged, gathered one by one. A collective: every rank must
+    exhaust it."""
+    return checkpoint_format(base_model(model), merged(dict(model.named_parameters()), scaling(model), whole))
+
+
+def full_shapes(model: PreTrainedModel) -> list[tuple[str, torch.Size]]:
+    """Names and shapes of what `full_parameters` gives, in its order, without gathering."""
+    named = ((plain_name(name), value) for name, value in model.named_parameters())
+    empty = ((name, torch.empty(value.shape, device="meta")) for name, value in named if name)
+    return [(name, tensor.shape) for name, tensor in checkpoint_format(base_model(model), empty)]
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

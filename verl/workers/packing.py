@@ -35,8 +35,10 @@ class Packing:
     """Attention implementation of transformers."""
     packs: bool
     """Whether rows may share a forward pass; otherwise each passes alone."""
+    gap: float = 0.0
+    """How far this way is from the model's plain forward pass of each row: nats, or units of the value."""
     reason: str = ""
-    """What was tried before and how far it was from the model's plain forward pass: nats, or units of the value."""
+    """What was tried before, and how far off it was."""
 
 
 def packing_of(
@@ -100,7 +102,7 @@ class Probe:
         for name, packs in ways:
             gap = self._gap(name, packs, truth)
             if isinstance(gap, float) and gap <= BOUND:
-                return Packing(name, packs, "; ".join(seen))
+                return Packing(name, packs, gap, "; ".join(seen))
             what = f"differs by {gap:.2g}" if isinstance(gap, float) else f"fails ({gap})"
             seen.append(f"{'rows in one pass' if packs else 'a row alone'} with attention {name} {what}")
         return f"cannot be trained here: {'; '.join(seen)}, against its plain forward pass"

@@ -32,16 +32,40 @@ from verl.workers.rollout.weight_sync import has_head, write_weights
 pytestmark = pytest.mark.cpu_engine
 
 torch.set_num_threads(1)
-FAMILIES: dict[str, type[transformers.PreTrainedConfig]] = {
-    "qwen2.5": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-    "llama3": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "gemma": transformers.GemmaConfig,
-    "gemma2": transformers.Gemma2Config,
-    "gemma3": transformers.Gemma3TextConfig,
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
 }
-NO_VALUE_HEAD = {"gemma3_text"}  # in transformers; the configuration refuses a critic of it (test_config.py)
+SLIDING = {"sliding_window": 16}
+GATED_DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+Family = tuple[type[transformers.PreTrainedConfig], dict[str, Any]]
+FAMILIES: dict[str, Family] = {
+    "qwen2.5": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {}),
+    "qwen3-moe": (
+        transformers.Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
+    "llama3": (transformers.LlamaConfig, {}),
+    "mistral": (transformers.MistralConfig, SLIDING),
+    "gemma": (transformers.GemmaConfig, {}),
+    "gemma2": (transformers.Gemma2Config, SLIDING),
+    "gemma3": (transformers.Gemma3TextConfig, SLIDING),
+    "qwen3.5": (transformers.Qwen3_5TextConfig, GATED_DELTA_NET),
+}
+"""Configuration class, and what is set beside `SHAPE`."""
+NO_VALUE_HEAD = {"gemma3_text", "qwen3_5_text"}  # in transformers; the configuration refuses a critic of it (test_config.py)
 TEMPERATURE, FLOAT32 = 0.7, FSDPConfig(model_dtype="float32", dtype="float32")
 ROLLOUT = RolloutConfig(
     dtype="float32", enforce_eager=True, cpu_threads=1, cpu_kvcache_gb=0.1, max_num_batched_tokens=256,
@@ -49,15 +73,17 @@ ROLLOUT = RolloutConfig(
 )  # fmt: skip
 
 
-def make_model(folder: Path, family: str) -> str:
+def make_model(folder: Path, family: Family) -> str:
     """A random model of the family, its head tied where the family ties it, with a window shorter than its rows."""
     tokenizer = make_tokenizer(folder, vocab=300)
-    config = FAMILIES[family](
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        **({"sliding_window": 16} if family in ("mistral", "gemma2", "gemma3") else {}),
-    )  # fmt: skip
+    config_class, extra = family
+    config = config_class(
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        **SHAPE | extra,
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     perturb(model, seed=0, scale=0.1)
@@ -145,7 +171,7 @@ def gap(batch: DataProto, log_probs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(tmp_path, family):
-    before, trained, after, scored = asyncio.run(whole_way(make_model(tmp_path, family)))
+    before, trained, after, scored = asyncio.run(whole_way(make_model(tmp_path, FAMILIES[family])))
     assert gap(before, trained["old_log_probs"]) < 1e-3 and gap(before, trained["ref_log_prob"]) < 1e-3
     assert min(trained["grad_norms"]) > 0
     assert gap(after, scored) < 1e-3

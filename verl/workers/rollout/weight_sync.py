@@ -12,15 +12,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from verl.single_controller.worker_group import RayError, get
 from verl.workers.config import ModelConfig
-from verl.workers.fsdp_model import full_parameters
-from verl.workers.lora import plain_name
+from verl.workers.fsdp_model import full_parameters, full_shapes
 
 MEMORY_FILES = "/dev/shm"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEADS = {
+    "model.embed_tokens.weight": "lm_head.weight",
+    "model.language_model.embed_tokens.weight": "lm_head.weight",
+    "model.decoder.embed_tokens.weight": "lm_head.weight",
+    "transformer.wte.weight": "lm_head.weight",
+    "transformer.word_embeddings.weight": "lm_head.weight",
+    "gpt_neox.embed_in.weight": "embed_out.weight",
+    "backbone.embeddings.weight": "lm_head.weight",
+    "backbone.embed_tokens.weight": "lm_head.weight",
+}
+"""Names of embeddings in checkpoints, and of the heads that are tied to them."""
 
 
 @contextmanager
@@ -40,15 +49,16 @@ def write_engine_model(model: ModelConfig, folder: str) -> None:
     That engine packs `lm_head` apart from the embedding and does not repack it on a reload, so that with tied weights
     the head would stay behind (rollout and trainer log-probs then differ by 1-2 nats while training seems to work).
     """
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    config.tie_word_embeddings = not has_head(config)
-    config.save_pretrained(folder)
-    source = model.tokenizer_path or model.path
-    AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
     policy = AutoModelForCausalLM.from_pretrained(
         model.path, dtype=torch.float32, trust_remote_code=model.trust_remote_code
     )
-    write_weights(policy.named_parameters(), folder, has_head(config))
+    config = policy.config  # of the language model alone, where the checkpoint has towers for images beside it
+    config.tie_word_embeddings = not has_head(config)
+    config.architectures = [type(policy).__name__]
+    config.save_pretrained(folder)
+    source = model.tokenizer_path or model.path
+    AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
+    write_weights(full_parameters(policy), folder, has_head(config))
 
 
 def has_head(config: PretrainedConfig) -> bool:
@@ -58,10 +68,11 @@ def has_head(config: PretrainedConfig) -> bool:
 
 def write_weights(parameters: Iterable[tuple[str, torch.Tensor]], folder: str, own_head: bool = True) -> None:
     """Writes `model.safetensors`; with `own_head` an explicit one: a copy of the embedding where they are tied."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters}
-    if own_head and HEAD not in weights and EMBEDDING in weights:
-        weights[HEAD] = weights[EMBEDDING]
-    unshared = {name: tensor.clone() if name == HEAD else tensor for name, tensor in weights.items()}
+    weights = {name: tensor.detach().cpu() for name, tensor in parameters}
+    for embedding, head in HEADS.items():
+        if own_head and embedding in weights and head not in weights:
+            weights[head] = weights[embedding].clone()
+    unshared = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(unshared, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -173,18 +184,18 @@ def reserved_port() -> Iterator[int]:
 
 
 def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
-    """vLLM's view of the policy: plain Hugging Face names and whole tensors of the engine's dtype, adapters merged."""
+    """vLLM's view of the policy: the names of its checkpoint and whole tensors of the engine's dtype, adapters merged."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class PolicySource(WeightSource):
         rest: Iterator[tuple[str, torch.Tensor]] = iter(())
 
         def metadata(self) -> list[Any]:
-            named = ((plain_name(name), value) for name, value in model.named_parameters())
-            return [ParamMeta(name, dtype, tuple(value.shape)) for name, value in named if name]
+            return [ParamMeta(name, dtype, tuple(shape)) for name, shape in full_shapes(model)]
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            self.rest = ((name, value.to(dtype)) for name, value in full_parameters(model))
+            named = full_parameters(model)
+            self.rest = ((name, value.to(dtype).contiguous()) for name, value in named)
             return self.rest
 
         def exhaust(self) -> None:
