@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from transformers import Gemma3TextConfig, MambaConfig, Qwen2Config
+from transformers import Gemma3TextConfig, Qwen2Config
 
 from tests.models import make_tiny_qwen2
-from verl.trainer.checks import context_problems, critic_problems, packing_problems
+from verl.trainer.checks import context_problems, critic_problems
 from verl.trainer.config import validate
 from verl.utils.errors import ConfigError
 from verl.workers.config import ModelConfig
@@ -120,16 +120,6 @@ def test_a_context_longer_than_the_model_is_refused_before_anything_starts(tmp_p
     (problem,) = context_problems(config(limit + 1))
     assert str(limit + 1) in problem and "max_position_embeddings" in problem
     assert context_problems(config(limit + 1, max_position_embeddings=limit + 1)) == []
-
-
-def test_recurrent_layers_are_refused(tmp_path):
-    def problems(model_config):
-        model_config.save_pretrained(tmp_path)
-        model = ModelConfig(path=str(tmp_path))
-        return packing_problems(SimpleNamespace(actor_rollout_ref=SimpleNamespace(model=model)))
-
-    assert problems(Qwen2Config()) == []
-    assert "mamba" in problems(MambaConfig())[0]
 
 
 def test_a_critic_without_a_value_head_is_refused(tmp_path):

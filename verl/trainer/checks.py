@@ -166,7 +166,7 @@ def environment_problems(config: "PPOConfig", agent: Any, gpus: int) -> list[str
         problems = [f"actor_rollout_ref.rollout.endpoint.url: {problem}"] if problem else []
     else:
         problems = device_problems(config, gpus)
-        problems += context_problems(config) + packing_problems(config) + critic_problems(config)
+        problems += context_problems(config) + critic_problems(config)
     return problems + agent.preflight()
 
 
@@ -201,20 +201,6 @@ def hf_config_of(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.architecture)
-
-
-def packing_problems(config: "PPOConfig") -> list[str]:
-    """Whether trajectories in one row stay apart: recurrent layers would carry one's state into the next."""
-    from transformers import AutoModelForCausalLM
-
-    model = config.actor_rollout_ref.model
-    hf_config = hf_config_of(model)
-    cls = AutoModelForCausalLM._model_mapping.get(type(hf_config), None)
-    if not getattr(cls, "_is_stateful", False):
-        return []
-    return [
-        f"actor_rollout_ref.model.path={model.path}: {hf_config.model_type} is recurrent, its rows cannot be packed"
-    ]
 
 
 def critic_problems(config: "PPOConfig") -> list[str]:

@@ -66,12 +66,6 @@ def packing_of(
     return found if found.attention != _on_cpu(attention) else replace(found, attention=attention)
 
 
-def decided(config: ModelConfig, packing: Packing) -> ModelConfig:
-    """`config` with the decision in it, so that no process has to probe again."""
-    override = config.override_config | {"attn_implementation": packing.attention}
-    return config.model_copy(update={"pack_rows": packing.packs, "override_config": override})
-
-
 class Probe:
     """A shallow random copy of a model, rows for it, and what its plain forward pass makes of each row alone."""
 
@@ -81,9 +75,7 @@ class Probe:
         kinds = rope_kinds(hf_config) & set(LENGTH_DEPENDENT)
         stretched = bool(kinds) and (longest is None or longest > rope_limit(hf_config))
         self.head: Head = head
-        self.model = shallow_model(
-            hf_config, head, stretched_rope=stretched, trust_remote_code=trust_remote_code
-        )
+        self.model = shallow_model(hf_config, head, stretched_rope=stretched, trust_remote_code=trust_remote_code)
         forget_lengths(self.model)
         self.rows = _ragged_rows(self.model.config.get_text_config().vocab_size)
 

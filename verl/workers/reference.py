@@ -24,8 +24,6 @@ class ReferenceWorker(Worker):
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """ref_log_prob [B, R], at the sampling temperature."""
         config = self.config
-        budget = Budget.of(
-            self.model, config.log_prob_max_token_len_per_gpu, config.log_prob_micro_batch_size_per_gpu
-        )
+        budget = Budget.of(self.model, config.log_prob_max_token_len_per_gpu, config.log_prob_micro_batch_size_per_gpu)
         forward = partial(log_probs_of_rows, self.model, temperature=self.temperature)
         return DataProto({"ref_log_prob": map_micro_batches(data, budget, self.device, forward)})

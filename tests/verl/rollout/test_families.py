@@ -65,7 +65,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3.5": (transformers.Qwen3_5TextConfig, GATED_DELTA_NET),
 }
 """Configuration class, and what is set beside `SHAPE`."""
-NO_VALUE_HEAD = {"gemma3_text", "qwen3_5_text"}  # in transformers; the configuration refuses a critic of it (test_config.py)
+NO_VALUE_HEAD = {
+    "gemma3_text",
+    "qwen3_5_text",
+}  # in transformers; the configuration refuses a critic of it (test_config.py)
 TEMPERATURE, FLOAT32 = 0.7, FSDPConfig(model_dtype="float32", dtype="float32")
 ROLLOUT = RolloutConfig(
     dtype="float32", enforce_eager=True, cpu_threads=1, cpu_kvcache_gb=0.1, max_num_batched_tokens=256,

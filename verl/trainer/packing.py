@@ -1,0 +1,81 @@
+"""How the rows of a run go through its models: decided once, in the driver, before anything is started."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from verl.trainer.checks import hf_config_of
+from verl.utils.errors import ConfigError
+from verl.workers.config import FSDPConfig, ModelConfig
+from verl.workers.packing import OTHERS, Packing, packing_of
+from verl.workers.shallow import LENGTH_DEPENDENT, Head, rope_kinds, rope_limit
+
+if TYPE_CHECKING:
+    from verl.trainer.config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+def decide_packing(config: "PPOConfig") -> "PPOConfig":
+    """`config` with the probe's verdict on policy and critic in it, which goes to the log.
+
+    Raises ConfigError, with the key of the model, for one that cannot be trained here.
+    """
+    section, critic = config.actor_rollout_ref, config.critic
+    problems = rope_problems(config)
+    policy = _decide(config, "actor_rollout_ref.model", section.model, section.actor.fsdp_config, problems)
+    update = {"actor_rollout_ref": section.model_copy(update={"model": policy})}
+    if config.use_critic:
+        model = _decide(config, "critic.model", critic.model, critic.fsdp_config, problems)
+        update["critic"] = critic.model_copy(update={"model": model})
+    if problems:
+        raise ConfigError(problems)
+    return config.model_copy(update=update)
+
+
+def rope_problems(config: "PPOConfig") -> list[str]:
+    """Contexts so long that trainer and engine would stretch RoPE differently.
+
+    For longrope and dynamic RoPE transformers chooses the frequencies by the length of each row, vLLM once for all by
+    the longest context that it is told of.
+    """
+    model = config.actor_rollout_ref.model
+    hf_config = hf_config_of(model)
+    kinds = rope_kinds(hf_config) & set(LENGTH_DEPENDENT)
+    if not kinds or config.max_model_len <= rope_limit(hf_config):
+        return []
+    return [
+        f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than the "
+        f"{rope_limit(hf_config)} tokens up to which RoPE of type {'/'.join(sorted(kinds))} is not stretched "
+        f"({model.path}): beyond, engine and trainer choose its frequencies differently. Shorten the contexts, or set "
+        "++actor_rollout_ref.model.override_config.rope_parameters to a type without that choice, such as yarn"
+    ]
+
+
+def _decide(config: "PPOConfig", key: str, model: ModelConfig, fsdp: FSDPConfig, problems: list[str]) -> ModelConfig:
+    """`model` with the verdict; what stands against the model is added to `problems`."""
+    head: Head = "value" if key.startswith("critic") else "lm"
+    on_gpu, dtype = config.device == "cuda", getattr(torch, fsdp.dtype)
+    try:
+        packing = packing_of(model, head, on_gpu, dtype, longest=config.max_model_len)
+    except ConfigError as error:
+        problems += [f"{key}: {problem}" for problem in error.problems]
+        return model
+    logger.info("%s: %s", key, in_words(packing))
+    return decided(model, packing)
+
+
+def in_words(packing: Packing) -> str:
+    """One line for the log."""
+    if packing.packs:
+        return f"rows share forward passes (a random copy gives each what it gets alone, to {packing.gap:.0e})"
+    return f"one row a forward pass, attention {packing.attention}, which is exact and slower, because {packing.reason}"
+
+
+def decided(model: ModelConfig, packing: Packing) -> ModelConfig:
+    """`model` with the verdict in it, so that no other process has to probe again."""
+    override = model.override_config
+    if not packing.packs and packing.attention in OTHERS:
+        override = override | {"attn_implementation": packing.attention}
+    return model.model_copy(update={"pack_rows": packing.packs, "override_config": override})
