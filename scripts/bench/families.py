@@ -1,6 +1,6 @@
 """Takes model families the whole way: rollout, log-probs, update, sync, rollout again; a row of differences for each.
 
-    python scripts/bench/families.py [FAMILY ...]    # appends to docs/results/families.jsonl; families there are skipped
+    python scripts/bench/families.py [FAMILY ...]    # appends to docs/results/families.jsonl; skips what is there
     python scripts/bench/families.py --table         # the rows as a table in Markdown
 
 A real engine (vLLM on the CPU, float32) and a real trainer, on random models of two layers. Every family runs in a

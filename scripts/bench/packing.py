@@ -31,6 +31,11 @@ NARROW = {
     "head_dim": 16,
     "vocab_size": 512,
 }
+TYPICAL: dict[str, dict[str, Any]] = {
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+}
+"""What the published models of a family have and its default configuration has not."""
 SECONDS = 90
 """What a family may take."""
 
@@ -38,12 +43,12 @@ SECONDS = 90
 def configurations(family: str) -> list[PretrainedConfig]:
     """The narrow configuration of the family, then its default one; what cannot be made is left out."""
     cls = CONFIG_MAPPING[family]
-    default = cls()
+    default = cls(**TYPICAL.get(family, {}))
     known = {key: value for key, value in NARROW.items() if hasattr(default.get_text_config(), key)}
     made: list[PretrainedConfig] = []
     if default.get_text_config() is default:
         try:
-            made.append(cls(**known))
+            made.append(cls(**known, **TYPICAL.get(family, {})))
         except Exception:  # sizes that do not go together in this family
             made = []
     return [*made, default]

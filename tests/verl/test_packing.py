@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from tests.distributed import run_ranks
 from tests.models import make_tokenizer, perturb
@@ -20,7 +21,7 @@ from verl.workers.fsdp_model import full_parameters, full_shapes
 from verl.workers.packing import Packing, Probe
 
 FLOAT32 = FSDPConfig(model_dtype="float32", dtype="float32")
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_attention_heads": 2,
@@ -28,8 +29,9 @@ SHAPE = {
     "head_dim": 32,
     "vocab_size": 300,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+CONVOLUTION: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
 LONGROPE = DYNAMIC | {
     "rope_type": "longrope",
     "short_factor": [1.0] * 16,
@@ -44,7 +46,7 @@ LONGROPE = DYNAMIC | {
         (transformers.Qwen2Config(**SHAPE), "packed", True),
         (transformers.Gemma3TextConfig(**SHAPE), "packed", True),
         (transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS), "packed", True),
-        (transformers.Lfm2Config(**SHAPE), "packed", False),
+        (transformers.Lfm2Config(**SHAPE, **CONVOLUTION), "packed", False),
         (transformers.Qwen3_5TextConfig(**SHAPE), "packed", False),
         (transformers.Qwen2Config(**SHAPE, rope_parameters=dict(DYNAMIC)), "packed", False),
         (transformers.Qwen2Config(**SHAPE, rope_parameters=dict(LONGROPE)), "packed", False),
@@ -81,7 +83,7 @@ def test_the_driver_decides_by_the_longest_row(tmp_path):
     rope = {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}
     decided = decide_packing(run_config(str(tmp_path), 64, **rope))
     assert decided.actor_rollout_ref.model.pack_rows is True, "no row is long enough to stretch it"
-    with pytest.raises(ConfigError, match="dynamic.*engine and trainer"):
+    with pytest.raises(ConfigError, match=r"dynamic.*engine and trainer"):
         decide_packing(run_config(str(tmp_path), 65, **rope))
 
 
@@ -107,7 +109,7 @@ def test_log_probs_depend_neither_on_dropout_nor_on_neighbours(tmp_path, family)
             word_embed_proj_dim=32,
             max_position_embeddings=64,
         ),
-        "lfm2": transformers.Lfm2Config(**SHAPE | {"vocab_size": size}, layer_types=["conv", "full_attention"]),
+        "lfm2": transformers.Lfm2Config(**SHAPE | {"vocab_size": size}, **CONVOLUTION),
     }[family]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -121,8 +123,6 @@ def test_experts_travel_as_in_a_checkpoint(tmp_path):
     config = transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS, num_hidden_layers=2)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    from safetensors.torch import load_file
-
     written, sent = load_file(tmp_path / "model.safetensors"), dict(full_parameters(model))
     assert written.keys() == sent.keys() and "model.layers.1.mlp.experts.3.down_proj.weight" in sent
     assert all(torch.equal(written[name], sent[name]) for name in written)

@@ -1,7 +1,7 @@
 """How the rows of a run go through its models: decided once, in the driver, before anything is started."""
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,7 +25,7 @@ def decide_packing(config: "PPOConfig") -> "PPOConfig":
     section, critic = config.actor_rollout_ref, config.critic
     problems = rope_problems(config)
     policy = _decide(config, "actor_rollout_ref.model", section.model, section.actor.fsdp_config, problems)
-    update = {"actor_rollout_ref": section.model_copy(update={"model": policy})}
+    update: dict[str, Any] = {"actor_rollout_ref": section.model_copy(update={"model": policy})}
     if config.use_critic:
         model = _decide(config, "critic.model", critic.model, critic.fsdp_config, problems)
         update["critic"] = critic.model_copy(update={"model": model})

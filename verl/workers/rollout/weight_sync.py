@@ -184,7 +184,7 @@ def reserved_port() -> Iterator[int]:
 
 
 def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
-    """vLLM's view of the policy: the names of its checkpoint and whole tensors of the engine's dtype, adapters merged."""
+    """vLLM's view of the policy: names of its checkpoint, whole tensors of the engine's dtype, adapters merged."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class PolicySource(WeightSource):
