@@ -89,8 +89,9 @@ def measure(family: str) -> dict[str, Any]:
             return {"family": family, "verdict": "refused", "why": f"more than {SECONDS} s"}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    errors = [line.strip() for line in done.stderr.splitlines() if "Error" in line and "FutureWarning" not in line]
-    return {"family": family, "verdict": "fails", "why": errors[-1][:300] if errors else f"status {done.returncode}"}
+    errors = [line.strip() for line in done.stderr.splitlines() if "rror" in line and "FutureWarning" not in line]
+    why = " ".join(errors[-2:])[:300] if errors else f"status {done.returncode}"
+    return {"family": family, "verdict": "fails", "why": why}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

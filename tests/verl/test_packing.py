@@ -87,6 +87,12 @@ def test_the_driver_decides_by_the_longest_row(tmp_path):
         decide_packing(run_config(str(tmp_path), 65, **rope))
 
 
+def test_experts_are_refused_where_the_engine_is_on_the_cpu(tmp_path):
+    transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS, num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="4 experts"):
+        decide_packing(run_config(str(tmp_path), 64))
+
+
 def scored_twice(path: str) -> tuple[float, float]:
     """How far two calls on the same batch differ, and a batch from its rows alone, with gradient checkpointing."""
     actor = ActorWorker(ModelConfig(path=path), ActorConfig(fsdp_config=FLOAT32), RolloutConfig(dtype="float32"), 10)

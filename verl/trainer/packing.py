@@ -9,7 +9,7 @@ from verl.trainer.checks import hf_config_of
 from verl.utils.errors import ConfigError
 from verl.workers.config import FSDPConfig, ModelConfig
 from verl.workers.packing import OTHERS, Packing, packing_of
-from verl.workers.shallow import LENGTH_DEPENDENT, Head, rope_kinds, rope_limit
+from verl.workers.shallow import EXPERT_KEYS, LENGTH_DEPENDENT, Head, rope_kinds, rope_limit
 
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
@@ -23,7 +23,7 @@ def decide_packing(config: "PPOConfig") -> "PPOConfig":
     Raises ConfigError, with the key of the model, for one that cannot be trained here.
     """
     section, critic = config.actor_rollout_ref, config.critic
-    problems = rope_problems(config)
+    problems = rope_problems(config) + expert_problems(config)
     policy = _decide(config, "actor_rollout_ref.model", section.model, section.actor.fsdp_config, problems)
     update: dict[str, Any] = {"actor_rollout_ref": section.model_copy(update={"model": policy})}
     if config.use_critic:
@@ -50,6 +50,23 @@ def rope_problems(config: "PPOConfig") -> list[str]:
         f"{rope_limit(hf_config)} tokens up to which RoPE of type {'/'.join(sorted(kinds))} is not stretched "
         f"({model.path}): beyond, engine and trainer choose its frequencies differently. Shorten the contexts, or set "
         "++actor_rollout_ref.model.override_config.rope_parameters to a type without that choice, such as yarn"
+    ]
+
+
+def expert_problems(config: "PPOConfig") -> list[str]:
+    """Mixtures of experts with an engine on the CPU, whose sync goes wrong.
+
+    vLLM's CPU kernels keep experts in a packed form that its reload leaves wrong: after a sync of Qwen3-MoE engine and
+    trainer differ by 2.7 nats, before it by 2e-6 (docs/results/families.md).
+    """
+    model = config.actor_rollout_ref.model
+    text = hf_config_of(model).get_text_config()
+    experts = max(getattr(text, key, None) or 0 for key in EXPERT_KEYS)
+    if config.device == "cuda" or experts < 2:
+        return []
+    return [
+        f"actor_rollout_ref.model.path={model.path}: {text.model_type} has {experts} experts, which an engine on the "
+        "CPU does not take over in a weight sync: train it on GPUs, or take a dense model"
     ]
 
 
