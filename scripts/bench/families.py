@@ -27,6 +27,13 @@ from verl.workers.packing import packing_of
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/families.jsonl"
 SECONDS = 330
 """What a family may take."""
+GATED_DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
 MORE: dict[str, Family] = {
     "phi3": (transformers.Phi3Config, {}),
     "olmo2": (transformers.Olmo2Config, {}),
@@ -37,6 +44,11 @@ MORE: dict[str, Family] = {
     "gpt_neox": (transformers.GPTNeoXConfig, {}),
     "stablelm": (transformers.StableLmConfig, {}),
     "opt": (transformers.OPTConfig, {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "qwen3-moe": (
+        transformers.Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
+    "qwen3.5": (transformers.Qwen3_5TextConfig, GATED_DELTA_NET),
     "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4}),
     "olmoe": (transformers.OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
     "phimoe": (transformers.PhimoeConfig, {"num_local_experts": 4}),
@@ -44,11 +56,7 @@ MORE: dict[str, Family] = {
     "qwen3_next": (
         transformers.Qwen3NextConfig,
         {
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
+            **GATED_DELTA_NET,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 32,

@@ -59,7 +59,12 @@ def packing_of(
     try:
         probe = Probe(hf_config, head, longest, config.trust_remote_code)
     except Exception as error:
-        raise ConfigError([f"model.path={config.path}: transformers cannot build it: {_first_line(error)}"]) from error
+        raise ConfigError(
+            [
+                f"model.path={config.path}: no shallow copy of {hf_config.model_type} can be built, so that nothing is "
+                f"known of it ({_first_line(error)}); model.pack_rows=false trains it a row at a time without a probe"
+            ]
+        ) from error
     found = probe.decide(_on_cpu(attention), also=() if chosen else OTHERS)
     if isinstance(found, str):
         raise ConfigError([f"model.path={config.path}: {hf_config.model_type} {found}"])
@@ -83,7 +88,8 @@ class Probe:
     def decide(self, attention: str, also: Sequence[str] = OTHERS) -> Packing | str:
         """The first way that gives what the plain forward pass gives, packed before alone; or why there is none."""
         try:
-            _use(self.model, "eager")
+            if self.model._can_set_attn_implementation():
+                _use(self.model, "eager")  # it can do all that a family asks for
             if not self._is_causal():
                 return "is not causal: its states depend on what comes after (an encoder?)"
             truth = self._plain()

@@ -42,27 +42,15 @@ SHAPE = {
     "max_position_embeddings": 256,
 }
 SLIDING = {"sliding_window": 16}
-GATED_DELTA_NET = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-}
 Family = tuple[type[transformers.PreTrainedConfig], dict[str, Any]]
 FAMILIES: dict[str, Family] = {
     "qwen2.5": (transformers.Qwen2Config, {}),
     "qwen3": (transformers.Qwen3Config, {}),
-    "qwen3-moe": (
-        transformers.Qwen3MoeConfig,
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
-    ),
     "llama3": (transformers.LlamaConfig, {}),
     "mistral": (transformers.MistralConfig, SLIDING),
     "gemma": (transformers.GemmaConfig, {}),
     "gemma2": (transformers.Gemma2Config, SLIDING),
     "gemma3": (transformers.Gemma3TextConfig, SLIDING),
-    "qwen3.5": (transformers.Qwen3_5TextConfig, GATED_DELTA_NET),
 }
 """Configuration class, and what is set beside `SHAPE`."""
 NO_VALUE_HEAD = {
