@@ -110,7 +110,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         numbers = [f"{row[key]:.0e}" if key in row else "" for key in ("probe", "rollout", "reference", "synced")]
-        critic = {True: "yes", False: "none in transformers"}.get(row.get("critic"), "")
+        critic = {True: "yes", False: "none in transformers", None: ""}[row.get("critic")]
         cells = [row["family"], row["verdict"], row.get("rows", ""), *numbers, critic, row.get("why", "")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -47,7 +47,9 @@ def test_paper_recipes(recipe):
 
 def test_there_is_a_recipe_for_every_model_and_algorithm():
     models = ["qwen2.5-3b", "qwen2.5-3b-instruct", "qwen2.5-7b", "qwen2.5-7b-instruct", "llama3.2-3b"]
-    assert {r.stem for r in RECIPES} == {f"{m}-{a}" for m in models for a in ("ppo", "grpo")}
+    models += ["qwen3-1.7b", "qwen3-4b", "qwen3-8b", "llama3.1-8b", "llama3.1-8b-instruct"]
+    both = {f"{m}-{a}" for m in models for a in ("ppo", "grpo")}
+    assert {r.stem for r in RECIPES} == both | {"qwen3.5-4b-grpo", "qwen3.5-9b-grpo"}
 
 
 @pytest.mark.parametrize(("config", "overrides"), [("ppo", []), ("grpo", []), ("grpo", OWN), ("ppo", OWN)])

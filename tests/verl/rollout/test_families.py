@@ -68,13 +68,13 @@ def make_model(folder: Path, family: Family) -> str:
     """A random model of the family, its head tied where the family ties it, with a window shorter than its rows."""
     tokenizer = make_tokenizer(folder, vocab=300)
     config_class, extra = family
-    config = config_class(
-        vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        **SHAPE | extra,
-    )
+    tokens: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    config = config_class(**tokens | SHAPE | extra)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     perturb(model, seed=0, scale=0.1)
