@@ -12,7 +12,7 @@ from tests.distributed import run_ranks
 from tests.models import make_tokenizer, perturb
 from tests.verl.batches import ragged_batch
 from verl.trainer.packing import decide_packing
-from verl.trainer.ppo.metrics import mismatch_warning
+from verl.trainer.ppo.mismatch import mismatch_warning
 from verl.utils.errors import ConfigError
 from verl.workers.actor import ActorWorker
 from verl.workers.checkpoint_names import checkpoint_format

@@ -9,11 +9,6 @@ from torch import Tensor
 from verl.protocol import DataProto
 from verl.utils.torch_functional import masked_mean, masked_sum, masked_var
 
-MISMATCH_FLOAT32, MISMATCH_ROUNDED, MISMATCH_WRONG = 1e-3, 0.03, 0.3
-"""Mean differences per token, in nats, between engine and trainer under the same weights: the most that is normal where
-both compute in float32, where one of them does not, and the least that rounding cannot explain. The second and third
-are judged, not measured on a GPU."""
-
 
 def compute_data_metrics(data: DataProto, max_length: int) -> dict[str, float]:
     """Rewards, advantages, lengths and rollout agreement of a batch that carries advantages.
@@ -36,7 +31,7 @@ def compute_data_metrics(data: DataProto, max_length: int) -> dict[str, float]:
         **_stats("critic/advantages", batch["advantages"][mask]),
         **_stats("critic/returns", batch["returns"][mask]),
         **_length_metrics(batch, sampled, max_length),
-        **_rollout_metrics(batch["rollout_log_probs"], batch["old_log_probs"], sampled),
+        **rollout_gap(batch["rollout_log_probs"], batch["old_log_probs"], sampled),
     }
     positive = sampled & (batch["advantages"] > 0)
     if positive.any():
@@ -103,43 +98,10 @@ def _length_metrics(batch: Mapping[str, Tensor], mask: Tensor, max_length: int) 
     }
 
 
-def _rollout_metrics(rollout_log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> dict[str, float]:
+def rollout_gap(rollout_log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> dict[str, float]:
     """How far the trainer's log-probs are from those the engine sampled with, in nats."""
     gap = torch.where(mask, (rollout_log_probs - old_log_probs).abs(), 0.0)
     return {"rollout/logprob_diff_mean": masked_mean(gap, mask).item(), "rollout/logprob_diff_max": gap.max().item()}
-
-
-def mismatch_warning(data: DataProto, engine: str, trainer: str, corrected: bool) -> str | None:
-    """What to do when engine and trainer give the same tokens other probabilities; None where they agree.
-
-    The batch was sampled, uncut (no top_p or top_k), from the weights that its `old_log_probs` are of. `engine`,
-    `trainer`: dtypes of the computation. `corrected`: the loss allows for the difference already.
-    """
-    batch = data.batch
-    sampled = batch["response_mask"].bool() & (batch["turns"] >= 0)
-    gap = _rollout_metrics(batch["rollout_log_probs"], batch["old_log_probs"], sampled)
-    mean, largest = gap["rollout/logprob_diff_mean"], gap["rollout/logprob_diff_max"]
-    exact = engine == trainer == "float32"
-    bound = MISMATCH_FLOAT32 if exact else MISMATCH_ROUNDED
-    if mean <= bound:
-        return None
-    if exact or mean > MISMATCH_WRONG:
-        cure = (
-            "This is not rounding: the engine has other weights or computes this family in another way. Stop the run; "
-            "check actor_rollout_ref.model (path, override_config) and docs/results/families.md"
-        )
-    elif corrected:
-        return None
-    else:
-        cure = (
-            "Set algorithm.rollout_correction.rollout_is=token (or rollout_rs=sequence), or bring the dtypes together: "
-            "actor_rollout_ref.rollout.dtype and actor_rollout_ref.actor.fsdp_config.dtype (float16 rounds eight times "
-            "more finely than bfloat16)"
-        )
-    return (
-        f"WARNING: engine ({engine}) and trainer ({trainer}) differ by {mean:.2g} nats a token under the same weights "
-        f"(at most {largest:.2g}); below {bound:g} is normal. {cure}"
-    )
 
 
 def _stats(name: str, values: Tensor) -> dict[str, float]:

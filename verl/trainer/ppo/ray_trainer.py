@@ -23,13 +23,8 @@ from verl.trainer.ppo.batching import (
 from verl.trainer.ppo.checkpoints import Checkpoints
 from verl.trainer.ppo.collapse import Alarm, CollapseWatch, TrainingCollapsed
 from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
-from verl.trainer.ppo.metrics import (
-    compute_data_metrics,
-    compute_throughput_metrics,
-    console_line,
-    mismatch_warning,
-    staleness_metrics,
-)
+from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics, console_line, staleness_metrics
+from verl.trainer.ppo.mismatch import FirstBatch
 from verl.trainer.ppo.processes import Processes
 from verl.trainer.ppo.records import trajectory_records
 from verl.trainer.ppo.rollout import Submitted
@@ -79,8 +74,7 @@ class RayPPOTrainer:
         """A validation under way, and the step of its weights."""
         self.validating_again = False
         """The run ended before the validation of the step that it resumes from."""
-        self.compared = False
-        """The engine's log-probs of a first batch were compared with the trainer's."""
+        self.compare = FirstBatch(config, tracking.message)
         self.step = self.skipped_in_a_row = 0
         self.metrics: dict[str, float] = {}
 
@@ -197,26 +191,7 @@ class RayPPOTrainer:
 
     def old_log_prob(self, batch: DataProto) -> DataProto:
         with self.timers("old_log_prob"):
-            batch = batch.union(self.actor.compute_log_prob(batch))
-        if not self.compared:
-            self.compared = True
-            self.warn_of_mismatch(batch)
-        return batch
-
-    def warn_of_mismatch(self, batch: DataProto) -> None:
-        """Says once when the engine samples from another distribution than the one that is trained.
-
-        The first batch shows it, of which the weights are the trainer's; a sampler that is cut (top_p, top_k) is known
-        to differ.
-        """
-        rollout, fsdp = self.config.actor_rollout_ref.rollout, self.config.actor_rollout_ref.actor.fsdp_config
-        correction = self.config.algorithm.rollout_correction
-        if rollout.top_p < 1 or rollout.top_k > 0:
-            return
-        corrected = correction.corrects or correction.bypass_mode
-        warning = mismatch_warning(batch, rollout.dtype, fsdp.dtype, corrected)
-        if warning is not None:
-            self.tracking.message(f"step {self.step}: {warning}")
+            return self.compare(batch.union(self.actor.compute_log_prob(batch)))
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
         if self.reference is None:
