@@ -1,4 +1,4 @@
-"""Dense retrieval: passages embedded in resumable shards, FAISS indexes of five types, searched in batches."""
+"""Dense retrieval: passages embedded in resumable shards, FAISS indexes of several types, searched in batches."""
 
 import json
 import math
@@ -21,6 +21,8 @@ from search_r1.search.manifest import MANIFEST, CorpusError, building, read_mani
 INDEX = "faiss.index"
 TYPES = {
     "Flat": "Flat",
+    "Flat-F16": "SQfp16",
+    "Flat-SQ8": "SQ8",
     "HNSW": "HNSW32",
     "IVF-Flat": "IVF{nlist},Flat",
     "IVF-SQ8": "IVF{nlist},SQ8",

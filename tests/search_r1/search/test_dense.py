@@ -249,3 +249,55 @@ def test_manifest_says_what_it_is(built):
     manifest = json.loads((built / "dense_Flat.index" / "manifest.json").read_text())
     assert manifest["documents"] == 300 and manifest["parameters"]["faiss_type"] == "Flat"
     assert manifest["parameters"]["model"] == MODEL and manifest["parameters"]["dimension"] == 384
+
+
+class FakeGpus:
+    """The part of a GPU build of FAISS that the server calls, over a flat index on the CPU.
+
+    Shards the vectors over four "GPUs" in half precision, one after the other, as FAISS does.
+    """
+
+    count = 4
+
+    class GpuMultipleClonerOptions:
+        useFloat16 = False
+        shard = False
+
+    def __init__(self):
+        self.calls = []
+        self.alive = []
+
+    def index_cpu_to_all_gpus(self, index, co=None, ngpu=-1):
+        self.calls.append((co.useFloat16, co.shard, ngpu))
+        vectors = index.reconstruct_n(0, index.ntotal)
+        whole = dense.faiss.IndexShards(index.d, False, True)
+        for part in np.array_split(vectors, self.count):
+            kind = dense.faiss.ScalarQuantizer.QT_fp16
+            shard = dense.faiss.IndexScalarQuantizer(index.d, kind, index.metric_type)
+            shard.add(np.ascontiguousarray(part))
+            self.alive.append(shard)
+            whole.add_shard(shard)
+        return whole
+
+
+def test_a_flat_index_is_sharded_over_all_gpus_in_half_precision(
+    tmp_path, corpus, encoder, built, monkeypatch
+):
+    """Also a published index, which is one file and is mapped rather than read."""
+    gpus = FakeGpus()
+    for name in ("GpuMultipleClonerOptions", "index_cpu_to_all_gpus"):
+        monkeypatch.setattr(dense.faiss, name, getattr(gpus, name), raising=False)
+    published = tmp_path / "published.index"
+    shutil.copy(built / "dense_Flat.index" / dense.INDEX, published)
+    queries = [f"something about {topic}" for topic in TOPICS]
+    on_cpu = dense.DenseRetriever(published, corpus, encoder, "dense")
+    expected = on_cpu.search(queries, 20)
+    for index in (built / "dense_Flat.index", published):
+        sharded = dense.DenseRetriever(index, corpus, encoder, "dense", gpu=True)
+        assert gpus.calls.pop() == (True, True, -1)
+        for found, hits in zip(sharded.search(queries, 20), expected, strict=True):
+            assert {document["id"] for document, _ in found[:5]} <= {
+                document["id"] for document, _ in hits
+            }
+            scores = [score for _, score in found]
+            assert scores == pytest.approx([score for _, score in hits], abs=1e-3)
