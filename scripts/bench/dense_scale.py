@@ -157,9 +157,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE", help=f"of {', '.join(dense.TYPES)}")
     parser.add_argument("--sample", type=Path, required=True, help="flat FAISS file of embeddings")
     parser.add_argument("--vectors", type=int, default=1_000_000)

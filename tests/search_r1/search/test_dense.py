@@ -263,9 +263,15 @@ class FakeGpus:
         useFloat16 = False
         shard = False
 
+    class StandardGpuResources:
+        pass
+
     def __init__(self):
         self.calls = []
         self.alive = []
+
+    def get_num_gpus(self):
+        return self.count
 
     def index_cpu_to_all_gpus(self, index, co=None, ngpu=-1):
         self.calls.append((co.useFloat16, co.shard, ngpu))
@@ -280,12 +286,11 @@ class FakeGpus:
         return whole
 
 
-def test_a_flat_index_is_sharded_over_all_gpus_in_half_precision(
-    tmp_path, corpus, encoder, built, monkeypatch
-):
+def test_a_flat_index_is_sharded_over_all_gpus_in_half_precision(tmp_path, corpus, encoder, built, monkeypatch):
     """Also a published index, which is one file and is mapped rather than read."""
     gpus = FakeGpus()
-    for name in ("GpuMultipleClonerOptions", "index_cpu_to_all_gpus"):
+    names = ("StandardGpuResources", "get_num_gpus", "GpuMultipleClonerOptions", "index_cpu_to_all_gpus")
+    for name in names:
         monkeypatch.setattr(dense.faiss, name, getattr(gpus, name), raising=False)
     published = tmp_path / "published.index"
     shutil.copy(built / "dense_Flat.index" / dense.INDEX, published)
@@ -296,8 +301,6 @@ def test_a_flat_index_is_sharded_over_all_gpus_in_half_precision(
         sharded = dense.DenseRetriever(index, corpus, encoder, "dense", gpu=True)
         assert gpus.calls.pop() == (True, True, -1)
         for found, hits in zip(sharded.search(queries, 20), expected, strict=True):
-            assert {document["id"] for document, _ in found[:5]} <= {
-                document["id"] for document, _ in hits
-            }
+            assert {document["id"] for document, _ in found[:5]} <= {document["id"] for document, _ in hits}
             scores = [score for _, score in found]
             assert scores == pytest.approx([score for _, score in hits], abs=1e-3)
