@@ -8,6 +8,7 @@ hub is needed. Nothing here runs on a GPU.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,7 @@ def joined(rows: list[Row]) -> list[str]:
 
 
 def main() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a recipe without a shape is named at once
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in training")
     parser.add_argument("--recipes", type=Path, default=ROOT / "configs" / "experiment" / "nq_hotpotqa")
