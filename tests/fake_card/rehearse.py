@@ -236,30 +236,33 @@ def estimated(config: Any, gpu_gib: float) -> dict[str, float]:
     from dataclasses import replace
 
     from verl.trainer import memory
-    from verl.trainer.estimate import roles_of, total
+    from verl.trainer.estimate import total
     from verl.trainer.memory import Pass, peak
+    from verl.trainer.sizing import Longest, roles_of
 
     length = PROMPT + TURNS * TURN + (TURNS - 1) * OBSERVATION
     roles = []
-    for role in roles_of(config, length, TURNS * TURN / length):
+    longest = Longest(length, TURNS * TURN / length, "", turns=TURNS - 1, written=TURNS * TURN)
+    for role in roles_of(config, longest, {}):
         update = role.update and Pass(ROWS_OF_A_RANK * length, ROWS_OF_A_RANK * TURNS * TURN, "")
         infer = 2 * ROWS_OF_A_RANK if role.infer.tokens >= 2 * ROWS_OF_A_RANK * length else role.infer.tokens // length
         roles.append(replace(role, infer=Pass(infer * length, infer * TURNS * TURN, ""), update=update))
-    engine = config.actor_rollout_ref.rollout.gpu_memory_utilization * gpu_gib * GIB
+    share = config.actor_rollout_ref.rollout.gpu_memory_utilization * gpu_gib * GIB
+    engine = {("", "engine"): share}
     phases = ["rollout", "log-probs", *["critic update"] * config.use_critic, "actor update"]
-    return {phase: (total(peak(phase, roles, engine)[0]) - memory.CONTEXTS_GIB * GIB) / GIB for phase in phases}
+    return {phase: (total(peak(phase, roles, {}, engine)[0]) - memory.CONTEXTS_GIB * GIB) / GIB for phase in phases}
 
 
 def rehearse(case: dict[str, Any]) -> dict[str, Any]:
     """What happened in a step of the case. Leaves the stand-ins in place."""
-    from verl.trainer.estimate import read_model
+    from verl.trainer.sizing import read_model
 
     gpu_gib = case.get("gpu_gib", 80)
     with tempfile.TemporaryDirectory() as folder:
         path = model_folder(Path(folder), case["recipe"].split("-")[1], case.get("layers"))
         rehearsal = Rehearsal(case)
         config = configuration(case, path, f"{folder}/run")
-        sizes, _ = read_model(config.actor_rollout_ref.model, "lm")
+        sizes, _ = read_model(config.actor_rollout_ref.model, "lm", {})
         estimate = estimated(config, gpu_gib)
         rehearsal.put_in_place(2 * sizes.params)
         rehearsal.train(config)

@@ -53,7 +53,9 @@ def test_bad_files_are_named(tmp_path):
 def test_missing_files_name_the_command_that_makes_them(tmp_path):
     data = SimpleNamespace(made_by="python make.py", max_start_length=50, apply_chat_template_kwargs={})
     path = str(tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"train.parquet: no such file. It is made by: python make.py"):
+    with pytest.raises(
+        DataError, match=r"train.parquet: no such file. The files of this configuration are made by: python make.py"
+    ):
         load_dataset(SimpleNamespace(data=data), None, [path], None)
     data.made_by = None
     with pytest.raises(DataError, match=r"train.parquet: no such file$"):

@@ -182,6 +182,8 @@ def device_problems(config: "PPOConfig", gpus: int) -> list[str]:
     problems: list[str] = []
     if unusable := device.cuda_problem() or device.toolchain_problem():
         instead = "" if device.has_cuda_engine() else "; trainer.device=cpu trains on the CPU"
+        if gpus == 0:
+            instead += "; trainer.device=cuda says that the nodes of the cluster have GPUs"
         problems.append(f"trainer.device={wanted}: {unusable}{instead}")
     elif missing := device.visible_problem(gpus):
         problems.append(f"trainer.n_gpus_per_node={config.trainer.n_gpus_per_node}: {missing}")

@@ -43,13 +43,21 @@ def run_eval(raw: dict[str, Any]) -> Path:
     raw["actor_rollout_ref"]["rollout"]["load_format"] = "auto"  # no weight sync will bring the weights
     config, tokenizer, agent, _ = prepare(raw)
     val_set = load_val_set(config, tokenizer)
-    check_environment(config, agent, config.trainer.n_gpus_per_node)
+    check_environment(config, agent, gpus_of_engines(config))
     path = Path(config.trainer.default_local_dir) / RESULT
     identify(config, val_set, path.with_suffix(".meta.json"))
     write_config(raw, config)
     with rollout_of(config) as rollout:
         evaluate(config, val_set, rollout, tokenizer, path)
     return path
+
+
+def gpus_of_engines(config: Any) -> int:
+    """How many GPUs the engines take on a node: all, unless their number is given."""
+    rollout, all_of_them = config.actor_rollout_ref.rollout, config.trainer.n_gpus_per_node
+    if rollout.num_replicas is None:
+        return all_of_them
+    return min(all_of_them, rollout.num_replicas * rollout.tensor_model_parallel_size)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def load_dataset(config: Any, tokenizer: Any, files: Any, limit: int | None) -> 
     data = config.data
     missing = [path for path in files if not Path(path).is_file()]
     if missing and data.made_by:
-        raise DataError(f"{missing[0]}: no such file. It is made by: {data.made_by}")
+        raise DataError(f"{missing[0]}: no such file. The files of this configuration are made by: {data.made_by}")
     return RLHFDataset(files, tokenizer, data.max_start_length, limit or -1, data.apply_chat_template_kwargs)
 
 

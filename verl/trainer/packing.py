@@ -85,6 +85,8 @@ def _decide(config: "PPOConfig", key: str, model: ModelConfig, fsdp: FSDPConfig,
 
 def in_words(packing: Packing) -> str:
     """One line for the log."""
+    if packing.packs and packing.reason:
+        return f"rows share forward passes, because {packing.reason}"
     if packing.packs:
         return f"rows share forward passes (a random copy gives each what it gets alone, to {packing.gap:.0e})"
     return f"one row a forward pass, attention {packing.attention}, which is exact and slower, because {packing.reason}"

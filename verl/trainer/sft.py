@@ -29,7 +29,7 @@ from verl.utils import device
 from verl.utils.checkpoint import save_pretrained
 from verl.utils.config import Config
 from verl.utils.dataset import ResumableSampler
-from verl.utils.errors import DataError
+from verl.utils.errors import ConfigError, DataError
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 from verl.workers.forward import forward_log_probs
 from verl.workers.fsdp_model import build_model, build_train_state, full_parameters
@@ -180,7 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(f"error: {problem}")  # an environment for GPUs is not there to train on the CPU
     start_process_group()
     seed_everything(config.seed)
-    trainer = SFTTrainer(config)
+    try:
+        trainer = SFTTrainer(config)
+    except ConfigError as error:  # the same on every rank: a model that cannot be trained
+        sys.exit(f"error: {error}")
     rows = batches(examples, config)
     progress = tqdm(range(config.total_training_steps), desc="sft", disable=dist.get_rank() > 0)
     for _ in progress:

@@ -55,7 +55,7 @@ def packing_of(
     chosen = config.override_config.get("attn_implementation")
     attention = chosen or choose_attention(hf_config, on_gpu, dtype)
     if config.pack_rows is not None:
-        return Packing(attention, config.pack_rows, reason="" if config.pack_rows else "model.pack_rows=false")
+        return Packing(attention, config.pack_rows, reason=f"model.pack_rows={str(config.pack_rows).lower()}")
     try:
         probe = Probe(hf_config, head, longest, config.trust_remote_code)
     except Exception as error:
@@ -65,10 +65,11 @@ def packing_of(
                 f"known of it ({_first_line(error)}); model.pack_rows=false trains it a row at a time without a probe"
             ]
         ) from error
-    found = probe.decide(_on_cpu(attention), also=() if chosen else OTHERS)
+    on_cpu = _on_cpu(attention, hf_config)
+    found = probe.decide(on_cpu, also=() if chosen else OTHERS)
     if isinstance(found, str):
         raise ConfigError([f"model.path={config.path}: {hf_config.model_type} {found}"])
-    return found if found.attention != _on_cpu(attention) else replace(found, attention=attention)
+    return found if found.attention != on_cpu else replace(found, attention=attention)
 
 
 class Probe:
@@ -174,9 +175,15 @@ def _ragged_rows(vocab: int) -> DataProto:
     )
 
 
-def _on_cpu(attention: str) -> str:
-    """What stands for an implementation on the CPU: kernels of a GPU do the same as `PACKED`."""
-    return PACKED if attention.startswith("flash") else attention
+def _on_cpu(attention: str, config: PretrainedConfig) -> str:
+    """What stands for an implementation on the CPU: kernels of a GPU do the same as `PACKED`.
+
+    They also cap attention scores (Gemma 2), which `PACKED` cannot and eager attention can.
+    """
+    if not attention.startswith("flash"):
+        return attention
+    caps_scores = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if caps_scores else PACKED
 
 
 def _use(model: PreTrainedModel, attention: str) -> None:

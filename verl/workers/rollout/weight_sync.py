@@ -122,9 +122,15 @@ class WeightSender:
             self.engine.shutdown()
 
     def _transfer(self) -> None:
-        """Sends through vLLM. Whatever happens to rank 0, it gathers with the other ranks to the end."""
+        """Sends through vLLM. Whatever happens to rank 0, it gathers with the other ranks to the end.
+
+        A group that was broken up because an engine died may raise as well; the death is the cause.
+        """
         try:
             self.engine.send_weights()
+        except Exception:
+            if self.client.failure is None:
+                raise
         finally:
             self.source.exhaust()
         self.client.raise_failure()
