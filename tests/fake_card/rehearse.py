@@ -66,6 +66,7 @@ def configuration(case: dict[str, Any], path: str, run_dir: str) -> Any:
     overrides = [
         f"experiment=nq_hotpotqa/{case['recipe']}",
         f"actor_rollout_ref.model.path={path}",
+        "actor_rollout_ref.model.pack_rows=true",  # what the driver's probe says of a Qwen2.5
         f"trainer.default_local_dir={run_dir}",
         f"data.train_batch_size={2 * mini // copies}",
         f"actor_rollout_ref.rollout.n={copies}",
@@ -84,8 +85,11 @@ def configuration(case: dict[str, Any], path: str, run_dir: str) -> Any:
 class ScriptedWorker:
     """`AgentLoopWorker` whose loop searches without a retriever: router and engines are the real ones."""
 
-    def __init__(self, config: Any, engines: Any) -> None:
+    def __init__(self, config: Any, engines: Any, max_under_way: int) -> None:
         self.engines = engines
+
+    async def progress(self) -> dict[str, int]:
+        return {}
 
     async def run(self, jobs: Any, sampling: dict[str, Any]) -> list[Any]:
         return [await self.one(job, sampling) for job in jobs]
