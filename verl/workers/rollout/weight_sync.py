@@ -70,8 +70,8 @@ def write_weights(parameters: Iterable[tuple[str, torch.Tensor]], folder: str, o
     """Writes `model.safetensors`; with `own_head` an explicit one: a copy of the embedding where they are tied."""
     weights = {name: tensor.detach().cpu() for name, tensor in parameters}
     for embedding, head in HEADS.items():
-        if own_head and embedding in weights and head not in weights:
-            weights[head] = weights[embedding].clone()
+        if own_head and embedding in weights:  # a state dict names both, and they share memory where they are tied
+            weights[head] = weights.get(head, weights[embedding]).clone()
     unshared = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(unshared, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
