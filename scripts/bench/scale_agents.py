@@ -25,6 +25,8 @@ from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
 from verl.workers.rollout.router import Router
 
 Stopwatch = dict[str, float]
+EVERY_JOB = 1 << 20
+"""Under way at a time."""
 
 
 def prepare(folder: Path, vocabulary: int, words: int) -> None:
@@ -75,6 +77,7 @@ class AgentProcess(AgentLoopWorker):
             self.agent.client = FakeRetriever(self.world)  # pyright: ignore[reportAttributeAccessIssue]
         self.reward = SearchReward(SearchRewardConfig(em=1.0), tokenizer)
         self.engines = engines or FakeEngine(self.world)
+        self.limit(EVERY_JOB)
 
     async def cpu_seconds(self, jobs: list[Job], sampling: dict[str, Any]) -> tuple[float, int, int]:
         """CPU seconds of this process for the jobs, tokens that the engine made, and tokens in all."""

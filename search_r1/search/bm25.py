@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from search_r1.search.analysis import Analyzer
-from search_r1.search.bm25_postings import Gatherer
+from search_r1.search.bm25_postings import K1, B, Gatherer
 from search_r1.search.corpus import Corpus, CorpusReader
 from search_r1.search.engine import Hits
 from search_r1.search.manifest import CorpusError, building, read_manifest, write_manifest
 
-K1, B = 0.9, 0.4
 NAME = "bm25"
 PARAMETERS = {"k1": K1, "b": B, "format": 2}
 """In the manifest. An index of another format cannot be read."""

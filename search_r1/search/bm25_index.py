@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from search_r1.search.bm25_postings import Gatherer, allocate, write_postings
+from search_r1.search.bm25_postings import K1, B, Gatherer, allocate, write_postings
 from search_r1.search.bm25_score import CHUNK, RANGE, TOP_LEVEL
 from search_r1.search.compiled import compiled
 
-K1, B = np.float32(0.9), np.float32(0.4)
 FREQUENT = 256
 """A word in more than one of so many documents has its highest score in every range written down."""
 MAX_KEPT_WORDS = 1 << 20
@@ -85,8 +84,9 @@ def length_of_bytes() -> np.ndarray:
 
 def inverse_norms(average_length: float) -> np.ndarray:
     """float32 [256], by length byte: 1 / (k1 (1 - b + b length / average)), in Lucene's order of operations."""
-    relative = B * length_of_bytes() / np.float32(average_length)
-    return np.float32(1) / (K1 * ((np.float32(1) - B) + relative))
+    k1, b = np.float32(K1), np.float32(B)
+    relative = b * length_of_bytes() / np.float32(average_length)
+    return np.float32(1) / (k1 * ((np.float32(1) - b) + relative))
 
 
 def write_index(gathered: Gatherer, folder: Path) -> None:

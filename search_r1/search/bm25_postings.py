@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+K1, B = 0.9, 0.4
+"""Anserini's."""
 BLOCK = 20_000_000
 """Postings that are sorted at a time: bounds the memory of a build."""
 MAX_CODED = 255

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from search_r1.search.bm25 import K1, B
+from search_r1.search.bm25_postings import K1, B
 from search_r1.search.corpus import Corpus, CorpusReader
 from search_r1.search.engine import Hits
 from search_r1.search.extras import require

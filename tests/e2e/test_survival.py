@@ -218,7 +218,7 @@ def test_every_part_is_killed_in_turn(tmp_path, model):
             os.kill(run.pids("WorkerHost")[1], signal.SIGSTOP)
             run.ends()
     output = run.output
-    assert output.count("rollout engine 0 died; starting it again") == 2
+    assert output.count("rollout engine 0 is lost; starting it again") == 2
     ends = [json.loads(line) for line in (tmp_path / "run/restarts.jsonl").open()]
     assert [end.get("signal") or end["status"] for end in ends] == ["SIGKILL", 75, 75]
     assert "is gone" in output and "stacks of all processes" in output

@@ -19,6 +19,7 @@ from verl.workers.checkpoint_names import checkpoint_format
 from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, RolloutConfig
 from verl.workers.fsdp_model import full_parameters, full_shapes
 from verl.workers.packing import Packing, Probe
+from verl.workers.shallow import shallow_config
 
 FLOAT32 = FSDPConfig(model_dtype="float32", dtype="float32")
 SHAPE: dict[str, Any] = {
@@ -58,6 +59,17 @@ def test_what_leaks_between_rows_passes_alone(config, attention, packs):
     found = Probe(config, "lm").decide("packed")
     assert isinstance(found, Packing) and found.gap <= 1e-3
     assert (found.attention, found.packs) == (attention, packs), found.reason
+
+
+@pytest.mark.parametrize("layers", range(3, 18))
+def test_what_is_as_long_as_there_are_layers_stays_a_word(layers):
+    """ "silu" has four letters, "qwen2" five, "gelu_pytorch_tanh" seventeen."""
+    for config in (transformers.Qwen2Config, transformers.Gemma3TextConfig):
+        deep = config(**SHAPE, num_hidden_layers=layers)
+        words = {key: value for key, value in deep.to_dict().items() if isinstance(value, str)}
+        shrunk = shallow_config(deep, 2).to_dict()
+        assert {key: shrunk[key] for key in words} == words
+        assert len(shrunk["layer_types"]) == shrunk["num_hidden_layers"] == 2
 
 
 def test_an_encoder_is_refused():

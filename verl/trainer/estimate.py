@@ -8,7 +8,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from verl.trainer import engine_memory, memory
 from verl.trainer.config import PPOConfig
@@ -18,13 +17,13 @@ from verl.trainer.sizing import (
     SECTIONS,
     Longest,
     add_arguments,
+    answer,
     load_config,
     load_shapes,
     longest_trajectory,
     num_replicas,
     roles_of,
 )
-from verl.utils.errors import ConfigError
 
 Peaks = Mapping[str, tuple[Entries, str]]
 """By phase what is alive at its peak, and where in it that is."""
@@ -257,15 +256,7 @@ def estimate_arguments(args: argparse.Namespace) -> Estimate:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints table and verdict; the exit status."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    parser = build_parser()
-    args: Any = parser.parse_intermixed_args(argv)
-    try:
-        found = estimate_arguments(args)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        parser.exit(2, f"error: {error}\n")
+    args, found = answer(build_parser(), argv, estimate_arguments)
     sys.stdout.write(report(found, args.gpu_memory_gb, args.mean_tokens))
     return int(not found.fits)
 

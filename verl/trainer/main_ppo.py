@@ -84,12 +84,14 @@ def status_of(error: Exception) -> int | None:
 
 def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     """Validates the composed configuration, then trains. Raises ConfigError or DataError before anything is started."""
+    from verl.trainer.packing import decide_packing
+
     config, tokenizer, agent, reward = prepare(raw)
     check_trainable(config, agent)
     train_set = load_dataset(config, tokenizer, config.data.train_files, config.data.train_data_num)
     val_set = load_val_set(config, tokenizer)
     check_environment(config, agent, gpus_here(config))
-    config = settle_packing(config)
+    config = decide_packing(config)
     write_config(raw, config)
     train(config, tokenizer, agent, reward, train_set, val_set, stop)
 
@@ -152,13 +154,6 @@ def check_environment(config: Any, agent: Any, gpus: int) -> None:
 
     if problems := environment_problems(config, agent, gpus):
         raise ConfigError(problems)
-
-
-def settle_packing(config: Any) -> Any:
-    """`config` with the decision whether rows of its models share forward passes. Raises ConfigError."""
-    from verl.trainer.packing import decide_packing
-
-    return decide_packing(config)
 
 
 def check_trainable(config: Any, agent: Any) -> None:

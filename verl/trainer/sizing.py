@@ -6,16 +6,17 @@ file of such configs stands in for the hub (`--shapes`).
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from verl.trainer.config import PPOConfig, validate
 from verl.trainer.memory import Pass, Role, Sizes
 from verl.utils.errors import ConfigError
 from verl.workers.config import ModelConfig
 
+Found = TypeVar("Found")
 SECTIONS = {"actor": "actor_rollout_ref.actor", "ref": "actor_rollout_ref.ref", "critic": "critic"}
 """Where in the configuration a role is described."""
 Shapes = Mapping[str, Mapping[str, Any]]
@@ -49,6 +50,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-name", default="grpo", help="as in training: grpo (default) or ppo")
     parser.add_argument("--gpu-memory-gb", type=float, default=80.0, help="memory of a GPU in GiB (default: 80)")
     parser.add_argument("--shapes", metavar="FILE", help="JSON: configs of models by model.path, instead of the hub's")
+
+
+def answer(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, compute: Callable[[argparse.Namespace], Found]
+) -> tuple[argparse.Namespace, Found]:
+    """Reads a command line and returns it with what `compute` makes of it.
+
+    Ends the program with status 2, and with the reason, where the configuration cannot work.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    args = parser.parse_intermixed_args(argv)
+    try:
+        return args, compute(args)
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 def load_config(config_name: str, overrides: Sequence[str]) -> PPOConfig:

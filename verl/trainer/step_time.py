@@ -21,6 +21,7 @@ from verl.trainer.memory import GIB, WIDTH, Role, Sizes
 from verl.trainer.sizing import (
     Longest,
     add_arguments,
+    answer,
     load_config,
     load_shapes,
     longest_trajectory,
@@ -365,15 +366,7 @@ def step_time(args: argparse.Namespace) -> StepTime:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the step; the exit status: 0, or 2 where the configuration cannot work."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    parser = build_parser()
-    args: Any = parser.parse_intermixed_args(argv)
-    try:
-        found = step_time(args)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        parser.exit(2, f"error: {error}\n")
+    args, found = answer(build_parser(), argv, step_time)
     sys.stdout.write(report(found, args.val_questions))
     return 0
 

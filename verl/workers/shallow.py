@@ -138,8 +138,9 @@ def _shrink(entries: Entries, config: PretrainedConfig, layers: int) -> None:
 
     number = getattr(config, "num_hidden_layers", None)
     for key, value in entries.items():
-        if isinstance(value, (list, str)) and number is not None and len(value) == number and number > layers:
-            entries[key] = value[:layers]  # an entry for each layer
+        one_per_layer = isinstance(value, list) or (isinstance(value, str) and key == "hybrid_override_pattern")
+        if one_per_layer and number is not None and len(value) == number and number > layers:
+            entries[key] = value[:layers]
     if isinstance(entries.get(key_of("num_hidden_layers")), int):
         entries[key_of("num_hidden_layers")] = layers
     _cap(entries, (key_of("vocab_size"),), VOCAB)
