@@ -25,7 +25,7 @@ from tests.models import make_tiny_qwen2, rig
 from verl.agent import Completion
 from verl.protocol import DataProto
 from verl.single_controller.worker import Worker
-from verl.trainer.ppo.rollout import SLEEP_LEVEL
+from verl.trainer.ppo.rollout import sleep_level
 from verl.trainer.sft import start_process_group
 from verl.workers.config import FSDPConfig, ModelConfig, RolloutConfig
 from verl.workers.forward import forward_log_probs
@@ -196,7 +196,7 @@ class Lab:
             self.sync(trainer)
             return {}
         before, began = free_gib(), time.monotonic()
-        self.run(self.server.sleep(SLEEP_LEVEL))
+        self.run(self.server.sleep(sleep_level(self.server.config)))
         asleep, slept = free_gib(), time.monotonic()
         self.run(self.server.wake_up(["weights"]))
         self.sync(trainer)

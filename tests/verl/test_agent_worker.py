@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from tests.models import make_tokenizer
 from verl.agent import Completion, Trajectory, TrajectoryFailed, context_digest
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
@@ -57,6 +59,31 @@ async def test_two_failures_give_it_up_with_the_number_of_searches(tmp_path):
     made = worker(tmp_path, 2)
     assert await made.run(jobs, SAMPLING) == [Failure("retriever is down", 2)] * 3
     assert made.engines.load == [0]
+
+
+class Broken:
+    """Fails in a way that no environment does, while the others wait for ever; counts those that were cancelled."""
+
+    cancelled = 0
+
+    async def run(self, prompt_ids, row, generate):
+        await asyncio.sleep(0)
+        if row["name"] == "0":
+            raise ZeroDivisionError
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+
+async def test_an_unforeseen_exception_ends_the_batch_and_leaves_nothing_behind(tmp_path):
+    made = worker(tmp_path, 0)
+    made.agent = broken = Broken()
+    with pytest.raises(ZeroDivisionError):
+        await made.run([Job("u", f"s{i}", {"name": str(i)}, [7]) for i in range(3)], SAMPLING)
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+    assert broken.cancelled == 2 and await made.progress() == {}
 
 
 class Counting:

@@ -9,7 +9,8 @@ from ray.exceptions import RayActorError
 
 from verl.single_controller.worker_group import WorkerLost
 from verl.trainer.ppo import rollout as module
-from verl.trainer.ppo.rollout import SLEEP_LEVEL, RolloutManager
+from verl.trainer.ppo.rollout import RolloutManager, sleep_level
+from verl.workers.config import RolloutConfig
 
 Log = list[str]
 
@@ -69,6 +70,7 @@ def make(monkeypatch):
         manager: Any = object.__new__(RolloutManager)
         manager.log = log = []
         manager.device, manager.colocated, manager.sleeps = "cuda", colocated, colocated
+        manager.sleep_level = sleep_level(RolloutConfig())
         manager.name, manager.replicas, manager.restarts, manager.workers = "rollout", 2, 0, []
         manager.servers = [Engine(name, log) for name in ("a0", "b0")]
         manager.lifelines = list(manager.servers)
@@ -77,6 +79,12 @@ def make(monkeypatch):
         return manager
 
     return build
+
+
+def test_a_draft_model_which_no_transfer_brings_is_kept_through_sleep():
+    speculative = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
+    assert sleep_level(RolloutConfig()) == 2
+    assert sleep_level(RolloutConfig(engine_kwargs=speculative)) == 1
 
 
 def test_a_dead_engine_is_started_once_the_trainer_has_let_go_of_the_gpu(make):
@@ -88,7 +96,7 @@ def test_a_dead_engine_is_started_once_the_trainer_has_let_go_of_the_gpu(make):
         "actor free",
         "b1 start",
         "b1 begin_weight_update",
-        f"b1 sleep {SLEEP_LEVEL}",
+        "b1 sleep 2",
         "actor connect a0 b1",
         "actor free",
         "a0 wake_up ['weights']",
@@ -134,7 +142,7 @@ def test_an_engine_that_died_before_it_could_sleep_does_not_end_the_run(make):
     manager = make(colocated=True)
     manager.servers[0].dead = True
     manager.sleep()
-    assert manager.log == [f"a0 sleep {SLEEP_LEVEL}", f"b0 sleep {SLEEP_LEVEL}"]
+    assert manager.log == ["a0 sleep 2", "b0 sleep 2"]
 
 
 def test_an_engine_that_dies_while_another_is_replaced_ends_the_attempt(make, monkeypatch):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from verl.protocol import DataProto
 from verl.single_controller.worker import init_process_group, seed_everything
+from verl.trainer.packing import decided, in_words
 from verl.utils import device
 from verl.utils.checkpoint import save_pretrained
 from verl.utils.config import Config
@@ -34,6 +35,7 @@ from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 from verl.workers.forward import forward_log_probs
 from verl.workers.fsdp_model import build_model, build_train_state, full_parameters
 from verl.workers.lora import base_model
+from verl.workers.packing import packing_of
 from verl.workers.update import Budget, Counts, Metrics, reduce_sum, update_mini_batches
 
 logger = logging.getLogger(__name__)
@@ -72,9 +74,12 @@ class SFTTrainer:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(kind)
         mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("dp",))
-        self.state = build_train_state(
-            build_model(config.model, "lm", config.fsdp, mesh), config.optim, config.total_training_steps, config.fsdp
-        )
+        dtype = getattr(torch, config.fsdp.dtype)
+        packing = packing_of(config.model, "lm", kind == "cuda", dtype, longest=config.max_length)
+        if dist.get_rank() == 0:
+            logger.info("model: %s", in_words(packing))
+        model = build_model(decided(config.model, packing), "lm", config.fsdp, mesh)
+        self.state = build_train_state(model, config.optim, config.total_training_steps, config.fsdp)
 
     def step(self, examples: Sequence[Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the trained tokens of all `examples`.

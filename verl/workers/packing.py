@@ -95,7 +95,10 @@ class Probe:
                 return "is not causal: its states depend on what comes after (an encoder?)"
             truth = self._plain()
         except Exception as error:
-            return f"does not run in a plain forward pass: {_first_line(error)}"
+            return (
+                f"does not run in a plain forward pass on the CPU: {_first_line(error)}. Where that is a kernel for "
+                "GPUs (flash-linear-attention, causal-conv1d), model.pack_rows=false trains a row at a time, unprobed"
+            )
         ways = [(attention, True), (attention, False), *((name, False) for name in also if name != attention)]
         seen: list[str] = []
         for name, packs in ways:

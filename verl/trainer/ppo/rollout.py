@@ -10,7 +10,7 @@ from typing import Any
 from verl.agent import Row, Trajectory
 from verl.single_controller.worker_group import ActorDied, RayError, WorkerLost, first_ready, get, kill, ready, spawn
 from verl.trainer.config import PPOConfig
-from verl.workers.config import SamplingConfig
+from verl.workers.config import RolloutConfig, SamplingConfig
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
 from verl.workers.rollout.router import Router
 from verl.workers.rollout.vllm_server import VLLMServer
@@ -18,10 +18,6 @@ from verl.workers.rollout.vllm_server import VLLMServer
 logger = logging.getLogger(__name__)
 MAX_RESTARTS = 3
 """Engines that may be restarted between two batches."""
-SLEEP_LEVEL = 2
-"""vLLM's: the weights are dropped, because the transfer at every wake-up brings all of them. Level 1
-would copy them to pinned host memory and back for nothing (3B: 6 GB an engine, 48 GB a node of
-eight). Buffers, such as the tables of rotary embeddings, are kept at both levels."""
 PROGRESS_S = 60.0
 """How often the agent workers are asked how far they are, while their trajectories are waited for."""
 ANSWER_S = 5.0
@@ -53,6 +49,17 @@ def make_jobs(
     ]
 
 
+def sleep_level(rollout: RolloutConfig) -> int:
+    """vLLM's level of sleep for the engines.
+
+    At level 2 the weights are dropped, because the transfer at every wake-up brings all of them. Level 1 would copy
+    them to pinned host memory and back for nothing (3B: 6 GB an engine, 48 GB a node of eight). No transfer brings the
+    draft model of speculative decoding, so there level 1 it is. Buffers, such as the tables of rotary embeddings, are
+    kept at both levels.
+    """
+    return 1 if rollout.engine_kwargs.get("speculative_config") else 2
+
+
 class RolloutManager:
     """Engines with their agent workers, and the version of the weights that the engines hold.
 
@@ -76,6 +83,7 @@ class RolloutManager:
         self.version, self.seeded, self.pinned = -1, rollout.per_request_seed, pinned
         self.colocated = config.actor_rollout_ref.hybrid_engine
         self.sleeps = device == "cuda" and self.colocated
+        self.sleep_level = sleep_level(rollout)
         tp = rollout.tensor_model_parallel_size
         fitting = max(1, len(locations) // tp) if device == "cuda" else 1
         self.replicas = replicas or rollout.num_replicas or fitting
@@ -248,7 +256,7 @@ class RolloutManager:
         if self.actor is not None:  # nothing is sampled from initial weights
             get([self.servers[rank].begin_weight_update.remote() for rank in ranks])
         if asleep:
-            get([self.servers[rank].sleep.remote(SLEEP_LEVEL) for rank in ranks])
+            get([self.servers[rank].sleep.remote(self.sleep_level) for rank in ranks])
         for rank in ranks:
             self.lifelines[rank] = self.servers[rank].lifeline.remote()
             get([worker.replace_engine.remote(rank, self.servers[rank]) for worker in self.workers])
@@ -290,7 +298,7 @@ class RolloutManager:
 
         An engine that has died holds none; `update_weights` starts it again.
         """
-        for call in [server.sleep.remote(SLEEP_LEVEL) for server in self.servers if self.sleeps]:
+        for call in [server.sleep.remote(self.sleep_level) for server in self.servers if self.sleeps]:
             try:
                 get(call)
             except ActorDied:

@@ -66,7 +66,10 @@ class AgentLoopWorker:
         self.finished: dict[str, int] = {}
 
     async def run(self, jobs: Sequence[Job], sampling: dict[str, Any]) -> list[Trajectory | Failure]:
-        """The trajectories of `jobs`, in their order, with their rewards."""
+        """The trajectories of `jobs`, in their order, with their rewards.
+
+        An exception other than TrajectoryFailed ends all of them.
+        """
         batch = jobs[0].session
         self.finished[batch] = 0
 
@@ -76,9 +79,12 @@ class AgentLoopWorker:
             self.finished[batch] += 1
             return result
 
+        tasks = [asyncio.ensure_future(run_in_turn(job)) for job in jobs]
         try:
-            return list(await asyncio.gather(*(run_in_turn(job) for job in jobs)))
+            return list(await asyncio.gather(*tasks))
         finally:
+            for task in tasks:
+                task.cancel()  # which does nothing to those that have ended
             del self.finished[batch]
 
     async def progress(self) -> dict[str, int]:

@@ -197,7 +197,7 @@ class VLLMServer:
         self.updating = False
 
     async def sleep(self, level: int) -> None:
-        """Frees GPU memory: level 1 keeps the weights in host memory, level 2 only what is no weight."""
+        """Frees GPU memory: level 1 keeps the weights in host memory, level 2 drops them (vLLM's levels)."""
         await self.engine.sleep(level)
 
     async def wake_up(self, tags: list[str]) -> None:
