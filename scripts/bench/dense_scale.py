@@ -37,6 +37,8 @@ DEPTHS: dict[str, list[int]] = {
 """efSearch of HNSW, nprobe of the others; types without an entry are scanned whole."""
 TOPK = 10
 REPEATS = 5
+QUERY_SEED = 1 << 20
+"""Apart from the seeds of the centres and of the shards."""
 
 
 class Mixture:
@@ -79,7 +81,10 @@ def write_vectors(shards: EmbeddingShards, mixture: Mixture, sample: np.ndarray,
         vectors = mixture.draw(seed=1 + number, count=min(SHARD, count - start))
         if number == 0:
             vectors[: len(sample)] = sample
-        np.save(path, vectors)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, vectors)
+        partial.rename(path)
 
 
 def exact_neighbours(shards: Iterable[np.ndarray], queries: np.ndarray) -> np.ndarray:
@@ -171,18 +176,18 @@ def main() -> None:
     if len(sample) > min(SHARD, args.vectors):
         parser.error(f"--sample has {len(sample)} vectors, more than --vectors or a shard of {SHARD}")
     mixture = Mixture(sample, clusters=max(1, args.vectors // PASSAGES_PER_CLUSTER))
-    shards = EmbeddingShards(args.work / f"vectors-{args.vectors}", SHARD)
+    shards = EmbeddingShards(args.work / f"{args.sample.stem}-{args.vectors}", SHARD)
     write_vectors(shards, mixture, sample, args.vectors)
-    queries = mixture.draw(seed=0, count=args.queries)
+    queries = mixture.draw(seed=QUERY_SEED, count=args.queries)
     exact = exact_neighbours(shards, queries)
-    done = {row["type"] for row in read_rows(args.rows)}
+    done = {row["type"] for row in read_rows(args.rows) if row["vectors"] == args.vectors}
     for kind in args.types or dense.TYPES:
         if kind in done:
             continue
         rows = list(measure(kind, shards, queries, exact, args.work))
         with args.rows.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
-    sys.stdout.write(table(read_rows(args.rows)))
+    sys.stdout.write(table([row for row in read_rows(args.rows) if row["vectors"] == args.vectors]))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ def row(what: str, name: str, rates: list[float], loads: list[Load]) -> None:
     """Prints a line of the table: the median rate, and latencies of all rounds together."""
     latencies = Load(0.0, [latency for one in loads for latency in one.latencies])
     quantiles = " | ".join(f"{latencies.quantile(q):.1f}" if loads else "" for q in (0.5, 0.95, 0.99))
+    others = sum(one.statuses.total() - one.statuses["200"] for one in loads)
+    if others:
+        raise RuntimeError(f"{name}, {what} clients: {others} answers were not 200")
     sys.stdout.write(f"| {what} | {name} | {statistics.median(rates):.0f} | {quantiles} |\n")
     sys.stdout.flush()
 

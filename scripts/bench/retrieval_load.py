@@ -1,7 +1,7 @@
 """The retrieval server under load: queries per second and latency by number of clients, batching on and off.
 
-    python scripts/bench/retrieval_load.py --corpus C.jsonl --queries Q.jsonl bm25
-    python scripts/bench/retrieval_load.py --corpus C.jsonl --queries Q.jsonl dense --model ENCODER
+    python scripts/bench/retrieval_load.py bm25 --corpus C.jsonl --queries Q.jsonl
+    python scripts/bench/retrieval_load.py dense --model ENCODER --corpus C.jsonl --queries Q.jsonl
 
 Every client keeps one connection and asks one query after the other, each query different, the cache off. Q.jsonl has a
 `question` a line. Indexes are made in --work. Batching off is `--max_batch_size 1`, in the same run.

@@ -27,7 +27,8 @@ def write_corpus(source: Path, path: Path, count: int) -> Path:
         return path
     rows = [json.loads(line)["contents"].partition("\n") for line in source.open(encoding="utf-8")]
     rng = random.Random(0)
-    with path.open("w", encoding="utf-8") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
         for i in range(count):
             title, _, text = rows[i % len(rows)]
             if i >= len(rows):
@@ -36,6 +37,7 @@ def write_corpus(source: Path, path: Path, count: int) -> Path:
                 text = " ".join([*words[:half], *others[half:][: len(words) - half]])
                 title = f"{title} ({i // len(rows)})"
             file.write(json.dumps({"id": str(i), "contents": f"{title}\n{text}"}, ensure_ascii=False) + "\n")
+    partial.rename(path)
     return path
 
 

@@ -1,6 +1,6 @@
 """Goodput of the retrieval server under overload: requests of 64 queries from more and more clients.
 
-    python scripts/bench/retrieval_overload.py --corpus C.jsonl --queries Q.jsonl bm25
+    python scripts/bench/retrieval_overload.py bm25 --corpus C.jsonl --queries Q.jsonl
 
 Every client keeps one connection and one request under way, each of new queries, the server's cache off. A client that
 is refused (429) sends the same request again: after what Retry-After says, or at once with --impatient. The last two

@@ -89,14 +89,6 @@ def build(index: Path, count: int) -> None:
     documents, codes = np.zeros(room, dtype=np.int32), np.zeros(room, dtype=np.uint16)
     pairs = [np.zeros(SAMPLED * 4 * WORDS_PER_PASSAGE, dtype=np.int64) for _ in range(2)]
     starts, found = draw_postings(shares(), bm25_index.length_bytes(lengths), sampled, documents, codes, *pairs)
-    with building(index) as folder:
-        np.save(folder / OFFSETS, offsets)
-        np.save(folder / "posting_documents.npy", documents[: starts[-1]])
-        np.save(folder / "posting_codes.npy", codes[: starts[-1]])
-        bm25_index.write_vocabulary({f"w{number:06d}": number for number in range(WORDS)}, folder)
-        none = np.zeros(0, dtype=np.int64)
-        bm25_index.write_statistics(folder, starts, none, none, lengths)
-        write_manifest(folder, engine="bm25", parameters=bm25.PARAMETERS, corpus=fingerprint(corpus), documents=count)
     words_of: dict[int, list[int]] = {}
     for document, word in zip(pairs[0][:found].tolist(), pairs[1][:found].tolist(), strict=True):
         words_of.setdefault(document, []).append(word)
@@ -105,6 +97,14 @@ def build(index: Path, count: int) -> None:
         for words in words_of.values()
     ]
     index.with_name("queries.json").write_text(json.dumps(queries))
+    with building(index) as folder:
+        np.save(folder / OFFSETS, offsets)
+        np.save(folder / "posting_documents.npy", documents[: starts[-1]])
+        np.save(folder / "posting_codes.npy", codes[: starts[-1]])
+        bm25_index.write_vocabulary({f"w{number:06d}": number for number in range(WORDS)}, folder)
+        none = np.zeros(0, dtype=np.int64)
+        bm25_index.write_statistics(folder, starts, none, none, lengths)
+        write_manifest(folder, engine="bm25", parameters=bm25.PARAMETERS, corpus=fingerprint(corpus), documents=count)
 
 
 def measure(retriever: bm25.BM25Retriever, queries: list[str], topk: int, batch: int) -> tuple[float, float]:

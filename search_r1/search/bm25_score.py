@@ -127,7 +127,10 @@ def prepare(postings, query):
         query.ends[i] = postings.starts[term + 1]
         query.rows[i] = postings.rows[term]
         query.factors[i] = np.int64(query.weights[i] / (TOP_LEVEL * unit)) + 1
-    return unit * (1.0 + ROUNDING), np.uint16(rest / unit + 1)
+    beyond = np.uint16(0)
+    if n > MAX_BOUNDED_TERMS:
+        beyond = np.uint16(rest / unit + 1)
+    return unit * (1.0 + ROUNDING), beyond
 
 
 @compiled
@@ -269,11 +272,12 @@ def score_of_word(postings, query, i, document):
 def complete_score(postings, query, essential, document, score, rest, needed_score, unit):
     """The score of a document with the other words, or -1 once it is sure to be below `needed_score`.
 
-    `score` is that of its essential words, `rest` the most that the others can add, in units of the bounds.
+    `score` is that of its essential words, `rest` the most that the others can add, in units of the bounds. One unit
+    more lets scores pass that are equal to the needed one when they are rounded to 32 bits.
     """
     number = document // RANGE
     for i in range(essential, query.terms.shape[0]):
-        if score + rest * unit < needed_score:
+        if score + (rest + 1) * unit < needed_score:
             return -1.0
         if query.rows[i] < 0 or postings.maxima[query.rows[i], number] > 0:
             score += score_of_word(postings, query, i, document)

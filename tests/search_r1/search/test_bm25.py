@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import pytest
 
-from search_r1.search import bm25, bm25_index, bm25_postings, compiled, index_builder
+from search_r1.search import bm25, bm25_index, bm25_postings, bm25_score, compiled, index_builder
 from search_r1.search.analysis import Analyzer
 from search_r1.search.bm25 import BM25Retriever
 from search_r1.search.bm25_index import length_bytes, length_of_bytes
@@ -162,6 +162,17 @@ def test_skipping_changes_nothing(tmp_path, monkeypatch, documents, vocabulary, 
         assert [retriever.rank(query, topk) for query in queries] == expected
         batch = retriever.scorer.rank([retriever.analyze(query) for query in queries], topk)
         assert batch == expected
+
+
+def test_a_word_that_few_documents_have_looks_at_their_ranges_only(tmp_path):
+    rows = [{"id": i, "contents": "common" if i else "rare common"} for i in range(5000)]
+    path = write_corpus(tmp_path, rows)
+    scorer = BM25Retriever(tmp_path / "bm25", path, threads=1).scorer
+    query = bm25_score.new_query(np.array([scorer.vocabulary["rare"]], np.int32), np.array([9.0], np.float32))
+    _, beyond = bm25_score.prepare(scorer.postings, query)
+    bounds = scorer.rooms[0].bounds
+    bm25_score.bound_ranges(scorer.postings, query, beyond, bounds)
+    assert np.flatnonzero(bounds).tolist() == [0]
 
 
 def test_an_index_of_an_older_format_is_refused_and_built_again(tmp_path):
