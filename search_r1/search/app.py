@@ -68,14 +68,17 @@ class Service:
         self.failed, self.served = False, 0
 
     async def run(self) -> None:
-        """Loads the engine, then serves its queue; a failure to load ends the process."""
+        """Loads the engine, then serves its queue; a failure of either ends the server with a status other than 0."""
         began = time.monotonic()
         try:
             retriever = await asyncio.to_thread(self.load)
         except (CorpusError, EngineError, OSError, ImportError) as error:
             log.error("not started: %s", error)
-            self.failed = True
-            self.stop()
+            self.give_up()
+            return
+        except Exception as error:
+            log.exception("not started: unexpected %s while loading the engine: %s", type(error).__name__, error)
+            self.give_up()
             return
         s = self.settings
         self.engine = BatchingEngine(
@@ -89,7 +92,16 @@ class Service:
         )
         fields = {"engine": retriever.name, "documents": len(retriever), "seconds": round(time.monotonic() - began, 2)}
         log.info("ready", extra=fields)
-        await asyncio.gather(self.engine.run(), self.report())
+        try:
+            await asyncio.gather(self.engine.run(), self.report())
+        except Exception as error:
+            log.exception("ended: unexpected %s while serving the queue: %s", type(error).__name__, error)
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Ends the server as one that failed: without an engine it would only keep its clients waiting."""
+        self.failed = True
+        self.stop()
 
     async def report(self) -> None:
         """A line a minute about what was served, none when nothing was."""

@@ -31,6 +31,8 @@ TYPES = {
 """Factory strings; any other string of FAISS's index factory may be named instead."""
 TRAINING_POINTS = 39
 """Vectors per centroid that k-means asks for."""
+GPU_TYPES = ("Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ")
+"""Of `TYPES`, those that FAISS has for GPUs."""
 PASSAGES_AT_A_TIME = 512
 
 
@@ -202,7 +204,8 @@ def set_depth(index: Any, nprobe: int, ef_search: int) -> None:
 def to_gpus(index: Any) -> Any:
     """The index in half precision, its vectors divided over all GPUs.
 
-    Raises CorpusError where FAISS is the build for the CPU, or sees no GPU.
+    Raises CorpusError where FAISS is the build for the CPU, sees no GPU, or cannot put this index on it: its type is
+    none of `GPU_TYPES`, or the memory does not suffice.
     """
     if not hasattr(faiss, "StandardGpuResources"):  # the functions around it are in both builds
         raise CorpusError(
@@ -213,4 +216,13 @@ def to_gpus(index: Any) -> Any:
         raise CorpusError("--faiss_gpu: FAISS sees no GPU (CUDA_VISIBLE_DEVICES, nvidia-smi)")
     options = faiss.GpuMultipleClonerOptions()
     options.useFloat16, options.shard = True, True
-    return faiss.index_cpu_to_all_gpus(index, co=options)
+    try:
+        return faiss.index_cpu_to_all_gpus(index, co=options)
+    except RuntimeError as error:
+        kind = type(faiss.downcast_index(index)).__name__
+        cause = str(error).strip().splitlines()[-1]
+        raise CorpusError(
+            f"--faiss_gpu: FAISS cannot put this index, {kind} of {index.ntotal} vectors, on the GPUs ({cause}); "
+            f"the types that it can: {', '.join(GPU_TYPES)}; leave --faiss_gpu out, or build one of them "
+            "(index_builder --faiss_type)"
+        ) from error

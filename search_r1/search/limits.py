@@ -68,5 +68,6 @@ class Door:
     async def turn(self) -> None:
         """Waits in the line of those who are to be refused."""
         now = asyncio.get_running_loop().time()
-        self.last_turn = max(now, self.last_turn) + 1 / REFUSALS_PER_S
-        await asyncio.sleep(min(self.last_turn - now, MAX_TURN_S))
+        end_of_line = max(now, self.last_turn) + 1 / REFUSALS_PER_S
+        self.last_turn = min(end_of_line, now + MAX_TURN_S)
+        await asyncio.sleep(self.last_turn - now)

@@ -304,3 +304,18 @@ def test_a_flat_index_is_sharded_over_all_gpus_in_half_precision(tmp_path, corpu
             assert {document["id"] for document, _ in found[:5]} <= {document["id"] for document, _ in hits}
             scores = [score for _, score in found]
             assert scores == pytest.approx([score for _, score in hits], abs=1e-3)
+
+
+@pytest.mark.parametrize("faiss_type", ["HNSW32", "SQfp16"])
+def test_an_index_that_cannot_be_on_gpus_is_refused_by_name(monkeypatch, faiss_type):
+    gpus = FakeGpus()
+
+    def unsupported(index, co=None):
+        raise RuntimeError("Error in GpuCloner.cpp:1:\nThis index type is not implemented on GPU.")
+
+    gpus.index_cpu_to_all_gpus = unsupported
+    for name in ("StandardGpuResources", "get_num_gpus", "GpuMultipleClonerOptions", "index_cpu_to_all_gpus"):
+        monkeypatch.setattr(dense.faiss, name, getattr(gpus, name), raising=False)
+    index = dense.faiss.index_factory(8, faiss_type, dense.faiss.METRIC_INNER_PRODUCT)
+    with pytest.raises(CorpusError, match=r"Index\w+ of 0 vectors.*not implemented on GPU.*Flat, IVF-Flat, IVF-SQ8"):
+        dense.to_gpus(index)

@@ -17,7 +17,7 @@ import pytest
 
 from search_r1.launch import free_port
 from search_r1.search import limits
-from search_r1.search.app import ServerSettings, create_app
+from search_r1.search.app import ServerSettings, Service, create_app
 from search_r1.search.batching import BatchingEngine, Overloaded
 from search_r1.search.engine import EngineError
 from search_r1.search.experiments import Latency
@@ -271,6 +271,18 @@ async def test_who_finds_room_when_it_is_his_turn_is_let_in(monkeypatch):
     assert len(entered) == 3 and len(sent) == 3 and reasons == []
 
 
+async def test_however_many_wait_to_be_refused_the_next_one_waits_no_longer_than_the_maximum():
+    """The line must not run ahead of the clock: after a rush everybody would wait for minutes."""
+    door = limits.Door(lambda *_: None, lambda: None, lambda: None)
+    crowd = 3 * int(limits.MAX_TURN_S * limits.REFUSALS_PER_S)
+    waiting = [asyncio.create_task(door.turn()) for _ in range(crowd)]
+    await asyncio.sleep(0)
+    assert door.last_turn <= asyncio.get_running_loop().time() + limits.MAX_TURN_S
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+
+
 def test_a_query_that_breaks_the_engine_fails_alone():
     engine = Engine(lag=0.1)
     with serving(app(engine)) as base, ThreadPoolExecutor(8) as pool:
@@ -391,6 +403,33 @@ def test_what_cannot_be_loaded_ends_the_server_with_its_cause(tmp_path, workers)
     )
     assert done.returncode == 1 and "no index here" in done.stderr and "index_builder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_unexpected_failure_to_load_ends_the_server_with_its_traceback(tmp_path):
+    """A server of a module of its own, whose engine breaks; it must not say "loading" for ever."""
+    engine = (
+        "from search_r1.search.retrieval_server import parse_arguments\ndef load(args): raise RuntimeError('bitter')\n"
+    )
+    (tmp_path / "broken_engine.py").write_text(engine)
+    start = f"import sys; sys.path.append({str(tmp_path)!r})\nfrom search_r1.search.serve import serve\n"
+    start += f"sys.exit(serve('broken_engine', ['--port', '{free_port()}']))"
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=60)
+    line = json.loads(done.stderr.splitlines()[0])
+    assert done.returncode == 1 and line["event"] == (
+        "not started: unexpected RuntimeError while loading the engine: bitter"
+    )
+    assert "in load" in line["traceback"]
+
+
+async def test_an_unexpected_failure_of_the_queue_ends_the_server(monkeypatch, caplog):
+    async def broken(engine):
+        raise RuntimeError("bitter")
+
+    monkeypatch.setattr(BatchingEngine, "run", broken)
+    service, stops = Service(Engine, ServerSettings()), []
+    service.stop = lambda: stops.append("stopped")
+    await asyncio.wait_for(service.run(), 60)
+    assert service.failed and stops == ["stopped"] and "bitter" in caplog.text
 
 
 def test_logs_are_json_lines_without_queries(folder):
