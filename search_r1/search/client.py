@@ -4,10 +4,12 @@ It never returns an empty list for a failure: what the policy reads is what the 
 """
 
 import asyncio
+import logging
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 from pydantic import ValidationError
@@ -16,7 +18,9 @@ from search_r1.search.balancer import Balancer, Server
 from search_r1.search.config import RetrieverConfig, authorization
 from search_r1.search.schema import RetrieveResponse, ScoredDocument
 
+log = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 10.0
+CLOSED = "the client was closed while the search was under way"
 
 
 class SearchError(Exception):
@@ -71,6 +75,12 @@ class EngineFailed(SearchError):
     kind = "engine"
 
 
+class Closed(SearchError):
+    """The client was closed before there was an answer."""
+
+    kind = "closed"
+
+
 @dataclass(frozen=True)
 class Passage:
     """A retrieved passage; the title keeps its literal quotes."""
@@ -107,15 +117,16 @@ class RetrievalClient:
         self.waiting: list[str] = []
         self.running: dict[str, asyncio.Future[list[Passage]]] = {}
         self.flush: asyncio.TimerHandle | None = None
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[list[Found]]] = set()
 
     async def search(self, query: str) -> list[Passage]:
         """The passages for `query`; one that is already being searched is not sent again.
 
+        Half a surrogate pair, which a model may write and which no request can carry, is searched as U+FFFD.
         Raises a SearchError when the deadline or the attempts are used up, or the engine could not do it.
         """
         loop = asyncio.get_running_loop()
-        query = query[: self.config.max_query_chars]
+        query = encodable(query)[: self.config.max_query_chars]
         future = self.running.get(query)
         if future is None:
             future = self.running[query] = loop.create_future()
@@ -132,22 +143,24 @@ class RetrievalClient:
             self.flush = None
         batch, self.waiting = self.waiting, []
         if batch:
-            task = asyncio.get_running_loop().create_task(self._serve(batch))
+            task = asyncio.get_running_loop().create_task(self._retrieve(batch))
             self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            task.add_done_callback(partial(self._deliver, batch))
 
-    async def _serve(self, queries: list[str]) -> None:
-        try:
-            results: Sequence[Found] = await self._retrieve(queries)
-        except SearchError as error:
-            results = [error] * len(queries)
-        for query, found in zip(queries, results, strict=True):
-            future = self.running.pop(query)
-            if isinstance(found, SearchError):
-                future.set_exception(type(found)(*found.args))
-                future.exception()  # whoever asked may be gone
-            else:
-                future.set_result(found)
+    def _deliver(self, queries: list[str], task: "asyncio.Task[list[Found]]") -> None:
+        """Settles every query of a batch, whatever became of the task, also if it was cancelled before it began."""
+        self.tasks.discard(task)
+        for query, found in zip(queries, outcome(task, len(queries)), strict=True):
+            self._settle(query, found)
+
+    def _settle(self, query: str, found: Found) -> None:
+        """Hands the result to all who wait for `query`; who asks again from now on starts a new search."""
+        future = self.running.pop(query)
+        if isinstance(found, SearchError):
+            future.set_exception(type(found)(*found.args))
+            future.exception()  # whoever asked may be gone
+        else:
+            future.set_result(found)
 
     async def _retrieve(self, queries: list[str]) -> list[Found]:
         """One request, repeated while that may help, at the next server if there is one."""
@@ -195,7 +208,11 @@ class RetrievalClient:
         except httpx.TimeoutException as error:
             self.balancer.failed(server, clock())
             raise OutOfTime(f"{server.url}: {type(error).__name__}") from error
-        except httpx.TransportError as error:
+        except httpx.DecodingError as error:
+            raise BadAnswer(f"{server.url}: the answer cannot be decoded: {error}") from error
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise Rejected(f"{server.url}: no address that can be asked: {error}") from error
+        except httpx.HTTPError as error:
             self.balancer.failed(server, clock())
             raise Unreachable(f"{server.url}: {type(error).__name__} {error}".strip()) from error
         finally:
@@ -221,16 +238,43 @@ class RetrievalClient:
         return taken
 
     async def close(self) -> None:
-        """Closes the connections; searches that still run fail."""
-        for task in self.tasks:
+        """Closes the connections; searches that still wait or run fail with `Closed`."""
+        if self.flush is not None:
+            self.flush.cancel()
+            self.flush = None
+        unsent, self.waiting = self.waiting, []
+        for query in unsent:
+            self._settle(query, Closed(CLOSED))
+        running = list(self.tasks)
+        for task in running:
             task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         await self.http.aclose()
+
+
+def outcome(task: "asyncio.Task[list[Found]]", num_queries: int) -> Sequence[Found]:
+    """What a finished task says of each of its queries. An error that was not foreseen is logged and becomes theirs."""
+    if task.cancelled():
+        return [Closed(CLOSED)] * num_queries
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if not isinstance(error, SearchError):
+        cause = f"unexpected {type(error).__name__}: {error}"
+        log.error("searches failed: %s", cause, exc_info=error)
+        error = SearchError(cause)
+    return [error] * num_queries
+
+
+def encodable(query: str) -> str:
+    """`query` with each lone surrogate as U+FFFD, and the two halves of a pair as the character they stand for."""
+    return query.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def retry_after(answer: httpx.Response, default: float) -> float:
     """Seconds that a 429 asks to wait."""
     value = answer.headers.get("retry-after", "")
-    return float(value) if value.isdigit() else default
+    return float(value) if value.isdecimal() else default
 
 
 def parse_response(answer: httpx.Response, num_queries: int, url: str) -> list[Found]:

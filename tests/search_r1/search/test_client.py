@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI, Response
 
 from search_r1.launch import free_port
-from search_r1.search.client import RetrievalClient, SearchError, check_server
+from search_r1.search.client import RetrievalClient, SearchError, check_server, encodable
 from search_r1.search.config import RetrieverConfig
 from tests.retrieval import retrieval_server, serving, write_corpus
 from tests.search_r1.search.test_server import ROWS, Engine, app
@@ -147,6 +147,67 @@ async def test_only_the_failed_query_of_a_shared_request_fails():
         assert isinstance(found[1], SearchError) and "bitter" in str(found[1])
         assert [found[0][0].text, found[2][0].text] == ["a", "b"]
         await c.close()
+
+
+async def test_half_a_surrogate_pair_is_searched_as_a_replacement_character():
+    """Models write broken text; JSON cannot carry it, and one such query must not cost its neighbours theirs."""
+    with serving(app(Engine())) as base:
+        c = client(f"{base}/retrieve", batch_wait_s=0.05)
+        async with asyncio.timeout(60):
+            found = await asyncio.gather(*(c.search(q) for q in ["a", "x\ud83d", "b"]))
+        assert [hits[0].text for hits in found] == ["a", "x\ufffd", "b"]
+        await c.close()
+    assert encodable("\ud83d\ude00") == "\U0001f600" and encodable("\udc00a\ud800b\ufeff") == "\ufffda\ufffdb\ufeff"
+
+
+async def test_an_unexpected_error_fails_every_query_of_the_request_and_is_not_kept(caplog):
+    with serving(app(Engine())) as base:
+        c = client(f"{base}/retrieve", batch_wait_s=0.05)
+        post = c.http.post
+
+        async def broken(*args, **kwargs):
+            raise ZeroDivisionError("not foreseen")
+
+        c.http.post = broken
+        async with asyncio.timeout(60):
+            found = await asyncio.gather(*(c.search(q) for q in ["a", "b"]), return_exceptions=True)
+            assert all(isinstance(error, SearchError) and "not foreseen" in str(error) for error in found)
+            c.http.post = post
+            assert (await c.search("a"))[0].text == "a"
+        await c.close()
+    assert "ZeroDivisionError" in caplog.text and "in broken" in caplog.text
+
+
+async def test_closing_fails_what_waits_and_what_runs():
+    engine = Engine(lag=0.5)
+    with serving(app(engine)) as base:
+        c = client(f"{base}/retrieve", batch_wait_s=60, max_batch_size=2)
+        running = [asyncio.create_task(c.search(q)) for q in "ab"]
+        while not engine.calls:
+            await asyncio.sleep(0.01)
+        running += [
+            asyncio.create_task(c.search(q)) for q in "cde"
+        ]  # c and d: sent but not begun; e: waits for company
+        while len(c.running) < 5:
+            await asyncio.sleep(0)
+        await c.close()
+        async with asyncio.timeout(60):
+            found = await asyncio.gather(*running, return_exceptions=True)
+    assert [type(error).__name__ for error in found] == ["Closed"] * 5
+    assert not c.running and not c.tasks and c.flush is None
+
+
+async def test_an_answer_that_cannot_be_decoded_and_an_address_that_cannot_be_asked_are_typed():
+    scripted_app, asked = scripted((200, "no gzip", {"Content-Encoding": "gzip"}))
+    with serving(scripted_app) as base:
+        for url, kind in [(f"{base}/retrieve", "contract"), ("http://[::1/retrieve", "rejected")]:
+            c = client(url, backoff_s=0.01)
+            async with asyncio.timeout(60):
+                with pytest.raises(SearchError) as caught:
+                    await c.search("x")
+            assert caught.value.kind == kind and c.errors == {kind: 1}
+            await c.close()
+    assert len(asked) == 1
 
 
 async def test_replicas_share_the_load_and_a_dead_one_is_left_alone():
