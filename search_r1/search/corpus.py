@@ -5,10 +5,13 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +22,8 @@ from search_r1.search.manifest import CorpusError, check_corpus, fingerprint
 OFFSETS, DOCUMENTS = "offsets.npy", "documents.jsonl"
 HUB = "hf:"
 PLAIN = (".jsonl", ".json")
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""Half of a surrogate pair in a line of JSON: escaped, or as bytes that are no UTF-8 but that Python's reader takes."""
 
 
 class CorpusReader:
@@ -115,12 +120,23 @@ def to_document(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
         document = json.loads(record) if isinstance(record, bytes) else record
     except ValueError as error:
         raise CorpusError(f"{place}: not JSON ({error})") from error
+    if isinstance(record, bytes) and SURROGATE.search(record) and not is_encodable(document):
+        raise CorpusError(f"{place}: half of a surrogate pair, which no answer can carry (such as \\ud83d alone)")
     if isinstance(document, dict) and document.get("id") is not None:
         if isinstance(document.get("contents"), str):
             return document
         if isinstance(document.get("title"), str) and isinstance(document.get("text"), str):
             return {**document, "contents": contents(document["title"], document["text"])}
     raise CorpusError(f'{place}: expected an object with "id" and "contents" (a string), or "id", "title" and "text"')
+
+
+def is_encodable(document: object) -> bool:
+    """Whether every text in it can be written as UTF-8: two halves of a pair can, one alone cannot."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def contents(title: str, text: str) -> str:
@@ -162,7 +178,7 @@ class Corpus:
         if not (kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime):
             offsets = line_offsets(path)
             try:
-                np.save(kept, offsets)
+                save_whole(kept, offsets)
             except OSError:  # a read-only folder: they are found again next time
                 return cls(path, offsets)
         return cls(path, np.load(kept, mmap_mode="r"))
@@ -175,6 +191,18 @@ class Corpus:
         end = self.data.find(b"\n", start)
         line = self.data[start : end if end >= 0 else len(self.data)]
         return to_document(line, f"{self.path}, document {i}")
+
+
+def save_whole(path: Path, values: np.ndarray) -> None:
+    """Writes `path` at one stroke: several servers may start over one corpus, and one may be killed."""
+    pending = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    try:
+        with pending.open("wb") as file:
+            np.save(file, values)
+        pending.replace(path)
+    finally:
+        with suppress(OSError):  # of a read-only file system, even where there is nothing to remove
+            pending.unlink(missing_ok=True)
 
 
 def line_offsets(path: Path, block: int = 1 << 26) -> np.ndarray:

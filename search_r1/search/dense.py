@@ -1,5 +1,6 @@
 """Dense retrieval: passages embedded in resumable shards, FAISS indexes of several types, searched in batches."""
 
+import errno
 import json
 import math
 import os
@@ -96,10 +97,10 @@ def build(
     The shards stay until the caller removes them. Raises CorpusError for a bad corpus or an unknown type.
     """
     settings = {"model": encoder.name, "prefixes": list(encoder.prefixes), "dimension": encoder.dimension}
-    shards.prepare({**settings, "corpus": reader.fingerprint()})
     with building(index) as folder:
+        shards.prepare({**settings, "corpus": reader.fingerprint()})
         count = shards.fill(reader.store(folder), encoder, batch_size)
-        faiss.write_index(make_index(shards, count, encoder.dimension, faiss_type), str(folder / INDEX))
+        write_index(make_index(shards, count, encoder.dimension, faiss_type), folder / INDEX)
         write_manifest(
             folder, engine="dense", parameters={**settings, "faiss_type": faiss_type},
             corpus=reader.fingerprint(), documents=count,
@@ -126,6 +127,19 @@ def make_index(shards: EmbeddingShards, count: int, dimension: int, faiss_type: 
     for shard in tqdm(shards, total=len(shards.files()), desc="adding", unit="shards"):
         index.add(np.ascontiguousarray(shard))
     return index
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Writes a FAISS index. Raises RuntimeError or OSError when there is no room for it.
+
+    FAISS only prints a line when the last bytes, which are written as it closes the file, find no room. Therefore the
+    file is read back, which maps it and costs little.
+    """
+    faiss.write_index(index, str(path))
+    try:
+        read_index(path)
+    except CorpusError as error:
+        raise OSError(errno.ENOSPC, "FAISS could not write the end of the file", str(path)) from error
 
 
 class DenseRetriever:

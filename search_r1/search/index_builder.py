@@ -16,7 +16,7 @@ from search_r1.search import bm25
 from search_r1.search.corpus import CorpusReader
 from search_r1.search.engines import DENSE
 from search_r1.search.extras import require
-from search_r1.search.manifest import CorpusError, read_manifest
+from search_r1.search.manifest import MANIFEST, CorpusError, locked, read_manifest
 from search_r1.search.serve import positive
 
 METHODS = ("bm25", "lucene", *DENSE)
@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--faiss_type",
         default="Flat",
-        help="Flat, HNSW, IVF-Flat, IVF-SQ8, IVF-PQ, or a FAISS factory string (default: Flat)",
+        help="Flat, Flat-F16, Flat-SQ8, HNSW, IVF-Flat, IVF-SQ8, IVF-PQ, or a FAISS factory string (default: Flat)",
     )
     add("--max_length", type=positive, default=180, help="longest passage in tokens (default: 180)")
     add("--batch_size", type=positive, default=512, help="passages per encoder call (default: 512)")
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.overwrite and is_built(args.retrieval_method, reader, index):
             sys.stdout.write(f"{index}: already built for {args.corpus_path}\n")
             return 0
+        if not args.overwrite:
+            check_target(index)
         count = build(args, reader, index)
     except CorpusError as error:
         sys.exit(f"error: {error}")
@@ -88,6 +90,17 @@ def is_built(method: str, reader: CorpusReader, index: Path) -> bool:
     return manifest["corpus"] == reader.fingerprint()
 
 
+def check_target(index: Path) -> None:
+    """Raises CorpusError when there is something at `index` that no index builder of ours wrote: it may be precious."""
+    is_empty_folder = index.is_dir() and not any(index.iterdir())
+    is_ours = (index / MANIFEST).is_file()
+    if index.exists() and not is_empty_folder and not is_ours:
+        raise CorpusError(
+            f"{index} is there already and was not built by this command (it has no {MANIFEST}): "
+            "choose another --save_dir, or say --overwrite to replace it"
+        )
+
+
 def build(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:
     """The number of documents indexed. Raises CorpusError for what the corpus or the disk does not allow."""
     if args.retrieval_method == "bm25":
@@ -103,9 +116,10 @@ def build(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:
     encoder = Encoder(args.retrieval_method, args.model_path, args.device, args.use_fp16, args.max_length)
     folder = args.embedding_path or args.save_dir / f"emb_{args.retrieval_method}"
     shards = dense.EmbeddingShards(folder, args.shard_size)
-    count = dense.build(reader, index, encoder, shards, args.faiss_type, args.batch_size)
-    if not (args.save_embedding or args.embedding_path):
-        shutil.rmtree(folder)
+    with locked(folder):  # builds of several types share it
+        count = dense.build(reader, index, encoder, shards, args.faiss_type, args.batch_size)
+        if not (args.save_embedding or args.embedding_path):
+            shutil.rmtree(folder)
     return count
 
 

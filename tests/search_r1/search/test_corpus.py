@@ -7,15 +7,16 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from search_r1.search import bm25
 from search_r1.search.bm25 import BM25Retriever
-from search_r1.search.corpus import Corpus, CorpusReader, line_offsets
+from search_r1.search.corpus import Corpus, CorpusReader, line_offsets, save_whole
 from search_r1.search.index_builder import main as build_index
-from search_r1.search.manifest import CorpusError
+from search_r1.search.manifest import CorpusError, building, read_manifest
 from tests.retrieval import write_corpus, write_lines
 
 ROWS = [
@@ -32,6 +33,8 @@ ROWS = [
         ('{"id": 1}', "line 2: expected an object"),
         ('{"contents": "x"}', "line 2: expected an object"),
         (json.dumps(ROWS[0]), "line 2: id '0'"),
+        ('{"id": "9", "contents": "x \\ud83d y"}', "line 2: half of a surrogate pair"),
+        ('{"id": "9", "contents": "x", "more": ["\\uDE00"]}', "line 2: half of a surrogate pair"),
     ],
 )
 def test_bad_lines_are_named_or_skipped_and_counted(tmp_path, line, message, capsys):
@@ -56,6 +59,18 @@ def write_source(folder, kind):
         table = [{"id": row["id"], "title": t, "text": x} for row, (t, x) in zip(ROWS, titles, strict=True)]
         pq.write_table(pa.Table.from_pylist(table), path)
     return path
+
+
+def test_a_row_with_half_a_surrogate_pair_is_left_out_of_a_copied_corpus_and_a_whole_pair_is_not(tmp_path):
+    path = tmp_path / "c.jsonl.gz"
+    lines = [r'{"id": 0, "contents": "a \ud83d\ude00"}', r'{"id": 1, "contents": "a \ude00\ud83d"}']
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    reader = CorpusReader(path, skip_bad=True)
+    assert list(reader.store(tmp_path)) == [{"id": 0, "contents": "a \U0001f600"}] and reader.bad == 1
+    plain = tmp_path / "c.jsonl"
+    plain.write_bytes(b'{"id": 0, "contents": "\xed\xa0\xbd"}\n{"id": 1, "contents": "\xed\x95\x9c"}\n')
+    reader = CorpusReader(plain, skip_bad=True)
+    assert list(reader.store(tmp_path)) == [{"id": 1, "contents": "\ud55c"}] and reader.bad == 1
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
@@ -130,6 +145,82 @@ def test_builder_is_idempotent(tmp_path, capsys):
     assert [build_index(flags), build_index(flags)] == [0, 0]
     output = capsys.readouterr().out
     assert "3 documents" in output and "already built" in output
+
+
+def test_line_offsets_are_kept_whole_or_not_at_all(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            save_whole(tmp_path / "offsets.npy", np.arange(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_servers_that_start_together_read_is_whole(tmp_path, monkeypatch):
+    """At no time is there a file of offsets that is still being written."""
+    path, seen = write_lines(tmp_path / "c.jsonl", ROWS), []
+    save = np.save
+
+    def watched(file, values):
+        save(file, values[:1])
+        seen.extend(p.name for p in tmp_path.glob("*.offsets.npy"))
+        file.seek(0)
+        save(file, values)
+
+    monkeypatch.setattr(np, "save", watched)
+    assert Corpus.of_lines(path)[2] == ROWS[2] and seen == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.offsets.npy"]
+
+
+def test_a_second_build_of_the_same_index_is_refused_and_the_first_undisturbed(tmp_path):
+    index = tmp_path / "bm25"
+    (tmp_path / "bm25.lock").touch()  # left by a killed build: locks nothing
+    with building(index) as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(CorpusError, match="another build of it is running"), building(index):
+            raise AssertionError("two at once")
+    assert (index / "file").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["bm25"]
+
+
+@pytest.mark.parametrize("left", ["folder", "file"])
+def test_what_a_build_killed_at_its_end_left_is_removed(tmp_path, left):
+    path = write_corpus(tmp_path, ROWS)
+    old = tmp_path / "bm25.old"
+    if left == "folder":
+        old.mkdir()
+    (old / "postings" if left == "folder" else old).write_text("old")
+    with building(tmp_path / "bm25") as folder:
+        (folder / "file").write_text("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bm25", path.name]
+    assert [p.name for p in (tmp_path / "bm25").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_index_of_others_is_only_replaced_when_told_to(tmp_path, kind):
+    path, index = write_lines(tmp_path / "c.jsonl", ROWS), tmp_path / "bm25"
+    precious = index / "segments_2" if kind == "folder" else index
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("precious")
+    flags = ["--corpus_path", str(path), "--save_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"bm25 is there already.*--overwrite"):
+        build_index(flags)
+    assert precious.read_text() == "precious"
+    assert build_index([*flags, "--overwrite"]) == 0 and read_manifest(index)["documents"] == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bm25", "c.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x00\x00"])
+def test_a_garbled_manifest_is_said_with_its_cure_and_built_again(tmp_path, text):
+    path = write_corpus(tmp_path, ROWS)
+    (tmp_path / "bm25" / "manifest.json").write_text(text)
+    with pytest.raises(CorpusError, match=r"manifest.json (is not JSON|has no).*build it again"):
+        BM25Retriever(tmp_path / "bm25", path)
+    assert build_index(["--corpus_path", str(path), "--save_dir", str(tmp_path)]) == 0
+    assert read_manifest(tmp_path / "bm25")["documents"] == 3
 
 
 def test_builder_errors_have_no_traceback(tmp_path, capsys):

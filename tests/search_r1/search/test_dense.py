@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from search_r1.search.encoder import Encoder, prefixes  # noqa: E402
 from search_r1.search.engines import load  # noqa: E402
 from search_r1.search.fusion import Hybrid, Reranker, fuse  # noqa: E402
 from search_r1.search.index_builder import main as build_index  # noqa: E402
-from search_r1.search.manifest import CorpusError  # noqa: E402
+from search_r1.search.manifest import CorpusError, building, locked  # noqa: E402
 from search_r1.search.retrieval_server import parse_arguments  # noqa: E402
 from tests.retrieval import write_lines  # noqa: E402
 
@@ -123,6 +124,39 @@ def test_too_few_passages_for_a_type_is_said(tmp_path, encoder):
     few = write_lines(tmp_path / "c.jsonl", ROWS[:50])
     with pytest.raises(CorpusError, match="IVF-PQ cannot be trained on 50 passages: use Flat"):
         dense.build(CorpusReader(few), tmp_path / "i", encoder, dense.EmbeddingShards(tmp_path / "emb"), "IVF-PQ")
+
+
+@pytest.mark.parametrize("faiss_type", ["Flat", "IVF-Flat"])
+@pytest.mark.parametrize("missing", [200_000, 1])
+def test_a_full_disk_is_said_also_when_only_the_last_byte_has_no_room(tmp_path, faiss_type, missing):
+    """A limit on the size of files stands for the full disk."""
+    vectors = np.random.default_rng(0).random((1000, 64), dtype=np.float32)
+    index = dense.faiss.index_factory(64, dense.TYPES[faiss_type].format(nlist=4))
+    index.train(vectors)
+    index.add(vectors)
+    dense.write_index(index, tmp_path / "whole")
+    room = (tmp_path / "whole").stat().st_size - missing
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(CorpusError, match=r"the disk is full.*make room"), building(tmp_path / "i") as folder:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            dense.write_index(index, folder / "cut")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_the_help_names_every_type(capsys):
+    with pytest.raises(SystemExit):
+        build_index(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(dense.TYPES)}, or a FAISS factory string" in text
+
+
+def test_builds_of_two_types_do_not_mix_their_embeddings(tmp_path, corpus):
+    flags = ["--retrieval_method", "dense", "--model_path", MODEL, "--corpus_path", str(corpus), "--device", "cpu"]
+    with locked(tmp_path / "emb_dense"), pytest.raises(SystemExit, match="emb_dense: another build of it is running"):
+        build_index([*flags, "--save_dir", str(tmp_path)])
 
 
 def test_unknown_type_model_and_missing_gpu_are_named(tmp_path, corpus, encoder, built):
