@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Everything needed to pass the tests, then the tests: `bash scripts/test.sh [pytest arguments]`
+# Without `-m slow` those are left out that take minutes and whose parts have tests of their own.
 # On a machine with a GPU: those of tests/gpu, and all that start no engine on the CPU; the others say why they are left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

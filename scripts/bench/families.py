@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.verl.rollout.test_families import FAMILIES, FLOAT32, Family, gap, make_model, whole_way
+from tests.verl.rollout.test_families import FAMILIES, FLOAT32, SLIDING, Family, gap, make_model, whole_way
 from verl.utils.errors import ConfigError
 from verl.workers.config import ModelConfig
 from verl.workers.packing import packing_of
@@ -35,6 +35,8 @@ GATED_DELTA_NET = {
     "linear_num_value_heads": 2,
 }
 MORE: dict[str, Family] = {
+    "mistral": (transformers.MistralConfig, SLIDING),
+    "gemma": (transformers.GemmaConfig, {}),
     "phi3": (transformers.Phi3Config, {}),
     "olmo2": (transformers.Olmo2Config, {}),
     "smollm3": (transformers.SmolLM3Config, {}),

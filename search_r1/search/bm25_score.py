@@ -114,8 +114,7 @@ def prepare(postings, query):
     Returns (the unit of the bounds: a bound times it is a score; what the words beyond the 64th can add, in that unit).
     """
     n = query.terms.shape[0]
-    total = 0.0
-    rest = 0.0
+    total = rest = 0.0
     for i in range(n):
         total += query.weights[i]
         if i >= MAX_BOUNDED_TERMS:
@@ -127,10 +126,8 @@ def prepare(postings, query):
         query.ends[i] = postings.starts[term + 1]
         query.rows[i] = postings.rows[term]
         query.factors[i] = np.int64(query.weights[i] / (TOP_LEVEL * unit)) + 1
-    beyond = np.uint16(0)
-    if n > MAX_BOUNDED_TERMS:
-        beyond = np.uint16(rest / unit + 1)
-    return unit * (1.0 + ROUNDING), beyond
+    beyond = rest / unit + 1 if n > MAX_BOUNDED_TERMS else 0
+    return unit * (1.0 + ROUNDING), np.uint16(beyond)
 
 
 @compiled
@@ -272,8 +269,8 @@ def score_of_word(postings, query, i, document):
 def complete_score(postings, query, essential, document, score, rest, needed_score, unit):
     """The score of a document with the other words, or -1 once it is sure to be below `needed_score`.
 
-    `score` is that of its essential words, `rest` the most that the others can add, in units of the bounds. One unit
-    more lets scores pass that are equal to the needed one when they are rounded to 32 bits.
+    `score` is that of its essential words, `rest` what the others can add, in units of the bounds; one unit more
+    spares scores that are equal to the needed one in 32 bits.
     """
     number = document // RANGE
     for i in range(essential, query.terms.shape[0]):

@@ -72,8 +72,10 @@ def run_stage(stage: Stage, trainer: SFTTrainer, rows: Iterator[Example]) -> flo
     return right
 
 
-def train(stages: Sequence[Stage], start: str, out: str, optim: OptimConfig, seed: int, rng: random.Random) -> None:
-    """Runs `stages` on the model in `start` and writes it to `out`."""
+def train(
+    stages: Sequence[Stage], start: str, out: str, optim: OptimConfig, seed: int, rng: random.Random, asked: int
+) -> None:
+    """Runs `stages` on the model in `start` and writes it to `out`, then asks it so many fresh questions."""
     tokenizer = AutoTokenizer.from_pretrained(start)
     config = SFTConfig(
         model=ModelConfig(path=start, enable_gradient_checkpointing=False), output=out, train_batch_size=48,
@@ -87,7 +89,7 @@ def train(stages: Sequence[Stage], start: str, out: str, optim: OptimConfig, see
         logger.info("%s: %.3f of the copied words right, %.0f s", stage.name, right, time.monotonic() - began)
     trainer.save(out)
     if dist.get_rank() == 0:
-        logger.info("%.3f of fresh questions answered when given the gold passages", answered(out))
+        logger.info("%.3f of fresh questions answered when given the gold passages", answered(out, asked))
 
 
 def answered(path: str | Path, count: int = 300, seed: int = 1) -> float:
@@ -116,8 +118,12 @@ def build(
     reading: Sequence[Stage] = READING_STAGES,
     settled: Sequence[Stage] = SETTLED_STAGES,
     poor: Sequence[Stage] = POOR_STAGES,
+    asked: int = 300,
 ) -> None:
-    """Trains the tokenizer and the model, and writes both. The process group must exist."""
+    """Trains the tokenizer and the model, and writes both. The process group must exist.
+
+    After each part of the training `asked` fresh questions show what the model has learned.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(training_texts(random.Random(0)), [*FIRST, *SECOND])
@@ -128,9 +134,9 @@ def build(
         start, reader, settled_reader = (f"{folder}/{name}" for name in ("start", "reader", "settled"))
         random_model(tokenizer).save_pretrained(start)
         tokenizer.save_pretrained(start)
-        train(reading, start, reader, constant, seed, rng)
-        train(settled, reader, settled_reader, decaying, seed, rng)
-        train(poor, settled_reader, str(out), decaying, seed, rng)
+        train(reading, start, reader, constant, seed, rng, asked)
+        train(settled, reader, settled_reader, decaying, seed, rng, asked)
+        train(poor, settled_reader, str(out), decaying, seed, rng, asked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,6 +57,8 @@ def arguments(folder: Path, model: Path, **more: Any) -> list[str]:
         "data.max_obs_length": 128,
         "max_turns": 2,
         "actor_rollout_ref.model.path": model,
+        "actor_rollout_ref.model.pack_rows": "true",  # spares every run the probe, which has tests of its own
+        "critic.model.pack_rows": "true",
         "actor_rollout_ref.rollout.n": 3,
         "actor_rollout_ref.rollout.cpu_kvcache_gb": 0.2,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 6,

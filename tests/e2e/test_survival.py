@@ -181,6 +181,7 @@ def flaky_retriever(folder):
         yield url, restart
 
 
+@pytest.mark.slow
 def test_every_part_is_killed_in_turn(tmp_path, model):
     """SIGKILL, each in the middle of a rollout: the engine's server, vLLM's engine process, the retrieval server (back
     after it was missed), the driver; then a training rank is killed and one is frozen (SIGSTOP), so that the watchdog

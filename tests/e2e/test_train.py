@@ -115,7 +115,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(VARIANTS)],
+)
 def test_other_algorithms_train(tmp_path, model, retriever, reward, variant):
     shared = {"retriever__url": retriever, "custom_reward_function__path": reward, "trainer__total_training_steps": 1}
     status, output = train("grpo", arguments(tmp_path, model, **{**shared, **VARIANTS[variant]}))

@@ -78,7 +78,7 @@ def test_builder_runs_end_to_end(tmp_path):
     short = [dataclasses.replace(stage, max_steps=2) for stage in (*READING_STAGES, *SETTLED_STAGES, *POOR_STAGES)]
     start_process_group(1)
     try:
-        build(tmp_path / "base", seed=0, reading=short[:2], settled=short[2:3], poor=short[3:])
+        build(tmp_path / "base", seed=0, reading=short[:2], settled=short[2:3], poor=short[3:], asked=3)
     finally:
         dist.destroy_process_group()
     assert answered(tmp_path / "base", count=3) == 0.0

@@ -47,8 +47,6 @@ FAMILIES: dict[str, Family] = {
     "qwen2.5": (transformers.Qwen2Config, {}),
     "qwen3": (transformers.Qwen3Config, {}),
     "llama3": (transformers.LlamaConfig, {}),
-    "mistral": (transformers.MistralConfig, SLIDING),
-    "gemma": (transformers.GemmaConfig, {}),
     "gemma2": (transformers.Gemma2Config, SLIDING),
     "gemma3": (transformers.Gemma3TextConfig, SLIDING),
 }
