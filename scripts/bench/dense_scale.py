@@ -20,6 +20,7 @@ import faiss
 import numpy as np
 
 from search_r1.search import dense
+from search_r1.search.corpus import save_whole
 from search_r1.search.dense import EmbeddingShards
 
 Row = dict[str, Any]
@@ -81,10 +82,7 @@ def write_vectors(shards: EmbeddingShards, mixture: Mixture, sample: np.ndarray,
         vectors = mixture.draw(seed=1 + number, count=min(SHARD, count - start))
         if number == 0:
             vectors[: len(sample)] = sample
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.save(file, vectors)
-        partial.rename(path)
+        save_whole(path, vectors)
 
 
 def exact_neighbours(shards: Iterable[np.ndarray], queries: np.ndarray) -> np.ndarray:
@@ -141,8 +139,10 @@ def measure(kind: str, shards: EmbeddingShards, queries: np.ndarray, exact: np.n
     path.unlink()
 
 
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.open()] if path.exists() else []
+def read_rows(path: Path, vectors: int) -> list[Row]:
+    """The rows of indexes of so many vectors."""
+    rows = [json.loads(line) for line in path.open()] if path.exists() else []
+    return [row for row in rows if row["vectors"] == vectors]
 
 
 def table(rows: list[Row]) -> str:
@@ -180,14 +180,14 @@ def main() -> None:
     write_vectors(shards, mixture, sample, args.vectors)
     queries = mixture.draw(seed=QUERY_SEED, count=args.queries)
     exact = exact_neighbours(shards, queries)
-    done = {row["type"] for row in read_rows(args.rows) if row["vectors"] == args.vectors}
+    done = {row["type"] for row in read_rows(args.rows, args.vectors)}
     for kind in args.types or dense.TYPES:
         if kind in done:
             continue
         rows = list(measure(kind, shards, queries, exact, args.work))
         with args.rows.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
-    sys.stdout.write(table([row for row in read_rows(args.rows) if row["vectors"] == args.vectors]))
+    sys.stdout.write(table(read_rows(args.rows, args.vectors)))
 
 
 if __name__ == "__main__":

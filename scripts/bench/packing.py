@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from verl.workers.attention import choose_attention
-from verl.workers.hf_config import Head
 from verl.workers.packing import Packing, Probe
+from verl.workers.shallow import Head
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results/packing.jsonl"
 NARROW = {

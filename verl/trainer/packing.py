@@ -8,11 +8,11 @@ import torch
 from verl.trainer.checks import hf_config_of
 from verl.utils.errors import ConfigError
 from verl.workers.config import FSDPConfig, ModelConfig
-from verl.workers.hf_config import EXPERT_KEYS, LENGTH_DEPENDENT, Head, rope_kinds, rope_limit
+from verl.workers.packing import OTHERS, Packing, packing_of
+from verl.workers.shallow import EXPERT_KEYS, LENGTH_DEPENDENT, Head, rope_kinds, rope_limit
 
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
-    from verl.workers.packing import Packing
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +72,6 @@ def expert_problems(config: "PPOConfig") -> list[str]:
 
 def _decide(config: "PPOConfig", key: str, model: ModelConfig, fsdp: FSDPConfig, problems: list[str]) -> ModelConfig:
     """`model` with the verdict; what stands against the model is added to `problems`."""
-    if model.pack_rows is not None:
-        how = "rows share forward passes" if model.pack_rows else "one row a forward pass"
-        logger.info("%s: %s, because model.pack_rows=%s", key, how, str(model.pack_rows).lower())
-        return model
-    from verl.workers.packing import packing_of  # imports the models of transformers: seconds
-
     head: Head = "value" if key.startswith("critic") else "lm"
     on_gpu, dtype = config.device == "cuda", getattr(torch, fsdp.dtype)
     try:
@@ -89,7 +83,7 @@ def _decide(config: "PPOConfig", key: str, model: ModelConfig, fsdp: FSDPConfig,
     return decided(model, packing)
 
 
-def in_words(packing: "Packing") -> str:
+def in_words(packing: Packing) -> str:
     """One line for the log."""
     if packing.packs and packing.reason:
         return f"rows share forward passes, because {packing.reason}"
@@ -98,10 +92,8 @@ def in_words(packing: "Packing") -> str:
     return f"one row a forward pass, attention {packing.attention}, which is exact and slower, because {packing.reason}"
 
 
-def decided(model: ModelConfig, packing: "Packing") -> ModelConfig:
+def decided(model: ModelConfig, packing: Packing) -> ModelConfig:
     """`model` with the verdict in it, so that no other process has to probe again."""
-    from verl.workers.packing import OTHERS
-
     override = model.override_config
     if not packing.packs and packing.attention in OTHERS:
         override = override | {"attn_implementation": packing.attention}

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from verl.utils.torch_functional import at_least_float32
 from verl.workers.checkpoint_names import checkpoint_format
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
-from verl.workers.hf_config import Head
 from verl.workers.lora import add_adapters, base_model, merged, plain_name, scaling
 from verl.workers.packing import forget_lengths, packing_of
+from verl.workers.shallow import Head
 
 
 @dataclass

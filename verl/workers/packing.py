@@ -16,8 +16,7 @@ from verl.utils.errors import ConfigError
 from verl.workers.attention import PACKED, choose_attention
 from verl.workers.config import ModelConfig
 from verl.workers.forward import forward_log_probs, forward_values
-from verl.workers.hf_config import LENGTH_DEPENDENT, Head, rope_kinds, rope_limit
-from verl.workers.shallow import WINDOW, shallow_model
+from verl.workers.shallow import LENGTH_DEPENDENT, WINDOW, Head, rope_kinds, rope_limit, shallow_model
 
 BOUND = 1e-3
 """Largest difference of a log-prob or value, in float32, that passes for rounding."""

@@ -4,13 +4,12 @@ What such a copy does is decided by structure alone: which layers there are, how
 them. Widths of attention stay real, because families derive other sizes from them.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
 
-from verl.workers.hf_config import EXPERT_KEYS, LENGTH_DEPENDENT, Head, rope_kinds
-
+Head = Literal["lm", "value"]
 MOST_LAYERS = 12
 VOCAB, MLP, EXPERTS = 128, 64, 8
 WINDOW = 8
@@ -27,7 +26,10 @@ MLP_KEYS = (
     "n_inner",
     "ffn_hidden_size",
 )
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 WINDOW_KEYS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds of RoPE whose frequencies depend on the longest position of a forward pass."""
 Entries = dict[str, Any]
 
 
@@ -68,6 +70,22 @@ def shallow_config(config: PretrainedConfig, layers: int, stretched_rope: bool =
     if hasattr(config, "auto_map"):
         shrunk._name_or_path = config._name_or_path
     return shrunk
+
+
+def rope_kinds(config: PretrainedConfig) -> set[str]:
+    """The kinds of RoPE of a configuration: of all layers, or of each layer type."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {entry["rope_type"] for entry in (nested or [parameters]) if "rope_type" in entry}
+
+
+def rope_limit(config: PretrainedConfig) -> int:
+    """Tokens up to which RoPE of the kinds `LENGTH_DEPENDENT` is not stretched."""
+    text = config.get_text_config()
+    parameters = text.rope_parameters
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    named = [entry.get("original_max_position_embeddings") for entry in (nested or [parameters])]
+    return min(value or text.max_position_embeddings for value in named)
 
 
 def _build(config: PretrainedConfig, head: Head, trust_remote_code: bool) -> PreTrainedModel:

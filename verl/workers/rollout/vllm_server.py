@@ -1,8 +1,7 @@
 """One vLLM engine: tokens in, tokens out. Every call whose form depends on the version of vLLM is in this file.
 
 A plain class, made into a Ray actor by the driver, one per replica. `vllm` is imported in `start`, after setting the
-environment that it reads at import; so are models, of which driver and agent workers, which import this file, have no
-need.
+environment that it reads at import.
 """
 
 import asyncio
@@ -14,6 +13,7 @@ from verl.agent import Completion, context_digest
 from verl.single_controller.worker import stacks
 from verl.utils.processes import follow
 from verl.workers.config import ModelConfig, RolloutConfig
+from verl.workers.rollout.weight_sync import memory_folder, write_engine_model
 
 
 class VLLMServer:
@@ -46,8 +46,6 @@ class VLLMServer:
         if self.device == "cuda":
             self._build(**self._gpu_arguments())
         else:
-            from verl.workers.rollout.weight_sync import memory_folder, write_engine_model
-
             with memory_folder() as folder:
                 write_engine_model(self.model, folder)
                 self._build(model=folder, **self._cpu_arguments())
