@@ -6,13 +6,11 @@ import regex
 import Stemmer
 
 # Word boundaries of Unicode's annex 29, as far as they matter: letters are joined by . : ' and figures by . , ; '
-ASCII_WORD = re.compile(r"(?:\w|(?<=[A-Za-z])[.:'](?=[A-Za-z])|(?<=\d)[.,;'](?=\d))+", re.ASCII)
-WORD = regex.compile(
-    r"[\p{Han}\p{Hiragana}]"
-    r"|(?:[\p{L}\p{Nd}\p{M}\p{Cf}_--[\p{Han}\p{Hiragana}]]"
-    r"|(?<=[\p{L}\p{M}])[.:'·’‘](?=\p{L})|(?<=\p{Nd})[.,;'’‘](?=\p{Nd}))+",
-    regex.VERSION1,
-)
+# Whole runs of word characters are taken at once (++): what joins them is looked for only between runs.
+ASCII_WORD = re.compile(r"\w++(?:(?:(?<=[A-Za-z])[.:'](?=[A-Za-z])|(?<=\d)[.,;'](?=\d))\w++)*+", re.ASCII)
+RUN = r"[\p{L}\p{Nd}\p{M}\p{Cf}_--[\p{Han}\p{Hiragana}]]++"
+JOINER = r"(?:(?<=[\p{L}\p{M}])[.:'·’‘](?=\p{L})|(?<=\p{Nd})[.,;'’‘](?=\p{Nd}))"
+WORD = regex.compile(rf"[\p{{Han}}\p{{Hiragana}}]|{RUN}(?:{JOINER}{RUN})*+", regex.VERSION1)
 POSSESSIVE = re.compile(r"['’＇][sS]$")
 STOP_WORDS = frozenset(
     re.findall(
