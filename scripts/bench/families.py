@@ -1,6 +1,6 @@
 """Takes model families the whole way: rollout, log-probs, update, sync, rollout again; a row of differences for each.
 
-    python scripts/bench/families.py [FAMILY ...]    # appends to docs/results/families.jsonl; skips what is there
+    python scripts/bench/families.py [FAMILY ...]    # adds what is missing or failed to docs/results/families.jsonl
     python scripts/bench/families.py --table         # the rows as a table in Markdown
 
 A real engine (vLLM on the CPU, float32) and a real trainer, on random models of two layers. Every family runs in a
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.verl.rollout.test_families import FAMILIES, FLOAT32, SLIDING, Family, gap, make_model, whole_way
+from tests.verl.rollout.test_families import FAMILIES, FLOAT32, ROLLOUT, SLIDING, Family, gap, make_model, whole_way
 from verl.utils.errors import ConfigError
 from verl.workers.config import ModelConfig
 from verl.workers.packing import packing_of
@@ -43,7 +43,7 @@ MORE: dict[str, Family] = {
     "granite": (transformers.GraniteConfig, {}),
     "glm4": (transformers.Glm4Config, {}),
     "gpt2": (transformers.GPT2Config, {}),
-    "gpt_neox": (transformers.GPTNeoXConfig, {}),
+    "gpt_neox": (transformers.GPTNeoXConfig, {"num_key_value_heads": 2}),
     "stablelm": (transformers.StableLmConfig, {}),
     "opt": (transformers.OPTConfig, {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "qwen3-moe": (
@@ -67,6 +67,8 @@ MORE: dict[str, Family] = {
     ),
 }
 ALL = FAMILIES | MORE
+RECURRENT = {"qwen3.5", "lfm2", "qwen3_next"}
+"""Families whose prefixes an engine on the CPU cannot keep: vLLM wants chunked prefill for that."""
 
 
 def row_of(family: str, folder: Path) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def row_of(family: str, folder: Path) -> dict[str, Any]:
     try:
         packing = packing_of(ModelConfig(path=path), "lm", on_gpu=False, dtype=getattr(torch, FLOAT32.dtype))
         row |= {"rows": "packed" if packing.packs else "alone", "probe": packing.gap}
-        before, trained, after, scored = asyncio.run(whole_way(path))
+        rollout = ROLLOUT.model_copy(update={"enable_prefix_caching": family not in RECURRENT})
+        before, trained, after, scored = asyncio.run(whole_way(path, rollout))
     except ConfigError as error:
         return row | {"verdict": "refused", "why": error.problems[0][:300]}
     row |= {
@@ -133,8 +136,11 @@ def main() -> int:
     if arguments.table:
         sys.stdout.write(table(rows) + "\n")
         return 0
+    asked = arguments.families or list(ALL)
+    rows = [row for row in rows if row["verdict"] != "fails" or row["family"] not in asked]
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = {row["family"] for row in rows}
-    for family in arguments.families or ALL:
+    for family in asked:
         if family in done:
             continue
         row = measure(family)

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 Key = tuple[str, int]
 Answer = asyncio.Future[Hits | EngineError]
 """What a caller waits for."""
+FIRST_BATCHES = 2
+"""As many batches may wait before the pace of the engine is known."""
 MIN_RETRY_S = 1.0
 """Nobody who was refused is asked to come again sooner."""
 
@@ -46,8 +48,8 @@ class BatchingEngine:
     A query that breaks the engine fails alone: the others of its batch are searched again one by one. A query whose
     caller has gone, or ran out of time, leaves the queue at once.
 
-    The queue is full for whom it could not serve within `max_wait_s`, at the pace of the last batches, and in any case
-    above `max_queue` queries, which bounds the memory.
+    The queue is full for whom it could not serve within `max_wait_s`, at the pace of the last batches (before there is
+    one, above FIRST_BATCHES batches), and in any case above `max_queue` queries, which bounds the memory.
     """
 
     def __init__(
@@ -122,8 +124,12 @@ class BatchingEngine:
         return self.num_waiting * self.pace.seconds_per_query
 
     def is_full(self) -> bool:
-        """Whether a further query would have to wait too long."""
-        return self.num_waiting >= self.max_queue or self.wait_s > self.max_wait_s
+        """Whether a further query would have to wait too long, or may have to as long as nothing is known."""
+        if self.num_waiting >= self.max_queue:
+            return True
+        if not self.pace.is_known and math.isfinite(self.max_wait_s):
+            return self.num_waiting >= FIRST_BATCHES * self.max_batch_size
+        return self.wait_s > self.max_wait_s
 
     def retry_after_s(self) -> float:
         """When to come again: any moment until the present queue is done, so that not all come at the same one."""
@@ -193,6 +199,11 @@ class Pace:
         """A batch; every one before it counts a tenth less."""
         self.seconds = 0.9 * self.seconds + seconds
         self.queries = 0.9 * self.queries + queries
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there was a batch."""
+        return self.queries > 0
 
     @property
     def seconds_per_query(self) -> float:

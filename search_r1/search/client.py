@@ -19,6 +19,7 @@ from search_r1.search.config import RetrieverConfig, authorization
 from search_r1.search.schema import RetrieveResponse, ScoredDocument
 
 log = logging.getLogger(__name__)
+MAX_CONNECTIONS = 64
 PROBE_TIMEOUT_S = 10.0
 CLOSED = "the client was closed while the search was under way"
 
@@ -109,9 +110,10 @@ class RetrievalClient:
     def __init__(self, config: RetrieverConfig) -> None:
         self.config = config
         self.http = httpx.AsyncClient(
-            limits=httpx.Limits(max_connections=64, max_keepalive_connections=64),
+            limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS),
             headers=authorization(),
         )
+        self.connections = asyncio.Semaphore(MAX_CONNECTIONS)
         self.balancer = Balancer(config.urls, config.backoff_s)
         self.errors: Counter[str] = Counter()
         self.waiting: list[str] = []
@@ -163,40 +165,65 @@ class RetrievalClient:
             future.set_result(found)
 
     async def _retrieve(self, queries: list[str]) -> list[Found]:
-        """One request, repeated while that may help, at the next server if there is one."""
-        loop, config = asyncio.get_running_loop(), self.config
-        deadline = loop.time() + config.timeout_s
-        last: SearchError = OutOfTime("not tried")
-        for attempt in range(config.max_retries + 1):
-            server = self.balancer.pick(loop.time())
-            try:
-                return await self._ask(server, queries, deadline - loop.time())
-            except (Rejected, BadAnswer) as error:
-                self.errors[error.kind] += 1
-                raise
-            except SearchError as error:
-                self.errors[error.kind] += 1
-                last = error
-            if loop.time() >= deadline:
-                raise OutOfTime(f"no answer in {config.timeout_s:g} s ({attempt + 1} attempts, last: {last})") from last
-            if attempt < config.max_retries:
-                await asyncio.sleep(self._pause(attempt, deadline, getattr(last, "retry_after_s", 0.0)))
-        raise type(last)(f"search failed {config.max_retries + 1} times, last: {last}") from last
+        """One request, repeated while that may help, at the next server if there is one.
 
-    def _pause(self, attempt: int, deadline: float, asked_s: float) -> float:
-        """Seconds until the next attempt; `asked_s` is what the last server asked for.
-
-        None while another server is awake. Otherwise what was asked for (at most half of the time that is left, so that
-        there is another attempt), at least the backoff, and at least till a server wakes up.
+        What is waited for a connection, or because servers are busy, is not counted as time of the search: a retriever
+        that is slower than the engines is no failure.
         """
-        now = asyncio.get_running_loop().time()
-        left = deadline - now
-        resting = min(server.resting_until for server in self.balancer.servers) - now
-        if resting <= 0 and len(self.balancer.servers) > 1:
+        loop, config = asyncio.get_running_loop(), self.config
+        left_s, patience_s = config.timeout_s, config.busy_timeout_s
+        failures = 0
+        while True:
+            async with self.connections:
+                server = self.balancer.pick(loop.time())
+                began = loop.time()
+                try:
+                    return await self._ask(server, queries, left_s)
+                except (Rejected, BadAnswer) as error:
+                    self.errors[error.kind] += 1
+                    raise
+                except SearchError as error:
+                    self.errors[error.kind] += 1
+                    last = error
+                asked_s = loop.time() - began
+            if isinstance(last, ServerBusy):
+                pause_s = self._busy_pause(last)
+                patience_s -= asked_s + pause_s
+                if patience_s < 0:
+                    raise ServerBusy(f"busy for {config.busy_timeout_s:g} s, last: {last}") from last
+            else:
+                failures += 1
+                left_s -= asked_s
+                if left_s <= 0:
+                    raise OutOfTime(f"no answer in {config.timeout_s:g} s ({failures} attempts, last: {last})") from last
+                if failures > config.max_retries:
+                    raise type(last)(f"search failed {failures} times, last: {last}") from last
+                pause_s = min(left_s, self._pause(failures))
+                left_s -= pause_s
+            await asyncio.sleep(pause_s)
+
+    def _pause(self, failures: int) -> float:
+        """Seconds until the next attempt after so many failures in a row: the backoff, and till a server wakes up.
+
+        None while another server is awake.
+        """
+        resting_s = self._resting_s()
+        if resting_s <= 0 and len(self.balancer.servers) > 1:
             return 0.0
-        backoff = self.config.backoff_s * 2**attempt * random.uniform(0.5, 1.0)
-        asked = min(asked_s * random.uniform(1.0, 1.1), left / 2)
-        return max(0.0, min(max(backoff, resting, asked), left))
+        backoff_s = self.config.backoff_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
+        return max(backoff_s, resting_s)
+
+    def _busy_pause(self, refusal: ServerBusy) -> float:
+        """Seconds until the next attempt after a 429: what was asked for. None while another server is awake."""
+        resting_s = self._resting_s()
+        if resting_s <= 0 and len(self.balancer.servers) > 1:
+            return 0.0
+        return max(refusal.retry_after_s * random.uniform(1.0, 1.1), self.config.backoff_s, resting_s)
+
+    def _resting_s(self) -> float:
+        """Seconds until one of the servers is awake; 0 or less if one is."""
+        now = asyncio.get_running_loop().time()
+        return min(server.resting_until for server in self.balancer.servers) - now
 
     async def _ask(self, server: Server, queries: list[str], left_s: float) -> list[Found]:
         """One request to one server. Raises the SearchError that fits."""

@@ -30,9 +30,11 @@ class RetrieverConfig(BaseModel):
     topk: PositiveInt = 3
     """Passages per query."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds that a search may take with all its attempts; then it has failed."""
+    """Seconds that a search may take with all its attempts; then it has failed. Waiting for a busy server is not counted."""
+    busy_timeout_s: NonNegativeFloat = 600.0
+    """Seconds that a search may wait beside that because the server is busy (429), which says when to come again."""
     max_retries: NonNegativeInt = 8
-    """Further attempts after connection errors, time-outs, and answers 429 and 5xx."""
+    """Further attempts after connection errors, time-outs, and answers 5xx."""
     backoff_s: NonNegativeFloat = 0.2
     """Wait before the first further attempt; doubled each time, with jitter."""
     max_batch_size: PositiveInt = 64

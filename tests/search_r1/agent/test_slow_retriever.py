@@ -3,6 +3,8 @@
 import asyncio
 import time
 
+import pytest
+
 from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.search.config import RetrieverConfig
 from tests.models import make_tokenizer
@@ -16,8 +18,9 @@ from verl.workers.rollout.router import Router
 QUESTIONS = 600
 SECONDS_PER_QUERY = 0.005
 DEADLINE_S = 1.2
-"""All questions take the retriever 3 s, so that even two attempts with this deadline are not enough for all at once."""
-WINDOW = 16
+"""All questions take the retriever 3 s: two and a half times as long as a search may take."""
+BATCH = 20
+"""Queries that the server hands to the engine at a time."""
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "log_probs": True}
 
 
@@ -49,24 +52,26 @@ class Engine:
         return Completion(ids, [-0.5] * len(ids), "stop", None, 1, context_digest(prompt_ids))
 
 
-def make_worker(tokenizer, url):
-    """An agent worker with a real loop and a real client."""
+def make_worker(tokenizer, url, window):
+    """An agent worker with a real loop and a real client, and so many trajectories under way."""
     retriever = RetrieverConfig(url=url, timeout_s=DEADLINE_S)
     config = SearchAgentConfig(retriever=retriever)
     made = AgentLoopWorker.__new__(AgentLoopWorker)
     made.agent = SearchAgentLoop(config, tokenizer)
     made.reward = lambda trajectory, row: {"score": 1.0}
     made.engines = Router([Engine(tokenizer)])
-    made.limit(WINDOW)
+    made.limit(window)
     return made
 
 
-async def test_many_questions_at_once_and_no_trajectory_fails(tmp_path):
+@pytest.mark.parametrize("window", [16, QUESTIONS])
+async def test_many_questions_at_once_and_no_trajectory_fails(tmp_path, window):
     tokenizer = make_tokenizer(tmp_path)
     jobs = [Job(f"u{i}", f"s{i}", {}, encode_text(tokenizer, f"What is {i} ?")) for i in range(QUESTIONS)]
-    with serving(app(SlowLibrary())) as base:
+    server = app(SlowLibrary(), max_batch_size=BATCH, request_timeout_s=DEADLINE_S)
+    with serving(server) as base:
         wait_until_ready(f"{base}/health")
-        made = make_worker(tokenizer, f"{base}/retrieve")
+        made = make_worker(tokenizer, f"{base}/retrieve", window)
         first, second = await asyncio.gather(
             made.run(jobs[: QUESTIONS // 2], SAMPLING), made.run(jobs[QUESTIONS // 2 :], SAMPLING)
         )

@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI, Response
 
 from search_r1.launch import free_port
-from search_r1.search.client import RetrievalClient, SearchError, check_server, encodable
+from search_r1.search.client import RetrievalClient, SearchError, ServerBusy, check_server, encodable
 from search_r1.search.config import RetrieverConfig
 from tests.retrieval import retrieval_server, serving, write_corpus
 from tests.search_r1.search.test_server import ROWS, Engine, app
@@ -101,7 +101,6 @@ async def test_the_deadline_ends_a_slow_search(folder):
     ("answer", "kind", "attempts"),
     [
         ((500, '{"detail": "broken"}', {}), "server", 3),
-        ((429, '{"detail": "full"}', {"Retry-After": "0"}), "overloaded", 3),
         ((422, '{"detail": "no"}', {}), "rejected", 1),
         ((401, '{"detail": "token"}', {}), "rejected", 1),
         ((200, '{"result": "x"}', {}), "contract", 1),
@@ -131,13 +130,31 @@ async def test_a_retry_makes_good_and_is_counted():
 
 async def test_a_busy_server_is_asked_again_when_it_says():
     c, two = client("http://a/retrieve"), client(["http://a/retrieve", "http://b/retrieve"])
-    now = asyncio.get_running_loop().time()
-    pauses = [c._pause(0, now + 60, 10.0) for _ in range(20)]
+    pauses = [c._busy_pause(ServerBusy("full", 10.0)) for _ in range(20)]
     assert all(10 <= pause <= 11 for pause in pauses) and len(set(pauses)) == 20
-    assert 9 <= c._pause(0, now + 20, 40.0) <= 10, "there is time left for another attempt"
-    assert two._pause(0, now + 60, 10.0) == 0, "another replica is awake"
+    assert two._busy_pause(ServerBusy("full", 10.0)) == 0, "another replica is awake"
     await c.close()
     await two.close()
+
+
+async def test_waiting_for_a_busy_server_is_neither_an_attempt_nor_time_of_the_search():
+    refusals = [(429, "{}", {"Retry-After": "1"})] * 3
+    scripted_app, asked = scripted(*refusals, GOOD)
+    with serving(scripted_app) as base:
+        c = client(f"{base}/retrieve", timeout_s=2.0, max_retries=0)
+        assert (await c.search("x"))[0].id == "7" and len(asked) == 4
+        assert c.errors["overloaded"] == 3
+        await c.close()
+
+
+async def test_a_server_that_stays_busy_is_given_up():
+    scripted_app, asked = scripted((429, "{}", {"Retry-After": "1"}))
+    with serving(scripted_app) as base:
+        c = client(f"{base}/retrieve", busy_timeout_s=1.5)
+        with pytest.raises(SearchError, match=r"busy for 1\.5 s.*429") as caught:
+            await c.search("x")
+        assert caught.value.kind == "overloaded" and len(asked) == 2
+        await c.close()
 
 
 async def test_only_the_failed_query_of_a_shared_request_fails():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForTokenClassification
 
 from tests.distributed import run_ranks
 from tests.models import make_tokenizer, perturb
@@ -51,10 +52,6 @@ FAMILIES: dict[str, Family] = {
     "gemma3": (transformers.Gemma3TextConfig, SLIDING),
 }
 """Configuration class, and what is set beside `SHAPE`."""
-NO_VALUE_HEAD = {
-    "gemma3_text",
-    "qwen3_5_text",
-}  # in transformers; the configuration refuses a critic of it (test_config.py)
 TEMPERATURE, FLOAT32 = 0.7, FSDPConfig(model_dtype="float32", dtype="float32")
 ROLLOUT = RolloutConfig(
     dtype="float32", enforce_eager=True, cpu_threads=1, cpu_kvcache_gb=0.1, max_num_batched_tokens=256,
@@ -108,7 +105,7 @@ def train(path: str, batch: DataProto, folder: str) -> dict[str, Any]:
     reference = ReferenceWorker(model, RefConfig(fsdp_config=FLOAT32), TEMPERATURE)
     batch = batch.union(actor.compute_log_prob(batch)).union(reference.compute_ref_log_prob(batch))
     norms = [actor.update_actor(batch)["grad_norm"]]
-    if transformers.AutoConfig.from_pretrained(path).model_type not in NO_VALUE_HEAD:
+    if type(transformers.AutoConfig.from_pretrained(path)) in AutoModelForTokenClassification._model_mapping:
         critic = CriticWorker(CriticConfig(model=model, optim=optim, fsdp_config=FLOAT32), 10)
         batch = batch.union(critic.compute_values(batch)).with_tensors(returns=batch.batch["advantages"])
         assert batch.batch["values"].abs().max() > 0
@@ -132,11 +129,13 @@ async def sample(server: VLLMServer, prompts: list[list[int]]) -> DataProto:
     return to_batch(prompts, await asyncio.gather(*requests))
 
 
-async def whole_way(path: str) -> tuple[DataProto, dict[str, Any], DataProto, torch.Tensor]:
+async def whole_way(
+    path: str, rollout: RolloutConfig = ROLLOUT
+) -> tuple[DataProto, dict[str, Any], DataProto, torch.Tensor]:
     """A batch and what training on it gave; a batch of the synced engine and the updated policy's log-probs of it."""
     prompts = torch.randint(5, 250, (4, 12), generator=torch.Generator().manual_seed(1)).tolist()
     server = VLLMServer(
-        ROLLOUT, ModelConfig(path=path), max_model_len=128, device="cpu", replica_rank=0, num_replicas=1
+        rollout, ModelConfig(path=path), max_model_len=128, device="cpu", replica_rank=0, num_replicas=1
     )
     await server.start()
     try:
