@@ -1,10 +1,11 @@
 # Search-R1 on NVIDIA GPUs: engines, training, retrieval. Needs a driver of 580 or newer and the NVIDIA container toolkit.
 #
 #   docker build -t search-r1 .
-#   docker run --gpus all --ipc host -v "$PWD/data:/app/data" -v "$PWD/runs:/app/runs" \
+#   docker run --gpus all --ipc host --network host -v "$PWD/data:/app/data" -v "$PWD/runs:/app/runs" \
 #       -v "$HOME/.cache/huggingface:/home/search/.cache/huggingface" \
 #       search-r1 bash train_grpo.sh experiment=nq_hotpotqa/qwen2.5-3b-grpo
 #
+# A retriever must answer at localhost:8000 of the host (README, On a cluster), or be named: retriever.url=...
 # Mounted folders must be writable for user 1000. --ipc host: Ray and NCCL need more shared memory than 64 MB.
 #
 # torch's packages carry CUDA's libraries. What is to be compiled, such as flash-attn, needs CUDA_IMAGE with -devel-.

@@ -29,8 +29,8 @@ SECONDS = 330
 """What a family may take."""
 GATED_DELTA_NET = {
     "layer_types": ["linear_attention", "full_attention"],
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
 }
@@ -54,7 +54,7 @@ MORE: dict[str, Family] = {
     "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4}),
     "olmoe": (transformers.OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
     "phimoe": (transformers.PhimoeConfig, {"num_local_experts": 4}),
-    "lfm2": (transformers.Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
+    "lfm2": (transformers.Lfm2Config, {"layer_types": ["conv", "full_attention"], "conv_dim": 64}),
     "qwen3_next": (
         transformers.Qwen3NextConfig,
         {
@@ -66,9 +66,13 @@ MORE: dict[str, Family] = {
         },
     ),
 }
+ROUNDING = 0.05
+"""Nats that an engine in bfloat16 may differ by from a trainer in float32."""
 ALL = FAMILIES | MORE
 RECURRENT = {"qwen3.5", "lfm2", "qwen3_next"}
 """Families whose prefixes an engine on the CPU cannot keep: vLLM wants chunked prefill for that."""
+GATED = {"qwen3.5", "qwen3_next"}
+"""Families whose gated DeltaNet vLLM computes on the CPU in bfloat16 alone."""
 
 
 def row_of(family: str, folder: Path) -> dict[str, Any]:
@@ -78,7 +82,8 @@ def row_of(family: str, folder: Path) -> dict[str, Any]:
     try:
         packing = packing_of(ModelConfig(path=path), "lm", on_gpu=False, dtype=getattr(torch, FLOAT32.dtype))
         row |= {"rows": "packed" if packing.packs else "alone", "probe": packing.gap}
-        rollout = ROLLOUT.model_copy(update={"enable_prefix_caching": family not in RECURRENT})
+        dtype = "bfloat16" if family in GATED else FLOAT32.dtype
+        rollout = ROLLOUT.model_copy(update={"enable_prefix_caching": family not in RECURRENT, "dtype": dtype})
         before, trained, after, scored = asyncio.run(whole_way(path, rollout))
     except ConfigError as error:
         return row | {"verdict": "refused", "why": error.problems[0][:300]}
@@ -88,8 +93,10 @@ def row_of(family: str, folder: Path) -> dict[str, Any]:
         "synced": gap(after, scored),
         "critic": len(trained["grad_norms"]) == 2,
     }
-    exact = max(row["rollout"], row["reference"], row["synced"]) <= 1e-3
-    return row | {"verdict": "exact" if exact else "differs"}
+    largest = max(row["rollout"], row["reference"], row["synced"])
+    if family in GATED and largest <= ROUNDING:
+        return row | {"verdict": "agrees in bfloat16", "why": "vLLM has gated DeltaNet on the CPU in bfloat16 only"}
+    return row | {"verdict": "exact" if largest <= 1e-3 else "differs"}
 
 
 def measure(family: str) -> dict[str, Any]:
@@ -103,7 +110,8 @@ def measure(family: str) -> dict[str, Any]:
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     errors = [line.strip() for line in done.stderr.splitlines() if "rror" in line and "FutureWarning" not in line]
-    why = " ".join(errors[-2:])[:300] if errors else f"status {done.returncode}"
+    lines = errors or done.stderr.strip().splitlines()
+    why = " ".join(lines[-2:])[:300] if lines else f"status {done.returncode}"
     return {"family": family, "verdict": "fails", "why": why}
 
 

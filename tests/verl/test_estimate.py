@@ -242,7 +242,7 @@ def test_paper_recipes(algorithm, rollout_gib, qwen, capsys):
     assert ("critic update" in header) == (algorithm == "ppo") and "actor update" in header
     (total,) = (line.split()[1:] for line in out.splitlines() if line.startswith("total"))
     assert float(total[0]) == pytest.approx(rollout_gib, abs=0.02)
-    assert f"fits: {80 - rollout_gib:.1f} of 80 GiB are left at the peak (rollout)" in out
+    assert f"fits: {80 - rollout_gib:.1f} of 80 GiB are left at the peak (rollout); no retriever" in out
     owners = ("actor:", "critic:", "ref:", "engine:", "contexts")
     rows = [line.split() for line in out.splitlines() if line.startswith(owners)]
     columns = zip(*([float(cell.replace("-", "0")) for cell in row[-len(total) :]] for row in rows), strict=True)

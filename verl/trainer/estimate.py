@@ -27,6 +27,7 @@ from verl.trainer.sizing import (
 
 Peaks = Mapping[str, tuple[Entries, str]]
 """By phase what is alive at its peak, and where in it that is."""
+NO_RETRIEVER = "; no retriever on these GPUs is counted (--retriever-passages N counts an exact E5 index of N)"
 OWNERS = ["actor", "ref", "critic", "engine", "retriever", ""]
 """Whose entries there are, in the order of the table."""
 
@@ -152,7 +153,7 @@ def verdict(peaks: Peaks, roles: Sequence[Role], limit: float, retriever: float 
     beside = f", with {gib(retriever)} GiB of a retriever on each GPU" if retriever else ""
     if not over:
         phase, most = max(((phase, total(entries)) for phase, (entries, _) in peaks.items()), key=lambda p: p[1])
-        return f"fits: {gib(limit - most)} of {limit / GIB:g} GiB are left at the peak ({phase}){beside}"
+        return f"fits: {gib(limit - most)} of {limit / GIB:g} GiB are left at the peak ({phase}){beside or NO_RETRIEVER}"
     by_name: dict[str, Role] = {role.name: role for role in roles}
     found: dict[tuple[str, str], tuple[float, list[str]]] = {}
     for phase, entries in over.items():
