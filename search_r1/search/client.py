@@ -195,7 +195,8 @@ class RetrievalClient:
                 failures += 1
                 left_s -= asked_s
                 if left_s <= 0:
-                    raise OutOfTime(f"no answer in {config.timeout_s:g} s ({failures} attempts, last: {last})") from last
+                    took = f"no answer in {config.timeout_s:g} s ({failures} attempts, last: {last})"
+                    raise OutOfTime(took) from last
                 if failures > config.max_retries:
                     raise type(last)(f"search failed {failures} times, last: {last}") from last
                 pause_s = min(left_s, self._pause(failures))

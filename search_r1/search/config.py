@@ -30,7 +30,7 @@ class RetrieverConfig(BaseModel):
     topk: PositiveInt = 3
     """Passages per query."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds that a search may take with all its attempts; then it has failed. Waiting for a busy server is not counted."""
+    """Seconds that a search may take with all its attempts, beside waiting for a busy server; then it has failed."""
     busy_timeout_s: NonNegativeFloat = 600.0
     """Seconds that a search may wait beside that because the server is busy (429), which says when to come again."""
     max_retries: NonNegativeInt = 8

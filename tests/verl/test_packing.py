@@ -99,9 +99,16 @@ def test_the_driver_decides_by_the_longest_row(tmp_path):
         decide_packing(run_config(str(tmp_path), 65, **rope))
 
 
-def test_experts_are_refused_where_the_engine_is_on_the_cpu(tmp_path):
-    transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS, num_hidden_layers=2).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="4 experts"):
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS, num_hidden_layers=2), "4 experts"),
+        (transformers.Lfm2Config(**SHAPE, **CONVOLUTION), "lfm2 is computed wrongly"),
+    ],
+)
+def test_what_an_engine_on_the_cpu_gets_wrong_is_refused(tmp_path, config, reason):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
         decide_packing(run_config(str(tmp_path), 64))
 
 
@@ -137,12 +144,25 @@ def test_log_probs_depend_neither_on_dropout_nor_on_neighbours(tmp_path, family)
     assert repeated == 0 and alone < 1e-5
 
 
-def test_experts_travel_as_in_a_checkpoint(tmp_path):
-    config = transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS, num_hidden_layers=2)
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (
+            transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS, num_hidden_layers=2),
+            "model.layers.1.mlp.experts.3.down_proj.weight",
+        ),
+        (
+            transformers.MixtralConfig(**SHAPE, num_local_experts=4, num_hidden_layers=2),
+            "model.layers.1.block_sparse_moe.experts.3.w2.weight",
+        ),
+    ],
+    ids=["qwen3-moe", "mixtral"],
+)
+def test_experts_travel_as_in_a_checkpoint(tmp_path, config, name):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     written, sent = load_file(tmp_path / "model.safetensors"), dict(full_parameters(model))
-    assert written.keys() == sent.keys() and "model.layers.1.mlp.experts.3.down_proj.weight" in sent
+    assert written.keys() == sent.keys() and name in sent
     assert all(torch.equal(written[name], sent[name]) for name in written)
     assert full_shapes(model) == [(name, value.shape) for name, value in sent.items()]
     assert len(dict(checkpoint_format(model, model.named_parameters()))) == len(sent)

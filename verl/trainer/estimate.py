@@ -153,7 +153,8 @@ def verdict(peaks: Peaks, roles: Sequence[Role], limit: float, retriever: float 
     beside = f", with {gib(retriever)} GiB of a retriever on each GPU" if retriever else ""
     if not over:
         phase, most = max(((phase, total(entries)) for phase, (entries, _) in peaks.items()), key=lambda p: p[1])
-        return f"fits: {gib(limit - most)} of {limit / GIB:g} GiB are left at the peak ({phase}){beside or NO_RETRIEVER}"
+        beside = beside or NO_RETRIEVER
+        return f"fits: {gib(limit - most)} of {limit / GIB:g} GiB are left at the peak ({phase}){beside}"
     by_name: dict[str, Role] = {role.name: role for role in roles}
     found: dict[tuple[str, str], tuple[float, list[str]]] = {}
     for phase, entries in over.items():

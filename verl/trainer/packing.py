@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
 
 logger = logging.getLogger(__name__)
+WRONG_ON_CPU = ("lfm2", "lfm2_moe")
+"""Types of models whose log-probs of vLLM 0.32 on the CPU differ from those of transformers."""
 
 
 def decide_packing(config: "PPOConfig") -> "PPOConfig":
@@ -23,7 +25,7 @@ def decide_packing(config: "PPOConfig") -> "PPOConfig":
     Raises ConfigError, with the key of the model, for one that cannot be trained here.
     """
     section, critic = config.actor_rollout_ref, config.critic
-    problems = rope_problems(config) + expert_problems(config)
+    problems = rope_problems(config) + cpu_engine_problems(config)
     policy = _decide(config, "actor_rollout_ref.model", section.model, section.actor.fsdp_config, problems)
     update: dict[str, Any] = {"actor_rollout_ref": section.model_copy(update={"model": policy})}
     if config.use_critic:
@@ -53,21 +55,26 @@ def rope_problems(config: "PPOConfig") -> list[str]:
     ]
 
 
-def expert_problems(config: "PPOConfig") -> list[str]:
-    """Mixtures of experts with an engine on the CPU, whose sync goes wrong.
+def cpu_engine_problems(config: "PPOConfig") -> list[str]:
+    """Families that vLLM computes wrongly on the CPU (docs/results/families.md has the figures).
 
-    vLLM's CPU kernels keep experts in a packed form that its reload leaves wrong: after a sync of Qwen3-MoE engine and
-    trainer differ by 2.7 nats, before it by 2e-6 (docs/results/families.md).
+    Mixtures of experts: its CPU kernels keep experts in a packed form that its reload leaves wrong, so that engine and
+    trainer differ by 2.7 nats and more after a sync. Short convolutions of LFM2: they differ by 1 from the start.
     """
     model = config.actor_rollout_ref.model
     text = hf_config_of(model).get_text_config()
     experts = max(getattr(text, key, None) or 0 for key in EXPERT_KEYS)
-    if config.device == "cuda" or experts < 2:
+    if config.device == "cuda":
         return []
-    return [
-        f"actor_rollout_ref.model.path={model.path}: {text.model_type} has {experts} experts, which an engine on the "
-        "CPU does not take over in a weight sync: train it on GPUs, or take a dense model"
-    ]
+    where = f"actor_rollout_ref.model.path={model.path}: {text.model_type}"
+    if experts > 1:
+        return [
+            f"{where} has {experts} experts, which an engine on the CPU does not take over in a weight sync: train it "
+            "on GPUs, or take a dense model"
+        ]
+    if text.model_type in WRONG_ON_CPU:
+        return [f"{where} is computed wrongly by an engine on the CPU: train it on GPUs, or take another family"]
+    return []
 
 
 def _decide(config: "PPOConfig", key: str, model: ModelConfig, fsdp: FSDPConfig, problems: list[str]) -> ModelConfig:
