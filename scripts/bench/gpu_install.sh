@@ -28,3 +28,4 @@ echo "installed in $((SECONDS - begin)) s, $(du -sm "$VENV" | cut -f1) MB"
 stub_of_the_driver "$VENV"
 LD_LIBRARY_PATH="$SCRATCH${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" PYTHONPATH="$PWD" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 \
   VLLM_LOGGING_LEVEL=ERROR "$VENV/bin/python" scripts/bench/gpu_install_checks.py
+echo "pins: $(sha256sum scripts/constraints-gpu.txt | cut -c 1-16)"

@@ -339,6 +339,7 @@ def test_a_loss_that_is_not_finite(tmp_path, model):
     assert isinstance(batch, DataProto) and batch.batch["advantages"].isnan().any()
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path, model):
     """A disk on which one checkpoint fits and not two: the second fails, is told, and training goes on to the last
     step; the first one stays, and no half of another beside it; the run does not call itself finished."""

@@ -1,5 +1,6 @@
 """What scripts/setup.sh finds out before it installs anything, and what it leaves as it is."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -30,6 +31,12 @@ def run(command: list[str], **env: str) -> tuple[int, str]:
 
 def setup(folder: Path, *extras: str, **env: str) -> tuple[int, str]:
     return run(["bash", str(SETUP), *extras], **{"SETUP_VENV": str(folder / "venv"), "SETUP_DEVICE": DEVICE, **env})
+
+
+def test_the_pins_for_gpus_are_those_that_were_installed():
+    """Whoever changes them runs `bash scripts/bench/gpu_install.sh` and records what it says."""
+    digest = hashlib.sha256((ROOT / "scripts/constraints-gpu.txt").read_bytes()).hexdigest()[:16]
+    assert f"| {digest} |" in (ROOT / "docs/results/gpu_install.md").read_text()
 
 
 def test_unknown_extras_and_devices_are_named(tmp_path):
