@@ -3,7 +3,7 @@
     python scripts/bench/retrieval_memory.py --source C.jsonl --passages 100000 1000000
 
 Passages beyond those of C.jsonl are mixed from two of them each, so that lengths and words stay those of real text.
-Prints, per size: time and peak memory of the builder, size of the index, time until the server is ready, and the
+Prints, per size: time, processor time and peak memory of the builder, size of the index, time until the server is ready, and the
 server's anonymous memory (what it holds beside the mapped files) after 1,000 queries.
 """
 
@@ -41,15 +41,15 @@ def write_corpus(source: Path, path: Path, count: int) -> Path:
     return path
 
 
-def build(corpus: Path, folder: Path) -> tuple[float, float]:
-    """(seconds, peak MB) of a builder process."""
+def build(corpus: Path, folder: Path) -> tuple[float, float, float]:
+    """(seconds, seconds of processor time, peak MB) of a builder process."""
     shutil.rmtree(folder, ignore_errors=True)
     began = time.perf_counter()
     command = [sys.executable, "-m", "search_r1.search.index_builder", "--corpus_path", str(corpus)]
     process = subprocess.Popen([*command, "--save_dir", str(folder)], cwd=ROOT, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
-    return time.perf_counter() - began, usage.ru_maxrss / 1024
+    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def serve(corpus: Path, folder: Path) -> tuple[float, float, float]:
@@ -80,17 +80,17 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     sys.stdout.write(
-        "| passages | build s | build peak MB | index MB | ready s | server anonymous MB | server mapped MB |\n"
-        "|---|---|---|---|---|---|---|\n"
+        "| passages | build s | build CPU s | build peak MB | index MB | ready s | server anonymous MB | server mapped MB |\n"
+        "|---|---|---|---|---|---|---|---|\n"
     )
     for count in args.passages:
         corpus = write_corpus(args.source, args.work / f"{count}.jsonl", count)
         folder = args.work / f"index-{count}"
-        seconds, peak = build(corpus, folder)
+        seconds, processor_s, peak = build(corpus, folder)
         size = sum(path.stat().st_size for path in (folder / "bm25").iterdir()) / 1e6
         ready, anonymous, mapped = serve(corpus, folder)
         sys.stdout.write(
-            f"| {count} | {seconds:.0f} | {peak:.0f} | {size:.0f} | {ready:.1f} | {anonymous:.0f} | {mapped:.0f} |\n"
+            f"| {count} | {seconds:.0f} | {processor_s:.0f} | {peak:.0f} | {size:.0f} | {ready:.1f} | {anonymous:.0f} | {mapped:.0f} |\n"
         )
         sys.stdout.flush()
 
