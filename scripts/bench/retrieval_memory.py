@@ -3,8 +3,8 @@
     python scripts/bench/retrieval_memory.py --source C.jsonl --passages 100000 1000000
 
 Passages beyond those of C.jsonl are mixed from two of them each, so that lengths and words stay those of real text.
-Prints, per size: time, processor time and peak memory of the builder, size of the index, time until the server is ready, and the
-server's anonymous memory (what it holds beside the mapped files) after 1,000 queries.
+Prints, per size: time, processor time and peak memory of the builder, size of the index, time until the server is
+ready, and the server's anonymous memory (what it holds beside the mapped files) after 1,000 queries.
 """
 
 import argparse
@@ -80,7 +80,8 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     sys.stdout.write(
-        "| passages | build s | build CPU s | build peak MB | index MB | ready s | server anonymous MB | server mapped MB |\n"
+        "| passages | build s | build CPU s | build peak MB | index MB | ready s | server anonymous MB "
+        "| server mapped MB |\n"
         "|---|---|---|---|---|---|---|---|\n"
     )
     for count in args.passages:
@@ -89,9 +90,9 @@ def main() -> None:
         seconds, processor_s, peak = build(corpus, folder)
         size = sum(path.stat().st_size for path in (folder / "bm25").iterdir()) / 1e6
         ready, anonymous, mapped = serve(corpus, folder)
-        sys.stdout.write(
-            f"| {count} | {seconds:.0f} | {processor_s:.0f} | {peak:.0f} | {size:.0f} | {ready:.1f} | {anonymous:.0f} | {mapped:.0f} |\n"
-        )
+        cells = [count, *(f"{figure:.0f}" for figure in (seconds, processor_s, peak, size)), f"{ready:.1f}"]
+        cells += [f"{anonymous:.0f}", f"{mapped:.0f}"]
+        sys.stdout.write(f"| {' | '.join(map(str, cells))} |\n")
         sys.stdout.flush()
 
 
