@@ -28,8 +28,7 @@ from search_r1.search.server_metrics import ServerMetrics
 log = logging.getLogger(__name__)
 LOADING_RETRY_S = 2
 WAIT_SHARE = 0.5
-"""A request is refused when it would have to wait longer than this share of its deadline: the estimate may be wrong,
-and a client with the same deadline can be refused once and still be served."""
+"""A request is refused when it would have to wait longer than this share of its deadline: the estimate may be wrong."""
 REPORT_EVERY_S = 60.0
 DISCONNECTED = 499
 PROBLEMS: dict[int | str, dict[str, Any]] = {

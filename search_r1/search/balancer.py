@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_REST_S = 5.0
+"""Of a server that failed."""
+MAX_BUSY_REST_S = 60.0
 
 
 @dataclass
@@ -16,6 +18,8 @@ class Server:
     failures: int = 0
     """In a row."""
     resting_until: float = 0.0
+    is_busy: bool = False
+    """Whether its last answer was 429."""
 
 
 class Balancer:
@@ -33,13 +37,20 @@ class Balancer:
         least = min(server.in_flight for server in awake)
         return random.choice([server for server in awake if server.in_flight == least])
 
+    @property
+    def any_is_busy(self) -> bool:
+        """Whether there is a server that will answer, though not yet."""
+        return any(server.is_busy for server in self.servers)
+
     def succeeded(self, server: Server) -> None:
-        server.failures, server.resting_until = 0, 0.0
+        server.failures, server.resting_until, server.is_busy = 0, 0.0, False
 
     def failed(self, server: Server, now: float) -> None:
         server.failures += 1
+        server.is_busy = False
         server.resting_until = now + min(MAX_REST_S, self.rest_s * 2 ** min(server.failures, 10))
 
-    def is_busy(self, server: Server, now: float, wait_s: float) -> None:
+    def refused(self, server: Server, now: float, wait_s: float) -> None:
         """It answered 429: it is well, but should be left alone for `wait_s`."""
-        server.resting_until = now + min(MAX_REST_S, wait_s)
+        server.is_busy = True
+        server.resting_until = now + min(MAX_BUSY_REST_S, wait_s)

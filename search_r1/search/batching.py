@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 Key = tuple[str, int]
 Answer = asyncio.Future[Hits | EngineError]
 """What a caller waits for."""
-FIRST_BATCHES = 2
-"""As many batches may wait before the pace of the engine is known."""
 MIN_RETRY_S = 1.0
 """Nobody who was refused is asked to come again sooner."""
 
@@ -48,8 +46,8 @@ class BatchingEngine:
     A query that breaks the engine fails alone: the others of its batch are searched again one by one. A query whose
     caller has gone, or ran out of time, leaves the queue at once.
 
-    The queue is full for whom it could not serve within `max_wait_s`, at the pace of the last batches (before there is
-    one, above FIRST_BATCHES batches), and in any case above `max_queue` queries, which bounds the memory.
+    The queue is full for whom it could not serve within `max_wait_s`, at the pace of the last batches (before one
+    is known, for more than a batch), and in any case above `max_queue` queries, which bounds the memory.
     """
 
     def __init__(
@@ -124,11 +122,11 @@ class BatchingEngine:
         return self.num_waiting * self.pace.seconds_per_query
 
     def is_full(self) -> bool:
-        """Whether a further query would have to wait too long, or may have to as long as nothing is known."""
+        """Whether a further query would have to wait too long. One batch may wait while the pace is not known."""
         if self.num_waiting >= self.max_queue:
             return True
         if not self.pace.is_known and math.isfinite(self.max_wait_s):
-            return self.num_waiting >= FIRST_BATCHES * self.max_batch_size
+            return self.num_waiting >= self.max_batch_size
         return self.wait_s > self.max_wait_s
 
     def retry_after_s(self) -> float:

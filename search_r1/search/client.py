@@ -20,7 +20,10 @@ from search_r1.search.schema import RetrieveResponse, ScoredDocument
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 64
-PROBE_TIMEOUT_S = 10.0
+MIN_BUSY_S = 0.5
+"""A busy server is not asked again sooner, whatever it says."""
+PROBE_TIMEOUT_S = 30.0
+"""More than a server under load takes to refuse."""
 CLOSED = "the client was closed while the search was under way"
 
 
@@ -167,8 +170,8 @@ class RetrievalClient:
     async def _retrieve(self, queries: list[str]) -> list[Found]:
         """One request, repeated while that may help, at the next server if there is one.
 
-        What is waited for a connection, or because servers are busy, is not counted as time of the search: a retriever
-        that is slower than the engines is no failure.
+        Only failures use up attempts and `timeout_s`. What is waited for a connection, or because a server is busy,
+        does not: a retriever that is slower than the engines is no failure.
         """
         loop, config = asyncio.get_running_loop(), self.config
         left_s, patience_s = config.timeout_s, config.busy_timeout_s
@@ -178,7 +181,7 @@ class RetrievalClient:
                 server = self.balancer.pick(loop.time())
                 began = loop.time()
                 try:
-                    return await self._ask(server, queries, left_s)
+                    return await self._ask(server, queries)
                 except (Rejected, BadAnswer) as error:
                     self.errors[error.kind] += 1
                     raise
@@ -186,11 +189,13 @@ class RetrievalClient:
                     self.errors[error.kind] += 1
                     last = error
                 asked_s = loop.time() - began
-            if isinstance(last, ServerBusy):
-                pause_s = self._busy_pause(last)
-                patience_s -= asked_s + pause_s
-                if patience_s < 0:
+            if self.balancer.any_is_busy:
+                left_s, failures = config.timeout_s, 0
+                patience_s -= asked_s
+                if patience_s <= 0:
                     raise ServerBusy(f"busy for {config.busy_timeout_s:g} s, last: {last}") from last
+                pause_s = min(patience_s, self._busy_pause(last))
+                patience_s -= pause_s
             else:
                 failures += 1
                 left_s -= asked_s
@@ -214,25 +219,26 @@ class RetrievalClient:
         backoff_s = self.config.backoff_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
         return max(backoff_s, resting_s)
 
-    def _busy_pause(self, refusal: ServerBusy) -> float:
-        """Seconds until the next attempt after a 429: what was asked for. None while another server is awake."""
+    def _busy_pause(self, last: SearchError) -> float:
+        """Seconds until the next attempt while a server is busy: what it asked for. None while another one is awake."""
         resting_s = self._resting_s()
         if resting_s <= 0 and len(self.balancer.servers) > 1:
             return 0.0
-        return max(refusal.retry_after_s * random.uniform(1.0, 1.1), self.config.backoff_s, resting_s)
+        asked_s = last.retry_after_s if isinstance(last, ServerBusy) else 0.0
+        return max(MIN_BUSY_S, asked_s * random.uniform(1.0, 1.1), resting_s)
 
     def _resting_s(self) -> float:
         """Seconds until one of the servers is awake; 0 or less if one is."""
         now = asyncio.get_running_loop().time()
         return min(server.resting_until for server in self.balancer.servers) - now
 
-    async def _ask(self, server: Server, queries: list[str], left_s: float) -> list[Found]:
+    async def _ask(self, server: Server, queries: list[str]) -> list[Found]:
         """One request to one server. Raises the SearchError that fits."""
         clock = asyncio.get_running_loop().time
         body = {"queries": queries, "topk": self.config.topk, "return_scores": True, "allow_partial": True}
         server.in_flight += 1
         try:
-            answer = await self.http.post(server.url, json=body, timeout=max(0.001, left_s))
+            answer = await self.http.post(server.url, json=body, timeout=self.config.timeout_s)
         except httpx.TimeoutException as error:
             self.balancer.failed(server, clock())
             raise OutOfTime(f"{server.url}: {type(error).__name__}") from error
@@ -252,8 +258,8 @@ class RetrievalClient:
             self.errors["engine"] += sum(isinstance(f, SearchError) for f in found)
             return found
         if status == 429:
-            wait_s = retry_after(answer, self.config.backoff_s)
-            self.balancer.is_busy(server, clock(), wait_s)
+            wait_s = max(MIN_BUSY_S, retry_after(answer, self.config.backoff_s))
+            self.balancer.refused(server, clock(), wait_s)
             raise ServerBusy(problem, wait_s)
         if status >= 500:
             self.balancer.failed(server, clock())
@@ -332,6 +338,8 @@ def check_server(url: str) -> str | None:
     body = {"queries": ["probe"], "topk": 1, "return_scores": True}
     try:
         answer = httpx.post(url, json=body, headers=authorization(), timeout=PROBE_TIMEOUT_S)
+        if answer.status_code == 429:
+            return None  # busy with the searches of others, and well
         answer.raise_for_status()
         parse_response(answer, 1, url)
     except (httpx.HTTPError, httpx.InvalidURL, SearchError) as error:

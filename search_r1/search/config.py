@@ -30,9 +30,9 @@ class RetrieverConfig(BaseModel):
     topk: PositiveInt = 3
     """Passages per query."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds that a search may take with all its attempts, beside waiting for a busy server; then it has failed."""
-    busy_timeout_s: NonNegativeFloat = 600.0
-    """Seconds that a search may wait beside that because the server is busy (429), which says when to come again."""
+    """Seconds that a request may take, and that the failed attempts of a search may take together."""
+    busy_timeout_s: PositiveFloat = 600.0
+    """Seconds that a search may wait, on top of `timeout_s`, while servers answer 429; then it has failed."""
     max_retries: NonNegativeInt = 8
     """Further attempts after connection errors, time-outs, and answers 5xx."""
     backoff_s: NonNegativeFloat = 0.2

@@ -147,13 +147,33 @@ async def test_waiting_for_a_busy_server_is_neither_an_attempt_nor_time_of_the_s
         await c.close()
 
 
-async def test_a_server_that_stays_busy_is_given_up():
-    scripted_app, asked = scripted((429, "{}", {"Retry-After": "1"}))
+@pytest.mark.parametrize("headers", [{"Retry-After": "1"}, {"Retry-After": "0"}, {}])
+async def test_a_server_that_stays_busy_is_given_up_after_few_requests(headers):
+    scripted_app, asked = scripted((429, "{}", headers))
     with serving(scripted_app) as base:
-        c = client(f"{base}/retrieve", busy_timeout_s=1.5)
-        with pytest.raises(SearchError, match=r"busy for 1\.5 s.*429") as caught:
+        c = client([f"{base}/retrieve"], busy_timeout_s=2.5, backoff_s=0.0)
+        with pytest.raises(SearchError, match=r"busy for 2\.5 s.*429") as caught:
             await c.search("x")
-        assert caught.value.kind == "overloaded" and len(asked) == 2
+        assert caught.value.kind == "overloaded" and 2 <= len(asked) <= 7
+        await c.close()
+
+
+async def test_a_dead_replica_beside_a_busy_one_fails_nothing():
+    refusals = [(429, "{}", {"Retry-After": "1"})] * 3
+    scripted_app, asked = scripted(*refusals, GOOD)
+    with serving(scripted_app) as base:
+        dead = f"http://127.0.0.1:{free_port()}/retrieve"
+        c = client([dead, f"{base}/retrieve"], max_retries=1, backoff_s=0.01)
+        assert (await c.search("x"))[0].id == "7" and len(asked) == 4
+        await c.close()
+
+
+async def test_the_wait_for_a_connection_is_not_time_of_the_search():
+    """Two hundred requests, 64 at a time, over an engine that takes .03 s for each: 6 s, and a deadline of 4."""
+    with serving(app(Engine(lag=0.03), max_batch_size=1, cache_size=0)) as base:
+        c = client(f"{base}/retrieve", max_batch_size=1, timeout_s=4.0)
+        found = await asyncio.gather(*(c.search(f"q{i}") for i in range(200)))
+        assert [hits[0].text for hits in found] == [f"q{i}" for i in range(200)]
         await c.close()
 
 

@@ -226,10 +226,10 @@ async def test_the_queue_is_full_when_it_would_take_too_long_and_callers_return_
     engine = BatchingEngine(Engine(), ServerMetrics(), max_wait_s=20.0, cache_size=0)
     under_way = [asyncio.create_task(engine.search([f"q{i}" for i in range(30)], 3))]
     await asyncio.sleep(0)
-    assert not engine.is_full(), "nothing is known about its pace, and a few batches may wait"
-    engine.num_waiting += 2 * engine.max_batch_size
+    assert not engine.is_full(), "nothing is known about its pace, and a batch may wait"
+    engine.num_waiting += engine.max_batch_size
     assert engine.is_full(), "so many may be more than it can serve in time"
-    engine.num_waiting -= 2 * engine.max_batch_size
+    engine.num_waiting -= engine.max_batch_size
     engine.pace.add(queries=10, seconds=10.0)
     assert engine.wait_s == 30.0 and engine.is_full()
     times = set()
@@ -330,7 +330,7 @@ def test_a_client_that_goes_away_costs_no_search():
 @pytest.mark.parametrize("latency", [None, Latency(300, 400)], ids=["queued", "delayed on purpose"])
 async def test_hundreds_of_clients_that_give_up_cost_no_search(latency):
     engine = Gate()
-    with serving(app(engine, max_batch_size=400, latency=latency)) as base:
+    with serving(app(engine, max_batch_size=800, latency=latency)) as base:
         wait_until_ready(f"{base}/health")
         async with httpx.AsyncClient(timeout=60, limits=httpx.Limits()) as http:
             long = asyncio.create_task(http.post(f"{base}/retrieve", json={"queries": ["long"]}))
