@@ -186,7 +186,7 @@ def test_requests_share_engine_calls_from_one_thread():
 
 def test_a_full_queue_answers_429_and_loses_nothing():
     engine = Engine(lag=0.3)
-    with serving(app(engine, max_batch_size=1, max_queue=3)) as base, ThreadPoolExecutor(16) as pool:
+    with serving(app(engine, max_batch_size=3, max_queue=3)) as base, ThreadPoolExecutor(16) as pool:
         wait_until_ready(f"{base}/health")
         answers = list(pool.map(lambda i: ask(base, f"q{i}"), range(12)))
         busy = [a for a in answers if a.status_code == 429]
@@ -197,7 +197,7 @@ def test_a_full_queue_answers_429_and_loses_nothing():
 async def test_a_refusal_costs_no_reading():
     """A body that cannot be decoded is refused like any other, and after the rush it is an error again."""
     engine, broken = Gate(), b'{"queries": ["'
-    with serving(app(engine, max_batch_size=1, max_queue=2)) as base:
+    with serving(app(engine, max_batch_size=2, max_queue=2)) as base:
         wait_until_ready(f"{base}/health")
         async with httpx.AsyncClient(timeout=60) as http:
             let_in = [asyncio.create_task(http.post(f"{base}/retrieve", json={"queries": ["a"]}))]
