@@ -20,7 +20,7 @@ from search_r1.search.engine import Hits
 from search_r1.search.manifest import CorpusError, building, read_manifest, write_manifest
 
 NAME = "bm25"
-PARAMETERS = {"k1": K1, "b": B, "format": 2}
+PARAMETERS = {"k1": K1, "b": B, "format": 3}
 """In the manifest. An index of another format cannot be read."""
 QUERIES_PER_THREAD = 8
 """Fewer are faster in one thread than handed to several."""

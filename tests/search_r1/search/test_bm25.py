@@ -59,6 +59,8 @@ def test_analysis_is_anserinis():
     text = "can't I'm e.g. i.e. user@site.com http://a.b/c?d=e 10:30 #1 C++ AT&T 5th 1990s rock'n'roll us"
     expected = "can't|i'm|e.g|i.|user|site.com|http|a.b|c|d|e|10|30|1|c|t|5th|1990|rock'n'rol|us"
     assert "|".join(analyze(text)) == expected
+    text, expected = "漢's a.漢 漢.漢 東京’s rock ひ.b x.ひ 1.漢", "漢|s|漢|漢|漢|東|京|s|rock|ひ|b|x|ひ|1|漢"
+    assert "|".join(analyze(text)) == expected
     assert analyze("possibly assembly incredibly nobly technology apologies archaeology") == (
         ["possibl", "assembl", "incred", "nobli", "technolog", "apolog", "archaeolog"]
     )
