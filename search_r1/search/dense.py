@@ -35,6 +35,10 @@ TRAINING_POINTS = 39
 GPU_TYPES = ("Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ")
 """Of `TYPES`, those that FAISS has for GPUs."""
 PASSAGES_AT_A_TIME = 512
+QUERIES_PER_PRODUCT = 8
+"""From so many queries on, an exact search multiplies matrices, which takes a tenth of the time of one query after the
+other (docs/results/retrieval.md). FAISS 1.15 itself does so from 128,000 queries on, that is, never."""
+faiss.cvar.distance_compute_blas_threshold = QUERIES_PER_PRODUCT
 
 
 @dataclass(frozen=True)

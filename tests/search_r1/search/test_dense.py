@@ -87,6 +87,18 @@ def test_scores_are_inner_products(corpus, encoder, built):
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_many_queries_at_once_find_what_each_finds_alone():
+    """They are multiplied as matrices, in another order of additions."""
+    rng = np.random.default_rng(0)
+    index = dense.faiss.IndexFlatIP(96)
+    index.add(rng.standard_normal((3000, 96), dtype=np.float32))
+    queries = rng.standard_normal((2 * dense.QUERIES_PER_PRODUCT, 96), dtype=np.float32)
+    scores, places = index.search(queries, 5)
+    for query, together, found in zip(queries, scores, places, strict=True):
+        alone, same = index.search(query[None], 5)
+        assert same[0].tolist() == found.tolist() and together == pytest.approx(alone[0], rel=1e-4)
+
+
 def test_a_published_index_file_is_served_with_its_corpus(tmp_path, corpus, encoder, built):
     file = shutil.copy(built / "dense_Flat.index" / dense.INDEX, tmp_path / "e5_Flat.index")
     flags = ["--retriever_name", "dense", "--retriever_model", MODEL, "--index_path", str(file), "--device", "cpu"]
