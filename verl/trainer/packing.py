@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
 
 logger = logging.getLogger(__name__)
-WRONG_ON_CPU = ("lfm2", "lfm2_moe")
+WRONG_ON_CPU = ("lfm2",)
 """Types of models whose log-probs of vLLM 0.32 on the CPU differ from those of transformers."""
 
 
