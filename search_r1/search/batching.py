@@ -142,11 +142,11 @@ class BatchingEngine:
                 await asyncio.sleep(self.batch_wait_s)
             began = time.monotonic()
             batch = self.next_batch()
-            others_wait = bool(self.waiting)
+            is_busy = bool(self.waiting) or len(batch) == self.max_batch_size
             if batch:
                 results = await loop.run_in_executor(self.thread, self.search_batch, list(batch))
                 self.deliver(batch, results)
-            if others_wait:
+            if is_busy:
                 self.pace.add(sum(len(futures) for futures in batch.values()), time.monotonic() - began)
 
     def next_batch(self) -> dict[Key, list[Answer]]:
@@ -185,7 +185,7 @@ class BatchingEngine:
 
 
 class Pace:
-    """Seconds that a query takes while others wait, over the last batches.
+    """Seconds that a query takes in full batches, or while others wait, over the last ones.
 
     An idle engine's batches say little: they are small, and the first one may take long.
     """

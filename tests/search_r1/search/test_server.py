@@ -248,6 +248,18 @@ async def test_the_queue_is_full_when_it_would_take_too_long_and_callers_return_
     assert engine.num_waiting == 0 and engine.waiting == {} and engine.wait_s == 0.0
 
 
+async def test_a_full_batch_tells_the_pace_also_when_nobody_else_waits():
+    """Else a fast engine, whose queue is empty after every batch, would refuse as if nothing were known of it."""
+    engine = BatchingEngine(Engine(), ServerMetrics(), max_batch_size=4, max_wait_s=20.0, cache_size=0)
+    serving_task = asyncio.create_task(engine.run())
+    await engine.search(["a", "b"], 3)
+    assert not engine.pace.is_known
+    await engine.search(["a", "b", "c", "d"], 3)
+    await asyncio.sleep(0)
+    assert engine.pace.is_known
+    serving_task.cancel()
+
+
 async def test_who_finds_room_when_it_is_his_turn_is_let_in(monkeypatch):
     monkeypatch.setattr(limits, "MAX_TURN_S", 0.0)
     reasons, entered = [Overloaded(3.0), Overloaded(2.0), Overloaded(3.0), None, None], []
