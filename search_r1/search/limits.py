@@ -11,6 +11,8 @@ from search_r1.search.batching import Overloaded
 
 REFUSALS_PER_S = 50
 """Refusals that leave in a second: they take a hundredth of a core."""
+LOOK_EVERY_S = 1.0
+"""Who waits to be refused looks so often whether there is room by now."""
 MAX_TURN_S = 20.0
 """Nobody waits longer than this to be refused."""
 
@@ -66,8 +68,9 @@ class Door:
         return await JSONResponse({"detail": str(reason)}, 429, headers)(scope, receive, send)
 
     async def turn(self) -> None:
-        """Waits in the line of those who are to be refused."""
-        now = asyncio.get_running_loop().time()
-        end_of_line = max(now, self.last_turn) + 1 / REFUSALS_PER_S
-        self.last_turn = min(end_of_line, now + MAX_TURN_S)
-        await asyncio.sleep(self.last_turn - now)
+        """Waits in the line of those who are to be refused, or until there is room."""
+        clock = asyncio.get_running_loop().time
+        end_of_line = max(clock(), self.last_turn) + 1 / REFUSALS_PER_S
+        turn = self.last_turn = min(end_of_line, clock() + MAX_TURN_S)
+        while (left_s := turn - clock()) > 0 and self.overload() is not None:
+            await asyncio.sleep(min(left_s, LOOK_EVERY_S))
