@@ -1,6 +1,7 @@
 """The client over real HTTP: sharing, replicas, retries, deadlines, and what it calls a failure."""
 
 import asyncio
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -276,7 +277,8 @@ async def test_a_killed_server_is_found_again_in_mid_load(folder):
         await asyncio.sleep(0.5)
         process.kill()
         process.wait()
-        with retrieval_server(folder, port=httpx.URL(address).port):
+        with ExitStack() as stack:  # searches go on while it starts, and find nobody
+            await asyncio.to_thread(stack.enter_context, retrieval_server(folder, port=httpx.URL(address).port))
             assert all(await asyncio.gather(*tasks))
         assert c.errors["connection"] > 0
         await c.close()
