@@ -209,28 +209,21 @@ class RetrievalClient:
             await asyncio.sleep(pause_s)
 
     def _pause(self, failures: int) -> float:
-        """Seconds until the next attempt after so many failures in a row: the backoff, and till a server wakes up.
-
-        None while another server is awake.
-        """
-        resting_s = self._resting_s()
-        if resting_s <= 0 and len(self.balancer.servers) > 1:
-            return 0.0
-        backoff_s = self.config.backoff_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
-        return max(backoff_s, resting_s)
+        """Seconds until the next attempt after so many failures in a row."""
+        return self._unless_awake(self.config.backoff_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0))
 
     def _busy_pause(self, last: SearchError) -> float:
-        """Seconds until the next attempt while a server is busy: what it asked for. None while another one is awake."""
-        resting_s = self._resting_s()
+        """Seconds until the next attempt while a server is busy: what it asked for."""
+        asked_s = last.retry_after_s if isinstance(last, ServerBusy) else 0.0
+        return self._unless_awake(max(MIN_BUSY_S, asked_s * random.uniform(1.0, 1.1)))
+
+    def _unless_awake(self, pause_s: float) -> float:
+        """`pause_s`, and at least till a server wakes up; nothing while another server is awake."""
+        now = asyncio.get_running_loop().time()
+        resting_s = min(server.resting_until for server in self.balancer.servers) - now
         if resting_s <= 0 and len(self.balancer.servers) > 1:
             return 0.0
-        asked_s = last.retry_after_s if isinstance(last, ServerBusy) else 0.0
-        return max(MIN_BUSY_S, asked_s * random.uniform(1.0, 1.1), resting_s)
-
-    def _resting_s(self) -> float:
-        """Seconds until one of the servers is awake; 0 or less if one is."""
-        now = asyncio.get_running_loop().time()
-        return min(server.resting_until for server in self.balancer.servers) - now
+        return max(pause_s, resting_s)
 
     async def _ask(self, server: Server, queries: list[str]) -> list[Found]:
         """One request to one server. Raises the SearchError that fits."""
