@@ -20,7 +20,8 @@ Shapes: B trajectories, P longest prompt, R longest response, T = P + R.
 | truncated           | [B]     | bool    | agent loop | cut off by a token limit |
 | void_turns          | [B]     | int64   | agent loop | turns that neither acted nor answered |
 | rollout_is_weights  | [B, R]  | float32 | trainer    | weight of the token's loss, where importance weights are on |
-| mini_batch          | [B]     | int64   | trainer    | optimizer step of this batch that the row belongs to |
+| mini_batch          | [B]     | int64   | trainer    | the actor's optimizer step that the row belongs to |
+| critic_mini_batch   | [B]     | int64   | trainer    | the critic's, where there is one |
 | uid                 | [B]     | object  | trainer    | group of the row: one uuid per prompt |
 | data_source         | [B]     | object  | data       | name of the question set |
 
@@ -36,6 +37,8 @@ import numpy as np
 import torch
 
 from verl.agent import Source, Trajectory
+
+ACTOR_MINI_BATCH, CRITIC_MINI_BATCH = "mini_batch", "critic_mini_batch"
 
 Index = slice | Sequence[int] | np.ndarray | torch.Tensor
 

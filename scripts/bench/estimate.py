@@ -137,7 +137,7 @@ def batch_of(rows: int, prompt: int, response: int, share: float, vocab: int) ->
             "mini_batch": torch.zeros(rows, dtype=torch.long),
             **numbers,
         },
-        meta_info={"num_mini_batches": 1},
+        meta_info={"num_mini_batches": {"mini_batch": 1}},
     )
 
 

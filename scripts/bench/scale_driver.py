@@ -14,7 +14,7 @@ from scale_agents import AgentProcess, load_world, make_jobs, trajectories_of
 
 from search_r1.agent.metrics import reduce_metrics
 from verl.agent import Trajectory
-from verl.protocol import DataProto
+from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH, DataProto
 from verl.single_controller.decorator import collect, dispatch, registered
 from verl.single_controller.worker_group import as_they_end, get, ready, spawn
 from verl.trainer.config import AlgorithmConfig, KLControlConfig, RolloutCorrectionConfig
@@ -151,7 +151,7 @@ def step(jobs: list[Job], processes: list[Any], tokenizer: Any, folder: Path) ->
     verbs("records", write_records, jobs, trajectories, tokenizer, folder)
     batch: DataProto = verbs(
         "build batch", build_batch, jobs, trajectories, pad_token_id=tokenizer.pad_token_id,
-        num_mini_batches=MINI_BATCHES, world_size=RANKS, state_masking=True,
+        num_mini_batches={ACTOR_MINI_BATCH: MINI_BATCHES, CRITIC_MINI_BATCH: MINI_BATCHES}, world_size=RANKS, state_masking=True,
     )  # fmt: skip
     batch = batch.union(verbs("send: log-probs", ranks.execute, "compute_log_prob", batch))
     batch = batch.union(verbs("send: reference", ranks.execute, "compute_ref_log_prob", batch))

@@ -64,7 +64,7 @@ def batch_of(rows: int, vocab: int) -> DataProto:
             "old_log_probs": zeros - 9,
             "mini_batch": torch.zeros(rows, dtype=torch.long),
         },
-        meta_info={"num_mini_batches": 1},
+        meta_info={"num_mini_batches": {"mini_batch": 1}},
     )
 
 

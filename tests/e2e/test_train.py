@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.documented_metrics import undocumented
 from tests.e2e.runs import arguments, metrics, train
 from tests.models import make_tiny_qwen2
 
@@ -43,6 +44,7 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
     assert status == 0, output[-3000:]
     lines = metrics(tmp_path)
     assert [line["training/global_step"] for line in lines] == [0, 1, 2]
+    assert undocumented(name for line in lines for name in line) == []
     for line in lines[1:]:
         assert line["rollout/context_violations"] == 0
         assert line["rollout/logprob_diff_max"] <= 1e-3  # tied head, T = 0.7
@@ -67,6 +69,7 @@ def test_ppo_on_two_fsdp_ranks_with_a_custom_reward(tmp_path, model, retriever, 
     more = {
         "retriever__url": retriever,
         "trainer__n_gpus_per_node": 2,
+        "critic__ppo_mini_batch_size": 12,
         "trainer__total_training_steps": 2,
         "trainer__critic_warmup": 1,
         "trainer__save_hf": "false",
@@ -74,8 +77,11 @@ def test_ppo_on_two_fsdp_ranks_with_a_custom_reward(tmp_path, model, retriever, 
     }
     status, output = train("ppo", arguments(tmp_path, model, **more))
     assert status == 0, output[-3000:]
-    warmup, step = metrics(tmp_path)[1:]
+    lines = metrics(tmp_path)
+    assert undocumented(name for line in lines for name in line) == []
+    warmup, step = lines[1:]
     assert "actor/pg_loss" not in warmup and warmup["critic/grad_norm"] > 0
+    assert step["actor/optimizer_steps"] == 2 and step["critic/optimizer_steps"] == 1  # 12 trajectories by 6 and by 12
     assert step["actor/grad_norm"] > 0 and step["critic/kl_coeff"] == 0.001 and step["reward/letters"] > 0
     assert step["rollout/logprob_diff_max"] <= 1e-3
 
@@ -124,6 +130,7 @@ def test_other_algorithms_train(tmp_path, model, retriever, reward, variant):
     status, output = train("grpo", arguments(tmp_path, model, **{**shared, **VARIANTS[variant]}))
     assert status == 0, output[-3000:]
     line = metrics(tmp_path)[-1]
+    assert undocumented(line) == []
     assert line["actor/optimizer_steps"] == 2 and line["rollout/context_violations"] == 0
     if "dynamic" in variant:
         assert 1 <= line["training/num_gen_batches"] <= 3 and line["rollout/filtered/zero_variance"] == 0

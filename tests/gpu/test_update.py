@@ -72,7 +72,7 @@ def batch() -> DataProto:
             "advantages": torch.randn(ROWS, 1, generator=generator).expand(ROWS, RESPONSE).contiguous(),
             "mini_batch": torch.zeros(ROWS, dtype=torch.long),
         },
-        meta_info={"num_mini_batches": 1},
+        meta_info={"num_mini_batches": {"mini_batch": 1}},
     )
 
 

@@ -27,7 +27,10 @@ def test_runs_take_equal_samples_and_optimizer_steps(run):
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         name = script.removeprefix("train_").removesuffix(".sh")
         config = validate(OmegaConf.to_container(compose(name, overrides), resolve=True))
-    assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 240 and config.num_mini_batches == 1
+    assert (
+        config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 240
+        and config.num_mini_batches["mini_batch"] == 1
+    )
     assert config.trainer.default_local_dir == f"runs/algorithms/{run}"
 
 

@@ -30,5 +30,5 @@ def ragged_batch(dtype: torch.dtype) -> DataProto:
             "ref_log_prob": -4 + 0.1 * real["ref_noise"],
             "mini_batch": torch.zeros(ROWS, dtype=torch.long),
         },
-        meta_info={"num_mini_batches": 1},
+        meta_info={"num_mini_batches": {"mini_batch": 1}},
     )

@@ -1,7 +1,16 @@
 import pytest
+import torch
 
 from verl.agent import Segment, Source, Trajectory
-from verl.trainer.ppo.batching import RolloutFailed, build_batch, check_failures, failure_metrics, surviving
+from verl.trainer.config import FilterGroupsConfig
+from verl.trainer.ppo.batching import (
+    Drawn,
+    RolloutFailed,
+    build_batch,
+    check_failures,
+    failure_metrics,
+    surviving,
+)
 from verl.workers.rollout.agent_worker import Failure, Job
 
 
@@ -18,7 +27,7 @@ def test_groups_left_with_one_member_are_dropped_and_counted():
     results = [done(), done(), done(), Failure("down", 2), Trajectory([1, 2]), done()]
     kept, trajectories, metrics = surviving(jobs, results, min_group=2)
     assert [j.uid for j in kept] == ["a", "a"] and len(trajectories) == 2
-    assert metrics == {"rollout/dropped_empty": 1.0, "rollout/dropped_small_group": 2.0}
+    assert metrics == {"rollout/dropped_empty": 1, "rollout/dropped_small_group": 2}
     kept, _, _ = surviving(jobs, results, min_group=1)
     assert [j.uid for j in kept] == ["a", "a", "b", "c"]
 
@@ -41,7 +50,7 @@ def test_every_row_lands_once_and_optimizer_steps_stay_as_configured(rows, world
     trajectories = [done(length=1 + i % 5, score=float(i)) for i in range(rows)]
     batch = build_batch(
         [job(str(i)) for i in range(rows)], trajectories,
-        pad_token_id=0, num_mini_batches=mini, world_size=world_size, state_masking=True,
+        pad_token_id=0, num_mini_batches={"mini_batch": mini}, world_size=world_size, state_masking=True,
     )  # fmt: skip
     assert sorted(batch.non_tensor_batch["uid"].tolist(), key=int) == [str(i) for i in range(rows)]
     assert sum(batch.meta_info["rank_sizes"]) == rows and len(batch.meta_info["rank_sizes"]) == world_size
@@ -53,8 +62,52 @@ def test_every_row_lands_once_and_optimizer_steps_stay_as_configured(rows, world
 def test_state_masking_off_trains_on_observations():
     t = done()
     t.add_observation([8, 8])
-    kwargs = {"pad_token_id": 0, "num_mini_batches": 1, "world_size": 1}
+    kwargs = {"pad_token_id": 0, "num_mini_batches": {"mini_batch": 1}, "world_size": 1}
     on = build_batch([job("a")], [t], state_masking=True, **kwargs)
     off = build_batch([job("a")], [t], state_masking=False, **kwargs)
     assert on.batch["response_mask"].tolist() == [[1, 1, 1, 0, 0]]
     assert off.batch["response_mask"].tolist() == [[1, 1, 1, 1, 1]]
+
+
+def test_actor_and_critic_have_optimizer_steps_of_their_own():
+    """Rows 0 to 11 in their order: the actor takes 2 steps on them, the critic 3; both are spread over the ranks."""
+    trajectories = [done(length=1 + i % 5, score=float(i)) for i in range(12)]
+    batch = build_batch(
+        [job(str(i)) for i in range(12)],
+        trajectories,
+        pad_token_id=0,
+        num_mini_batches={"mini_batch": 2, "critic_mini_batch": 3},
+        world_size=2,
+        state_masking=True,
+    )
+    assert batch.meta_info["num_mini_batches"] == {"mini_batch": 2, "critic_mini_batch": 3}
+    place = torch.tensor([int(uid) for uid in batch.non_tensor_batch["uid"]])
+    assert torch.equal(batch.batch["mini_batch"], place // 6)
+    assert torch.equal(batch.batch["critic_mini_batch"], place // 4)
+    for rank in batch.split(batch.meta_info["rank_sizes"]):
+        assert set(rank.batch["mini_batch"].tolist()) == {0, 1}
+        assert set(rank.batch["critic_mini_batch"].tolist()) == {0, 1, 2}
+
+
+def test_figures_of_a_step_count_all_its_batches_of_prompts():
+    drawn = Drawn()
+    drawn.add([done(), Failure("down", 2)], [], {"rollout/dropped_empty": 0, "rollout/dropped_small_group": 1})
+    drawn.add([done(), done()], [done(), done()], {"rollout/dropped_empty": 1, "rollout/dropped_small_group": 0})
+    assert drawn.metrics() == {
+        "rollout/failed_share": 0.25,
+        "rollout/failed": 1.0,
+        "rollout/failed/calls_2": 1.0,
+        "rollout/dropped_empty": 1.0,
+        "rollout/dropped_small_group": 1.0,
+        "training/num_gen_batches": 2.0,
+        "training/num_trajectories": 2.0,
+    }
+
+
+def test_a_step_without_anything_to_train_on_says_why():
+    drawn = Drawn()
+    drawn.add([done(), Failure("down", 2)], [], {"rollout/dropped_empty": 0, "rollout/dropped_small_group": 1})
+    assert "rollout/dropped_small_group 1, rollout/failed 1" in drawn.nothing_left(FilterGroupsConfig())
+    drawn.add([done(), done()], [done(), done()], {})
+    reason = drawn.nothing_left(FilterGroupsConfig(enable=True, metric="em"))
+    assert reason.startswith("none of 2 trajectories is in a group that differs in em")

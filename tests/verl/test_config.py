@@ -39,10 +39,10 @@ def test_paper_recipes(recipe):
     if algorithm == "ppo":
         assert config.use_critic and config.algorithm.use_kl_in_reward and not actor.use_kl_loss
         assert (config.critic.optim.lr, config.critic.optim.lr_warmup_steps_ratio) == (1e-5, 0.015)
-        assert config.num_mini_batches == 2
+        assert config.num_mini_batches == {"mini_batch": 2, "critic_mini_batch": 2}
     else:
         assert not config.use_critic and actor.use_kl_loss and not config.algorithm.use_kl_in_reward
-        assert (rollout.n, actor.kl_loss_coef, config.num_mini_batches) == (5, 0.001, 10)
+        assert (rollout.n, actor.kl_loss_coef, config.num_mini_batches) == (5, 0.001, {"mini_batch": 10})
 
 
 def test_there_is_a_recipe_for_every_model_and_algorithm():
@@ -135,6 +135,9 @@ def test_a_critic_without_a_value_head_is_refused(tmp_path):
     assert "gemma3_text" in problem and "grpo" in problem
 
 
+CORRECTION = "algorithm.rollout_correction"
+STALE, BYPASS = "async_training.max_staleness=1", f"{CORRECTION}.bypass_mode=true"
+CORRECTED = f"{CORRECTION}.rollout_is=token"
 ACTOR = "actor_rollout_ref.actor"
 ONE_STEP = [f"{ACTOR}.ppo_mini_batch_size=240", "data.train_batch_size=48", "actor_rollout_ref.rollout.n=5"]
 ALONE = ["actor_rollout_ref.rollout.n=1", f"{ACTOR}.ppo_mini_batch_size=48"]
@@ -151,7 +154,8 @@ NORM = [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_f
         ["actor_rollout_ref.rollout.top_p=0.95", "algorithm.rollout_correction.rollout_is=token"],
         ["algorithm.adv_estimator=reinforce_plus_plus_baseline"], ["algorithm.adv_estimator=turn_level"],
         [f"{ACTOR}.policy_loss.loss_mode=gspo", f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"],
-        [f"{ACTOR}.policy_loss.loss_mode=cispo", f"{ACTOR}.policy_loss.llds_coef=0.1"],
+        [f"{ACTOR}.policy_loss.loss_mode=cispo", f"{ACTOR}.policy_loss.llds_coef=0.1", f"{ACTOR}.ppo_epochs=2"],
+        [f"{ACTOR}.policy_loss.llds_coef=0.1", BYPASS],
     ],
 )  # fmt: skip
 def test_algorithms_are_one_switch_each(overrides):
@@ -172,6 +176,17 @@ def test_algorithms_are_one_switch_each(overrides):
         (["actor_rollout_ref.rollout.top_p=0.95"], "sampled from another distribution than the one that is trained"),
         (["actor_rollout_ref.rollout.top_k=50"], "set algorithm.rollout_correction.rollout_is or rollout_rs"),
         (["algorithm.adv_estimator=gae", *NORM], "critic.loss_agg_mode=seq-mean-token-sum-norm has no divisor"),
+        ([NORM[1]], "loss_scale_factor=300.0 has no effect with loss_agg_mode=token-mean"),
+        ([f"{ACTOR}.policy_loss.llds_coef=0.1"], "llds_coef=0.1 has no effect with one optimizer step"),
+        (["algorithm.adv_estimator=reinforce", "algorithm.filter_groups.enable=true", *ALONE], "filter_groups.enable"),
+        (["algorithm.adv_estimator=reinforce", "algorithm.loss_filters=[zero_variance]", *ALONE], "never differs from"),
+        (["trainer.critic_warmup=1"], "adv_estimator=grpo has no critic, so nothing would learn in these steps"),
+        (["algorithm.kl_ctrl.type=adaptive"], "has no effect with algorithm.use_kl_in_reward=false"),
+        (["algorithm.adv_estimator=gae", "trainer.critic_warmup=45"], "leaves none of the 45 training steps"),
+        ([BYPASS, REINFORCE, *ONE_STEP], "bypass_mode has no effect with actor.policy_loss.loss_mode=reinforce"),
+        ([f"{CORRECTION}.rollout_rs=token", f"{CORRECTION}.rollout_rs_threshold=0.9"], "no ratio is above 1.11"),
+        ([f"{CORRECTION}.rollout_rs=token", f"{CORRECTION}.rollout_rs_threshold_lower=2"], "and below"),
+        ([f"{CORRECTION}.rollout_token_veto_threshold=1.0"], "rollout_token_veto_threshold"),
     ],
 )  # fmt: skip
 def test_combinations_that_would_be_something_else_are_refused(overrides, reason):
@@ -180,8 +195,6 @@ def test_combinations_that_would_be_something_else_are_refused(overrides, reason
     assert reason in str(caught.value)
 
 
-STALE, BYPASS = "async_training.max_staleness=1", "algorithm.rollout_correction.bypass_mode=true"
-CORRECTED = "algorithm.rollout_correction.rollout_is=token"
 CUDA, APART = "trainer.device=cuda", "actor_rollout_ref.hybrid_engine=false"
 ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -191,7 +204,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
     [
         [STALE, CORRECTED], [STALE, "algorithm.rollout_correction.rollout_rs=sequence"],
         [STALE, BYPASS], [STALE, BYPASS, f"{ACTOR}.policy_loss.loss_mode=cispo"],
-        [STALE, CORRECTED, CUDA, APART], [BYPASS],
+        [STALE, CORRECTED, CUDA, APART], [BYPASS], [BYPASS, f"{CORRECTION}.rollout_rs=geometric"],
         [CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=1"],
         [f"{ROLLOUT}.num_val_replicas=1"], [STALE, CORRECTED, "async_training.partial_rollout=false"],
     ],
@@ -204,14 +217,15 @@ def test_asynchrony_with_what_allows_for_it(overrides):
     ("overrides", "reason"),
     [
         ([STALE], "async_training.max_staleness=1: tokens are sampled from older weights"),
-        ([STALE, BYPASS, REINFORCE, *ONE_STEP], "or bypass_mode with a loss that clips"),
-        ([BYPASS, CORRECTED], "bypass_mode: the ratio to the sampler is in the loss already"),
-        ([BYPASS, "algorithm.rollout_correction.rollout_rs=token"], "set them to null"),
+        ([STALE, BYPASS, REINFORCE, *ONE_STEP], "bypass_mode has no effect with"),
+        ([BYPASS, CORRECTED], "the ratio to the sampler is in the loss already"),
         ([STALE, CORRECTED, CUDA], "max_staleness=1: engines roll out while the weights are updated"),
         ([CUDA, f"{ROLLOUT}.num_val_replicas=1"], "num_val_replicas=1: engines that validate during training need"),
-        ([CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=2"], "2 GPUs hold no engine"),
+        ([CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=2"], "do not hold 3 engines"),
         ([CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=1",
-          f"{ROLLOUT}.tensor_model_parallel_size=2"], "beside the 1 of num_val_replicas"),
+          f"{ROLLOUT}.tensor_model_parallel_size=2"], "2 GPUs do not hold 2 engines of"),
+        ([CUDA, f"{ROLLOUT}.num_replicas=2"], "1 GPUs do not hold 2 engines of tensor_model_parallel_size=1"),
+
     ],
 )  # fmt: skip
 def test_asynchrony_that_nothing_allows_for_is_refused(overrides, reason):

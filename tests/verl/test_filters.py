@@ -1,12 +1,15 @@
 """What a step trains on: groups that differ, and rows that no filter takes."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
 from verl.agent import Completion, Segment, Source, Trajectory, context_digest
 from verl.protocol import DataProto, collate_trajectories
-from verl.trainer.config import RolloutCorrectionConfig
+from verl.trainer.config import AlgorithmConfig, RolloutCorrectionConfig
+from verl.trainer.ppo.advantage import compute_advantage
 from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
 from verl.workers.rollout.agent_worker import Job
 
@@ -31,9 +34,10 @@ def test_groups_that_all_score_the_same_are_dropped():
 
 
 def test_filtered_rows_are_neither_trained_on_nor_counted():
+    """Of two groups of two, the first scores the same twice."""
     data = DataProto.from_dict(
         {
-            "advantages": torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]),
+            "token_level_scores": torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]),
             "void_turns": torch.tensor([0, 0, 2, 0]),
             "truncated": torch.tensor([False, False, False, True]),
             "response_mask": torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0]]),
@@ -41,10 +45,29 @@ def test_filtered_rows_are_neither_trained_on_nor_counted():
         {"uid": np.array(list("aabb"), dtype=object)},
     )
     kept, shares = filter_loss(data, ["zero_variance", "void_turn"])
-    assert kept.batch["response_mask"].tolist() == [[0, 0], [1, 0], [0, 0], [1, 0]]
-    assert shares == {"rollout/filtered/zero_variance": 0.25, "rollout/filtered/void_turn": 0.25}
+    assert kept.batch["response_mask"].tolist() == [[0, 0], [0, 0], [0, 0], [1, 0]]
+    assert shares == {"rollout/filtered/zero_variance": 0.5, "rollout/filtered/void_turn": 0.25}
     assert filter_loss(data, ["truncated"])[0].batch["response_mask"].sum(1).tolist() == [2, 1, 2, 0]
     assert torch.equal(filter_loss(data, [])[0].batch["response_mask"], data.batch["response_mask"])
+
+
+@pytest.mark.parametrize("estimator", get_args(AlgorithmConfig.model_fields["adv_estimator"].annotation))
+def test_groups_without_variance_are_told_by_their_scores_whatever_the_estimator(estimator):
+    """Rewards with a KL in them differ where scores do not, and whitened advantages are never 0."""
+    scores = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+    data = DataProto.from_dict(
+        {
+            "token_level_scores": scores,
+            "token_level_rewards": scores - 0.1 * torch.arange(8).view(4, 2),
+            "values": torch.zeros(4, 2),
+            "turns": torch.zeros(4, 2, dtype=torch.int32),
+            "response_mask": torch.ones(4, 2, dtype=torch.long),
+        },
+        {"uid": np.array(list("aabb"), dtype=object)},
+    )
+    data, _ = compute_advantage(data, AlgorithmConfig(adv_estimator=estimator))
+    kept, _ = filter_loss(data, ["zero_variance"])
+    assert kept.batch["response_mask"].sum(1).tolist() == [0, 0, 2, 2]
 
 
 def test_turns_and_limits_travel_with_the_batch():

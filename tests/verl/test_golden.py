@@ -28,7 +28,7 @@ def five_steps(model_path: str) -> list[dict[str, float]]:
     state = build_train_state(model, OptimConfig(lr=1e-2, lr_warmup_steps_ratio=0.4), total_steps=5)
     batch = ragged_batch(torch.float32)
     batch = batch.with_tensors(mini_batch=torch.arange(len(batch)) % 2)
-    batch.meta_info["num_mini_batches"] = 2
+    batch.meta_info["num_mini_batches"] = {"mini_batch": 2}
 
     def loss_fn(rows, counts):
         log_probs, entropy = forward_log_probs(model, rows, 0.7, with_entropy=True)

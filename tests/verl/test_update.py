@@ -8,10 +8,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.distributed import run_ranks
 from tests.verl.batches import VOCAB, ragged_batch
+from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
 from verl.workers.actor import policy_loss
-from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig
+from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, PolicyLossConfig
 from verl.workers.forward import forward_log_probs
 from verl.workers.fsdp_model import TrainState, build_model
 from verl.workers.update import Budget, update_mini_batches
@@ -110,3 +111,95 @@ def diverging_step(model_path: str) -> tuple[float, bool]:
 
 def test_nan_on_one_rank_skips_the_step_on_all(model_path):
     assert run_ranks(2, diverging_step, model_path) == [(1.0, True), (1.0, True)]
+
+
+class CountingSGD(torch.optim.SGD):
+    """Counts its steps and takes them."""
+
+    taken = 0
+
+    def step(self, closure=None):
+        self.taken += 1
+        return super().step(closure)
+
+
+def update(model_path: str, batch: DataProto, config: ActorConfig) -> tuple[dict, int, list[torch.Tensor]]:
+    """Metrics, optimizer steps taken, and the weights after `update_mini_batches` on one of the ranks."""
+    worker = Worker()
+    fsdp = FSDPConfig(model_dtype="float32", dtype="float32")
+    model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh)
+    optimizer = CountingSGD(model.parameters(), lr=0.1)
+    state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step))
+    (mine,) = dispatch(Dispatch.DP_COMPUTE_PROTO, worker.world_size, (batch,))[worker.rank]
+
+    def loss_fn(rows, counts):
+        log_probs, entropy = forward_log_probs(model, rows, 1.0, with_entropy=True)
+        return policy_loss(config, log_probs, entropy, rows, counts)
+
+    metrics = update_mini_batches(state, mine, loss_fn, epochs=1, budget=Budget(1000, 2), grad_clip=1e9)
+    return metrics, optimizer.taken, [p.full_tensor().detach().clone() for p in model.parameters()]
+
+
+def updates(model_path: str, cases: list[tuple[DataProto, ActorConfig]]) -> list[tuple]:
+    return [update(model_path, *case) for case in cases]
+
+
+def emptied(rows: torch.Tensor) -> DataProto:
+    """The ragged batch with the response masks of `rows` [B] emptied, as loss filters do."""
+    batch = ragged_batch(torch.float32)
+    return batch.with_tensors(response_mask=batch.batch["response_mask"] * ~rows.unsqueeze(1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_emptied_rows_are_no_trajectories(model_path, ranks):
+    """Half of the rows filtered is the same step as those rows never there, under every aggregation."""
+    out = torch.arange(len(ragged_batch(torch.float32))) % 2 == 0
+    filtered = emptied(out)
+    cases = []
+    for mode in ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
+        config = ActorConfig(loss_agg_mode=mode, loss_scale_factor=9, use_kl_loss=True)
+        cases += [(filtered, config), (filtered[~out], config)]
+    found = run_ranks(ranks, updates, model_path, cases)[0]
+    for (metrics, _, weights), (expected, _, others) in zip(found[::2], found[1::2], strict=True):
+        assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        for one, other in zip(weights, others, strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mini_batch_without_a_trained_token_takes_no_step_and_counts_nowhere(model_path, ranks):
+    second = torch.arange(len(ragged_batch(torch.float32))) >= 8
+    both = emptied(second).with_tensors(mini_batch=second.long())
+    both.meta_info["num_mini_batches"] = {"mini_batch": 2}
+    both.meta_info["rank_sizes"] = [16] if ranks == 1 else [9, 7]
+    first = emptied(second)[~second]
+    nothing = emptied(torch.ones(16, dtype=torch.bool))
+    cases = [(both, ActorConfig()), (first, ActorConfig()), (nothing, ActorConfig())]
+    with_empty, alone, empty = run_ranks(ranks, updates, model_path, cases)[0]
+    assert with_empty[0] == pytest.approx(alone[0], rel=1e-5) and with_empty[1] == alone[1] == 1
+    assert empty[0] == {"skipped_steps": 0, "optimizer_steps": 0, "lr": 0.1} and empty[1] == 0
+
+
+def test_the_rate_that_is_logged_is_that_of_the_steps(model_path):
+    ((metrics, _, _),) = run_ranks(1, updates, model_path, [(ragged_batch(torch.float32), ActorConfig())])[0]
+    assert metrics["lr"] == 0.1, "the scheduler has halved it since"
+
+
+def test_entropy_and_kl_are_means_over_tokens_whatever_the_aggregation(model_path):
+    """Bounds of the collapse watch must mean the same in every run."""
+    modes = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+    configs = [
+        ActorConfig(
+            loss_agg_mode=mode,
+            loss_scale_factor=9,
+            use_kl_loss=True,
+            policy_loss=PolicyLossConfig(llds_coef=0.1),
+        )
+        for mode in modes
+    ]
+    batch = ragged_batch(torch.float32)
+    found = run_ranks(1, updates, model_path, [(batch, config) for config in configs])[0]
+    per_token = ("entropy", "kl_loss", "likelihood_loss", "ppo_kl", "pg_clipfrac")
+    means = [{name: metrics[name] for name in per_token} for metrics, _, _ in found]
+    assert all(mean == pytest.approx(means[0], rel=1e-5) for mean in means)
+    assert len({round(metrics["pg_loss"], 4) for metrics, _, _ in found}) > 1, "the loss is aggregated as configured"

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from verl.protocol import ACTOR_MINI_BATCH
 from verl.utils import device
 from verl.utils.endpoint import check_endpoint
 from verl.workers.config import ModelConfig
@@ -46,66 +47,174 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         )
     if config.data.max_start_length > config.data.max_prompt_length:
         problems.append("data.max_start_length is more than data.max_prompt_length, which bounds every context")
-    rules = (loss_problems, endpoint_problems, collapse_problems, async_problems, deterministic_problems)
+    rules = (
+        loss_problems,
+        sampling_problems,
+        correction_problems,
+        schedule_problems,
+        async_problems,
+        engine_problems,
+        endpoint_problems,
+        collapse_problems,
+        deterministic_problems,
+    )
     return problems + [problem for rule in rules for problem in rule(config)]
 
 
 def loss_problems(config: "PPOConfig") -> list[str]:
     """Losses that their aggregation, or the number of optimizer steps, makes something else."""
     actor, estimator = config.actor_rollout_ref.actor, config.algorithm.adv_estimator
+    rollout, correction = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction
     agg, mode, key = actor.loss_agg_mode, actor.policy_loss.loss_mode, "actor_rollout_ref.actor"
-    steps = config.num_mini_batches * actor.ppo_epochs
+    steps = config.num_mini_batches[ACTOR_MINI_BATCH] * actor.ppo_epochs
     norm = "seq-mean-token-sum-norm"
-    rollout = config.actor_rollout_ref.rollout
-    found = {
-        f"actor_rollout_ref.rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: tokens are sampled from another "
-        "distribution than the one that is trained: set algorithm.rollout_correction.rollout_is or rollout_rs":
-            (rollout.top_p < 1 or rollout.top_k > 0) and not config.algorithm.rollout_correction.corrects,
-        f"{key}.loss_scale_factor: name the divisor of loss_agg_mode={norm}":
-            agg == norm and actor.loss_scale_factor is None,
-        f"critic.loss_agg_mode={norm} has no divisor: set it on its own, for instance to token-mean":
-            config.use_critic and config.critic.loss_agg_mode == norm,
-        f"{key}.loss_agg_mode={agg} divides by lengths, which algorithm.adv_estimator=dr_grpo is to avoid: use {norm} "
-        "(with loss_scale_factor) or token-sum":
-            estimator == "dr_grpo" and agg not in (norm, "token-sum"),
-        f"{key}.loss_agg_mode={agg}: policy_loss.loss_mode=gspo is defined for seq-mean-token-mean":
-            mode == "gspo" and agg != "seq-mean-token-mean",
-        f"{key}.policy_loss.loss_mode=reinforce has no trust region and would take {steps} optimizer steps on one "
-        "rollout batch: set ppo_mini_batch_size to train_batch_size * rollout.n, and ppo_epochs to 1":
-            mode == "reinforce" and steps > 1,
-        f"{key}.state_masking=false trains on tokens of no turn, which adv_estimator=turn_level cannot credit":
-            estimator == "turn_level" and not actor.state_masking,
-    }  # fmt: skip
-    return [problem for problem, holds in found.items() if holds]
+    cuts_sampling = rollout.top_p < 1 or rollout.top_k > 0
+    problems: list[str] = []
+    if cuts_sampling and not correction.corrects:
+        problems.append(
+            f"actor_rollout_ref.rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: tokens are sampled from another "
+            "distribution than the one that is trained: set algorithm.rollout_correction.rollout_is or rollout_rs"
+        )
+    if agg == norm and actor.loss_scale_factor is None:
+        problems.append(f"{key}.loss_scale_factor: name the divisor of loss_agg_mode={norm}")
+    if agg != norm and actor.loss_scale_factor is not None:
+        problems.append(
+            f"{key}.loss_scale_factor={actor.loss_scale_factor} has no effect with loss_agg_mode={agg}: it is the "
+            f"divisor of {norm}"
+        )
+    if config.use_critic and config.critic.loss_agg_mode == norm:
+        problems.append(f"critic.loss_agg_mode={norm} has no divisor: set it on its own, for instance to token-mean")
+    if estimator == "dr_grpo" and agg not in (norm, "token-sum"):
+        problems.append(
+            f"{key}.loss_agg_mode={agg} divides by lengths, which algorithm.adv_estimator=dr_grpo is to avoid: use "
+            f"{norm} (with loss_scale_factor) or token-sum"
+        )
+    if mode == "gspo" and agg != "seq-mean-token-mean":
+        problems.append(f"{key}.loss_agg_mode={agg}: policy_loss.loss_mode=gspo is defined for seq-mean-token-mean")
+    if mode == "reinforce" and steps > 1:
+        problems.append(
+            f"{key}.policy_loss.loss_mode=reinforce has no trust region and would take {steps} optimizer steps on one "
+            "rollout batch: set ppo_mini_batch_size to train_batch_size * rollout.n, and ppo_epochs to 1"
+        )
+    if estimator == "turn_level" and not actor.state_masking:
+        problems.append(
+            f"{key}.state_masking=false trains on tokens of no turn, which adv_estimator=turn_level cannot credit"
+        )
+    if actor.policy_loss.llds_coef and steps == 1 and not correction.bypass_mode:
+        problems.append(
+            f"{key}.policy_loss.llds_coef={actor.policy_loss.llds_coef:g} has no effect with one optimizer step on a "
+            "rollout batch: log-probs cannot have fallen before it. Set ppo_mini_batch_size to less than "
+            "train_batch_size * rollout.n, or ppo_epochs to 2"
+        )
+    return problems
+
+
+def sampling_problems(config: "PPOConfig") -> list[str]:
+    """Filters of groups where there are none."""
+    algorithm, n = config.algorithm, config.actor_rollout_ref.rollout.n
+    needs_groups = {
+        "algorithm.filter_groups.enable=true": algorithm.filter_groups.enable,
+        "algorithm.loss_filters=[zero_variance]": "zero_variance" in algorithm.loss_filters,
+    }
+    return [
+        f"{setting} needs actor_rollout_ref.rollout.n >= 2: the one trajectory of a prompt never differs from itself, "
+        "so all of them would be left out"
+        for setting, is_set in needs_groups.items()
+        if is_set and n < 2
+    ]
+
+
+def correction_problems(config: "PPOConfig") -> list[str]:
+    """Corrections that correct twice, that correct nothing, or that leave everything out."""
+    correction, mode = config.algorithm.rollout_correction, config.actor_rollout_ref.actor.policy_loss.loss_mode
+    key = "algorithm.rollout_correction"
+    problems: list[str] = []
+    if correction.bypass_mode and mode == "reinforce":
+        problems.append(
+            f"{key}.bypass_mode has no effect with actor.policy_loss.loss_mode=reinforce, whose loss has no ratio: set "
+            "rollout_is instead"
+        )
+    elif correction.bypass_mode and correction.rollout_is is not None:
+        problems.append(
+            f"{key}.bypass_mode with rollout_is={correction.rollout_is}: the ratio to the sampler is in the loss "
+            "already and would be multiplied a second time: set rollout_is to null (rollout_rs may stay: it leaves "
+            "tokens out, and weighs none)"
+        )
+    lowest = correction.lowest_ratio
+    if correction.rollout_rs is not None and lowest >= correction.rollout_rs_threshold:
+        problems.append(
+            f"{key}: no ratio is above {lowest:g} (rollout_rs_threshold_lower, by default 1 / rollout_rs_threshold) "
+            f"and below rollout_rs_threshold={correction.rollout_rs_threshold:g}: every token would be left out"
+        )
+    return problems
+
+
+def schedule_problems(config: "PPOConfig") -> list[str]:
+    """Steps in which nothing would learn, and a coefficient that nothing reads."""
+    trainer, control = config.trainer, config.algorithm.kl_ctrl
+    problems: list[str] = []
+    if trainer.critic_warmup and not config.use_critic:
+        problems.append(
+            f"trainer.critic_warmup={trainer.critic_warmup}: algorithm.adv_estimator={config.algorithm.adv_estimator} "
+            "has no critic, so nothing would learn in these steps"
+        )
+    total = trainer.total_training_steps
+    if config.use_critic and total is not None and trainer.critic_warmup >= total:
+        problems.append(
+            f"trainer.critic_warmup={trainer.critic_warmup} leaves none of the {total} training steps to the policy"
+        )
+    if control.type == "adaptive" and not config.algorithm.use_kl_in_reward:
+        problems.append(
+            "algorithm.kl_ctrl.type=adaptive has no effect with algorithm.use_kl_in_reward=false: the KL of the loss "
+            "(actor.use_kl_loss) has the constant weight actor.kl_loss_coef"
+        )
+    return problems
 
 
 def async_problems(config: "PPOConfig") -> list[str]:
     """Stale data without anything that allows for it, and engines that could not roll out while weights change."""
-    correction, loss = config.algorithm.rollout_correction, config.actor_rollout_ref.actor.policy_loss.loss_mode
+    correction = config.algorithm.rollout_correction
     rollout, staleness = config.actor_rollout_ref.rollout, config.async_training.max_staleness
-    shares_gpus = config.actor_rollout_ref.hybrid_engine and config.device == "cuda"
-    engine_gpus = rollout.nnodes * rollout.n_gpus_per_node
-    found = {
-        f"async_training.max_staleness={staleness}: tokens are sampled from older weights than those that are trained: "
-        "set algorithm.rollout_correction.rollout_is or rollout_rs, or bypass_mode with a loss that clips (not "
-        "actor.policy_loss.loss_mode=reinforce)":
-            staleness > 0 and not correction.corrects and not (correction.bypass_mode and loss != "reinforce"),
-        "algorithm.rollout_correction.bypass_mode: the ratio to the sampler is in the loss already, rollout_is and "
-        "rollout_rs would correct it again: set them to null":
-            correction.bypass_mode and correction.corrects,
-        f"async_training.max_staleness={staleness}: engines roll out while the weights are updated, so they need GPUs "
-        "of their own: actor_rollout_ref.hybrid_engine=false":
-            staleness > 0 and shares_gpus,
-        f"actor_rollout_ref.rollout.num_val_replicas={rollout.num_val_replicas}: engines that validate during training "
-        "need GPUs of their own: actor_rollout_ref.hybrid_engine=false":
-            rollout.num_val_replicas > 0 and shares_gpus,
-        f"actor_rollout_ref.rollout: nnodes * n_gpus_per_node = {engine_gpus} GPUs hold no engine beside the "
-        f"{rollout.num_val_replicas} of num_val_replicas, of tensor_model_parallel_size="
-        f"{rollout.tensor_model_parallel_size} GPUs each":
-            config.device == "cuda" and not config.actor_rollout_ref.hybrid_engine
-            and engine_gpus < (rollout.num_val_replicas + 1) * rollout.tensor_model_parallel_size,
-    }  # fmt: skip
-    return [problem for problem, holds in found.items() if holds]
+    on_gpus, hybrid = config.device == "cuda", config.actor_rollout_ref.hybrid_engine
+    problems: list[str] = []
+    if staleness > 0 and not correction.corrects and not correction.bypass_mode:
+        problems.append(
+            f"async_training.max_staleness={staleness}: tokens are sampled from older weights than those that are "
+            "trained: set algorithm.rollout_correction.rollout_is or rollout_rs, or bypass_mode with a loss that clips "
+            "(not actor.policy_loss.loss_mode=reinforce)"
+        )
+    if staleness > 0 and on_gpus and hybrid:
+        problems.append(
+            f"async_training.max_staleness={staleness}: engines roll out while the weights are updated, so they need "
+            "GPUs of their own: actor_rollout_ref.hybrid_engine=false"
+        )
+    if rollout.num_val_replicas > 0 and on_gpus and hybrid:
+        problems.append(
+            f"actor_rollout_ref.rollout.num_val_replicas={rollout.num_val_replicas}: engines that validate during "
+            "training need GPUs of their own: actor_rollout_ref.hybrid_engine=false"
+        )
+    return problems
+
+
+def engine_problems(config: "PPOConfig") -> list[str]:
+    """More engines than their GPUs can hold."""
+    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    if config.device != "cuda":
+        return []
+    hybrid = config.actor_rollout_ref.hybrid_engine
+    pool, section = (trainer, "trainer") if hybrid else (rollout, "actor_rollout_ref.rollout")
+    gpus = pool.nnodes * pool.n_gpus_per_node
+    engines = rollout.num_replicas or 1
+    if not hybrid:
+        engines += rollout.num_val_replicas
+    if engines * rollout.tensor_model_parallel_size <= gpus:
+        return []
+    return [
+        f"{section}: nnodes * n_gpus_per_node = {gpus} GPUs do not hold {engines} engines of "
+        f"tensor_model_parallel_size={rollout.tensor_model_parallel_size} GPUs each "
+        f"(actor_rollout_ref.rollout.num_replicas={rollout.num_replicas or 'null, at least one'}, "
+        f"num_val_replicas={rollout.num_val_replicas})"
+    ]
 
 
 def deterministic_problems(config: "PPOConfig") -> list[str]:

@@ -12,6 +12,7 @@ from pydantic import (
     field_validator,
 )
 
+from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH
 from verl.trainer.checks import combination_problems
 from verl.trainer.ppo.collapse import CollapseWatchConfig
 from verl.utils.config import Config, problems_of
@@ -94,7 +95,7 @@ class RolloutCorrectionConfig(Config):
     """Largest ratio that stays."""
     rollout_rs_threshold_lower: PositiveFloat | None = None
     """Smallest ratio that stays; null: 1 / rollout_rs_threshold."""
-    rollout_token_veto_threshold: PositiveFloat | None = None
+    rollout_token_veto_threshold: float | None = Field(default=None, gt=0, lt=1)
     """Leave a sequence out in which some token's ratio is below this, such as 1e-4; null: none."""
     bypass_mode: bool = False
     """Take the sampler's log-probs for the old ones: the clip is then a trust region around the policy that sampled,
@@ -102,7 +103,13 @@ class RolloutCorrectionConfig(Config):
 
     @property
     def corrects(self) -> bool:
+        """Whether tokens from another distribution are weighed or left out."""
         return self.rollout_is is not None or self.rollout_rs is not None
+
+    @property
+    def lowest_ratio(self) -> float:
+        """Smallest ratio that `rollout_rs` keeps."""
+        return self.rollout_rs_threshold_lower or 1 / self.rollout_rs_threshold
 
 
 LossFilter = Literal["zero_variance", "void_turn", "truncated"]
@@ -249,6 +256,15 @@ class PPOConfig(Config):
         return self.actor_rollout_ref.actor.use_kl_loss or self.algorithm.use_kl_in_reward
 
     @property
+    def num_gpus(self) -> int:
+        """GPUs of the training and of engines that have their own; on the CPU the training processes."""
+        training = self.trainer.nnodes * self.trainer.n_gpus_per_node
+        if self.actor_rollout_ref.hybrid_engine or self.device == "cpu":
+            return training
+        rollout = self.actor_rollout_ref.rollout
+        return training + rollout.nnodes * rollout.n_gpus_per_node
+
+    @property
     def max_model_len(self) -> int:
         """Longest sequence of the engine, in tokens."""
         return self.actor_rollout_ref.rollout.max_model_len or (
@@ -256,10 +272,13 @@ class PPOConfig(Config):
         )
 
     @property
-    def num_mini_batches(self) -> int:
-        """Optimizer steps per rollout batch and epoch."""
+    def num_mini_batches(self) -> dict[str, int]:
+        """Optimizer steps per rollout batch and epoch: the actor's, and the critic's where there is one."""
         rollout_batch = self.data.train_batch_size * self.actor_rollout_ref.rollout.n
-        return rollout_batch // self.actor_rollout_ref.actor.ppo_mini_batch_size
+        steps = {ACTOR_MINI_BATCH: rollout_batch // self.actor_rollout_ref.actor.ppo_mini_batch_size}
+        if self.use_critic:
+            steps[CRITIC_MINI_BATCH] = rollout_batch // self.critic.ppo_mini_batch_size
+        return steps
 
     def total_training_steps(self, num_rows: int) -> int:
         """trainer.total_training_steps, or what trainer.total_epochs amounts to."""

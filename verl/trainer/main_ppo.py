@@ -140,11 +140,7 @@ def load_val_set(config: Any, tokenizer: Any) -> Any:
 
 def gpus_here(config: Any) -> int:
     """GPUs that a training on one machine needs there; 0 when a cluster has them."""
-    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
-    if trainer.ray_address is not None:
-        return 0
-    engines = 0 if config.actor_rollout_ref.hybrid_engine else rollout.nnodes * rollout.n_gpus_per_node
-    return trainer.nnodes * trainer.n_gpus_per_node + engines
+    return config.num_gpus if config.trainer.ray_address is None else 0
 
 
 def check_environment(config: Any, agent: Any, gpus: int) -> None:

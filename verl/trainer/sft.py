@@ -135,7 +135,7 @@ def collate(examples: Sequence[Example], max_length: int) -> DataProto:
             "watch_mask": (watched & trained)[:, 1:],
             "mini_batch": torch.zeros(len(examples), dtype=torch.long),
         },
-        meta_info={"num_mini_batches": 1},
+        meta_info={"num_mini_batches": {"mini_batch": 1}},
     )
 
 

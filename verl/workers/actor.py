@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from verl.protocol import DataProto
+from verl.protocol import ACTOR_MINI_BATCH, DataProto
 from verl.single_controller.decorator import Dispatch, register
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
 from verl.utils.checkpoint import save_pretrained
@@ -25,12 +25,20 @@ def policy_loss(
 ) -> tuple[torch.Tensor, Metrics]:
     """Policy loss, minus the entropy bonus, plus the KL to the reference and the loss of likelihood where configured.
 
-    log_probs, entropy: [b, R]. Returns this micro-batch's share of the loss and of each metric.
+    log_probs, entropy: [b, R]. Returns this micro-batch's share of the loss and of each metric. `pg_loss` is the
+    policy's part of the loss, aggregated as the loss is; all other metrics are means over the trained tokens, whatever
+    `loss_agg_mode` says, so that a bound on one of them means the same in every run.
     """
     batch, mask = rows.batch, rows.batch["response_mask"]
-    shares: dict[str, Any] = {
-        "num_tokens": counts.num_tokens, "num_seqs": counts.num_seqs, "loss_scale_factor": config.loss_scale_factor
-    }  # fmt: skip
+    aggregate = partial(
+        agg_loss,
+        loss_mask=mask,
+        loss_agg_mode=config.loss_agg_mode,
+        num_tokens=counts.num_tokens,
+        num_seqs=counts.num_seqs,
+        loss_scale_factor=config.loss_scale_factor,
+    )
+    mean_of_tokens = partial(agg_loss, loss_mask=mask, loss_agg_mode="token-mean", num_tokens=counts.num_tokens)
     loss, metrics = compute_policy_loss(
         old_log_prob=batch["old_log_probs"],
         log_prob=log_probs,
@@ -41,25 +49,24 @@ def policy_loss(
         cliprange_high=config.clip_ratio_high,
         clip_ratio_c=config.clip_ratio_c,
         loss_agg_mode=config.loss_agg_mode,
+        num_tokens=counts.num_tokens,
+        num_seqs=counts.num_seqs,
+        loss_scale_factor=config.loss_scale_factor,
         loss_mode=config.policy_loss.loss_mode,
         rollout_is_weights=batch.get("rollout_is_weights"),
-        **shares,
     )
     metrics["pg_loss"] = loss.detach()
-    bonus = agg_loss(entropy, mask, config.loss_agg_mode, **shares)
-    metrics["entropy"] = bonus.detach()
+    metrics["entropy"] = mean_of_tokens(entropy.detach())
     if config.entropy_coeff:
-        loss = loss - config.entropy_coeff * bonus
+        loss = loss - config.entropy_coeff * aggregate(entropy)
     if config.use_kl_loss:
         divergence = kl_penalty(log_probs, batch["ref_log_prob"], config.kl_loss_type)
-        kl_loss = agg_loss(divergence, mask, config.loss_agg_mode, **shares)
-        metrics["kl_loss"] = kl_loss.detach()
-        loss = loss + config.kl_loss_coef * kl_loss
+        metrics["kl_loss"] = mean_of_tokens(divergence.detach())
+        loss = loss + config.kl_loss_coef * aggregate(divergence)
     if config.policy_loss.llds_coef:
         lost = likelihood_losses(batch["old_log_probs"], log_probs, batch["advantages"], mask)
-        likelihood_loss = agg_loss(lost, mask, config.loss_agg_mode, **shares)
-        metrics["likelihood_loss"] = likelihood_loss.detach()
-        loss = loss + config.policy_loss.llds_coef * likelihood_loss
+        metrics["likelihood_loss"] = mean_of_tokens(lost.detach())
+        loss = loss + config.policy_loss.llds_coef * aggregate(lost)
     return loss, metrics
 
 
@@ -84,11 +91,14 @@ class ActorWorker(TrainedWorker):
 
     @register(
         Dispatch.DP_COMPUTE_METRIC,
-        columns=(*INPUTS, "mini_batch", "advantages", "old_log_probs"),
+        columns=(*INPUTS, ACTOR_MINI_BATCH, "advantages", "old_log_probs"),
         optional=("ref_log_prob", "rollout_is_weights"),
     )
     def update_actor(self, data: DataProto) -> dict[str, float]:
-        """One optimizer step per mini-batch. `use_kl_loss` needs `ref_log_prob`."""
+        """Takes one optimizer step per mini-batch of `actor.ppo_mini_batch_size`.
+
+        `use_kl_loss` needs `ref_log_prob`.
+        """
 
         def loss_fn(rows: DataProto, counts: Counts) -> tuple[torch.Tensor, Metrics]:
             log_probs, entropy = forward_log_probs(

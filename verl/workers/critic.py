@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from verl.protocol import DataProto
+from verl.protocol import CRITIC_MINI_BATCH, DataProto
 from verl.single_controller.decorator import Dispatch, register
 from verl.trainer.ppo.core_algos import compute_value_loss
 from verl.workers.config import CriticConfig
@@ -30,9 +30,9 @@ class CriticWorker(TrainedWorker):
         forward = partial(forward_values, self.state.model)
         return DataProto({"values": map_micro_batches(data, self.budget, self.device, forward)})
 
-    @register(Dispatch.DP_COMPUTE_METRIC, columns=(*INPUTS, "mini_batch", "returns", "values"))
+    @register(Dispatch.DP_COMPUTE_METRIC, columns=(*INPUTS, CRITIC_MINI_BATCH, "returns", "values"))
     def update_critic(self, data: DataProto) -> dict[str, float]:
-        """One optimizer step per mini-batch."""
+        """Takes one optimizer step per mini-batch of `critic.ppo_mini_batch_size`."""
 
         def loss_fn(rows: DataProto, counts: Counts) -> tuple[torch.Tensor, Metrics]:
             return compute_value_loss(
@@ -53,4 +53,5 @@ class CriticWorker(TrainedWorker):
             epochs=self.config.ppo_epochs,
             budget=self.budget,
             grad_clip=self.config.grad_clip,
+            column=CRITIC_MINI_BATCH,
         )

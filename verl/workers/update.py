@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from verl.protocol import DataProto
+from verl.protocol import ACTOR_MINI_BATCH, DataProto
 from verl.utils.seqlen_balancing import balance
 from verl.workers.fsdp_model import TrainState
 
@@ -24,10 +24,11 @@ Metrics = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Counts:
-    """Trained tokens and trajectories of a mini-batch over all ranks."""
+    """What a mini-batch trains on, over all ranks."""
 
     num_tokens: int
     num_seqs: int
+    """Trajectories with a trained token: one that a loss filter has emptied is none."""
 
 
 LossFn = Callable[[DataProto, Counts], tuple[torch.Tensor, Metrics]]
@@ -113,30 +114,49 @@ def map_micro_batches(
 
 
 def update_mini_batches(
-    state: TrainState, data: DataProto, loss_fn: LossFn, *, epochs: int, budget: Budget, grad_clip: float
+    state: TrainState,
+    data: DataProto,
+    loss_fn: LossFn,
+    *,
+    epochs: int,
+    budget: Budget,
+    grad_clip: float,
+    column: str = ACTOR_MINI_BATCH,
 ) -> dict[str, float]:
-    """One optimizer step per mini-batch and epoch; metrics averaged over the steps.
+    """Takes one optimizer step per mini-batch and epoch; metrics are averaged over the steps.
 
-    Rows are assigned by the column `mini_batch`; `meta_info["num_mini_batches"]` says how many there are, because a
-    rank may hold no row of one. `skipped_steps` counts steps with a loss or gradient that is not finite.
+    `column` assigns the rows to mini-batches; `meta_info["num_mini_batches"][column]` says how many there are, because
+    a rank may hold no row of one. Rows without a trained token take no part, and a mini-batch without such a token
+    takes no step. `lr`: the learning rate of these steps. `optimizer_steps`: steps taken. `skipped_steps`: steps given
+    up because loss or gradient was not finite.
     """
-    device = data.batch["mini_batch"].device
+    device = data.batch[column].device
+    has_tokens = data.batch["response_mask"].bool().any(1)
     steps: list[dict[str, float]] = []
     state.wake_optimizer(device)
     for _ in range(epochs):
-        for index in range(data.meta_info["num_mini_batches"]):
-            rows = data[data.batch["mini_batch"].cpu() == index]
-            mask = rows.batch["response_mask"]
-            tokens, seqs = reduce_sum([float(mask.sum()), float(len(rows))], device)
-            counts = Counts(max(1, round(tokens)), max(1, round(seqs)))
+        for index in range(data.meta_info["num_mini_batches"][column]):
+            rows = data[((data.batch[column] == index) & has_tokens).cpu()]
+            counts = count_trained(rows, device)
+            if counts.num_tokens == 0:
+                continue
             steps.append(_step(state, run_micro_batches(rows, budget, device), loss_fn, counts, grad_clip))
     state.rest_optimizer()
+    lr = float(state.scheduler.get_last_lr()[0])
     state.scheduler.step()
-    metrics = {k: _mean([s[k] for s in steps]) for k in steps[0]}
-    metrics["skipped_steps"] = sum(s["skipped_steps"] for s in steps)
+    names = steps[0] if steps else ()
+    metrics = {name: _mean([step[name] for step in steps]) for name in names}
+    metrics["skipped_steps"] = sum(step["skipped_steps"] for step in steps)
     metrics["optimizer_steps"] = len(steps) - metrics["skipped_steps"]
-    metrics["lr"] = float(state.scheduler.get_last_lr()[0])
+    metrics["lr"] = lr
     return metrics
+
+
+def count_trained(rows: DataProto, device: torch.device) -> Counts:
+    """Trained tokens, and trajectories with at least one, in the rows of all ranks."""
+    mask = rows.batch["response_mask"].bool()
+    num_tokens, num_seqs = reduce_sum([float(mask.sum()), float(mask.any(1).sum())], device)
+    return Counts(round(num_tokens), round(num_seqs))
 
 
 def _step(

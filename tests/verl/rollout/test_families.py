@@ -94,7 +94,7 @@ def to_batch(prompts: list[list[int]], outs: list[Completion]) -> DataProto:
             "advantages": torch.linspace(-1, 1, len(outs))[:, None].expand(-1, width) * mask,
             "mini_batch": torch.zeros(len(outs), dtype=torch.long),
         },
-        meta_info={"num_mini_batches": 1},
+        meta_info={"num_mini_batches": {"mini_batch": 1}},
     )
 
 

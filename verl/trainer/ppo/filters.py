@@ -8,8 +8,8 @@ from torch import Tensor
 from verl.agent import Trajectory
 from verl.protocol import DataProto
 from verl.trainer.config import RolloutCorrectionConfig
-from verl.trainer.ppo.core_algos import accepted, importance_weights, log_ratios, mismatch
-from verl.utils.torch_functional import masked_mean
+from verl.trainer.ppo.core_algos import accepted, group_rows, importance_weights, log_ratios, mismatch
+from verl.utils.torch_functional import masked_mean, masked_sum
 from verl.workers.rollout.agent_worker import Job
 
 Rolled = tuple[list[Job], list[Trajectory]]
@@ -35,7 +35,12 @@ def first_groups(jobs: Sequence[Job], trajectories: Sequence[Trajectory], count:
 
 
 def _zero_variance(data: DataProto) -> Tensor:
-    return (data.batch["advantages"] == 0).all(1)
+    """By the scores, not by the advantages: whitening, a critic or a KL in the reward make all of those differ."""
+    scores = masked_sum(data.batch["token_level_scores"], data.batch["response_mask"], axis=-1)
+    same = torch.zeros(len(data), dtype=torch.bool)
+    for rows in group_rows(data.non_tensor_batch["uid"]):
+        same[rows] = (scores[rows] == scores[rows[0]]).all()
+    return same
 
 
 FILTERS: dict[str, Callable[[DataProto], Tensor]] = {
@@ -71,8 +76,7 @@ def correct_rollout(data: DataProto, config: RolloutCorrectionConfig) -> tuple[D
         weights = importance_weights(log_ratio, mask, config.rollout_is, config.rollout_is_threshold)
         metrics |= {"is_weight/mean": masked_mean(weights, mask).item(), "is_weight/max": weights.max().item()}
         data = data.with_tensors(rollout_is_weights=torch.where(mask, weights, 1.0))
-    high = config.rollout_rs_threshold
-    low, veto = config.rollout_rs_threshold_lower or 1 / high, config.rollout_token_veto_threshold
+    low, high, veto = config.lowest_ratio, config.rollout_rs_threshold, config.rollout_token_veto_threshold
     if config.rollout_rs is not None or veto is not None:
         out = mask & ~accepted(log_ratio, mask, config.rollout_rs, low, high, veto)
         metrics["left_out"] = masked_mean(out.float(), mask).item()

@@ -11,11 +11,11 @@ from verl.trainer.ppo import validation
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
 from verl.trainer.ppo.ahead import RolloutAhead
 from verl.trainer.ppo.batching import (
+    Drawn,
     NothingToLearn,
     RolloutFailed,
     build_batch,
     check_failures,
-    failure_metrics,
     groups_of,
     rollout_metrics,
     surviving,
@@ -132,34 +132,26 @@ class RayPPOTrainer:
         With `algorithm.filter_groups` further batches are drawn until enough groups teach something.
         """
         config, filters = self.config, self.config.algorithm.filter_groups
+        most = filters.max_num_gen_batches if filters.enable else 1
+        drawn = Drawn()
         jobs: list[Job] = []
         trajectories: list[Trajectory] = []
-        drawn: list[Trajectory] = []
         with self.timers("gen"):
-            for count in range(1, (filters.max_num_gen_batches if filters.enable else 1) + 1):
-                more = self.roll_out()
-                drawn += more[1]
+            while drawn.num_batches < most and len({job.uid for job in jobs}) < config.data.train_batch_size:
+                more = self.roll_out(drawn)
                 more = differing_groups(*more, filters.metric) if filters.enable else more
                 jobs, trajectories = jobs + more[0], trajectories + more[1]
-                self.metrics["training/num_gen_batches"] = float(count)
-                if len({job.uid for job in jobs}) >= config.data.train_batch_size:
-                    break
         with self.timers("save_checkpoint"):
             self.checkpoints.complete()
         with self.timers("prepare"):
             return self.prepare(*first_groups(jobs, trajectories, config.data.train_batch_size), drawn)
 
-    def prepare(self, jobs: list[Job], trajectories: list[Trajectory], drawn: list[Trajectory]) -> DataProto:
-        """What `fit` trains on, of all that were `drawn`; writes trajectories and their metrics."""
+    def prepare(self, jobs: list[Job], trajectories: list[Trajectory], drawn: Drawn) -> DataProto:
+        """What `fit` trains on, of all that was `drawn`; writes trajectories and their metrics."""
         config = self.config
         if not trajectories:
-            raise NothingToLearn(
-                f"none of {len(drawn)} trajectories is in a group that differs in "
-                f"{config.algorithm.filter_groups.metric} (algorithm.filter_groups), so nothing can be learned: "
-                "try easier questions, or a denser reward"
-            )
-        self.metrics["training/num_trajectories"] = float(len(drawn))
-        self.metrics |= rollout_metrics(drawn) | self.agent.reduce_metrics(drawn)
+            raise NothingToLearn(drawn.nothing_left(config.algorithm.filter_groups))
+        self.metrics |= drawn.metrics() | rollout_metrics(drawn.surviving) | self.agent.reduce_metrics(drawn.surviving)
         if config.trainer.rollout_data_freq > 0 and self.step % config.trainer.rollout_data_freq == 0:
             self.tracking.log_trajectories("train", trajectory_records(jobs, trajectories, self.tokenizer), self.step)
         batch = build_batch(
@@ -173,15 +165,15 @@ class RayPPOTrainer:
         self.metrics |= staleness_metrics(batch, self.rollout.version)
         return batch
 
-    def roll_out(self) -> tuple[list[Job], list[Trajectory]]:
-        """The trajectories of the next batch of prompts, those that failed left out."""
+    def roll_out(self, drawn: Drawn) -> tuple[list[Job], list[Trajectory]]:
+        """The trajectories of the next batch of prompts, those that failed left out; adds all of them to `drawn`."""
         config = self.config
         jobs, results = self.ahead.next(self.total - self.step + 1)
         check_failures(results, config.trainer.max_failed_share)
         jobs, trajectories, dropped = surviving(jobs, results, min_group=2 if config.compares else 1)
         if hasattr(self.reward, "score_groups"):
             self.reward.score_groups(groups_of(jobs, trajectories))
-        self.metrics |= failure_metrics(results) | dropped
+        drawn.add(results, trajectories, dropped)
         return jobs, trajectories
 
     def sleep(self) -> None:
@@ -308,7 +300,7 @@ class RayPPOTrainer:
         if self.validating is not None and self.val_rollout.is_done(self.validating[1]):
             self.finish_validation()
         timing = self.timers.pop()
-        metrics = self.metrics | timing | compute_throughput_metrics(batch, timing, self.world_size)
+        metrics = self.metrics | timing | compute_throughput_metrics(batch, timing, self.config.num_gpus)
         epoch, version = self.ahead.sampler.epoch, self.rollout.version
         metrics |= {"training/epoch": float(epoch), "training/policy_version": float(version)}
         self.tracking.log(metrics, self.step)

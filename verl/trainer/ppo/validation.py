@@ -1,4 +1,4 @@
-"""Validation: the same agent loop over every held-out question; nothing is dropped."""
+"""Validation: the same agent loop over every held-out question; nothing is filtered."""
 
 import json
 from collections import defaultdict

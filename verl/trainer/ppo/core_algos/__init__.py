@@ -18,6 +18,7 @@ from verl.trainer.ppo.core_algos.advantages import (
     compute_reinforce_plus_plus_outcome_advantage,
     compute_rloo_outcome_advantage,
     compute_turn_level_advantage,
+    group_rows,
 )
 from verl.trainer.ppo.core_algos.correction import accepted, importance_weights, log_ratios, mismatch
 from verl.trainer.ppo.core_algos.kl import (
@@ -52,6 +53,7 @@ __all__ = [
     "compute_rloo_outcome_advantage",
     "compute_turn_level_advantage",
     "compute_value_loss",
+    "group_rows",
     "importance_weights",
     "kl_penalty",
     "likelihood_losses",
