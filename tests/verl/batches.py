@@ -8,7 +8,7 @@ VOCAB, PROMPT, RESPONSE, ROWS = 50, 5, 9, 16
 
 
 def ragged_batch(dtype: torch.dtype) -> DataProto:
-    """Ragged prompts and responses with observation spans."""
+    """Ragged prompts and responses with observation spans: one step of the actor, two of the critic."""
     g = torch.Generator().manual_seed(1)
     prompt_lens = torch.randint(1, PROMPT + 1, (ROWS,), generator=g)
     response_lens = torch.randint(2, RESPONSE + 1, (ROWS,), generator=g)
@@ -29,6 +29,7 @@ def ragged_batch(dtype: torch.dtype) -> DataProto:
             "old_log_probs": -4 + 0.1 * real["noise"],
             "ref_log_prob": -4 + 0.1 * real["ref_noise"],
             "mini_batch": torch.zeros(ROWS, dtype=torch.long),
+            "critic_mini_batch": torch.arange(ROWS) % 2,
         },
-        meta_info={"num_mini_batches": {"mini_batch": 1}},
+        meta_info={"num_mini_batches": {"mini_batch": 1, "critic_mini_batch": 2}},
     )
