@@ -151,7 +151,8 @@ def step(jobs: list[Job], processes: list[Any], tokenizer: Any, folder: Path) ->
     verbs("records", write_records, jobs, trajectories, tokenizer, folder)
     batch: DataProto = verbs(
         "build batch", build_batch, jobs, trajectories, pad_token_id=tokenizer.pad_token_id,
-        num_mini_batches={ACTOR_MINI_BATCH: MINI_BATCHES, CRITIC_MINI_BATCH: MINI_BATCHES}, world_size=RANKS, state_masking=True,
+        num_mini_batches=dict.fromkeys((ACTOR_MINI_BATCH, CRITIC_MINI_BATCH), MINI_BATCHES),
+        world_size=RANKS, state_masking=True,
     )  # fmt: skip
     batch = batch.union(verbs("send: log-probs", ranks.execute, "compute_log_prob", batch))
     batch = batch.union(verbs("send: reference", ranks.execute, "compute_ref_log_prob", batch))

@@ -1,0 +1,262 @@
+"""The order of a training step and what each verb is given, over roles and engines that write down what they are asked.
+
+The configuration, the batches and everything that the driver computes are real.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.verl.test_config import composed
+from verl.agent import Segment, Source, Trajectory
+from verl.protocol import DataProto
+from verl.trainer.config import validate
+from verl.trainer.ppo import ray_trainer
+from verl.trainer.ppo.batching import NothingToLearn
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.rollout import make_jobs
+from verl.utils.tracking import Timers, Tracking
+from verl.workers.rollout.agent_worker import Failure
+
+ROWS, PROMPTS, GROUP = 6, 2, 4
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+SMALL = [
+    f"data.train_batch_size={PROMPTS}", f"{ROLLOUT}.n={GROUP}", f"{ACTOR}.ppo_mini_batch_size={PROMPTS * GROUP}",
+    "trainer.device=cpu", "trainer.n_gpus_per_node=1", "trainer.total_training_steps=3", "trainer.test_freq=-1",
+    "trainer.save_freq=-1", "trainer.val_before_train=false", "trainer.best_metric=null", "trainer.logger=[]",
+    "data.shuffle_train_dataloader=false", "trainer.critic_warmup=0", "trainer.rollout_data_freq=-1",
+]  # fmt: skip
+
+
+class Questions:
+    rows = [{"data_source": "tiny", "number": number} for number in range(ROWS)]
+    prompt_ids = [[number + 1] for number in range(ROWS)]
+
+    def __len__(self) -> int:
+        return ROWS
+
+
+class Rollout:
+    """Engines whose trajectories of a prompt score `scores[prompt]`; None fails. Four tokens each."""
+
+    def __init__(self, said: list, scores: dict) -> None:
+        self.said, self.scores, self.version = said, scores, -1
+
+    def submit(self, rows, prompts, sampling, seed, name="rollout"):
+        self.said.append((f"submit {name}", tuple(row["number"] for row in rows), self.version))
+        jobs = make_jobs(rows, prompts, sampling, seed) if name == "rollout" else []
+        return jobs, self.version
+
+    def collect(self, submitted):
+        jobs, version = submitted
+        if not jobs:
+            return [], []
+        self.said.append(("collect", self.version))
+        copies: dict[str, int] = {}
+        results: list = []
+        for job in jobs:
+            copy = copies[job.uid] = copies.get(job.uid, -1) + 1
+            score = self.scores[job.row["number"]][copy]
+            segment = Segment(Source.MODEL, [5, 6, 7, 8], [-1.0] * 4, policy_version=version)
+            failed = Failure("down", 1)
+            done = Trajectory(job.prompt_ids, [segment], "answer", {"score": score})
+            results.append(failed if score is None else done)
+        return jobs, results
+
+    def drain(self, submitted):
+        self.said.append(("drain", len(submitted), self.version))
+
+    def sleep(self):
+        self.said.append(("sleep",))
+
+    def update_weights(self, version):
+        self.said.append(("update_weights", version))
+
+
+class Role:
+    """A worker group: log-probs of -1 for the actor, of -1.5 for the reference, values of 0."""
+
+    def __init__(self, name: str, said: list) -> None:
+        self.name, self.said, self.batches = name, said, []
+
+    def _column(self, batch: DataProto, name: str, value: float) -> DataProto:
+        self.said.append((name,))
+        return DataProto({name: torch.full(batch.batch["responses"].shape, value)})
+
+    def compute_log_prob(self, batch):
+        return self._column(batch, "old_log_probs", -1.0)
+
+    def compute_ref_log_prob(self, batch):
+        return self._column(batch, "ref_log_prob", -1.5)
+
+    def compute_values(self, batch):
+        return self._column(batch, "values", 0.0)
+
+    def _update(self, batch):
+        self.said.append((f"update {self.name}",))
+        self.batches.append(batch)
+        return {"loss": 0.0, "skipped_steps": 0.0}
+
+    update_actor = update_critic = _update
+
+    def save_checkpoint(self, path, asynchronous):
+        pass
+
+    def finish_checkpoint(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def validation(monkeypatch):
+    """Finds the same whatever it is given."""
+    monkeypatch.setattr(ray_trainer.validation, "score", lambda *_: ({"val/test_score/all": 0.5}, []))
+
+
+def make_trainer(folder, algorithm: str, *overrides: str, scores: dict | None = None) -> RayPPOTrainer:
+    """A trainer whose `said` is what its roles and engines were asked, in that order."""
+    config = validate(composed(algorithm, *SMALL, f"trainer.default_local_dir={folder}", *overrides))
+    said: list = []
+    names = ["actor", *["ref"] * config.use_reference, *["critic"] * config.use_critic]
+    rollout = Rollout(said, scores or {number: [0.0, 1.0, 0.0, 1.0] for number in range(ROWS)})
+    roles = {name: Role(name, said) for name in names}
+    processes = SimpleNamespace(group=SimpleNamespace(world_size=1), roles=roles, rollout=rollout, val_rollout=rollout)
+    agent = SimpleNamespace(reduce_metrics=lambda trajectories: {})
+    made = RayPPOTrainer(
+        config, SimpleNamespace(pad_token_id=0), agent, None, Questions(), Questions(), processes,
+        Tracking(str(folder), [], "project", "run", {}, {}), Timers(), SimpleNamespace(requested=0),
+    )  # fmt: skip
+    made.said = said
+    made.logged = []
+    made.tracking.log = lambda metrics, step: made.logged.append(metrics)
+    return made
+
+
+def verbs(trainer: RayPPOTrainer) -> list[str]:
+    """What was asked for, in its order; validations have a test of their own."""
+    return [event[0] for event in trainer.said if event[0] != "submit validation"]
+
+
+def test_a_step_of_ppo_in_its_order(tmp_path):
+    trainer = make_trainer(tmp_path, "ppo", "trainer.total_training_steps=2")
+    trainer.fit()
+    step = [
+        "submit rollout", "collect", "sleep", "old_log_probs", "ref_log_prob", "values", "update critic",
+        "update actor", "update_weights",
+    ]  # fmt: skip
+    assert verbs(trainer) == ["update_weights", *step, *step]
+    assert [event[1] for event in trainer.said if event[0] == "update_weights"] == [0, 1, 2]
+    assert [event[1:] for event in trainer.said if event[0] == "submit rollout"] == [((0, 1), 0), ((2, 3), 1)]
+
+
+def test_a_step_of_grpo_has_neither_critic_nor_values(tmp_path):
+    trainer = make_trainer(tmp_path, "grpo", "trainer.total_training_steps=1")
+    trainer.fit()
+    assert verbs(trainer)[3:] == ["sleep", "old_log_probs", "ref_log_prob", "update actor", "update_weights"]
+
+
+def test_only_the_critic_learns_up_to_the_last_step_of_its_warm_up(tmp_path):
+    trainer = make_trainer(tmp_path, "ppo", "trainer.critic_warmup=2")
+    trainer.fit()
+    updates = [verb for verb in verbs(trainer) if verb.startswith("update ")]
+    assert updates == ["update critic", "update critic", "update critic", "update actor"]
+
+
+def test_the_kl_is_in_the_rewards_before_advantages_are_made_of_them(tmp_path):
+    """Token KL of k1 is .5: four tokens make 2 less of a reward, and the returns show it."""
+    weight = "algorithm.kl_ctrl.kl_coef=0.1"
+    trainer = make_trainer(tmp_path, "ppo", weight, "trainer.total_training_steps=1")
+    trainer.fit()
+    (batch,) = trainer.critic.batches
+    scores = batch.batch["token_level_scores"].sum(1)
+    assert torch.allclose(batch.batch["token_level_rewards"].sum(1), scores - 4 * 0.05)
+    assert torch.allclose(batch.batch["returns"][:, 0], scores - 4 * 0.05)
+    assert torch.allclose(batch.batch["returns"][:, 3], scores - 0.05)
+
+
+def test_the_adaptive_coefficient_moves_by_the_trajectories_of_each_step(tmp_path):
+    """KL .5 is far above its target: the coefficient rises by 20 % of 8 of 100 trajectories, once a step."""
+    control = ["type=adaptive", "kl_coef=0.1", "target_kl=0.1", "horizon=100"]
+    trainer = make_trainer(tmp_path, "ppo", *[f"algorithm.kl_ctrl.{setting}" for setting in control])
+    trainer.fit()
+    growth = 1 + 0.2 * PROMPTS * GROUP / 100
+    assert [line["critic/kl"] for line in trainer.logged] == pytest.approx([0.5] * 3)
+    assert [line["critic/kl_coeff"] for line in trainer.logged] == pytest.approx([0.1, 0.1 * growth, 0.1 * growth**2])
+    assert trainer.state_dict()["kl"] == pytest.approx(0.1 * growth**3)
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_trajectories_under_way_settle_before_the_weights_change_unless_they_may(tmp_path, partial):
+    stale = ["async_training.max_staleness=1", "algorithm.rollout_correction.rollout_is=token"]
+    trainer = make_trainer(tmp_path, "grpo", *stale, f"async_training.partial_rollout={partial}")
+    trainer.fit()
+    events = [event[0] for event in trainer.said if event[0] in ("drain", "update_weights", "submit rollout")]
+    settles = [] if partial else ["drain"]
+    under_way = ["submit rollout", "submit rollout"]
+    assert events[:6] == [*settles, "update_weights", *under_way, *settles, "update_weights", "submit rollout"][:6]
+    # An engine that is replaced while others settle takes the new weights, so the version rises first.
+    drained = [] if partial else [("drain", 0, 0), ("drain", 1, 1), ("drain", 1, 2), ("drain", 0, 3)]
+    assert [event for event in trainer.said if event[0] == "drain"] == drained
+
+
+def test_dynamic_sampling_keeps_the_first_groups_that_differ_and_counts_everything(tmp_path):
+    """Prompt 0 teaches nothing, prompt 4 fails once: the step trains on 1 and 2, and tells of all four prompts."""
+    scores = {0: [1.0] * 4, 1: [0.0, 1.0, 0.0, 1.0], 2: [0.0, 1.0, None, 1.0], 3: [0.0, 0.0, 0.0, 1.0]}
+    sampling = ["algorithm.filter_groups.enable=true", "trainer.max_failed_share=0.5"]
+    trainer = make_trainer(tmp_path, "grpo", *sampling, "trainer.total_training_steps=1", scores=scores)
+    trainer.fit()
+    (batch,) = trainer.actor.batches
+    assert sorted(batch.batch["prompts"].flatten().tolist()) == [2] * 4 + [3] * 3
+    (line,) = trainer.logged
+    assert line["training/num_gen_batches"] == 2 and line["training/num_trajectories"] == 15
+    assert line["rollout/failed"] == 1 and line["rollout/failed_share"] == 1 / 16
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_dynamic_sampling_ends_after_its_largest_number_of_batches(tmp_path, most):
+    alike = {number: [1.0] * 4 for number in range(ROWS)}
+    settings = ["algorithm.filter_groups.enable=true", f"algorithm.filter_groups.max_num_gen_batches={most}"]
+    trainer = make_trainer(tmp_path, "grpo", *settings, scores=alike)
+    with pytest.raises(
+        NothingToLearn, match=f"none of {most * PROMPTS * GROUP} trajectories is in a group that differs"
+    ):
+        trainer.fit()
+    assert verbs(trainer).count("collect") == most
+
+
+def test_an_update_without_anything_left_is_left_out(tmp_path):
+    alike = {number: [1.0] * 4 for number in range(ROWS)}
+    settings = ["algorithm.loss_filters=[zero_variance]", "trainer.total_training_steps=1"]
+    trainer = make_trainer(tmp_path, "grpo", *settings, scores=alike)
+    trainer.fit()
+    assert "update actor" not in verbs(trainer)
+    assert trainer.logged[0]["rollout/filtered/zero_variance"] == 1
+
+
+def test_validation_and_checkpoints_come_every_so_many_steps_and_at_the_end(tmp_path):
+    often = ["trainer.test_freq=2", "trainer.save_freq=2", "trainer.val_before_train=true"]
+    trainer = make_trainer(tmp_path, "grpo", *often)
+    saved = []
+    trainer.checkpoints.save = lambda step, state: saved.append((step, state["version"]))
+    trainer.checkpoints.newest = 3
+    trainer.fit()
+    assert [event[2] for event in trainer.said if event[0] == "submit validation"] == [0, 2, 3]
+    assert saved == [(2, 2), (3, 3)]
+
+
+def test_a_step_that_is_asked_to_stop_is_finished_and_saved(tmp_path):
+    trainer = make_trainer(tmp_path, "grpo")
+    trainer.actor.update_actor = lambda batch: setattr(trainer.stop, "requested", 15) or trainer.actor._update(batch)
+    trainer.fit()
+    assert trainer.step == 1 and verbs(trainer)[-1] == "update_weights"
+    assert (tmp_path / "global_step_1").is_dir()
+
+
+def test_one_survivor_of_a_group_is_not_compared_with_itself(tmp_path):
+    scores = {0: [1.0, None, None, None], 1: [0.0, 1.0, 0.0, 1.0]}
+    settings = ["trainer.max_failed_share=0.5", "trainer.total_training_steps=1"]
+    trainer = make_trainer(tmp_path, "grpo", *settings, scores=scores)
+    trainer.fit()
+    (batch,) = trainer.actor.batches
+    assert batch.batch["prompts"].flatten().tolist() == [2] * 4
+    assert trainer.logged[0]["rollout/dropped_small_group"] == 1
