@@ -193,7 +193,8 @@ def test_trajectories_under_way_settle_before_the_weights_change_unless_they_may
     events = [event[0] for event in trainer.said if event[0] in ("drain", "update_weights", "submit rollout")]
     settles = [] if partial else ["drain"]
     under_way = ["submit rollout", "submit rollout"]
-    assert events[:6] == [*settles, "update_weights", *under_way, *settles, "update_weights", "submit rollout"][:6]
+    expected = [*settles, "update_weights", *under_way, *settles, "update_weights", "submit rollout"]
+    assert events[: len(expected)] == expected
     # An engine that is replaced while others settle takes the new weights, so the version rises first.
     drained = [] if partial else [("drain", 0, 0), ("drain", 1, 1), ("drain", 1, 2), ("drain", 0, 3)]
     assert [event for event in trainer.said if event[0] == "drain"] == drained
