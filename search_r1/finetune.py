@@ -10,8 +10,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,7 +28,7 @@ from verl.utils.config import Config
 from verl.utils.dataset import read_parquet
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.processes import dying_with_this
-from verl.utils.tokenizer import encode_chat, encode_text
+from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
 
 
 class FinetuneConfig(Config):
@@ -51,16 +52,29 @@ class FinetuneConfig(Config):
     """Learning rate."""
 
 
-def answer_rows(files: Sequence[str], template: str | None, tokenizer: Any) -> Iterator[dict[str, list[int]]]:
-    """Question and first gold answer of every training row, with loss on the answer and the end of the sequence."""
-    for row in (row for path in files for row in read_parquet(path)):
-        messages = (
-            [{"role": "user", "content": build_prompt(question_of(row), template)}] if template else row["prompt"]
-        )
-        prompt = encode_chat(tokenizer, messages)
-        answer = gold_answers(row["reward_model"]["ground_truth"])[0]
-        own = [*encode_text(tokenizer, f"<answer> {answer} </answer>"), tokenizer.eos_token_id]
-        yield {"input_ids": prompt + own, "loss_mask": [0] * len(prompt) + [1] * len(own)}
+def answer_rows(
+    files: Sequence[str],
+    template: str | None,
+    tokenizer: Any,
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[dict[str, list[int]]]:
+    """Question and first gold answer of every training row, with loss on the answer and the end of the turn.
+
+    The prompt is the one that evaluation asks. Raises DataError naming file and row where it cannot be made.
+    """
+    end = end_of_turn(tokenizer, **chat_template_kwargs)
+    for path in files:
+        for number, row in enumerate(read_parquet(path)):
+            try:
+                messages = row["prompt"]
+                if template:
+                    messages = [{"role": "user", "content": build_prompt(question_of(row), template)}]
+                prompt = encode_chat(tokenizer, messages, **chat_template_kwargs)
+            except DataError as error:
+                raise DataError(f"{path}, row {number}: {error}") from error
+            answer = gold_answers(row["reward_model"]["ground_truth"])[0]
+            own = [*encode_text(tokenizer, f"<answer> {answer} </answer>"), end]
+            yield {"input_ids": prompt + own, "loss_mask": [0] * len(prompt) + [1] * len(own)}
 
 
 class Finetune:
@@ -93,8 +107,11 @@ class Finetune:
             samples = self.sample(folder / "samples", files)
             rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
-            rows = list(answer_rows(files, self.raw["template"], tokenizer))
+            model, kwargs = self.raw["actor_rollout_ref"]["model"], self.raw["data"]["apply_chat_template_kwargs"]
+            tokenizer = AutoTokenizer.from_pretrained(
+                model.get("tokenizer_path") or self.model, trust_remote_code=model.get("trust_remote_code", False)
+            )
+            rows = list(answer_rows(files, self.raw["template"], tokenizer, kwargs))
         if not rows:
             raise DataError(f"{folder}: none of the samples scored {self.config.min_score} or more")
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -96,6 +96,12 @@ INVALID_ACTION = (
     "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I "
     "want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
 )
+INVALID_MESSAGE = (
+    "Your previous action is invalid. If you want to search, you should put the query between <search> and </search>. "
+    "If you want to give the final answer, you should put the answer between <answer> and </answer>. Please try again."
+)
+"""Said by the user, to a chat model that ended its turn without an action. The original has no such message: it drops
+the token that ends the turn, and lets the model go on with the sentence above."""
 
 SEARCH_END, ANSWER_END = "</search>", "</answer>"
 INFORMATION_START, INFORMATION_END = "<information>", "</information>"

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from search_r1.agent.actions import SEARCH
-from search_r1.prompts import INVALID_ACTION, OBSERVATION_HEAD, OBSERVATION_TAIL, SEARCH_END
+from search_r1.prompts import INVALID_ACTION, INVALID_MESSAGE, OBSERVATION_HEAD, OBSERVATION_TAIL, SEARCH_END
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,9 @@ class Dialect:
     tail: str
     """What stands around the passages."""
     invalid: str = INVALID_ACTION
-    """The answer to a turn without an action."""
+    """The answer to a turn without an action, in the policy's own turn."""
+    invalid_message: str = INVALID_MESSAGE
+    """The same as a user's message: the answer where the policy has ended its turn."""
 
 
 SEARCH_R1 = Dialect(SEARCH, SEARCH_END, OBSERVATION_HEAD, OBSERVATION_TAIL)
@@ -30,6 +32,7 @@ SEARCH_O1 = Dialect(
     "<|end_search_result|>\n\n",
     "\nI should search with <|begin_search_query|> query <|end_search_query|>, or give the answer inside <answer> and "
     "</answer>.\n",
+    "Search with <|begin_search_query|> query <|end_search_query|>, or give the answer inside <answer> and </answer>.",
 )
 REACT = Dialect(
     re.compile(r"Action:[ \t]*Search\[(.*?)\]"),
@@ -37,4 +40,5 @@ REACT = Dialect(
     "\nObservation: ",
     "\n",
     "\nObservation: no valid action. Write Action: Search[query], or the answer inside <answer> and </answer>.\n",
+    "Observation: no valid action. Write Action: Search[query], or the answer inside <answer> and </answer>.",
 )

@@ -5,9 +5,16 @@
 
 `max_turns` turns may search; one more, forced, may only answer. The policy's tokens are kept as they were sampled, also
 where a token that completes a tag runs past it (`>\\n\\n`): text is only decoded to find the action.
+
+A policy may end its turn (`<|im_end|>`, EOS) although the trajectory goes on. Where the chat template ends turns with
+that token, it stays and is trained, and the environment answers with a user's message, written as the template writes
+it. Any other such token is the end of a document, after which no model goes on reading: it is left out of the
+trajectory, untrained, and the environment goes on in the policy's turn, as in the original. docs/templates.md shows
+whole trajectories.
 """
 
 import time
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import PositiveInt, field_validator
@@ -19,10 +26,10 @@ from search_r1.agent.observation import encode_passages
 from search_r1.prompts import ANSWER_END, TEMPLATES, build_prompt
 from search_r1.search.client import Passage, RetrievalClient, SearchError, check_server
 from search_r1.search.config import RetrieverConfig
-from verl.agent import Generate, Row, Trajectory, TrajectoryFailed
+from verl.agent import Completion, Generate, Row, Trajectory, TrajectoryFailed
 from verl.utils.config import Config
 from verl.utils.errors import DataError
-from verl.utils.tokenizer import encode_chat, encode_text
+from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn, user_turn
 
 
 class SearchAgentConfig(Config):
@@ -68,6 +75,11 @@ class SearchAgentLoop:
         self.config, self.tokenizer = config, tokenizer
         self.client = RetrievalClient(config.retriever) if config.do_search else None
         self.invalid_ids = encode_text(tokenizer, self.dialect.invalid)
+        self.invalid_message_ids = encode_text(tokenizer, self.dialect.invalid_message)
+        self.user_turn = user_turn(tokenizer, **config.apply_chat_template_kwargs)
+        self.turn_ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, **config.apply_chat_template_kwargs)}
+        head = self.dialect.head
+        self.head_margin = head[: len(head) - len(head.lstrip())]
         self.max_searches = config.max_turns if config.do_search else 0
 
     def preflight(self) -> list[str]:
@@ -133,7 +145,8 @@ class SearchAgentLoop:
         stats["turns"] += 1
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         action, end = parse_action(text, self.dialect.search)
-        trajectory.add_completion(completion, turn=stats["turns"], finish_reason=completion.finish_reason)
+        is_last = not completion.token_ids or isinstance(action, Answer) or not may_search
+        self._add_turn(trajectory, completion, is_last, turn=stats["turns"])
         trajectory.void_turns += isinstance(action, Invalid)
         if text[end:]:
             stats["overruns"].append(text[end:])
@@ -147,10 +160,33 @@ class SearchAgentLoop:
         elif isinstance(action, Search):
             stats["valid_actions"] += 1
             passages = await self._search(stats, action.query)
-            await self._show(trajectory, stats, action.query, passages, text[end:], generate)
+            emitted = self.head_margin if has_ended(trajectory) else text[end:]
+            await self._show(trajectory, stats, action.query, passages, emitted, generate)
         else:
             assert isinstance(action, Invalid)
-            trajectory.add_observation(self.invalid_ids, turn=stats["turns"], kind="invalid_action")
+            ids = self.invalid_message_ids if has_ended(trajectory) else self.invalid_ids
+            self._reply(trajectory, ids, turn=stats["turns"], kind="invalid_action")
+
+    def _add_turn(self, trajectory: Trajectory, completion: Completion, is_last: bool, turn: int) -> None:
+        """Appends what the policy wrote. In its info stand `ended_by`, the token by which the policy ended its turn, or
+        `left_out`, the same where it has no place in a trajectory that goes on."""
+        facts: dict[str, Any] = {"turn": turn, "finish_reason": completion.finish_reason}
+        last = completion.token_ids[-1] if completion.token_ids else None
+        if last is not None and (last in self.turn_ends or last == completion.stop_reason):
+            if is_last or last in self.user_turn.before:
+                facts["ended_by"] = last
+            else:
+                facts["left_out"] = last
+                completion = replace(
+                    completion, token_ids=completion.token_ids[:-1], log_probs=completion.log_probs[:-1]
+                )
+        trajectory.add_completion(completion, **facts)
+
+    def _reply(self, trajectory: Trajectory, ids: list[int], **facts: Any) -> None:
+        """Appends what the environment says: in the policy's turn, or where it has ended that, as a user's message."""
+        if has_ended(trajectory):
+            ids = self.user_turn.following(trajectory.segments[-1].info["ended_by"], ids)
+        trajectory.add_observation(ids, **facts)
 
     async def _search(self, stats: dict[str, Any], query: str) -> list[Passage]:
         """What a query finds, counted and timed in `stats`. Raises TrajectoryFailed."""
@@ -168,7 +204,7 @@ class SearchAgentLoop:
         self, trajectory: Trajectory, stats: dict[str, Any], query: str, passages: list[Passage], emitted: str,
         generate: Generate,
     ) -> None:  # fmt: skip
-        """Splices in what a search found; `emitted` is what the policy wrote after its query."""
+        """Splices in what a search found; `emitted` is what of the block's head stands already, after the query."""
         pairs = [(p.title, p.text) for p in passages]
         ids, cut = encode_passages(pairs, self.tokenizer, self.config.max_obs_length, emitted, self.dialect)
         self._record(trajectory, stats, query, passages, ids, cut)
@@ -181,7 +217,12 @@ class SearchAgentLoop:
         stats["cut"] += cut
         shown = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
         facts |= {"kind": "search", "query": query, "passages": shown, "latency_s": stats["latency_s"][-1], "cut": cut}
-        trajectory.add_observation(ids, turn=stats["turns"], **facts)
+        self._reply(trajectory, ids, turn=stats["turns"], **facts)
+
+
+def has_ended(trajectory: Trajectory) -> bool:
+    """Whether the policy, the last to write, has ended its turn by a token of the chat template."""
+    return bool(trajectory.segments) and "ended_by" in trajectory.segments[-1].info
 
 
 def question_of(row: Row) -> str:

@@ -38,8 +38,8 @@ def encode_observation(
     """Token ids of the dialect's block around `text`, and whether the text was cut to fit into `max_tokens`.
 
     The block is encoded as one text: vocabularies join `>Doc` and `.</`, and published checkpoints were trained so. It
-    is cut inside, so the closing tag always survives (`max_tokens` must hold both tags). `emitted` is what the policy
-    wrote after its own tag: what of the block's head it begins with (`>\\n\\n` may be one token) is not added again.
+    is cut inside, so the closing tag always survives (`max_tokens` must hold both tags). `emitted` is what stands
+    after the policy's own tag: what of the block's head it begins with (`>\\n\\n` may be one token) is not added again.
     """
     shared = next(n for n in range(len(dialect.head), -1, -1) if emitted.startswith(dialect.head[:n]))
     ids = encode_text(tokenizer, dialect.head[shared:] + text + dialect.tail)

@@ -17,6 +17,7 @@ from search_r1.prompts import INVALID_ACTION, build_prompt
 from tests.e2e.runs import ROOT
 from tests.openai_server import Player
 from tests.retrieval import serving
+from tests.templates import make_family_tokenizer
 from verl.trainer.main_eval import run_eval
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.ppo.batching import RolloutFailed
@@ -196,6 +197,23 @@ def test_a_completions_endpoint_reads_one_growing_text(questions, retriever):
     assert first == build_prompt(QUESTIONS["right"], "search")
     assert second.startswith(f"{first}{search}\n\n<information>{ADA}") and second.endswith("</information>\n\n")
     assert outcomes(records) == {"right": ("answer", 1, 1)}
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_an_endpoint_gets_no_bos_because_it_puts_one_there_itself(tmp_path, questions, retriever, api):
+    make_family_tokenizer(tmp_path / "llama", "llama3-instruct")
+    more = [
+        f"actor_rollout_ref.rollout.endpoint.api={api}", f"actor_rollout_ref.model.tokenizer_path={tmp_path}/llama",
+        "data.val_data_num=1",
+    ]  # fmt: skip
+    _, played = play("direct", {kind: [RIGHT] for kind in KINDS}, questions, retriever, *more)
+    (request,) = played.requests[QUESTIONS["right"]]
+    prompt = build_prompt(QUESTIONS["right"], "direct")
+    if api == "chat":
+        assert request["messages"] == [{"role": "user", "content": prompt}]
+    else:
+        start, end = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+        assert request["prompt"] == f"{start}{prompt.strip()}<|eot_id|>{end}"
 
 
 def test_an_endpoint_that_stumbles_is_asked_again(questions, retriever):

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
@@ -13,7 +15,9 @@ from search_r1.search import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import ROOT
 from tests.retrieval import retrieval_server
+from tests.templates import make_family_tokenizer
 from verl.utils.dataset import read_parquet
+from verl.utils.errors import DataError
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -73,6 +77,32 @@ def test_samples_that_scored_are_learned(tmp_path, world):
 def test_without_a_method_there_is_nothing_to_do(tmp_path, world):
     done = finetune(tmp_path, world, "http://127.0.0.1:9")
     assert done.returncode == 1 and "finetune.data: expected answers or samples" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs", "opening", "end"),
+    [
+        ("qwen2.5-base", {}, "<|im_start|>assistant\n", "<|im_end|>"),
+        ("qwen3", {"enable_thinking": False}, "<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>"),
+        ("gemma-instruct", {}, "<start_of_turn>model\n", "<end_of_turn>"),
+        ("llama3-base", {}, "?\n", "<|end_of_text|>"),
+    ],
+)
+def test_rows_are_asked_and_ended_as_the_template_does(world, tmp_path, family, kwargs, opening, end):
+    tokenizer = make_family_tokenizer(tmp_path, family)
+    (first, *_) = answer_rows([str(world / "train.parquet")], None, tokenizer, kwargs)
+    own = sum(first["loss_mask"])
+    prompt, answer = (tokenizer.decode(ids) for ids in (first["input_ids"][:-own], first["input_ids"][-own:]))
+    assert prompt.startswith(tokenizer.bos_token or "") and prompt.endswith(opening)
+    assert answer.startswith("<answer>") and answer.endswith(f"</answer>{end}")
+
+
+def test_a_row_that_cannot_be_asked_is_named(world, tmp_path):
+    rows = read_parquet(str(world / "train.parquet"))[:2]
+    rows[1]["prompt"].insert(0, {"role": "system", "content": "Be brief."})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    with pytest.raises(DataError, match=r"q.parquet, row 1: .*System role not supported"):
+        list(answer_rows([str(tmp_path / "q.parquet")], None, make_family_tokenizer(tmp_path, "gemma-instruct")))
 
 
 def test_rows_ask_in_the_named_template(world):

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.models import make_tokenizer
+from tests.templates import make_family_tokenizer
 from verl.trainer.main_ppo import load_dataset
 from verl.utils.dataset import RLHFDataset, sample_per_source
 from verl.utils.errors import DataError
@@ -36,6 +37,16 @@ def dataset(folder, rows, limit=50):
 def test_bad_rows_are_named(tmp_path, bad, message):
     with pytest.raises(DataError, match=message):
         dataset(tmp_path, [row(), bad])
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path):
+    refused = row()
+    refused["prompt"].insert(0, {"role": "system", "content": "Be brief."})
+    pq.write_table(pa.Table.from_pylist([row(), refused]), tmp_path / "q.parquet")
+    with pytest.raises(
+        DataError, match=r"q.parquet, row 1: prompt: .*roles system, user \(System role not supported\)"
+    ):
+        RLHFDataset([str(tmp_path / "q.parquet")], make_family_tokenizer(tmp_path, "gemma-instruct"), 50)
 
 
 def test_bad_files_are_named(tmp_path):

@@ -18,6 +18,7 @@ from verl.trainer.ppo.collapse import CollapseWatchConfig
 from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
+from verl.utils.tokenizer import template_problems
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty
 
 
@@ -325,7 +326,8 @@ def _without_target(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_tokenizer(config: PPOConfig) -> Any:
-    """The tokenizer of the policy. Raises ConfigError when there is none at the configured path.
+    """The tokenizer of the policy. Raises ConfigError when there is none at the configured path, or for arguments that
+    its chat template does not read.
 
     Of a chat endpoint it only counts and cuts: the endpoint applies its own template.
     """
@@ -342,6 +344,8 @@ def build_tokenizer(config: PPOConfig) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     if rollout.name == "openai" and rollout.endpoint.api == "chat":
         tokenizer.chat_template = None
+    if problems := template_problems(tokenizer, config.data.apply_chat_template_kwargs):
+        raise ConfigError([f"data.apply_chat_template_kwargs.{problem}" for problem in problems])
     return tokenizer
 
 

@@ -20,8 +20,8 @@ COLUMNS = ("data_source", "prompt", "reward_model")
 class RLHFDataset:
     """Rows with their prompt ids. Every row is checked when it is loaded.
 
-    Raises DataError naming file and row for a missing column, an empty prompt, an answerless row, or a prompt of more
-    than `max_prompt_length` tokens.
+    Raises DataError naming file and row for a missing column, an empty prompt, an answerless row, a prompt that the
+    chat template refuses, or one of more than `max_prompt_length` tokens.
     """
 
     def __init__(
@@ -60,7 +60,10 @@ class RLHFDataset:
         target = truth.get("target") if isinstance(truth, dict) else truth
         if target is None or len(target) == 0 or not any(str(t).strip() for t in list(target)):
             return "reward_model.ground_truth holds no answer", []
-        ids = encode_chat(tokenizer, messages, **kwargs)
+        try:
+            ids = encode_chat(tokenizer, messages, **kwargs)
+        except DataError as error:
+            return f"prompt: {error}", []
         if len(ids) > limit:
             return f"the prompt has {len(ids)} tokens, more than data.max_start_length={limit}", []
         return None, ids

@@ -10,7 +10,8 @@ from verl.utils.config import Config
 class FunctionReward:
     """Calls `compute_score(data_source, solution_str, ground_truth, extra_info)`; it may also be a coroutine function.
 
-    `solution_str` is the text of the policy's own tokens: neither the prompt nor anything the environment wrote.
+    `solution_str` is the text of the policy's own tokens: neither the prompt nor anything the environment wrote, so
+    without the `<think>` that some chat templates open.
     """
 
     class Config(Config):

@@ -1,6 +1,24 @@
-"""Text to ids with one rule: text from outside (questions, passages) never becomes a control token."""
+"""Text to ids with one rule: text from outside (questions, passages) never becomes a control token.
 
+What a chat template puts around messages is always read off the template itself. docs/templates.md shows the result
+for each family of models.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from jinja2 import TemplateError
+
+from verl.utils.errors import DataError
+
+Message = Mapping[str, str]
+MARK = re.compile("\x00(\\d+)\x00")
+"""Stands for a message in a rendered template, where its number is between the two NULs."""
+
+OWN_ARGUMENTS = frozenset({"messages", "tokenize", "add_generation_prompt"})
+"""Arguments of a chat template that callers cannot choose."""
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -8,22 +26,129 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def encode_chat(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
-    """Ids of `messages` with the generation prompt; without a chat template, of their bare contents.
+def encode_chat(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) -> list[int]:
+    """Ids of `messages` with the generation prompt. `kwargs` are further arguments of the chat template.
 
-    Special tokens are those of the template only: a message that spells one is cut out of the rendered text and encoded
-    as plain text.
+    The template alone decides about BOS. Without a template: the bare contents, behind what the tokenizer puts before
+    every text (`leading_ids`). Special tokens are those of the template only. Raises DataError where the template
+    refuses the messages.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return encode_text(tokenizer, "".join(m["content"] for m in messages))
-    if not any(token in m["content"] for m in messages for token in tokenizer.all_special_tokens):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    marks = [f"\x00{i}\x00" for i in range(len(messages))]
-    marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
-    rest = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True, **kwargs)
+    if not has_template(tokenizer):
+        return leading_ids(tokenizer) + encode_text(tokenizer, "".join(m["content"] for m in messages))
+    controls = control_tokens(tokenizer)
+    if any(token in message["content"] for message in messages for token in controls):
+        return _encode_around_controls(tokenizer, messages, controls, kwargs)
+    return tokenizer(_render(tokenizer, messages, kwargs), add_special_tokens=False)["input_ids"]
+
+
+def has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def template_problems(tokenizer: Any, kwargs: Mapping[str, Any]) -> list[str]:
+    """What is wrong with further arguments of the chat template, one line each, beginning with the argument's name."""
+    template = tokenizer.get_chat_template() if has_template(tokenizer) else ""
+    problems: list[str] = []
+    for name in kwargs:
+        if name in OWN_ARGUMENTS:
+            problems.append(f"{name}: set by this program; remove it")
+        elif not re.search(rf"\b{re.escape(name)}\b", template):
+            which = "the chat template does not read it" if template else "no chat template is applied here"
+            problems.append(f"{name}: {which}, so it would have no effect; remove it")
+    return problems
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text: `[BOS]` of Llama and Gemma, nothing of Qwen."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:start]
+
+
+def control_tokens(tokenizer: Any) -> list[str]:
+    """Texts of all special tokens, the longest first: also those that have no role (`<|start_header_id|>`)."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
+
+
+@dataclass(frozen=True)
+class UserTurn:
+    """What a chat template writes around a user's message that follows an assistant's."""
+
+    before: list[int]
+    """From the assistant's last word to the user's first: the end of the turn, then the opening of the user's."""
+    after: list[int]
+    """From the user's last word to the assistant's first: ends with the generation prompt."""
+
+    def following(self, end: int, message: list[int]) -> list[int]:
+        """What stands behind the token `end`, sampled to end a turn, up to the next turn of the policy.
+
+        Raises ValueError for a token by which the template does not end a turn.
+        """
+        return [*self.before[self.before.index(end) + 1 :], *message, *self.after]
+
+
+def user_turn(tokenizer: Any, **kwargs: Any) -> UserTurn:
+    """Read off the rendering of three messages; both parts are empty without a chat template.
+
+    Raises DataError for a template that cannot write such a conversation.
+    """
+    if not has_template(tokenizer):
+        return UserTurn([], [])
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": f"\x00{number}\x00"} for number, role in enumerate(roles)]
+    rendered = _render(tokenizer, messages, kwargs)
+    if MARK.findall(rendered) != ["0", "1", "2"]:
+        raise DataError(
+            f"the chat template of the tokenizer does not write messages of the roles {', '.join(roles)} once each and "
+            f"in this order, but: {rendered!r}"
+        )
+    *_, before, _, after = MARK.split(rendered)
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    return UserTurn(*ids)
+
+
+def end_of_turn(tokenizer: Any, **kwargs: Any) -> int:
+    """The token by which an assistant's turn ends: the template's (`<|im_end|>`), without a template EOS.
+
+    Raises DataError for a tokenizer that has neither.
+    """
+    before = user_turn(tokenizer, **kwargs).before
+    special = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer)}
+    if before and before[0] in special:
+        return before[0]
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token, and no chat template that ends a turn with a special token")
+    return tokenizer.eos_token_id
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], kwargs: dict[str, Any]) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"the chat template of the tokenizer refuses messages of the roles {roles} ({error}); where it knows no "
+            "system role, put the instructions at the beginning of the user's message"
+        ) from error
+
+
+def _encode_around_controls(
+    tokenizer: Any, messages: Sequence[Message], controls: Sequence[str], kwargs: dict[str, Any]
+) -> list[int]:
+    """Ids of messages that spell special tokens: the template is rendered around marks, cut at its own special tokens,
+    and what stands between these is plain text. The white space around a message stays for the template to strip."""
+    cores = [message["content"].strip() for message in messages]
+    marked = [
+        {**message, "content": message["content"].replace(core, f"\x00{number}\x00") if core else message["content"]}
+        for number, (message, core) in enumerate(zip(messages, cores, strict=True))
+    ]
+    rendered = _render(tokenizer, marked, kwargs)
     ids: list[int] = []
-    for mark, message in zip(marks, messages, strict=True):
-        before, _, rest = rest.partition(mark)
-        ids += tokenizer(before, add_special_tokens=False)["input_ids"] + encode_text(tokenizer, message["content"])
-    return ids + tokenizer(rest, add_special_tokens=False)["input_ids"]
+    for part in re.split(f"({'|'.join(map(re.escape, controls))})", rendered):
+        if part in controls:
+            ids.append(tokenizer.convert_tokens_to_ids(part))
+        elif part:
+            ids += encode_text(tokenizer, MARK.sub(lambda mark: cores[int(mark.group(1))], part))
+    return ids

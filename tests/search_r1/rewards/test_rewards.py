@@ -20,6 +20,7 @@ from search_r1.rewards.episode import Episode
 from search_r1.rewards.matching import exact_match, extract_answer, f1, gold_answers, normalize_answer, substring_match
 from tests.models import make_tokenizer
 from tests.retrieval import serving
+from tests.templates import make_family_tokenizer
 from verl.agent import Segment, Source, Trajectory, TrajectoryFailed
 from verl.utils.tokenizer import encode_text
 
@@ -139,6 +140,41 @@ def test_special_tokens_of_the_policy_are_no_text(tokenizer):
     trajectory.segments[0].token_ids.append(tokenizer.eos_token_id)
     result = score(tokenizer, trajectory, "Rome")
     assert result["em"] == result["format"] == 1
+
+
+OPENED = [
+    ("M", "t </think> <search> q </search>"),
+    ("O", "\n\n<information>Doc 1</information>\n\n"),
+    ("M", "<think> t </think> <answer> Rome </answer>"),
+]
+"""Turns of a policy whose first thought was opened by the chat template."""
+
+
+@pytest.mark.parametrize(("weights", "expected"), [({"em_format": 1}, 1.0), ({"ikea": 1}, 1.6), ({"format": 1}, 1.0)])
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>"])
+def test_a_thought_that_the_template_opened_is_well_formed(tmp_path, tokenizer, weights, expected, opening):
+    for words in (tokenizer, make_family_tokenizer(tmp_path, "qwen3-thinking")):  # <think> in pieces, and a token
+        trajectory = trajectory_of(words, *OPENED)
+        trajectory.prompt_ids += words(f"<|im_start|>assistant\n{opening}", add_special_tokens=False)["input_ids"]
+        assert score(words, trajectory, "Rome", **({"em": 0} | weights))["score"] == expected
+
+
+def test_a_thought_that_the_template_opened_after_a_correction_is_well_formed(tokenizer):
+    again = ("O", "<|im_end|>\n<|im_start|>user\nTry again.<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    trajectory = trajectory_of(tokenizer, ("M", SEARCHING), again, ("M", "t </think> <answer> Rome </answer>"))
+    assert score(tokenizer, trajectory, "Rome")["format"] == 1
+    retrieved_first = trajectory_of(tokenizer, ("O", ""), *OPENED)  # RAG: passages stand in the prompt
+    retrieved_first.prompt_ids += encode_text(tokenizer, "<think>\n")
+    assert score(tokenizer, retrieved_first, "Rome")["format"] == 1
+
+
+@pytest.mark.parametrize("prompt_end", ["", "<think>\n\n</think>\n\n", "<think> or not"])
+def test_a_thought_that_nobody_opened_is_malformed(tokenizer, prompt_end):
+    trajectory = trajectory_of(tokenizer, *OPENED)
+    trajectory.prompt_ids += encode_text(tokenizer, prompt_end)
+    assert score(tokenizer, trajectory, "Rome")["format"] == 0.5
+    own = trajectory_of(tokenizer, ("M", "<think>"), ("M", "t </think> <answer> Rome </answer>"))
+    assert score(tokenizer, own, "Rome")["format"] == 0
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
 from tests.models import make_tiny_qwen2, perturb, rig
 from verl.agent import Completion, context_digest
 from verl.workers.config import ModelConfig, RolloutConfig
-from verl.workers.rollout.vllm_server import VLLMServer
+from verl.workers.rollout.vllm_server import VLLMServer, stop_token_ids
 from verl.workers.rollout.weight_sync import write_engine_model, write_weights
 
 pytestmark = pytest.mark.cpu_engine
@@ -189,6 +189,31 @@ def test_a_sampled_end_of_text_is_kept(lab):
     (out,) = lab.run(lab.generate([first], temperature=0.0, stop=["</search>"]))
     assert out.token_ids == [last, tokenizer.eos_token_id] and len(out.log_probs) == 2
     assert (out.finish_reason, out.stop_reason) == ("stop", None)
+
+
+def test_every_token_that_ends_a_turn_stops_the_engine_and_is_kept(lab, tmp_path, monkeypatch):
+    """EOS of the tokenizer, further EOS of the generation configuration, the end of a turn in the chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(lab.untied)
+    assert lab.server.stop_token_ids == [tokenizer.eos_token_id]
+    first, last, other = tokenizer("hello")["input_ids"][:3]
+    ends = {
+        "eos": tokenizer.eos_token_id,
+        "generation": other,
+        "template": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    }
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    tokenizer.save_pretrained(tmp_path)
+    GenerationConfig(eos_token_id=[ends["eos"], ends["generation"]]).save_pretrained(tmp_path)
+    monkeypatch.setattr(lab.server, "stop_token_ids", stop_token_ids(ModelConfig(path=str(tmp_path))))
+    assert lab.server.stop_token_ids == sorted(set(ends.values()))
+    for name, end in ends.items():
+        model = load(lab.untied)
+        rig(model, [first, last, end])
+        lab.sync(model)
+        (out,) = lab.run(lab.generate([first], temperature=0.0, stop=["</search>"]))
+        assert out.token_ids == [last, end] and len(out.log_probs) == 2, name
+        assert (out.finish_reason, out.stop_reason) == ("stop", None if name == "eos" else end)
+        assert difference(model, [first], out) < 1e-4
 
 
 def test_seeds(lab):

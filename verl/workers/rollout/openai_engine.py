@@ -10,7 +10,7 @@ from typing import Any
 
 from verl.agent import Completion, TrajectoryFailed, context_digest
 from verl.utils.endpoint import Endpoint, EndpointFailed
-from verl.utils.tokenizer import encode_text
+from verl.utils.tokenizer import encode_text, leading_ids
 from verl.workers.config import OpenAIConfig
 
 Messages = list[dict[str, str]]
@@ -22,13 +22,14 @@ class OpenAIEngine:
     def __init__(self, config: OpenAIConfig, model: str, tokenizer: Any) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.endpoint = Endpoint(config)
+        self.leading_ids = leading_ids(tokenizer)
         self.sessions: dict[str, list[tuple[list[int], Messages]]] = {}
         """The contexts of each trajectory, and what was said in them."""
 
     async def generate(self, session: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
         """One completion for the session. Raises TrajectoryFailed."""
         messages = self._messages(session, prompt_ids)
-        text, reason = await self.complete(messages, self.tokenizer.decode(prompt_ids), sampling)
+        text, reason = await self.complete(messages, self._text(prompt_ids), sampling)
         ids = encode_text(self.tokenizer, text)
         said = [*messages, {"role": "assistant", "content": text}]
         self.sessions.setdefault(session, []).append((prompt_ids + ids, said))
@@ -38,7 +39,14 @@ class OpenAIEngine:
         """The longest conversation that the context goes on with, and the rest as the user's next message."""
         fitting = [known for known in self.sessions.get(session, ()) if prompt_ids[: len(known[0])] == known[0]]
         ids, said = max(fitting, key=lambda known: len(known[0]), default=([], []))
-        return [*said, {"role": "user", "content": self.tokenizer.decode(prompt_ids[len(ids) :])}]
+        new = self.tokenizer.decode(prompt_ids[len(ids) :]) if ids else self._text(prompt_ids)
+        return [*said, {"role": "user", "content": new}]
+
+    def _text(self, prompt_ids: list[int]) -> str:
+        """A context from its beginning, without BOS: the endpoint's own tokenizer puts that before every text."""
+        leading = len(self.leading_ids)
+        starts_so = prompt_ids[:leading] == self.leading_ids
+        return self.tokenizer.decode(prompt_ids[leading:] if starts_so else prompt_ids)
 
     def forget(self, session: str) -> None:
         """Ends a session. One that never generated is no error."""

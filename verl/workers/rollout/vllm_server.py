@@ -12,6 +12,7 @@ from typing import Any
 from verl.agent import Completion, context_digest
 from verl.single_controller.worker import stacks
 from verl.utils.processes import follow
+from verl.utils.tokenizer import end_of_turn
 from verl.workers.config import ModelConfig, RolloutConfig
 from verl.workers.rollout.weight_sync import memory_folder, write_engine_model
 
@@ -39,6 +40,7 @@ class VLLMServer:
         self.version = -1
         self.updating = False
         self.engine: Any = None
+        self.stop_token_ids: list[int] = []
 
     async def start(self) -> None:
         """Builds the engine. Its weights are the initial ones, or on GPU random ones until the first sync (`dummy`)."""
@@ -51,6 +53,7 @@ class VLLMServer:
                 self._build(model=folder, **self._cpu_arguments())
         (process, *_) = await self.engine.collective_rpc("follow", args=(os.getpid(),))
         follow(process, self._engine_ended)
+        self.stop_token_ids = stop_token_ids(self.model)
 
     def _engine_ended(self) -> None:
         """Ends this process with its engine, so that both are replaced. vLLM leaves calls to a dead engine hanging."""
@@ -119,7 +122,8 @@ class VLLMServer:
         """One completion. `sampling`: temperature, top_p, top_k, max_tokens, stop, seed; log_probs, without which they
         are zeros and the engine is spared some work.
 
-        The stop string stays in the output, on the token that completes it; nothing that was not sampled is added.
+        A stop string stays in the output, on the token that completes it, and so does a token that ends a turn; nothing
+        that was not sampled is added.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -131,6 +135,7 @@ class VLLMServer:
             top_k=max(0, sampling["top_k"]),
             max_tokens=sampling["max_tokens"],
             stop=list(sampling["stop"]),
+            stop_token_ids=list(self.stop_token_ids),
             seed=sampling["seed"],
             logprobs=0 if sampling["log_probs"] else None,
             include_stop_str_in_output=True,
@@ -217,3 +222,21 @@ class VLLMServer:
         engine, self.engine = self.engine, None
         if engine is not None:
             engine.shutdown(timeout=0)
+
+
+def stop_token_ids(model: ModelConfig) -> list[int]:
+    """Tokens by which a turn ends: EOS of the tokenizer, every EOS of the generation configuration, and the token by
+    which the chat template ends a turn, which may be neither (`<|im_end|>` of Qwen's base models).
+
+    The engine is told, because by itself it knows only the first, and the second where its own folder of the model has
+    a generation configuration, which that of the CPU has not.
+    """
+    from transformers import AutoTokenizer
+    from vllm.transformers_utils.config import try_get_generation_config
+
+    source = model.tokenizer_path or model.path
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    generation = try_get_generation_config(model.path, trust_remote_code=model.trust_remote_code)
+    configured = generation.eos_token_id if generation is not None else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({id_ for id_ in (*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)) if id_ is not None})
