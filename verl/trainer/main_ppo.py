@@ -87,7 +87,7 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     from verl.trainer.packing import decide_packing
 
     config, tokenizer, agent, reward = prepare(raw)
-    check_trainable(config, agent)
+    check_trainable(config, agent, reward)
     train_set = load_dataset(config, tokenizer, config.data.train_files, config.data.train_data_num)
     val_set = load_val_set(config, tokenizer)
     check_environment(config, agent, gpus_here(config))
@@ -152,8 +152,11 @@ def check_environment(config: Any, agent: Any, gpus: int) -> None:
         raise ConfigError(problems)
 
 
-def check_trainable(config: Any, agent: Any) -> None:
-    """Raises ConfigError for engines and loops whose trajectories cannot be trained on."""
+def check_trainable(config: Any, agent: Any, reward: Any) -> None:
+    """Raises ConfigError for engines and loops whose trajectories cannot be trained on.
+
+    Also for dynamic sampling on a metric that the reward does not have.
+    """
     from verl.utils.errors import ConfigError
 
     problems = []
@@ -161,6 +164,12 @@ def check_trainable(config: Any, agent: Any) -> None:
         problems.append("actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train")
     if not getattr(agent, "trainable", True):
         problems.append(f"agent._target_={config.agent['_target_']}: its contexts are rewritten, for evaluation only")
+    filters, entries = config.algorithm.filter_groups, getattr(reward, "entries", None)
+    if filters.enable and entries is not None and filters.metric not in entries:
+        problems.append(
+            f"algorithm.filter_groups.metric={filters.metric}: the reward has no such number, only "
+            f"{', '.join(sorted(entries))}"
+        )
     if problems:
         raise ConfigError(problems)
 
