@@ -23,8 +23,9 @@ from search_r1.data import rejection
 from search_r1.launch import ROOT, composed
 from search_r1.prompts import build_prompt
 from search_r1.rewards.matching import gold_answers
+from verl.agent import Row
 from verl.utils.config import Config
-from verl.utils.dataset import read_parquet
+from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.processes import dying_with_this
 from verl.utils.tokenizer import encode_chat, encode_text
@@ -51,9 +52,9 @@ class FinetuneConfig(Config):
     """Learning rate."""
 
 
-def answer_rows(files: Sequence[str], template: str | None, tokenizer: Any) -> Iterator[dict[str, list[int]]]:
+def answer_rows(rows: Sequence[Row], template: str | None, tokenizer: Any) -> Iterator[dict[str, list[int]]]:
     """Question and first gold answer of every training row, with loss on the answer and the end of the sequence."""
-    for row in (row for path in files for row in read_parquet(path)):
+    for row in rows:
         messages = (
             [{"role": "user", "content": build_prompt(question_of(row), template)}] if template else row["prompt"]
         )
@@ -94,7 +95,9 @@ class Finetune:
             rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))
         else:
             tokenizer = AutoTokenizer.from_pretrained(self.model)
-            rows = list(answer_rows(files, self.raw["template"], tokenizer))
+            data = self.raw["data"]
+            _, questions = read_questions(files, data["train_data_num"], data["train_sample_seed"])
+            rows = list(answer_rows(questions, self.raw["template"], tokenizer))
         if not rows:
             raise DataError(f"{folder}: none of the samples scored {self.config.min_score} or more")
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -107,6 +110,7 @@ class Finetune:
         run(
             "-m", "verl.trainer.main_eval", *self.argv, f"actor_rollout_ref.model.path={self.model}",
             f"data.val_files=[{','.join(files)}]", f"data.val_data_num={self.raw['data']['train_data_num'] or 'null'}",
+            f"data.val_sample_seed={self.raw['data']['train_sample_seed']}",
             "data.val_sample_per_source=null", f"{val}.n={self.config.samples}",
             f"{val}.temperature={self.config.temperature}",
             f"trainer.default_local_dir={folder}",

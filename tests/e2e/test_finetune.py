@@ -77,5 +77,5 @@ def test_without_a_method_there_is_nothing_to_do(tmp_path, world):
 
 def test_rows_ask_in_the_named_template(world):
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    (first, *_) = answer_rows([str(world / "train.parquet")], "direct", tokenizer)
+    (first, *_) = answer_rows(read_parquet(str(world / "train.parquet")), "direct", tokenizer)
     assert "few words, without explanation" in tokenizer.decode(first["input_ids"])

@@ -40,13 +40,15 @@ class DataConfig(Config):
     max_obs_length: PositiveInt = 500
     """Most tokens of one observation."""
     train_data_num: PositiveInt | None = None
-    """Use only the first rows of the training files; null: all."""
+    """Use a fixed random sample of so many training questions, every data_source with its share; null: all."""
+    train_sample_seed: int = 0
+    """What that sample is drawn with."""
     val_data_num: PositiveInt | None = None
-    """Use only the first rows of the validation files; null: all."""
+    """Use a fixed random sample of so many validation questions, every data_source with its share; null: all."""
     val_sample_per_source: PositiveInt | None = None
     """Use a fixed random sample of so many validation questions of every data_source; null: all."""
     val_sample_seed: int = 0
-    """What that sample is drawn with."""
+    """What these two samples are drawn with."""
     shuffle_train_dataloader: bool = True
     """A new permutation every epoch, drawn from trainer.seed."""
     apply_chat_template_kwargs: dict[str, Any] = {}

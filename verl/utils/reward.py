@@ -146,7 +146,7 @@ def outline(result: Any) -> str:
     number = number_of(result)
     if number is not None or result is None:
         return str(number)
-    return f"a {type(result).__name__}"
+    return f"a value of type {type(result).__name__}"
 
 
 def as_json(value: Any) -> Any:
