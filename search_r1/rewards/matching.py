@@ -4,6 +4,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from search_r1.agent.actions import ANSWER
 from verl.utils.answers import answers_of
@@ -32,7 +33,7 @@ def last_answer(turns: Sequence[str]) -> str | None:
     return next((found for turn in reversed(turns) if (found := extract_answer(turn)) is not None), None)
 
 
-def gold_answers(ground_truth: object) -> list[str]:
+def gold_answers(ground_truth: Any) -> list[str]:
     """The accepted answers of a row's `reward_model.ground_truth`: a text, a number, a list, or these under `target`.
 
     Raises ValueError for anything nested.
