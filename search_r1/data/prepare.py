@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from search_r1.data.made import is_current, making, sha256
 from search_r1.data.rows import question_and_answers, read_rows, settle, texts_under, training_row
 from search_r1.data.shapes import normalise
 from search_r1.prompts import TEMPLATES, WITH_CONTEXT, build_prompt
@@ -22,6 +23,7 @@ from verl.utils.errors import DataError
 
 LISTS, SCALARS = ("gold_ids", "gold_titles"), {"hops": int, "id": str}
 NATIVE = {"data_source", "prompt", "reward_model"}
+TRAIN, TEST = "train.parquet", "test.parquet"
 
 
 def convert(record: dict[str, Any], source: str, template: str, index: int) -> dict[str, Any]:
@@ -60,6 +62,19 @@ def prepare(path: Path, template: str, skip_bad: bool = False) -> list[dict[str,
     return rows
 
 
+def inputs_of(path: Path, template: str, test_size: int, skip_bad: bool = False) -> dict[str, Any]:
+    """What the training files are made from. Raises DataError when there is no such file."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    return {
+        "name": path.stem,  # the data_source of rows that name none
+        "questions": sha256(path),
+        "template": template,
+        "test_size": test_size,
+        "skip_bad": skip_bad,
+    }
+
+
 def questions(rows: list[dict[str, Any]]) -> set[str]:
     """The different prompts of the rows, normalised as answers are: without case, articles and punctuation."""
     return {normalize_answer(row["prompt"][-1]["content"]) for row in rows}
@@ -79,17 +94,22 @@ def main() -> None:
     )
     add("--test-size", type=int, default=100, help="rows held out, the last ones (default: 100)")
     add("--skip-bad", action="store_true", help="leave rows without question or answer out, and say how many")
+    add("--overwrite", action="store_true", help="make the files even where others stand, or they were changed by hand")
     args = parser.parse_args()
     try:
+        inputs = inputs_of(args.questions, args.template, args.test_size, args.skip_bad)
+        if not args.overwrite and is_current(args.out, inputs, (TRAIN, TEST)):
+            sys.stdout.write(f"{args.out}: already made from {args.questions}\n")
+            return
         rows = prepare(args.questions, args.template, args.skip_bad)
         if not 0 < args.test_size < len(rows):
             raise DataError(f"--test-size {args.test_size}: expected 1 to {len(rows) - 1} of the {len(rows)} rows")
     except DataError as error:
         sys.exit(f"error: {error}")
-    args.out.mkdir(parents=True, exist_ok=True)
     train, test = rows[: -args.test_size], rows[-args.test_size :]
-    pq.write_table(pa.Table.from_pylist(train), args.out / "train.parquet")
-    pq.write_table(pa.Table.from_pylist(test), args.out / "test.parquet")
+    with making(args.out, inputs) as folder:
+        pq.write_table(pa.Table.from_pylist(train), folder / TRAIN)
+        pq.write_table(pa.Table.from_pylist(test), folder / TEST)
     duplicates, shared = len(rows) - len(questions(rows)), len(questions(train) & questions(test))
     sys.stdout.write(
         f"{args.out}: {len(train)} training and {len(test)} test questions; "
