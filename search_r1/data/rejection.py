@@ -36,7 +36,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 def keep(records: Iterable[dict[str, Any]], min_score: float) -> Iterator[dict[str, list[int]]]:
     """`input_ids` and `loss_mask` of every record with a score of at least `min_score`."""
     for record in records:
-        if record["reward"]["score"] < min_score:
+        if not record["reward"]["score"] >= min_score:  # NaN is neither
             continue
         segments = [(s["source"] == Source.MODEL, s["token_ids"]) for s in record["segments"]]
         yield {
