@@ -146,15 +146,11 @@ def read_examples(files: Sequence[str]) -> list[Example]:
     for path in files:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file")
-        rows: list[Any]
-        if path.endswith(".parquet"):
-            rows = pq.read_table(path).to_pylist()
-        else:
-            rows = read_lines(path)
+        rows: list[Any] = pq.read_table(path).to_pylist() if path.endswith(".parquet") else read_lines(path)
         for number, row in enumerate(rows):
-            if not isinstance(row, dict) or not all(
-                isinstance(row.get(key), list) for key in ("input_ids", "loss_mask")
-            ):
+            keys = ("input_ids", "loss_mask")
+            has_lists = isinstance(row, dict) and all(isinstance(row.get(key), list) for key in keys)
+            if not has_lists:
                 raise DataError(f"{path}, row {number}: expected the lists input_ids and loss_mask, got {kind_of(row)}")
         examples += rows
     if not examples:
