@@ -24,8 +24,9 @@ from search_r1.data import rejection
 from search_r1.launch import ROOT, composed
 from search_r1.prompts import build_prompt
 from search_r1.rewards.matching import gold_answers
+from verl.agent import Row
 from verl.utils.config import Config
-from verl.utils.dataset import read_parquet
+from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.processes import dying_with_this
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
@@ -53,28 +54,28 @@ class FinetuneConfig(Config):
 
 
 def answer_rows(
-    files: Sequence[str],
+    places: Sequence[str],
+    rows: Sequence[Row],
     template: str | None,
     tokenizer: Any,
     chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[dict[str, list[int]]]:
     """Question and first gold answer of every training row, with loss on the answer and the end of the turn.
 
-    The prompt is the one that evaluation asks. Raises DataError naming file and row where it cannot be made.
+    The prompt is the one that evaluation asks. Raises DataError naming the place of a row whose prompt cannot be made.
     """
     end = end_of_turn(tokenizer, **chat_template_kwargs)
-    for path in files:
-        for number, row in enumerate(read_parquet(path)):
-            try:
-                messages = row["prompt"]
-                if template:
-                    messages = [{"role": "user", "content": build_prompt(question_of(row), template)}]
-                prompt = encode_chat(tokenizer, messages, **chat_template_kwargs)
-            except DataError as error:
-                raise DataError(f"{path}, row {number}: {error}") from error
-            answer = gold_answers(row["reward_model"]["ground_truth"])[0]
-            own = [*encode_text(tokenizer, f"<answer> {answer} </answer>"), end]
-            yield {"input_ids": prompt + own, "loss_mask": [0] * len(prompt) + [1] * len(own)}
+    for place, row in zip(places, rows, strict=True):
+        messages = row["prompt"]
+        if template:
+            messages = [{"role": "user", "content": build_prompt(question_of(row), template)}]
+        try:
+            prompt = encode_chat(tokenizer, messages, **chat_template_kwargs)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        answer = gold_answers(row["reward_model"]["ground_truth"])[0]
+        own = [*encode_text(tokenizer, f"<answer> {answer} </answer>"), end]
+        yield {"input_ids": prompt + own, "loss_mask": [0] * len(prompt) + [1] * len(own)}
 
 
 class Finetune:
@@ -107,11 +108,13 @@ class Finetune:
             samples = self.sample(folder / "samples", files)
             rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))
         else:
-            model, kwargs = self.raw["actor_rollout_ref"]["model"], self.raw["data"]["apply_chat_template_kwargs"]
+            model, data = self.raw["actor_rollout_ref"]["model"], self.raw["data"]
             tokenizer = AutoTokenizer.from_pretrained(
                 model.get("tokenizer_path") or self.model, trust_remote_code=model.get("trust_remote_code", False)
             )
-            rows = list(answer_rows(files, self.raw["template"], tokenizer, kwargs))
+            places, questions = read_questions(files, data["train_data_num"], data["train_sample_seed"])
+            template, kwargs = self.raw["template"], data["apply_chat_template_kwargs"]
+            rows = list(answer_rows(places, questions, template, tokenizer, kwargs))
         if not rows:
             raise DataError(f"{folder}: none of the samples scored {self.config.min_score} or more")
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -124,6 +127,7 @@ class Finetune:
         run(
             "-m", "verl.trainer.main_eval", *self.argv, f"actor_rollout_ref.model.path={self.model}",
             f"data.val_files=[{','.join(files)}]", f"data.val_data_num={self.raw['data']['train_data_num'] or 'null'}",
+            f"data.val_sample_seed={self.raw['data']['train_sample_seed']}",
             "data.val_sample_per_source=null", f"{val}.n={self.config.samples}",
             f"{val}.temperature={self.config.temperature}",
             f"trainer.default_local_dir={folder}",

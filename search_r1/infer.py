@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from search_r1.data.rows import read_rows
+from search_r1.data.shapes import normalise
 from search_r1.evaluate import given_overrides
 from search_r1.launch import composed, surroundings
 from search_r1.rewards.matching import last_answer
@@ -164,14 +165,25 @@ async def ask_file(asker: Asker, path: Path, out: Path) -> None:
 
 
 def read_questions(path: Path) -> list[str]:
-    """The different questions of a file. Raises DataError listing the rows without one."""
-    found = {
-        place: str(record.get("question") or "") if isinstance(record, dict) else ""
-        for place, record in read_rows(path)
-    }
-    if bad := [f"{place}: no question" for place, question in found.items() if not question]:
-        raise DataError(listed(bad))
-    return list(dict.fromkeys(found.values()))
+    """The different questions of a file, in any form that `search_r1.data.prepare` reads, with or without answers.
+
+    Raises DataError listing the rows without one.
+    """
+    questions: list[str] = []
+    problems: list[str] = []
+    for place, record in read_rows(path):
+        if isinstance(record, str):
+            problems.append(f"{place}: {record}")
+            continue
+        read = normalise(record)
+        question = (record if isinstance(read, str) else read).get("question")
+        if isinstance(question, str) and question.strip():
+            questions.append(question)
+        else:
+            problems.append(f"{place}: no question")
+    if problems:
+        raise DataError(listed(problems))
+    return list(dict.fromkeys(questions))
 
 
 def answer_record(question: str, trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`python -m search_r1.launch --config-name grpo [key=value ...]`: all that surrounds a run on one machine.
 
-Makes what the `setup` section names and is absent (closed world, base model, training files, index), serves the index,
+Makes what the `setup` section names and is absent or was made from something else (closed world, base model, training
+files, index), serves the index,
 trains under the same overrides with `verl.trainer.main_ppo`, or with `search_r1.finetune` where `finetune.data` is set,
 and reports. Sections left null are the user's own: for the paper's recipes this only starts the training.
 """
@@ -22,20 +23,23 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt, ValidationError
 
+from search_r1.data.made import is_current
+from search_r1.data.prepare import TEST, TRAIN, inputs_of
 from search_r1.report import write_report
-from search_r1.world.generate import OPTIONS_FILE, WorldConfig
+from search_r1.world.generate import FILES, OPTIONS_FILE, WorldConfig
 from verl.utils.config import Config, problems_of
-from verl.utils.errors import ConfigError
+from verl.utils.errors import ConfigError, DataError
 from verl.utils.processes import Forward, dying_with_this, ended, exit_status
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 SERVER_START_S = 120
 MAX_SERVER_RESTARTS = 10
+BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 class SetupConfig(Config):
-    """What is made before training where it is absent; null: nothing."""
+    """What is made before training where it is absent, or was made from something else; null: nothing."""
 
     world: str | None = None
     """Folder of the closed world."""
@@ -130,32 +134,37 @@ def read_setup(config: DictConfig) -> SetupConfig:
 
 
 def prepare(setup: SetupConfig, config: DictConfig) -> None:
-    """Makes what is absent; a second call only looks."""
-    if setup.world:
-        prepare_world(Path(setup.world), setup.world_options)
-    model = Path(config.actor_rollout_ref.model.path)
-    own = setup.world is not None and model.resolve() == Path(setup.world, "base").resolve()
-    if own and not (model / "config.json").exists():  # at any other path a missing model is the user's mistake
-        module("search_r1.world.base", "--out", str(model))
-    if setup.questions:
-        out = Path(config.data.train_files).parent
-        if not (out / "train.parquet").exists():
-            flags = ["--questions", setup.questions, "--out", str(out), "--template", setup.template]
-            module("search_r1.data.prepare", *flags, "--test-size", str(setup.test_size))
+    """Makes what is absent, or was made from something else; a second call only looks. Exits naming what forbids it."""
+    try:
+        if setup.world:
+            prepare_world(Path(setup.world), setup.world_options)
+            if Path(config.actor_rollout_ref.model.path).resolve() == Path(setup.world, "base").resolve():
+                prepare_base(Path(setup.world, "base"))  # at any other path a missing model is the user's mistake
+        if setup.questions:
+            prepare_questions(setup, config)
+    except DataError as error:
+        sys.exit(f"error: {error}")
     if setup.index_dir and setup.corpus_path:
         flags = ["--retrieval_method", "bm25", "--corpus_path", setup.corpus_path, "--save_dir", setup.index_dir]
         module("search_r1.search.index_builder", *flags)
 
 
 def prepare_world(folder: Path, options: WorldConfig) -> None:
-    """Makes the closed world where it is absent. Exits naming the options in which one that is there differs.
+    """Makes the closed world where it, or a part of it, is absent. Exits naming the options in which one there differs.
 
-    A world without a record of its options has the default ones.
+    A world without a record of its options has the default ones. Raises DataError when a part is absent and another one
+    was changed by hand.
     """
-    if not (folder / "corpus.jsonl").exists():
+    if (folder / "corpus.jsonl").exists():
+        refuse_other_options(folder, options)
+    missing = [name for name in FILES if not (folder / name).exists()]
+    if missing and not is_current(folder, options.model_dump(), FILES):
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options]
         module("search_r1.world", "--out", str(folder), *flags)
-        return
+
+
+def refuse_other_options(folder: Path, options: WorldConfig) -> None:
+    """Exits when the world in `folder` was made with other options."""
     record = folder / OPTIONS_FILE
     made = WorldConfig.model_validate_json(record.read_text(encoding="utf-8")) if record.exists() else WorldConfig()
     if differing := [name for name, value in options if getattr(made, name) != value]:
@@ -164,6 +173,41 @@ def prepare_world(folder: Path, options: WorldConfig) -> None:
             f"error: setup.world={folder} was made with {there}; setup.world_options asks for {asked}. Remove the "
             "folder, or name another"
         )
+
+
+def prepare_base(folder: Path) -> None:
+    """Builds the closed world's base model where there is none: it is the same for every world.
+
+    Raises DataError for a part of one.
+    """
+    missing = [name for name in BASE_FILES if not (folder / name).exists()]
+    if len(missing) == len(BASE_FILES):
+        module("search_r1.world.base", "--out", str(folder))
+    elif missing:
+        raise DataError(f"{folder} is not a whole model, it lacks {', '.join(missing)}: remove the folder")
+
+
+def prepare_questions(setup: SetupConfig, config: DictConfig) -> None:
+    """Makes the training files of `setup.questions` where they are absent, or were made from something else.
+
+    Raises DataError when they would take the place of the user's own, or the configuration reads other files.
+    """
+    path, template, test_size = Path(str(setup.questions)), setup.template, setup.test_size
+    files = [config.data.train_files, config.data.val_files]
+    named = [Path(str(file if isinstance(file, str) else ",".join(file))) for file in files]
+    folder = named[0].parent
+    if named != [folder / TRAIN, folder / TEST]:
+        raise DataError(
+            f"setup.questions={path} is made into {TRAIN} and {TEST} of one folder, but data.train_files={named[0]} "
+            f"and data.val_files={named[1]}: name these, or set setup.questions=null to train on your own files"
+        )
+    try:
+        current = is_current(folder, inputs_of(path, template, test_size), (TRAIN, TEST))
+    except DataError as error:
+        raise DataError(f"setup.questions: {error}; setup.questions=null trains on the files that are there") from error
+    if not current:
+        flags = ["--questions", str(path), "--out", str(folder), "--template", template]
+        module("search_r1.data.prepare", *flags, "--test-size", str(test_size))
 
 
 def module(name: str, *flags: str) -> None:

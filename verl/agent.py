@@ -69,7 +69,10 @@ class Segment:
 
 @dataclass
 class Trajectory:
-    """A prompt and what followed. `reward` must hold `score`; its other entries are logged as components."""
+    """A prompt and what followed.
+
+    `reward` holds finite numbers: `score`, and components to log. What else a reward said is in `info["reward"]`.
+    """
 
     prompt_ids: list[int]
     segments: list[Segment] = field(default_factory=list)
@@ -157,7 +160,10 @@ class AgentLoop(Protocol):
 
 
 class RewardFn(Protocol):
-    """Scores a finished trajectory; the result holds `score` and any components to log."""
+    """Scores a finished trajectory: `score` and any components to log, see `verl.utils.reward.take`.
+
+    It may have `entries`, the names in its result, so that a configuration that reads another one is refused at once.
+    """
 
     Config: ClassVar[type[BaseModel]]
 
@@ -166,11 +172,14 @@ class RewardFn(Protocol):
     def __call__(self, trajectory: Trajectory, row: Row) -> dict[str, float] | Awaitable[dict[str, float]]:
         """Raises TrajectoryFailed when a score cannot be had, which is not the same as a score of 0.
 
+        Any other exception is a mistake of the reward and ends the run.
+
         A reward that also has `score_groups(groups)` is given the trajectories of each prompt together, once all of
         them are scored, to change their `reward` in place. Training only.
         """
         ...
 
 
-ComputeScore = Callable[..., float | dict[str, float]]
-"""`compute_score(data_source, solution_str, ground_truth, extra_info)`, as verl users write it."""
+ComputeScore = Callable[..., Any]
+"""`compute_score(data_source, solution_str, ground_truth, extra_info)`, as verl users write it: a number, or a dict
+with one under `score`."""

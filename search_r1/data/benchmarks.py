@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from search_r1.data.rows import read_rows, texts, training_row
+from search_r1.data.rows import question_and_answers, read_rows, settle, training_row
 from search_r1.data.shapes import normalise
 from search_r1.prompts import TEMPLATES, WITH_CONTEXT, build_prompt, format_passages, with_mark
 from search_r1.rewards.matching import normalize_answer
 from search_r1.search.client import RetrievalClient
 from search_r1.search.config import RetrieverConfig
-from verl.utils.errors import DataError, listed
+from verl.utils.errors import DataError
 
 HUB = "RUC-NLPIR/FlashRAG_datasets"
 SPLITS = ("test", "dev", "train")
@@ -37,11 +37,11 @@ class Source:
     file: Path | None = None
 
 
-def read(source: Source, split: str) -> tuple[str, list[dict[str, Any]]]:
+def read(source: Source, split: str, skip_bad: bool = False) -> tuple[str, list[dict[str, Any]]]:
     """(split taken, rows of `id`, `question`, `golden_answers`, and gold where known).
 
     `split` "test" takes the first of test, dev and train that the hub has. Raises DataError for rows without question
-    or answer, all of them listed up to a limit, and for data that cannot be had.
+    or answer, all of them listed up to a limit, unless bad rows are skipped, and for data that cannot be had.
     """
     records: Iterable[tuple[str, Any]]
     if source.file is not None:
@@ -55,14 +55,14 @@ def read(source: Source, split: str) -> tuple[str, list[dict[str, Any]]]:
         if isinstance(row, str):
             problems.append(f"{place}: {row}")
             continue
-        answers, question = texts(row.get("golden_answers")), str(row.get("question") or "").strip()
-        if not question or not answers:
-            problems.append(f"{place}: no {'answer' if question else 'question'}")
-        else:
-            id = str(row.get("id") or f"{split}_{number}")
-            kept.append({**row, "id": id, "question": question, "golden_answers": answers})
-    if problems:
-        raise DataError(listed(problems))
+        try:
+            question, answers = question_and_answers(row)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        id = str(row.get("id") or f"{split}_{number}")
+        kept.append({**row, "id": id, "question": question, "golden_answers": answers})
+    settle(problems, skip_bad)
     if not kept:
         raise DataError(f"{source.file or source.name}: no rows")
     return split, kept
@@ -108,12 +108,16 @@ async def retrieve_contexts(questions: Sequence[str], config: RetrieverConfig) -
 
 
 def build(
-    sources: Sequence[Source], split: str, template: str, retriever: RetrieverConfig | None = None
+    sources: Sequence[Source],
+    split: str,
+    template: str,
+    retriever: RetrieverConfig | None = None,
+    skip_bad: bool = False,
 ) -> list[dict[str, Any]]:
     """The training rows of all sources, one after the other. `rag` prompts need a retriever."""
     rows: list[dict[str, Any]] = []
     for source in sources:
-        taken, records = read(source, split)
+        taken, records = read(source, split, skip_bad)
         questions = [with_mark(record["question"]) for record in records]
         contexts = asyncio.run(retrieve_contexts(questions, retriever)) if retriever else [""] * len(records)
         prompts = [build_prompt(q, template, c) for q, c in zip(questions, contexts, strict=True)]
@@ -160,13 +164,14 @@ def command(description: str, default_sources: str, default_dir: str, splits: Se
     add("--template_type", default="base", help="as the original has it; base and chat models get the same text")
     add("--retriever_url", default="http://127.0.0.1:8000/retrieve", help="rag: the retrieval server")
     add("--topk", type=int, default=3, help="rag: passages per question (default: 3)")
+    add("--skip-bad", action="store_true", help="leave rows without question or answer out, and say how many")
     args = parser.parse_args()
     retriever = RetrieverConfig(url=args.retriever_url, topk=args.topk) if args.template in WITH_CONTEXT else None
     written: dict[str, list[dict[str, Any]]] = {}
     try:
         for split in splits:
             named = args.test_sources if split == "test" and args.test_sources else args.data_sources
-            written[split] = build(parse_sources(named), split, args.template, retriever)
+            written[split] = build(parse_sources(named), split, args.template, retriever, args.skip_bad)
             sys.stdout.write(write(written[split], args.local_dir / f"{split}.parquet"))
     except DataError as error:
         sys.exit(f"error: {error}")

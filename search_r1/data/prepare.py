@@ -1,8 +1,8 @@
 """`python -m search_r1.data.prepare --questions FILE --out DIR`: questions and answers into training files.
 
 FILE is JSONL, JSON, CSV, TSV or parquet with `question` and `answer`, `answers` or `golden_answers`, or in the native
-form of a benchmark; rows that already have the training columns pass through. Every row is checked before anything is
-written.
+form of a benchmark (docs/data.md); rows that already have the training columns pass through. Every row is checked
+before anything is written.
 """
 
 import argparse
@@ -13,64 +13,66 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from search_r1.data.rows import read_rows, texts, training_row
+from search_r1.data.made import is_current, making, sha256
+from search_r1.data.rows import question_and_answers, read_rows, settle, texts_under, training_row
 from search_r1.data.shapes import normalise
 from search_r1.prompts import TEMPLATES, WITH_CONTEXT, build_prompt
 from search_r1.rewards.matching import normalize_answer
-from verl.utils.errors import DataError, listed
+from verl.utils.dataset import read_row
+from verl.utils.errors import DataError
 
-ANSWER_KEYS = ("golden_answers", "answers", "answer")
 LISTS, SCALARS = ("gold_ids", "gold_titles"), {"hops": int, "id": str}
 NATIVE = {"data_source", "prompt", "reward_model"}
+TRAIN, TEST = "train.parquet", "test.parquet"
 
 
-def convert(record: dict[str, Any], source: str, template: str, index: int) -> dict[str, Any] | str:
-    """The training row of a record, or what is wrong with it."""
+def convert(record: dict[str, Any], source: str, template: str, index: int) -> dict[str, Any]:
+    """The training row of a record. Raises ValueError saying what is wrong with it."""
     if record.keys() >= NATIVE:
-        return check_native(record) or record
+        return read_row(record)
     native = normalise(record)
     if isinstance(native, str):
-        return native
+        raise ValueError(native)
     record = {**record, **native}
-    question = str(record.get("question") or "").strip()
-    answers = next((found for key in ANSWER_KEYS if (found := texts(record.get(key)))), [])
-    if not question:
-        return "no question"
-    if not answers:
-        return f"no answer (looked for {', '.join(ANSWER_KEYS)})"
-    kept: dict[str, Any] = {key: texts(record[key]) for key in LISTS if record.get(key) is not None}
+    question, answers = question_and_answers(native)
+    kept: dict[str, Any] = {key: texts_under(key, record) for key in LISTS if record.get(key) is not None}
     for key, kind in SCALARS.items():
         try:
             kept |= {key: kind(record[key])} if record.get(key) is not None else {}
-        except ValueError:
-            return f"{key}: expected {kind.__name__}, got {record[key]!r}"
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{key}: expected {kind.__name__}, got {record[key]!r}") from error
     source = str(record.get("data_source") or source)
     return training_row(question, answers, source, build_prompt(question, template), index=index, **kept)
 
 
-def check_native(record: dict[str, Any]) -> str | None:
-    """What is wrong with a row that already has the training columns."""
-    if not any(str(message["content"]).strip() for message in record["prompt"] or ()):
-        return "prompt is empty"
-    truth = (record["reward_model"] or {}).get("ground_truth")
-    target = truth.get("target") if isinstance(truth, dict) else truth
-    return None if texts(target) else "reward_model.ground_truth holds no answer"
-
-
-def prepare(path: Path, template: str) -> list[dict[str, Any]]:
-    """All rows of a file. Raises DataError listing the first problems and their number."""
+def prepare(path: Path, template: str, skip_bad: bool = False) -> list[dict[str, Any]]:
+    """All rows of a file. Raises DataError listing the first problems and their number, unless bad rows are skipped."""
     rows, problems = [], []
     for index, (place, record) in enumerate(read_rows(path)):
-        row = record if isinstance(record, str) else convert(record, path.stem, template, index)
-        if isinstance(row, str):
-            problems.append(f"{place}: {row}")
-        else:
-            rows.append(row)
-    if problems:
-        raise DataError(listed(problems))
+        if isinstance(record, str):
+            problems.append(f"{place}: {record}")
+            continue
+        try:
+            rows.append(convert(record, path.stem, template, index))
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+    settle(problems, skip_bad)
     if not rows:
         raise DataError(f"{path}: no rows")
     return rows
+
+
+def inputs_of(path: Path, template: str, test_size: int, skip_bad: bool = False) -> dict[str, Any]:
+    """What the training files are made from. Raises DataError when there is no such file."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    return {
+        "name": path.stem,  # the data_source of rows that name none
+        "questions": sha256(path),
+        "template": template,
+        "test_size": test_size,
+        "skip_bad": skip_bad,
+    }
 
 
 def questions(rows: list[dict[str, Any]]) -> set[str]:
@@ -91,17 +93,23 @@ def main() -> None:
         help="prompt (default: search, the paper's)",
     )
     add("--test-size", type=int, default=100, help="rows held out, the last ones (default: 100)")
+    add("--skip-bad", action="store_true", help="leave rows without question or answer out, and say how many")
+    add("--overwrite", action="store_true", help="make the files even where others stand, or they were changed by hand")
     args = parser.parse_args()
     try:
-        rows = prepare(args.questions, args.template)
+        inputs = inputs_of(args.questions, args.template, args.test_size, args.skip_bad)
+        if not args.overwrite and is_current(args.out, inputs, (TRAIN, TEST)):
+            sys.stdout.write(f"{args.out}: already made from {args.questions}\n")
+            return
+        rows = prepare(args.questions, args.template, args.skip_bad)
         if not 0 < args.test_size < len(rows):
             raise DataError(f"--test-size {args.test_size}: expected 1 to {len(rows) - 1} of the {len(rows)} rows")
     except DataError as error:
         sys.exit(f"error: {error}")
-    args.out.mkdir(parents=True, exist_ok=True)
     train, test = rows[: -args.test_size], rows[-args.test_size :]
-    pq.write_table(pa.Table.from_pylist(train), args.out / "train.parquet")
-    pq.write_table(pa.Table.from_pylist(test), args.out / "test.parquet")
+    with making(args.out, inputs) as folder:
+        pq.write_table(pa.Table.from_pylist(train), folder / TRAIN)
+        pq.write_table(pa.Table.from_pylist(test), folder / TEST)
     duplicates, shared = len(rows) - len(questions(rows)), len(questions(train) & questions(test))
     sys.stdout.write(
         f"{args.out}: {len(train)} training and {len(test)} test questions; "

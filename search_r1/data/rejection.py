@@ -17,21 +17,26 @@ from verl.utils.errors import DataError
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a trajectory file. Raises DataError naming file and line for one that is not such a record."""
+    """The records of a trajectory file. Raises DataError naming file and line for a line that is no such record."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line)
-                _ = record["prompt_ids"], record["segments"], record["reward"]["score"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                ids = [*record["prompt_ids"], *(t for s in record["segments"] for t in s["token_ids"])]
+                _ = [segment["source"] for segment in record["segments"]], float(record["reward"]["score"])
+            except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path}, line {number}: not a trajectory record ({error!r})") from error
+            if not all(isinstance(token, int) for token in ids):
+                raise DataError(f"{path}, line {number}: expected integers in prompt_ids and token_ids")
             yield record
 
 
 def keep(records: Iterable[dict[str, Any]], min_score: float) -> Iterator[dict[str, list[int]]]:
     """`input_ids` and `loss_mask` of every record with a score of at least `min_score`."""
     for record in records:
-        if record["reward"]["score"] < min_score:
+        if not record["reward"]["score"] >= min_score:  # NaN is neither
             continue
         segments = [(s["source"] == Source.MODEL, s["token_ids"]) for s in record["segments"]]
         yield {

@@ -1,19 +1,23 @@
 """Reading question files of every kind, row by row, with the place of each for messages."""
 
-import ast
 import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from verl.utils.errors import DataError
+from search_r1.data.shapes import unfold, unprinted
+from verl.utils.answers import answers_of, kind_of
+from verl.utils.errors import DataError, listed
 
 LIST_COLUMNS = ("golden_answers", "answers", "answer", "gold_ids", "gold_titles")
+QUESTION_COLUMNS = {"question", "Question", "utterance"}
+SEPARATORS = (",", ";", "\t", "|")
 KINDS = ".jsonl, .json, .csv, .tsv, .txt (question, tab, answers) or .parquet, all but the last also gzipped"
 Record = dict[str, Any] | str
 """A record, or what is wrong with its line."""
@@ -34,18 +38,56 @@ def read_rows(path: Path) -> Iterator[tuple[str, Record]]:
             raise DataError(f"{path}: not a readable parquet file ({error})") from error
         yield from ((f"{path}, row {number}", record) for number, record in enumerate(records))
     elif kind == ".csv":
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        yield from ((f"{path}, line {reader.line_num}", parse_cells(record)) for record in reader)
+        text = read_text(path)
+        separator = separator_of(first_line(text))
+        if separator is None:
+            raise DataError(
+                f"{path}, line 1: no column named question, separated by one of {' '.join(map(repr, SEPARATORS))}; "
+                f"found {first_line(text)[:100]!r}"
+            )
+        yield from table_rows(path, text, separator)
     elif kind in (".tsv", ".txt"):
-        yield from ((place, parse_topic(line)) for place, line in numbered(path, read_text(path)))
+        text = read_text(path)
+        if "\t" in first_line(text) and separator_of(first_line(text)) == "\t":
+            yield from table_rows(path, text, "\t")
+        else:
+            yield from ((place, parse_topic(line)) for place, line in numbered(path, text))
     elif kind in (".jsonl", ".json"):
         text = read_text(path)
-        if text.lstrip().startswith("["):
-            yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(parse_array(path, text)))
-        else:
+        entries = parse_array(path, text) if text.lstrip().startswith("[") else parse_document(path, text)
+        if entries is None:
             yield from ((place, parse_line(line)) for place, line in numbered(path, text))
+        else:
+            yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(entries))
     else:
         raise DataError(f"{path}: expected {KINDS}")
+
+
+def first_line(text: str) -> str:
+    """The first line that is not blank."""
+    return text.lstrip().partition("\n")[0].rstrip("\r")
+
+
+def separator_of(header: str) -> str | None:
+    """What separates the columns of a table: the first that leaves a column of questions. None without one."""
+    for separator in SEPARATORS:
+        columns = next(csv.reader([header], delimiter=separator), [])
+        if QUESTION_COLUMNS & {column.strip() for column in columns}:
+            return separator
+    return None
+
+
+def table_rows(path: Path, text: str, separator: str) -> Iterator[tuple[str, Record]]:
+    """(place, record) of each row of a table whose first line names its columns. Raises DataError for no table."""
+    table = text.lstrip()
+    blank_lines = text[: len(text) - len(table)].count("\n")
+    reader = csv.DictReader(io.StringIO(table, newline=""), delimiter=separator)
+    reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
+    try:
+        for record in reader:
+            yield f"{path}, line {reader.line_num + blank_lines}", parse_cells(record)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num + blank_lines}: not a table ({error})") from error
 
 
 def numbered(path: Path, text: str) -> Iterator[tuple[str, str]]:
@@ -82,6 +124,24 @@ def parse_array(path: Path, text: str) -> list[Record]:
     return [entry if isinstance(entry, dict) else f"expected an object, got {entry!r:.40}" for entry in entries]
 
 
+def parse_document(path: Path, text: str) -> Sequence[Record] | None:
+    """The records of a file that is one JSON object, as SQuAD and TriviaQA are published; None for JSONL.
+
+    Raises DataError for an object over several lines that holds no records.
+    """
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return None
+    records = unfold(document)
+    if records is None and "\n" in text.strip():
+        raise DataError(
+            f"{path}: one object with the keys {', '.join(document)}: expected one object per line, an array of them, "
+            "or an object that holds them under data"
+        )
+    return records
+
+
 def parse_topic(line: str) -> Record:
     """`question <tab> answers`, the answers a printed list or a single one."""
     question, tab, answers = line.partition("\t")
@@ -91,24 +151,52 @@ def parse_topic(line: str) -> Record:
 
 
 def parse_cells(record: dict[Any, Any]) -> Record:
-    """The record of a line of CSV: in a column of answers or gold passages `["a"]` is a list; empty cells are None."""
+    """The record of a row of a table: in a column of answers or gold passages `["a"]` is a list.
+
+    Empty cells are None.
+    """
     if None in record:
-        return "more cells than columns (quote cells that hold a comma)"
+        return "more cells than columns (quote cells that hold the separator)"
     parsed: dict[str, Any] = {key: cell or None for key, cell in record.items()}
     for key in set(LIST_COLUMNS) & parsed.keys():
-        cell = parsed[key] or ""
-        if cell.startswith("[") and cell.endswith("]"):
-            try:
-                parsed[key] = ast.literal_eval(cell)
-            except (ValueError, SyntaxError):
-                return f"{key}: not a list ({cell[:60]})"
+        parsed[key] = unprinted(parsed[key])
+        if isinstance(parsed[key], str) and parsed[key].startswith("[") and parsed[key].endswith("]"):
+            return f"{key}: not a list ({parsed[key][:60]})"
     return parsed
 
 
 def texts(value: Any) -> list[str]:
-    """The non-empty strings of a value or list of values."""
-    values = value if isinstance(value, list) else [value]
-    return [text for v in values if v is not None and (text := str(v).strip())]
+    """The non-empty texts of a value or list of values. Raises ValueError for anything nested."""
+    return [text.strip() for text in answers_of(value)]
+
+
+def texts_under(key: str, record: dict[str, Any]) -> list[str]:
+    """The texts under a key. Raises ValueError naming it."""
+    try:
+        return texts(record.get(key))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def question_and_answers(record: dict[str, Any]) -> tuple[str, list[str]]:
+    """Of a record that `normalise` has read. Raises ValueError when it lacks one, or holds something else there."""
+    question = record.get("question") or ""
+    if not isinstance(question, str):
+        raise ValueError(f"question: expected a text, got {kind_of(question)}")
+    if not question.strip():
+        raise ValueError("no question")
+    answers = texts_under("golden_answers", record)
+    if not answers:
+        raise ValueError("no answer (looked for golden_answers, answers, answer)")
+    return question.strip(), answers
+
+
+def settle(problems: Sequence[str], skip_bad: bool) -> None:
+    """Raises DataError listing `problems`; with `skip_bad` says how many rows are left out, and why the first is."""
+    if problems and not skip_bad:
+        raise DataError(listed(problems))
+    if problems:
+        sys.stderr.write(f"{len(problems)} rows left out, the first: {problems[0]}\n")
 
 
 def training_row(question: str, answers: list[str], source: str, prompt: str, **extra: Any) -> dict[str, Any]:

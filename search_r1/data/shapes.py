@@ -3,6 +3,7 @@
 Pure functions: a record that no shape fits is returned as it is.
 """
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -10,13 +11,20 @@ from typing import Any
 
 Record = dict[str, Any]
 HOPS = re.compile(r"(\d)hop")
+ANSWERS = ("golden_answers", "answers", "answer", "Answer")
+YES_NO = {1: "yes", 0: "no", "YES": "yes", "NO": "no"}
 DESCRIPTION = re.compile(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^()\s]+))\)')
 
 
 def supporting_facts(r: Record) -> Record:
     """HotpotQA and 2WikiMultiHopQA: the titles of their supporting facts."""
     titles = titles_of(r["supporting_facts"])
-    return {**common(r, r.get("_id")), "golden_answers": [r["answer"]], "gold_titles": titles, "hops": len(titles)}
+    return {
+        **common(r, r.get("_id") or r.get("id")),
+        "golden_answers": [r["answer"]],
+        "gold_titles": titles,
+        "hops": len(titles),
+    }
 
 
 def paragraphs(r: Record) -> Record:
@@ -44,9 +52,42 @@ def popqa(r: Record) -> Record:
 
 def triviaqa(r: Record) -> Record:
     """TriviaQA: `Answer` (or `answer`) holds a value and its aliases."""
-    answer = {key.lower(): value for key, value in (r.get("Answer") or r["answer"]).items()}
-    answers = list(dict.fromkeys([answer["value"], *(answer.get("aliases") or [])]))
+    answers = answers_in(r.get("Answer") or r["answer"])
     return {"id": r.get("QuestionId") or r.get("question_id"), "question": question_of(r), "golden_answers": answers}
+
+
+def natural_questions(r: Record) -> Record:
+    """Natural Questions, of the hub or as published: the short answers of all annotators, or their yes or no."""
+    annotations = r["annotations"]
+    if isinstance(annotations, dict):  # the hub has columns
+        columns = annotations.values()
+        annotations = [dict(zip(annotations, values, strict=True)) for values in zip(*columns, strict=True)]
+    answers: list[str] = []
+    for annotation in annotations:
+        answers += short_answers(annotation["short_answers"], r)
+        verdict = YES_NO.get(annotation.get("yes_no_answer"))
+        answers += [verdict] if verdict else []
+    question = r["question_text"] if "question_text" in r else r["question"]["text"]
+    return {
+        "id": r.get("id") or r.get("example_id"),
+        "question": question,
+        "golden_answers": list(dict.fromkeys(answers)),
+    }
+
+
+def short_answers(spans: Any, r: Record) -> list[str]:
+    """The texts of spans of a record of Natural Questions, which gives either them or the places of their tokens."""
+    if isinstance(spans, dict):
+        return list(spans["text"])
+    return [span["text"] if "text" in span else tokens_between(r, span) for span in spans]
+
+
+def tokens_between(r: Record, span: Record) -> str:
+    """The words of a span; tags of HTML are none."""
+    tokens = (
+        r["document_text"].split(" ") if "document_text" in r else [token["token"] for token in r["document_tokens"]]
+    )
+    return " ".join(token for token in tokens[span["start_token"] : span["end_token"]] if not token.startswith("<"))
 
 
 def strategyqa(r: Record) -> Record:
@@ -62,10 +103,11 @@ def webquestions(r: Record) -> Record:
 
 def verl_style(r: Record) -> Record:
     """A training row of another project, whose prompt is the bare question or keeps it in `extra_info`."""
-    extra, truth = r.get("extra_info") or {}, r["reward_model"]["ground_truth"]
-    answers = truth.get("target") if isinstance(truth, dict) else truth
-    question = r.get("question") or extra.get("question") or r["prompt"][-1]["content"]
-    return {"id": r.get("id"), "question": question, "golden_answers": answers}
+    extra, truth, prompt = r.get("extra_info") or {}, r["reward_model"]["ground_truth"], r["prompt"]
+    answers = truth["target"] if isinstance(truth, dict) and "target" in truth else truth
+    question = r.get("question") or extra.get("question")
+    question = question or (prompt if isinstance(prompt, str) else prompt[-1]["content"])
+    return {"id": r.get("id"), "question": question, "golden_answers": answers_in(answers)}
 
 
 def flashrag(r: Record) -> Record:
@@ -75,16 +117,70 @@ def flashrag(r: Record) -> Record:
     if "s_wiki_title" in metadata:
         titles = [metadata["s_wiki_title"]]
     gold = {"gold_titles": titles, "hops": len(titles)} if titles else {}
-    return {**common(r, r.get("id")), "golden_answers": r["golden_answers"], **gold}
+    return {**common(r, r.get("id")), "golden_answers": answers_in(r["golden_answers"]), **gold}
 
 
 def plain(r: Record) -> Record:
-    """`question` and `answer` under whatever case: NQ-open, Bamboogle, R1-Searcher. Gold is what `ctxs` marks so."""
-    answer = next(r[key] for key in ("golden_answers", "answers", "answer", "Answer") if r.get(key) is not None)
+    """`question` and `answer` under whatever case: NQ-open, SQuAD, WebQuestions of the hub, Bamboogle, R1-Searcher.
+
+    Gold is what `ctxs` marks so.
+    """
+    answers = next((r[key] for key in ANSWERS if r.get(key) not in (None, "", [])), [])
     gold = [passage["title"] for passage in r.get("ctxs") or () if isinstance(passage, dict) and passage.get("isgold")]
     kept = {key: r[key] for key in ("gold_ids", "gold_titles", "hops", "data_source") if r.get(key) is not None}
     kept = {"gold_titles": list(dict.fromkeys(gold)), **kept} if gold else kept
-    return {"id": r.get("id") or r.get("_id"), "question": question_of(r), "golden_answers": answer, **kept}
+    id = r.get("id") or r.get("_id")
+    return {"id": id, "question": question_of(r), "golden_answers": answers_in(answers), **kept}
+
+
+def answers_in(answers: Any) -> Any:
+    """The answers in SQuAD's form (`text` and `answer_start`) or TriviaQA's (`value` and `aliases`), without doubles.
+
+    Anything else as it is, a list or dict also where a text prints it.
+    """
+    answers = unprinted(answers)
+    if isinstance(answers, dict):
+        by_key = {key.lower(): value for key, value in answers.items()}
+        if "text" in by_key:
+            return different(by_key["text"])
+        if "value" in by_key:
+            return different([by_key["value"], *(by_key.get("aliases") or [])])
+    if isinstance(answers, list) and answers and all(isinstance(a, dict) and "text" in a for a in answers):
+        return different([answer["text"] for answer in answers])
+    return answers
+
+
+def different(answers: Any) -> Any:
+    """A list of texts without doubles; anything else as it is."""
+    is_texts = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+    return list(dict.fromkeys(answers)) if is_texts else answers
+
+
+def unprinted(value: Any) -> Any:
+    """The list or dict that a text prints, as Python or JSON write them; anything else as it is."""
+    if not isinstance(value, str) or value[:1] + value[-1:] not in ("[]", "{}"):
+        return value
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            parsed = parse(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        return parsed if isinstance(parsed, list | dict) else value
+    return value
+
+
+def unfold(document: Any) -> list[Record] | None:
+    """The records of a file that is one object: SQuAD's articles, TriviaQA's `Data`, any `data`. None without them."""
+    entries = document.get("Data") or document.get("data") if isinstance(document, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return None
+    records: list[Record] = []
+    for entry in entries:
+        if isinstance(entry.get("paragraphs"), list):
+            records += [question for paragraph in entry["paragraphs"] for question in paragraph.get("qas", ())]
+        else:
+            records.append(entry)
+    return records
 
 
 def titles_of(facts: Any) -> list[str]:
@@ -101,20 +197,27 @@ def question_of(r: Record) -> Any:
     return r.get("question") or r.get("Question")
 
 
+def has_value(answer: Any) -> bool:
+    return isinstance(answer, dict) and bool({"value", "Value"} & answer.keys())
+
+
 def has(*keys: str) -> Callable[[Record], bool]:
     return lambda record: record.keys() >= set(keys)
 
 
 SHAPES: list[tuple[Callable[[Record], bool], Callable[[Record], Record]]] = [
     (has("prompt", "reward_model"), verl_style),
-    (has("golden_answers"), flashrag),
+    (has("annotations", "document_text"), natural_questions),
+    (has("annotations", "document_tokens"), natural_questions),
+    (lambda r: "annotations" in r and isinstance(r.get("question"), dict), natural_questions),
+    (lambda r: bool(r.get("golden_answers")), flashrag),
     (has("question", "answer", "supporting_facts"), supporting_facts),
     (has("question", "answer", "paragraphs"), paragraphs),
     (has("question", "subj", "obj", "s_wiki_title"), popqa),
     (has("utterance", "targetValue"), webquestions),
-    (lambda r: isinstance(r.get("answer") or r.get("Answer"), dict), triviaqa),
+    (lambda r: has_value(r.get("answer") or r.get("Answer")), triviaqa),
     (lambda r: isinstance(r.get("answer"), bool), strategyqa),
-    (lambda r: bool(question_of(r)) and any(r.get(k) is not None for k in ("answers", "answer", "Answer")), plain),
+    (lambda r: bool(question_of(r)) and any(r.get(key) is not None for key in ANSWERS), plain),
 ]
 """The first that fits is taken."""
 
@@ -127,4 +230,4 @@ def normalise(record: Record) -> Record | str:
     try:
         return {k: v for k, v in reader(record).items() if v is not None}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration) as error:
-        return f"looks like {(reader.__doc__ or '').split(':')[0]}, but is not ({error!r})"
+        return f"looks like {(reader.__doc__ or '').split(':')[0].split(',')[0]}, but is not ({error!r})"

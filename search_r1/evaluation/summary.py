@@ -29,6 +29,8 @@ def read_records(path: Path) -> list[Record]:
         raise DataError(f"{path}: no such file")
     records = []
     for number, line in enumerate(path.open(encoding="utf-8"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             missing = {"data_source", "segments", "reward", "stop_reason", "info", "ground_truth"} - record.keys()

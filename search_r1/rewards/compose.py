@@ -115,6 +115,12 @@ class SearchReward:
         self.functions = ALWAYS | {name: f for name, f in WEIGHTED.items() if getattr(config, name)}
         self.judge = Judge(config.judge_endpoint) if config.judge else None
 
+    @property
+    def entries(self) -> frozenset[str]:
+        """The names of all that it returns in training."""
+        optional = {name for name in ("random", "judge", "otc_grpo") if getattr(self.config, name)}
+        return frozenset({"score", "answered"} | self.functions.keys() | optional)
+
     def __call__(self, trajectory: Trajectory, row: Row) -> dict[str, float] | Awaitable[dict[str, float]]:
         episode = read_episode(trajectory, row, self.tokenizer)
         parts = {name: function(episode, self.config) for name, function in self.functions.items()}

@@ -4,8 +4,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from search_r1.agent.actions import ANSWER
+from verl.utils.answers import answers_of
 
 ARTICLE = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -31,10 +33,13 @@ def last_answer(turns: Sequence[str]) -> str | None:
     return next((found for turn in reversed(turns) if (found := extract_answer(turn)) is not None), None)
 
 
-def gold_answers(ground_truth: object) -> list[str]:
-    """The accepted answers of a row's `reward_model.ground_truth`: a string, a list, or either under `target`."""
-    target = ground_truth["target"] if isinstance(ground_truth, dict) else ground_truth
-    return [target] if isinstance(target, str) else [str(t) for t in target]  # pyright: ignore[reportGeneralTypeIssues]
+def gold_answers(ground_truth: Any) -> list[str]:
+    """The accepted answers of a row's `reward_model.ground_truth`: a text, a number, a list, or these under `target`.
+
+    Raises ValueError for anything nested.
+    """
+    holds_target = isinstance(ground_truth, dict) and "target" in ground_truth
+    return answers_of(ground_truth["target"] if holds_target else ground_truth)
 
 
 def exact_match(prediction: str, golds: Iterable[str]) -> float:

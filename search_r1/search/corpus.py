@@ -1,23 +1,27 @@
 """Corpora: read from any source when an index is built, mapped into memory when it is served."""
 
+import codecs
 import gzip
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import IO, Any, cast
+from uuid import UUID, uuid4
 
 import numpy as np
 from tqdm import tqdm
 
 from search_r1.search.extras import require
-from search_r1.search.manifest import CorpusError, check_corpus, fingerprint
+from search_r1.search.manifest import SAMPLES, CorpusError, check_corpus, fingerprint
 
 OFFSETS, DOCUMENTS = "offsets.npy", "documents.jsonl"
 HUB = "hf:"
@@ -27,18 +31,20 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 class CorpusReader:
-    """A corpus to be indexed: `.jsonl`, `.jsonl.gz`, `.parquet`, or `hf:NAME[:SPLIT]`, a data set of the hub.
+    """A corpus to be indexed: `.jsonl`, `.json`, either gzipped, `.parquet`, or `hf:NAME[:SPLIT]`, a set of the hub.
 
-    A document has `id` and `contents`; of `title` and `text` instead of `contents` those are made.
+    A document has `id` and `contents`; of `title` and `text` instead of `contents` those are made. A file of JSON holds
+    one document a line, blank lines aside, or an array of them.
     """
 
     def __init__(self, source: str | Path, skip_bad: bool = False) -> None:
         """Raises CorpusError when there is no such file."""
         self.source, self.skip_bad, self.bad = str(source), skip_bad, 0
         self.is_hub = self.source.startswith(HUB)
-        self.is_plain = self.source.endswith(PLAIN)
         if not self.is_hub and not Path(self.source).is_file():
             raise CorpusError(f"{self.source}: no such file")
+        self.is_array = not self.is_hub and is_array(Path(self.source))
+        self.is_plain = self.source.endswith(PLAIN) and not self.is_array
 
     def fingerprint(self) -> dict[str, Any]:
         """What the manifest keeps of the source."""
@@ -53,6 +59,9 @@ class CorpusReader:
         with Path(os.devnull if self.is_plain else folder / DOCUMENTS).open("wb") as copy:
             for place, record in self._records():
                 size = len(record) if isinstance(record, bytes) else 0
+                if isinstance(record, bytes) and not record.strip():
+                    offset += size if self.is_plain else 0
+                    continue
                 try:
                     document = to_document(record, place)
                     digest = hash_of(document["id"])
@@ -61,7 +70,7 @@ class CorpusReader:
                     seen.add(digest)
                     offsets.append(offset)
                     if not self.is_plain:
-                        size = copy.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+                        size = copy.write(encoded(document, place) + b"\n")
                     yield document
                 except CorpusError:
                     if not self.skip_bad:
@@ -79,6 +88,8 @@ class CorpusReader:
             yield from self._hub_rows()
         elif self.source.endswith(".parquet"):
             yield from self._parquet_rows()
+        elif self.is_array:
+            yield from self._entries()
         else:
             yield from self._lines()
 
@@ -91,6 +102,17 @@ class CorpusReader:
                 if number % 1000 == 0:
                     bar.update(raw.tell() - bar.n)
             bar.update(raw.tell() - bar.n)
+
+    def _entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Of a JSON array, which is read whole."""
+        path = Path(self.source)
+        try:
+            with opened(path) as file:
+                entries = json.load(file)
+        except ValueError as error:
+            raise CorpusError(f"{path}: begins like a JSON array, and is none ({error})") from error
+        for number, entry in enumerate(tqdm(entries, unit="documents", unit_scale=True, desc="corpus")):
+            yield f"{path}, entry {number}", entry
 
     def _parquet_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         from pyarrow.parquet import ParquetFile
@@ -112,6 +134,58 @@ class CorpusReader:
         rows: Any = load_dataset(name, split=split or "train", streaming=True)
         for number, row in enumerate(tqdm(rows, unit="rows", unit_scale=True, desc="corpus"), 1):
             yield f"{self.source}, row {number}", row
+
+
+def opened(path: Path) -> IO[bytes]:
+    """A file for reading, its contents where it is gzipped."""
+    return cast("IO[bytes]", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def is_array(path: Path) -> bool:
+    """Whether a file of JSON is one array of documents, not a document a line."""
+    if not path.name.removesuffix(".gz").endswith(PLAIN):
+        return False
+    with opened(path) as file:
+        while block := file.read(1024):
+            if text := block.removeprefix(codecs.BOM_UTF8).lstrip():
+                return text.startswith(b"[")
+    return False
+
+
+def encoded(document: dict[str, Any], place: str) -> bytes:
+    """A document as a line of JSON. Raises CorpusError naming `place` for what JSON has no form for.
+
+    Dates and times are written as ISO 8601, exact decimals, durations and UUIDs as texts, numbers that are not finite
+    as null, because no answer of the server could carry them.
+    """
+    try:
+        try:
+            text = json.dumps(document, ensure_ascii=False, allow_nan=False, default=as_text)
+        except ValueError:
+            text = json.dumps(finite(document), ensure_ascii=False, allow_nan=False, default=as_text)
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{place}: half of a surrogate pair, which no answer can carry") from error
+    except (TypeError, ValueError) as error:
+        raise CorpusError(f"{place}: {error}") from error
+
+
+def as_text(value: Any) -> str:
+    """What JSON holds of a value that is no number, text, list or object. Raises TypeError for what it cannot hold."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal | timedelta | UUID):
+        return str(value)
+    raise TypeError(f"JSON has no form for a value of type {type(value).__name__}: leave its column out")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in the place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_document(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
@@ -171,11 +245,16 @@ class Corpus:
 
     @classmethod
     def of_lines(cls, path: Path) -> "Corpus":
-        """A JSONL corpus without an index folder; the offsets are found once and kept beside it."""
+        """A JSONL corpus without an index folder; the offsets are found once and kept beside it.
+
+        Raises CorpusError for a corpus of another form, which only an index of the builder can serve: it has a copy.
+        """
         if not path.is_file():
             raise CorpusError(f"{path}: no such file")
+        if not path.name.endswith(PLAIN) or is_array(path):
+            raise CorpusError(f"{path}: expected JSONL, one document a line; other forms are read by the index builder")
         kept = path.with_name(path.name + ".offsets.npy")
-        if not (kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime):
+        if not (kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime and fits(kept, path)):
             offsets = line_offsets(path)
             try:
                 save_whole(kept, offsets)
@@ -214,4 +293,35 @@ def line_offsets(path: Path, block: int = 1 << 26) -> np.ndarray:
             position += len(data)
             bar.update(len(data))
     offsets = np.concatenate(found)
-    return offsets[offsets < size]
+    offsets = offsets[offsets < size]
+    return offsets[~blank_lines(path, offsets)] if size else offsets
+
+
+def blank_lines(path: Path, offsets: np.ndarray) -> np.ndarray:
+    """bool, one an offset: which lines hold nothing but white space."""
+    blank = np.zeros(len(offsets), dtype=bool)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        first_bytes = np.frombuffer(data, dtype=np.uint8)[offsets]
+        for i in np.flatnonzero(np.isin(first_bytes, list(b" \t\r\n"))):
+            end = data.find(b"\n", int(offsets[i]))
+            blank[i] = not data[int(offsets[i]) : end if end >= 0 else len(data)].strip()
+    return blank
+
+
+def fits(kept: Path, path: Path) -> bool:
+    """Whether offsets were found in this very file, as far as 64 of them tell: each begins a line.
+
+    The time of a file tells nothing where an older one was put in its place.
+    """
+    offsets = np.load(kept, mmap_mode="r")
+    if not len(offsets) or offsets[-1] >= path.stat().st_size:
+        return False
+    sample = np.unique(np.linspace(0, len(offsets) - 1, SAMPLES).astype(np.int64))
+    with path.open("rb") as file:
+        for offset in offsets[sample].tolist():
+            file.seek(max(0, offset - 1))
+            if offset > 0 and file.read(1) != b"\n":
+                return False
+        file.seek(int(offsets[-1]))
+        file.readline()
+        return not file.read(1 << 16).strip()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from search_r1.search import bm25
 from search_r1.search.corpus import CorpusReader
+from search_r1.search.encoder import DEFAULT_MODELS
 from search_r1.search.engines import DENSE
 from search_r1.search.extras import require
 from search_r1.search.manifest import MANIFEST, CorpusError, locked, read_manifest
@@ -36,7 +37,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"one of {', '.join(METHODS)} (default: bm25)",
         metavar="NAME",
     )
-    add("--corpus_path", required=True, help="a .jsonl, .jsonl.gz or .parquet with id and contents, or hf:NAME[:SPLIT]")
+    add(
+        "--corpus_path",
+        required=True,
+        help="a .jsonl or .json, also .gz, or a .parquet with id and contents, or hf:NAME[:SPLIT]",
+    )
     add("--save_dir", type=Path, default=Path("indexes"), help="the index lands in it (default: indexes)")
     add("--overwrite", action="store_true", help="build again even if the index is there")
     add("--skip-bad", action="store_true", help="leave bad lines out and count them, instead of stopping at the first")
@@ -66,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     index = args.save_dir / (f"{args.retrieval_method}_{args.faiss_type}.index" if is_dense else args.retrieval_method)
     try:
         reader = CorpusReader(args.corpus_path, args.skip_bad)
-        if not args.overwrite and is_built(args.retrieval_method, reader, index):
+        if not args.overwrite and is_built(args.retrieval_method, reader, index, args.model_path):
             sys.stdout.write(f"{index}: already built for {args.corpus_path}\n")
             return 0
         if not args.overwrite:
@@ -79,13 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def is_built(method: str, reader: CorpusReader, index: Path) -> bool:
-    """Whether `index` is a complete index of this very corpus, in the present format."""
+def is_built(method: str, reader: CorpusReader, index: Path, model: str | None) -> bool:
+    """Whether `index` is a complete index of this very corpus, in the present format and by the encoder `model`."""
     try:
         manifest = read_manifest(index)
     except CorpusError:
         return False
     if method == bm25.NAME and manifest.get("parameters") != bm25.PARAMETERS:
+        return False
+    if method in DENSE and manifest["parameters"].get("model") != (model or DEFAULT_MODELS.get(method)):
         return False
     return manifest["corpus"] == reader.fingerprint()
 

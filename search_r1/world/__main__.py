@@ -9,17 +9,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from search_r1.data.made import making
 from search_r1.world.generate import OPTIONS_FILE, World, WorldConfig, make_world
 
 
 def write_world(world: World, options: WorldConfig, folder: Path) -> None:
     """Writes what made the world, the passages as JSONL and each list of questions as parquet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / OPTIONS_FILE).write_text(options.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    lines = (json.dumps(p) + "\n" for p in world.passages)
-    (folder / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
-    for name, rows in world.rows.items():
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    with making(folder, options.model_dump()) as pending:
+        (pending / OPTIONS_FILE).write_text(options.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        lines = (json.dumps(p) + "\n" for p in world.passages)
+        (pending / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
+        for name, rows in world.rows.items():
+            pq.write_table(pa.Table.from_pylist(rows), pending / f"{name}.parquet")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

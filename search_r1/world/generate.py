@@ -54,6 +54,8 @@ FILLER = (
     "Little else is known about {}.", "Records of {} were lost in a fire.", "Old maps and letters also mention {}.",
     "In the north people tell tales of {}.", "A street and a small museum are named after {}.",
 )  # fmt: skip
+FILES = ("corpus.jsonl", "train.parquet", "test.parquet", "test_common.parquet", "test_3hop.parquet")
+"""What a world consists of."""
 OPTIONS_FILE = "options.json"
 """In the folder of a world: the WorldConfig that made it."""
 DATA_SOURCES = {1: "closed_world_1hop", 2: "closed_world_2hop", 3: "closed_world_3hop"}

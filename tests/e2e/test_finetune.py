@@ -16,7 +16,7 @@ from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import ROOT
 from tests.retrieval import retrieval_server
 from tests.templates import make_family_tokenizer
-from verl.utils.dataset import read_parquet
+from verl.utils.dataset import read_parquet, read_questions
 from verl.utils.errors import DataError
 
 pytestmark = pytest.mark.cpu_engine
@@ -90,7 +90,7 @@ def test_without_a_method_there_is_nothing_to_do(tmp_path, world):
 )
 def test_rows_are_asked_and_ended_as_the_template_does(world, tmp_path, family, kwargs, opening, end):
     tokenizer = make_family_tokenizer(tmp_path, family)
-    (first, *_) = answer_rows([str(world / "train.parquet")], None, tokenizer, kwargs)
+    (first, *_) = answer_rows(*read_questions([str(world / "train.parquet")]), None, tokenizer, kwargs)
     own = sum(first["loss_mask"])
     prompt, answer = (tokenizer.decode(ids) for ids in (first["input_ids"][:-own], first["input_ids"][-own:]))
     assert prompt.startswith(tokenizer.bos_token or "") and prompt.endswith(opening)
@@ -102,10 +102,11 @@ def test_a_row_that_cannot_be_asked_is_named(world, tmp_path):
     rows[1]["prompt"].insert(0, {"role": "system", "content": "Be brief."})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
     with pytest.raises(DataError, match=r"q.parquet, row 1: .*System role not supported"):
-        list(answer_rows([str(tmp_path / "q.parquet")], None, make_family_tokenizer(tmp_path, "gemma-instruct")))
+        questions = read_questions([str(tmp_path / "q.parquet")])
+        list(answer_rows(*questions, None, make_family_tokenizer(tmp_path, "gemma-instruct")))
 
 
 def test_rows_ask_in_the_named_template(world):
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    (first, *_) = answer_rows([str(world / "train.parquet")], "direct", tokenizer)
+    (first, *_) = answer_rows(*read_questions([str(world / "train.parquet")]), "direct", tokenizer)
     assert "few words, without explanation" in tokenizer.decode(first["input_ids"])

@@ -12,6 +12,7 @@ from search_r1.prompts import build_prompt
 from tests.e2e.runs import ROOT
 from tests.openai_server import Player
 from tests.retrieval import serving, write_lines
+from verl.utils.errors import DataError
 
 SEARCH, ANSWER = "<think> t </think> <search> Ada Marin </search>", "<think> u </think> <answer> Torvel </answer>"
 BASE = "data/closed_world/base"
@@ -124,3 +125,17 @@ def test_colours_are_for_terminals_only(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     infer.show_colored("model", "<think>", out)
     assert out[2] == "<think>"
+
+
+def test_questions_of_every_form_are_read_and_rows_without_one_named(tmp_path):
+    rows = [
+        {"question": "a"},
+        {"question": {"text": "b"}, "annotations": {"short_answers": [], "yes_no_answer": []}},
+        {"question": "c", "supporting_facts": [], "answer": None},
+        {"prompt": "d", "reward_model": {"ground_truth": None}},
+        {"Question": "e", "Answer": {"Value": "x"}},
+    ]
+    assert infer.read_questions(write_lines(tmp_path / "q.jsonl", rows)) == ["a", "b", "c", "d", "e"]
+    bad = write_lines(tmp_path / "bad.jsonl", [{"question": "a"}, {"text": "b"}, {"question": ["c"]}])
+    with pytest.raises(DataError, match=r"line 2: no question\n.*line 3: no question"):
+        infer.read_questions(bad)

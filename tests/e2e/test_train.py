@@ -86,6 +86,17 @@ def test_ppo_on_two_fsdp_ranks_with_a_custom_reward(tmp_path, model, retriever, 
     assert step["rollout/logprob_diff_max"] <= 1e-3
 
 
+def test_a_reward_that_raises_ends_the_run_with_its_line_and_no_traceback_of_ours(tmp_path, model):
+    (tmp_path / "mine.py").write_text("def compute_score(solution_str, **kwargs):\n    return {}['nothing']\n")
+    more = {"max_turns": None, "custom_reward_function__path": tmp_path / "mine.py"}
+    status, output = train("toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)])
+    assert status == 1
+    message = next(line for line in output.splitlines() if line.startswith("error: "))
+    assert "compute_score of" in message and "mine.py raised KeyError: 'nothing' at" in message
+    assert "line 2 (`return {}['nothing']`), for tiny, question" in message
+    assert "Traceback" not in output.split("error: ", 1)[1]
+
+
 def test_a_task_without_search_trains_through_the_library_alone(tmp_path, model):
     more = {"max_turns": None, "trainer__total_training_steps": 2, "trainer__save_hf": "false"}
     status, output = train("toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)])

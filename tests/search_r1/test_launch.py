@@ -7,13 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from search_r1.launch import MAX_SERVER_RESTARTS, RetrievalServer, prepare_world, read_setup
-from search_r1.world.generate import WorldConfig
+from search_r1.data.made import RECORD
+from search_r1.data.prepare import TEST, TRAIN
+from search_r1.launch import (
+    MAX_SERVER_RESTARTS,
+    RetrievalServer,
+    SetupConfig,
+    prepare_base,
+    prepare_questions,
+    prepare_world,
+    read_setup,
+)
+from search_r1.world.generate import FILES, OPTIONS_FILE, WorldConfig
 from tests.processes import family, wait_for
 from tests.retrieval import write_corpus
+from verl.utils.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 SMALL = WorldConfig(train_people=20, test_people=20, spare_people=0, train_questions=20, test_questions=10, filler=10)
@@ -29,6 +41,75 @@ def test_a_world_is_made_with_its_options_and_refused_with_others(tmp_path):
     (tmp_path / "options.json").unlink()
     with pytest.raises(SystemExit, match=r"was made with train_people=400, .*, filler=0; "):
         prepare_world(tmp_path, SMALL)
+
+
+def test_what_is_missing_of_a_world_is_made_again_unless_that_would_replace_what_a_user_changed(tmp_path):
+    prepare_world(tmp_path, SMALL)
+    passages = (tmp_path / "corpus.jsonl").read_text()
+    (tmp_path / "test.parquet").unlink()
+    prepare_world(tmp_path, SMALL)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*FILES, OPTIONS_FILE, RECORD])
+    assert (tmp_path / "corpus.jsonl").read_text() == passages
+    (tmp_path / "corpus.jsonl").write_text("mine\n")
+    prepare_world(tmp_path, SMALL)
+    (tmp_path / "test.parquet").unlink()
+    with pytest.raises(DataError, match=r"corpus\.jsonl would be made anew, because files .* changed by hand"):
+        prepare_world(tmp_path, SMALL)
+    assert (tmp_path / "corpus.jsonl").read_text() == "mine\n"
+
+
+def test_a_part_of_a_base_model_is_refused(tmp_path):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(DataError, match=r"lacks model\.safetensors, tokenizer\.json: remove the folder"):
+        prepare_base(tmp_path)
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
+    prepare_base(tmp_path)
+
+
+def ask(folder, *rows, **settings):
+    """What the launcher makes of these questions: the training and test questions."""
+    (folder / "q.jsonl").write_text("".join(json.dumps({"question": q, "answer": "a"}) + "\n" for q in rows))
+    setup = SetupConfig(questions=str(folder / "q.jsonl"), **{"test_size": 1, "template": "short", **settings})
+    files = {"train_files": str(folder / "data/train.parquet"), "val_files": [str(folder / "data/test.parquet")]}
+    prepare_questions(setup, OmegaConf.create({"data": files}))
+    tables = [pq.read_table(folder / "data" / name).to_pylist() for name in (TRAIN, TEST)]
+    return [[row["extra_info"]["question"] for row in table] for table in tables]
+
+
+def test_training_files_follow_their_questions(tmp_path, capfd):
+    assert ask(tmp_path, "1?", "2?", "3?") == [["1?", "2?"], ["3?"]]
+    assert "2 training and 1 test questions" in capfd.readouterr().out
+    assert ask(tmp_path, "1?", "2?", "3?") == [["1?", "2?"], ["3?"]]
+    assert capfd.readouterr().out == ""
+    assert ask(tmp_path, "1?", "2?", "4?") == [["1?", "2?"], ["4?"]]
+    assert ask(tmp_path, "1?", "2?", "4?", test_size=2) == [["1?"], ["2?", "4?"]]
+    (tmp_path / "data" / TEST).unlink()
+    assert ask(tmp_path, "1?", "2?", "4?", test_size=2) == [["1?"], ["2?", "4?"]]
+
+
+def test_training_files_of_a_user_are_never_replaced(tmp_path):
+    ask(tmp_path, "1?", "2?")
+    train = tmp_path / "data" / TRAIN
+    pq.write_table(pq.read_table(tmp_path / "data" / TEST), train)
+    mine = train.read_bytes()
+    assert ask(tmp_path, "1?", "2?") == [["2?"], ["2?"]]
+    with pytest.raises(DataError, match=r"train\.parquet would be made anew, because its questions changed.* by hand"):
+        ask(tmp_path, "1?", "3?")
+    (tmp_path / "data" / RECORD).unlink()
+    with pytest.raises(DataError, match=r"nothing beside it .* says what it was made from.*setup\.questions=null"):
+        ask(tmp_path, "1?", "2?")
+    assert train.read_bytes() == mine
+
+
+def test_questions_that_would_be_made_into_files_that_nobody_reads_are_refused(tmp_path):
+    files = {"train_files": str(tmp_path / "mine.parquet"), "val_files": str(tmp_path / TEST)}
+    setup = SetupConfig(questions=str(tmp_path / "q.jsonl"))
+    with pytest.raises(DataError, match=r"but data\.train_files=.*mine\.parquet"):
+        prepare_questions(setup, OmegaConf.create({"data": files}))
+    files["train_files"] = str(tmp_path / TRAIN)
+    with pytest.raises(DataError, match=r"setup\.questions: .*q\.jsonl: no such file"):
+        prepare_questions(setup, OmegaConf.create({"data": files}))
 
 
 def test_an_unknown_option_is_named():

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from tests.models import make_tokenizer
 from tests.templates import make_family_tokenizer
 from verl.trainer.main_ppo import load_dataset
-from verl.utils.dataset import RLHFDataset, sample_per_source
+from verl.utils.answers import answers_of
+from verl.utils.dataset import RLHFDataset, read_questions, read_row, sample_per_source, sample_spread
 from verl.utils.errors import DataError
 
 
@@ -49,6 +51,79 @@ def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path):
         RLHFDataset([str(tmp_path / "q.parquet")], make_family_tokenizer(tmp_path, "gemma-instruct"), 50)
 
 
+def with_truth(truth):
+    return {**row(), "reward_model": {"style": "rule", "ground_truth": truth}}
+
+
+@pytest.mark.parametrize(
+    ("truth", "read"),
+    [
+        ("A", "A"),
+        (1947, "1947"),
+        (3.0, "3"),
+        (3.5, "3.5"),
+        (True, "True"),
+        (["A", None, " ", 7], ["A", "7"]),
+        ({"target": 1947}, {"target": "1947"}),
+        ({"target": [1, 2], "note": "kept"}, {"target": ["1", "2"], "note": "kept"}),
+        ({"target": np.array(["A", "B"])}, {"target": ["A", "B"]}),
+        ({"target": [np.float64("nan"), np.int64(3)]}, {"target": ["3"]}),
+    ],
+)
+def test_answers_are_read_as_texts(truth, read):
+    assert read_row(with_truth(truth))["reward_model"] == {"style": "rule", "ground_truth": read}
+
+
+def test_a_text_as_prompt_is_one_message_of_the_user():
+    message = {"role": "user", "content": "Who?"}
+    for prompt in ("Who?", [message], np.array([message])):
+        assert read_row({**row(), "prompt": prompt})["prompt"] == [message]
+
+
+SQUAD = {"text": ["A"], "answer_start": [3]}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (with_truth(SQUAD), r"reward_model\.ground_truth: expected a text, .*got a dict \(keys: text, answer_start\)"),
+        (
+            with_truth({"target": SQUAD}),
+            r"reward_model\.ground_truth\.target: expected .*got a dict \(keys: text",
+        ),
+        (
+            with_truth({"target": [["A"]]}),
+            r"reward_model\.ground_truth\.target: expected .*got a list that holds str",
+        ),
+        (with_truth({"target": None}), r"reward_model\.ground_truth holds no answer"),
+        (with_truth(None), r"reward_model\.ground_truth holds no answer"),
+        ({**row(), "reward_model": "A"}, "reward_model: expected an object with ground_truth, got str '"),
+        ({**row(), "reward_model": None}, r"reward_model\.ground_truth holds no answer"),
+        ({**row(), "prompt": 3}, "prompt: expected a text, or a list of messages .*got int"),
+        ({**row(), "prompt": ["Who?"]}, "prompt: expected a text, or a list of messages .*got a list that holds str"),
+        ({**row(), "prompt": [{"content": "Who?"}]}, r"prompt\[0\]\.role: expected a text, got None"),
+        (
+            {**row(), "prompt": [{"role": "user", "content": [{"type": "text"}]}]},
+            r"prompt\[0\]\.content: expected a text, got a list that holds a dict",
+        ),
+        ({**row(), "prompt": ""}, "prompt is empty"),
+        ({**row(), "prompt": None}, "prompt is empty"),
+        ({**row(), "data_source": None}, "data_source: expected a text, got None"),
+        ({**row(), "data_source": 7}, "data_source: expected a text, got int"),
+        ({**row(), "extra_info": "x"}, "extra_info: expected an object, got str '"),
+    ],
+)
+def test_what_cannot_be_read_is_named_by_file_row_and_key(tmp_path, bad, message):
+    with pytest.raises(DataError, match=rf"q\.parquet, row 0: {message}"):
+        dataset(tmp_path, [bad])
+
+
+def test_answers_that_are_nested_are_refused_wherever_they_are_read():
+    with pytest.raises(ValueError, match="got a dict"):
+        answers_of(SQUAD)
+    assert answers_of(None) == [] and answers_of(np.array(["a"])) == ["a"]
+
+
 def test_bad_files_are_named(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     cases = {"none.parquet": "no such file", "text.parquet": "not a readable parquet", "empty.parquet": "no rows",
@@ -67,10 +142,10 @@ def test_missing_files_name_the_command_that_makes_them(tmp_path):
     with pytest.raises(
         DataError, match=r"train.parquet: no such file. The files of this configuration are made by: python make.py"
     ):
-        load_dataset(SimpleNamespace(data=data), None, [path], None)
+        load_dataset(SimpleNamespace(data=data), None, [path], None, 0)
     data.made_by = None
     with pytest.raises(DataError, match=r"train.parquet: no such file$"):
-        load_dataset(SimpleNamespace(data=data), None, [path], None)
+        load_dataset(SimpleNamespace(data=data), None, [path], None, 0)
 
 
 def test_a_sample_is_fixed_by_its_seed_and_does_not_depend_on_other_sets(tmp_path):
@@ -84,3 +159,20 @@ def test_a_sample_is_fixed_by_its_seed_and_does_not_depend_on_other_sets(tmp_pat
     found = dataset(tmp_path, rows)
     found.keep(chosen)
     assert len(found) == 80 and found.rows[0] == rows[chosen[0]]
+
+
+def test_a_sample_is_spread_over_the_sources_in_their_shares_and_part_of_every_larger_one(tmp_path):
+    sizes = {"nq": 60, "hotpotqa": 30, "rare": 2}
+    rows = [row(source, f"Who is {i}?") for source, size in sizes.items() for i in range(size)]
+    chosen = sample_spread(rows, 46, seed=1)
+    assert chosen == sorted(set(chosen)) == sample_spread(rows, 46, seed=1) != sample_spread(rows, 46, seed=2)
+    counts = {source: sum(rows[i]["data_source"] == source for i in chosen) for source in sizes}
+    assert counts == {"nq": 30, "hotpotqa": 15, "rare": 1}
+    assert len({rows[i]["data_source"] for i in sample_spread(rows, 3, seed=1)}) == 3
+    assert set(sample_spread(rows, 20, seed=1)) < set(chosen)
+    assert sample_spread(rows, 1000, seed=1) == list(range(92))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    data = RLHFDataset([str(tmp_path / "q.parquet")], make_tokenizer(tmp_path), 50, max_samples=46, sample_seed=1)
+    assert data.rows == [rows[i] for i in chosen] and len(data.prompt_ids) == 46
+    places, sampled = read_questions([str(tmp_path / "q.parquet")], 46, 1)
+    assert sampled == data.rows and places[0].endswith(f"row {chosen[0]}")

@@ -11,6 +11,7 @@ from verl.protocol import DataProto, collate_trajectories
 from verl.trainer.config import AlgorithmConfig, RolloutCorrectionConfig
 from verl.trainer.ppo.advantage import compute_advantage
 from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
+from verl.utils.errors import RewardError
 from verl.workers.rollout.agent_worker import Job
 
 
@@ -28,7 +29,7 @@ def test_groups_that_all_score_the_same_are_dropped():
     kept, _ = differing_groups(jobs, trajectories, "score")
     assert [job.session for job in kept] == ["a0", "a1", "c0", "c1"]
     assert [job.session for job in differing_groups(jobs, trajectories, "em")[0]] == ["a0", "a1"]
-    with pytest.raises(KeyError, match="f1"):
+    with pytest.raises(RewardError, match=r"metric=f1: the reward of 7 of 7 .* only em, score"):
         differing_groups(jobs, trajectories, "f1")
     assert [job.session for job in first_groups(jobs, trajectories, 2)[0]] == ["a0", "a1", "b0", "b1"]
 

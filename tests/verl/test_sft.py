@@ -61,6 +61,10 @@ def test_files_are_checked(tmp_path):
         read_examples([str(good), str(bad)])
     with pytest.raises(DataError, match="no such file"):
         read_examples([str(tmp_path / "none.jsonl")])
+    for text, message in (("\n{broken\n", "line 2: not JSON"), ("[1]\n", "row 0: .*got a list that holds int 1")):
+        bad.write_text(text)
+        with pytest.raises(DataError, match=rf"bad\.jsonl, {message}"):
+            read_examples([str(bad)])
 
 
 def test_batches_take_every_row_once_per_epoch(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError as ActorUnavailableError
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from verl.single_controller.decorator import Registered, collect, dispatch, registered
 from verl.single_controller.worker import Worker, init_process_group, make_deterministic, seed_everything, stacks
+from verl.utils.errors import ConfigError, DataError, RewardError
 
 logger = logging.getLogger(__name__)
 SOON_S = 10
@@ -267,8 +268,16 @@ def ready(handle: Any) -> Any:
 
 
 def get(refs: Any) -> Any:
-    """Waits for the results of actor calls. Raises what the call raised."""
-    return ray.get(refs)
+    """Waits for the results of actor calls. Raises what the call raised.
+
+    An error that a user can act on comes as it was raised, without the traceback of the other process.
+    """
+    try:
+        return ray.get(refs)
+    except RayTaskError as error:
+        if isinstance(error.cause, (ConfigError, DataError, RewardError)):
+            raise error.cause from None
+        raise
 
 
 def first_ready(refs: Sequence[Any], timeout_s: float | None = None) -> int | None:

@@ -18,6 +18,7 @@ from verl.trainer.ppo.collapse import CollapseWatchConfig
 from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
+from verl.utils.reward import FunctionReward, check_signature
 from verl.utils.tokenizer import template_problems
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty
 
@@ -40,13 +41,15 @@ class DataConfig(Config):
     max_obs_length: PositiveInt = 500
     """Most tokens of one observation."""
     train_data_num: PositiveInt | None = None
-    """Use only the first rows of the training files; null: all."""
+    """Use a fixed random sample of so many training questions, every data_source with its share; null: all."""
+    train_sample_seed: int = 0
+    """What that sample is drawn with."""
     val_data_num: PositiveInt | None = None
-    """Use only the first rows of the validation files; null: all."""
+    """Use a fixed random sample of so many validation questions, every data_source with its share; null: all."""
     val_sample_per_source: PositiveInt | None = None
     """Use a fixed random sample of so many validation questions of every data_source; null: all."""
     val_sample_seed: int = 0
-    """What that sample is drawn with."""
+    """What these two samples are drawn with."""
     shuffle_train_dataloader: bool = True
     """A new permutation every epoch, drawn from trainer.seed."""
     apply_chat_template_kwargs: dict[str, Any] = {}
@@ -75,7 +78,7 @@ class FilterGroupsConfig(Config):
     enable: bool = False
     """Roll out further prompts until data.train_batch_size groups differ within."""
     metric: str = "score"
-    """Which entry of the reward must differ."""
+    """Which number of the reward must differ: score, or a component that every trajectory has."""
     max_num_gen_batches: PositiveInt = 10
     """Rollout batches per training step at most; then the step trains on what there is."""
 
@@ -219,7 +222,8 @@ class CustomRewardConfig(Config):
     path: str | None = None
     """Python file."""
     name: str = "compute_score"
-    """Function in it: compute_score(data_source, solution_str, ground_truth, extra_info)."""
+    """Function in it: compute_score(data_source, solution_str, ground_truth, extra_info), called by these names. It
+    returns a number, or a dict with one under `score`."""
 
 
 class PPOConfig(Config):
@@ -359,7 +363,8 @@ def build_reward(config: PPOConfig, tokenizer: Any) -> Any:
     """The reward: `custom_reward_function` where given, else the class that `reward._target_` names."""
     custom = config.custom_reward_function
     if custom.path is not None:
-        reward_cls = load_class("verl.utils.reward.FunctionReward", "reward")
-        return reward_cls(load_function(custom.path, custom.name, "custom_reward_function"), tokenizer)
+        function = load_function(custom.path, custom.name, "custom_reward_function")
+        check_signature(function, f"custom_reward_function.name={custom.name}")
+        return FunctionReward(function, tokenizer)
     cls = load_class(config.reward["_target_"], "reward._target_")
     return cls(cls.Config.model_validate(_without_target(config.reward)), tokenizer)

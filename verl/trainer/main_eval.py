@@ -25,11 +25,11 @@ RESULT = "evaluation.jsonl"
 def main(cfg: DictConfig) -> None:
     """Composes the configuration, evaluates, and turns errors of the user's making into plain messages."""
     from verl.trainer.ppo.batching import RolloutFailed
-    from verl.utils.errors import ConfigError, DataError
+    from verl.utils.errors import ConfigError, DataError, RewardError
 
     try:
         run_eval(OmegaConf.to_container(cfg, resolve=True))  # pyright: ignore[reportArgumentType]
-    except (ConfigError, DataError, RolloutFailed) as error:
+    except (ConfigError, DataError, RewardError, RolloutFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.stderr.write("stopped: the same command goes on where this was\n")

@@ -87,8 +87,8 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     from verl.trainer.packing import decide_packing
 
     config, tokenizer, agent, reward = prepare(raw)
-    check_trainable(config, agent)
-    train_set = load_dataset(config, tokenizer, config.data.train_files, config.data.train_data_num)
+    check_trainable(config, agent, reward)
+    train_set = load_train_set(config, tokenizer)
     val_set = load_val_set(config, tokenizer)
     check_environment(config, agent, gpus_here(config))
     config = decide_packing(config)
@@ -112,8 +112,14 @@ def prepare(raw: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     return config, tokenizer, build_agent(config, tokenizer), build_reward(config, tokenizer)
 
 
-def load_dataset(config: Any, tokenizer: Any, files: Any, limit: int | None) -> Any:
-    """The questions of `files`, `limit` of them if it is given. Raises DataError naming file and row.
+def load_train_set(config: Any, tokenizer: Any) -> Any:
+    """The training questions: all, or a fixed sample of `train_data_num`."""
+    data = config.data
+    return load_dataset(config, tokenizer, data.train_files, data.train_data_num, data.train_sample_seed)
+
+
+def load_dataset(config: Any, tokenizer: Any, files: Any, limit: int | None, seed: int) -> Any:
+    """The questions of `files`, a sample of `limit` if it is given. Raises DataError naming file and row.
 
     For a missing file it names the command that makes it, if the configuration knows one.
     """
@@ -124,15 +130,15 @@ def load_dataset(config: Any, tokenizer: Any, files: Any, limit: int | None) -> 
     missing = [path for path in files if not Path(path).is_file()]
     if missing and data.made_by:
         raise DataError(f"{missing[0]}: no such file. The files of this configuration are made by: {data.made_by}")
-    return RLHFDataset(files, tokenizer, data.max_start_length, limit or -1, data.apply_chat_template_kwargs)
+    return RLHFDataset(files, tokenizer, data.max_start_length, limit, data.apply_chat_template_kwargs, seed)
 
 
 def load_val_set(config: Any, tokenizer: Any) -> Any:
-    """The held-out questions: all, the first `val_data_num`, or a fixed sample of every data source."""
+    """The held-out questions: all, a fixed sample of `val_data_num`, or one of every data source."""
     from verl.utils.dataset import sample_per_source
 
     data = config.data
-    val_set = load_dataset(config, tokenizer, data.val_files, data.val_data_num)
+    val_set = load_dataset(config, tokenizer, data.val_files, data.val_data_num, data.val_sample_seed)
     if data.val_sample_per_source is not None:
         val_set.keep(sample_per_source(val_set.rows, data.val_sample_per_source, data.val_sample_seed))
     return val_set
@@ -152,8 +158,11 @@ def check_environment(config: Any, agent: Any, gpus: int) -> None:
         raise ConfigError(problems)
 
 
-def check_trainable(config: Any, agent: Any) -> None:
-    """Raises ConfigError for engines and loops whose trajectories cannot be trained on."""
+def check_trainable(config: Any, agent: Any, reward: Any) -> None:
+    """Raises ConfigError for engines and loops whose trajectories cannot be trained on.
+
+    Also for dynamic sampling on a metric that the reward does not have.
+    """
     from verl.utils.errors import ConfigError
 
     problems = []
@@ -161,6 +170,12 @@ def check_trainable(config: Any, agent: Any) -> None:
         problems.append("actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train")
     if not getattr(agent, "trainable", True):
         problems.append(f"agent._target_={config.agent['_target_']}: its contexts are rewritten, for evaluation only")
+    filters, entries = config.algorithm.filter_groups, getattr(reward, "entries", None)
+    if filters.enable and entries is not None and filters.metric not in entries:
+        problems.append(
+            f"algorithm.filter_groups.metric={filters.metric}: the reward has no such number, only "
+            f"{', '.join(sorted(entries))}"
+        )
     if problems:
         raise ConfigError(problems)
 

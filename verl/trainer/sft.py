@@ -27,6 +27,7 @@ from verl.protocol import DataProto
 from verl.single_controller.worker import init_process_group, seed_everything
 from verl.trainer.packing import decided, in_words
 from verl.utils import device
+from verl.utils.answers import kind_of
 from verl.utils.checkpoint import save_pretrained
 from verl.utils.config import Config
 from verl.utils.dataset import ResumableSampler
@@ -145,18 +146,27 @@ def read_examples(files: Sequence[str]) -> list[Example]:
     for path in files:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file")
-        rows: list[Any]
-        if path.endswith(".parquet"):
-            rows = pq.read_table(path).to_pylist()
-        else:
-            rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        rows: list[Any] = pq.read_table(path).to_pylist() if path.endswith(".parquet") else read_lines(path)
         for number, row in enumerate(rows):
-            if not all(isinstance(row.get(key), list) for key in ("input_ids", "loss_mask")):
-                raise DataError(f"{path}, row {number}: expected the lists input_ids and loss_mask, got {sorted(row)}")
+            keys = ("input_ids", "loss_mask")
+            has_lists = isinstance(row, dict) and all(isinstance(row.get(key), list) for key in keys)
+            if not has_lists:
+                raise DataError(f"{path}, row {number}: expected the lists input_ids and loss_mask, got {kind_of(row)}")
         examples += rows
     if not examples:
         raise DataError(f"train_files={list(files)}: no rows")
     return examples
+
+
+def read_lines(path: str) -> list[Any]:
+    """The values of a JSONL file, blank lines aside. Raises DataError naming the line that is no JSON."""
+    values: list[Any] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            values += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+    return values
 
 
 def batches(examples: Sequence[Example], config: SFTConfig) -> Iterator[list[Example]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from verl.agent import Row
+from verl.utils.answers import answers_of, kind_of, plain
 from verl.utils.errors import DataError, listed
 from verl.utils.tokenizer import encode_chat
 
@@ -20,8 +21,8 @@ COLUMNS = ("data_source", "prompt", "reward_model")
 class RLHFDataset:
     """Rows with their prompt ids. Every row is checked when it is loaded.
 
-    Raises DataError naming file and row for a missing column, an empty prompt, an answerless row, a prompt that the
-    chat template refuses, or one of more than `max_prompt_length` tokens.
+    Raises DataError naming file, row and key for what `read_row` refuses, for a prompt that the chat template refuses,
+    and for one of more than `max_prompt_length` tokens. With `max_samples` it holds so many rows, see `sample_spread`.
     """
 
     def __init__(
@@ -29,20 +30,24 @@ class RLHFDataset:
         files: Sequence[str],
         tokenizer: Any,
         max_prompt_length: int,
-        max_samples: int = -1,
+        max_samples: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        sample_seed: int = 0,
     ) -> None:
-        self.rows: list[Row] = []
+        places, self.rows = read_questions(files, max_samples, sample_seed)
         self.prompt_ids: list[list[int]] = []
         problems: list[str] = []
-        for path in files:
-            for number, row in enumerate(read_parquet(path)):
-                if 0 <= max_samples <= len(self.rows):
-                    break
-                problem, ids = self._check(row, tokenizer, max_prompt_length, chat_template_kwargs or {})
-                problems += [f"{path}, row {number}: {problem}"] if problem else []
-                self.rows.append(row)
-                self.prompt_ids.append(ids)
+        for place, row in zip(places, self.rows, strict=True):
+            try:
+                ids = encode_chat(tokenizer, row["prompt"], **(chat_template_kwargs or {}))
+            except DataError as error:
+                problems.append(f"{place}: prompt: {error}")
+                continue
+            if len(ids) > max_prompt_length:
+                problems.append(
+                    f"{place}: the prompt has {len(ids)} tokens, more than data.max_start_length={max_prompt_length}"
+                )
+            self.prompt_ids.append(ids)
         if problems:
             raise DataError(listed(problems))
 
@@ -51,25 +56,107 @@ class RLHFDataset:
         self.rows = [self.rows[i] for i in numbers]
         self.prompt_ids = [self.prompt_ids[i] for i in numbers]
 
-    @staticmethod
-    def _check(row: Row, tokenizer: Any, limit: int, kwargs: dict[str, Any]) -> tuple[str | None, list[int]]:
-        messages = list(row["prompt"] if row["prompt"] is not None else [])
-        if not messages or not all(str(m["content"]).strip() for m in messages):
-            return "prompt is empty", []
-        truth = (row["reward_model"] or {}).get("ground_truth")
-        target = truth.get("target") if isinstance(truth, dict) else truth
-        if target is None or len(target) == 0 or not any(str(t).strip() for t in list(target)):
-            return "reward_model.ground_truth holds no answer", []
-        try:
-            ids = encode_chat(tokenizer, messages, **kwargs)
-        except DataError as error:
-            return f"prompt: {error}", []
-        if len(ids) > limit:
-            return f"the prompt has {len(ids)} tokens, more than data.max_start_length={limit}", []
-        return None, ids
-
     def __len__(self) -> int:
         return len(self.rows)
+
+
+def read_questions(
+    files: Sequence[str], max_samples: int | None = None, sample_seed: int = 0
+) -> tuple[list[str], list[Row]]:
+    """The rows of all files, each with its place for messages, all of them or the sample of `sample_spread`.
+
+    Raises DataError listing the rows that `read_row` refuses.
+    """
+    places: list[str] = []
+    rows: list[Row] = []
+    problems: list[str] = []
+    for path in files:
+        for number, record in enumerate(read_parquet(path)):
+            place = f"{path}, row {number}"
+            try:
+                rows.append(read_row(record))
+                places.append(place)
+            except ValueError as error:
+                problems.append(f"{place}: {error}")
+    if problems:
+        raise DataError(listed(problems))
+    if max_samples is None:
+        return places, rows
+    chosen = sample_spread(rows, max_samples, sample_seed)
+    return [places[i] for i in chosen], [rows[i] for i in chosen]
+
+
+def read_row(record: dict[str, Any]) -> Row:
+    """A row in the form that agents and rewards read: its prompt is a list of messages, its answers are texts.
+
+    A prompt that is a text is one message of the user; a number is its text. Raises ValueError naming the key and what
+    was expected for what cannot be read.
+    """
+    source, extra = record["data_source"], record.get("extra_info")
+    if not isinstance(source, str) or not source:
+        raise ValueError(f"data_source: expected a text, got {kind_of(source)}")
+    if not isinstance(extra, dict | None):
+        raise ValueError(f"extra_info: expected an object, got {kind_of(extra)}")
+    return {**record, "prompt": read_prompt(record["prompt"]), "reward_model": read_truth(record["reward_model"])}
+
+
+def read_prompt(prompt: Any) -> list[dict[str, Any]]:
+    """Chat messages. Raises ValueError for what are none, or empty ones."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else plain(prompt)
+    if not messages and isinstance(messages, list | None):
+        raise ValueError("prompt is empty")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(
+            f"prompt: expected a text, or a list of messages with role and content, got {kind_of(messages)}"
+        )
+    for number, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ValueError(f"prompt[{number}].{key}: expected a text, got {kind_of(message.get(key))}")
+        if not message["content"].strip():
+            raise ValueError(f"prompt is empty (message {number})")
+    return messages
+
+
+def read_truth(reward_model: Any) -> dict[str, Any]:
+    """`reward_model` with the accepted answers as texts: `ground_truth` is one, a list, or holds either as `target`.
+
+    Raises ValueError where there is no answer, or something else in its place.
+    """
+    if not isinstance(reward_model, dict | None):
+        raise ValueError(f"reward_model: expected an object with ground_truth, got {kind_of(reward_model)}")
+    truth = (reward_model or {}).get("ground_truth")
+    if isinstance(truth, dict) and "target" in truth:
+        read: Any = {**truth, "target": read_target(truth["target"], "reward_model.ground_truth.target")}
+    else:
+        read = read_target(truth, "reward_model.ground_truth")
+    return {**(reward_model or {}), "ground_truth": read}
+
+
+def read_target(target: Any, key: str) -> str | list[str]:
+    """One answer as a text, a list of them as a list. Raises ValueError naming `key`."""
+    try:
+        answers = answers_of(target)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    if not answers:
+        raise ValueError("reward_model.ground_truth holds no answer")
+    return answers if isinstance(plain(target), list | tuple) else answers[0]
+
+
+def sample_spread(rows: Sequence[Row], count: int, seed: int) -> list[int]:
+    """Row numbers of `count` rows drawn with `seed`, every data_source with its share of them, and at least one.
+
+    A smaller sample is part of every larger one. All rows where there are no more.
+    """
+    by_source: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        by_source[row["data_source"]].append(number)
+    ranked: list[tuple[float, int]] = []
+    for source, numbers in by_source.items():
+        random.Random(f"{seed}/{source}").shuffle(numbers)
+        ranked += [(place / len(numbers), number) for place, number in enumerate(numbers)]
+    return sorted(number for _, number in sorted(ranked)[:count])
 
 
 def sample_per_source(rows: Sequence[Row], count: int, seed: int) -> list[int]:

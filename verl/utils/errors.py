@@ -1,6 +1,7 @@
 """Errors that a user can act on."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -10,9 +11,17 @@ class ConfigError(ValueError):
         super().__init__("\n".join(["the configuration cannot work:", *(f"  - {p}" for p in problems)]))
         self.problems = problems
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Exceptions are copied between processes by their arguments, which here is not the message."""
+        return type(self), (self.problems,)
+
 
 class DataError(ValueError):
     """A data file is wrong: the message names the file, the row and what was expected."""
+
+
+class RewardError(RuntimeError):
+    """A reward does not work: it raised, or it lacks what the configuration reads. The message names it."""
 
 
 MAX_LISTED = 20

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,24 @@ def load_class(target: str, key: str) -> Any:
 
 
 def load_function(path: str, name: str, key: str) -> Any:
-    """The function `name` of the Python file `path`. Raises ConfigError naming `key`."""
+    """The function `name` of the Python file `path`. Raises ConfigError naming `key`, also when the file raises."""
     if not Path(path).is_file():
         raise ConfigError([f"{key}.path={path}: no such file"])
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError([f"{key}.path={path}: expected a Python file (.py)"])
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError([f"{key}.path={path}: {place_of(error, path)}"]) from error
     if not hasattr(module, name):
         raise ConfigError([f"{key}.name={name}: {path} defines no such function"])
     return getattr(module, name)
+
+
+def place_of(error: Exception, path: str) -> str:
+    """The exception that a user's file raised, and the last of its lines on the way there."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    where = f", line {lines[-1]}" if lines else ""
+    return f"{type(error).__name__}: {error}{where}"

@@ -68,6 +68,35 @@ RECORDS = [
         {"prompt": [{"content": "other"}], "reward_model": {"ground_truth": "a"}, "extra_info": {"question": "q"}},
         {"golden_answers": "a"},
     ),
+    ({"question": "q", "answers": {"text": ["a", "b", "a"], "answer_start": [3, 9]}}, {"golden_answers": ["a", "b"]}),
+    ({"question": "q", "answers": [{"text": "a", "answer_start": 3}]}, {"golden_answers": ["a"]}),
+    ({"question": "q", "answers": "{'text': ['a'], 'answer_start': [3]}"}, {"golden_answers": ["a"]}),
+    ({"question": "q", "answers": "['a', 'b']"}, {"golden_answers": ["a", "b"]}),
+    ({"question": "q", "answers": [], "answer": "a"}, {"golden_answers": "a"}),
+    ({"question": "q", "answer": "[sic]"}, {"golden_answers": "[sic]"}),
+    (
+        {"id": "5a", "question": "q", "answer": "a", "supporting_facts": {"title": ["A"], "sent_id": [0]}},
+        {"id": "5a", "golden_answers": ["a"], "gold_titles": ["A"], "hops": 1},
+    ),
+    (
+        {
+            "id": "9", "question": {"text": "q", "tokens": ["q"]}, "document": {},
+            "annotations": {
+                "id": ["1", "2", "3"], "yes_no_answer": [-1, 1, -1],
+                "short_answers": [{"text": ["a", "b"], "start_token": [1, 4]}, {"text": []}, {"text": ["a"]}],
+            },
+        },
+        {"id": "9", "golden_answers": ["a", "b", "yes"]},
+    ),
+    (
+        {
+            "example_id": 8, "question_text": "q", "document_text": "<P> An old a b </P> town",
+            "annotations": [{"yes_no_answer": "NONE", "short_answers": [{"start_token": 3, "end_token": 6}]}],
+        },
+        {"id": 8, "golden_answers": ["a b"]},
+    ),
+    ({"url": "http://x", "question": "q", "answers": ["a"]}, {"golden_answers": ["a"]}),
+    ({"prompt": "q", "reward_model": {"ground_truth": {"text": ["a"]}}}, {"golden_answers": ["a"]}),
 ]  # fmt: skip
 
 
@@ -83,6 +112,35 @@ def test_a_record_that_only_looks_like_one_is_named(tmp_path):
     )
     with pytest.raises(DataError, match=r"line 1: looks like HotpotQA(.|\n)*line 2: no question"):
         read(Source("hotpotqa", path), "test")
+
+
+def test_answers_that_are_nested_otherwise_are_refused_with_their_place(tmp_path):
+    """A printed dict as gold answer would be a reward of 0 for ever."""
+    records = [
+        {"question": "q", "answers": {"spans": ["a"], "number": ""}},
+        {"question": "q", "golden_answers": [["a"]]},
+        {"question": {"words": ["q"]}, "answers": ["a"]},
+        {"question": "q", "answers": {"text": [], "answer_start": []}},
+    ]
+    path = write_lines(tmp_path / "drop.jsonl", records)
+    expected = "expected a text, a number or a list of them"
+    with pytest.raises(DataError) as error:
+        read(Source("drop", path), "test")
+    assert str(error.value).split("\n") == [
+        f"{path}, line 1: golden_answers: {expected}, got a dict (keys: spans, number)",
+        f"{path}, line 2: golden_answers: {expected}, got a list that holds str 'a'",
+        f"{path}, line 3: question: expected a text, got a dict (keys: words)",
+        f"{path}, line 4: no answer (looked for golden_answers, answers, answer)",
+    ]
+
+
+def test_rows_without_an_answer_are_left_out_and_counted_when_that_is_asked_for(tmp_path, capsys):
+    """SQuAD 2 and the hub's Natural Questions have thousands."""
+    rows = [{"question": "q", "answers": {"text": [text] if text else []}} for text in ("a", "", "b", "")]
+    path = write_lines(tmp_path / "squad.jsonl", rows)
+    _, kept = read(Source("squad", path), "test", skip_bad=True)
+    assert [row["golden_answers"] for row in kept] == [["a"], ["b"]]
+    assert f"2 rows left out, the first: {path}, line 2: no answer" in capsys.readouterr().err
 
 
 def test_rows_and_leakage(tmp_path):

@@ -62,6 +62,34 @@ def test_csv_and_parquet_mean_the_same_as_jsonl(tmp_path):
     assert prepare.prepare(tmp_path / "q.parquet", "short") == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("q.csv", "question;answers\na, b;['x', 'y']\nc?;z\n"),
+        ("q.csv", 'id\tquestion \tanswers\n1\ta, b\t"[""x"", \'y\']"\n2\tc?\tz\n'),
+        ("q.tsv", "question\tanswers\na, b\t['x', 'y']\nc?\tz\n"),
+        ("q.tsv", "a, b\t['x', 'y']\nc?\tz\n"),
+        ("q.csv", "\n\nquestion|answers\na, b|['x', 'y']\n\nc?|z\n"),
+        ("q.json", '{"data": [{"question": "a, b", "answers": ["x", "y"]}, {"question": "c?", "answer": "z"}]}'),
+        (
+            "q.json",
+            '{"version": 1, "data": [{"title": "T", "paragraphs": [{"context": "x y z", "qas": [\n'
+            '{"question": "a, b", "answers": [{"text": "x", "answer_start": 0}, {"text": "y", "answer_start": 2}]},\n'
+            '{"question": "c?", "answers": [{"text": "z", "answer_start": 4}]}]}]}]}',
+        ),
+        (
+            "q.json",
+            '{"Data": [{"Question": "a, b", "Answer": {"Value": "x", "Aliases": ["y"]}},\n'
+            '{"Question": "c?", "Answer": {"Value": "z", "Aliases": []}}]}',
+        ),
+    ],
+)
+def test_tables_with_any_separator_and_whole_objects_mean_the_same(tmp_path, name, content):
+    rows = prepare.prepare(write(tmp_path / name, content), "short")
+    found = [(row["extra_info"]["question"], row["reward_model"]["ground_truth"]["target"]) for row in rows]
+    assert found == [("a, b", ["x", "y"]), ("c?", ["z"])]
+
+
 def test_all_problems_of_a_file_are_listed_with_their_lines(tmp_path, monkeypatch):
     path = write(
         tmp_path / "bad.jsonl",
@@ -98,6 +126,18 @@ def test_the_list_of_problems_is_capped(tmp_path):
         ("q.csv", "question,answer\na, b,x\n", "line 2: more cells"),
         ("q.csv", "question,answers\na,[x\n b,[x]\n", "line 3: answers: not a list"),
         ("q.csv", "question,answer\na\n", "line 2: no answer"),
+        ("q.csv", "\n\nquestion,answer\na\n", "line 4: no answer"),
+        (
+            "q.csv",
+            "frage;antwort\na;x\n",
+            "line 1: no column named question.*; found 'frage;antwort'",
+        ),
+        ("q.csv", f"question,answer\na,{'x' * 200_000}\n", "not a table"),
+        (
+            "q.json",
+            '{"rows": 3,\n"columns": 2}',
+            "one object with the keys rows, columns: expected one object",
+        ),
         ("q.doc", "a", "expected .jsonl, .json, .csv"),
         ("q.txt", "a", "line 1: expected a question, a tab"),
         ("q.jsonl", "\n", "no rows"),

@@ -21,17 +21,28 @@ def write(path, records):
 
 
 def test_keeps_right_trajectories_and_trains_on_the_policys_tokens(tmp_path, capsys):
-    records = [{"prompt_ids": [1, 2], "segments": SEGMENTS, "reward": {"score": s}} for s in (1.0, 0.0)]
+    scores = (1.0, 0.0, float("nan"))
+    records = [{"prompt_ids": [1, 2], "segments": SEGMENTS, "reward": {"score": s}} for s in scores]
     source, out = write(tmp_path / "t.jsonl", records), tmp_path / "rows.jsonl"
+    with open(source, "a") as file:
+        file.write("\n")
     assert main(["--trajectories", source, "--out", str(out)]) == 0
-    assert "1 of 2" in capsys.readouterr().out
+    assert "1 of 3" in capsys.readouterr().out
     (row,) = read_examples([str(out)])
     assert row["input_ids"] == [1, 2, 5, 6, 7, 8, 9, 10]
     assert row["loss_mask"] == [0, 0, 1, 1, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
-    "records, message", [([{"prompt_ids": [1]}], "line 1"), ([], "none of 0"), (["x"], "line 1: not a trajectory")]
+    "records, message",
+    [
+        ([{"prompt_ids": [1]}], "line 1"),
+        ([], "none of 0"),
+        (["x"], "line 1: not a trajectory"),
+        ([{"prompt_ids": [1], "segments": [{"token_ids": [2]}], "reward": {"score": 1}}], "line 1: not a trajectory"),
+        ([{"prompt_ids": ["1"], "segments": [], "reward": {"score": 1}}], "line 1: expected integers"),
+        ([{"prompt_ids": [1], "segments": [], "reward": {"score": "high"}}], "line 1: not a trajectory"),
+    ],
 )
 def test_names_what_is_wrong(tmp_path, records, message):
     source = write(tmp_path / "t.jsonl", records)

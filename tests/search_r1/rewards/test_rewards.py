@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from search_r1.rewards import components, compose
+from search_r1.rewards import components
+from search_r1.rewards import compose as composition
 from search_r1.rewards.compose import SearchReward, SearchRewardConfig, weight_at
 from search_r1.rewards.episode import Episode
 from search_r1.rewards.matching import exact_match, extract_answer, f1, gold_answers, normalize_answer, substring_match
@@ -22,9 +25,14 @@ from tests.models import make_tokenizer
 from tests.retrieval import serving
 from tests.templates import make_family_tokenizer
 from verl.agent import Segment, Source, Trajectory, TrajectoryFailed
+from verl.trainer.config import validate
+from verl.trainer.main_ppo import check_trainable
+from verl.utils.errors import ConfigError
+from verl.utils.reward import score as score_trajectory
 from verl.utils.tokenizer import encode_text
 
-ROLLOUTS = Path(__file__).resolve().parents[4] / "shared/data/searchr1_trajectories"
+ROOT = Path(__file__).resolve().parents[3]
+ROLLOUTS = ROOT.parent / "shared/data/searchr1_trajectories"
 WORDS = st.lists(st.sampled_from(["the", "a", "The", "U.S.A.", "well-known", "Rome", "–", "an apple", "7"]), max_size=6)
 TEXT = st.one_of(WORDS.map(" ".join), st.text(max_size=20))
 
@@ -307,6 +315,24 @@ def test_group_scores_are_added_to_the_trajectories(tokenizer):
     assert all(t.reward["otc_grpo"] <= 1 for t in group)
 
 
+def test_its_entries_are_those_that_it_returns_and_dynamic_sampling_on_another_is_refused(tokenizer):
+    reward = SearchReward(SearchRewardConfig(ikea=1.0, random=1.0, otc_grpo=1.0), tokenizer)
+    trajectory = trajectory_of(tokenizer, ("M", RIGHT))
+    asyncio.run(score_trajectory(reward, trajectory, {"reward_model": {"ground_truth": "Rome"}}))
+    reward.score_groups([[trajectory]])
+    assert trajectory.reward.keys() == reward.entries
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        composed = compose("grpo", ["experiment=closed_world/grpo", "algorithm.filter_groups.enable=true"])
+    for metric in ("em", "score", "otc_ppo"):
+        composed.algorithm.filter_groups.metric = metric
+        config = validate(OmegaConf.to_container(composed, resolve=True))
+        if metric in reward.entries:
+            check_trainable(config, None, reward)
+        else:
+            with pytest.raises(ConfigError, match=r"filter_groups\.metric=otc_ppo: .* only answered, em, "):
+                check_trainable(config, None, reward)
+
+
 ANY_TEXT = st.one_of(
     st.text(max_size=40),
     st.lists(
@@ -325,7 +351,7 @@ def test_components_keep_their_range_and_ignore_what_was_retrieved(turns, golds,
     bare, full = (episode(turns, golds, queries, [[p] for _ in queries]) for p in ("", passage))
     ranges = {"ikea": (-1, 1.6), "em_format": (0, 1)}
     config = SearchRewardConfig()
-    for name, function in (compose.ALWAYS | compose.WEIGHTED).items():
+    for name, function in (composition.ALWAYS | composition.WEIGHTED).items():
         low, high = ranges.get(name, (0, 1))
         assert low <= function(bare, config) <= high
         if name != "retrieval":

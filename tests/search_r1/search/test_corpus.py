@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +18,7 @@ import pytest
 
 from search_r1.search import bm25
 from search_r1.search.bm25 import BM25Retriever
-from search_r1.search.corpus import Corpus, CorpusReader, line_offsets, save_whole
+from search_r1.search.corpus import Corpus, CorpusReader, encoded, line_offsets, save_whole
 from search_r1.search.index_builder import main as build_index
 from search_r1.search.manifest import CorpusError, building, read_manifest
 from tests.retrieval import write_corpus, write_lines
@@ -238,3 +242,86 @@ def test_a_data_set_of_the_hub_is_read(tmp_path, monkeypatch):
     assert bm25.build(CorpusReader(source), tmp_path / "bm25") == 3
     (hits,) = BM25Retriever(tmp_path / "bm25", None).search(["Ada"], 1)
     assert hits[0][0] == ROWS[1]
+
+
+def test_blank_lines_are_no_documents(tmp_path):
+    """Neither where an index is built nor where lines are only counted, and offsets point at documents."""
+    path = tmp_path / "c.jsonl"
+    lines = ["", json.dumps(ROWS[0]), " \t", "\r", json.dumps(ROWS[1]), " " + json.dumps(ROWS[2]), "", " "]
+    path.write_text("\n".join(lines), newline="")
+    assert bm25.build(CorpusReader(path), tmp_path / "bm25") == 3
+    manifest = read_manifest(tmp_path / "bm25")
+    for corpus in (Corpus.of_index(tmp_path / "bm25", manifest, path), Corpus.of_lines(path)):
+        assert [corpus[i] for i in range(len(corpus))] == ROWS
+    copied = tmp_path / "c.jsonl.gz"
+    copied.write_bytes(gzip.compress(path.read_bytes()))
+    assert bm25.build(CorpusReader(copied), tmp_path / "copy") == 3
+    corpus = Corpus.of_index(tmp_path / "copy", read_manifest(tmp_path / "copy"), copied)
+    assert [corpus[i] for i in range(len(corpus))] == ROWS
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl", "c.json.gz"])
+def test_a_json_array_is_a_corpus(tmp_path, name):
+    path, text = tmp_path / name, "\ufeff\n" + json.dumps(ROWS, indent=1)
+    path.write_bytes(gzip.compress(text.removeprefix("\ufeff").encode()) if name.endswith("gz") else text.encode())
+    assert bm25.build(CorpusReader(path), tmp_path / "bm25") == 3
+    for corpus in (path, None):
+        (hits,) = BM25Retriever(tmp_path / "bm25", corpus).search(["Ada"], 1)
+        assert hits[0][0] == ROWS[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"id": "0", "contents": "x"}, {"id": "1"}]', "c.json, entry 1: expected an object"),
+        ('[{"id": "0", "contents": "x"}, 3]', "c.json, entry 1: expected an object"),
+        ('[{"id": "0", "contents": "x \\ud83d"}]', "c.json, entry 0: half of a surrogate pair"),
+        ('[{"id": "0", "contents": "x"}', "c.json: begins like a JSON array, and is none"),
+    ],
+)
+def test_bad_entries_of_an_array_are_named(tmp_path, text, message):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(CorpusError, match=message):
+        bm25.build(CorpusReader(tmp_path / "c.json"), tmp_path / "bm25")
+    assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
+
+
+def test_columns_of_dates_and_numbers_that_are_none_are_copied_in_a_form_that_json_has(tmp_path):
+    day, number = date(2024, 5, 17), UUID(int=7)
+    rows = [
+        {
+            **row, "day": day, "at": datetime(2024, 5, 17, 12, 30), "for": timedelta(seconds=90),
+            "price": Decimal("1.50"), "rank": math.nan, "more": {"scores": [1.0, math.inf]},
+        }
+        for row in ROWS
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    assert bm25.build(CorpusReader(tmp_path / "c.parquet"), tmp_path / "bm25") == 3
+    ((document, _),) = BM25Retriever(tmp_path / "bm25", None).search(["Ada"], 1)[0]
+    assert document == {
+        **ROWS[1], "day": "2024-05-17", "at": "2024-05-17T12:30:00", "for": "0:01:30", "price": "1.50", "rank": None,
+        "more": {"scores": [1.0, None]},
+    }  # fmt: skip
+    assert json.loads(encoded({"id": number}, "here")) == {"id": str(number)}
+    pq.write_table(pa.Table.from_pylist([{**ROWS[0], "image": b"x"}]), tmp_path / "b.parquet")
+    with pytest.raises(CorpusError, match=r"b\.parquet, row 1: JSON has no form for a value of type bytes: leave its"):
+        bm25.build(CorpusReader(tmp_path / "b.parquet"), tmp_path / "other")
+
+
+def test_only_lines_are_served_without_an_index(tmp_path):
+    array = tmp_path / "c.json"
+    array.write_text(json.dumps(ROWS))
+    for path in (array, write_source(tmp_path, "jsonl.gz"), write_source(tmp_path, "parquet")):
+        with pytest.raises(CorpusError, match="expected JSONL, one document a line"):
+            Corpus.of_lines(path)
+
+
+def test_an_older_file_in_the_place_of_a_corpus_is_seen(tmp_path):
+    """Copies keep their time, so it does not tell whether the offsets beside a file are its own."""
+    path = write_lines(tmp_path / "c.jsonl", ROWS)
+    assert len(Corpus.of_lines(path)) == 3
+    for other in ([{"id": "9", "contents": "x" * 200}, *ROWS], ROWS[:2], [*ROWS, {"id": "9", "contents": "x"}]):
+        write_lines(path, other)
+        os.utime(path, (1, 1))
+        corpus = Corpus.of_lines(path)
+        assert [corpus[i] for i in range(len(corpus))] == other

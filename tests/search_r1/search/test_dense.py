@@ -23,6 +23,7 @@ from search_r1.search.corpus import CorpusReader  # noqa: E402
 from search_r1.search.encoder import Encoder, prefixes  # noqa: E402
 from search_r1.search.engines import load  # noqa: E402
 from search_r1.search.fusion import Hybrid, Reranker, fuse  # noqa: E402
+from search_r1.search.index_builder import is_built  # noqa: E402
 from search_r1.search.index_builder import main as build_index  # noqa: E402
 from search_r1.search.manifest import CorpusError, building, locked  # noqa: E402
 from search_r1.search.retrieval_server import parse_arguments  # noqa: E402
@@ -369,3 +370,9 @@ def test_an_index_that_cannot_be_on_gpus_is_refused_by_name(monkeypatch, faiss_t
     index = dense.faiss.index_factory(8, faiss_type, dense.faiss.METRIC_INNER_PRODUCT)
     with pytest.raises(CorpusError, match=r"Index\w+ of 0 vectors.*not implemented on GPU.*Flat, IVF-Flat, IVF-SQ8"):
         dense.to_gpus(index)
+
+
+def test_an_index_of_another_encoder_is_built_anew(corpus, built):
+    index = built / "dense_Flat.index"
+    assert is_built("dense", CorpusReader(corpus), index, MODEL)
+    assert not is_built("dense", CorpusReader(corpus), index, "another/encoder")

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from verl.agent import Source, Trajectory
 from verl.protocol import DataProto, collate_trajectories
 from verl.trainer.config import FilterGroupsConfig
+from verl.utils.reward import compare
 from verl.utils.seqlen_balancing import balance
 from verl.workers.rollout.agent_worker import Failure, Job
 
@@ -76,10 +78,18 @@ def failure_metrics(results: Sequence[Trajectory | Failure], prefix: str = "roll
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Reward components, tokens by author, and contexts that were not a prefix of their trajectory (must be 0)."""
     size = len(trajectories)
-    names = {name for t in trajectories for name in t.reward} - {"score"}
-    metrics = {f"reward/{name}": sum(t.reward.get(name, 0.0) for t in trajectories) / size for name in sorted(names)}
+    metrics = {f"reward/{name}": mean for name, mean in component_means(trajectories).items()}
     metrics |= {f"rollout/{s}_tokens": sum(t.num_tokens(s) for t in trajectories) / size for s in Source}
     return metrics | {"rollout/context_violations": float(sum(t.context_violations for t in trajectories))}
+
+
+def component_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean of every component of the reward, over the trajectories that have it."""
+    values: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for name, value in trajectory.reward.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(values[name]) / len(values[name]) for name in sorted(values.keys() - {"score"})}
 
 
 def check_failures(results: Sequence[Trajectory | Failure], limit: float) -> None:
@@ -100,6 +110,21 @@ def groups_of(jobs: Sequence[Job], trajectories: Sequence[Trajectory]) -> list[l
     for job, trajectory in zip(jobs, trajectories, strict=True):
         groups.setdefault(job.uid, []).append(trajectory)
     return list(groups.values())
+
+
+def score_groups(
+    reward: Any, jobs: Sequence[Job], results: Sequence[Trajectory | Failure], min_group: int
+) -> list[Trajectory | Failure]:
+    """The results after a reward that has `score_groups` has compared the trajectories of each prompt.
+
+    A trajectory that this leaves without a finite score is a failure. Raises RewardError when the reward raises.
+    """
+    compared_jobs, compared, _ = surviving(jobs, results, min_group)
+    if not hasattr(reward, "score_groups") or not compared:
+        return list(results)
+    failed = compare(reward, groups_of(compared_jobs, compared))
+    failures = {key: Failure(str(error.args[0]), error.num_calls) for key, error in failed.items()}
+    return [failures.get(id(result), result) for result in results]
 
 
 def surviving(

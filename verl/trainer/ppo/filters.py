@@ -9,6 +9,7 @@ from verl.agent import Trajectory
 from verl.protocol import DataProto
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import accepted, group_rows, importance_weights, log_ratios, mismatch
+from verl.utils.errors import RewardError
 from verl.utils.torch_functional import masked_mean, masked_sum
 from verl.workers.rollout.agent_worker import Job
 
@@ -18,8 +19,14 @@ Rolled = tuple[list[Job], list[Trajectory]]
 def differing_groups(jobs: Sequence[Job], trajectories: Sequence[Trajectory], metric: str) -> Rolled:
     """The trajectories of groups that do not all have the same `metric` in their reward.
 
-    Raises KeyError for a reward without it.
+    Raises RewardError naming what there is for a reward without it.
     """
+    if lacking := [t for t in trajectories if metric not in t.reward]:
+        raise RewardError(
+            f"algorithm.filter_groups.metric={metric}: the reward of {len(lacking)} of {len(trajectories)} "
+            f"trajectories has no such number, only {', '.join(sorted(lacking[0].reward))}: name one of these, or let "
+            "the reward return it for every trajectory"
+        )
     values: dict[str, set[float]] = {}
     for job, trajectory in zip(jobs, trajectories, strict=True):
         values.setdefault(job.uid, set()).add(trajectory.reward[metric])

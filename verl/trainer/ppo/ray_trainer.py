@@ -16,8 +16,8 @@ from verl.trainer.ppo.batching import (
     RolloutFailed,
     build_batch,
     check_failures,
-    groups_of,
     rollout_metrics,
+    score_groups,
     surviving,
 )
 from verl.trainer.ppo.checkpoints import Checkpoints
@@ -31,6 +31,7 @@ from verl.trainer.ppo.rollout import Submitted
 from verl.trainer.supervise import Stop
 from verl.utils.checkpoint import CheckpointError
 from verl.utils.dataset import RLHFDataset
+from verl.utils.errors import RewardError
 from verl.utils.tracking import Timers, Tracking, truncate_metrics
 from verl.workers.rollout.agent_worker import Job
 
@@ -39,7 +40,7 @@ class TrainingDiverged(RuntimeError):
     """Losses or gradients stayed non-finite for too many training steps in a row."""
 
 
-ENDINGS = (RolloutFailed, TrainingDiverged, NothingToLearn, TrainingCollapsed)
+ENDINGS = (RolloutFailed, RewardError, TrainingDiverged, NothingToLearn, TrainingCollapsed)
 """What ends a run and would come again if it were only started again."""
 
 
@@ -169,10 +170,10 @@ class RayPPOTrainer:
         """The trajectories of the next batch of prompts, those that failed left out; adds all of them to `drawn`."""
         config = self.config
         jobs, results = self.ahead.next(self.total - self.step + 1)
+        min_group = 2 if config.compares else 1
+        results = score_groups(self.reward, jobs, results, min_group)
         check_failures(results, config.trainer.max_failed_share)
-        jobs, trajectories, dropped = surviving(jobs, results, min_group=2 if config.compares else 1)
-        if hasattr(self.reward, "score_groups"):
-            self.reward.score_groups(groups_of(jobs, trajectories))
+        jobs, trajectories, dropped = surviving(jobs, results, min_group)
         drawn.add(results, trajectories, dropped)
         return jobs, trajectories
 

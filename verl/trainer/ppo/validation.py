@@ -8,7 +8,7 @@ from typing import Any
 
 from verl.agent import Source, Trajectory
 from verl.trainer.config import PPOConfig
-from verl.trainer.ppo.batching import check_failures, failure_metrics
+from verl.trainer.ppo.batching import check_failures, component_means, failure_metrics
 from verl.trainer.ppo.records import trajectory_records
 from verl.trainer.ppo.rollout import RolloutManager, Submitted
 from verl.utils.dataset import RLHFDataset
@@ -28,7 +28,8 @@ def score(
     """`val/` metrics, by data source and over all, and the records of all trajectories.
 
     With `val_kwargs.n` = k samples per question, `val/pass@k` is the share of questions with a sample that scores 1.
-    A trajectory that the environment broke twice is counted (`val/failed`), not scored.
+    A component is averaged over the trajectories that have it. A trajectory that failed twice is counted
+    (`val/failed`), not scored.
     """
     sampling = config.actor_rollout_ref.rollout.val_kwargs
     check_failures(results, config.trainer.max_failed_share)
@@ -43,13 +44,12 @@ def score(
         solved[source][job.uid] = solved[source].get(job.uid, False) or reward >= 1
     metrics = failure_metrics(results, "val")
     for source, trajectories in by_source.items():
-        metrics[f"val/test_score/{source}"] = mean_of("score", trajectories)
+        metrics[f"val/test_score/{source}"] = mean_score(trajectories)
         if sampling.n > 1:
             metrics[f"val/pass@{sampling.n}/{source}"] = sum(solved[source].values()) / len(solved[source])
-        names = {name for t in trajectories for name in t.reward} - {"score"}
-        metrics |= {f"val/{name}/{source}": mean_of(name, trajectories) for name in names}
+        metrics |= {f"val/{name}/{source}": mean for name, mean in component_means(trajectories).items()}
         metrics |= {f"val/{k}/{source}": v for k, v in agent.reduce_metrics(trajectories).items()}
-    metrics["val/test_score/all"] = mean_of("score", [t for _, t in done])
+    metrics["val/test_score/all"] = mean_score([t for _, t in done])
     metrics |= {f"val/{k}": v for k, v in agent.reduce_metrics([t for _, t in done]).items()}
     return metrics, trajectory_records([j for j, _ in done], [t for _, t in done], tokenizer)
 
@@ -62,6 +62,5 @@ def recorded(run_dir: Path, step: int) -> dict[str, float]:
     return {name: value for name, value in figures if name.startswith("val/") and value is not None}
 
 
-def mean_of(name: str, trajectories: list[Trajectory]) -> float:
-    """Mean of a reward component; a trajectory without it counts 0."""
-    return sum(t.reward.get(name, 0.0) for t in trajectories) / len(trajectories)
+def mean_score(trajectories: Sequence[Trajectory]) -> float:
+    return sum(t.reward["score"] for t in trajectories) / len(trajectories)

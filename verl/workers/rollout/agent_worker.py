@@ -1,7 +1,6 @@
 """The CPU process that runs agent loops: one coroutine per trajectory, scored as it finishes."""
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, Protocol, cast
 from verl.agent import Completion, Row, Source, Trajectory, TrajectoryFailed
 from verl.single_controller.worker import stacks
 from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer
+from verl.utils.reward import score
 from verl.workers.rollout.router import Router
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """A trajectory that the environment broke twice."""
+    """A trajectory that twice was broken by the environment, or got no score."""
 
     message: str
     num_calls: int
@@ -115,8 +115,7 @@ class AgentLoopWorker:
         finally:
             self.engines.forget(session)
         if trajectory.num_tokens(Source.MODEL):
-            reward = self.reward(trajectory, job.row)
-            trajectory.reward = await reward if inspect.isawaitable(reward) else reward
+            await score(self.reward, trajectory, job.row)
         return trajectory
 
     def replace_engine(self, replica: int, handle: Any) -> None:
