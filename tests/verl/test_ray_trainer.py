@@ -10,7 +10,7 @@ from tests.verl.test_checkpoints_of_run import Run, rewind
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.collapse import Alarm, CollapseWatchConfig, Signal
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, TrainingCollapsed, TrainingDiverged
-from verl.utils.checkpoint import CheckpointError
+from verl.utils.checkpoint_storage import CheckpointError
 from verl.utils.run_folder import best, steps
 from verl.utils.tracking import STEP, Timers, Tracking
 

@@ -52,7 +52,7 @@ def gradient(model_path: str, dtype: str, micro: int, sizes: list[int] | None) -
     fsdp = FSDPConfig.model_construct(model_dtype=dtype, dtype=dtype, param_offload=False, reshard_after_forward=True)
     model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh)
     optimizer = Recorder(model.parameters(), lr=1.0)
-    state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+    state = TrainState(model, optimizer, peak_lr=1.0, schedule=lambda ticks: 1.0)
     batch = ragged_batch(getattr(torch, dtype))
     if sizes is not None:
         batch.meta_info["rank_sizes"] = sizes
@@ -94,7 +94,7 @@ def diverging_step(model_path: str) -> tuple[float, bool]:
     fsdp = FSDPConfig(model_dtype="float32", dtype="float32")
     model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=True), "lm", fsdp, worker.mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+    state = TrainState(model, optimizer, peak_lr=1.0, schedule=lambda ticks: 1.0)
     before = [p.full_tensor().clone() for p in model.parameters()]
     batch = ragged_batch(torch.float32)
     batch.batch["advantages"][0, 0] = torch.nan  # on one rank only
