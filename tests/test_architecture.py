@@ -119,6 +119,56 @@ def test_habits():
     assert not broken, "\n".join(broken)
 
 
+RUNS_WHAT_IT_READS = {
+    "pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
+}  # fmt: skip
+"""Modules that run what a file holds."""
+
+
+def runs_what_it_reads(node: ast.AST) -> bool:
+    """Whether a call lets a file run code: by a keyword, or by a function that has a harmless twin."""
+    if not isinstance(node, ast.Call):
+        return False
+    keywords = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+    name = ast.unparse(node.func)
+    loads = name.endswith(("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"))
+    return (
+        (loads and keywords.get("weights_only") is not True)
+        or keywords.get("allow_pickle") is True
+        or (keywords.get("trust_remote_code") is True)
+    )
+
+
+def test_no_file_is_read_that_could_run_code():
+    broken = [
+        f"{name} imports {module}"
+        for name, tree in TREES.items()
+        for module in imports(tree)
+        if module.partition(".")[0] in RUNS_WHAT_IT_READS
+    ]
+    broken += [
+        f"{name}:{node.lineno} {ast.unparse(node)}"  # pyright: ignore[reportAttributeAccessIssue]
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if runs_what_it_reads(node)
+    ]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+    ],
+)
+def test_that_rule_bites(call):
+    assert runs_what_it_reads(ast.parse(call, mode="eval").body)
+
+
 def test_the_retrieval_server_needs_no_trainer():
     """The extra `retrieval` is enough: engines with other needs import them when they are chosen."""
     code = "import sys, search_r1.search.retrieval_server, search_r1.search.index_builder; print(*sys.modules)"

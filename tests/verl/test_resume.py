@@ -1,0 +1,155 @@
+"""What a resumed run may change: every key is decided on, told where it takes effect, refused where it cannot."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from tests.verl.test_dataset import row
+from verl.trainer.config import PPOConfig, validate
+from verl.trainer.main_ppo import CONFIGS
+from verl.trainer.ppo.checkpoints import TRAINER
+from verl.trainer.resume import FIXED, TAKES_EFFECT, WITHOUT_MEANING, check_resume
+from verl.utils.config import Config
+from verl.utils.dataset import questions_digest
+from verl.utils.errors import ConfigError
+
+QUESTIONS = [row(text=f"Who is {i}?") for i in range(4)]
+ADAPTERS = "actor_rollout_ref.model.lora_rank=8"
+
+
+def configured(*overrides: str, name: str = "ppo") -> PPOConfig:
+    fixed = ["data.train_files=a.parquet", "data.val_files=b.parquet", "trainer.experiment_name=test",
+             "actor_rollout_ref.model.path=/models/a"]  # fmt: skip
+    with initialize_config_dir(CONFIGS, version_base=None):
+        raw: Any = OmegaConf.to_container(compose(name, [*fixed, *overrides]), resolve=True)
+    return validate(raw)
+
+
+def saved_with(folder: Path, config: PPOConfig, questions: list[Any] = QUESTIONS) -> Path:
+    state = {"config": config.model_dump(mode="json"), "questions": questions_digest(questions)}
+    (folder / TRAINER).write_text(json.dumps(state))
+    return folder
+
+
+def sections(model: type[Config] = PPOConfig) -> Iterator[type[Config]]:
+    yield model
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            yield from sections(field.annotation)
+
+
+@pytest.mark.parametrize("section", dict.fromkeys(sections()), ids=lambda section: section.__name__)
+def test_every_field_is_decided_on_once(section):
+    fields = section.model_fields.items()
+    own = [name for name, f in fields if not (isinstance(f.annotation, type) and issubclass(f.annotation, Config))]
+    tables = (FIXED, WITHOUT_MEANING, TAKES_EFFECT)
+    decided = [name for table in tables for name in table.get(section, []) if "." not in name]
+    assert sorted(decided) == sorted(own), "decide in verl/trainer/resume.py what a change means for a resumed run"
+
+
+def test_what_may_change_takes_effect_and_is_told(tmp_path):
+    saved_with(tmp_path, configured())
+    now = configured(
+        "actor_rollout_ref.actor.optim.lr=1e-7", "critic.optim.betas=[0.9,0.95]", "trainer.n_gpus_per_node=4",
+        "algorithm.kl_ctrl.kl_coef=0.05", "reward.f1=0.5", "data.train_batch_size=256", "trainer.save_freq=7",
+        "trainer.collapse_watch.signals={actor/entropy: null}", "retriever.topk=5",
+        "++actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+    )  # fmt: skip
+    assert {str(change) for change in check_resume(tmp_path, now, QUESTIONS)} == {
+        "actor_rollout_ref.actor.optim.lr: 1e-06 -> 1e-07",
+        "critic.optim.betas: [0.9, 0.999] -> [0.9, 0.95]",
+        "trainer.n_gpus_per_node: 8 -> 4",
+        "algorithm.kl_ctrl.kl_coef: 0.001 -> 0.05",
+        "reward.f1: 0.0 -> 0.5",
+        "data.train_batch_size: 512 -> 256",
+        "trainer.save_freq: -1 -> 7",
+        "trainer.collapse_watch.signals.actor/entropy.below: 0.005 -> null",
+        "trainer.collapse_watch.signals.actor/entropy.falls_to: 0.1 -> null",
+        "trainer.collapse_watch.signals.actor/entropy.rises_to: 2.5 -> null",
+        "agent.retriever.topk: 3 -> 5",
+        'actor_rollout_ref.model.override_config.attn_implementation: null -> "sdpa"',
+        'critic.model.override_config.attn_implementation: null -> "sdpa"',
+    }
+
+
+def test_nothing_is_told_of_the_same_configuration_or_of_what_is_about_this_start_alone(tmp_path):
+    saved_with(tmp_path, configured())
+    assert check_resume(tmp_path, configured(), QUESTIONS) == []
+    moved = configured("data.train_files=elsewhere/a.parquet", "trainer.default_local_dir=/moved", "data.made_by=make")
+    assert check_resume(tmp_path, moved, QUESTIONS) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.shuffle_train_dataloader=false", "saved with true, and the place in the data"),
+        ("trainer.seed=1", "saved with 0, and the place in the data"),
+        ("actor_rollout_ref.model.path=/models/b", "saved with \"/models/a\", and its weights are those of that model"),
+        ("actor_rollout_ref.model.tokenizer_path=/models/b", "tokens of that tokenizer"),
+        ("actor_rollout_ref.model.lora_rank=4", "saved with 8, and its adapters are of that shape"),
+        ("actor_rollout_ref.model.lora_alpha=32", "saved with 16, and its adapters were trained at that scale"),
+        ("actor_rollout_ref.model.target_modules=[q_proj]", "its adapters are of that shape"),
+        ("++actor_rollout_ref.model.override_config.rope_theta=1e6", "its weights are those of that model"),
+        ("critic.model.path=/models/b", "its weights are those of that model"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_meaning_of_the_state_is_refused(tmp_path, override, told):
+    saved_with(tmp_path, configured(ADAPTERS))
+    with pytest.raises(ConfigError) as refused:
+        check_resume(tmp_path, configured(ADAPTERS, override, "actor_rollout_ref.actor.optim.lr=1e-7"), QUESTIONS)
+    key = override.partition("=")[0].lstrip("+")
+    assert any(problem.startswith(f"{key}=") and told in problem for problem in refused.value.problems)
+    assert "optim.lr" not in str(refused.value) and "put back what was changed" in refused.value.problems[-1]
+
+
+def test_every_fixed_key_is_refused_by_name():
+    """The cases above are all of them."""
+    names = {name for fields in FIXED.values() for name in fields}
+    assert names == {
+        "shuffle_train_dataloader", "seed", "path", "tokenizer_path", "lora_rank", "lora_alpha", "target_modules",
+        "override_config",
+    }  # fmt: skip
+
+
+def test_a_critic_can_be_left_and_not_made_up(tmp_path):
+    saved_with(tmp_path, configured(name="ppo"))
+    told = [str(change) for change in check_resume(tmp_path, configured(name="grpo"), QUESTIONS)]
+    assert 'algorithm.adv_estimator: "gae" -> "grpo"' in told
+    assert not any(line.startswith("critic") for line in told)
+    saved_with(tmp_path, configured(name="grpo"))
+    with pytest.raises(ConfigError, match="saved with grpo, and holds no critic"):
+        check_resume(tmp_path, configured(name="ppo"), QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    ("questions", "same"),
+    [
+        (QUESTIONS, True),
+        ([row(text=f"Who is {i}?", target=["B"]) for i in range(4)], True),
+        (QUESTIONS[:3], False),
+        (QUESTIONS[::-1], False),
+        ([*QUESTIONS[:3], row(text="Who else?")], False),
+    ],
+    ids=["same", "answers corrected", "fewer", "another order", "another question"],
+)
+def test_the_place_in_the_data_is_one_among_the_same_questions(tmp_path, questions, same):
+    saved_with(tmp_path, configured())
+    if same:
+        assert check_resume(tmp_path, configured(), questions) == []
+    else:
+        with pytest.raises(ConfigError, match="saved with other training questions"):
+            check_resume(tmp_path, configured(), questions)
+
+
+def test_a_key_of_another_version_is_no_change(tmp_path):
+    saved_with(tmp_path, configured())
+    state = json.loads((tmp_path / TRAINER).read_text())
+    del state["config"]["trainer"]["save_hf"], state["config"]["actor_rollout_ref"]["model"]["lora_alpha"]
+    state["config"]["trainer"]["gone"] = 1
+    (tmp_path / TRAINER).write_text(json.dumps(state))
+    assert check_resume(tmp_path, configured(), QUESTIONS) == []
