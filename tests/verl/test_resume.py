@@ -1,30 +1,50 @@
-"""What a resumed run may change: every key is decided on, told where it takes effect, refused where it cannot."""
+"""What a resumed run has from its checkpoint, and what it may change: every key is decided on, told where it takes
+effect, refused where it cannot."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from tests.verl.batches import ragged_batch
+from tests.verl.test_checkpoints_of_run import Run
 from tests.verl.test_dataset import row
 from verl.trainer.config import PPOConfig, validate
 from verl.trainer.main_ppo import CONFIGS
+from verl.trainer.ppo.advantage import build_kl_controller
+from verl.trainer.ppo.ahead import RolloutAhead
 from verl.trainer.ppo.checkpoints import TRAINER
+from verl.trainer.ppo.collapse import CollapseWatch
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.resume import FIXED, TAKES_EFFECT, WITHOUT_MEANING, check_resume
 from verl.utils.config import Config
 from verl.utils.dataset import questions_digest
 from verl.utils.errors import ConfigError
+from verl.utils.tracking import Timers, Tracking
 
 QUESTIONS = [row(text=f"Who is {i}?") for i in range(4)]
 ADAPTERS = "actor_rollout_ref.model.lora_rank=8"
 
 
 def configured(*overrides: str, name: str = "ppo") -> PPOConfig:
-    fixed = ["data.train_files=a.parquet", "data.val_files=b.parquet", "trainer.experiment_name=test",
-             "actor_rollout_ref.model.path=/models/a"]  # fmt: skip
+    fixed = [
+        "data.train_files=a.parquet",
+        "data.val_files=b.parquet",
+        "data.train_batch_size=240",
+        "actor_rollout_ref.actor.optim.lr=1e-6",
+        "critic.optim.betas=[0.9,0.999]",
+        "actor_rollout_ref.model.path=/models/a",
+        "trainer.experiment_name=test",
+        "trainer.n_gpus_per_node=8",
+        "trainer.save_freq=-1",
+        "retriever.topk=3",
+    ]
     with initialize_config_dir(CONFIGS, version_base=None):
         raw: Any = OmegaConf.to_container(compose(name, [*fixed, *overrides]), resolve=True)
     return validate(raw)
@@ -56,7 +76,7 @@ def test_what_may_change_takes_effect_and_is_told(tmp_path):
     saved_with(tmp_path, configured())
     now = configured(
         "actor_rollout_ref.actor.optim.lr=1e-7", "critic.optim.betas=[0.9,0.95]", "trainer.n_gpus_per_node=4",
-        "algorithm.kl_ctrl.kl_coef=0.05", "reward.f1=0.5", "data.train_batch_size=256", "trainer.save_freq=7",
+        "algorithm.kl_ctrl.kl_coef=0.05", "reward.f1=0.5", "data.train_batch_size=480", "trainer.save_freq=7",
         "trainer.collapse_watch.signals={actor/entropy: null}", "retriever.topk=5",
         "++actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     )  # fmt: skip
@@ -66,11 +86,10 @@ def test_what_may_change_takes_effect_and_is_told(tmp_path):
         "trainer.n_gpus_per_node: 8 -> 4",
         "algorithm.kl_ctrl.kl_coef: 0.001 -> 0.05",
         "reward.f1: 0.0 -> 0.5",
-        "data.train_batch_size: 512 -> 256",
+        "data.train_batch_size: 240 -> 480",
         "trainer.save_freq: -1 -> 7",
-        "trainer.collapse_watch.signals.actor/entropy.below: 0.005 -> null",
-        "trainer.collapse_watch.signals.actor/entropy.falls_to: 0.1 -> null",
-        "trainer.collapse_watch.signals.actor/entropy.rises_to: 2.5 -> null",
+        'trainer.collapse_watch.signals.actor/entropy: {"below": 0.005, "above": null, "falls_to": 0.1, '
+        '"rises_to": 2.5, "falls_by": null} -> null',
         "agent.retriever.topk: 3 -> 5",
         'actor_rollout_ref.model.override_config.attn_implementation: null -> "sdpa"',
         'critic.model.override_config.attn_implementation: null -> "sdpa"',
@@ -153,3 +172,114 @@ def test_a_key_of_another_version_is_no_change(tmp_path):
     state["config"]["trainer"]["gone"] = 1
     (tmp_path / TRAINER).write_text(json.dumps(state))
     assert check_resume(tmp_path, configured(), QUESTIONS) == []
+
+
+class Questions:
+    """Seven of them."""
+
+    rows = tuple(range(7))
+    prompt_ids = tuple([row] for row in rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Rollout:
+    version = 0
+
+    def submit(self, rows: Any, *_: Any, **__: Any) -> Any:
+        return rows
+
+    def collect(self, rows: Any) -> tuple[Any, list[Any]]:
+        return rows, []
+
+
+def trainer_in(folder: Path, *overrides: str) -> RayPPOTrainer:
+    """All that the driver keeps itself, as at the start of a run; actor and critic only write down."""
+    made: Any = RayPPOTrainer.__new__(RayPPOTrainer)
+    made.config = configured("algorithm.kl_ctrl.type=adaptive", *overrides)
+    made.questions = questions_digest(QUESTIONS)
+    made.rollout = Rollout()
+    made.ahead = RolloutAhead(made.config, Questions(), made.rollout)  # pyright: ignore[reportArgumentType]
+    made.kl_ctrl = build_kl_controller(made.config.algorithm)
+    made.collapse_watch = CollapseWatch(made.config.trainer.collapse_watch)
+    made.checkpoints = Run(folder).checkpoints
+    made.timers, made.tracking = Timers(), Tracking(str(folder), [], "project", "run", {}, {})
+    made.step = made.skipped_in_a_row = 0
+    made.metrics, made.validating, made.validating_again = {}, None, False
+    return made
+
+
+def trained(folder: Path, *overrides: str, steps: int = 4) -> RayPPOTrainer:
+    """A trainer after `steps` steps, with a checkpoint of the last; nothing of it is as at the start."""
+    made: Any = trainer_in(folder, *overrides)
+    for _ in range(steps):
+        made.step += 1
+        made.ahead.next(10)
+        made.rollout.version += 1
+        made.collapse_watch.observe(made.step, {"actor/entropy": 0.5, "actor/grad_norm": 1.0})
+    made.kl_ctrl.value, made.skipped_in_a_row = 0.0625, 1
+    made.validating = (made.step, "under way")
+    made.checkpoints.save(made.step, made.state_dict())
+    made.checkpoints.complete()
+    return made
+
+
+def test_everything_that_the_driver_has_become_is_restored(tmp_path):
+    fresh, before = trainer_in(tmp_path).state_dict(), trained(tmp_path)
+    resumed = trainer_in(tmp_path)
+    resumed.load_checkpoint(4)
+    assert resumed.validating_again
+    resumed.rollout.version += 1  # the sync of the weights, with which every run begins
+    saved, restored = ({**t.state_dict(), "validating": None} for t in (before, resumed))
+    assert restored == saved
+    same = {key for key, value in fresh.items() if saved[key] == value}
+    assert same == {"config", "questions", "wandb"}, "all else had changed, so that a default would be seen"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "coefficient"),
+    [
+        ([], [], 0.0625),
+        ([], ["algorithm.kl_ctrl.target_kl=0.2", "algorithm.kl_ctrl.horizon=99"], 0.0625),
+        ([], ["algorithm.kl_ctrl.kl_coef=0.05"], 0.05),
+        ([], ["algorithm.kl_ctrl.type=fixed"], 0.001),
+        (["algorithm.kl_ctrl.type=fixed"], [], 0.001),
+        (["algorithm.kl_ctrl.type=fixed"], ["algorithm.kl_ctrl.type=fixed", "algorithm.kl_ctrl.kl_coef=0.05"], 0.05),
+    ],
+    ids=["adaptive", "other dynamics", "other start", "fixed from now on", "adaptive from now on", "fixed and changed"],
+)
+def test_the_kl_coefficient_goes_on_where_it_is_a_state_and_follows_the_configuration_otherwise(
+    tmp_path, before, after, coefficient
+):
+    trained(tmp_path, *before)
+    resumed = trainer_in(tmp_path, *after)
+    resumed.load_checkpoint(4)
+    assert resumed.kl_ctrl.value == coefficient
+
+
+@pytest.mark.parametrize(("step", "learned"), [(1, False), (2, False), (3, True)])
+def test_the_critics_warm_up_ends_where_it_would_have(tmp_path, step, learned):
+    """Three steps of warm-up, resumed after `step` of them: the actor learns in the next one from step 4 on."""
+    trained(tmp_path, steps=step)
+    resumed, taken = trainer_in(tmp_path, "trainer.critic_warmup=3"), []
+    resumed.actor = SimpleNamespace(update_actor=lambda batch: taken.append(batch) or {"skipped_steps": 0.0})
+    resumed.load_checkpoint(step)
+    resumed.step += 1
+    batch = ragged_batch(torch.float32)
+    mask, old = batch.batch["response_mask"], batch.batch["old_log_probs"]
+    resumed.update_actor(batch.with_tensors(turns=mask - 1, rollout_log_probs=old))
+    assert bool(taken) is learned
+
+
+def test_signals_that_are_not_watched_any_more_are_forgotten(tmp_path):
+    """Else the step since which one was out of bounds would hold back every later roll back."""
+    before = trainer_in(tmp_path)
+    for step, entropy in enumerate((1.0, 1.0, 0.0), 1):
+        before.collapse_watch.observe(step, {"actor/entropy": entropy, "actor/grad_norm": 1.0})
+    assert before.collapse_watch.since == {"actor/entropy": 3}
+    after = trainer_in(
+        tmp_path, "trainer.collapse_watch.signals={actor/entropy: null}", "trainer.collapse_watch.window=1"
+    )
+    after.collapse_watch.load_state_dict(before.collapse_watch.state_dict())
+    assert after.collapse_watch.since == {} and after.collapse_watch.history == {"actor/grad_norm": [1.0]}
