@@ -62,9 +62,7 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
     shared["actor_rollout_ref__actor__optim__lr"] = 5e-4
     status, output = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=3, **shared))
     assert status == 0 and "resuming after step 2" in output, output[-3000:]
-    told = [
-        line.partition("changed since global_step_2: ")[2] for line in output.splitlines() if "changed since" in line
-    ]
+    told = [change for line in output.splitlines() if (change := line.partition("changed since global_step_2: ")[2])]
     assert told == ["actor_rollout_ref.actor.optim.lr: 0.001 -> 0.0005", "trainer.total_training_steps: 2 -> 3"]
     assert [line["actor/lr"] for line in metrics(tmp_path)[1:]] == [1e-3, 1e-3, 5e-4]
     assert [line["training/global_step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
