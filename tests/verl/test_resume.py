@@ -16,16 +16,18 @@ from tests.verl.batches import ragged_batch
 from tests.verl.test_checkpoints_of_run import Run
 from tests.verl.test_dataset import row
 from verl.trainer.config import PPOConfig, validate
-from verl.trainer.main_ppo import CONFIGS
+from verl.trainer.main_ppo import CONFIGS, checkpoint_to_resume, status_of
 from verl.trainer.ppo.advantage import build_kl_controller
 from verl.trainer.ppo.ahead import RolloutAhead
 from verl.trainer.ppo.checkpoints import TRAINER
 from verl.trainer.ppo.collapse import CollapseWatch
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.resume import FIXED, TAKES_EFFECT, WITHOUT_MEANING, check_resume
+from verl.utils.checkpoint_storage import CheckpointError
 from verl.utils.config import Config
 from verl.utils.dataset import questions_digest
 from verl.utils.errors import ConfigError
+from verl.utils.run_folder import name_latest
 from verl.utils.tracking import Timers, Tracking
 
 QUESTIONS = [row(text=f"Who is {i}?") for i in range(4)]
@@ -172,6 +174,27 @@ def test_a_key_of_another_version_is_no_change(tmp_path):
     state["config"]["trainer"]["gone"] = 1
     (tmp_path / TRAINER).write_text(json.dumps(state))
     assert check_resume(tmp_path, configured(), QUESTIONS) == []
+
+
+def test_what_cannot_be_resumed_ends_the_command_before_anything_is_written(tmp_path, caplog, capsys):
+    """And what can be says what has changed."""
+    run = [f"trainer.default_local_dir={tmp_path}"]
+    questions = SimpleNamespace(rows=QUESTIONS)
+    assert checkpoint_to_resume(configured(*run), questions) is None
+    folder = tmp_path / "global_step_3"
+    folder.mkdir()
+    name_latest(tmp_path, 3)
+    saved_with(folder, configured(*run))
+    with caplog.at_level("INFO"):
+        assert checkpoint_to_resume(configured(*run, "trainer.save_freq=5"), questions) == folder
+    assert "changed since global_step_3: trainer.save_freq: -1 -> 5" in caplog.text
+    with pytest.raises(ConfigError, match="resume_mode=disable"):
+        checkpoint_to_resume(configured(*run, "trainer.resume_mode=disable"), questions)
+    (folder / TRAINER).rename(folder / "trainer.pt")
+    with pytest.raises(CheckpointError, match=r"trainer\.pt: a pickle") as refused:
+        checkpoint_to_resume(configured(*run), questions)
+    assert status_of(refused.value) == 1 and "Finish the run with the version" in capsys.readouterr().err
+    assert not (tmp_path / "config.yaml").exists()
 
 
 class Questions:
