@@ -29,6 +29,7 @@ from verl.utils.config import Config
 from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.processes import dying_with_this
+from verl.utils.run_folder import claim
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
 
 
@@ -88,8 +89,9 @@ class Finetune:
         self.model = str(config.actor_rollout_ref.model.path)
 
     def __call__(self) -> Path:
-        """The folder of the final model."""
+        """The folder of the final model. Raises DataError when finished rounds in it were made otherwise."""
         final = self.run_dir / "hf"
+        claim(self.run_dir / "finetune.json", self.made_of(), "finetuning")
         for number in range(self.config.rounds):
             folder = self.run_dir / f"round_{number + 1}"
             if not (folder / "hf").exists():
@@ -98,6 +100,19 @@ class Finetune:
             self.model = str(folder / "hf")
         shutil.copytree(self.model, final, dirs_exist_ok=True)
         return final
+
+    def made_of(self) -> dict[str, Any]:
+        """What a finished round depends on. More rounds may follow it."""
+        data, section = self.raw["data"], self.raw["actor_rollout_ref"]
+        return {
+            "model": section["model"],
+            "train_files": data["train_files"],
+            "train_data_num": data["train_data_num"],
+            "template": self.raw["template"],
+            "finetune": {k: v for k, v in self.raw["finetune"].items() if k not in ("rounds", "max_token_len_per_gpu")},
+            "agent": {k: v for k, v in self.raw["agent"].items() if k != "retriever"},
+            "reward": {k: v for k, v in self.raw["reward"].items() if k != "judge_endpoint"},
+        }
 
     def rows(self, folder: Path) -> Path:
         """The file of training rows, written."""

@@ -28,6 +28,7 @@ from verl.agent import Completion, Source, Trajectory, TrajectoryFailed
 from verl.trainer.checks import environment_problems
 from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, validate
 from verl.utils.errors import ConfigError, DataError, listed
+from verl.utils.run_folder import claim
 from verl.workers.rollout.openai_engine import OpenAIEngine
 from verl.workers.rollout.router import Router
 from verl.workers.rollout.vllm_server import VLLMServer
@@ -138,8 +139,18 @@ def typed() -> Iterator[str]:
 
 
 async def ask_file(asker: Asker, path: Path, out: Path) -> None:
-    """Answers the questions of a file that `out` lacks, and writes each as it is answered. Raises DataError."""
+    """Answers the questions of a file that `out` lacks, and writes each as it is answered. Raises DataError.
+
+    Also where the answers in `out` are another model's, or were asked for otherwise.
+    """
     questions = read_questions(path)
+    section, agent = asker.config.actor_rollout_ref, asker.config.agent
+    made_of = {
+        "model": section.model.path,
+        "sampling": section.rollout.val_kwargs.model_dump(),
+        "agent": {key: value for key, value in agent.items() if key != "retriever"},
+    }
+    claim(out.with_suffix(".meta.json"), made_of, "set of answers")
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     done = {json.loads(line)["question"] for line in lines}
     todo = [question for question in questions if question not in done]

@@ -119,6 +119,59 @@ def test_habits():
     assert not broken, "\n".join(broken)
 
 
+RUN_WHAT_THEY_READ = ["pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"]
+"""Modules that run what a file holds."""
+PICKLES = [
+    "torch.distributed.checkpoint.FileSystemReader",
+    "torch.distributed.checkpoint.FileSystemWriter",
+    "torch.distributed.checkpoint.filesystem.FileSystemReader",
+    "torch.distributed.checkpoint.filesystem.FileSystemWriter",
+]
+"""Torch's own, whose index is a pickle: `checkpoint_storage` replaces that part."""
+LOADERS = ("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load")
+"""Functions that do so unless they are told not to."""
+
+
+def runs_what_it_imports(importer: str, imported: str) -> bool:
+    """Whether an import brings something by which reading a file runs code."""
+    if within(imported, PICKLES):
+        return importer != "verl.utils.checkpoint_storage"
+    return within(imported, RUN_WHAT_THEY_READ)
+
+
+def runs_what_it_reads(node: ast.AST) -> bool:
+    """Whether a call lets a file, or what comes with a model, run code."""
+    if not isinstance(node, ast.Call):
+        return False
+    given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+    if ast.unparse(node.func) in LOADERS and given.get("weights_only") is not True:
+        return True
+    return given.get("allow_pickle") is True or given.get("trust_remote_code") is True
+
+
+def test_no_file_is_read_that_could_run_code():
+    broken = [f"{a} imports {b}" for a, tree in TREES.items() for b in imports(tree) if runs_what_it_imports(a, b)]
+    for name, tree in TREES.items():
+        broken += [f"{name}: {ast.unparse(node)}" for node in ast.walk(tree) if runs_what_it_reads(node)]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+    ],
+)
+def test_that_rule_bites(call):
+    assert runs_what_it_reads(ast.parse(call, mode="eval").body)
+    assert runs_what_it_imports("verl.utils.tracking", "pickle.loads")
+    assert runs_what_it_imports("verl.utils.checkpoint", "torch.distributed.checkpoint.filesystem.FileSystemReader")
+
+
 def test_the_retrieval_server_needs_no_trainer():
     """The extra `retrieval` is enough: engines with other needs import them when they are chosen."""
     code = "import sys, search_r1.search.retrieval_server, search_r1.search.index_builder; print(*sys.modules)"

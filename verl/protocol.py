@@ -28,6 +28,8 @@ Shapes: B trajectories, P longest prompt, R longest response, T = P + R.
 Masks are carried from the agent loop, never recovered by comparing ids with the pad id.
 """
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -71,6 +73,23 @@ class DataProto:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns of one batch must have one length, got {lengths}")
         return data
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file that `load` reads: tensors, and JSON of the rest.
+
+        Raises TypeError for what JSON cannot hold, OSError or torch's RuntimeError when it cannot be written.
+        """
+        objects = {key: column.tolist() for key, column in self.non_tensor_batch.items()}
+        rest = json.dumps({"non_tensor_batch": objects, "meta_info": self.meta_info})
+        torch.save({"batch": {key: column.cpu() for key, column in self.batch.items()}, "rest": rest}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "DataProto":
+        """The batch in a file of `save`. Runs nothing that the file may hold: raises UnpicklingError instead."""
+        content = torch.load(path, weights_only=True)
+        rest = json.loads(content["rest"])
+        objects = {key: np.fromiter(column, dtype=object) for key, column in rest["non_tensor_batch"].items()}
+        return cls.from_dict(content["batch"], objects, rest["meta_info"])
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the tensors as arrays of these rows alone, in host memory.

@@ -243,8 +243,10 @@ def test_finished_answers_outlive_a_broken_endpoint_and_are_not_asked_again(ques
 def test_another_evaluation_in_the_same_folder_is_refused(questions, retriever):
     scripts = {kind: [RIGHT] for kind in KINDS}
     play("direct", scripts, questions, retriever)
-    with pytest.raises(DataError, match=r"holds another evaluation \(.*agent"):
+    with pytest.raises(DataError, match=r"of another evaluation \(.*agent"):
         play("cot", scripts, questions, retriever)
+    with pytest.raises(DataError, match=r"of another evaluation \(not the same: reward\)"):
+        play("direct", scripts, questions, retriever, "reward.f1=1.0")
 
 
 def test_a_refused_key_an_absent_endpoint_and_training_are_clear_errors(questions, retriever):

@@ -57,6 +57,8 @@ def test_answers_are_learned_and_a_finished_round_is_not_repeated(tmp_path, worl
     assert tokenizer.decode(rows[0]["input_ids"]) == text
     own = [i for i, mask in zip(rows[0]["input_ids"], rows[0]["loss_mask"], strict=True) if mask]
     assert tokenizer.decode(own) == f"<answer> {answer} </answer>{tokenizer.eos_token}"
+    other = finetune(tmp_path, world, "http://127.0.0.1:9", "method=sft", "finetune.lr=3e-4")
+    assert other.returncode == 1 and "of another finetuning (not the same: finetune)" in other.stderr
     before = (tmp_path / "round_1" / "rows.jsonl").stat().st_mtime_ns
     assert finetune(tmp_path, world, "http://127.0.0.1:9", "method=sft").returncode == 0
     assert (tmp_path / "round_1" / "rows.jsonl").stat().st_mtime_ns == before

@@ -69,6 +69,8 @@ def test_a_file_is_answered_and_answered_questions_are_not_asked_again(retriever
     write_lines(questions, [{"question": q} for q in ("First?", "Second?", "Third?")])
     played = ask({"First": [ANSWER], "Second": [ANSWER], "Third": [ANSWER]}, retriever, *files)
     assert len(out.read_text().splitlines()) == 3 and list(played.requests) == ["Third"]
+    with pytest.raises(SystemExit, match=r"answers.meta.json: .* of another set of answers \(not the same: agent\)"):
+        ask({}, retriever, *files, "max_turns=1")
 
 
 def test_a_file_without_questions_is_named(retriever, repository, tmp_path):

@@ -10,7 +10,6 @@ from itertools import islice
 
 import psutil
 import pytest
-import torch
 
 from search_r1.launch import free_port
 from tests.e2e.runs import CORPUS, QUESTIONS, arguments, metrics, start
@@ -335,8 +334,8 @@ def test_a_loss_that_is_not_finite(tmp_path, model):
         run = Run(tmp_path, model, environment, trainer__total_training_steps=5, trainer__save_freq=1, **settings)
         run.ends(1)
     assert "not finite in 2 training steps in a row" in run.output and run.steps() == [1]
-    batch = torch.load(tmp_path / "run/nonfinite/actor_000001.pt", weights_only=False)
-    assert isinstance(batch, DataProto) and batch.batch["advantages"].isnan().any()
+    batch = DataProto.load(tmp_path / "run/nonfinite/actor_000001.pt")
+    assert batch.batch["advantages"].isnan().any()
 
 
 @pytest.mark.slow

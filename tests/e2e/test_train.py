@@ -59,8 +59,12 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
     for (name, after), before in zip(exported.named_parameters(), initial.parameters(), strict=True):
         assert not torch.equal(after, before), name
 
+    shared["actor_rollout_ref__actor__optim__lr"] = 5e-4
     status, output = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=3, **shared))
     assert status == 0 and "resuming after step 2" in output, output[-3000:]
+    told = [change for line in output.splitlines() if (change := line.partition("changed since global_step_2: ")[2])]
+    assert told == ["actor_rollout_ref.actor.optim.lr: 0.001 -> 0.0005", "trainer.total_training_steps: 2 -> 3"]
+    assert [line["actor/lr"] for line in metrics(tmp_path)[1:]] == [1e-3, 1e-3, 5e-4]
     assert [line["training/global_step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
     assert [p.name for p in (tmp_path / "run").glob("global_step_*")] == ["global_step_3"]
 

@@ -99,6 +99,18 @@ def test_a_resumed_run_sees_exactly_the_batches_not_yet_returned(staleness, afte
     assert train(source, source.rollout, total - done, total, done)[0] == rest
 
 
+@given(before=st.integers(1, 9), after=st.integers(1, 9), drawn=st.integers(0, 12), shuffle=st.booleans())
+@settings(deadline=None)
+def test_another_batch_size_goes_on_with_the_next_question(before, after, drawn, shuffle):
+    """Row after row as if nothing had changed, and seeds of rollouts that were not used yet."""
+    sampler, resumed = (ResumableSampler(ROWS, size, SEED, shuffle) for size in (before, after))
+    seen = [row for batch in islice(sampler, drawn) for row in batch]
+    resumed.load_state_dict(sampler.state_dict())
+    seen += [row for batch in islice(resumed, 12) for row in batch]
+    one_by_one = islice(ResumableSampler(ROWS, 1, SEED, shuffle), len(seen))
+    assert seen == [row for (row,) in one_by_one] and resumed.drawn == drawn + 12
+
+
 def test_several_batches_in_a_step_keep_order_and_age():
     """algorithm.filter_groups draws again within a step: the first is 2 versions old, what follows is younger."""
     source, rollout = ahead(2)

@@ -1,5 +1,6 @@
 """Sharded checkpoints: exact, of the moment of the call, on any number of ranks, and on a disk that is full."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ from tests.distributed import run_ranks
 from tests.models import make_tiny_qwen2
 from tests.verl.batches import ragged_batch
 from verl.single_controller.decorator import Dispatch, dispatch
-from verl.utils.checkpoint import CheckpointError, training_state
+from verl.utils.checkpoint import training_state
+from verl.utils.checkpoint_storage import CheckpointError
 from verl.utils.run_folder import complete, discard, find_latest, pending_folder
 from verl.workers.actor import ActorWorker
 from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
@@ -35,11 +37,11 @@ def model(tmp_path_factory):
     return str(make_tiny_qwen2(tmp_path_factory.mktemp("model"), layers=1, width=32, vocab=300, tied=True))
 
 
-def build(path: str, lora_rank: int = 0, offload: bool = False) -> Workers:
+def build(path: str, lora_rank: int = 0, offload: bool = False, optim: OptimConfig = OPTIM) -> Workers:
     model = ModelConfig(path=path, lora_rank=lora_rank, enable_gradient_checkpointing=False)
     fsdp = FSDPConfig(dtype="float32", optimizer_offload=offload)
-    actor = ActorWorker(model, ActorConfig(optim=OPTIM, fsdp_config=fsdp), RolloutConfig(), 10)
-    return actor, CriticWorker(CriticConfig(model=model, optim=OPTIM, fsdp_config=fsdp), 10)
+    actor = ActorWorker(model, ActorConfig(optim=optim, fsdp_config=fsdp), RolloutConfig(), 10)
+    return actor, CriticWorker(CriticConfig(model=model, optim=optim, fsdp_config=fsdp), 10)
 
 
 def train(workers: Workers, steps: int = 1) -> None:
@@ -64,7 +66,7 @@ def whole(values):
 
 def everything(workers: Workers) -> dict:
     states = [w.state for w in workers]
-    return {i: whole(training_state(s)) | {"scheduler": s.scheduler.state_dict()} for i, s in enumerate(states)}
+    return {i: whole(training_state(s)) | {"ticks": s.ticks, "lr": s.lr} for i, s in enumerate(states)}
 
 
 def save(workers: Sequence[Any], root: str, asynchronous: bool = False) -> None:
@@ -147,7 +149,7 @@ def test_another_number_of_ranks_loads_the_same_state(tmp_path, model, before, a
     loaded = run_ranks(after, loaded_by, model, str(tmp_path))
     for state, _ in loaded:
         assert different(saved[0][0], state) == []
-        assert state[0]["scheduler"]["last_epoch"] == 2
+        assert state[0]["ticks"] == 2
     assert torch.equal(saved[0][1], loaded[0][1])
     torch.manual_seed(99)
     assert all(torch.equal(drawn, torch.rand(2)) for _, drawn in loaded[1:])  # a new rank keeps its own random state
@@ -181,6 +183,41 @@ def test_a_lowered_learning_rate_stays_lowered(tmp_path, model):
     (seen,) = run_ranks(1, lowered, model, str(tmp_path))
     assert [actor for actor, _ in seen] == pytest.approx([2e-3, 3e-3, 3e-3, 4e-3, 4e-3])
     assert [critic for _, critic in seen] == pytest.approx([2e-3, 3e-3, 3e-3, 4e-3, 4e-3])
+
+
+OTHER_OPTIM = OptimConfig(
+    lr=1e-3, betas=(0.5, 0.6), weight_decay=0.25, lr_scheduler_type="cosine", min_lr_ratio=0.1
+)  # fmt: skip
+"""Without warm-up, over 10 steps."""
+
+
+def loaded_with_other_settings(model: str, root: str) -> tuple[list[str], list[dict], list[float]]:
+    """Differences of the state; settings of the optimizers after the load; the rates of two steps."""
+    workers, changed = build(model), build(model, optim=OTHER_OPTIM)
+    train(workers, 2)
+    for worker in workers:
+        worker.scale_lr(0.5)
+    save(workers, root)
+    load(changed, root)
+    saved, loaded = ([whole(training_state(w.state)) for w in some] for some in (workers, changed))
+    found = [different(a[part], b[part]) for a, b in zip(saved, loaded, strict=True) for part in ("model",)]
+    found += [different(a["optimizer"]["state"], b["optimizer"]["state"]) for a, b in zip(saved, loaded, strict=True)]
+    settings = [{k: v for k, v in w.state.optimizer.param_groups[0].items() if k != "params"} for w in changed]
+    rates = [changed[0].state.lr]
+    train(changed)
+    return [place for places in found for place in places], settings, [*rates, changed[1].state.lr]
+
+
+def test_settings_of_the_optimizer_are_those_of_the_configuration(tmp_path, model):
+    """Moments and steps are the checkpoint's, all settings the configuration's; what a roll back lowered stays lowered,
+    by its factor of the configured rate."""
+    ((places, settings, rates),) = run_ranks(1, loaded_with_other_settings, model, str(tmp_path))
+    assert places == []
+    expected = [0.5 * 1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 10))) for step in (2, 3)]
+    for group in settings:
+        assert group["betas"] == (0.5, 0.6) and group["weight_decay"] == 0.25 and group["fused"]
+        assert group["lr"] == pytest.approx(expected[0], rel=1e-12)
+    assert rates == pytest.approx(expected, rel=1e-12)
 
 
 def saved_before_the_first_step(model: str, root: str) -> tuple[dict, dict, set[float]]:

@@ -9,7 +9,7 @@ from tests.processes import file_limit
 from verl.trainer.config import TrainerConfig
 from verl.trainer.ppo.checkpoints import Checkpoints
 from verl.utils import run_folder
-from verl.utils.checkpoint import CheckpointError
+from verl.utils.checkpoint_storage import CheckpointError
 from verl.utils.run_folder import best, find_latest, steps
 
 

@@ -125,3 +125,17 @@ def test_sampled_tokens_without_log_probs_are_refused():
     t.segments[0].log_probs.pop()
     with pytest.raises(ValueError, match="2 sampled tokens have 1 log-probs"):
         collate_trajectories([t], 0)
+
+
+def test_a_batch_in_a_file_is_the_same_when_it_is_read(tmp_path):
+    data = DataProto.from_dict(
+        {"x": torch.tensor([[0.1, torch.nan], [1.0, 2.0]]), "mask": torch.tensor([True, False])},
+        {"uid": np.array(["a", "b"], dtype=object), "lists": np.array([[1, 2], [3]], dtype=object)},
+        {"rank_sizes": [1, 1], "num_mini_batches": {"mini_batch": 2}},
+    )
+    data.save(tmp_path / "batch.pt")
+    read = DataProto.load(tmp_path / "batch.pt")
+    assert read.batch["x"].dtype == torch.float32 and torch.equal(read.batch["mask"], data.batch["mask"])
+    assert torch.equal(read.batch["x"].view(torch.int32), data.batch["x"].view(torch.int32))
+    assert {k: v.tolist() for k, v in read.non_tensor_batch.items()} == {"uid": ["a", "b"], "lists": [[1, 2], [3]]}
+    assert read.non_tensor_batch["uid"].dtype == object and read.meta_info == data.meta_info

@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import pytest
 
 from tests.verl.test_checkpoints_of_run import Run, rewind
+from verl.trainer.config import KLControlConfig
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.collapse import Alarm, CollapseWatchConfig, Signal
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, TrainingCollapsed, TrainingDiverged
-from verl.utils.checkpoint import CheckpointError
+from verl.utils.checkpoint_storage import CheckpointError
 from verl.utils.run_folder import best, steps
 from verl.utils.tracking import STEP, Timers, Tracking
 
 STATE = {"step": 4, "skipped_in_a_row": 0, "validating": True}
+KL_CTRL = KLControlConfig()
+SAVED = {"algorithm": {"kl_ctrl": KL_CTRL.model_dump()}}
 ALARM = Alarm(4, (Signal("entropy", 3, 0.1, 1.0, "fell"),))
 
 
@@ -76,14 +79,14 @@ def test_a_checkpoint_waits_for_a_validation_of_weights_that_it_does_not_hold(tr
 
 @pytest.mark.parametrize("written", [False, True])
 def test_a_resumed_run_repeats_a_validation_unless_it_was_written(trainer, tmp_path, written):
-    trainer.state_dict = lambda: {"sampler": {}, "kl": 0.0, "watch": {}, "version": 4, **STATE}
+    trainer.state_dict = lambda: {"sampler": {}, "kl": 0.0, "watch": {}, "version": 4, "config": SAVED, **STATE}
     trainer.save_checkpoint()
     trainer.checkpoints.complete()
     if written:
         trainer.tracking.log({"val/em": 0.5, "val/odd": float("nan")}, 4)
     trainer.tracking.log({"loss": 1.0}, 4)
     trainer.ahead = trainer.collapse_watch = SimpleNamespace(load_state_dict=lambda state: None)
-    trainer.kl_ctrl = SimpleNamespace()
+    trainer.kl_ctrl, trainer.config.algorithm = SimpleNamespace(), SimpleNamespace(kl_ctrl=KL_CTRL)
     trainer.load_checkpoint(4)
     assert trainer.validating_again is not written
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from verl.utils import run_folder
+from verl.utils.errors import DataError
 from verl.utils.run_folder import (
     best,
+    claim,
     complete,
     discard,
     find_latest,
@@ -114,6 +116,15 @@ def test_pruning_spares_newest_best_and_protected(tmp_path):
     write(tmp_path, 4)
     complete(tmp_path, 4)
     assert prune(tmp_path, 1) == [3] and steps(tmp_path) == [2, 4, 5, 6]
+
+
+def test_results_of_something_else_are_not_added_to(tmp_path):
+    path = tmp_path / "run" / "made_of.json"
+    claim(path, {"model": "a", "topk": (1, 2)}, "evaluation")
+    claim(path, {"model": "a", "topk": (1, 2)}, "evaluation")
+    with pytest.raises(DataError, match=r"made_of.json: .* of another evaluation \(not the same: topk, reward\)"):
+        claim(path, {"model": "a", "topk": (1, 3), "reward": "f1"}, "evaluation")
+    assert json.loads(path.read_text()) == {"model": "a", "topk": [1, 2]}
 
 
 class Killed(BaseException):

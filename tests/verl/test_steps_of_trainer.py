@@ -30,7 +30,7 @@ SMALL = [
 
 
 class Questions:
-    rows = [{"data_source": "tiny", "number": number} for number in range(ROWS)]
+    rows = [{"data_source": "tiny", "prompt": str(number), "number": number} for number in range(ROWS)]
     prompt_ids = [[number + 1] for number in range(ROWS)]
 
     def __len__(self) -> int:

@@ -4,8 +4,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.processes import file_limit
+from verl.protocol import DataProto
 from verl.trainer.config import TrainerConfig
 from verl.trainer.main_ppo import start_tracking
 from verl.utils.tracking import STEP, Timers, Tracking, truncate_metrics
@@ -102,3 +104,12 @@ def test_timers_add_up_and_say_what_begins():
             pass
     assert begun == ["gen", "adv", "gen"] and set(timers.pop()) == {"timing_s/gen", "timing_s/adv"}
     assert timers.pop() == {}
+
+
+def test_a_batch_is_kept_or_told_that_it_cannot_be(tmp_path):
+    run = tracking(tmp_path)
+    batch = DataProto.from_dict({"x": torch.zeros(100_000)})
+    with file_limit(1000):
+        assert "could not be written" in run.keep(batch, "nonfinite/actor_000001.pt")
+    assert run.keep(batch, "nonfinite/actor_000002.pt") == f"is in {tmp_path}/nonfinite/actor_000002.pt"
+    assert len(DataProto.load(tmp_path / "nonfinite/actor_000002.pt")) == 100_000

@@ -52,7 +52,7 @@ def gradient(model_path: str, dtype: str, micro: int, sizes: list[int] | None) -
     fsdp = FSDPConfig.model_construct(model_dtype=dtype, dtype=dtype, param_offload=False, reshard_after_forward=True)
     model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh)
     optimizer = Recorder(model.parameters(), lr=1.0)
-    state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+    state = TrainState(model, optimizer, peak_lr=1.0, schedule=lambda ticks: 1.0)
     batch = ragged_batch(getattr(torch, dtype))
     if sizes is not None:
         batch.meta_info["rank_sizes"] = sizes
@@ -94,7 +94,7 @@ def diverging_step(model_path: str) -> tuple[float, bool]:
     fsdp = FSDPConfig(model_dtype="float32", dtype="float32")
     model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=True), "lm", fsdp, worker.mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+    state = TrainState(model, optimizer, peak_lr=1.0, schedule=lambda ticks: 1.0)
     before = [p.full_tensor().clone() for p in model.parameters()]
     batch = ragged_batch(torch.float32)
     batch.batch["advantages"][0, 0] = torch.nan  # on one rank only
@@ -129,7 +129,7 @@ def update(model_path: str, batch: DataProto, config: ActorConfig) -> tuple[dict
     fsdp = FSDPConfig(model_dtype="float32", dtype="float32")
     model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh)
     optimizer = CountingSGD(model.parameters(), lr=0.1)
-    state = TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step))
+    state = TrainState(model, optimizer, peak_lr=0.1, schedule=lambda ticks: 0.5**ticks)
     (mine,) = dispatch(Dispatch.DP_COMPUTE_PROTO, worker.world_size, (batch,))[worker.rank]
 
     def loss_fn(rows, counts):
@@ -182,7 +182,7 @@ def test_a_mini_batch_without_a_trained_token_takes_no_step_and_counts_nowhere(m
 
 def test_the_rate_that_is_logged_is_that_of_the_steps(model_path):
     ((metrics, _, _),) = run_ranks(1, updates, model_path, [(ragged_batch(torch.float32), ActorConfig())])[0]
-    assert metrics["lr"] == 0.1, "the scheduler has halved it since"
+    assert metrics["lr"] == 0.1, "the schedule has halved it since"
 
 
 def test_entropy_and_kl_are_means_over_tokens_whatever_the_aggregation(model_path):

@@ -19,7 +19,7 @@ from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.batching import check_failures
 from verl.trainer.ppo.records import trajectory_records
 from verl.utils.dataset import RLHFDataset
-from verl.utils.errors import DataError
+from verl.utils.run_folder import claim
 from verl.workers.rollout.agent_worker import Failure, Job
 
 logger = logging.getLogger(__name__)
@@ -87,24 +87,22 @@ def stream(
 def identify(config: PPOConfig, val_set: RLHFDataset, path: Path) -> None:
     """Writes down what is evaluated on what. Raises DataError when another evaluation already stands there."""
     questions = [[row["data_source"], row["prompt"], row["reward_model"]] for row in val_set.rows]
-    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model.path
-    mine = {
-        "model": model,
-        "weights": sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in Path(model).glob("*.safetensors")),
+    rollout, model, reward = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model, config.reward
+    weights = sorted(Path(model.path).glob("*.safetensors"))
+    made_of = {
+        "model": model.path,
+        "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
+        "tokenizer": model.tokenizer_path,
+        "architecture": model.architecture,
         "sampling": rollout.val_kwargs.model_dump(),
         "agent": {k: v for k, v in config.agent.items() if k != "retriever"},
         "topk": config.agent.get("retriever", {}).get("topk"),
+        "reward": {k: v for k, v in reward.items() if k != "judge_endpoint"},
+        "judge": reward.get("judge_endpoint", {}).get("model"),
+        "custom_reward_function": config.custom_reward_function.model_dump(),
         "questions": sha256(json.dumps(questions, default=str).encode()).hexdigest(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(mine, indent=1)
-    theirs = json.loads(path.read_text()) if path.exists() else json.loads(text)
-    if different := [key for key, value in json.loads(text).items() if theirs.get(key) != value]:
-        raise DataError(
-            f"{path.parent}: holds another evaluation (not the same: {', '.join(different)}); name another folder by "
-            "trainer.default_local_dir, or delete this one"
-        )
-    path.write_text(text)
+    claim(path, made_of, "evaluation")
 
 
 def finished(path: Path, samples: int) -> tuple[set[int], list[float]]:

@@ -63,9 +63,10 @@ def drive(raw: dict[str, Any]) -> int:
 
 def status_of(error: Exception) -> int | None:
     """Exit status for an error that is known, after saying what it is; None for one whose traceback is needed."""
+    from verl.utils.checkpoint_storage import CheckpointError
     from verl.utils.errors import ConfigError, DataError
 
-    if isinstance(error, (ConfigError, DataError)):
+    if isinstance(error, (ConfigError, DataError, CheckpointError)):
         sys.stderr.write(f"error: {error}\n")
         return 1
     from ray.exceptions import RayError, RayTaskError
@@ -92,8 +93,9 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     val_set = load_val_set(config, tokenizer)
     check_environment(config, agent, gpus_here(config))
     config = decide_packing(config)
+    resume = checkpoint_to_resume(config, train_set)
     write_config(raw, config)
-    train(config, tokenizer, agent, reward, train_set, val_set, stop)
+    train(config, tokenizer, agent, reward, train_set, val_set, stop, resume)
 
 
 def set_up_logging() -> None:
@@ -180,6 +182,31 @@ def check_trainable(config: Any, agent: Any, reward: Any) -> None:
         raise ConfigError(problems)
 
 
+def checkpoint_to_resume(config: Any, train_set: Any) -> Path | None:
+    """The checkpoint that the run goes on from, None if it begins anew. Says what the configuration changes since then.
+
+    Raises ConfigError when the run must not go on from it, CheckpointError when it cannot be read.
+    """
+    from verl.trainer.resume import check_resume
+    from verl.utils.errors import ConfigError
+    from verl.utils.run_folder import find_latest
+
+    root = config.trainer.default_local_dir
+    folder = find_latest(root)
+    if folder is None:
+        return None
+    if config.trainer.resume_mode == "disable":
+        raise ConfigError(
+            [
+                f"trainer.resume_mode=disable, but {root} holds checkpoints of an earlier run: name another folder by "
+                "trainer.default_local_dir, or delete them"
+            ]
+        )
+    for change in check_resume(folder, config, train_set.rows):
+        logging.getLogger(__name__).info("changed since %s: %s", folder.name, change)
+    return folder
+
+
 def write_config(raw: dict[str, Any], config: Any) -> None:
     """Writes the resolved configuration to the run folder."""
     from verl.utils.run_folder import write_atomically
@@ -192,28 +219,21 @@ def write_config(raw: dict[str, Any], config: Any) -> None:
         logging.getLogger(__name__).warning("%s", error)
 
 
-def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, val_set: Any, stop: Stop) -> None:
-    """Starts Ray and all processes, trains from the newest checkpoint, writes the final policy, and ends them all."""
+def train(
+    config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, val_set: Any, stop: Stop, resume: Path | None
+) -> None:
+    """Starts Ray and all processes, trains from `resume` on, writes the final policy, and ends them all."""
     import ray
 
     from verl.trainer.ppo.processes import start_processes
     from verl.trainer.ppo.ray_trainer import ENDINGS, RayPPOTrainer
     from verl.trainer.watchdog import Watchdog
-    from verl.utils.errors import ConfigError
-    from verl.utils.run_folder import find_latest, remove_leftovers, step_of
+    from verl.utils.run_folder import remove_leftovers, step_of
     from verl.utils.tracking import Timers
 
     trainer_cfg = config.trainer
     root = trainer_cfg.default_local_dir
     remove_leftovers(root)
-    resume = find_latest(root)
-    if resume is not None and trainer_cfg.resume_mode == "disable":
-        raise ConfigError(
-            [
-                f"trainer.resume_mode=disable, but {root} holds checkpoints of an earlier run: name another folder by "
-                "trainer.default_local_dir, or delete them"
-            ]
-        )
     start_ray(config)
     stop.listen()  # Ray has taken SIGTERM
     tracking = None
@@ -247,9 +267,7 @@ def train(config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, 
 def start_tracking(config: Any, resume: Path | None) -> Any:
     """Where metrics go. Those after the checkpoint that the run starts from, or all without one, are dropped: they are
     written again. The wandb run of a checkpoint goes on."""
-    import torch
-
-    from verl.trainer.ppo.checkpoints import TRAINER
+    from verl.trainer.ppo.checkpoints import read_state
     from verl.utils.run_folder import step_of
     from verl.utils.tracking import Tracking, truncate_metrics
 
@@ -262,7 +280,7 @@ def start_tracking(config: Any, resume: Path | None) -> Any:
         trainer.experiment_name,
         config.model_dump(),
         trainer.panels,
-        torch.load(resume / TRAINER, weights_only=False)["wandb"] if resume else None,
+        read_state(resume)["wandb"] if resume else None,
     )
 
 

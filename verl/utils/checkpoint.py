@@ -1,7 +1,6 @@
 """Sharded checkpoints of one training state, written while training goes on; export to the Hugging Face format."""
 
 import json
-import pickle
 import random
 import shutil
 from collections.abc import Iterator
@@ -14,17 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from transformers import AutoConfig, AutoTokenizer
 
+from verl.utils.checkpoint_storage import CheckpointError, TensorReader, TensorWriter, read_index
 from verl.utils.run_folder import replace_folder
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read. The message names the folder, the ranks and what stopped them."""
 
 
 class Checkpointer:
@@ -40,16 +35,17 @@ class Checkpointer:
         self.pending: tuple[str, int, Future[Any]] | None = None
 
     def save(self, path: str, asynchronous: bool = False) -> None:
-        """Writes model, optimizer, schedule and each rank's random state, as they are now, under `path`.
+        """Writes model, optimizer, place in the schedule and each rank's random state, as they are, under `path`.
 
         With `asynchronous` it returns once they are copied to host memory (as much again as the rank's share of them),
         and `finish` must be called. Raises CheckpointError, also for an earlier save that was not finished.
         """
         self.finish()
-        content = training_state(self.state)
+        content = tensors_of(training_state(self.state))
         size = num_bytes(content)
-        content[_own_key()] = pickle.dumps({"scheduler": self.state.scheduler.state_dict(), "rng": rng_state()})
-        where: dict[str, Any] = {"storage_writer": FileSystemWriter(path), "process_group": self.group}
+        own = {"ticks": self.state.ticks, "lr_factor": self.state.lr_factor, "rng": rng_state()}
+        content[_own_key()] = json_tensor(own)
+        where: dict[str, Any] = {"storage_writer": TensorWriter(path), "process_group": self.group}
         if asynchronous:
             self.pending = path, size, cast("Future[Any]", async_save(content, **where))
         else:
@@ -65,30 +61,32 @@ class Checkpointer:
             future.result()
 
     def load(self, path: str) -> None:
-        """Restores what `save` wrote, on any number of ranks.
+        """Restores what `save` wrote, on any number of ranks. Learning rate, betas and weight decay stay as they are.
 
-        A rank that was not there when it was saved takes rank 0's schedule and keeps the random state it was seeded
-        with. Raises CheckpointError when it cannot be read, FileNotFoundError when it is not there.
+        A rank that was not there when it was saved takes rank 0's place in the schedule and keeps the random state it
+        was seeded with. Raises CheckpointError when it cannot be read, FileNotFoundError when it is not there.
         """
         self.finish()
-        reader, key, state = FileSystemReader(path), _own_key(), self.state
-        known = key in reader.read_metadata().state_dict_metadata
-        content = training_state(state)
+        stored, key, state = read_index(path).tensors, _own_key(), self.state
+        known = key in stored
         key = key if known else "rank_0"
-        content[key] = b""
+        if key not in stored:
+            raise CheckpointError(f"{path}: the checkpoint has no entry {key}")
+        present = training_state(state)
+        content = {**tensors_of(present), key: torch.empty(stored[key].size, dtype=torch.uint8)}
         with _explained("read", path):
-            load(content, storage_reader=reader, process_group=self.group)
+            load(content, storage_reader=TensorReader(path), process_group=self.group)
         set_state_dict(
             state.model,
             state.optimizer,
-            model_state_dict=content["model"],
-            optim_state_dict=content["optimizer"],
+            model_state_dict=present["model"],
+            optim_state_dict=present["optimizer"],
         )
         state.rest_optimizer()
-        extra = pickle.loads(content[key])
-        state.scheduler.load_state_dict(extra["scheduler"])
+        own = from_json_tensor(content[key])
+        state.go_to(own["ticks"], own["lr_factor"])
         if known:
-            set_rng_state(extra["rng"])
+            set_rng_state(own["rng"])
 
 
 def training_state(state: Any) -> dict[str, Any]:
@@ -106,11 +104,26 @@ def training_state(state: Any) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
+def tensors_of(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds of a `training_state`: all but the optimizer's settings, which the configuration has."""
+    return {"model": content["model"], "optimizer": content["optimizer"]["state"]}
+
+
 def num_bytes(content: dict[str, Any]) -> int:
-    """Bytes of all tensors of a `training_state`, over all ranks."""
+    """Bytes of `tensors_of` a state, over all ranks."""
     tensors = [*content["model"].values()]
-    tensors += [v for values in content["optimizer"]["state"].values() for v in values.values()]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    tensors += [tensor for values in content["optimizer"].values() for tensor in values.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def json_tensor(value: Any) -> torch.Tensor:
+    """`value` as JSON, in bytes [length], uint8."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def from_json_tensor(tensor: torch.Tensor) -> Any:
+    """The value that `json_tensor` was given."""
+    return json.loads(tensor.numpy().tobytes())
 
 
 @contextmanager
@@ -136,24 +149,27 @@ def _own_key() -> str:
 
 
 def rng_state() -> dict[str, Any]:
-    """Random state of python, numpy, torch and the accelerator of this process."""
+    """Random state of python, numpy, torch and the accelerator of this process, as JSON can hold it."""
+    name, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
     return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restores `rng_state`."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 def save_pretrained(model: Any, parameters: Iterator[tuple[str, torch.Tensor]], config: Any, path: str) -> None:

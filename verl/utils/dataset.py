@@ -1,6 +1,7 @@
 """Questions from parquet files, in an order that can be resumed."""
 
 import hashlib
+import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -157,6 +158,14 @@ def sample_spread(rows: Sequence[Row], count: int, seed: int) -> list[int]:
         random.Random(f"{seed}/{source}").shuffle(numbers)
         ranked += [(place / len(numbers), number) for place, number in enumerate(numbers)]
     return sorted(number for _, number in sorted(ranked)[:count])
+
+
+def questions_digest(rows: Sequence[Row]) -> str:
+    """What tells a list of questions from another one, or from the same in another order; answers do not count."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row["data_source"], row["prompt"]], default=str).encode())
+    return digest.hexdigest()
 
 
 def sample_per_source(rows: Sequence[Row], count: int, seed: int) -> list[int]:

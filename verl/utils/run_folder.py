@@ -15,6 +15,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from verl.utils.errors import DataError
+
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpoint.json"
 PREFIX, PENDING = "global_step_", ".tmp"
@@ -132,6 +134,22 @@ def prune(root: str | Path, keep: int | None, protected: Collection[int] = ()) -
     for step in gone:
         delete_folder(folder_of(root, step))
     return gone
+
+
+def claim(path: Path, made_of: dict[str, Any], what: str) -> None:
+    """Writes to `path` what the results beside it are made of, so that a later start does not add others to them.
+
+    Raises DataError, naming what differs, when they are made of something else. `what` says what the results are.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(made_of, indent=1)
+    mine, theirs = json.loads(text), json.loads(path.read_text() if path.exists() else text)
+    if different := [key for key in mine if theirs.get(key) != mine[key]]:
+        raise DataError(
+            f"{path}: what lies beside it is of another {what} (not the same: {', '.join(different)}): name another "
+            "place, or delete both"
+        )
+    write_atomically(path, text)
 
 
 def write_atomically(path: Path, text: str) -> None:

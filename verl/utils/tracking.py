@@ -5,7 +5,6 @@ import logging
 import math
 import netrc
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -111,14 +110,12 @@ class Tracking:
             self.wandb.log({STEP: step, f"{name}/trajectories": table})
         return path
 
-    def keep(self, content: Any, name: str) -> str:
-        """Writes the file `name` of the run folder by torch.save. Says where it is, or why it is not there."""
-        import torch
-
+    def keep(self, batch: Any, name: str) -> str:
+        """Writes a DataProto to the file `name` of the run folder. Says where it is, or why it is not there."""
         path = self.run_dir / name
         try:
             path.parent.mkdir(exist_ok=True)
-            torch.save(content, path, pickle_protocol=pickle.HIGHEST_PROTOCOL)  # torch's default writes arrays as text
+            batch.save(path)
         except (OSError, RuntimeError) as error:  # the latter is torch's own of a full disk
             return f"could not be written: {error}"
         return f"is in {path}"

@@ -4,7 +4,7 @@ One code path for 1..N ranks, nccl or gloo.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
 from verl.utils.torch_functional import at_least_float32
@@ -25,24 +24,52 @@ from verl.workers.shallow import Head
 
 @dataclass
 class TrainState:
-    """A model with what trains it."""
+    """A model with what trains it.
+
+    The learning rate is never stored: it follows from the configuration (`peak_lr`, `schedule`) and from what happened
+    in the run (`ticks`, `lr_factor`). So a resumed run has the rate that it is configured with.
+    """
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
-    scheduler: LambdaLR
+    peak_lr: float
+    schedule: Callable[[int], float]
+    """Share of the peak learning rate after so many ticks."""
     offload_optimizer: bool = False
     """Keep the optimizer's state on the host between updates."""
+    ticks: int = 0
+    """Training steps so far in which this model was updated."""
+    lr_factor: float = 1.0
+    """What roll-backs have multiplied the learning rate by."""
+
+    def __post_init__(self) -> None:
+        self._set_lr()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next training step."""
+        return self.peak_lr * self.lr_factor * self.schedule(self.ticks)
+
+    def tick(self) -> None:
+        """Moves on along the schedule, after a training step."""
+        self.go_to(self.ticks + 1, self.lr_factor)
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiplies the learning rate, from the next step on and in what is saved."""
+        self.go_to(self.ticks, self.lr_factor * factor)
+
+    def go_to(self, ticks: int, lr_factor: float) -> None:
+        """Takes this place in the schedule."""
+        self.ticks, self.lr_factor = ticks, lr_factor
+        self._set_lr()
+
+    def _set_lr(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
 
     def wake_optimizer(self, device: torch.device) -> None:
         """Brings the optimizer's state to where it steps."""
         self._move_optimizer(device)
-
-    def scale_lr(self, factor: float) -> None:
-        """Multiplies the learning rate, from the next step on and in what is saved."""
-        self.scheduler.base_lrs = [lr * factor for lr in self.scheduler.base_lrs]
-        for group in self.optimizer.param_groups:
-            group["initial_lr"] *= factor
-            group["lr"] *= factor
 
     def rest_optimizer(self) -> None:
         """Leaves the optimizer's state where it belongs between updates."""
@@ -142,7 +169,7 @@ def build_train_state(
         return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     moves = fsdp is not None and fsdp.optimizer_offload and not fsdp.param_offload  # the latter steps on the host
-    return TrainState(model, optimizer, LambdaLR(optimizer, scale), offload_optimizer=moves)
+    return TrainState(model, optimizer, optim.lr, scale, offload_optimizer=moves)
 
 
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -142,8 +142,8 @@ def update_mini_batches(
                 continue
             steps.append(_step(state, run_micro_batches(rows, budget, device), loss_fn, counts, grad_clip))
     state.rest_optimizer()
-    lr = float(state.scheduler.get_last_lr()[0])
-    state.scheduler.step()
+    lr = state.lr
+    state.tick()
     names = steps[0] if steps else ()
     metrics = {name: _mean([step[name] for step in steps]) for name in names}
     metrics["skipped_steps"] = sum(step["skipped_steps"] for step in steps)

@@ -1,5 +1,8 @@
 """From rewards to advantages: the batch's side of core_algos."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from verl.protocol import DataProto
@@ -28,6 +31,17 @@ def build_kl_controller(config: AlgorithmConfig) -> KLController:
     if ctrl.type == "fixed":
         return FixedKLController(ctrl.kl_coef)
     return AdaptiveKLController(ctrl.kl_coef, ctrl.target_kl, ctrl.horizon)
+
+
+def restore_kl(controller: KLController, config: AlgorithmConfig, saved: Mapping[str, Any], value: float) -> None:
+    """Lets an adaptive coefficient go on from `value`, unless it is to start elsewhere than it did.
+
+    `saved` is the `kl_ctrl` that the value was reached with. A fixed coefficient is what is configured.
+    """
+    ctrl = config.kl_ctrl
+    same_start = ctrl.type == saved["type"] and ctrl.kl_coef == saved["kl_coef"]
+    if ctrl.type == "adaptive" and same_start:
+        controller.value = value
 
 
 def apply_kl_penalty(

@@ -1,20 +1,29 @@
 """The checkpoints of a run, as its driver sees them: written in the background, named when whole, rolled back to."""
 
-import io
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from verl.trainer.config import TrainerConfig
 from verl.utils import run_folder
-from verl.utils.checkpoint import CheckpointError
+from verl.utils.checkpoint_storage import CheckpointError, old_format
 
-TRAINER = "trainer.pt"
+TRAINER = "trainer.json"
+PICKLED_TRAINER = "trainer.pt"
 ROLL_BACKS = "roll_backs.json"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The driver's state in the checkpoint `folder`. Raises CheckpointError naming the file that cannot be used."""
+    path = folder / TRAINER
+    if not path.exists() and (folder / PICKLED_TRAINER).exists():
+        raise CheckpointError(old_format(folder / PICKLED_TRAINER))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: the driver's part of the checkpoint cannot be read ({error})") from error
 
 
 class Checkpoints:
@@ -56,9 +65,8 @@ class Checkpoints:
 
     def _write(self, folder: Path, state: dict[str, Any], asynchronous: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        torch.save({**state, "roll_backs": len(self.roll_backs())}, content)
-        (folder / TRAINER).write_bytes(content.getvalue())  # torch's own writer raises RuntimeError on a full disk
+        content = json.dumps({**state, "roll_backs": len(self.roll_backs())})
+        (folder / TRAINER).write_text(content, encoding="utf-8")
         for name, role in self.roles.items():
             role.save_checkpoint(str(folder / name), asynchronous)
 
@@ -128,12 +136,12 @@ class Checkpoints:
     def load(self, step: int) -> dict[str, Any]:
         """Restores the roles as they were after `step`; what `save` was given as the driver's state.
 
-        Learning rates that a roll back lowered since then stay lowered.
+        Learning rates are the configured ones; what roll-backs have multiplied them by, also since then, stays.
         """
         folder = run_folder.folder_of(self.root, step)
         for name, role in self.roles.items():
             role.load_checkpoint(str(folder / name))
-        state = torch.load(folder / TRAINER, weights_only=False)
+        state = read_state(folder)
         factor = math.prod(entry["lr_factor"] for entry in self._rolled_back_since(state) if entry["to"] >= step)
         if factor != 1:
             for role in self.roles.values():
@@ -167,7 +175,7 @@ class Checkpoints:
         return max(found, default=None)
 
     def _given_up(self, step: int) -> bool:
-        state = torch.load(run_folder.folder_of(self.root, step) / TRAINER, weights_only=False)
+        state = read_state(run_folder.folder_of(self.root, step))
         return any(entry["to"] < step for entry in self._rolled_back_since(state))
 
     def _rolled_back_since(self, state: dict[str, Any]) -> list[dict[str, float]]:

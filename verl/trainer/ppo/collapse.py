@@ -193,9 +193,13 @@ class CollapseWatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`. Signals that are new since then start without a history."""
-        self.history = {name: list(values) for name, values in state["history"].items()}
-        self.since = dict(state["since"])
+        """Continues from a `state_dict`, which may have watched others.
+
+        Signals that are new since then start without a history, and what is not watched any more is forgotten.
+        """
+        window = self.config.window
+        self.history = {name: values[-window:] for name, values in state["history"].items() if name in self.bounds}
+        self.since = {name: step for name, step in state["since"].items() if name in self.bounds}
         self.ill_steps, self.healthy_steps = state["ill_steps"], state["healthy_steps"]
         self.armed = state["armed"]
 

@@ -8,7 +8,7 @@ from verl.agent import Trajectory
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo import validation
-from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
+from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage, restore_kl
 from verl.trainer.ppo.ahead import RolloutAhead
 from verl.trainer.ppo.batching import (
     Drawn,
@@ -29,8 +29,8 @@ from verl.trainer.ppo.processes import Processes
 from verl.trainer.ppo.records import trajectory_records
 from verl.trainer.ppo.rollout import Submitted
 from verl.trainer.supervise import Stop
-from verl.utils.checkpoint import CheckpointError
-from verl.utils.dataset import RLHFDataset
+from verl.utils.checkpoint_storage import CheckpointError
+from verl.utils.dataset import RLHFDataset, questions_digest
 from verl.utils.errors import RewardError
 from verl.utils.tracking import Timers, Tracking, truncate_metrics
 from verl.workers.rollout.agent_worker import Job
@@ -61,7 +61,7 @@ class RayPPOTrainer:
         stop: Stop,
     ) -> None:
         self.config, self.tokenizer, self.agent, self.reward = config, tokenizer, agent, reward
-        self.val_set = val_set
+        self.val_set, self.questions = val_set, questions_digest(train_set.rows)
         self.total = config.total_training_steps(len(train_set))
         self.roles, self.world_size = processes.roles, processes.group.world_size
         self.actor, self.reference, self.critic = self.roles["actor"], self.roles.get("ref"), self.roles.get("critic")
@@ -353,8 +353,10 @@ class RayPPOTrainer:
             self.checkpoints.complete(must_succeed=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the states of the workers."""
+        """What resuming needs beside the states of the workers: values that JSON holds."""
         return {
+            "config": self.config.model_dump(mode="json"),
+            "questions": self.questions,
             "step": self.step,
             "sampler": self.ahead.state_dict(),
             "kl": self.kl_ctrl.value,
@@ -379,11 +381,11 @@ class RayPPOTrainer:
             self.checkpoints.save(self.step, self.state_dict())
 
     def load_checkpoint(self, step: int) -> None:
-        """Goes on after `step`, of which there is a checkpoint."""
+        """Goes on after `step`, of which there is a checkpoint: with its state, and with the present configuration."""
         state = self.checkpoints.load(step)
         self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
         self.ahead.load_state_dict(state["sampler"])
-        self.kl_ctrl.value = state["kl"]
+        restore_kl(self.kl_ctrl, self.config.algorithm, state["config"]["algorithm"]["kl_ctrl"], state["kl"])
         self.collapse_watch.load_state_dict(state["watch"])
         done = validation.recorded(self.tracking.run_dir, step)
         self.checkpoints.score(step, done)
