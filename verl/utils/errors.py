@@ -15,6 +15,10 @@ class DataError(ValueError):
     """A data file is wrong: the message names the file, the row and what was expected."""
 
 
+class ModelError(ValueError):
+    """A name means no model that can be loaded: the message says what was found there and what was expected."""
+
+
 MAX_LISTED = 20
 
 
