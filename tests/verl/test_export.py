@@ -187,7 +187,7 @@ def test_the_language_model_of_a_model_for_images_becomes_one_of_its_own(tmp_pat
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     config = transformers.Qwen3_5Config(text_config=text, vision_config=vision)
-    whole = transformers.Qwen3_5ForConditionalGeneration(config)
+    whole: Any = transformers.Qwen3_5ForConditionalGeneration(config)
     perturb(whole, seed=0, scale=0.1)
     whole.to(torch.bfloat16).save_pretrained(source)
     written(ModelConfig(path=str(source)), out)
