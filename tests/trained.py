@@ -15,7 +15,7 @@ from verl.workers.actor import ActorWorker
 from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
 
 
-def make_run(root: Path, model: ModelConfig, ranks: int = 2) -> torch.Tensor:
+def make_run(root: Path, model: ModelConfig, ranks: int = 2, lr: float = 1e-2) -> torch.Tensor:
     """Writes a run that went two steps, the first of them the best, and raised an alarm in the second.
 
     `hf` is the trainer's own export of the last step. Returns the log-probs of `ragged_batch` after it.
@@ -23,11 +23,11 @@ def make_run(root: Path, model: ModelConfig, ranks: int = 2) -> torch.Tensor:
     root.mkdir(parents=True)
     section = {"actor_rollout_ref": {"model": model.model_dump()}}
     (root / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(section)))
-    return run_ranks(ranks, _train, str(root), model)[0]
+    return run_ranks(ranks, _train, str(root), model, lr)[0]
 
 
-def _train(root: str, model: ModelConfig) -> torch.Tensor:
-    optim = OptimConfig(lr=1e-2, weight_decay=0.0)
+def _train(root: str, model: ModelConfig, lr: float) -> torch.Tensor:
+    optim = OptimConfig(lr=lr, weight_decay=0.0)
     actor = ActorWorker(model, ActorConfig(optim=optim, fsdp_config=FSDPConfig(dtype="float32")), RolloutConfig(), 10)
     batch = ragged_batch(torch.float32)
     (mine,) = dispatch(Dispatch.DP_COMPUTE_PROTO, actor.world_size, (batch,))[actor.rank]

@@ -58,6 +58,11 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run/hf")) == exported.config.vocab_size
     for (name, after), before in zip(exported.named_parameters(), initial.parameters(), strict=True):
         assert not torch.equal(after, before), name
+    from_shards = tmp_path / "from_shards"
+    assert export.main([str(tmp_path / "run" / "latest"), "--out", str(from_shards)]) == 0
+    for name, tensor in AutoModelForCausalLM.from_pretrained(from_shards).named_parameters():
+        assert torch.equal(tensor, exported.get_parameter(name)), name
+    assert ready_model(str(tmp_path / "run")) == str(tmp_path / "run" / "hf")
 
     status, output = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=3, **shared))
     assert status == 0 and "resuming after step 2" in output, output[-3000:]
