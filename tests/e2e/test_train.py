@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from search_r1 import export
 from tests.documented_metrics import undocumented
 from tests.e2e.runs import arguments, metrics, train
 from tests.models import make_tiny_qwen2
+from verl.utils.model_names import ready_model
 
 pytestmark = pytest.mark.cpu_engine
 

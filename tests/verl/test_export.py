@@ -17,6 +17,7 @@ from tests.verl.batches import ragged_batch
 from verl.trainer.export import export
 from verl.utils.checkpoint import CheckpointError
 from verl.utils.errors import ConfigError, ModelError
+from verl.utils.model_names import INDEX
 from verl.workers.config import ModelConfig
 from verl.workers.forward import forward_log_probs
 from verl.workers.hf_folder import (
@@ -160,7 +161,7 @@ def test_a_damaged_checkpoint_is_named_and_leaves_no_model(tmp_path, runs):
     next((run / "global_step_2" / "actor").glob("*.distcp")).unlink()
     with pytest.raises(CheckpointError, match=r"global_step_2/actor: the checkpoint could not be read"):
         export(run / "global_step_2", tmp_path / "out")
-    (run / "global_step_2" / "actor" / ".metadata").write_bytes(b"\x80")
+    (run / "global_step_2" / "actor" / INDEX).write_bytes(b"\x80")
     with pytest.raises(CheckpointError, match=r"global_step_2/actor: the list of its parts"):
         export(run / "global_step_2", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -2,18 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from verl.utils.errors import ModelError
-from verl.utils.model_names import find_checkpoint, ready_model, run_folder_of
+from verl.trainer.config import build_tokenizer
+from verl.utils.errors import ConfigError, ModelError
+from verl.utils.model_names import INDEX, find_checkpoint, ready_model, run_folder_of
 from verl.utils.run_folder import complete, mark_best, name_latest, pending_folder
+from verl.workers.config import ModelConfig, RolloutConfig
 
 
 def save(root: Path, step: int) -> Path:
     parts = pending_folder(root, step) / "actor"
     parts.mkdir(parents=True)
-    (parts / ".metadata").touch()
+    (parts / INDEX).touch()
     return complete(root, step)
 
 
@@ -36,7 +40,7 @@ def run(tmp_path):
         mark_best(root, step, "val/em", value)
     (pending_folder(root, 40) / "actor").mkdir(parents=True)
     (root / "alarms" / "step_12" / "actor").mkdir(parents=True)
-    (root / "alarms" / "step_12" / "actor" / ".metadata").touch()
+    (root / "alarms" / "step_12" / "actor" / INDEX).touch()
     return root
 
 
@@ -78,6 +82,8 @@ def test_a_run_without_checkpoints_is_its_model(tmp_path):
         ready_model(str(tmp_path))
     write_model(tmp_path / "hf")
     assert ready_model(str(tmp_path)) == str(tmp_path / "hf")
+    (tmp_path / "config.yaml").unlink()  # as fine-tuning leaves it
+    assert ready_model(str(tmp_path)) == str(tmp_path / "hf")
 
 
 def test_what_may_be_on_the_hub_is_left_to_it(tmp_path, monkeypatch):
@@ -94,7 +100,7 @@ def test_what_may_be_on_the_hub_is_left_to_it(tmp_path, monkeypatch):
         ("run/global_step_40.tmp", r"global_step_40.tmp: unfinished"),
         ("run/global_step_50", r"no such checkpoint. .*run has global_step_10"),
         ("run/alarms", r"alarms: holds step_12; expected a Hugging Face folder \(with config.json\), a run folder"),
-        ("broken", r"broken/actor: has no .metadata, so this checkpoint is not complete"),
+        ("broken", rf"broken/actor: has no {INDEX}, so this checkpoint is not complete"),
         ("empty", r"empty: holds nothing; expected"),
         ("file", r"file: a file; expected"),
         ("hf.tmp", r"hf.tmp: unfinished"),
@@ -122,3 +128,13 @@ def test_a_run_that_never_validated_has_no_best(tmp_path):
 def test_the_run_folder_of_a_checkpoint_holds_its_configuration(run):
     assert run_folder_of(run / "alarms" / "step_12") == run == run_folder_of(run / "global_step_10" / "hf")
     assert run_folder_of(run.parent / "elsewhere") is None
+
+
+def test_a_training_from_a_checkpoint_is_told_to_export_it(run):
+    model = ModelConfig(path=str(run))
+    section = SimpleNamespace(model=model, rollout=RolloutConfig())
+    config: Any = SimpleNamespace(actor_rollout_ref=section)
+    with pytest.raises(
+        ConfigError, match=r"actor_rollout_ref.model.path=.*run: a checkpoint, not a Hugging Face model"
+    ):
+        build_tokenizer(config)

@@ -84,11 +84,11 @@ def skeleton_or_error(checkpoint: Path, config: ModelConfig) -> PreTrainedModel:
         ) from error
 
 
-def check_fit(skeleton: PreTrainedModel, saved: dict[str, Any], checkpoint: Path, config: ModelConfig) -> None:
+def check_fit(skeleton: PreTrainedModel, saved: dict[str, torch.Tensor], checkpoint: Path, config: ModelConfig) -> None:
     """Raises ModelError when a checkpoint does not hold the weights of `skeleton`, naming the first that differ."""
     differing: list[str] = []
     for name, tensor in saved_tensors(skeleton).items():
-        there = tuple(saved[name].size) if name in saved else None
+        there = tuple(saved[name].shape) if name in saved else None
         if there != tuple(tensor.shape):
             differing.append(f"{name}: {there or 'absent'}, expected {tuple(tensor.shape)}")
     if any(".lora_" in name for name in saved) and not config.lora_rank:

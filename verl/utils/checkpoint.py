@@ -104,10 +104,10 @@ def training_state(state: Any) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def saved_weights(path: str) -> dict[str, TensorStorageMetadata]:
-    """Names of the model's tensors in a checkpoint, and what is known of them without reading: sizes and dtypes.
+def saved_weights(path: str) -> dict[str, torch.Tensor]:
+    """Tensors of the model in a checkpoint by name, on the meta device: shapes and dtypes without the values.
 
-    In this process alone. Raises CheckpointError when it cannot be read.
+    In this process alone. Raises CheckpointError when the list of them cannot be read.
     """
     try:
         found = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -115,15 +115,18 @@ def saved_weights(path: str) -> dict[str, TensorStorageMetadata]:
         raise CheckpointError(f"{path}: the list of its parts could not be read ({error})") from error
     prefix = "model."
     return {
-        name.removeprefix(prefix): entry
+        name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in found.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
 
 
-def read_weight(path: str, name: str, entry: TensorStorageMetadata) -> torch.Tensor:
-    """The whole tensor of that name in `saved_weights`, whatever ranks hold its parts. Raises CheckpointError."""
-    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+def read_weight(path: str, name: str, like: torch.Tensor) -> torch.Tensor:
+    """The whole tensor `name`, whatever ranks hold its parts; `like` is that of `saved_weights`.
+
+    In this process alone. Raises CheckpointError when it cannot be read.
+    """
+    tensor = torch.empty_like(like, device="cpu")
     with _explained("read", path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is meant
         load({"model": {name: tensor}}, storage_reader=FileSystemReader(path), no_dist=True)

@@ -13,6 +13,8 @@ from verl.utils.errors import ModelError
 from verl.utils.run_folder import BEST, PENDING, best, find_latest, folder_of, steps
 
 RUN_CONFIG = "config.yaml"
+INDEX = ".metadata"
+"""The list of a checkpoint's parts, which is written last."""
 HF = "hf"
 """Name of the Hugging Face folder in a run folder, and in a checkpoint that was exported."""
 ORIGIN = "training.json"
@@ -89,20 +91,20 @@ def is_model(folder: Path) -> bool:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether it holds a policy; the list of its parts is written last."""
-    return (folder / "actor" / ".metadata").is_file()
+    """Whether it holds a policy, all of it."""
+    return (folder / "actor" / INDEX).is_file()
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is the folder of a run."""
-    return (folder / RUN_CONFIG).is_file() or bool(steps(folder))
+    """Whether it is the folder of a run, by any one of the things that a run may leave."""
+    return (folder / RUN_CONFIG).is_file() or is_model(folder / HF) or bool(steps(folder))
 
 
 def _checkpoint_in(folder: Path) -> Path:
     if is_checkpoint(folder):
         return folder
     if (folder / "actor").is_dir():
-        raise ModelError(f"{folder / 'actor'}: has no .metadata, so this checkpoint is not complete")
+        raise ModelError(f"{folder / 'actor'}: has no {INDEX}, so this checkpoint is not complete")
     newest = find_latest(folder) if steps(folder) else None
     if newest is not None:
         return _checkpoint_in(newest)
