@@ -1,7 +1,8 @@
 """`python -m search_r1.evaluate MODEL [key=value ...]`: numbers for a model, by the loop and prompts of training.
 
-MODEL is a Hugging Face folder or hub name, a checkpoint's `hf` folder, or with --endpoint the name of a model behind an
-OpenAI-compatible API (text in, text out: for evaluation only). Data, method and search are those of the configuration:
+MODEL is a Hugging Face folder or hub name; a run folder, its `best` or `latest`, or a checkpoint in it, each exported
+first (search_r1.export); or with --endpoint the name of a model behind an OpenAI-compatible API (text in, text out:
+for evaluation only). Data, method and search are those of the configuration:
 `experiment=nq_hotpotqa/grpo method=rag data.val_files=...`. Trajectories go to the run folder as they finish; an
 interrupted evaluation goes on where it was. Then come summary.json, table.md and page.html beside them.
 """
@@ -12,26 +13,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from search_r1.evaluation import report
+from search_r1.export import loadable_model
 from search_r1.launch import composed, surrounded
+from verl.utils.errors import ConfigError, ModelError
+from verl.utils.model_names import run_folder_of
 
 
 def run_name(model: str) -> str:
-    """The run's name: the last two parts of the model's, so that the `hf` of two runs differ.
+    """The run's name: the model's path from the folder of its run on, so that the `hf` of two runs differ.
 
-    >>> run_name("/data/runs/grpo/hf"), run_name("Qwen/Qwen2.5-7B")
-    ('evaluate-grpo--hf', 'evaluate-Qwen--Qwen2.5-7B')
+    Where it is in no run folder, the last two parts.
+
+    >>> run_name("/models/mine/hf"), run_name("Qwen/Qwen2.5-7B")
+    ('evaluate-mine--hf', 'evaluate-Qwen--Qwen2.5-7B')
     """
-    return "evaluate-" + "--".join(part for part in Path(model).parts[-2:] if part != "/")
+    path = Path(model)
+    run = run_folder_of(path) or path.parent
+    return "evaluate-" + "--".join(path.relative_to(run.parent).parts)
 
 
 def given_overrides(model: str, endpoint: str | None) -> list[str]:
-    """MODEL and --endpoint as overrides; a folder by its full path.
+    """MODEL and --endpoint as overrides; a folder by its full path, a checkpoint by that of its export.
 
     All questions are asked, also where the validations of an experiment take a sample: further overrides may say
-    otherwise.
+    otherwise. Raises ModelError or ConfigError when there is no such model, or a checkpoint cannot be exported.
     """
-    path = Path(model)
-    given = [f"actor_rollout_ref.model.path={path.resolve() if path.exists() else model}"]
+    given = [f"actor_rollout_ref.model.path={model if endpoint else loadable_model(model)}"]
     given.append("data.val_sample_per_source=null")
     if endpoint:
         rollout = "actor_rollout_ref.rollout"
@@ -44,14 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m search_r1.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, hub name, or name at the endpoint")
+    parser.add_argument("model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint")
     parser.add_argument("--endpoint", metavar="URL", help="base address of an OpenAI-compatible API, such as .../v1")
     parser.add_argument("--config-name", default="grpo", help="configuration to start from (default: grpo)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="evaluation.jsonl of another model or method")
     parser.add_argument("--closed-book", type=Path, metavar="FILE", help="evaluation.jsonl without search")
     parser.add_argument("--published", metavar="NAME", help="published rows of this model only, such as Qwen2.5-7B")
     args, overrides = parser.parse_known_args(argv)
-    given = given_overrides(args.model, args.endpoint)
+    try:
+        given = given_overrides(args.model, args.endpoint)
+    except (ConfigError, ModelError) as error:
+        sys.exit(f"error: {error}")
     if not any(o.startswith("trainer.experiment_name=") for o in overrides):
         given.append(f"trainer.experiment_name={run_name(given[0].partition('=')[2])}")
     files = {

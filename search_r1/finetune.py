@@ -29,7 +29,7 @@ from verl.utils.config import Config
 from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.processes import dying_with_this
-from verl.utils.run_folder import claim
+from verl.utils.run_folder import PENDING, claim, replace_folder
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
 
 
@@ -98,7 +98,11 @@ class Finetune:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.train(self.rows(folder), folder)
             self.model = str(folder / "hf")
-        shutil.copytree(self.model, final, dirs_exist_ok=True)
+        pending = final.with_name(final.name + PENDING)
+        if pending.exists():
+            shutil.rmtree(pending)
+        shutil.copytree(self.model, pending)
+        replace_folder(pending, final, carry_over=True)
         return final
 
     def made_of(self) -> dict[str, Any]:

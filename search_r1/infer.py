@@ -27,7 +27,7 @@ from search_r1.rewards.matching import last_answer
 from verl.agent import Completion, Source, Trajectory, TrajectoryFailed
 from verl.trainer.checks import environment_problems
 from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, validate
-from verl.utils.errors import ConfigError, DataError, listed
+from verl.utils.errors import ConfigError, DataError, ModelError, listed
 from verl.utils.run_folder import claim
 from verl.workers.rollout.openai_engine import OpenAIEngine
 from verl.workers.rollout.router import Router
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m search_r1.infer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, hub name, or name at the endpoint")
+    parser.add_argument("model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint")
     parser.add_argument("question", metavar="QUESTION", nargs="?", help="in quotes; without it you are asked for one")
     parser.add_argument("--endpoint", metavar="URL", help="base address of an OpenAI-compatible API, such as .../v1")
     parser.add_argument("--config-name", default="grpo", help="configuration to start from (default: grpo)")
@@ -230,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.questions is None) != (args.out is None):
         parser.error("--questions and --out go together")
     files = [path.resolve() if path else None for path in (args.questions, args.out)]
-    config = composed(args.config_name, [*given_overrides(args.model, args.endpoint), *overrides])
     try:
+        config = composed(args.config_name, [*given_overrides(args.model, args.endpoint), *overrides])
         with surroundings(config, overrides) as server:
             asked = answering(config, server.url if server else None)
             if files[0] and files[1]:
@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 questions = iter([args.question]) if args.question else typed()
                 asyncio.run(serve(asked, lambda asker: ask_aloud(asker, questions)))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, ModelError) as error:
         sys.exit(f"error: {error}")
     return 0
 

@@ -17,8 +17,14 @@ TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
 VERL_FOR_TASKS = ["verl.protocol", "verl.agent", "verl.utils"]
 PURE = ["verl.protocol", "verl.agent", "verl.trainer.ppo.core_algos"]
-ENTRY_POINTS = ["verl.workers.rollout", "verl.workers.config", "verl.trainer.sft", "verl.trainer.config",
-                "verl.trainer.checks"]  # fmt: skip
+ENTRY_POINTS = [
+    "verl.workers.rollout",
+    "verl.workers.config",
+    "verl.trainer.sft",
+    "verl.trainer.config",
+    "verl.trainer.checks",
+    "verl.trainer.export",
+]
 FORBIDDEN = [
     # where, what may not be imported, except
     ("verl", ["search_r1"], []),
@@ -52,7 +58,7 @@ def allowed(importer: str, imported: str) -> bool:
         if within(importer, [where]) and within(imported, what) and not within(imported, exceptions):
             return False
     if within(importer, ["search_r1"]) and within(imported, ["verl"]):
-        wide = within(importer, ["search_r1.evaluation", "search_r1.infer", "search_r1.world"])
+        wide = within(importer, ["search_r1.evaluation", "search_r1.export", "search_r1.infer", "search_r1.world"])
         return within(imported, VERL_FOR_TASKS + ENTRY_POINTS * wide)
     if within(importer, ["verl"]) and within(imported, ["ray"]):
         return within(importer, ["verl.single_controller", "verl.trainer.main_ppo", "verl.trainer.main_eval"])

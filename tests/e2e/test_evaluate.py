@@ -13,6 +13,8 @@ from search_r1.search import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import ROOT, arguments
 from tests.retrieval import retrieval_server
+from tests.trained import make_run
+from verl.workers.config import ModelConfig
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -76,3 +78,26 @@ def test_a_model_is_evaluated_and_what_was_cut_off_is_asked_again(tmp_path, worl
 def test_an_unreadable_model_is_a_clear_error(tmp_path, world):
     done = evaluate(tmp_path, world, "http://127.0.0.1:9/retrieve", actor_rollout_ref__model__path=tmp_path / "none")
     assert done.returncode == 1 and "actor_rollout_ref.model.path" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_is_evaluated_by_its_name(tmp_path, world):
+    make_run(tmp_path / "mine", ModelConfig(path=str(BASE)), ranks=1, lr=1e-6)
+    out = tmp_path / "evaluated"
+    with retrieval_server(world) as (url, _):
+        settings = [
+            "experiment=closed_world/grpo",
+            f"data.train_files={world}/train.parquet",
+            f"data.val_files={world}/test.parquet",
+            "data.val_data_num=6",
+            f"retriever.url={url}",
+            f"trainer.default_local_dir={out}",
+            "actor_rollout_ref.rollout.cpu_kvcache_gb=0.2",
+        ]
+        command = [sys.executable, "-m", "search_r1.evaluate", "mine/best", *settings]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    identity = json.loads((out / "evaluation.meta.json").read_text())
+    assert identity["model"] == str(tmp_path / "mine" / "global_step_1" / "hf")
+    assert [name for name, _, _ in identity["weights"]] == ["model.safetensors"]
+    assert json.loads((out / "summary.json").read_text())["all"]["questions"] == 6

@@ -12,7 +12,9 @@ from search_r1.prompts import build_prompt
 from tests.e2e.runs import ROOT
 from tests.openai_server import Player
 from tests.retrieval import serving, write_lines
+from tests.trained import make_run
 from verl.utils.errors import DataError
+from verl.workers.config import ModelConfig
 
 SEARCH, ANSWER = "<think> t </think> <search> Ada Marin </search>", "<think> u </think> <answer> Torvel </answer>"
 BASE = "data/closed_world/base"
@@ -80,7 +82,8 @@ def test_a_file_without_questions_is_named(retriever, repository, tmp_path):
 
 
 @pytest.mark.cpu_engine
-def test_a_real_engine_answers(retriever, tmp_path):
+def test_a_real_engine_answers_from_a_checkpoint(retriever, tmp_path):
+    make_run(tmp_path / "run", ModelConfig(path=str(ROOT / BASE)), ranks=1, lr=1e-6)
     rollout = ["actor_rollout_ref.rollout.dtype=float32", "actor_rollout_ref.rollout.cpu_kvcache_gb=0.2"]
     budgets = [
         "data.max_prompt_length=512",
@@ -89,13 +92,15 @@ def test_a_real_engine_answers(retriever, tmp_path):
         "data.max_obs_length=256",
         "template=short",
     ]
-    command = [sys.executable, "-m", "search_r1.infer", BASE, "In which country lies Torvel", *rollout, *budgets]
+    model, question = f"{tmp_path}/run/latest", "In which country lies Torvel"
+    command = [sys.executable, "-m", "search_r1.infer", model, question, *rollout, *budgets]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *settings(retriever)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("<think>") and " searches, " in done.stdout.splitlines()[-1]
+    assert (tmp_path / "run" / "global_step_2" / "hf" / "model.safetensors").is_file()
 
 
 def test_a_retriever_that_is_down_is_a_clear_error(repository):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from search_r1 import export
 from tests.documented_metrics import undocumented
 from tests.e2e.runs import arguments, metrics, train
 from tests.models import make_tiny_qwen2
+from verl.utils.model_names import ready_model
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -58,6 +60,11 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run/hf")) == exported.config.vocab_size
     for (name, after), before in zip(exported.named_parameters(), initial.parameters(), strict=True):
         assert not torch.equal(after, before), name
+    from_shards = tmp_path / "from_shards"
+    assert export.main([str(tmp_path / "run" / "latest"), "--out", str(from_shards)]) == 0
+    for name, tensor in AutoModelForCausalLM.from_pretrained(from_shards).named_parameters():
+        assert torch.equal(tensor, exported.get_parameter(name)), name
+    assert ready_model(str(tmp_path / "run")) == str(tmp_path / "run" / "hf")
 
     shared["actor_rollout_ref__actor__optim__lr"] = 5e-4
     status, output = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=3, **shared))

@@ -15,7 +15,8 @@ from tests.models import make_tiny_qwen2
 from tests.verl.test_checkpoint import build, save
 from verl.protocol import DataProto
 from verl.trainer.ppo.checkpoints import read_state
-from verl.utils.checkpoint_storage import INDEX, CheckpointError, Index, StoredTensor, read_index
+from verl.utils.checkpoint_storage import CheckpointError, Index, StoredTensor, read_index
+from verl.utils.run_folder import INDEX
 
 
 class Payload:

@@ -1,5 +1,6 @@
 """Configuration of a run, and its validation: once, at the boundary, every problem at once."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
@@ -18,6 +19,7 @@ from verl.trainer.ppo.collapse import CollapseWatchConfig
 from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
+from verl.utils.model_names import is_checkpoint, is_run
 from verl.utils.reward import FunctionReward, check_signature
 from verl.utils.tokenizer import template_problems
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty
@@ -343,7 +345,10 @@ def build_tokenizer(config: PPOConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         key = "actor_rollout_ref.model." + ("tokenizer_path" if model.tokenizer_path else "path")
-        raise ConfigError([f"{key}={path}: no tokenizer could be loaded ({error})"]) from error
+        problem = f"{key}={path}: no tokenizer could be loaded ({error})"
+        if is_checkpoint(Path(path)) or is_run(Path(path)):
+            problem = f"{key}={path}: a checkpoint, not a Hugging Face model: export it first"
+        raise ConfigError([problem]) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if rollout.name == "openai" and rollout.endpoint.api == "chat":

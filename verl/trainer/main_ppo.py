@@ -228,7 +228,8 @@ def train(
     from verl.trainer.ppo.processes import start_processes
     from verl.trainer.ppo.ray_trainer import ENDINGS, RayPPOTrainer
     from verl.trainer.watchdog import Watchdog
-    from verl.utils.run_folder import remove_leftovers, step_of
+    from verl.utils.model_names import HF
+    from verl.utils.run_folder import folder_of, remove_leftovers, step_of
     from verl.utils.tracking import Timers
 
     trainer_cfg = config.trainer
@@ -256,7 +257,7 @@ def train(
                 trainer.checkpoints.complete()
                 raise
             if trainer_cfg.save_hf and not trainer_cfg.val_only and not stop.requested:
-                processes.roles["actor"].save_pretrained(str(Path(root) / "hf"))
+                processes.roles["actor"].save_pretrained(str(Path(root) / HF), folder_of(root, trainer.step).name)
             processes.shutdown()
     finally:
         if tracking is not None:

@@ -28,14 +28,13 @@ from verl.single_controller.worker import init_process_group, seed_everything
 from verl.trainer.packing import decided, in_words
 from verl.utils import device
 from verl.utils.answers import kind_of
-from verl.utils.checkpoint import save_pretrained
 from verl.utils.config import Config
 from verl.utils.dataset import ResumableSampler
 from verl.utils.errors import ConfigError, DataError
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 from verl.workers.forward import forward_log_probs
-from verl.workers.fsdp_model import build_model, build_train_state, full_parameters
-from verl.workers.lora import base_model
+from verl.workers.fsdp_model import build_model, build_train_state
+from verl.workers.hf_folder import save_trained
 from verl.workers.packing import packing_of
 from verl.workers.update import Budget, Counts, Metrics, reduce_sum, update_mini_batches
 
@@ -103,9 +102,7 @@ class SFTTrainer:
 
     def save(self, path: str) -> None:
         """Writes model and tokenizer in Hugging Face format. A collective."""
-        model = self.state.model
-        save_pretrained(base_model(model), full_parameters(model), self.config.model, path)
-        dist.barrier()
+        save_trained(self.state.model, self.config.model, path)
 
 
 def collate(examples: Sequence[Example], max_length: int) -> DataProto:

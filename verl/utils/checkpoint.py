@@ -1,8 +1,9 @@
-"""Sharded checkpoints of one training state, written while training goes on; export to the Hugging Face format."""
+"""Sharded checkpoints of one training state, written while training goes on."""
 
 import json
 import random
 import shutil
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -16,10 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
-from transformers import AutoConfig, AutoTokenizer
 
 from verl.utils.checkpoint_storage import CheckpointError, TensorReader, TensorWriter, read_index
-from verl.utils.run_folder import replace_folder
 
 
 class Checkpointer:
@@ -109,6 +108,31 @@ def tensors_of(content: dict[str, Any]) -> dict[str, Any]:
     return {"model": content["model"], "optimizer": content["optimizer"]["state"]}
 
 
+def saved_weights(path: str) -> dict[str, torch.Tensor]:
+    """Tensors of the model in a checkpoint by name, on the meta device: shapes and dtypes without the values.
+
+    In this process alone. Raises as `read_index` does.
+    """
+    prefix = "model."
+    return {
+        name.removeprefix(prefix): torch.empty(stored.size, dtype=getattr(torch, stored.dtype), device="meta")
+        for name, stored in read_index(path).tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def read_weight(path: str, name: str, like: torch.Tensor) -> torch.Tensor:
+    """The whole tensor `name`, whatever ranks hold its parts; `like` is that of `saved_weights`.
+
+    In this process alone. Raises CheckpointError when it cannot be read.
+    """
+    tensor = torch.empty_like(like, device="cpu")
+    with _explained("read", path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is meant
+        load({"model": {name: tensor}}, storage_reader=TensorReader(path), no_dist=True)
+    return tensor
+
+
 def num_bytes(content: dict[str, Any]) -> int:
     """Bytes of `tensors_of` a state, over all ranks."""
     tensors = [*content["model"].values()]
@@ -170,42 +194,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
-
-
-def save_pretrained(model: Any, parameters: Iterator[tuple[str, torch.Tensor]], config: Any, path: str) -> None:
-    """Writes the model and its tokenizer in Hugging Face format, whole or not at all.
-
-    The weights have the dtype that the config at `config.path` states, or else that of training.
-    A collective: `parameters`, as in a checkpoint, gathers on every rank. Other files in the folder stay.
-    """
-    dtype = source_dtype(config)
-    weights = {n: p.to(dtype or p.dtype).cpu() for n, p in parameters if dist.get_rank() == 0}
-    if dist.get_rank() == 0:
-        target = Path(path).absolute()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pending = target.with_name(target.name + ".tmp")
-        if pending.exists():
-            shutil.rmtree(pending)
-        state = {k: v.contiguous() for k, v in weights.items()}
-        model.save_pretrained(pending, state_dict=state, save_original_format=False)  # their names are those already
-        state_dtype(pending, next(iter(weights.values())).dtype)
-        source = config.tokenizer_path or config.path
-        AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code).save_pretrained(pending)
-        replace_folder(pending, target, carry_over=True)
-
-
-def source_dtype(config: Any) -> torch.dtype | None:
-    """The dtype that the Hugging Face config of a model states, if it does."""
-    source: Any = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    return source.dtype or source.get_text_config().dtype
-
-
-def state_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Writes into the config of a saved model that its weights have this dtype.
-
-    `save_pretrained` states the dtype of the model in memory: that of training.
-    """
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    content["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -27,9 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from verl.utils.config import Config, problems_of
-
-INDEX = "index.json"
-PICKLED_INDEX = ".metadata"
+from verl.utils.run_folder import INDEX, PICKLED_INDEX
 
 FileName = Annotated[str, Field(pattern=r"^__\d+_\d+\.distcp$")]
 """A file beside the index, as torch names them; nothing outside of the folder."""

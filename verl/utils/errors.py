@@ -24,6 +24,10 @@ class RewardError(RuntimeError):
     """A reward does not work: it raised, or it lacks what the configuration reads. The message names it."""
 
 
+class ModelError(ValueError):
+    """A name means no model that can be loaded: the message says what was found there and what was expected."""
+
+
 MAX_LISTED = 20
 
 

@@ -19,6 +19,8 @@ from verl.utils.errors import DataError
 
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpoint.json"
+INDEX, PICKLED_INDEX = "index.json", ".metadata"
+"""The list of the tensors in a folder of a checkpoint, which is written last; and what torch calls its own."""
 PREFIX, PENDING = "global_step_", ".tmp"
 
 logger = logging.getLogger(__name__)

@@ -5,16 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from verl.protocol import ACTOR_MINI_BATCH, DataProto
 from verl.single_controller.decorator import Dispatch, register
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
-from verl.utils.checkpoint import save_pretrained
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
 from verl.workers.forward import forward_log_probs, log_probs_of_rows
-from verl.workers.fsdp_model import build_model, build_train_state, describe, full_parameters
-from verl.workers.lora import base_model
+from verl.workers.fsdp_model import build_model, build_train_state, describe
+from verl.workers.hf_folder import save_trained
 from verl.workers.rollout.weight_sync import WeightSender
 from verl.workers.trained import TrainedWorker
 from verl.workers.update import INPUTS, Budget, Counts, Metrics, map_micro_batches, update_mini_batches
@@ -152,8 +150,7 @@ class ActorWorker(TrainedWorker):
         self.senders[name].send()
 
     @register(Dispatch.ONE_TO_ALL)
-    def save_pretrained(self, path: str) -> None:
-        """The policy in Hugging Face format, with its tokenizer."""
-        model = self.state.model
-        save_pretrained(base_model(model), full_parameters(model), self.model_config, path)
-        dist.barrier()
+    def save_pretrained(self, path: str, checkpoint: str | None = None) -> None:
+        """Writes the policy in Hugging Face format, with its tokenizer. `checkpoint`: the name of the one it equals."""
+        origin = {} if checkpoint is None else {"checkpoint": checkpoint}
+        save_trained(self.state.model, self.model_config, path, origin)

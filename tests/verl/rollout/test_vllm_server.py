@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
 from tests.models import make_tiny_qwen2, perturb, rig
+from tests.trained import edit_json
 from verl.agent import Completion, context_digest
 from verl.workers.config import ModelConfig, RolloutConfig
 from verl.workers.rollout.vllm_server import VLLMServer, stop_token_ids
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.cpu_engine
 torch.set_num_threads(1)
 ATTENTION = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj"]
 OTHERS = ["gate_proj", "up_proj", "down_proj", "input_layernorm", "post_attention_layernorm", "model.norm", "lm_head"]
+ENDS_TOO = 321
+"""Ends a turn as well, says generation_config.json alone."""
 GROUPS = ["embed_tokens", *ATTENTION, *OTHERS]
 
 
@@ -66,6 +69,9 @@ def load(path: str) -> Qwen2ForCausalLM:
 def lab(tmp_path_factory):
     tied = make_tiny_qwen2(tmp_path_factory.mktemp("tied"), tied=True, seed=1)
     untied = make_tiny_qwen2(tmp_path_factory.mktemp("untied"), tied=False, seed=2)
+    edit_json(
+        tied / "generation_config.json", eos_token_id=[AutoTokenizer.from_pretrained(tied).eos_token_id, ENDS_TOO]
+    )
     config = RolloutConfig(
         dtype="float32", enforce_eager=True, cpu_threads=1, cpu_kvcache_gb=0.25, max_num_batched_tokens=512
     )
@@ -108,6 +114,14 @@ def test_tokens_in_tokens_out(lab):
     assert out.context_digest == context_digest(prompt)
     assert (out.finish_reason, out.stop_reason) == ("length", None)
     assert len(out.token_ids) == len(out.log_probs) == 7
+
+
+def test_every_id_that_ends_a_turn_ends_it(lab):
+    model = load(lab.untied)
+    rig(model, [20, 21, ENDS_TOO, 22])
+    lab.sync(model)
+    (out,) = lab.run(lab.generate([20], temperature=0))
+    assert out.token_ids == [21, ENDS_TOO] and out.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])

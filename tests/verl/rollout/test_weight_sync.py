@@ -12,6 +12,7 @@ from tests.distributed import run_ranks
 from tests.models import make_tiny_qwen2
 from verl.workers.config import FSDPConfig, ModelConfig
 from verl.workers.fsdp_model import build_model
+from verl.workers.rollout.weight_sync import write_engine_model
 
 
 class FakeServer:
@@ -54,3 +55,12 @@ def test_whole_tensors_arrive_with_a_head_and_leave_nothing_behind(tmp_path, tie
         torch.testing.assert_close(weights[name], tensor)
     assert folders == [False, False]
     assert not nothing and not none, "only rank 0 talks to the engines"
+
+
+def test_the_engine_gets_what_belongs_to_the_model_beside_its_weights(tmp_path):
+    model, copy = make_tiny_qwen2(tmp_path / "model", layers=1), tmp_path / "copy"
+    copy.mkdir()
+    generation = b'{"eos_token_id": [5, 7], "temperature": 0.7, "do_sample": false}'
+    (model / "generation_config.json").write_bytes(generation)
+    write_engine_model(ModelConfig(path=str(model)), str(copy))
+    assert (copy / "generation_config.json").read_bytes() == generation

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from verl.single_controller.worker_group import RayError, get
 from verl.workers.config import ModelConfig
 from verl.workers.fsdp_model import full_parameters, full_shapes
+from verl.workers.hf_folder import copy_companions
 
 MEMORY_FILES = "/dev/shm"
 HEADS = {
@@ -56,6 +57,7 @@ def write_engine_model(model: ModelConfig, folder: str) -> None:
     config.tie_word_embeddings = not has_head(config)
     config.architectures = [type(policy).__name__]
     config.save_pretrained(folder)
+    copy_companions(model, Path(folder))
     source = model.tokenizer_path or model.path
     AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
     write_weights(full_parameters(policy), folder, has_head(config))

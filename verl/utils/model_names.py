@@ -1,0 +1,133 @@
+"""What a user may call a model: a Hugging Face folder or hub name, a run folder, or one of its checkpoints.
+
+runs/grpo                   a run folder: its finished model, or else its newest checkpoint
+runs/grpo/global_step_20    a checkpoint, as is the state that an alarm left: runs/grpo/alarms/step_12
+runs/grpo/best, .../latest  the checkpoints that the run calls so; no folders of these names are needed
+runs/grpo/hf                a Hugging Face folder, which has a config.json
+"""
+
+import json
+from pathlib import Path
+
+from verl.utils.errors import ModelError
+from verl.utils.run_folder import BEST, INDEX, PENDING, PICKLED_INDEX, best, find_latest, folder_of, steps
+
+RUN_CONFIG = "config.yaml"
+HF = "hf"
+"""Name of the Hugging Face folder in a run folder, and in a checkpoint that was exported."""
+ORIGIN = "training.json"
+"""File in a Hugging Face folder that says what it was made of: `base_model`, `checkpoint`."""
+EXPECTED = (
+    "expected a Hugging Face folder (with config.json), a run folder, its best, latest or global_step_N, or a folder "
+    "in its alarms"
+)
+
+
+def ready_model(name: str) -> str | None:
+    """The Hugging Face folder (by its full path) or the hub name that `name` means; None for a checkpoint to export.
+
+    What is not there and not the name of a checkpoint may be on the hub. Raises ModelError as `find_checkpoint` does.
+    """
+    path = Path(name)
+    if is_model(path) and not path.name.endswith(PENDING):
+        return str(path.resolve())
+    if not path.exists() and not is_run(path.parent):
+        return name
+    if is_run(path) and (finished := finished_model(path)) is not None:
+        return str(finished.resolve())
+    exported = find_checkpoint(name) / HF
+    return str(exported) if is_model(exported) else None
+
+
+def find_checkpoint(name: str) -> Path:
+    """The full path of the complete checkpoint that `name` means, of a run folder the newest.
+
+    Raises ModelError saying what was found and what was expected.
+    """
+    path = Path(name).resolve()
+    if path.name.endswith(PENDING) and path.exists():
+        raise ModelError(f"{path}: unfinished, it is being written or a crash left it. {_present(path.parent)}")
+    if path.is_dir():
+        return _checkpoint_in(path)
+    run = path.parent
+    if path.exists() or not is_run(run):
+        found = "a file" if path.exists() else "no such folder"
+        raise ModelError(f"{path}: {found}; {EXPECTED}")
+    if path.name == "latest":
+        return _checkpoint_in(run)
+    if path.name == "best":
+        return _best(run)
+    if path.with_name(path.name + PENDING).exists():
+        raise ModelError(f"{path}: unfinished, it is being written or a crash left it. {_present(run)}")
+    raise ModelError(f"{path}: no such checkpoint. {_present(run)}")
+
+
+def finished_model(run: Path) -> Path | None:
+    """The Hugging Face folder of a run that has ended: made of its newest checkpoint, or all that the run left.
+
+    One that an earlier end of the run left is not it.
+    """
+    model = run / HF
+    if not is_model(model):
+        return None
+    newest = find_latest(run) if steps(run) else None
+    if newest is None:
+        return model
+    record = model / ORIGIN
+    origin = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    return model if origin.get("checkpoint") == newest.name else None
+
+
+def run_folder_of(path: Path) -> Path | None:
+    """The nearest folder above `path` that holds the configuration of a run."""
+    return next((folder for folder in path.parents if (folder / RUN_CONFIG).is_file()), None)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether it is a Hugging Face folder."""
+    return (folder / "config.json").is_file()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it holds a policy, all of it: also in a format that reading it refuses."""
+    return any((folder / "actor" / name).is_file() for name in (INDEX, PICKLED_INDEX))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is the folder of a run, by any one of the things that a run may leave."""
+    return (folder / RUN_CONFIG).is_file() or is_model(folder / HF) or bool(steps(folder))
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    if is_checkpoint(folder):
+        return folder
+    if (folder / "actor").is_dir():
+        raise ModelError(f"{folder / 'actor'}: has no {INDEX}, so this checkpoint is not complete")
+    newest = find_latest(folder) if steps(folder) else None
+    if newest is not None:
+        return _checkpoint_in(newest)
+    if is_run(folder):
+        raise ModelError(f"{folder}: a run folder without a checkpoint. {_present(folder)}")
+    names = sorted(entry.name for entry in folder.iterdir())
+    found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    raise ModelError(f"{folder}: holds {found or 'nothing'}; {EXPECTED}")
+
+
+def _best(run: Path) -> Path:
+    record = best(run)
+    if record is None:
+        raise ModelError(
+            f"{run}: has no best checkpoint ({BEST}): none was saved at a step whose validation gave "
+            f"trainer.best_metric. {_present(run)}"
+        )
+    return _checkpoint_in(folder_of(run, record["step"]))
+
+
+def _present(run: Path) -> str:
+    """What a run folder has to offer, as a sentence."""
+    names = [folder_of(run, step).name for step in steps(run)]
+    if best(run) is not None:
+        names.append("best")
+    if is_model(run / HF):
+        names.append(HF)
+    return f"{run} has {', '.join(names)}" if names else f"{run} has no checkpoint and no {HF} folder"

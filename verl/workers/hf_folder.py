@@ -1,0 +1,167 @@
+"""Trained weights as a Hugging Face folder: what anyone who loads the source of the training can load instead of it.
+
+Everything but the weights comes from that source, not from the model in memory, whose config has settings of training.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from verl.utils.model_names import ORIGIN
+from verl.utils.run_folder import replace_folder
+from verl.workers.checkpoint_names import checkpoint_format
+from verl.workers.config import ModelConfig
+from verl.workers.fsdp_model import whole
+from verl.workers.lora import add_adapters, base_model, merged, scaling
+
+GENERATION = "generation_config.json"
+Read = Callable[[Any], torch.Tensor]
+
+
+def save_trained(
+    model: PreTrainedModel, config: ModelConfig, path: str, origin: Mapping[str, str] | None = None
+) -> None:
+    """Writes a trained, possibly sharded model to the folder `path`, whole or not at all. Other files in it stay.
+
+    A collective: all ranks gather, rank 0 writes. `origin` is written beside it.
+    """
+    skeleton = skeleton_of(config)
+    weights = exported_weights(skeleton, saved_tensors(model), whole, source_dtype(config))
+    if dist.get_rank() == 0:
+        write_folder(skeleton, dict(on_host(weights)), config, path, origin or {})
+    else:
+        for _ in weights:
+            pass
+    dist.barrier()
+
+
+def skeleton_of(config: ModelConfig) -> PreTrainedModel:
+    """The policy without storage for its weights, adapters included: its names, shapes and unchanged config.
+
+    Of a checkpoint that has towers for images or sound beside a language model, it is the language model. Raises
+    OSError or ValueError where there is no such model.
+    """
+    source = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **config.architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source, trust_remote_code=config.trust_remote_code)
+        return add_adapters(model, config) if config.lora_rank else model
+
+
+def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, layer by layer, a tied one under its first name only."""
+    first_names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if name in first_names}
+
+
+def exported_weights(
+    skeleton: PreTrainedModel, tensors: Mapping[str, Any], read: Read, dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and whole tensors as in a published checkpoint of `skeleton`, adapters merged.
+
+    `read` gives the tensor of a value of `tensors`, whose keys are those of `saved_tensors`. Parameters are rounded to
+    `dtype` where it is given; buffers stay as they are.
+    """
+    plain = base_model(skeleton)
+    buffers = {name for name, _ in plain.named_buffers()}
+
+    def rounded() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in merged(tensors, scaling(skeleton), read):
+            keeps = dtype is None or name in buffers
+            yield name, tensor if keeps else tensor.to(dtype)
+
+    return checkpoint_format(plain, rounded())
+
+
+def on_host(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor in host memory of its own: parts of one tensor are not written twice."""
+    for name, tensor in weights:
+        yield name, tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def write_folder(
+    skeleton: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    config: ModelConfig,
+    path: str | Path,
+    origin: Mapping[str, str],
+) -> None:
+    """Writes model, tokenizer and `origin` to the folder `path`, whole or not at all. Other files in it stay."""
+    target = Path(path).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pending = target.with_name(target.name + ".tmp")
+    if pending.exists():
+        shutil.rmtree(pending)
+    pending.mkdir()
+    save_torch_state_dict(weights, pending)
+    dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+    write_config(base_model(skeleton), dtype, pending)
+    copy_companions(config, pending)
+    source = config.tokenizer_path or config.path
+    AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code).save_pretrained(pending)
+    record = {"base_model": config.path, **origin}
+    (pending / ORIGIN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for file in pending.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
+        file.chmod((pending / "config.json").stat().st_mode)
+    replace_folder(pending, target, carry_over=True)
+
+
+def write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
+    """Writes config.json: the source's, and what its weights here are."""
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
+
+
+def copy_companions(config: ModelConfig, folder: Path) -> None:
+    """Copies what belongs to a model beside weights, config and tokenizer into `folder`, which has a config.json.
+
+    That is generation_config.json (sampling, every id that ends a turn) byte for byte, because transformers refuses to
+    write some that it reads; and the Python files of a model with code of its own, to which the config then refers.
+    """
+    source = source_file(config, "config.json")
+    assert source is not None, "the config was read from there"
+    generation = source_file(config, GENERATION)
+    if generation is not None:
+        shutil.copyfile(generation, folder / GENERATION)
+    auto_map = json.loads(source.read_text(encoding="utf-8")).get("auto_map")
+    if auto_map is None:
+        return
+    for code in source.parent.glob("*.py"):
+        shutil.copyfile(code, folder / code.name)
+    path = folder / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["auto_map"] = auto_map
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def source_file(config: ModelConfig, name: str) -> Path | None:
+    """The file `name` of the source, from the hub's cache where it is no folder; None if it has no such file."""
+    found = cached_file(config.path, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def source_dtype(config: ModelConfig) -> torch.dtype | None:
+    """The dtype of the source: what its config states, or else that of its first weights; None where neither says."""
+    source: Any = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    stated = source.dtype or source.get_text_config().dtype
+    if stated is not None:
+        return stated
+    index = source_file(config, "model.safetensors.index.json")
+    name = "model.safetensors"
+    if index is not None:
+        name = min(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    weights = source_file(config, name)
+    if weights is None:
+        return None
+    with safe_open(weights, framework="pt") as file:
+        first = next(iter(file.keys()))
+        return file.get_tensor(first).dtype
