@@ -24,6 +24,7 @@ from pydantic import PositiveInt, ValidationError
 
 from search_r1.report import write_report
 from search_r1.world.generate import OPTIONS_FILE, WorldConfig
+from verl.utils.addresses import direct
 from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.processes import Forward, dying_with_this, ended, exit_status
@@ -229,14 +230,17 @@ class RetrievalServer:
 def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
     """Returns when the server answers. Exits with its status if it ends before, or after SERVER_START_S seconds."""
     deadline = time.monotonic() + SERVER_START_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            sys.exit(f"error: the retrieval server ended at once (status {server.returncode}); its message is above")
-        try:
-            if httpx.get(url, timeout=1).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
+    with httpx.Client(mounts=direct(url), timeout=1) as client:
+        while time.monotonic() < deadline:
+            if server.poll() is not None:
+                sys.exit(
+                    f"error: the retrieval server ended at once (status {server.returncode}); its message is above"
+                )
+            try:
+                if client.get(url).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
     sys.exit(f"error: the retrieval server did not answer at {url} within {SERVER_START_S} s")
 
 
