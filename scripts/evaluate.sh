@@ -3,7 +3,5 @@
 set -euo pipefail
 MODEL="${1:?the model: a folder, a name of the Hugging Face hub, or --help}"
 shift
-[[ ! -e "$MODEL" ]] || MODEL="$(realpath "$MODEL")"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/setup.sh
-exec "$PYTHON" -m search_r1.evaluate "$MODEL" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+exec "$PYTHON" -P -m search_r1.evaluate "$MODEL" "$@"

@@ -13,6 +13,10 @@ from pathlib import Path
 
 from search_r1.evaluation import report
 from search_r1.launch import composed, surrounded
+from verl.trainer.compose import as_plain
+from verl.trainer.config import validate
+from verl.trainer.overrides import quoted
+from verl.utils.errors import ConfigError
 
 
 def run_name(model: str) -> str:
@@ -31,11 +35,11 @@ def given_overrides(model: str, endpoint: str | None) -> list[str]:
     otherwise.
     """
     path = Path(model)
-    given = [f"actor_rollout_ref.model.path={path.resolve() if path.exists() else model}"]
+    given = [f"actor_rollout_ref.model.path={quoted(str(path.resolve()) if path.exists() else model)}"]
     given.append("data.val_sample_per_source=null")
     if endpoint:
         rollout = "actor_rollout_ref.rollout"
-        given += [f"{rollout}.name=openai", f"{rollout}.endpoint.url={endpoint}"]
+        given += [f"{rollout}.name=openai", f"{rollout}.endpoint.url={quoted(endpoint)}"]
     return given
 
 
@@ -53,12 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     given = given_overrides(args.model, args.endpoint)
     if not any(o.startswith("trainer.experiment_name=") for o in overrides):
-        given.append(f"trainer.experiment_name={run_name(given[0].partition('=')[2])}")
+        path = Path(args.model)
+        name = run_name(str(path.resolve()) if path.exists() else args.model)
+        given.append(f"trainer.experiment_name={quoted(name)}")
     files = {
         name: value.resolve() for name, value in vars(args).items() if name in ("compare", "closed_book") and value
     }
-    config = composed(args.config_name, [*given, *overrides])
-    status = surrounded("verl.trainer.main_eval", args.config_name, [*given, *overrides], config)
+    try:
+        config, complete = composed(args.config_name, [*given, *overrides])
+        validate(as_plain(config))
+        status = surrounded("verl.trainer.main_eval", args.config_name, complete, config)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     if status:
         return status
     folder = Path(config.trainer.default_local_dir)

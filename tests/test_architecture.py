@@ -19,6 +19,8 @@ VERL_FOR_TASKS = ["verl.protocol", "verl.agent", "verl.utils"]
 PURE = ["verl.protocol", "verl.agent", "verl.trainer.ppo.core_algos"]
 ENTRY_POINTS = ["verl.workers.rollout", "verl.workers.config", "verl.trainer.sft", "verl.trainer.config",
                 "verl.trainer.checks"]  # fmt: skip
+COMMAND_LINE = ["verl.trainer.compose", "verl.trainer.compat", "verl.trainer.overrides", "verl.trainer.config"]
+COMMANDS = ["search_r1.launch", "search_r1.evaluate", "search_r1.infer", "search_r1.finetune", "search_r1.compat"]
 FORBIDDEN = [
     # where, what may not be imported, except
     ("verl", ["search_r1"], []),
@@ -53,7 +55,8 @@ def allowed(importer: str, imported: str) -> bool:
             return False
     if within(importer, ["search_r1"]) and within(imported, ["verl"]):
         wide = within(importer, ["search_r1.evaluation", "search_r1.infer", "search_r1.world"])
-        return within(imported, VERL_FOR_TASKS + ENTRY_POINTS * wide)
+        starts = within(importer, COMMANDS)
+        return within(imported, VERL_FOR_TASKS + ENTRY_POINTS * wide + COMMAND_LINE * starts)
     if within(importer, ["verl"]) and within(imported, ["ray"]):
         return within(importer, ["verl.single_controller", "verl.trainer.main_ppo", "verl.trainer.main_eval"])
     return True
