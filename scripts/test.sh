@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SETUP_EXTRA=dev source scripts/setup.sh
+export no_proxy="localhost,127.0.0.1${no_proxy:+,$no_proxy}"  # the tests' own servers; the program needs no such help
 export WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
 WORKERS=2  # whole runs spend half of their time waiting; on a GPU they would share its memory
 [[ "$DEVICE" == cpu ]] || WORKERS=0

@@ -15,6 +15,9 @@ from pathlib import Path
 from search_r1.evaluation import report
 from search_r1.export import loadable_model
 from search_r1.launch import composed, surrounded
+from verl.trainer.compose import as_plain
+from verl.trainer.config import validate
+from verl.trainer.overrides import quoted
 from verl.utils.errors import ConfigError, ModelError
 from verl.utils.model_names import run_folder_of
 
@@ -32,17 +35,25 @@ def run_name(model: str) -> str:
     return "evaluate-" + "--".join(path.relative_to(run.parent).parts)
 
 
+def model_of(name: str, endpoint: str | None) -> str:
+    """What the engine loads for MODEL, which is a folder by its full path; at an endpoint the name itself.
+
+    Raises ModelError or ConfigError when there is no such model, or a checkpoint cannot be exported.
+    """
+    return name if endpoint else loadable_model(name)
+
+
 def given_overrides(model: str, endpoint: str | None) -> list[str]:
     """MODEL and --endpoint as overrides; a folder by its full path, a checkpoint by that of its export.
 
     All questions are asked, also where the validations of an experiment take a sample: further overrides may say
-    otherwise. Raises ModelError or ConfigError when there is no such model, or a checkpoint cannot be exported.
+    otherwise. Raises as `model_of` does.
     """
-    given = [f"actor_rollout_ref.model.path={model if endpoint else loadable_model(model)}"]
+    given = [f"actor_rollout_ref.model.path={quoted(model_of(model, endpoint))}"]
     given.append("data.val_sample_per_source=null")
     if endpoint:
         rollout = "actor_rollout_ref.rollout"
-        given += [f"{rollout}.name=openai", f"{rollout}.endpoint.url={endpoint}"]
+        given += [f"{rollout}.name=openai", f"{rollout}.endpoint.url={quoted(endpoint)}"]
     return given
 
 
@@ -60,15 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     try:
         given = given_overrides(args.model, args.endpoint)
+        if not any(override.startswith("trainer.experiment_name=") for override in overrides):
+            name = run_name(model_of(args.model, args.endpoint))
+            given.append(f"trainer.experiment_name={quoted(name)}")
     except (ConfigError, ModelError) as error:
         sys.exit(f"error: {error}")
-    if not any(o.startswith("trainer.experiment_name=") for o in overrides):
-        given.append(f"trainer.experiment_name={run_name(given[0].partition('=')[2])}")
     files = {
         name: value.resolve() for name, value in vars(args).items() if name in ("compare", "closed_book") and value
     }
-    config = composed(args.config_name, [*given, *overrides])
-    status = surrounded("verl.trainer.main_eval", args.config_name, [*given, *overrides], config)
+    try:
+        config, complete = composed(args.config_name, [*given, *overrides])
+        validate(as_plain(config))
+        status = surrounded("verl.trainer.main_eval", args.config_name, complete, config)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     if status:
         return status
     folder = Path(config.trainer.default_local_dir)

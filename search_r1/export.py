@@ -10,7 +10,7 @@ import fcntl
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 
 from search_r1.launch import ROOT
@@ -55,9 +55,9 @@ def export_to(checkpoint: Path, out: Path, base: str | None = None, tokenizer: s
     from verl.utils.checkpoint_storage import CheckpointError
 
     sys.stderr.write(f"{checkpoint}: writing its policy as a Hugging Face model to {out}\n")
-    os.chdir(ROOT)  # relative paths in the configuration of a run begin there
     try:
-        export(checkpoint, out, base, tokenizer)
+        with chdir(ROOT):  # relative paths in the configuration of a run begin there
+            export(checkpoint.resolve(), out.resolve(), base, tokenizer)
     except CheckpointError as error:
         raise ModelError(str(error)) from error
     return out

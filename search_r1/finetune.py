@@ -15,8 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, PositiveFloat, PositiveInt
+from omegaconf import DictConfig
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from transformers import AutoTokenizer
 
 from search_r1.agent.loop import question_of
@@ -25,7 +25,10 @@ from search_r1.launch import ROOT, composed
 from search_r1.prompts import build_prompt
 from search_r1.rewards.matching import gold_answers
 from verl.agent import Row
-from verl.utils.config import Config
+from verl.trainer.compose import as_plain
+from verl.trainer.config import validate
+from verl.trainer.overrides import quoted, written
+from verl.utils.config import Config, problems_of
 from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.processes import dying_with_this
@@ -52,6 +55,14 @@ class FinetuneConfig(Config):
     """Most tokens in a forward-backward pass of one rank: what its memory is proportional to."""
     lr: float = Field(default=1e-5, gt=0)
     """Learning rate."""
+
+
+def read_finetune(raw: Mapping[str, Any]) -> FinetuneConfig:
+    """The typed `finetune` section. Raises ConfigError naming every wrong key."""
+    try:
+        return FinetuneConfig.model_validate(raw["finetune"])
+    except ValidationError as error:
+        raise ConfigError(problems_of(error, "finetune.", FinetuneConfig)) from error
 
 
 def answer_rows(
@@ -83,8 +94,8 @@ class Finetune:
     """The rounds of one run."""
 
     def __init__(self, config: DictConfig, argv: Sequence[str]) -> None:
-        self.raw: Any = OmegaConf.to_container(config, resolve=True)
-        self.config = FinetuneConfig.model_validate(self.raw["finetune"])
+        self.raw = as_plain(config)
+        self.config = read_finetune(self.raw)
         self.argv, self.run_dir = list(argv), Path(config.trainer.default_local_dir)
         self.model = str(config.actor_rollout_ref.model.path)
 
@@ -144,12 +155,13 @@ class Finetune:
         """Trajectories of the current model on the training questions."""
         val = "actor_rollout_ref.rollout.val_kwargs"
         run(
-            "-m", "verl.trainer.main_eval", *self.argv, f"actor_rollout_ref.model.path={self.model}",
-            f"data.val_files=[{','.join(files)}]", f"data.val_data_num={self.raw['data']['train_data_num'] or 'null'}",
+            "-m", "verl.trainer.main_eval", *self.argv, f"actor_rollout_ref.model.path={quoted(self.model)}",
+            f"data.val_files={written(list(files))}",
+            f"data.val_data_num={written(self.raw['data']['train_data_num'])}",
             f"data.val_sample_seed={self.raw['data']['train_sample_seed']}",
             "data.val_sample_per_source=null", f"{val}.n={self.config.samples}",
             f"{val}.temperature={self.config.temperature}",
-            f"trainer.default_local_dir={folder}",
+            f"trainer.default_local_dir={quoted(str(folder))}",
         )  # fmt: skip
         return folder / "evaluation.jsonl"
 
@@ -178,11 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-name", default="grpo")
     args, overrides = parser.parse_known_args(argv)
-    config = composed(args.config_name, overrides)
     try:
+        config, complete = composed(args.config_name, overrides)
+        validate(as_plain(config))
         if config.finetune.data is None:
             raise ConfigError(["finetune.data: expected answers or samples; method=sft and method=rejection set it"])
-        sys.stdout.write(f"trained model: {Finetune(config, argv)()}\n")
+        sys.stdout.write(f"trained model: {Finetune(config, ['--config-name', args.config_name, *complete])()}\n")
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     return 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from search_r1.data.rows import read_rows
@@ -26,6 +26,7 @@ from search_r1.launch import composed, surroundings
 from search_r1.rewards.matching import last_answer
 from verl.agent import Completion, Source, Trajectory, TrajectoryFailed
 from verl.trainer.checks import environment_problems
+from verl.trainer.compose import as_plain
 from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, validate
 from verl.utils.errors import ConfigError, DataError, ModelError, listed
 from verl.utils.run_folder import claim
@@ -231,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--questions and --out go together")
     files = [path.resolve() if path else None for path in (args.questions, args.out)]
     try:
-        config = composed(args.config_name, [*given_overrides(args.model, args.endpoint), *overrides])
+        config, _ = composed(args.config_name, [*given_overrides(args.model, args.endpoint), *overrides])
+        answering(config, None)
         with surroundings(config, overrides) as server:
             asked = answering(config, server.url if server else None)
             if files[0] and files[1]:
@@ -252,7 +254,7 @@ def answering(config: DictConfig, url: str | None) -> PPOConfig:
     config.template = config.template or config.setup.template
     config.actor_rollout_ref.rollout.load_format = "auto"
     config.data.train_files = config.data.val_files = []
-    return validate(OmegaConf.to_container(config, resolve=True))  # pyright: ignore[reportArgumentType]
+    return validate(as_plain(config))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ trains under the same overrides with `verl.trainer.main_ppo`, or with `search_r1
 and reports. Sections left null are the user's own: for the paper's recipes this only starts the training.
 """
 
-import argparse
 import logging
 import os
 import secrets
@@ -14,19 +13,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import PositiveInt, ValidationError
 
 from search_r1.data.made import is_current
 from search_r1.data.prepare import TEST, TRAIN, inputs_of
 from search_r1.report import write_report
 from search_r1.world.generate import FILES, OPTIONS_FILE, WorldConfig
+from verl.trainer import compose
+from verl.trainer.config import validate
+from verl.utils.addresses import direct
 from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.processes import Forward, dying_with_this, ended, exit_status
@@ -36,6 +38,19 @@ ROOT = Path(__file__).resolve().parents[1]
 SERVER_START_S = 120
 MAX_SERVER_RESTARTS = 10
 BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+PATHS = (
+    "data.train_files",
+    "data.val_files",
+    "trainer.default_local_dir",
+    "custom_reward_function.path",
+    "setup.world",
+    "setup.questions",
+    "setup.corpus_path",
+    "setup.index_dir",
+)
+"""Keys of paths. On the command line they are relative to where the user stands, in configs/ to the repository."""
+MODELS = ("actor_rollout_ref.model.path", "actor_rollout_ref.model.tokenizer_path", "critic.model.path")
+"""Keys of paths that may also be names of the Hugging Face hub."""
 
 
 class SetupConfig(Config):
@@ -61,28 +76,55 @@ class SetupConfig(Config):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of the training."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if {"--help", "-h", "--cfg", "-c", "--info", "--hydra-help"} & set(argv):
-        return subprocess.call([sys.executable, "-m", "verl.trainer.main_ppo", *argv], cwd=ROOT)
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config-name", default="grpo")
-    args, overrides = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    config = composed(args.config_name, overrides)
+    try:
+        return launch(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+def launch(argv: Sequence[str]) -> int:
+    """Exit status of the training. Raises ConfigError before anything is made or started."""
+    line = compose.read_command_line(argv, "grpo")
+    if line.only_shows:
+        shown = ["--config-name", line.config_name, *line.flags, *line.overrides]
+        return subprocess.call([sys.executable, "-m", "verl.trainer.main_ppo", *shown], cwd=ROOT)
+    if line.multirun:
+        raise ConfigError(["--multirun: what surrounds a run is made for one: scripts/sweep.sh makes several"])
+    config, overrides = composed(line.config_name, line.overrides)
+    check(config)
     if config.finetune.data is not None:
-        return surrounded("search_r1.finetune", args.config_name, overrides, config)
-    status = surrounded("verl.trainer.main_ppo", args.config_name, overrides, config)
+        return surrounded("search_r1.finetune", line.config_name, overrides, config)
+    status = surrounded("verl.trainer.main_ppo", line.config_name, overrides, config)
     if status == 0:
         sys.stdout.write(write_report(Path(config.trainer.default_local_dir)))
     return status
 
 
-def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration, and the repository as working directory: paths in it are relative to that."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        config = compose(config_name, list(overrides))
+def composed(config_name: str, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """The configuration, and the overrides it was composed with, whose paths are complete. Raises ConfigError.
+
+    The repository becomes the working directory: the paths of configs/ are relative to it.
+    """
+    complete = compose.absolute(overrides, Path.cwd(), PATHS, MODELS)
+    config = compose.composed(config_name, complete)
     os.chdir(ROOT)
-    return config
+    return config, complete
+
+
+def check(config: DictConfig) -> None:
+    """Raises ConfigError listing everything that is wrong with a configuration, of `setup` and `finetune` too."""
+    from search_r1.finetune import read_finetune
+
+    raw = compose.as_plain(config)
+    problems: list[str] = []
+    for read in (validate, read_setup, read_finetune):
+        try:
+            read(raw)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def surrounded(program: str, config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
@@ -108,9 +150,11 @@ def run(command: list[str], server: "RetrievalServer | None") -> int:
 @contextmanager
 def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator["RetrievalServer | None"]:
     """Makes what `setup` names, serves its index; None if the server is the user's, or nobody searches."""
-    setup = read_setup(config)
-    prepare(setup, config)
+    setup = read_setup(compose.as_plain(config))
     named = any(o.startswith("retriever.url=") for o in overrides)
+    if setup.index_dir and not setup.corpus_path and not named and config.do_search:
+        raise ConfigError([f"setup.index_dir={setup.index_dir}: name the corpus that is searched by setup.corpus_path"])
+    prepare(setup, config)
     if setup.index_dir is None or named or not config.do_search:
         yield None
         return
@@ -125,12 +169,12 @@ def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator["Retr
         yield server
 
 
-def read_setup(config: DictConfig) -> SetupConfig:
-    """The typed `setup` section. Exits naming every wrong key."""
+def read_setup(raw: Mapping[str, Any]) -> SetupConfig:
+    """The typed `setup` section. Raises ConfigError naming every wrong key."""
     try:
-        return SetupConfig.model_validate(OmegaConf.to_container(config.setup, resolve=True))
+        return SetupConfig.model_validate(raw["setup"])
     except ValidationError as error:
-        sys.exit(f"error: {ConfigError(problems_of(error, 'setup.'))}")
+        raise ConfigError(problems_of(error, "setup.", SetupConfig)) from error
 
 
 def prepare(setup: SetupConfig, config: DictConfig) -> None:
@@ -273,14 +317,17 @@ class RetrievalServer:
 def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
     """Returns when the server answers. Exits with its status if it ends before, or after SERVER_START_S seconds."""
     deadline = time.monotonic() + SERVER_START_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            sys.exit(f"error: the retrieval server ended at once (status {server.returncode}); its message is above")
-        try:
-            if httpx.get(url, timeout=1).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
+    with httpx.Client(mounts=direct(url), timeout=1) as client:
+        while time.monotonic() < deadline:
+            if server.poll() is not None:
+                sys.exit(
+                    f"error: the retrieval server ended at once (status {server.returncode}); its message is above"
+                )
+            try:
+                if client.get(url).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
     sys.exit(f"error: the retrieval server did not answer at {url} within {SERVER_START_S} s")
 
 

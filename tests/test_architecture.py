@@ -25,6 +25,8 @@ ENTRY_POINTS = [
     "verl.trainer.checks",
     "verl.trainer.export",
 ]
+COMMAND_LINE = ["verl.trainer.compose", "verl.trainer.compat", "verl.trainer.overrides", "verl.trainer.config"]
+COMMANDS = ["search_r1.launch", "search_r1.evaluate", "search_r1.infer", "search_r1.finetune", "search_r1.compat"]
 FORBIDDEN = [
     # where, what may not be imported, except
     ("verl", ["search_r1"], []),
@@ -59,7 +61,8 @@ def allowed(importer: str, imported: str) -> bool:
             return False
     if within(importer, ["search_r1"]) and within(imported, ["verl"]):
         wide = within(importer, ["search_r1.evaluation", "search_r1.export", "search_r1.infer", "search_r1.world"])
-        return within(imported, VERL_FOR_TASKS + ENTRY_POINTS * wide)
+        starts = within(importer, COMMANDS)
+        return within(imported, VERL_FOR_TASKS + ENTRY_POINTS * wide + COMMAND_LINE * starts)
     if within(importer, ["verl"]) and within(imported, ["ray"]):
         return within(importer, ["verl.single_controller", "verl.trainer.main_ppo", "verl.trainer.main_eval"])
     return True
@@ -94,7 +97,7 @@ def test_pure_modules_pull_in_no_machinery(module):
 
 @pytest.mark.parametrize(
     ("package", "without", "limit"),
-    [("verl", [], 12000), ("search_r1", ["search_r1.search"], 6000), ("search_r1.search", [], 6000)],
+    [("verl", [], 14_000), ("search_r1", ["search_r1.search"], 6000), ("search_r1.search", [], 6000)],
 )
 def test_package_size(package, without, limit):
     own = {name: path for name, path in SOURCES.items() if within(name, [package]) and not within(name, without)}

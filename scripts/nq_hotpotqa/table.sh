@@ -7,10 +7,10 @@
 # interruption. The retrieval server must run (docs/retriever.md). DRY_RUN=1 only prints the commands.
 # PPO is slow: see `trainer.n_gpus_per_node` and the other keys of configs/experiment/nq_hotpotqa.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 [[ $# -gt 0 && "$1" != --help ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 1; }
 PYTHON=python
-[[ -n "${DRY_RUN:-}" ]] || source scripts/setup.sh
+[[ -n "${DRY_RUN:-}" ]] || source "$ROOT/scripts/setup.sh"
 METHODS="${METHODS:-direct cot ircot search_o1 react rag search sft r1 rejection search_r1_ppo search_r1_grpo}"
 MODELS=() OVERRIDES=() RESULTS=()
 for argument in "$@"; do
@@ -24,20 +24,20 @@ run() {
 }
 for model in "${MODELS[@]}"; do
   for method in $METHODS; do
-    folder="runs/table/$(basename "$model")/$method"
+    folder="$ROOT/runs/table/$(basename "$model")/$method"
     evaluated="$model"
     config=grpo
     [[ "$method" != search_r1_ppo ]] || config=ppo
     case "$method" in sft | r1 | rejection | search_r1_*)
       evaluated="$folder/hf"
-      [[ -e "$folder/hf/config.json" ]] || run "$PYTHON" -m search_r1.launch --config-name "$config" \
+      [[ -e "$folder/hf/config.json" ]] || run "$PYTHON" -P -m search_r1.launch --config-name "$config" \
         "experiment=baseline/$method" "actor_rollout_ref.model.path=$model" \
         "trainer.default_local_dir=$folder" "${OVERRIDES[@]}"
       ;;
     esac
-    run "$PYTHON" -m search_r1.evaluate "$evaluated" "experiment=baseline/$method" \
+    run "$PYTHON" -P -m search_r1.evaluate "$evaluated" "experiment=baseline/$method" \
       "trainer.default_local_dir=$folder/evaluation" "${OVERRIDES[@]}"
     RESULTS+=("$(basename "$model"), $method=$folder/evaluation")
   done
 done
-run "$PYTHON" -m search_r1.evaluation.table "${RESULTS[@]}" --out runs/table
+run "$PYTHON" -P -m search_r1.evaluation.table "${RESULTS[@]}" --out "$ROOT/runs/table"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # An existing Lucene index: CORPUS=wiki-18.jsonl INDEX=wiki-18/bm25 bash scripts/retriever/lucene.sh [flags of the server]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-exec "${PYTHON:-python}" search_r1/search/retrieval_server.py --retriever_name lucene \
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+exec "${PYTHON:-python}" "$ROOT"/search_r1/search/retrieval_server.py --retriever_name lucene \
   --index_path "${INDEX:?the folder of the Lucene index}" ${CORPUS:+--corpus_path "$CORPUS"} "$@"

@@ -14,6 +14,7 @@ from functools import partial
 import httpx
 from pydantic import ValidationError
 
+from search_r1.search.addresses import direct
 from search_r1.search.balancer import Balancer, Server
 from search_r1.search.config import RetrieverConfig, authorization
 from search_r1.search.schema import RetrieveResponse, ScoredDocument
@@ -115,6 +116,7 @@ class RetrievalClient:
         self.http = httpx.AsyncClient(
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS),
             headers=authorization(),
+            mounts=direct(*config.urls),
         )
         self.connections = asyncio.Semaphore(MAX_CONNECTIONS)
         self.balancer = Balancer(config.urls, config.backoff_s)
@@ -330,7 +332,8 @@ def check_server(url: str) -> str | None:
     )
     body = {"queries": ["probe"], "topk": 1, "return_scores": True}
     try:
-        answer = httpx.post(url, json=body, headers=authorization(), timeout=PROBE_TIMEOUT_S)
+        with httpx.Client(mounts=direct(url), headers=authorization(), timeout=PROBE_TIMEOUT_S) as client:
+            answer = client.post(url, json=body)
         if answer.status_code == 429:
             return None  # busy with the searches of others, and well
         answer.raise_for_status()

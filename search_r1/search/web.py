@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from search_r1.search.addresses import direct
 from search_r1.search.corpus import contents
 from search_r1.search.engine import EngineError, Hits
 from search_r1.search.extras import require
@@ -144,7 +145,7 @@ class WebRetriever:
         self.provider, self.name = provider, provider.name
         self.fetch_pages, self.max_page_chars = fetch_pages, max_page_chars
         self.max_retries, self.backoff_s = max_retries, backoff_s
-        self.http = httpx.Client(timeout=timeout_s, follow_redirects=True)
+        self.http = httpx.Client(timeout=timeout_s, follow_redirects=True, mounts=direct(provider.url))
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="web")
         self.pace = Pace(requests_per_s)
         self.cache = DiskCache(cache) if cache is not None else None

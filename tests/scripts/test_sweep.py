@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from search_r1.launch import read_setup
 from tests.e2e.runs import ROOT
 from tests.search_r1.evaluation.records import passage, record
+from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
@@ -43,7 +44,7 @@ def test_runs_of_other_sweeps_compose(path, run):
         composed = compose(script.removeprefix("train_").removesuffix(".sh"), overrides)
     config = validate(OmegaConf.to_container(composed, resolve=True))
     assert status == int(config.trainer.collapse_watch.response == "stop")
-    assert bool(read_setup(composed).server_flags) == (path == ASYNCHRONY)
+    assert bool(read_setup(as_plain(composed)).server_flags) == (path == ASYNCHRONY)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -52,7 +53,7 @@ def test_masked_and_unmasked_runs_read_the_same_world(masked):
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         composed = compose("grpo", overrides)
     config = validate(OmegaConf.to_container(composed, resolve=True)).actor_rollout_ref
-    assert config.actor.state_masking is masked and read_setup(composed).world_options.filler == 2
+    assert config.actor.state_masking is masked and read_setup(as_plain(composed)).world_options.filler == 2
 
 
 def test_an_unknown_key_is_named(tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
+    BaseModel,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -296,20 +297,17 @@ class PPOConfig(Config):
 def validate(raw: dict[str, Any]) -> PPOConfig:
     """The typed configuration of a composed one. Raises ConfigError listing every wrong key, type and combination."""
     problems: list[str] = []
-    task_keys: frozenset[str] = frozenset()
+    of_task: set[str] = set()
     for section in ("agent", "reward"):
-        target = dict(raw.get(section) or {}).get("_target_")
-        if target is None:
-            problems.append(f"{section}._target_: name the class to use")
-            continue
         try:
-            cls = load_class(target, f"{section}._target_")
+            cls = section_class(section, raw.get(section))
         except ConfigError as error:
             problems += error.problems
+            of_task |= raw.keys()  # whose keys are whose cannot be said without it
             continue
-        task_keys |= getattr(cls, "top_level_keys", frozenset())
+        of_task |= getattr(cls, "top_level_keys", frozenset())
         problems += _errors(cls.Config, _without_target(raw[section]), f"{section}.")
-    known = {k: v for k, v in raw.items() if k not in task_keys or k in PPOConfig.model_fields}
+    known = {k: v for k, v in raw.items() if k not in of_task or k in PPOConfig.model_fields}
     problems += _errors(PPOConfig, known, "")
     if problems:
         raise ConfigError(problems)
@@ -319,11 +317,23 @@ def validate(raw: dict[str, Any]) -> PPOConfig:
     return config
 
 
+def section_class(name: str, section: Any) -> Any:
+    """The class that a section names. Raises ConfigError where there is none, or none with a model of the section."""
+    target = section.get("_target_") if isinstance(section, dict) else None
+    if not isinstance(target, str):
+        raise ConfigError([f"{name}._target_: name the class to use"])
+    cls = load_class(target, f"{name}._target_")
+    model = getattr(cls, "Config", None)
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise ConfigError([f"{name}._target_={target}: expected a class with `Config`, the pydantic model of {name}"])
+    return cls
+
+
 def _errors(model: type[Any], section: dict[str, Any], prefix: str) -> list[str]:
     try:
         model.model_validate(section)
     except ValidationError as error:
-        return problems_of(error, prefix)
+        return problems_of(error, prefix, model)
     return []
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from verl.trainer.compose import as_plain, checked_arguments
 from verl.trainer.main_ppo import check_environment, load_val_set, prepare, start_ray, write_config
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
@@ -28,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     from verl.utils.errors import ConfigError, DataError, RewardError
 
     try:
-        run_eval(OmegaConf.to_container(cfg, resolve=True))  # pyright: ignore[reportArgumentType]
+        run_eval(as_plain(cfg))
     except (ConfigError, DataError, RewardError, RolloutFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -91,4 +92,5 @@ def engine_locations(config: Any, device: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = checked_arguments(sys.argv[1:], "grpo")
     main()

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from verl.trainer.compose import as_plain, checked_arguments
 from verl.trainer.supervise import LOST, Stop, follow_supervisor, supervise
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
@@ -24,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     """Hydra's entry point: the supervisor, or under it the driver. A job of a multirun is its own driver."""
     set_up_logging()
     own = follow_supervisor()
-    raw: Any = OmegaConf.to_container(cfg, resolve=True)
+    raw = plain_or_exit(cfg)
     if own is None and HydraConfig.get().mode != RunMode.MULTIRUN:
         status = supervised(raw)
     else:
@@ -33,6 +34,16 @@ def main(cfg: DictConfig) -> None:
         status = drive(raw)
     if status:
         sys.exit(status)
+
+
+def plain_or_exit(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as dicts and lists. Exits naming every value that is required and not given."""
+    from verl.utils.errors import ConfigError
+
+    try:
+        return as_plain(cfg)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
 
 
 def supervised(raw: dict[str, Any]) -> int:
@@ -299,4 +310,5 @@ def start_ray(config: Any) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = checked_arguments(sys.argv[1:], "ppo")
     main()

@@ -18,17 +18,19 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import PositiveFloat, PositiveInt, ValidationError
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
+from yaml import YAMLError
 
 from verl.protocol import DataProto
 from verl.single_controller.worker import init_process_group, seed_everything
 from verl.trainer.packing import decided, in_words
 from verl.utils import device
 from verl.utils.answers import kind_of
-from verl.utils.config import Config
+from verl.utils.config import Config, problems_of
 from verl.utils.dataset import ResumableSampler
 from verl.utils.errors import ConfigError, DataError
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
@@ -179,14 +181,30 @@ def start_process_group(threads: int | None = None) -> None:
     init_process_group(rank, size, None if "MASTER_ADDR" in os.environ else HashStore(), kind, threads=threads)
 
 
+def read_config(overrides: Sequence[str]) -> SFTConfig:
+    """The configuration of key=value arguments. Raises ConfigError listing everything that is wrong with them."""
+    if bad := [f"{text}: expected key=value" for text in overrides if "=" not in text]:
+        raise ConfigError(bad)
+    given = OmegaConf.create()
+    for text in overrides:
+        try:
+            given = OmegaConf.merge(given, OmegaConf.from_dotlist([text]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError([f"{text}: the value is no YAML"]) from error
+    try:
+        return SFTConfig.model_validate(OmegaConf.to_container(given))
+    except ValidationError as error:
+        raise ConfigError(problems_of(error, "", SFTConfig)) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains on `train_files` and writes `output`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = SFTConfig.model_validate(OmegaConf.to_container(OmegaConf.from_dotlist(overrides)))
+        config = read_config(overrides)
         examples = read_examples(config.train_files)
-    except (ValidationError, DataError) as error:
+    except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     if device.has_cuda_engine() and (problem := device.cuda_problem()):
         sys.exit(f"error: {problem}")  # an environment for GPUs is not there to train on the CPU

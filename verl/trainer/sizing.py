@@ -11,6 +11,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from verl.trainer.compose import as_plain, composed
 from verl.trainer.config import PPOConfig, validate
 from verl.trainer.memory import Pass, Role, Sizes
 from verl.utils.errors import ConfigError
@@ -59,26 +60,16 @@ def answer(
 
     Ends the program with status 2, and with the reason, where the configuration cannot work.
     """
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     args = parser.parse_intermixed_args(argv)
     try:
         return args, compute(args)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except ConfigError as error:
         parser.exit(2, f"error: {error}\n")
 
 
 def load_config(config_name: str, overrides: Sequence[str]) -> PPOConfig:
-    """Returns the configuration of a training. Raises ConfigError or an error of Hydra where there is none such."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from verl.trainer.main_ppo import CONFIGS
-
-    with initialize_config_dir(CONFIGS, version_base=None):
-        raw: Any = OmegaConf.to_container(compose(config_name, list(overrides)), resolve=True)
-    return validate(raw)
+    """Returns the configuration of a training. Raises ConfigError listing everything that is wrong with it."""
+    return validate(as_plain(composed(config_name, overrides)))
 
 
 def load_shapes(path: str | None) -> Shapes:

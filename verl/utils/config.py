@@ -1,6 +1,11 @@
 """The base of every config model: frozen, and a key that is not declared is an error."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 
 class Config(BaseModel):
@@ -9,6 +14,109 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-def problems_of(error: ValidationError, prefix: str) -> list[str]:
-    """Every wrong key under `prefix`, with what is wrong and what was given."""
-    return [f"{prefix}{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a section of keys",
+    "model": "a section of keys",
+}
+"""By the beginning of pydantic's name for an error (`int_parsing`, `list_type`)."""
+ALTERNATIVES = {"str", "int", "float", "bool"}
+"""How pydantic names the alternatives of a union; no key is named so."""
+BOUNDS = {
+    "greater_than": ("gt", "a number above {}"),
+    "greater_than_equal": ("ge", "{} or more"),
+    "less_than": ("lt", "a number below {}"),
+    "less_than_equal": ("le", "{} or less"),
+    "literal_error": ("expected", "{}"),
+    "too_short": ("min_length", "{} entries or more"),
+    "too_long": ("max_length", "{} entries or fewer"),
+}
+"""By pydantic's name for an error: where the bound stands in it, and how it reads."""
+
+
+def problems_of(error: ValidationError, prefix: str, model: type[BaseModel] | None = None) -> list[str]:
+    """Every wrong key under `prefix`, with what was given and what was expected, a line each.
+
+    `model`: where to look for the key that was meant by one that does not exist.
+    """
+    expected: dict[str, list[str]] = {}
+    lines: dict[str, str] = {}
+    for details in error.errors():
+        key = prefix + key_of(details)
+        if details["type"] == "extra_forbidden":
+            known = [f"{prefix}{name}" for name in keys_of_model(model)] if model is not None else []
+            lines[key] = f"{key}: there is no such key{did_you_mean(key, known)}"
+        elif details["type"] == "missing":
+            lines[key] = f"{key}: required, and not given"
+        else:
+            expected.setdefault(key, []).append(expectation(details))
+            wanted = " or ".join(dict.fromkeys(expected[key]))
+            lines[key] = f"{key}={shown(details['input'])}: expected {wanted}"
+    return list(lines.values())
+
+
+def key_of(details: ErrorDetails) -> str:
+    """The dotted key of an error, without the names of a union's alternatives, which pydantic adds."""
+    names = [str(part) for part in details["loc"]]
+    return ".".join(name for name in names if "[" not in name and name not in ALTERNATIVES)
+
+
+def expectation(details: ErrorDetails) -> str:
+    """What pydantic expected, in words."""
+    kind = details["type"]
+    context = details.get("ctx", {})
+    if kind == "int_from_float":
+        return EXPECTED["int"]
+    if kind in BOUNDS:
+        name, text = BOUNDS[kind]
+        bound = context.get(name)
+        return text.format(f"{bound:g}" if isinstance(bound, float) else bound)
+    beginning, _, rest = kind.partition("_")
+    if beginning in EXPECTED and rest in ("type", "parsing", "attributes_type"):
+        return EXPECTED[beginning]
+    return details["msg"].removeprefix("Value error, ")
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on a command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def keys_of_model(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted keys of a model and of the models in it."""
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        found.append(f"{prefix}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += keys_of_model(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that was meant, empty where none is near.
+
+    It is one that only has more before it, or is spelt alike in the same section, or has another section before it.
+
+    >>> did_you_mean("train_batch_size", ["data.train_batch_size"]), did_you_mean("data.topk", ["retriever.topk"])
+    ('; did you mean data.train_batch_size?', '; did you mean retriever.topk?')
+    >>> did_you_mean("trainer.seeed", ["trainer.seed", "trainer.save_freq"]), did_you_mean("agent.no", ["agent.dot"])
+    ('; did you mean trainer.seed?', '')
+    """
+    names = sorted(known)
+    section, _, last = name.rpartition(".")
+    siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == section}
+    complete = [other for other in names if other.endswith(f".{name}")]
+    spelt_alike = [siblings[word] for word in get_close_matches(last, siblings, n=1)]
+    elsewhere = [other for other in names if other.rpartition(".")[2] == last and other != name]
+    whole = [] if siblings else get_close_matches(name, names, n=1)
+    for near in (complete, spelt_alike, get_close_matches(name, elsewhere, n=1, cutoff=0.0), whole):
+        if near:
+            return f"; did you mean {near[0]}?"
+    return ""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import httpx
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
+from verl.utils.addresses import direct
 from verl.utils.config import Config
 
 HOPELESS = frozenset({400, 401, 403, 404, 405, 413, 422})
@@ -40,7 +41,7 @@ class Endpoint:
 
     def __init__(self, config: EndpointConfig) -> None:
         self.config = config
-        self.http = httpx.AsyncClient(timeout=config.timeout_s, headers=headers(config))
+        self.http = httpx.AsyncClient(timeout=config.timeout_s, headers=headers(config), mounts=direct(config.url))
         self.slots = asyncio.Semaphore(config.max_concurrent)
 
     async def post(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
@@ -84,7 +85,8 @@ def retry_after(reply: httpx.Response) -> float | None:
 def check_endpoint(config: EndpointConfig) -> str | None:
     """What is wrong with the endpoint, None if it lists its models or does not know how to."""
     try:
-        status = httpx.get(f"{config.url.rstrip('/')}/models", headers=headers(config), timeout=10).status_code
+        with httpx.Client(mounts=direct(config.url), headers=headers(config), timeout=10) as client:
+            status = client.get(f"{config.url.rstrip('/')}/models").status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"{config.url} does not answer ({type(error).__name__} {error})"
     if status in (401, 403):

@@ -182,8 +182,11 @@ def test_bad_files_are_named(tmp_path, text, message):
 
 
 def test_an_evaluation_asks_everything_although_the_recipe_validates_on_a_sample():
-    recipe = ["experiment=nq_hotpotqa/grpo"]
-    assert composed("grpo", recipe).data.val_sample_per_source == 500
+    def sample(*overrides):
+        config, _ = composed("grpo", ["experiment=nq_hotpotqa/grpo", *overrides])
+        return config.data.val_sample_per_source
+
     given = given_overrides("Qwen/Qwen2.5-3B", None)
-    assert composed("grpo", [*given, *recipe]).data.val_sample_per_source is None
-    assert composed("grpo", [*given, *recipe, "data.val_sample_per_source=7"]).data.val_sample_per_source == 7
+    assert sample() == 500
+    assert sample(*given) is None
+    assert sample(*given, "data.val_sample_per_source=7") == 7

@@ -1,0 +1,283 @@
+"""From a command line to a configuration. All wrong overrides are found together, before anything starts."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl.trainer.compat import PROJECTS, fates_of, translate
+from verl.trainer.overrides import first_line, parse, quoted
+from verl.utils.config import did_you_mean
+from verl.utils.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+HELP = {"--help", "-h", "--hydra-help", "--version"}
+SHOWING = HELP | {"--cfg", "-c", "--info", "-i"}
+
+
+class CommandLine(NamedTuple):
+    """What a user asked for, in this project's own keys."""
+
+    config_name: str
+    overrides: list[str]
+    flags: list[str]
+    """All other arguments, those of Hydra."""
+    multirun: bool
+    """Whether each combination of values is a run."""
+    is_foreign: bool
+    """Whether the configuration is elsewhere than in configs/, where nothing can be checked beforehand."""
+
+    @property
+    def only_shows(self) -> bool:
+        """Whether nothing is to run: the user asks for help, or for the composed configuration."""
+        return any(flag.partition("=")[0] in SHOWING for flag in self.flags)
+
+
+def read_command_line(argv: Sequence[str], default_config: str) -> CommandLine:
+    """Reads the arguments of a program that Hydra starts, with `compat=` translated. Raises ConfigError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-name", "-cn", default=default_config)
+    parser.add_argument("--config-path", "--config-dir", "-cp", "-cd")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--cfg", "-c")
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--info", "-i", nargs="?")
+    for switch in (("--resolve",), ("--run", "-r"), ("--hydra-help",), ("--version",), ("--help", "-h")):
+        parser.add_argument(*switch, action="store_true")
+    known, overrides = parser.parse_known_args(argv)
+    flags = without(argv, overrides)
+    project, overrides = take_compat(overrides)
+    config_name = known.config_name
+    if project is not None:
+        config_name, flags = own_config(known.config_name, default_config, flags)
+        keys = keys_of(compose_or_say_why(config_name, ["~experiment"]))
+        overrides = translate(project, overrides, known.config_name, keys)
+    is_foreign = project is None and known.config_path is not None
+    return CommandLine(config_name, overrides, flags, known.multirun, is_foreign)
+
+
+def checked_arguments(argv: Sequence[str], default_config: str) -> list[str]:
+    """The arguments for a program that Hydra starts. Exits listing every override that is wrong."""
+    try:
+        line = read_command_line(argv, default_config)
+        if not HELP & set(line.flags) and not line.is_foreign:
+            check_overrides(line.config_name, line.overrides, sweeps=line.multirun)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    return [*line.flags, *line.overrides]
+
+
+def without(argv: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """`argv` less the arguments `taken`, which are in it in the same order.
+
+    >>> without(["-m", "a=1", "--cfg", "job", "b=2"], ["a=1", "b=2"])
+    ['-m', '--cfg', 'job']
+    """
+    rest, left = list(taken), list[str]()
+    for argument in argv:
+        if rest and argument == rest[0]:
+            rest.pop(0)
+        else:
+            left.append(argument)
+    return left
+
+
+def take_compat(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The project that `compat=` names, and the other overrides. Raises ConfigError for one that is not known."""
+    named = [override.partition("=")[2] for override in overrides if override.startswith("compat=")]
+    others = [override for override in overrides if not override.startswith("compat=")]
+    if not named or named[-1] == "null":
+        return None, others
+    if named[-1] not in PROJECTS:
+        raise ConfigError([f"compat={named[-1]}: expected {' or '.join(PROJECTS)}"])
+    return named[-1], others
+
+
+def own_config(name: str, default: str, flags: Sequence[str]) -> tuple[str, list[str]]:
+    """The configuration to start from and the flags for Hydra, where another project's name its own configuration."""
+    if (CONFIGS / f"{name}.yaml").exists():
+        return name, list(flags)
+    foreign = ("--config-name", "--config-path", "--config-dir", "-cn", "-cp", "-cd")
+    kept: list[str] = []
+    skips_value = False
+    for flag in flags:
+        if skips_value:
+            skips_value = False
+        elif flag.partition("=")[0] in foreign:
+            skips_value = "=" not in flag
+        else:
+            kept.append(flag)
+    return default, kept
+
+
+def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration. Raises ConfigError listing every override that is wrong."""
+    check_overrides(config_name, overrides)
+    return compose_or_say_why(config_name, overrides)
+
+
+def as_plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as dicts and lists. Raises ConfigError naming every value that is required and not given."""
+    if missing := missing_keys(config):
+        raise ConfigError([f"{key}: required, and not given: add {key}=..." for key in missing])
+    try:
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([first_line(error)]) from error
+    return plain
+
+
+def missing_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """The keys of mandatory values (`???`) that nobody has set."""
+    found: list[str] = []
+    for key in map(str, config):
+        path = f"{prefix}{key}"
+        if OmegaConf.is_missing(config, key):
+            found.append(path)
+        elif not OmegaConf.is_interpolation(config, key) and isinstance(section := config[key], DictConfig):
+            found += missing_keys(section, f"{path}.")
+    return found
+
+
+def check_overrides(config_name: str, overrides: Sequence[str], *, sweeps: bool = False) -> None:
+    """Raises ConfigError listing every override that is wrong: syntax, choices of groups, keys.
+
+    `sweeps`: several values for a key (`a=1,2`) are meant, as in Hydra's multirun.
+    """
+    if not (CONFIGS / f"{config_name}.yaml").exists():
+        there = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+        raise ConfigError([f"--config-name {config_name}: there is none such; expected one of {', '.join(there)}"])
+    parsed, problems = parse(overrides)
+    choices = [override for override in parsed if is_group(override)]
+    values = [override for override in parsed if not is_group(override)]
+    usable: list[str] = []
+    for override in choices:
+        found = choice_problems(override)
+        problems += found
+        if not found and not override.is_sweep_override():
+            usable.append(str(override.input_line))
+    base = compose_or_say_why(config_name, usable)
+    problems += key_problems(values, keys_of(base))
+    if not sweeps:
+        problems += [sweep_problem(override) for override in parsed if override.is_sweep_override()]
+    if problems:
+        raise ConfigError(problems)
+
+
+def is_group(override: Override) -> bool:
+    """Whether it chooses a file of a folder of configs/, or sets something of Hydra's own."""
+    name = override.key_or_group
+    return name == "hydra" or name.startswith(("hydra.", "hydra/")) or (CONFIGS / name).is_dir()
+
+
+def choice_problems(override: Override) -> list[str]:
+    """What is wrong with the choice of a file: `experiment=NAME`."""
+    group, chosen = override.key_or_group, override.value()
+    if override.is_delete() or override.is_sweep_override() or group.startswith("hydra") or chosen is None:
+        return []
+    folder = CONFIGS / group
+    there = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    names = [str(name).removesuffix(".yaml") for name in (chosen if isinstance(chosen, list) else [chosen])]
+    return [
+        f"{group}={name}: configs/{group} has no such file{did_you_mean(name, there) or f': expected one of {there}'}"
+        for name in names
+        if name not in there
+    ]
+
+
+def key_problems(overrides: Sequence[Override], known: frozenset[str]) -> list[str]:
+    """Overrides of keys that do not exist, and additions of keys that do."""
+    added: set[str] = set()
+    problems: list[str] = []
+    for override in overrides:
+        key = override.key_or_group.partition("[")[0]
+        exists = key in known or any(key == new or key.startswith(f"{new}.") for new in added)
+        if override.is_add() and key in known and not isinstance(override.value(), dict | list):
+            problems.append(f"+{key}: the key exists: leave out the +")
+        elif override.is_add() or override.is_force_add():
+            added.add(key)
+        elif not exists:
+            problems.append(unknown_key(key, known))
+        elif replaces_section(override, known):
+            problems.append(f"{override.input_line}: expected a section of keys")
+    return problems
+
+
+def replaces_section(override: Override, known: Iterable[str]) -> bool:
+    """Whether a single value takes the place of keys."""
+    value = override.value()
+    if value is None or isinstance(value, dict) or "${" in str(value):
+        return False
+    return any(key.startswith(f"{override.key_or_group}.") for key in known)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What is said of a key that does not exist: what became of another project's, or the nearest of our own."""
+    for project, became in fates_of(key).items():
+        return f"{key}: {became} (compat={project} translates a whole command line)"
+    return f"{key}: there is no such key{did_you_mean(key, known)}"
+
+
+def sweep_problem(override: Override) -> str:
+    """What is said of several values where one is expected."""
+    key, _, text = str(override.input_line).partition("=")
+    return f"{key}={text}: several values; a list is written [{text}], a text with commas in quotes"
+
+
+def compose_or_say_why(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Hydra's composition. Raises ConfigError with the first line of what Hydra says."""
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            return compose(config_name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([first_line(error)]) from error
+
+
+def keys_of(config: DictConfig) -> frozenset[str]:
+    """All keys, those of sections too, with dots."""
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    return frozenset(dotted(plain, ""))
+
+
+def dotted(section: Mapping[str, Any], prefix: str) -> Iterable[str]:
+    """The keys under a section, each with all that is before it."""
+    for name, value in section.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+
+
+def absolute(overrides: Sequence[str], folder: Path, paths: Iterable[str], models: Iterable[str]) -> list[str]:
+    """The overrides with paths that do not depend on the working directory: they are relative to `folder`.
+
+    `paths`: the keys of paths. `models`: the keys of paths that may also be names of a hub; such a one is a path where
+    there is something in `folder`.
+    """
+    return [with_full_path(text, folder, frozenset(paths), frozenset(models)) for text in overrides]
+
+
+def with_full_path(text: str, folder: Path, paths: frozenset[str], models: frozenset[str]) -> str:
+    """An override whose path, if its key has one, is relative to `folder`, with the path complete."""
+    parsed, _ = parse([text])
+    if not parsed or parsed[0].is_delete() or parsed[0].is_sweep_override():
+        return text
+    key, value = parsed[0].key_or_group, parsed[0].value()
+    is_local = isinstance(value, str) and value != "" and (folder / Path(value).expanduser()).exists()
+    if (key in paths and value) or (key in models and is_local):
+        return f"{text.partition('=')[0]}={resolved(value, folder)}"
+    return text
+
+
+def resolved(value: Any, folder: Path) -> str:
+    """A path, or a list of paths, as the value of an override. What is interpolated stays."""
+    if isinstance(value, list):
+        return f"[{','.join(resolved(entry, folder) for entry in value)}]"
+    text = str(value)
+    return quoted(text if "${" in text else str((folder / Path(text).expanduser()).resolve()))
