@@ -87,7 +87,8 @@ def launch(argv: Sequence[str]) -> int:
     """Exit status of the training. Raises ConfigError before anything is made or started."""
     line = compose.read_command_line(argv, "grpo")
     if line.only_shows:
-        shown = ["--config-name", line.config_name, *line.flags, *line.overrides]
+        complete = compose.absolute(line.overrides, Path.cwd(), PATHS, MODELS)
+        shown = ["--config-name", line.config_name, *line.flags, *complete]
         return subprocess.call([sys.executable, "-m", "verl.trainer.main_ppo", *shown], cwd=ROOT)
     if line.multirun:
         raise ConfigError(["--multirun: what surrounds a run is made for one: scripts/sweep.sh makes several"])

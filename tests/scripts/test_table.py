@@ -32,19 +32,19 @@ def composed(command):
 
 def test_every_method_is_evaluated_and_trained_where_it_learns():
     *lines, table = commands("org/Model-7B", "retriever.topk=5")
-    trainings = [c for c in lines if c[2] == "search_r1.launch"]
-    evaluations = [c for c in lines if c[2] == "search_r1.evaluate"]
-    methods = {c[4].removeprefix("experiment=baseline/"): c for c in evaluations}
+    trainings = [c for c in lines if c[3] == "search_r1.launch"]
+    evaluations = [c for c in lines if c[3] == "search_r1.evaluate"]
+    methods = {c[5].removeprefix("experiment=baseline/"): c for c in evaluations}
     assert len(methods) == len(evaluations) == 12
-    assert {c[5].removeprefix("experiment=baseline/") for c in trainings} == TRAINED
-    assert {m for m, c in methods.items() if c[3].endswith("/hf")} == TRAINED
+    assert {c[6].removeprefix("experiment=baseline/") for c in trainings} == TRAINED
+    assert {m for m, c in methods.items() if c[4].endswith("/hf")} == TRAINED
     for command in trainings + evaluations:
         config = validate(composed(command))
         assert config.agent["retriever"]["topk"] == 5
         if command in trainings and "rejection" not in str(command) and "sft" not in str(command):
             estimator = "gae" if "search_r1_ppo" in str(command) else "grpo"
             assert config.algorithm.adv_estimator == estimator and config.use_critic == (estimator == "gae")
-    assert table[2] == "search_r1.evaluation.table" and table[-2:] == ["--out", "runs/table"]
+    assert table[3] == "search_r1.evaluation.table" and table[-2:] == ["--out", str(ROOT / "runs" / "table")]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from search_r1.launch import (
     prepare_world,
     read_setup,
 )
+from search_r1.launch import launch as launch_command
 from search_r1.world.generate import FILES, OPTIONS_FILE, WorldConfig
 from tests.processes import family, wait_for
 from tests.retrieval import write_corpus
@@ -204,3 +205,50 @@ def test_a_server_that_ends_again_and_again_is_given_up(caplog, tmp_path):
         server.revive()
     assert caplog.text.count("the retrieval server ended (status 3): restart") == MAX_SERVER_RESTARTS
     assert caplog.text.count("given up") == 1
+
+
+def test_paths_are_relative_to_where_the_user_stands(tmp_path):
+    """The script of another folder is called from one that has packages of the same names, as the original's has."""
+    for package in ("search_r1", "verl"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "model").mkdir()
+    overrides = [
+        "setup.questions=mine/q.jsonl",
+        "data.val_files=[a.parquet,/b.parquet]",
+        "actor_rollout_ref.model.path=model",
+        "actor_rollout_ref.model.tokenizer_path=org/not-a-folder",
+    ]
+    env = {**os.environ, "VIRTUAL_ENV": sys.prefix}
+    command = ["bash", str(ROOT / "train_grpo.sh"), "--cfg", "job", *overrides]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.partition("\n")[2]  # the first line is of setup.sh
+    config = OmegaConf.create(shown)
+    assert config.setup.questions == f"{tmp_path}/mine/q.jsonl"
+    assert config.data.val_files == [f"{tmp_path}/a.parquet", "/b.parquet"]
+    model = config.actor_rollout_ref.model
+    assert (model.path, model.tokenizer_path) == (f"{tmp_path}/model", "org/not-a-folder")
+    assert config.data.train_files == "data/closed_world/train.parquet", "a default, of the repository"
+
+
+def test_wrong_configurations_are_refused_before_a_world_is_made(tmp_path):
+    world = tmp_path / "world"
+    with pytest.raises(ConfigError) as caught:
+        launch_command([f"setup.world={world}", "setup.test_size=0", "finetune.data=foo", "data.train_batch_size=0"])
+    assert caught.value.problems == [
+        "data.train_batch_size=0: expected a number above 0",
+        "setup.test_size=0: expected a number above 0",
+        "finetune.data=foo: expected 'answers' or 'samples'",
+    ]
+    assert not world.exists()
+
+
+def test_a_corpus_that_is_not_named_is_asked_for():
+    with pytest.raises(ConfigError, match=r"setup\.index_dir=.*: name the corpus .* by setup\.corpus_path"):
+        launch_command(["experiment=own_data"])
+
+
+def test_the_launcher_makes_one_run():
+    with pytest.raises(ConfigError, match="--multirun"):
+        launch_command(["-m", "trainer.seed=0,1"])

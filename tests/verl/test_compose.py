@@ -14,6 +14,8 @@ from verl.trainer.overrides import quoted
 from verl.trainer.sft import read_config
 from verl.utils.errors import ConfigError
 
+MODEL = "actor_rollout_ref.model"
+
 
 def problems(*overrides, config="grpo", **kwargs):
     with pytest.raises(ConfigError) as caught:
@@ -99,10 +101,7 @@ def test_values_that_are_required_are_named():
         ("trainer.device=tpu", "trainer.device=tpu: expected 'auto', 'cuda' or 'cpu'"),
         ("trainer.panels=3", "trainer.panels=3: expected a section of keys"),
         ("trainer.experiment_name=null", "trainer.experiment_name=null: expected text"),
-        (
-            "actor_rollout_ref.model.target_modules=3",
-            "actor_rollout_ref.model.target_modules=3: expected text or a list",
-        ),
+        (f"{MODEL}.target_modules=3", f"{MODEL}.target_modules=3: expected text or a list"),
         ("reward.f1=no", "reward.f1=no: expected a number or a list"),
         ("+trainer.seeed=1", "trainer.seeed: there is no such key; did you mean trainer.seed?"),
     ],

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from verl.protocol import ACTOR_MINI_BATCH
+from verl.trainer.host import host_problems
 from verl.utils import device
 from verl.utils.endpoint import check_endpoint
 from verl.workers.config import ModelConfig
@@ -265,7 +266,8 @@ def endpoint_problems(config: "PPOConfig") -> list[str]:
 
 
 def environment_problems(config: "PPOConfig", agent: Any, gpus: int) -> list[str]:
-    """GPUs that cannot be used, a model that cannot hold a trajectory, an endpoint or a retriever that does not answer.
+    """GPUs that cannot be used, a model that cannot hold a trajectory, an endpoint or a retriever that does not answer,
+    folders that cannot be written, shared memory that is too small.
 
     `gpus`: how many a run on CUDA needs on this machine, 0 if they are elsewhere.
     """
@@ -276,6 +278,8 @@ def environment_problems(config: "PPOConfig", agent: Any, gpus: int) -> list[str
     else:
         problems = device_problems(config, gpus)
         problems += context_problems(config) + critic_problems(config)
+        if config.trainer.ray_address is None:
+            problems += host_problems(config, hf_config_of(config.actor_rollout_ref.model))
     return problems + agent.preflight()
 
 

@@ -165,9 +165,12 @@ def gpus_here(config: Any) -> int:
 def check_environment(config: Any, agent: Any, gpus: int) -> None:
     """Raises ConfigError when what the run needs beside its configuration is not there, such as `gpus` GPUs."""
     from verl.trainer.checks import environment_problems
+    from verl.trainer.host import run_folder_problems
     from verl.utils.errors import ConfigError
 
-    if problems := environment_problems(config, agent, gpus):
+    problems = environment_problems(config, agent, gpus)
+    problems += run_folder_problems(config.trainer.default_local_dir)
+    if problems:
         raise ConfigError(problems)
 
 
