@@ -14,7 +14,7 @@ from pathlib import Path
 
 from search_r1.evaluation import report
 from search_r1.export import loadable_model
-from search_r1.launch import composed, surrounded
+from search_r1.launch import MODELS, TOKENIZER, composed, surrounded
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 from verl.trainer.overrides import quoted
@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: value.resolve() for name, value in vars(args).items() if name in ("compare", "closed_book") and value
     }
     try:
-        config, complete = composed(args.config_name, [*given, *overrides])
+        # At an endpoint the model's name is no path, whatever folder of that name may be here.
+        models = (TOKENIZER,) if args.endpoint else MODELS
+        config, complete = composed(args.config_name, [*given, *overrides], models)
         validate(as_plain(config))
         status = surrounded("verl.trainer.main_eval", args.config_name, complete, config)
     except ConfigError as error:

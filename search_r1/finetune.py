@@ -31,6 +31,7 @@ from verl.trainer.overrides import quoted, written
 from verl.utils.config import Config, problems_of
 from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
+from verl.utils.model_names import full_path
 from verl.utils.processes import dying_with_this
 from verl.utils.run_folder import PENDING, claim, replace_folder
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
@@ -118,22 +119,30 @@ class Finetune:
 
     def made_of(self) -> dict[str, Any]:
         """What a finished round depends on. More rounds may follow it."""
-        data, section = self.raw["data"], self.raw["actor_rollout_ref"]
+        data, model, agent = self.raw["data"], self.raw["actor_rollout_ref"]["model"], self.raw["agent"]
+        sampling = ("train_data_num", "train_sample_seed", "apply_chat_template_kwargs")
         return {
-            "model": section["model"],
-            "train_files": data["train_files"],
-            "train_data_num": data["train_data_num"],
+            "model": {**model, "path": full_path(model["path"])},
+            "train_files": [full_path(path) for path in self.files],
+            **{key: data[key] for key in sampling},
             "template": self.raw["template"],
             "finetune": {k: v for k, v in self.raw["finetune"].items() if k not in ("rounds", "max_token_len_per_gpu")},
-            "agent": {k: v for k, v in self.raw["agent"].items() if k != "retriever"},
+            "agent": {k: v for k, v in agent.items() if k != "retriever"},
+            "topk": agent.get("retriever", {}).get("topk"),
             "reward": {k: v for k, v in self.raw["reward"].items() if k != "judge_endpoint"},
+            "custom_reward_function": self.raw["custom_reward_function"],
         }
+
+    @property
+    def files(self) -> list[str]:
+        """The files of training questions."""
+        files = self.raw["data"]["train_files"]
+        return [files] if isinstance(files, str) else list(files)
 
     def rows(self, folder: Path) -> Path:
         """The file of training rows, written."""
         path = folder / "rows.jsonl"
-        files = self.raw["data"]["train_files"]
-        files = [files] if isinstance(files, str) else files
+        files = self.files
         if self.config.data == "samples":
             samples = self.sample(folder / "samples", files)
             rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))
@@ -171,8 +180,8 @@ class Finetune:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         run(
             *launcher, "-m", "verl.trainer.sft", f"model={json.dumps({**model, 'path': str(self.model)})}",
-            f"fsdp={json.dumps(fsdp)}", f"train_files=[{rows}]",
-            f"output={folder / 'unfinished'}", f"optim.lr={self.config.lr}",
+            f"fsdp={json.dumps(fsdp)}", f"train_files={json.dumps([str(rows)])}",
+            f"output={json.dumps(str(folder / 'unfinished'))}", f"optim.lr={self.config.lr}",
             f"total_training_steps={self.config.steps}", f"train_batch_size={self.config.train_batch_size}",
             f"max_token_len_per_gpu={self.config.max_token_len_per_gpu}", f"seed={self.raw['trainer']['seed']}",
         )  # fmt: skip

@@ -7,6 +7,7 @@ that are answered already are not asked again.
 
 import argparse
 import asyncio
+import copy
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ from verl.trainer.checks import environment_problems
 from verl.trainer.compose import as_plain
 from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, validate
 from verl.utils.errors import ConfigError, DataError, ModelError, listed
+from verl.utils.model_names import weights_of
 from verl.utils.run_folder import claim
 from verl.workers.rollout.openai_engine import OpenAIEngine
 from verl.workers.rollout.router import Router
@@ -148,8 +150,10 @@ async def ask_file(asker: Asker, path: Path, out: Path) -> None:
     section, agent = asker.config.actor_rollout_ref, asker.config.agent
     made_of = {
         "model": section.model.path,
+        "weights": weights_of(section.model.path),
         "sampling": section.rollout.val_kwargs.model_dump(),
         "agent": {key: value for key, value in agent.items() if key != "retriever"},
+        "topk": agent.get("retriever", {}).get("topk"),
     }
     claim(out.with_suffix(".meta.json"), made_of, "set of answers")
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
@@ -233,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [path.resolve() if path else None for path in (args.questions, args.out)]
     try:
         config, _ = composed(args.config_name, [*given_overrides(args.model, args.endpoint), *overrides])
-        answering(config, None)
+        answering(copy.deepcopy(config), None)  # what is wrong is told before anything is made or started
         with surroundings(config, overrides) as server:
             asked = answering(config, server.url if server else None)
             if files[0] and files[1]:

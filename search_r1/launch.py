@@ -1,9 +1,9 @@
 """`python -m search_r1.launch --config-name grpo [key=value ...]`: all that surrounds a run on one machine.
 
 Makes what the `setup` section names and is absent or was made from something else (closed world, base model, training
-files, index), serves the index,
-trains under the same overrides with `verl.trainer.main_ppo`, or with `search_r1.finetune` where `finetune.data` is set,
-and reports. Sections left null are the user's own: for the paper's recipes this only starts the training.
+files, index), serves the index, trains under the same overrides with `verl.trainer.main_ppo`, or with
+`search_r1.finetune` where `finetune.data` is set, and reports. Sections left null are the user's own: for the paper's
+recipes this only starts the training.
 """
 
 import logging
@@ -49,7 +49,8 @@ PATHS = (
     "setup.index_dir",
 )
 """Keys of paths. On the command line they are relative to where the user stands, in configs/ to the repository."""
-MODELS = ("actor_rollout_ref.model.path", "actor_rollout_ref.model.tokenizer_path", "critic.model.path")
+TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
+MODELS = ("actor_rollout_ref.model.path", TOKENIZER, "critic.model.path")
 """Keys of paths that may also be names of the Hugging Face hub."""
 
 
@@ -90,6 +91,10 @@ def launch(argv: Sequence[str]) -> int:
         complete = compose.absolute(line.overrides, Path.cwd(), PATHS, MODELS)
         shown = ["--config-name", line.config_name, *line.flags, *complete]
         return subprocess.call([sys.executable, "-m", "verl.trainer.main_ppo", *shown], cwd=ROOT)
+    if line.is_foreign:
+        raise ConfigError(
+            ["--config-path, --config-dir: the launcher reads configs/ alone; verl.trainer.main_ppo takes them"]
+        )
     if line.multirun:
         raise ConfigError(["--multirun: what surrounds a run is made for one: scripts/sweep.sh makes several"])
     config, overrides = composed(line.config_name, line.overrides)
@@ -102,12 +107,15 @@ def launch(argv: Sequence[str]) -> int:
     return status
 
 
-def composed(config_name: str, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
+def composed(
+    config_name: str, overrides: Sequence[str], models: Sequence[str] = MODELS
+) -> tuple[DictConfig, list[str]]:
     """The configuration, and the overrides it was composed with, whose paths are complete. Raises ConfigError.
 
-    The repository becomes the working directory: the paths of configs/ are relative to it.
+    The repository becomes the working directory: the paths of configs/ are relative to it. `models`: the keys of paths
+    that may be names of a hub.
     """
-    complete = compose.absolute(overrides, Path.cwd(), PATHS, MODELS)
+    complete = compose.absolute(overrides, Path.cwd(), PATHS, models)
     config = compose.composed(config_name, complete)
     os.chdir(ROOT)
     return config, complete
@@ -232,19 +240,24 @@ def prepare_base(folder: Path) -> None:
         raise DataError(f"{folder} is not a whole model, it lacks {', '.join(missing)}: remove the folder")
 
 
+def files_of(value: Any) -> list[Path]:
+    """The files that a key names: one, or a list of them."""
+    return [Path(name) for name in ([value] if isinstance(value, str) else value)]
+
+
 def prepare_questions(setup: SetupConfig, config: DictConfig) -> None:
     """Makes the training files of `setup.questions` where they are absent, or were made from something else.
 
     Raises DataError when they would take the place of the user's own, or the configuration reads other files.
     """
     path, template, test_size = Path(str(setup.questions)), setup.template, setup.test_size
-    files = [config.data.train_files, config.data.val_files]
-    named = [Path(str(file if isinstance(file, str) else ",".join(file))) for file in files]
-    folder = named[0].parent
-    if named != [folder / TRAIN, folder / TEST]:
+    train_files, val_files = (files_of(value) for value in (config.data.train_files, config.data.val_files))
+    folder = train_files[0].parent if train_files else Path()
+    if train_files != [folder / TRAIN] or val_files != [folder / TEST]:
         raise DataError(
-            f"setup.questions={path} is made into {TRAIN} and {TEST} of one folder, but data.train_files={named[0]} "
-            f"and data.val_files={named[1]}: name these, or set setup.questions=null to train on your own files"
+            f"setup.questions={path} is made into {TRAIN} and {TEST} of one folder, but "
+            f"data.train_files={config.data.train_files} and data.val_files={config.data.val_files}: name these, or "
+            "set setup.questions=null to train on your own files"
         )
     try:
         current = is_current(folder, inputs_of(path, template, test_size), (TRAIN, TEST))

@@ -17,6 +17,7 @@ from search_r1.launch import (
     MAX_SERVER_RESTARTS,
     RetrievalServer,
     SetupConfig,
+    composed,
     prepare_base,
     prepare_questions,
     prepare_world,
@@ -26,6 +27,8 @@ from search_r1.launch import launch as launch_command
 from search_r1.world.generate import FILES, OPTIONS_FILE, WorldConfig
 from tests.processes import family, wait_for
 from tests.retrieval import write_corpus
+from verl.trainer.compose import as_plain
+from verl.trainer.config import validate
 from verl.utils.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
@@ -252,3 +255,14 @@ def test_a_corpus_that_is_not_named_is_asked_for():
 def test_the_launcher_makes_one_run():
     with pytest.raises(ConfigError, match="--multirun"):
         launch_command(["-m", "trainer.seed=0,1"])
+
+
+def test_the_launcher_reads_no_configuration_but_its_own(tmp_path):
+    with pytest.raises(ConfigError, match=r"--config-path.*verl\.trainer\.main_ppo takes them"):
+        launch_command(["--config-path", str(tmp_path), "--config-name", "grpo"])
+
+
+def test_experiments_of_ppo_are_whole_whatever_they_start_from():
+    """`evaluate` and `infer` start from grpo."""
+    config, _ = composed("grpo", ["experiment=closed_world/ppo"])
+    assert validate(as_plain(config)).use_critic

@@ -164,13 +164,20 @@ def test_arguments_of_hydra_stay_where_they_are():
     assert line.flags == ["--cfg", "job", "--config-name=grpo", "-m"] and line.only_shows
 
 
+def test_a_configuration_of_another_project_is_not_looked_for():
+    argv = ["--config-path", "/theirs", "--config-name=ppo", "compat=verl"]
+    line = read_command_line([*argv, "trainer.total_epochs=1"], "grpo")
+    assert (line.config_name, line.flags, line.is_foreign) == ("ppo", ["--config-name=ppo"], False)
+
+
 def test_paths_are_relative_to_where_the_user_stands(tmp_path):
     (tmp_path / "model").mkdir()
     given = ["p=a.parquet", "p=[a.parquet,/b.parquet]", "p=null", "m=model", "m=Qwen/Qwen2.5-3B", "p=${x}/a", "q=a"]
-    found = absolute([*given, "p='it is, a = b'", "p='~/a'"], tmp_path, ["p"], ["m"])
+    found = absolute([*given, "p='it is, a = b'", "p='~/a'", "p=hf:a/b:train"], tmp_path, ["p"], ["m"])
     assert found == [
         f"p={tmp_path}/a.parquet", f"p=[{tmp_path}/a.parquet,/b.parquet]", "p=null", f"m={tmp_path}/model",
         "m=Qwen/Qwen2.5-3B", "p=${x}/a", "q=a", f"p='{tmp_path}/it is, a = b'", f"p={Path.home()}/a",
+        "p=hf:a/b:train",
     ]  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """What a machine lacks is found before the start, with its cure."""
 
+import errno
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +20,8 @@ from verl.trainer.host import (
     weight_problems,
     write_problem,
 )
+from verl.workers.config import ModelConfig
+from verl.workers.rollout.weight_sync import MEMORY_FILES, own_prefix
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def machine(tmp_path, monkeypatch):
     make_tiny_qwen2(tmp_path / "model")
     rollout = SimpleNamespace(name="vllm", num_replicas=None)
     config = SimpleNamespace(
-        actor_rollout_ref=SimpleNamespace(model=SimpleNamespace(path=str(tmp_path / "model")), rollout=rollout),
+        actor_rollout_ref=SimpleNamespace(model=ModelConfig(path=str(tmp_path / "model")), rollout=rollout),
         device="cpu",
         num_gpus=1,
     )
@@ -62,7 +66,7 @@ def test_a_long_folder_of_temporary_files_is_rays_too(machine, monkeypatch):
 def test_folders_that_cannot_be_written_are_named(machine, monkeypatch, variable, cure):
     """/proc refuses new files to everybody."""
     config, hf_config = machine
-    config.actor_rollout_ref.model.path = "org/a-model-that-is-not-here"
+    config.actor_rollout_ref.model = ModelConfig(path="org/a-model-that-is-not-here")
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     monkeypatch.setenv("HF_HUB_CACHE", "/tmp")
     if variable == "HF_HOME":
@@ -78,6 +82,22 @@ def test_a_run_folder_below_a_file(tmp_path):
     (problem,) = run_folder_problems(str(folder))
     assert problem == f"trainer.default_local_dir={folder} cannot be written (Not a directory): name another folder"
     assert run_folder_problems(str(tmp_path / "runs" / "a")) == []
+
+
+def test_a_full_disk_does_not_keep_a_run_from_going_on(tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    assert run_folder_problems(str(tmp_path)) == []
+    assert write_problem(tmp_path) == "cannot be written (No space left on device)"
+
+
+def test_what_killed_processes_left_in_memory_makes_room_first(machine):
+    left = Path(MEMORY_FILES, f"{own_prefix()}999999999-left")
+    left.mkdir()
+    weight_problems(*machine)
+    assert not left.exists()
 
 
 def test_caches_of_compiled_code_matter_on_a_gpu(machine, monkeypatch):
@@ -96,11 +116,11 @@ def test_nothing_is_left_where_something_was_tried(tmp_path):
 
 
 def test_weights_on_their_way_need_memory_files(machine, monkeypatch):
-    _, hf_config = machine
+    config, hf_config = machine
     state = os.statvfs("/dev/shm")
-    free = state.f_bavail * state.f_frsize
-    assert weight_problems(hf_config, 1) == []
-    (problem,) = weight_problems(hf_config, free)
+    assert weight_problems(config, hf_config) == []
+    config.actor_rollout_ref.rollout.num_replicas = state.f_bavail * state.f_frsize
+    (problem,) = weight_problems(config, hf_config)
     assert problem.startswith("/dev/shm has ") and "--shm-size" in problem
 
 

@@ -105,6 +105,13 @@ def test_nothing_is_told_of_the_same_configuration_or_of_what_is_about_this_star
     assert check_resume(tmp_path, moved, QUESTIONS) == []
 
 
+def test_a_model_may_be_named_by_its_relative_or_its_full_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    saved_with(tmp_path, configured("actor_rollout_ref.model.path=model"))
+    assert check_resume(tmp_path, configured(f"actor_rollout_ref.model.path={tmp_path}/model"), QUESTIONS) == []
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [

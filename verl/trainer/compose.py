@@ -18,6 +18,8 @@ from verl.utils.config import did_you_mean
 from verl.utils.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+HUB = "hf:"
+"""How the name of a data set of the Hugging Face hub begins where a path may stand too."""
 HELP = {"--help", "-h", "--hydra-help", "--version"}
 SHOWING = HELP | {"--cfg", "-c", "--info", "-i"}
 
@@ -101,9 +103,7 @@ def take_compat(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def own_config(name: str, default: str, flags: Sequence[str]) -> tuple[str, list[str]]:
-    """The configuration to start from and the flags for Hydra, where another project's name its own configuration."""
-    if (CONFIGS / f"{name}.yaml").exists():
-        return name, list(flags)
+    """The configuration to start from, and the flags for Hydra without those that name another project's own."""
     foreign = ("--config-name", "--config-path", "--config-dir", "-cn", "-cp", "-cd")
     kept: list[str] = []
     skips_value = False
@@ -114,7 +114,9 @@ def own_config(name: str, default: str, flags: Sequence[str]) -> tuple[str, list
             skips_value = "=" not in flag
         else:
             kept.append(flag)
-    return default, kept
+    if not (CONFIGS / f"{name}.yaml").exists():
+        return default, kept
+    return name, [*kept, f"--config-name={name}"]
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -276,8 +278,9 @@ def with_full_path(text: str, folder: Path, paths: frozenset[str], models: froze
 
 
 def resolved(value: Any, folder: Path) -> str:
-    """A path, or a list of paths, as the value of an override. What is interpolated stays."""
+    """A path, or a list of paths, as the value of an override. What is interpolated, and a name of the hub, stays."""
     if isinstance(value, list):
         return f"[{','.join(resolved(entry, folder) for entry in value)}]"
     text = str(value)
-    return quoted(text if "${" in text else str((folder / Path(text).expanduser()).resolve()))
+    stays = "${" in text or text.startswith(HUB)
+    return quoted(text if stays else str((folder / Path(text).expanduser()).resolve()))

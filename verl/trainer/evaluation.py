@@ -19,6 +19,7 @@ from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.batching import check_failures
 from verl.trainer.ppo.records import trajectory_records
 from verl.utils.dataset import RLHFDataset
+from verl.utils.model_names import weights_of
 from verl.utils.run_folder import claim
 from verl.workers.rollout.agent_worker import Failure, Job
 
@@ -88,10 +89,9 @@ def identify(config: PPOConfig, val_set: RLHFDataset, path: Path) -> None:
     """Writes down what is evaluated on what. Raises DataError when another evaluation already stands there."""
     questions = [[row["data_source"], row["prompt"], row["reward_model"]] for row in val_set.rows]
     rollout, model, reward = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model, config.reward
-    weights = sorted(Path(model.path).glob("*.safetensors"))
     made_of = {
         "model": model.path,
-        "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
+        "weights": weights_of(model.path),
         "tokenizer": model.tokenizer_path,
         "architecture": model.architecture,
         "sampling": rollout.val_kwargs.model_dump(),

@@ -1,5 +1,6 @@
 """What a run needs of the machine it is started on: folders that can be written, short socket paths, shared memory."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -27,7 +28,7 @@ def host_problems(config: "PPOConfig", hf_config: Any) -> list[str]:
     """
     problems = folder_problems(config) + socket_problems()
     if config.device == "cpu":
-        return problems + weight_problems(hf_config, max(1, config.actor_rollout_ref.rollout.num_replicas or 1))
+        return problems + weight_problems(config, hf_config)
     return problems + nccl_problems(config)
 
 
@@ -55,8 +56,8 @@ def folder_problems(config: "PPOConfig") -> list[str]:
 
 
 def run_folder_problems(run_folder: str) -> list[str]:
-    """Whether the run folder can be written."""
-    problem = write_problem(Path(run_folder))
+    """Whether the run folder can be written. A full disk is no reason to end a run, which goes on without writing."""
+    problem = write_problem(Path(run_folder), full_is_fine=True)
     return [f"trainer.default_local_dir={run_folder} {problem}: name another folder"] if problem else []
 
 
@@ -68,14 +69,16 @@ def has_weights(name: str) -> bool:
     return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
 
 
-def write_problem(folder: Path) -> str | None:
+def write_problem(folder: Path, full_is_fine: bool = False) -> str | None:
     """Why nothing can be written to a folder, or to the first one above it that is there; None if something can."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(2**20))
             file.flush()
     except OSError as error:
+        if full_is_fine and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return None
         return f"cannot be written ({error.strerror})"
     return None
 
@@ -104,17 +107,22 @@ def temporary_folder() -> str:
     return os.environ.get("TMPDIR") or "/tmp"
 
 
-def weight_problems(hf_config: Any, engines: int) -> list[str]:
-    """Whether the memory file system holds the weights of the policy in float32, as engines on the CPU read them."""
+def weight_problems(config: "PPOConfig", hf_config: Any) -> list[str]:
+    """Whether the memory file system holds the weights of the policy in float32, as engines on the CPU read them.
+
+    What processes that were killed have left there is removed first.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from verl.workers.rollout.weight_sync import MEMORY_FILES
+    from verl.workers.rollout.weight_sync import MEMORY_FILES, remove_dead_folders
 
+    model_config, engines = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.num_replicas or 1
     if problem := write_problem(Path(MEMORY_FILES)):
         return [f"{MEMORY_FILES} {problem}: weights travel through it to engines on the CPU"]
+    remove_dead_folders()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model_config.trust_remote_code)
     head = model.get_output_embeddings().weight.numel() if hf_config.get_text_config().tie_word_embeddings else 0
     needed = FLOAT32_BYTES * (sum(p.numel() for p in model.parameters()) + head) * engines
     return shared_memory_problems(MEMORY_FILES, needed, "the weights on their way to engines on the CPU take")

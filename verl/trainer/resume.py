@@ -19,6 +19,7 @@ from verl.trainer.ppo.collapse import CollapseWatchConfig
 from verl.utils.config import Config
 from verl.utils.dataset import questions_digest
 from verl.utils.errors import ConfigError
+from verl.utils.model_names import full_path
 from verl.workers import config as workers_config
 
 ORDER = "the place in the data that it holds is one in the order that this key draws"
@@ -297,5 +298,10 @@ def unequal(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from unequal(old.get(key), new.get(key), f"{path}.{key}")
-    elif old != new:
+    elif old != new and not same_place(old, new):
         yield path, old, new
+
+
+def same_place(old: Any, new: Any) -> bool:
+    """Whether both are names of one file or folder that is there, such as a relative path and its full one."""
+    return isinstance(old, str) and isinstance(new, str) and full_path(old) == full_path(new)

@@ -39,6 +39,18 @@ def ready_model(name: str) -> str | None:
     return str(exported) if is_model(exported) else None
 
 
+def full_path(name: str) -> str:
+    """The full path of a file or folder that is there; anything else, such as the name of a hub, as it is."""
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else name
+
+
+def weights_of(model: str) -> list[list[str | int]]:
+    """Name, size and time of each file of weights in a model's folder: what tells the model from its next version."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def find_checkpoint(name: str) -> Path:
     """The full path of the complete checkpoint that `name` means, of a run folder the newest.
 

@@ -36,12 +36,22 @@ HEADS = {
 @contextmanager
 def memory_folder() -> Iterator[str]:
     """A folder in the memory file system, removed on the way out; so are those of processes that were killed."""
-    mine = f"verl-{os.stat('/proc/self/ns/pid').st_ino}-"  # process numbers mean something in one namespace only
-    for folder in Path(MEMORY_FILES).glob(f"{mine}*"):
-        if not Path("/proc", folder.name.removeprefix(mine).split("-")[0]).exists():
-            shutil.rmtree(folder, ignore_errors=True)  # another process may remove it at the same time
-    with tempfile.TemporaryDirectory(prefix=f"{mine}{os.getpid()}-", dir=MEMORY_FILES) as folder:
+    remove_dead_folders()
+    with tempfile.TemporaryDirectory(prefix=f"{own_prefix()}{os.getpid()}-", dir=MEMORY_FILES) as folder:
         yield folder
+
+
+def own_prefix() -> str:
+    """How our folders there begin; a process number follows, which means something in one namespace only."""
+    return f"verl-{os.stat('/proc/self/ns/pid').st_ino}-"
+
+
+def remove_dead_folders() -> None:
+    """Removes the folders of processes that are gone."""
+    prefix = own_prefix()
+    for folder in Path(MEMORY_FILES).glob(f"{prefix}*"):
+        if not Path("/proc", folder.name.removeprefix(prefix).split("-")[0]).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # another process may remove it at the same time
 
 
 def write_engine_model(model: ModelConfig, folder: str) -> None:
