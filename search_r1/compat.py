@@ -39,8 +39,6 @@ SEARCH_R1 = Project(
         "critic.ppo_epochs": ignored("never read there: one pass"),
         f"{ROLLOUT}.max_num_seqs": ignored("never given to the engine there"),
         f"{ROLLOUT}.max_num_batched_tokens": ignored("never given to the engine there"),
-        "data.train_data_num": Fate("data.train_data_num", "a random sample too, of every data source its share"),
-        "data.val_data_num": Fate("data.val_data_num", "a random sample too, of every data source its share"),
         "algorithm.no_think_rl": ignored_if([False], "it only raised an error there"),
         "algorithm.state_masking.start_state_marker": ignored("never read there: masks are carried, not recovered"),
         "algorithm.state_masking.end_state_marker": ignored("never read there: masks are carried, not recovered"),

@@ -47,6 +47,14 @@ def questions(tmp_path):
     return tmp_path / "questions.parquet"
 
 
+@pytest.fixture
+def one_question(questions):
+    """The first of them alone."""
+    path = questions.with_name("one.parquet")
+    pq.write_table(pq.read_table(questions).slice(0, 1), path)
+    return path
+
+
 def overrides(method, url, questions, retriever, *more):
     endpoint = "actor_rollout_ref.rollout.endpoint"
     return [
@@ -148,11 +156,11 @@ def test_methods_that_search_in_turns(method, questions, retriever):
     assert len(played.side) == (searches if method == "search_o1" else 0)
 
 
-def test_search_o1_condenses_passages_in_a_conversation_of_its_own(questions, retriever):
+def test_search_o1_condenses_passages_in_a_conversation_of_its_own(one_question, retriever):
     search = "I wonder. <|begin_search_query|>Ada Marin<|end_search_query|>"
     scripts = {kind: [search, RIGHT] for kind in KINDS}
     finding = "She is from Torvel. </answer> <|end_search_result|>"
-    records, played = play("search_o1", scripts, questions, retriever, "data.val_data_num=1", finding=finding)
+    records, played = play("search_o1", scripts, one_question, retriever, finding=finding)
     (side,) = played.side
     (message,) = side["messages"]
     assert (
@@ -188,11 +196,11 @@ def test_ircot_reasons_a_sentence_at_a_time_over_all_passages(questions, retriev
     )
 
 
-def test_a_completions_endpoint_reads_one_growing_text(questions, retriever):
+def test_a_completions_endpoint_reads_one_growing_text(one_question, retriever):
     search = TAGGED["search_r1"][1]
     scripts = {kind: [search, RIGHT] for kind in KINDS}
     api = "actor_rollout_ref.rollout.endpoint.api=completions"
-    records, played = play("search_r1", scripts, questions, retriever, api, "data.val_data_num=1")
+    records, played = play("search_r1", scripts, one_question, retriever, api)
     first, second = (request["prompt"] for request in played.requests[QUESTIONS["right"]])
     assert first == build_prompt(QUESTIONS["right"], "search")
     assert second.startswith(f"{first}{search}\n\n<information>{ADA}") and second.endswith("</information>\n\n")
@@ -200,13 +208,12 @@ def test_a_completions_endpoint_reads_one_growing_text(questions, retriever):
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
-def test_an_endpoint_gets_no_bos_because_it_puts_one_there_itself(tmp_path, questions, retriever, api):
+def test_an_endpoint_gets_no_bos_because_it_puts_one_there_itself(tmp_path, one_question, retriever, api):
     make_family_tokenizer(tmp_path / "llama", "llama3-instruct")
     more = [
         f"actor_rollout_ref.rollout.endpoint.api={api}", f"actor_rollout_ref.model.tokenizer_path={tmp_path}/llama",
-        "data.val_data_num=1",
     ]  # fmt: skip
-    _, played = play("direct", {kind: [RIGHT] for kind in KINDS}, questions, retriever, *more)
+    _, played = play("direct", {kind: [RIGHT] for kind in KINDS}, one_question, retriever, *more)
     (request,) = played.requests[QUESTIONS["right"]]
     prompt = build_prompt(QUESTIONS["right"], "direct")
     if api == "chat":

@@ -63,7 +63,7 @@ def test_a_model_is_evaluated_and_what_was_cut_off_is_asked_again(tmp_path, worl
         again = evaluate(tmp_path, world, url)
         assert again.returncode == 0, again.stderr[-3000:]
         other = evaluate(tmp_path, world, url, actor_rollout_ref__rollout__val_kwargs__n=1)
-        assert other.returncode == 1 and "holds another evaluation (not the same: sampling)" in other.stderr
+        assert other.returncode == 1 and "of another evaluation (not the same: sampling)" in other.stderr
     resumed = path.read_text().splitlines(keepends=True)
     assert resumed[: len(lines) - 4] == lines[:-4]
     assert sorted(json.loads(line)["row"] for line in resumed) == sorted(rows)

@@ -190,7 +190,9 @@ class Rehearsal:
         from verl.trainer.ppo.ray_trainer import RayPPOTrainer
         from verl.utils.tracking import Timers, Tracking
 
-        rows = [{"data_source": "nq", "extra_info": {"index": i}} for i in range(config.data.train_batch_size)]
+        rows = [
+            {"data_source": "nq", "prompt": [], "extra_info": {"index": i}} for i in range(config.data.train_batch_size)
+        ]
         train_set: Any = SimpleNamespace(rows=rows, prompt_ids=[[5] * PROMPT for _ in rows])
         sized = type("Rows", (SimpleNamespace,), {"__len__": lambda self: len(self.rows)})
         train_set = sized(rows=rows, prompt_ids=train_set.prompt_ids)

@@ -175,7 +175,6 @@ def fates_of(key: str) -> dict[str, Fate]:
 
 MODEL, ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{section}" for section in ("model", "actor", "ref", "rollout"))
 PACKED = "rows are always packed, without padding, up to a number of tokens"
-SAMPLE = "a random sample, of every data source its share"
 PLACEMENT = "how the work is spread changes no result; memory is a matter of *_max_token_len_per_gpu and *_offload"
 ONE_ENGINE = "vLLM is the one engine"
 WITH_PARAMETERS = "gradients are where the parameters are (param_offload)"
@@ -286,12 +285,8 @@ VERL = Project(
             also=lambda value: {"data.max_start_length": value},
         ),
         "data.max_response_length": Fate("data.max_response_length", "of one turn, there of all turns together"),
-        "data.train_max_samples": Fate(
-            "data.train_data_num", "a random sample, of every data source its share", all_if_negative
-        ),
-        "data.val_max_samples": Fate(
-            "data.val_data_num", "a random sample, of every data source its share", all_if_negative
-        ),
+        "data.train_max_samples": Fate("data.train_data_num", "a fixed random sample", all_if_negative),
+        "data.val_max_samples": Fate("data.val_data_num", "a fixed random sample", all_if_negative),
         "data.shuffle": Fate("data.shuffle_train_dataloader"),
         "data.seed": Fate("trainer.seed", "", lambda value, given: 0 if value is None else value),
         "data.filter_overlong_prompts": ignored("a prompt longer than data.max_start_length is an error, with its row"),
