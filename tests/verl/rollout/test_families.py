@@ -93,8 +93,9 @@ def to_batch(prompts: list[list[int]], outs: list[Completion]) -> DataProto:
             "rollout_log_probs": column([out.log_probs for out in outs]),
             "advantages": torch.linspace(-1, 1, len(outs))[:, None].expand(-1, width) * mask,
             "mini_batch": torch.zeros(len(outs), dtype=torch.long),
+            "critic_mini_batch": torch.zeros(len(outs), dtype=torch.long),
         },
-        meta_info={"num_mini_batches": {"mini_batch": 1}},
+        meta_info={"num_mini_batches": {"mini_batch": 1, "critic_mini_batch": 1}},
     )
 
 
