@@ -83,6 +83,7 @@ def test_numbers_are_components_and_all_else_is_kept_in_a_form_that_json_has(tok
         (None, "returned None"),
         (math.nan, "returned nan"),
         (-math.inf, "returned -inf"),
+        (1e39, r"returned 1e\+39"),  # infinite in float32
         ("1.0", "returned a value of type str"),
         ((1.0, "x"), "returned a value of type tuple"),
         (np.ones(2), "returned a value of type ndarray"),

@@ -29,8 +29,8 @@ def first_line(error: Exception) -> str:
 def written(value: Any) -> str:
     """A value as an override has it.
 
-    >>> written([None, True, 1e-06, "a b", {"k": 1}])
-    "[null,true,1e-06,'a b',{k:1}]"
+    >>> written([None, True, 1e-06, "a,b", {"k": 1}])
+    "[null,true,1e-06,'a,b',{k:1}]"
     """
     if value is None:
         return "null"

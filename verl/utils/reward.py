@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from verl.agent import ComputeScore, Row, Source, Trajectory, TrajectoryFailed
 from verl.utils.config import Config
 from verl.utils.errors import ConfigError, RewardError
 
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 """What a reward function is called with, by name."""
+LARGEST_SCORE = float(np.finfo(np.float32).max)
+"""Batches hold scores in float32, where a larger one would be infinite."""
 MAX_SHOWN = 120
 """Characters of a question or a value in a message."""
 
@@ -118,7 +122,7 @@ def take(result: Any, trajectory: Trajectory, name: str) -> None:
     """
     entries = {str(key): value for key, value in result.items()} if isinstance(result, Mapping) else {"score": result}
     numbers = {key: number for key, value in entries.items() if (number := number_of(value)) is not None}
-    if not math.isfinite(numbers.get("score", math.nan)):
+    if not abs(numbers.get("score", math.nan)) <= LARGEST_SCORE:  # NaN is not, either
         raise TrajectoryFailed(
             f"{name} returned {outline(result)}: expected a finite number, or a dict with one under 'score'",
             num_calls=sum(s.source is Source.OBSERVATION for s in trajectory.segments),
