@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from search_r1.agent.loop import question_of
 from search_r1.data import rejection
-from search_r1.launch import ROOT, composed
+from search_r1.launch import ROOT, composed, files_of
 from search_r1.prompts import build_prompt
 from search_r1.rewards.matching import gold_answers
 from verl.agent import Row
@@ -33,7 +33,7 @@ from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.model_names import full_path
 from verl.utils.processes import dying_with_this
-from verl.utils.run_folder import PENDING, claim, replace_folder
+from verl.utils.run_folder import claim, pending_place, replace_folder
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
 
 
@@ -110,9 +110,7 @@ class Finetune:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.train(self.rows(folder), folder)
             self.model = str(folder / "hf")
-        pending = final.with_name(final.name + PENDING)
-        if pending.exists():
-            shutil.rmtree(pending)
+        pending = pending_place(final)
         shutil.copytree(self.model, pending)
         replace_folder(pending, final, carry_over=True)
         return final
@@ -123,7 +121,7 @@ class Finetune:
         sampling = ("train_data_num", "train_sample_seed", "apply_chat_template_kwargs")
         return {
             "model": {**model, "path": full_path(model["path"])},
-            "train_files": [full_path(path) for path in self.files],
+            "train_files": [full_path(path) for path in files_of(data["train_files"])],
             **{key: data[key] for key in sampling},
             "template": self.raw["template"],
             "finetune": {k: v for k, v in self.raw["finetune"].items() if k not in ("rounds", "max_token_len_per_gpu")},
@@ -133,16 +131,10 @@ class Finetune:
             "custom_reward_function": self.raw["custom_reward_function"],
         }
 
-    @property
-    def files(self) -> list[str]:
-        """The files of training questions."""
-        files = self.raw["data"]["train_files"]
-        return [files] if isinstance(files, str) else list(files)
-
     def rows(self, folder: Path) -> Path:
         """The file of training rows, written."""
         path = folder / "rows.jsonl"
-        files = self.files
+        files = files_of(self.raw["data"]["train_files"])
         if self.config.data == "samples":
             samples = self.sample(folder / "samples", files)
             rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))

@@ -240,9 +240,9 @@ def prepare_base(folder: Path) -> None:
         raise DataError(f"{folder} is not a whole model, it lacks {', '.join(missing)}: remove the folder")
 
 
-def files_of(value: Any) -> list[Path]:
+def files_of(value: Any) -> list[str]:
     """The files that a key names: one, or a list of them."""
-    return [Path(name) for name in ([value] if isinstance(value, str) else value)]
+    return [value] if isinstance(value, str) else list(value)
 
 
 def prepare_questions(setup: SetupConfig, config: DictConfig) -> None:
@@ -251,9 +251,10 @@ def prepare_questions(setup: SetupConfig, config: DictConfig) -> None:
     Raises DataError when they would take the place of the user's own, or the configuration reads other files.
     """
     path, template, test_size = Path(str(setup.questions)), setup.template, setup.test_size
-    train_files, val_files = (files_of(value) for value in (config.data.train_files, config.data.val_files))
-    folder = train_files[0].parent if train_files else Path()
-    if train_files != [folder / TRAIN] or val_files != [folder / TEST]:
+    train_files, val_files = files_of(config.data.train_files), files_of(config.data.val_files)
+    folder = Path(train_files[0]).parent if train_files else Path()
+    expected = [folder / TRAIN, folder / TEST]
+    if [*map(Path, train_files)] != expected[:1] or [*map(Path, val_files)] != expected[1:]:
         raise DataError(
             f"setup.questions={path} is made into {TRAIN} and {TEST} of one folder, but "
             f"data.train_files={config.data.train_files} and data.val_files={config.data.val_files}: name these, or "

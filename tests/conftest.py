@@ -5,6 +5,7 @@ from hypothesis import settings
 
 from tests.e2e.runs import CORPUS
 from tests.retrieval import retrieval_server, write_corpus
+from tests.templates import make_family_tokenizer
 from verl.utils.device import has_cuda_engine
 
 settings.register_profile("suite", deadline=None, derandomize=True)  # the same examples on every machine
@@ -25,3 +26,16 @@ def retriever(tmp_path_factory):
     write_corpus(folder, CORPUS)
     with retrieval_server(folder) as (url, _):
         yield url
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """The tokenizer of a family by its name in tests/templates.py, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = make_family_tokenizer(tmp_path_factory.mktemp(name), name)
+        return made[name]
+
+    return get

@@ -23,11 +23,8 @@ CORPUS = [
 ]
 
 
-def make_tokenizer(folder: Path | str, *, vocab: int = 400) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab` ids with Qwen's special tokens and chat template, saved in `folder`.
-
-    Pieces are cut as Qwen cuts them, so that one token runs past a tag (`>\\n\\n`), as in its vocabulary.
-    """
+def train_bpe(vocab: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab` ids, without special tokens, that cuts pieces as Qwen does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -37,9 +34,16 @@ def make_tokenizer(folder: Path | str, *, vocab: int = 400) -> PreTrainedTokeniz
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        CORPUS * 20, trainers.BpeTrainer(vocab_size=vocab - len(SPECIAL_TOKENS), initial_alphabet=alphabet)
-    )
+    tokenizer.train_from_iterator(CORPUS * 20, trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet))
+    return tokenizer
+
+
+def make_tokenizer(folder: Path | str, *, vocab: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab` ids with Qwen's special tokens and chat template, saved in `folder`.
+
+    Pieces are cut as Qwen cuts them, so that one token runs past a tag (`>\\n\\n`), as in its vocabulary.
+    """
+    tokenizer = train_bpe(vocab - len(SPECIAL_TOKENS))
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHAT_TEMPLATE

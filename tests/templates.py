@@ -6,10 +6,10 @@ The templates are written for these tests, after the formats that the families p
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.models import CORPUS, QWEN_PIECES
+from tests.models import train_bpe
 
 CHATML = (
     "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
@@ -103,16 +103,7 @@ FAMILIES = {
 def make_family_tokenizer(folder: Path | str, name: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a family, saved in `folder` and loaded from there. Families with a BOS put it before texts."""
     family = FAMILIES[name]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(CORPUS * 20, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    tokenizer = train_bpe(400)
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in family.special])
     if family.thoughts:
         tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<think>", "</think>")])

@@ -6,14 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoConfig
 
 from tests.models import make_tiny_qwen2
-from verl.trainer.checks import host_problems
 from verl.trainer.host import (
     ENGINE_SOCKET,
     RAY_SOCKET,
     SOCKET_PATH_BYTES,
+    folder_problems,
+    host_problems,
     run_folder_problems,
     shared_memory_problems,
     socket_problems,
@@ -25,8 +25,8 @@ from verl.workers.rollout.weight_sync import MEMORY_FILES, own_prefix
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """A machine that has everything: (config of a run on it, config of its model)."""
+def config(tmp_path, monkeypatch):
+    """A machine that has everything: the config of a run on it."""
     for name in ("RAY_TMPDIR", "TMPDIR", "HF_HOME", "HF_HUB_CACHE", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     make_tiny_qwen2(tmp_path / "model")
@@ -36,15 +36,15 @@ def machine(tmp_path, monkeypatch):
         device="cpu",
         num_gpus=1,
     )
-    return config, AutoConfig.from_pretrained(tmp_path / "model")
+    return config
 
 
-def test_a_machine_that_has_everything(machine):
-    assert host_problems(*machine) == []
+def test_a_machine_that_has_everything(config):
+    assert host_problems(config) == []
 
 
 @pytest.mark.parametrize(("variable", "name"), [("RAY_TMPDIR", RAY_SOCKET), ("TMPDIR", ENGINE_SOCKET)])
-def test_temporary_folders_leave_room_for_sockets(machine, monkeypatch, tmp_path, variable, name):
+def test_temporary_folders_leave_room_for_sockets(config, monkeypatch, tmp_path, variable, name):
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     longest = "/tmp/" + "x" * (SOCKET_PATH_BYTES - len("/tmp/") - len(name))
     monkeypatch.setenv(variable, longest)
@@ -55,7 +55,7 @@ def test_temporary_folders_leave_room_for_sockets(machine, monkeypatch, tmp_path
     assert f"108 bytes, and 107 is the most: set {variable}" in problem
 
 
-def test_a_long_folder_of_temporary_files_is_rays_too(machine, monkeypatch):
+def test_a_long_folder_of_temporary_files_is_rays_too(config, monkeypatch):
     monkeypatch.setenv("TMPDIR", "/scratch/" + "x" * 90)
     assert [problem.partition("would")[0].split()[-1] for problem in socket_problems()] == ["Ray", "vLLM"]
 
@@ -63,16 +63,15 @@ def test_a_long_folder_of_temporary_files_is_rays_too(machine, monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "cure"), [("RAY_TMPDIR", "set RAY_TMPDIR"), ("TMPDIR", "set TMPDIR"), ("HF_HOME", "set HF_HOME")]
 )
-def test_folders_that_cannot_be_written_are_named(machine, monkeypatch, variable, cure):
+def test_folders_that_cannot_be_written_are_named(config, monkeypatch, variable, cure):
     """/proc refuses new files to everybody."""
-    config, hf_config = machine
     config.actor_rollout_ref.model = ModelConfig(path="org/a-model-that-is-not-here")
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     monkeypatch.setenv("HF_HUB_CACHE", "/tmp")
     if variable == "HF_HOME":
         monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.setenv(variable, "/proc/x")
-    (problem,) = host_problems(config, hf_config)
+    (problem,) = folder_problems(config)
     assert "/proc/x" in problem and "cannot be written" in problem and cure in problem
 
 
@@ -93,20 +92,19 @@ def test_a_full_disk_does_not_keep_a_run_from_going_on(tmp_path, monkeypatch):
     assert write_problem(tmp_path) == "cannot be written (No space left on device)"
 
 
-def test_what_killed_processes_left_in_memory_makes_room_first(machine):
+def test_what_killed_processes_left_in_memory_makes_room_first(config):
     left = Path(MEMORY_FILES, f"{own_prefix()}999999999-left")
     left.mkdir()
-    weight_problems(*machine)
+    weight_problems(config)
     assert not left.exists()
 
 
-def test_caches_of_compiled_code_matter_on_a_gpu(machine, monkeypatch):
-    config, hf_config = machine
+def test_caches_of_compiled_code_matter_on_a_gpu(config, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", "/proc/x")
     monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/y")
-    assert host_problems(config, hf_config) == []
+    assert host_problems(config) == []
     config.device = "cuda"
-    assert [problem.rpartition(": ")[2] for problem in host_problems(config, hf_config)] == [
+    assert [problem.rpartition(": ")[2] for problem in host_problems(config)] == [
         "set VLLM_CACHE_ROOT", "set TRITON_CACHE_DIR",
     ]  # fmt: skip
 
@@ -115,12 +113,11 @@ def test_nothing_is_left_where_something_was_tried(tmp_path):
     assert write_problem(tmp_path / "a" / "b") is None and not list(tmp_path.iterdir())
 
 
-def test_weights_on_their_way_need_memory_files(machine, monkeypatch):
-    config, hf_config = machine
+def test_weights_on_their_way_need_memory_files(config, monkeypatch):
     state = os.statvfs("/dev/shm")
-    assert weight_problems(config, hf_config) == []
+    assert weight_problems(config) == []
     config.actor_rollout_ref.rollout.num_replicas = state.f_bavail * state.f_frsize
-    (problem,) = weight_problems(config, hf_config)
+    (problem,) = weight_problems(config)
     assert problem.startswith("/dev/shm has ") and "--shm-size" in problem
 
 

@@ -20,19 +20,6 @@ from verl.utils.tokenizer import (
 QUESTION = [{"role": "user", "content": "Question: Where was Ada Marin born?\n"}]
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """The tokenizer of a family, made once."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = make_family_tokenizer(tmp_path_factory.mktemp(name), name)
-        return made[name]
-
-    return get
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_has_bos_once_where_the_family_has_one(family, name):
     tokenizer = family(name)

@@ -35,7 +35,7 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         )
     if rollout.temperature == 0:
         problems.append("actor_rollout_ref.rollout.temperature=0: training needs sampling")
-    pool, section = (config.trainer, "trainer") if config.actor_rollout_ref.hybrid_engine else (rollout, "rollout")
+    pool, section = engine_pool(config)
     if pool.n_gpus_per_node % rollout.tensor_model_parallel_size:
         problems.append(
             f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
@@ -197,16 +197,22 @@ def async_problems(config: "PPOConfig") -> list[str]:
     return problems
 
 
+def engine_pool(config: "PPOConfig") -> tuple[Any, str]:
+    """The section that counts the GPUs of the engines (`nnodes`, `n_gpus_per_node`), and its name."""
+    if config.actor_rollout_ref.hybrid_engine:
+        return config.trainer, "trainer"
+    return config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
+
+
 def engine_problems(config: "PPOConfig") -> list[str]:
     """More engines than their GPUs can hold."""
-    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    rollout = config.actor_rollout_ref.rollout
     if config.device != "cuda":
         return []
-    hybrid = config.actor_rollout_ref.hybrid_engine
-    pool, section = (trainer, "trainer") if hybrid else (rollout, "actor_rollout_ref.rollout")
+    pool, section = engine_pool(config)
     gpus = pool.nnodes * pool.n_gpus_per_node
     engines = rollout.num_replicas or 1
-    if not hybrid:
+    if not config.actor_rollout_ref.hybrid_engine:
         engines += rollout.num_val_replicas
     if engines * rollout.tensor_model_parallel_size <= gpus:
         return []
@@ -279,7 +285,7 @@ def environment_problems(config: "PPOConfig", agent: Any, gpus: int) -> list[str
         problems = device_problems(config, gpus)
         problems += context_problems(config) + critic_problems(config)
         if config.trainer.ray_address is None:
-            problems += host_problems(config, hf_config_of(config.actor_rollout_ref.model))
+            problems += host_problems(config)
     return problems + agent.preflight()
 
 

@@ -21,14 +21,11 @@ NCCL_BYTES = 128 * 2**20
 FLOAT32_BYTES = 4
 
 
-def host_problems(config: "PPOConfig", hf_config: Any) -> list[str]:
-    """What this machine lacks for a run whose engines are here; each problem with its cure.
-
-    `hf_config`: the Hugging Face config of the policy.
-    """
+def host_problems(config: "PPOConfig") -> list[str]:
+    """What this machine lacks for a run whose engines are here; each problem with its cure."""
     problems = folder_problems(config) + socket_problems()
     if config.device == "cpu":
-        return problems + weight_problems(config, hf_config)
+        return problems + weight_problems(config)
     return problems + nccl_problems(config)
 
 
@@ -107,24 +104,23 @@ def temporary_folder() -> str:
     return os.environ.get("TMPDIR") or "/tmp"
 
 
-def weight_problems(config: "PPOConfig", hf_config: Any) -> list[str]:
+def weight_problems(config: "PPOConfig") -> list[str]:
     """Whether the memory file system holds the weights of the policy in float32, as engines on the CPU read them.
 
     What processes that were killed have left there is removed first.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    from verl.workers.hf_folder import skeleton_of
     from verl.workers.rollout.weight_sync import MEMORY_FILES, remove_dead_folders
 
-    model_config, engines = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.num_replicas or 1
     if problem := write_problem(Path(MEMORY_FILES)):
         return [f"{MEMORY_FILES} {problem}: weights travel through it to engines on the CPU"]
     remove_dead_folders()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model_config.trust_remote_code)
-    head = model.get_output_embeddings().weight.numel() if hf_config.get_text_config().tie_word_embeddings else 0
-    needed = FLOAT32_BYTES * (sum(p.numel() for p in model.parameters()) + head) * engines
+    merged = config.actor_rollout_ref.model.model_copy(update={"lora_rank": 0})  # adapters do not travel
+    policy: Any = skeleton_of(merged)
+    tied = policy.config.get_text_config().tie_word_embeddings
+    head = policy.get_output_embeddings().weight.numel() if tied else 0
+    engines = config.actor_rollout_ref.rollout.num_replicas or 1
+    needed = FLOAT32_BYTES * (sum(p.numel() for p in policy.parameters()) + head) * engines
     return shared_memory_problems(MEMORY_FILES, needed, "the weights on their way to engines on the CPU take")
 
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from verl.utils.config import Config, problems_of
-from verl.utils.run_folder import INDEX, PICKLED_INDEX
+from verl.utils.run_folder import INDEX, PICKLED_INDEX, write_atomically
 
 FileName = Annotated[str, Field(pattern=r"^__\d+_\d+\.distcp$")]
 """A file beside the index, as torch names them; nothing outside of the folder."""
@@ -67,12 +67,7 @@ class TensorWriter(FileSystemWriter):
         """Writes the index, on one rank, once the files of all are written. Raises TypeError for what is no tensor."""
         places = {result.index: result.storage_data for written in results for result in written}
         tensors = {name: _stored(name, entry, places) for name, entry in metadata.state_dict_metadata.items()}
-        pending = Path(self.path) / f"{INDEX}.tmp"
-        with pending.open("w", encoding="utf-8") as file:
-            file.write(Index(tensors=tensors).model_dump_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(pending, Path(self.path) / INDEX)
+        write_atomically(Path(self.path) / INDEX, Index(tensors=tensors).model_dump_json())
 
 
 class TensorReader(FileSystemReader):

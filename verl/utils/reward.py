@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from verl.agent import ComputeScore, Row, Source, Trajectory, TrajectoryFailed
+from verl.utils.answers import plain
 from verl.utils.config import Config
 from verl.utils.errors import ConfigError, RewardError
 
@@ -156,8 +157,7 @@ def outline(result: Any) -> str:
 
 def as_json(value: Any) -> Any:
     """`value` if JSON has a form for it, else its elements, else its text: it goes into trajectory files."""
-    if callable(getattr(value, "tolist", None)):
-        value = value.tolist()
+    value = plain(value)
     try:
         json.dumps(value)
     except (TypeError, ValueError):

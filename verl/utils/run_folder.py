@@ -165,6 +165,14 @@ def write_atomically(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
+def pending_place(path: Path) -> Path:
+    """Where the folder `path` is written until it is whole, without what a crash has left there."""
+    pending = path.with_name(path.name + PENDING)
+    if pending.exists():
+        shutil.rmtree(pending)
+    return pending
+
+
 def replace_folder(new: Path, path: Path, carry_over: bool = False) -> None:
     """Renames the folder `new` to `path`, its content on the disk before that.
 

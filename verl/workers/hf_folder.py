@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.hub import cached_file
 
 from verl.utils.model_names import ORIGIN
-from verl.utils.run_folder import replace_folder
+from verl.utils.run_folder import pending_place, replace_folder
 from verl.workers.checkpoint_names import checkpoint_format
 from verl.workers.config import ModelConfig
 from verl.workers.fsdp_model import whole
@@ -97,9 +97,7 @@ def write_folder(
     """Writes model, tokenizer and `origin` to the folder `path`, whole or not at all. Other files in it stay."""
     target = Path(path).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    pending = target.with_name(target.name + ".tmp")
-    if pending.exists():
-        shutil.rmtree(pending)
+    pending = pending_place(target)
     pending.mkdir()
     save_torch_state_dict(weights, pending)
     dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())

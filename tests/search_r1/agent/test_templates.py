@@ -10,7 +10,7 @@ from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.prompts import INVALID_ACTION, INVALID_MESSAGE
 from tests.e2e.runs import ROOT
 from tests.search_r1.agent.test_loop import ADA, ANSWER, BLOCK, SEARCH, Engine, Library, shown
-from tests.templates import FAMILIES, make_family_tokenizer
+from tests.templates import FAMILIES
 from verl.agent import Completion, Source, context_digest
 
 PAGE = ROOT / "docs" / "templates.md"
@@ -31,19 +31,6 @@ END = {
     "mistral-instruct": "</s>",
 }
 """How the chat template of a family ends a turn."""
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """The tokenizer of a family, made once."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = make_family_tokenizer(tmp_path_factory.mktemp(name), name)
-        return made[name]
-
-    return get
 
 
 def roll(tokenizer, turns, loop_class=SearchAgentLoop, engine=None, **config):

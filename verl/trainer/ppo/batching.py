@@ -119,8 +119,10 @@ def score_groups(
 
     A trajectory that this leaves without a finite score is a failure. Raises RewardError when the reward raises.
     """
+    if not hasattr(reward, "score_groups"):
+        return list(results)
     compared_jobs, compared, _ = surviving(jobs, results, min_group)
-    if not hasattr(reward, "score_groups") or not compared:
+    if not compared:
         return list(results)
     failed = compare(reward, groups_of(compared_jobs, compared))
     failures = {key: Failure(str(error.args[0]), error.num_calls) for key, error in failed.items()}

@@ -228,8 +228,7 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
     """Tokens by which a turn ends: EOS of the tokenizer, every EOS of the generation configuration, and the token by
     which the chat template ends a turn, which may be neither (`<|im_end|>` of Qwen's base models).
 
-    The engine is told, because by itself it knows only the first, and the second where its own folder of the model has
-    a generation configuration, which that of the CPU has not.
+    The engine is told all of them: by itself it would not stop at the template's.
     """
     from transformers import AutoTokenizer
     from vllm.transformers_utils.config import try_get_generation_config
