@@ -203,6 +203,9 @@ def run_tests(tree: str, file: str, tests: Sequence[str]) -> None:
     os.dup2(null, 2)
     import pytest
 
+    from tests import distributed
+
+    distributed.START_METHOD = "fork"  # this process has imported everything
     doctests = [file] if file.startswith("search_r1") else []
     os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *doctests, *tests]))
 
