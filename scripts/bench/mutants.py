@@ -4,14 +4,16 @@
     python scripts/bench/mutants.py --table                   # shares of killed mutants, and the survivors
 
 A fault is one change of the syntax tree: another comparison or operator, a number off by one, a condition turned round,
-an argument or a statement left out, `detach` left out. Files are drawn from with a seed, so that a sample is the same
-again; a row is known by the text that it tried, and is tried again when the file has changed.
+an argument or a statement left out, `detach` left out. They are drawn with a seed, so that a sample is the same again;
+all those of `planted.py` come before them. A row is known by the text that it tried, and is tried again when the file
+has changed.
 """
 
 import argparse
 import ast
 import copy
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -24,6 +26,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from planted import PLANTED
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results/mutants.jsonl"
@@ -45,12 +49,21 @@ TESTS: dict[str, tuple[str, ...]] = {
     "verl/workers/actor.py": (*WORKERS, "test_combinations"),
     "verl/workers/update.py": WORKERS,
     "verl/workers/forward.py": WORKERS,
+    "verl/workers/rollout/weight_sync.py": ("verl/rollout/test_weight_sync", "verl/rollout/test_lost_engine"),
     "verl/utils/checkpoint.py": CHECKPOINTS,
+    "verl/utils/seqlen_balancing.py": ("test_seqlen_balancing", "test_batching"),
     "search_r1/agent": ("search_r1/agent",),
     "search_r1/rewards": ("search_r1/rewards",),
     "search_r1/search/client.py": ("search_r1/search/test_client.py",),
 }
 """The tests beside each file: names of tests/verl, or paths below tests/."""
+
+PRELOADED = (
+    "fastapi", "httpx", "hydra", "hypothesis", "numpy", "pandas", "peft", "ray", "sklearn.metrics", "torch",
+    "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers",
+    "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2", "uvicorn",
+)  # fmt: skip
+"""What the tests import for seconds, and is not of the project."""
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -100,7 +113,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST | None]:
     match node:
         case ast.Compare(ops=[op]) if type(op) in COMPARISONS:
             yield _with(node, ops=[COMPARISONS[type(op)]()])
-        case ast.BinOp(op=op) if type(op) in OPERATORS:
+        case ast.BinOp(op=op) if type(op) in OPERATORS and not _is_optional(node):
             yield _with(node, op=OPERATORS[type(op)]())
         case ast.BoolOp(op=op):
             yield _with(node, op=ast.Or() if isinstance(op, ast.And) else ast.And())
@@ -116,6 +129,11 @@ def variants(node: ast.AST) -> Iterator[ast.AST | None]:
             yield from _calls(node)
         case ast.stmt():
             yield from _statements(node)
+
+
+def _is_optional(node: ast.BinOp) -> bool:
+    """Whether it is a type, `X | None`."""
+    return isinstance(node.right, ast.Constant) and node.right.value is None
 
 
 def _statements(node: ast.stmt) -> Iterator[ast.AST | None]:
@@ -185,6 +203,19 @@ def _replaced(file: str, tree: ast.Module, parent: ast.AST, field: str, place: i
         setattr(parent, field, siblings)
         after = "left out" if variant is None else ast.unparse(variant).splitlines()[0]
         yield Mutant(file, getattr(node, "lineno", 0), ast.unparse(node).splitlines()[0], after, text)
+
+
+def planted(files: Sequence[str]) -> list[Mutant]:
+    """The faults of `planted.py` in these files. Raises ValueError for one whose text does not stand there once."""
+    found = []
+    for file, before, after in PLANTED:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        if source.count(before) != 1:
+            raise ValueError(f"planted.py: {file} has {source.count(before)} times {before!r}, expected once")
+        line = source[: source.index(before)].count("\n") + 1
+        if file in files:
+            found.append(Mutant(file, line, before.strip(), after.strip() or "left out", source.replace(before, after)))
+    return found
 
 
 def tests_of(file: str) -> list[str]:
@@ -261,10 +292,8 @@ def copy_project(tree: Path) -> Path:
 
 def preload() -> None:
     """Imports what takes seconds, so that a fork has it; nothing of the project."""
-    import hypothesis  # noqa: F401
-    import numpy  # noqa: F401
-    import torch.distributed.checkpoint  # noqa: F401
-    import transformers  # noqa: F401
+    for name in PRELOADED:
+        importlib.import_module(name)
 
 
 def drawn(files: Sequence[str], sample: int, seed: int) -> list[Mutant]:
@@ -314,7 +343,9 @@ def main() -> None:
         sys.stdout.write(table(rows) + "\n")
         return
     known = {row["key"] for row in rows}
-    todo = [mutant for mutant in drawn(args.files or all_files(), args.sample, args.seed) if mutant.key not in known]
+    files = args.files or all_files()
+    tried = planted(files) + drawn(files, args.sample, args.seed)
+    todo = [mutant for mutant in tried if mutant.key not in known]
     preload()
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:

@@ -173,6 +173,8 @@ def test_kl_controllers():
     assert adaptive.value == pytest.approx(0.101)
     adaptive.update(current_kl=200.0, n_steps=1000)  # error capped at .2
     assert adaptive.value == pytest.approx(0.101 * 1.2)
+    adaptive.update(current_kl=0.0, n_steps=1000)  # and at -.2
+    assert adaptive.value == pytest.approx(0.101 * 1.2 * 0.8)
     fixed = FixedKLController(0.3)
     fixed.update(9.0, 9)
     assert fixed.value == 0.3
@@ -296,6 +298,10 @@ def test_entropy_loss_by_hand():
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2) / 2)
     assert logits.grad is not None and logits.grad.isfinite().all() and (logits.grad[0, 2] == 0).all()
+    of_four_tokens = compute_entropy_loss(logits, torch.tensor([[1, 1, 0]]), num_tokens=4)
+    of_two_rows = compute_entropy_loss(logits, torch.tensor([[1, 1, 0]]), "seq-mean-token-sum", num_seqs=2)
+    assert of_four_tokens.item() == pytest.approx(math.log(2) / 4)
+    assert of_two_rows.item() == pytest.approx(math.log(2) / 2)
 
 
 def losses_and_gradients(mask, junk, mode, kind, seed):

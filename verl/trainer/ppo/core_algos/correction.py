@@ -18,8 +18,8 @@ def log_ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: 
 
 
 def at_level(log_ratio: Tensor, response_mask: Tensor, level: str) -> Tensor:
-    """Log-weights [B, R] of policy tokens, 0 elsewhere: each token's own; the sum over the sequence; or the mean over
-    it, the log of the geometric mean. Raises ValueError for another level."""
+    """Log-weights [B, R] of policy tokens: each token's own; the sum over the sequence; or the mean over it, the log of
+    the geometric mean. What stands elsewhere has no meaning. Raises ValueError for another level."""
     mask = response_mask.bool()
     if level == "token":
         return log_ratio
@@ -27,7 +27,7 @@ def at_level(log_ratio: Tensor, response_mask: Tensor, level: str) -> Tensor:
         raise ValueError(f"level {level!r}: expected one of {', '.join(LEVELS)}")
     reduce = masked_sum if level == "sequence" else masked_mean
     whole = reduce(log_ratio, mask, axis=-1).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return torch.where(mask, whole.unsqueeze(-1), 0.0)
+    return whole.unsqueeze(-1).expand_as(log_ratio)
 
 
 def importance_weights(log_ratio: Tensor, response_mask: Tensor, level: str, threshold: float) -> Tensor:
