@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from verl.trainer.ppo.batching import (
     build_batch,
     check_failures,
     failure_metrics,
+    rows_of_ranks,
     surviving,
 )
 from verl.workers.rollout.agent_worker import Failure, Job
@@ -87,6 +89,30 @@ def test_actor_and_critic_have_optimizer_steps_of_their_own():
     for rank in batch.split(batch.meta_info["rank_sizes"]):
         assert set(rank.batch["mini_batch"].tolist()) == {0, 1}
         assert set(rank.batch["critic_mini_batch"].tolist()) == {0, 1, 2}
+
+
+def test_ranks_share_prompts_and_responses_alike():
+    """Only together do prompts and responses say that one row is as long as two others."""
+    trajectories = [
+        Trajectory([1] * prompt, [Segment(Source.MODEL, [5] * length, [-1.0] * length)], reward={"score": 0.0})
+        for prompt, length in ((40, 2), (2, 40), (2, 2), (2, 2), (40, 40), (2, 2))
+    ]
+    batch = build_batch(
+        [job(str(i)) for i in range(6)],
+        trajectories,
+        pad_token_id=0,
+        num_mini_batches={"mini_batch": 1},
+        world_size=2,
+        state_masking=True,
+    )
+    tokens = [int(rank.batch["attention_mask"].sum()) for rank in batch.split(batch.meta_info["rank_sizes"])]
+    assert tokens == [88, 88]
+
+
+def test_what_does_not_divide_evenly_goes_to_another_rank_each_time():
+    """Three mini-batches of four rows on three ranks: each rank has the fourth row once."""
+    ranks = rows_of_ranks([1] * 12, [np.arange(12) // 4], 3)
+    assert [len(rows) for rows in ranks] == [4, 4, 4]
 
 
 def test_figures_of_a_step_count_all_its_batches_of_prompts():

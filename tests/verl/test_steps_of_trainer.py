@@ -3,6 +3,7 @@
 The configuration, the batches and everything that the driver computes are real.
 """
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -261,3 +262,14 @@ def test_one_survivor_of_a_group_is_not_compared_with_itself(tmp_path):
     (batch,) = trainer.actor.batches
     assert batch.batch["prompts"].flatten().tolist() == [2] * 4
     assert trainer.logged[0]["rollout/dropped_small_group"] == 1
+
+
+def test_the_console_says_how_long_it_will_take(tmp_path, monkeypatch):
+    """By a clock that the run reads once when it begins and once at the end of each step, a minute later each time."""
+    minutes = itertools.count()
+    monkeypatch.setattr(ray_trainer, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
+    etas = []
+    monkeypatch.setattr(ray_trainer, "console_line", lambda metrics, step, total, eta_s: etas.append(eta_s) or "")
+    trainer = make_trainer(tmp_path, "grpo")
+    trainer.fit()
+    assert etas == [120.0, 60.0, 0.0]

@@ -1,0 +1,105 @@
+"""The configuration reaches the functions that make advantages; each of those is tested in test_core_algos.py."""
+
+import numpy as np
+import pytest
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.config import AlgorithmConfig
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
+
+ROWS, RESPONSE = 4, 5
+GAMMA, LAM = 0.9, 0.7
+MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
+TURNS = torch.where(MASK.bool(), torch.tensor([0, 0, 0, 1, 1]), -1)
+GROUPS = np.array(["a", "a", "b", "b"], dtype=object)
+
+
+def rewards() -> torch.Tensor:
+    """Numbers [B, R] that differ everywhere, 0 where masked."""
+    values = torch.randn(ROWS, RESPONSE, generator=torch.Generator().manual_seed(0))
+    return torch.where(MASK.bool(), values, 0.0)
+
+
+def batch() -> DataProto:
+    columns = {
+        "response_mask": MASK,
+        "token_level_scores": rewards(),
+        "token_level_rewards": rewards(),
+        "old_log_probs": torch.full((ROWS, RESPONSE), -1.0),
+        "ref_log_prob": torch.full((ROWS, RESPONSE), -1.5),
+        "values": rewards().flip(0),
+        "turns": TURNS,
+    }
+    return DataProto.from_dict(columns, {"uid": GROUPS})
+
+
+EXPECTED = {
+    "gae": lambda: core_algos.compute_gae_advantage_return(rewards(), rewards().flip(0), MASK, GAMMA, LAM),
+    "grpo": lambda: core_algos.compute_grpo_outcome_advantage(rewards(), MASK, GROUPS),
+    "dr_grpo": lambda: core_algos.compute_grpo_outcome_advantage(
+        rewards(), MASK, GROUPS, norm_adv_by_std_in_grpo=False
+    ),
+    "rloo": lambda: core_algos.compute_rloo_outcome_advantage(rewards(), MASK, GROUPS),
+    "reinforce": lambda: core_algos.compute_reinforce_advantage(rewards(), MASK, GAMMA),
+    "reinforce_plus_plus": lambda: core_algos.compute_reinforce_plus_plus_outcome_advantage(rewards(), MASK, GAMMA),
+    "reinforce_plus_plus_baseline": lambda: core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(
+        rewards(), MASK, GROUPS
+    ),
+    "turn_level": lambda: core_algos.compute_turn_level_advantage(rewards(), MASK, GROUPS, TURNS),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_estimator_is_given_what_is_configured(name):
+    data, _ = compute_advantage(batch(), AlgorithmConfig(adv_estimator=name, gamma=GAMMA, lam=LAM))
+    advantages, returns = EXPECTED[name]()
+    assert torch.equal(data.batch["advantages"], advantages)
+    assert torch.equal(data.batch["returns"], returns)
+
+
+def test_the_estimators_tell_each_other_apart():
+    """Otherwise the test above would not see one in the place of another."""
+    advantages = [make()[0] for make in EXPECTED.values()]
+    for place, one in enumerate(advantages):
+        assert not any(torch.allclose(one, other) for other in advantages[place + 1 :])
+
+
+def test_grpo_without_the_standard_deviation_is_dr_grpo():
+    data, _ = compute_advantage(batch(), AlgorithmConfig(adv_estimator="grpo", norm_adv_by_std_in_grpo=False))
+    assert torch.equal(data.batch["advantages"], EXPECTED["dr_grpo"]()[0])
+
+
+def test_the_share_of_trajectories_that_teach():
+    data = batch()
+    same = data.batch["token_level_rewards"].clone()
+    same[1] = 0
+    same[1, 0] = same[0].sum()
+    _, shares = compute_advantage(data.with_tensors(token_level_rewards=same), AlgorithmConfig(adv_estimator="rloo"))
+    assert shares == {"critic/advantages/nonzero_share": 0.5}
+
+
+def test_without_kl_in_the_reward_the_scores_are_the_rewards():
+    config = AlgorithmConfig()
+    data, metrics = apply_kl_penalty(batch(), config, build_kl_controller(config))
+    assert torch.equal(data.batch["token_level_rewards"], batch().batch["token_level_scores"]) and metrics == {}
+
+
+@pytest.mark.parametrize(("kind", "kl"), [("kl", 0.5), ("mse", 0.125)])
+def test_the_kl_is_subtracted_and_moves_the_coefficient_by_the_trajectories_of_the_batch(kind, kl):
+    ctrl = {"type": "adaptive", "kl_coef": 0.1, "target_kl": 0.1, "horizon": 100}
+    config = AlgorithmConfig(use_kl_in_reward=True, kl_penalty=kind, kl_ctrl=ctrl)
+    controller = build_kl_controller(config)
+    data, metrics = apply_kl_penalty(batch(), config, controller)
+    expected = torch.where(MASK.bool(), rewards() - 0.1 * kl, 0.0)
+    assert torch.allclose(data.batch["token_level_rewards"], expected)
+    assert metrics == {"critic/kl": pytest.approx(kl), "critic/kl_coeff": 0.1}
+    assert controller.value == pytest.approx(0.1 * (1 + 0.2 * ROWS / 100))
+
+
+def test_a_fixed_coefficient_stays():
+    config = AlgorithmConfig(use_kl_in_reward=True, kl_ctrl={"kl_coef": 0.3})
+    controller = build_kl_controller(config)
+    apply_kl_penalty(batch(), config, controller)
+    assert controller.value == 0.3
