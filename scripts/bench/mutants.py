@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results/mutants.jsonl"
 TIMEOUT_S = 240
 CORE = ("test_core_algos", "test_algorithms", "test_correction", "test_combinations", "test_filters")
-WORKERS = ("test_update", "test_golden", "test_forward", "test_columns", "test_masks")
+WORKERS = ("test_actor", "test_update", "test_golden", "test_forward", "test_columns", "test_masks")
 CHECKPOINTS = ("test_run_folder", "test_checkpoints_of_run", "test_ray_trainer", "test_checkpoint")
 TESTS: dict[str, tuple[str, ...]] = {
     "verl/trainer/ppo/core_algos/losses.py": (*CORE, "test_update", "test_golden"),
@@ -46,7 +46,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "verl/trainer/ppo/ahead.py": ("test_ahead",),
     "verl/trainer/ppo/checkpoints.py": CHECKPOINTS,
     "verl/trainer/ppo/ray_trainer.py": ("test_ray_trainer", "test_steps_of_trainer", "test_resume"),
-    "verl/workers/actor.py": (*WORKERS, "test_combinations"),
+    "verl/workers/actor.py": WORKERS,
     "verl/workers/update.py": WORKERS,
     "verl/workers/forward.py": WORKERS,
     "verl/workers/rollout/weight_sync.py": ("verl/rollout/test_weight_sync", "verl/rollout/test_lost_engine"),

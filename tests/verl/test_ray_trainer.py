@@ -144,3 +144,15 @@ def test_roll_backs_end_with_the_run_also_when_fewer_are_allowed_than_there_were
     trainer.config.trainer.collapse_watch = watch
     with pytest.raises(TrainingCollapsed, match="after 2 roll-backs"):
         trainer.respond(ALARM)
+
+
+def test_a_roll_back_goes_on_from_a_healthy_checkpoint(trainer, tmp_path):
+    trainer.run.save(1, 2, 3)
+    trainer.checkpoints.suspect_from = 3
+    trainer.validating = (4, "under way")
+    done = []
+    trainer.sleep = lambda: done.append("sleep")
+    trainer.load_checkpoint = lambda step: done.append(f"load {step}")
+    trainer.sync_weights = lambda: done.append("sync")
+    trainer.roll_back(ALARM, tmp_path / "alarms")
+    assert done == ["sleep", "load 2", "sync"] and trainer.validating is None
