@@ -47,6 +47,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "verl/trainer/ppo/checkpoints.py": CHECKPOINTS,
     "verl/trainer/ppo/ray_trainer.py": ("test_ray_trainer", "test_steps_of_trainer", "test_resume"),
     "verl/workers/actor.py": WORKERS,
+    "verl/workers/critic.py": ("test_critic", "test_update"),
     "verl/workers/update.py": WORKERS,
     "verl/workers/forward.py": WORKERS,
     "verl/workers/rollout/weight_sync.py": ("verl/rollout/test_weight_sync", "verl/rollout/test_lost_engine"),
