@@ -1,4 +1,4 @@
-"""Configuration of a run, and its validation: once, at the boundary, every problem at once."""
+"""Configuration of a run, and its validation: once, at the boundary, problems of a kind together."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -295,7 +295,10 @@ class PPOConfig(Config):
 
 
 def validate(raw: dict[str, Any]) -> PPOConfig:
-    """The typed configuration of a composed one. Raises ConfigError listing every wrong key, type and combination."""
+    """The typed configuration of a composed one.
+
+    Raises ConfigError listing every wrong key and value; where there is none, every combination that cannot work.
+    """
     problems: list[str] = []
     of_task: set[str] = set()
     for section in ("agent", "reward"):

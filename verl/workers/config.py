@@ -171,6 +171,11 @@ class SamplingConfig(Config):
 
 class ValSamplingConfig(SamplingConfig):
     temperature: NonNegativeFloat = 0.0
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus."""
+    n: PositiveInt = 1
+    """Trajectories per question, for pass@k and their mean."""
 
     @property
     def trains(self) -> bool:
@@ -229,7 +234,7 @@ class RolloutConfig(SamplingConfig):
     """Most trajectories in a forward pass of one rank when the actor recomputes log-probs."""
     log_prob_max_token_len_per_gpu: PositiveInt = 32768
     """Most tokens in such a pass."""
-    num_agent_workers: NonNegativeInt = 1
+    num_agent_workers: PositiveInt = 8
     """CPU processes that run agent loops, rewards included."""
     per_request_seed: bool = False
     """Seed every engine call on its own: the same tokens whatever runs beside it, at some cost in speed."""
