@@ -38,7 +38,7 @@ Names that differ from the original Search-R1: `actor_rollout_ref.rollout.n_agen
 `actor.ppo_mini_batch_size` counts trajectories, also with groups; micro-batches are per GPU and
 limited in tokens (`ppo_max_token_len_per_gpu`, `log_prob_max_token_len_per_gpu`), in trajectories only if
 `*_micro_batch_size_per_gpu` is set; `actor.entropy_coeff` is 0 unless a recipe sets it; `rollout.top_p` is 1.
-[migration.md](migration.md) has every key of the original and of verl that is another one here.
+[migration.md](migration.md) lists the keys of the original and of verl that are known to be others here.
 """
 MIGRATION = """# Coming from the original Search-R1, or from verl
 
@@ -56,7 +56,8 @@ python -m verl.trainer.main_ppo compat=verl --config-name=search_multiturn_grpo 
 It starts from that project's defaults instead of an `experiment=`, and prints what became of every key that is not the
 same here: translated, ignored and why, or a default of that project. What would silently train something else is
 refused, all of it at once. `--cfg job` beside it shows the result without running it. Without `compat=` nothing is
-translated: each such key is refused with what became of it.
+translated: each such key is refused with what became of it. A key that neither this project nor the tables below know
+is refused as well.
 
 What no key says: validation is greedy, all questions are asked, and the reward reads the response alone
 (README, *What differs from the original on purpose*). `trainer.total_training_steps=N` makes N steps; the original

@@ -140,7 +140,7 @@ class CriticConfig(Config):
     cliprange_value: PositiveFloat = 0.5
     """Clip range of the value update."""
     loss_agg_mode: LossAggMode = "token-mean"
-    """As in the actor."""
+    """As in the actor, but for seq-mean-token-sum-norm, which has no divisor here."""
     grad_clip: PositiveFloat = 1.0
     """Maximum norm of the gradient."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
@@ -219,7 +219,7 @@ class RolloutConfig(SamplingConfig):
     enforce_eager: bool = False
     """Neither compile nor capture CUDA graphs. An engine on CPU never does."""
     max_model_len: PositiveInt | None = None
-    """Longest context in tokens; null: what the agent's budgets add up to."""
+    """Longest context in tokens; null: data.max_prompt_length + data.max_response_length."""
     max_num_seqs: PositiveInt = 256
     """Concurrent sequences per engine."""
     max_num_batched_tokens: PositiveInt = 8192
