@@ -4,8 +4,10 @@ python scripts/config_reference.py [--check]
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -25,16 +27,18 @@ OUT = DOCS / "configuration.md"
 OUT_MIGRATION = DOCS / "migration.md"
 HEAD = """# Configuration reference
 
-Written by `python scripts/config_reference.py` from the models that validate a run. Defaults here are those of the
-models; `configs/base.yaml` and the recipes in `configs/experiment/` set others: `--cfg job` shows what a command uses.
-Batch sizes count over all ranks. `max_turns`, `do_search`, `template` and `retriever.*` are top-level keys that `agent`
-takes over; `method=NAME` chooses one of `configs/method/`, which set them.
+Written by `python scripts/config_reference.py` from the models that validate a run, with their defaults.
+`configs/base.yaml` and `configs/search.yaml` repeat them. They also give values to `trainer.panels` and
+`trainer.collapse_watch.signals`, and let many keys of `critic`, `ref`, `agent` and `finetune` follow others. The
+recipes in `configs/experiment/` set values of their own: `--cfg job` shows what a command uses. Batch sizes count over
+all ranks, unless the key ends in `_per_gpu`. `max_turns`, `do_search`, `template` and `retriever.*` are top-level keys
+that `agent` takes over; `method=NAME` chooses one of `configs/method/`, which set them.
 
 Names that differ from the original Search-R1: `actor_rollout_ref.rollout.n_agent` is `rollout.n`;
 `actor.ppo_mini_batch_size` counts trajectories, also with groups; micro-batches are per GPU and
 limited in tokens (`ppo_max_token_len_per_gpu`, `log_prob_max_token_len_per_gpu`), in trajectories only if
 `*_micro_batch_size_per_gpu` is set; `actor.entropy_coeff` is 0 unless a recipe sets it; `rollout.top_p` is 1.
-[migration.md](migration.md) has every key of the original and of verl that is another one here.
+[migration.md](migration.md) lists the keys of the original and of verl that are known to be others here.
 """
 MIGRATION = """# Coming from the original Search-R1, or from verl
 
@@ -52,7 +56,8 @@ python -m verl.trainer.main_ppo compat=verl --config-name=search_multiturn_grpo 
 It starts from that project's defaults instead of an `experiment=`, and prints what became of every key that is not the
 same here: translated, ignored and why, or a default of that project. What would silently train something else is
 refused, all of it at once. `--cfg job` beside it shows the result without running it. Without `compat=` nothing is
-translated: each such key is refused with what became of it.
+translated: each such key is refused with what became of it. A key that neither this project nor the tables below know
+is refused as well.
 
 What no key says: validation is greedy, all questions are asked, and the reward reads the response alone
 (README, *What differs from the original on purpose*). `trainer.total_training_steps=N` makes N steps; the original
@@ -61,21 +66,24 @@ it trains. Checkpoints of either project are read as Hugging Face models (`actor
 """
 
 
-def rows(model: type[BaseModel], prefix: str) -> list[str]:
-    """Table rows of all fields, nested models flattened."""
+def rows(model: type[BaseModel], prefix: str, whole: Any = PydanticUndefined) -> list[str]:
+    """Table rows of all fields, nested models flattened. `whole` is the default of the section, where it has one: it
+    may set other values than the fields of its model."""
     lines: list[str] = []
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         nested = field.annotation
+        default = getattr(whole, name) if isinstance(whole, BaseModel) else field.default
         if key == "agent.retriever":  # set as `retriever.*`
             continue
         if isinstance(nested, type) and issubclass(nested, BaseModel):
-            lines += rows(nested, f"{key}.")
+            lines += rows(nested, f"{key}.", default)
             continue
         kind = getattr(nested, "__name__", None) if isinstance(nested, type) else str(nested)
-        kind = str(kind).replace("typing.", "").replace("|", "\\|")
-        default = "required" if field.default is PydanticUndefined else f"`{field.default!r}`"
-        lines.append(f"| `{key}` | {kind} | {default} | {(field.description or '').replace(chr(10), ' ')} |")
+        kind = re.sub(r"Annotated\[(\w+), \w+\(.*?\)\]", r"\1", str(kind).replace("typing.", ""))
+        kind = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", kind).replace("|", "\\|")
+        shown = "required" if default is PydanticUndefined else f"`{default!r}`"
+        lines.append(f"| `{key}` | {kind} | {shown} | {(field.description or '').replace(chr(10), ' ')} |")
     return lines
 
 

@@ -88,6 +88,11 @@ def test_import_law_bites(importer, imported):
     assert not allowed(importer, imported)
 
 
+def test_two_files_know_vllm():
+    importers = {name for name, tree in TREES.items() for imported in imports(tree) if within(imported, ["vllm"])}
+    assert importers == {"verl.workers.rollout.vllm_server", "verl.workers.rollout.weight_sync"}
+
+
 @pytest.mark.parametrize("module", PURE)
 def test_pure_modules_pull_in_no_machinery(module):
     code = f"import sys, {module}; print(*({{'ray', 'hydra', 'vllm', 'transformers'}} & set(sys.modules)))"

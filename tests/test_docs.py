@@ -1,6 +1,8 @@
 """The configuration reference is what the models say."""
 
+import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from verl.trainer.compose import check_overrides
+from verl.utils.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROGRAM = re.compile(r"train_(?:ppo|grpo)\.sh|evaluate|infer|main_ppo|estimate|step_time")
+"""What takes overrides."""
+OVERRIDE = re.compile(r"[+~]{0,2}[a-z_]+(?:\.\w+)*=.+")
 
 
 def test_configuration_reference_is_up_to_date():
@@ -34,6 +43,62 @@ def test_every_documented_key_is_in_the_configuration(name):
         return False
 
     assert len(keys) > 140 and not [key for key in keys if missing(key)]
+
+
+def test_documented_defaults_are_those_of_the_configuration():
+    """But for keys that an experiment must set, or that follow others, and the two that the page names."""
+    lines = (ROOT / "docs" / "configuration.md").read_text().splitlines()
+    rows = [re.match(r"\| `([\w.]+)` \| .+? \| `(.*?)` \| ", line) for line in lines]
+    documented = {row[1]: ast.literal_eval(row[2]) for row in rows if row}
+    files = [OmegaConf.load(ROOT / "configs" / name) for name in ("base.yaml", "search.yaml")]
+    config = OmegaConf.to_container(OmegaConf.merge(*files), resolve=False)
+
+    def configured(key):
+        node = config
+        for part in key.split("."):
+            node = node[part]
+        return tuple(node) if isinstance(documented[key], tuple) else node
+
+    differing = {key: value for key in documented if (value := configured(key)) != documented[key]}
+    differing = {key: value for key, value in differing.items() if value != "???" and "${" not in str(value)}
+    assert len(documented) > 140 and differing.keys() == {"trainer.panels", "trainer.collapse_watch.signals"}
+
+
+def command_lines(page):
+    """(configuration, overrides) of every whole command line in the blocks of a page that takes overrides."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        overrides = [word for word in words if OVERRIDE.fullmatch(word)]
+        if PROGRAM.search(line) and "compat=" not in line and "…" not in line:
+            yield "ppo" if re.search("train_ppo|config-name ppo", line) else "grpo", overrides
+
+
+def test_command_lines_name_keys_that_exist():
+    problems = []
+    for page in PAGES:
+        for config_name, overrides in command_lines(page):
+            try:
+                check_overrides(config_name, overrides)
+            except ConfigError as error:
+                problems += [f"{page.name}: {problem}" for problem in error.problems]
+    assert sum(len(list(command_lines(page))) for page in PAGES) > 20 and problems == []
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere():
+    broken = []
+    for page in PAGES:
+        for path, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.name}: {path}#{anchor}")
+    assert broken == []
 
 
 def test_launch_scripts_are_short_and_scripts_parse():

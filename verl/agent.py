@@ -1,4 +1,4 @@
-"""What a task implements to be trained: an agent loop and a reward. Pure: standard library and numpy only.
+"""What a task implements to be trained: an agent loop and a reward. Pure: it imports numpy and pydantic alone.
 
 A trajectory is a prompt followed by segments. A segment says who wrote its tokens, and everything that later needs to
 know (loss mask, importance ratios, reward text, logs) is derived from it, never recovered from ids or text:

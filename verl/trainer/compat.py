@@ -334,7 +334,7 @@ VERL = Project(
         "trainer.resume_from_path": ignored_if([None, False], "name the run by trainer.default_local_dir"),
         "trainer.max_actor_ckpt_to_keep": Fate("trainer.max_ckpt_to_keep"),
         "trainer.max_critic_ckpt_to_keep": ignored("as trainer.max_ckpt_to_keep"),
-        "trainer.balance_batch": ignored("ranks always get equal numbers of tokens"),
+        "trainer.balance_batch": ignored("ranks always get nearly equal numbers of tokens"),
         "trainer.log_val_generations": ignored("validations are always written to the run folder"),
         "trainer.rollout_data_dir": ignored("trajectories are in the run folder (trainer.rollout_data_freq)"),
         "trainer.validation_data_dir": ignored("validations are in the run folder"),

@@ -1,4 +1,4 @@
-"""Configuration of a run, and its validation: once, at the boundary, every problem at once."""
+"""Configuration of a run, and its validation: once, at the boundary, problems of a kind together."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -183,7 +183,7 @@ class TrainerConfig(Config):
     total_epochs: PositiveInt = 15
     """Passes over the training data, unless total_training_steps says otherwise."""
     total_training_steps: PositiveInt | None = None
-    """Training steps; null: from total_epochs."""
+    """Training steps; null: total_epochs * questions // data.train_batch_size."""
     critic_warmup: NonNegativeInt = 0
     """Steps in which only the critic learns."""
     val_before_train: bool = True
@@ -195,7 +195,7 @@ class TrainerConfig(Config):
     save_freq: int = -1
     """Checkpoint every so many steps, and at the end; -1: only at the end."""
     max_ckpt_to_keep: PositiveInt | None = None
-    """Delete older checkpoints; null: keep all."""
+    """So many newest checkpoints stay, and the best; null: all."""
     best_metric: str | None = "val/test_score/all"
     """Also keep the checkpoint of the step with the highest value of this metric; null: do not."""
     async_save: bool = True
@@ -295,7 +295,10 @@ class PPOConfig(Config):
 
 
 def validate(raw: dict[str, Any]) -> PPOConfig:
-    """The typed configuration of a composed one. Raises ConfigError listing every wrong key, type and combination."""
+    """The typed configuration of a composed one.
+
+    Raises ConfigError listing every wrong key and value; where there is none, every combination that cannot work.
+    """
     problems: list[str] = []
     of_task: set[str] = set()
     for section in ("agent", "reward"):

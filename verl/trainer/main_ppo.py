@@ -116,7 +116,7 @@ def set_up_logging() -> None:
 
 
 def prepare(raw: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Configuration, tokenizer, agent and reward. Raises ConfigError listing every problem."""
+    """Configuration, tokenizer, agent and reward. Raises ConfigError."""
     from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer, validate
 
     set_up_logging()

@@ -140,7 +140,7 @@ class CriticConfig(Config):
     cliprange_value: PositiveFloat = 0.5
     """Clip range of the value update."""
     loss_agg_mode: LossAggMode = "token-mean"
-    """As in the actor."""
+    """As in the actor, but for seq-mean-token-sum-norm, which has no divisor here."""
     grad_clip: PositiveFloat = 1.0
     """Maximum norm of the gradient."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
@@ -171,6 +171,11 @@ class SamplingConfig(Config):
 
 class ValSamplingConfig(SamplingConfig):
     temperature: NonNegativeFloat = 0.0
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus."""
+    n: PositiveInt = 1
+    """Trajectories per question, for pass@k and their mean."""
 
     @property
     def trains(self) -> bool:
@@ -214,7 +219,7 @@ class RolloutConfig(SamplingConfig):
     enforce_eager: bool = False
     """Neither compile nor capture CUDA graphs. An engine on CPU never does."""
     max_model_len: PositiveInt | None = None
-    """Longest context in tokens; null: what the agent's budgets add up to."""
+    """Longest context in tokens; null: data.max_prompt_length + data.max_response_length."""
     max_num_seqs: PositiveInt = 256
     """Concurrent sequences per engine."""
     max_num_batched_tokens: PositiveInt = 8192
@@ -229,7 +234,7 @@ class RolloutConfig(SamplingConfig):
     """Most trajectories in a forward pass of one rank when the actor recomputes log-probs."""
     log_prob_max_token_len_per_gpu: PositiveInt = 32768
     """Most tokens in such a pass."""
-    num_agent_workers: NonNegativeInt = 1
+    num_agent_workers: PositiveInt = 8
     """CPU processes that run agent loops, rewards included."""
     per_request_seed: bool = False
     """Seed every engine call on its own: the same tokens whatever runs beside it, at some cost in speed."""

@@ -90,7 +90,7 @@ class RolloutManager:
         self.servers = [self._spawn_server(rank) for rank in range(self.replicas)]
         self.capacity = 2 * self.replicas * rollout.max_num_seqs
         """Trajectories under way that keep the engines busy: as many again as they compute are searching."""
-        workers = max(1, rollout.num_agent_workers)
+        workers = rollout.num_agent_workers
         share = math.ceil(self.capacity / workers)
         self.workers = [spawn(AgentLoopWorker, config, Router(self.servers), share, num_cpus=0) for _ in range(workers)]
         get([server.start.remote() for server in self.servers] + [ready(worker) for worker in self.workers])

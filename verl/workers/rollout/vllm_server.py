@@ -1,4 +1,4 @@
-"""One vLLM engine: tokens in, tokens out. Every call whose form depends on the version of vLLM is in this file.
+"""One vLLM engine: tokens in, tokens out. vLLM is imported here and in `weight_sync.py` alone.
 
 A plain class, made into a Ray actor by the driver, one per replica. `vllm` is imported in `start`, after setting the
 environment that it reads at import.
