@@ -1,12 +1,12 @@
 """Plants faults into the core files, one at a time, and counts those that the tests beside them find.
 
     python scripts/bench/mutants.py [FILE ...] [--sample N]   # adds what is missing to docs/results/mutants.jsonl
-    python scripts/bench/mutants.py --table                   # shares of killed mutants, and the survivors
+    python scripts/bench/mutants.py [FILE ...] --table        # shares of killed mutants, and the survivors
 
 A fault is one change of the syntax tree: another comparison or operator, a number off by one, a condition turned round,
 an argument or a statement left out, `detach` left out. They are drawn with a seed, so that a sample is the same again;
 all those of `planted.py` come before them. A row is known by the text that it tried, and is tried again when the file
-has changed.
+has changed; the table has those of the present files.
 """
 
 import argparse
@@ -337,14 +337,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws them (default: 0)")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows")
+    parser.add_argument("--again", action="store_true", help="try those that survived again: the tests have changed")
     parser.add_argument("--table", action="store_true", help="print the table of the rows and end")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    if args.table:
-        sys.stdout.write(table(rows) + "\n")
-        return
-    known = {row["key"] for row in rows}
+    lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
+    rows = {row["key"]: row for row in map(json.loads, lines)}  # of one that was tried again the last
     files = args.files or all_files()
+    if args.table:
+        present = {mutant.key for mutant in [*planted(files), *(m for file in files for m in mutants(file))]}
+        sys.stdout.write(table([row for key, row in rows.items() if key in present]) + "\n")
+        return
+    known = {key for key, row in rows.items() if not (args.again and row["outcome"] == "survived")}
     tried = planted(files) + drawn(files, args.sample, args.seed)
     todo = [mutant for mutant in tried if mutant.key not in known]
     preload()

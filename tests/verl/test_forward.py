@@ -152,3 +152,11 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths, tokens, ro
     for part in parts:
         assert len(part) <= (rows or 40)
         assert len(part) == 1 or sum(lengths[i] for i in part) <= tokens
+
+
+def test_micro_batches_are_no_more_than_needed():
+    assert micro_batches([100, *[10] * 10], Budget(100)) == [list(range(1, 11)), [0]]
+    assert micro_batches([10] * 4, Budget(20)) == [[0, 3], [1, 2]]
+    assert micro_batches([10] * 4, Budget(1000, 2)) == [[0, 3], [1, 2]]
+    assert micro_batches([10] * 4, Budget(1000)) == [[0, 1, 2, 3]]
+    assert micro_batches([10], Budget(1000), at_least=2) == [[0], []]
