@@ -1,14 +1,12 @@
-"""Every key of `data` and `trainer` changes something that can be observed from outside.
+"""Every key of `data` and `trainer` changes something that can be seen from outside.
 
-A case names a key, another value than its default, and a probe: a function that lets the program do something with a
-configuration and says what came of it. Roles, engines, Ray, torch and wandb only write down what they are asked.
+Roles, engines, Ray, torch and wandb only write down what they are asked.
 """
 
 import asyncio
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,19 +14,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
 
-from tests.keys import defaults_of
+from tests.keys import SIGNAL, Bench, Case, Probe, Setting, defaults_of
 from tests.search_r1.agent.test_loop import ADA, ANSWER, SEARCH, Engine, Library
 from tests.templates import make_family_tokenizer
-from tests.verl.test_config import ROOT
 from tests.verl.test_dataset import row
 from tests.verl.test_steps_of_trainer import ROWS, SMALL, Questions, make_processes, trainer_over
 from verl.single_controller import worker_group
 from verl.single_controller.worker_group import WorkerHost
 from verl.trainer import main_ppo, supervise
-from verl.trainer.config import DataConfig, PPOConfig, TrainerConfig, build_agent, validate
+from verl.trainer.config import DataConfig, TrainerConfig, build_agent
 from verl.trainer.ppo import processes as processes_module
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.ray_trainer import ENDINGS
@@ -38,89 +33,33 @@ from verl.utils.errors import ConfigError, DataError
 from verl.utils.run_folder import best, steps
 from verl.workers.rollout.vllm_server import VLLMServer
 
-KEYS = defaults_of(DataConfig, "data") | defaults_of(TrainerConfig, "trainer")
-TRAIN, OTHER_TRAIN, VAL, OTHER_VAL = "train.parquet", "other_train.parquet", "val.parquet", "other_val.parquet"
-BASE = {
-    "data.train_files": [TRAIN],
-    "data.val_files": [VAL],
-    "data.max_start_length": 2048,
-    "data.max_prompt_length": 4096,
-    "data.max_response_length": 500,
-    "data.max_obs_length": 500,
-}
-"""What no recipe has for all cases, and the lengths as the models have them."""
-
-
-@dataclass
-class Setting:
-    """What a probe is given."""
-
-    raw: dict[str, Any]
-    """The composed configuration."""
-    tokenizer: Any
-    patch: pytest.MonkeyPatch
-    """Undone after the probe, which works in an empty folder of its own."""
-
-    @property
-    def config(self) -> PPOConfig:
-        return validate(self.raw)
-
-
-Probe = Callable[[Setting], Any]
-OF_THE_MODEL = object()
-
-
-@dataclass
-class Case:
-    key: str
-    other: Any
-    """A value that is not the default."""
-    probe: Probe
-    also: dict[str, Any] = field(default_factory=dict)
-    """Further keys, without which this one would show no effect; the same for both values."""
-    recipe: tuple[str, ...] = ("grpo",)
-    """The configuration, and further overrides of Hydra."""
-    default: Any = OF_THE_MODEL
-    """What to compare with where the model has no default."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.key}={self.other}"
-
-
-@cache
-def composed_once(config: str, *overrides: str) -> DictConfig:
-    """A configuration whose interpolations are not resolved yet."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        return compose(config, [*SMALL, *overrides])
-
-
-def composed_with(recipe: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
-    """A resolved configuration with these values, also where the models have no default."""
-    config = copy.deepcopy(composed_once(*recipe))
-    for key, value in (BASE | values).items():
-        OmegaConf.update(config, key, value, merge=False, force_add=True)
-    resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(resolved, dict)
-    return resolved
-
-
-def observe(case: Case, value: Any, tokenizer: Any, folder: Path) -> Any:
-    """What the probe of a case sees with this value of its key."""
-    folder.mkdir()
-    raw = composed_with(case.recipe, case.also | {case.key.replace("*", SIGNAL): value})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        return case.probe(Setting(raw, tokenizer, patch))
-
+GRPO, PPO = ("grpo", *SMALL), ("ppo", *SMALL)
+DETERMINISTIC = (*GRPO, "+mode=deterministic")
+TRAIN, OTHER_TRAIN = "train.parquet", "other_train.parquet"
+VAL, OTHER_VAL = "val.parquet", "other_val.parquet"
+BENCH = Bench(
+    defaults=defaults_of(DataConfig, "data") | defaults_of(TrainerConfig, "trainer"),
+    recipe=GRPO,
+    values={
+        "data.train_files": [TRAIN],
+        "data.val_files": [VAL],
+        "data.max_start_length": 2048,
+        "data.max_prompt_length": 4096,
+        "data.max_response_length": 500,
+        "data.max_obs_length": 500,
+        "trainer.experiment_name": "run",
+    },
+)
 
 # Questions and batches
 
 
 def write_questions() -> None:
+    """Four files of questions from two sources."""
     sizes = {TRAIN: 40, OTHER_TRAIN: 12, VAL: 30, OTHER_VAL: 9}
     for name, size in sizes.items():
-        rows = [row("often" if number % 3 else "seldom", f"{name}: who is {number}?") for number in range(size)]
+        sources = ["often" if number % 3 else "seldom" for number in range(size)]
+        rows = [row(source, f"{name}: who is {n}?") for n, source in enumerate(sources)]
         pq.write_table(pa.Table.from_pylist(rows), name)
 
 
@@ -166,7 +105,7 @@ class Started(Exception):
 
 
 class RecordingRay:
-    """Stands in for Ray: writes down what is asked of it and of torch, by topic; no process is started."""
+    """Stands in for Ray: writes down what it and torch are asked, by topic; no process starts."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.asked: dict[str, list[Any]] = {}
@@ -207,7 +146,7 @@ class RecordingRay:
 
 
 class Handle:
-    """The handle of a Ray actor without a process. That of a rank sets torch up as the rank would."""
+    """The handle of a Ray actor without a process. That of a rank sets torch up as a rank does."""
 
     def __init__(self, ray: RecordingRay, cls: type, *args: Any, **kwargs: Any) -> None:
         self.cls = cls
@@ -243,6 +182,9 @@ def asked(topic: str) -> Probe:
 
 
 # Whole runs
+
+MIXED = {number: [0.0, 1.0, 0.0, 1.0] for number in range(ROWS)}
+"""Scores of the trajectories of each question."""
 
 
 @dataclass
@@ -313,26 +255,26 @@ def trajectory_files(setting: Setting) -> Any:
 
 def end_after_failures(setting: Setting) -> Any:
     """How a run ends one of whose eight trajectories of a step fails."""
-    scores = {number: [None, 1.0, 0.0, 1.0] if number == 0 else [0.0, 1.0, 0.0, 1.0] for number in range(ROWS)}
+    scores = MIXED | {0: [None, 1.0, 0.0, 1.0]}
     return run(setting, scores).ending
 
 
 def end_after_skipped_steps(setting: Setting) -> Any:
     """How often the policy is updated by a run whose every update is not finite."""
-    return [event[0] for event in run(setting, skipped_steps=1.0).said].count("update actor")
+    verbs = [event[0] for event in run(setting, skipped_steps=1.0).said]
+    return verbs.count("update actor")
 
 
 def run_that_collapses(setting: Setting) -> Any:
-    """What follows on an alarm in step 2: how learning rates are scaled, how often weights are synced, the end."""
+    """What follows on an alarm in step 2: factors on learning rates, weight syncs, how it ends."""
     certain = [1.0] * 4
-    scores = {number: certain if number in (2, 3) else [0.0, 1.0, 0.0, 1.0] for number in range(ROWS)}
-    ended = run(setting, scores)
+    ended = run(setting, MIXED | {2: certain, 3: certain})
     syncs = [event for event in ended.said if event[0] == "update_weights"]
     return ended.processes.roles["actor"].lr_factors, syncs, ended.ending
 
 
 def patience_of_the_watchdog(setting: Setting) -> Any:
-    """The longest silence, in seconds, that the watchdog allows whom the engines tell of their progress."""
+    """The longest silence, in seconds, that is allowed by whom the engines tell of their progress."""
     watchdog = run(setting).processes.rollout.on_progress.__self__
     return watchdog.timeout_s
 
@@ -431,7 +373,7 @@ def default_run_folder(setting: Setting) -> Any:
 
 # The collapse watch
 
-SIGNAL, SECOND = "first", "second"
+SECOND = "second"
 WATCH = "trainer.collapse_watch"
 
 
@@ -451,10 +393,16 @@ def alarms(first: list[float], second: list[float] | None = None) -> Probe:
 
 UP_AND_DOWN = alarms([1.0, 1.0, 1.0, 3.0, 1.0, 0.2])
 HALF = {"falls_to": 0.5}
-ONE_SIGNAL = {f"{WATCH}.signals": {SIGNAL: HALF}, f"{WATCH}.min_signals": 1}
+ANY_SIGNAL = {f"{WATCH}.min_signals": 1}
+ONE_SIGNAL = {f"{WATCH}.signals": {SIGNAL: HALF}} | ANY_SIGNAL
 AT_ONCE = {f"{WATCH}.patience": 1}
 TWO_SIGNALS = {f"{WATCH}.signals": {SIGNAL: HALF, SECOND: HALF}}
-UNBOUNDED = {f"{WATCH}.signals": {SIGNAL: {"above": 100.0, "below": -100.0}}, f"{WATCH}.min_signals": 1}
+FAR_AWAY = {"above": 100.0, "below": -100.0}
+UNBROKEN = {
+    f"{WATCH}.signals": {SIGNAL: FAR_AWAY},
+    f"{WATCH}.min_signals": 1,
+    f"{WATCH}.patience": 1,
+}
 COLLAPSE = {
     f"{WATCH}.signals": {"critic/score/mean": {"above": 0.9}},
     f"{WATCH}.min_signals": 1,
@@ -468,8 +416,8 @@ ROLLED_BACK = COLLAPSE | {f"{WATCH}.response": "roll_back"}
 ONE_STEP = {"trainer.total_training_steps": 1}
 ONE_EPOCH = {"trainer.total_training_steps": None, "trainer.total_epochs": 1}
 WANDB = {"trainer.logger": ["wandb"]}
-NO_SEED_IS_LIKE_ANOTHER = {"data.shuffle_train_dataloader": True}
-DETERMINISTIC = ("grpo", "+mode=deterministic")
+SHUFFLED = {"data.shuffle_train_dataloader": True}
+NO_THINKING = {"enable_thinking": False}
 
 TABLE = [
     Case("data.train_files", [OTHER_TRAIN], train_questions, default=[TRAIN]),
@@ -491,9 +439,9 @@ TABLE = [
     Case("data.val_sample_seed", 1, val_questions, {"data.val_data_num": 7}),
     Case("data.val_sample_seed", 1, val_questions, {"data.val_sample_per_source": 3}),
     Case("data.shuffle_train_dataloader", False, batches),
-    Case("data.apply_chat_template_kwargs", {"enable_thinking": False}, train_questions),
-    Case("data.apply_chat_template_kwargs", {"enable_thinking": False}, val_questions),
-    Case("data.apply_chat_template_kwargs", {"enable_thinking": False}, trajectory, {"template": "search"}),
+    Case("data.apply_chat_template_kwargs", NO_THINKING, train_questions),
+    Case("data.apply_chat_template_kwargs", NO_THINKING, val_questions),
+    Case("data.apply_chat_template_kwargs", NO_THINKING, trajectory, {"template": "search"}),
     Case("trainer.project_name", "other", name_in_wandb("project"), WANDB),
     Case("trainer.experiment_name", "other", name_in_wandb("name"), WANDB),
     Case("trainer.experiment_name", "other", default_run_folder),
@@ -507,12 +455,12 @@ TABLE = [
     Case("trainer.n_gpus_per_node", 2, asked("places")),
     Case("trainer.threads_per_rank", 3, asked("threads")),
     Case("trainer.ray_address", "auto", asked("cluster")),
-    Case("trainer.seed", 7, batches, NO_SEED_IS_LIKE_ANOTHER),
+    Case("trainer.seed", 7, batches, SHUFFLED),
     Case("trainer.seed", 7, asked("engine seeds")),
     Case("trainer.seed", 7, asked("seeds")),
     Case("trainer.total_epochs", 1, verbs, {"trainer.total_training_steps": None}),
     Case("trainer.total_training_steps", 2, verbs, ONE_EPOCH),
-    Case("trainer.critic_warmup", 1, verbs, recipe=("ppo",)),
+    Case("trainer.critic_warmup", 1, verbs, recipe=PPO),
     Case("trainer.val_before_train", False, verbs),
     Case("trainer.val_only", True, verbs),
     Case("trainer.test_freq", 1, verbs),
@@ -529,12 +477,12 @@ TABLE = [
     Case("trainer.max_skipped_steps", 1, end_after_skipped_steps),
     Case("trainer.max_restarts", 1, starts),
     Case("trainer.hang_timeout_s", 60.0, patience_of_the_watchdog),
-    Case(f"{WATCH}.signals", {SIGNAL: {"above": 2.0}}, UP_AND_DOWN, {f"{WATCH}.min_signals": 1} | AT_ONCE),
-    Case(f"{WATCH}.signals.*.below", 0.5, UP_AND_DOWN, UNBOUNDED | AT_ONCE),
-    Case(f"{WATCH}.signals.*.above", 2.0, UP_AND_DOWN, UNBOUNDED | AT_ONCE),
-    Case(f"{WATCH}.signals.*.falls_to", 0.5, UP_AND_DOWN, UNBOUNDED | AT_ONCE),
-    Case(f"{WATCH}.signals.*.rises_to", 2.0, UP_AND_DOWN, UNBOUNDED | AT_ONCE),
-    Case(f"{WATCH}.signals.*.falls_by", 0.5, UP_AND_DOWN, UNBOUNDED | AT_ONCE),
+    Case(f"{WATCH}.signals", {SIGNAL: {"above": 2.0}}, UP_AND_DOWN, ANY_SIGNAL | AT_ONCE),
+    Case(f"{WATCH}.signals.*.below", 0.5, UP_AND_DOWN, UNBROKEN),
+    Case(f"{WATCH}.signals.*.above", 2.0, UP_AND_DOWN, UNBROKEN),
+    Case(f"{WATCH}.signals.*.falls_to", 0.5, UP_AND_DOWN, UNBROKEN),
+    Case(f"{WATCH}.signals.*.rises_to", 2.0, UP_AND_DOWN, UNBROKEN),
+    Case(f"{WATCH}.signals.*.falls_by", 0.5, UP_AND_DOWN, UNBROKEN),
     Case(f"{WATCH}.min_signals", 1, alarms([1.0, 0.1], [1.0, 1.0]), TWO_SIGNALS | AT_ONCE),
     Case(f"{WATCH}.patience", 2, alarms([1.0, 0.1, 0.1, 0.1]), ONE_SIGNAL),
     Case(f"{WATCH}.min_history", 3, alarms([1.0, 0.1, 0.1]), ONE_SIGNAL | AT_ONCE),
@@ -552,15 +500,10 @@ def tokenizer(tmp_path_factory):
     return make_family_tokenizer(tmp_path_factory.mktemp("tokenizer"), "qwen3")
 
 
-@pytest.mark.parametrize("case", TABLE, ids=[case.name for case in TABLE])
+@pytest.mark.parametrize("case", TABLE, ids=[f"{case.key}={case.other}" for case in TABLE])
 def test_the_key_changes_what_its_probe_sees(case, tokenizer, tmp_path):
-    default = KEYS[case.key] if case.default is OF_THE_MODEL else case.default
-    with_default = observe(case, default, tokenizer, tmp_path / "default")
-    once_more = observe(case, default, tokenizer, tmp_path / "once_more")
-    assert with_default == once_more, "what the probe sees changes by itself, so it proves nothing"
-    with_other = observe(case, case.other, tokenizer, tmp_path / "other")
-    assert with_default != with_other
+    BENCH.check(case, tokenizer, tmp_path)
 
 
 def test_every_key_has_a_case():
-    assert {case.key for case in TABLE} == set(KEYS)
+    assert {case.key for case in TABLE} == set(BENCH.defaults)
