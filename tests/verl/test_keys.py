@@ -109,7 +109,7 @@ class RecordingRay:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.asked: dict[str, list[Any]] = {}
-        patch.setattr("ray.init", partial(self.note, "cluster"))
+        patch.setattr("ray.init", lambda address, **_: self.note("cluster", address))
         patch.setattr("ray.shutdown", lambda: None)
         patch.setattr("ray.remote", self.remote)
         patch.setattr("ray.get", lambda results: results)
@@ -127,11 +127,12 @@ class RecordingRay:
         patch.setattr("torch.use_deterministic_algorithms", partial(self.note, "deterministic"))
         patch.setattr("torch.manual_seed", partial(self.note, "seeds"))
 
-    def note(self, topic: str, *args: Any, **kwargs: Any) -> None:
-        self.asked.setdefault(topic, []).append((args, kwargs))
+    def note(self, topic: str, *asked: Any) -> None:
+        self.asked.setdefault(topic, []).append(asked)
 
     def placement_group(self, bundles: list[dict[str, float]], strategy: str) -> Any:
-        self.note("places", bundles, strategy)
+        self.note("nodes", len(bundles))
+        self.note("places of a node", bundles[0])
         return SimpleNamespace(wait=lambda seconds: True)
 
     def init_process_group(self, backend: str, *, rank: int, world_size: int, **_: Any) -> None:
@@ -274,7 +275,7 @@ def run_that_collapses(setting: Setting) -> Any:
 
 
 def patience_of_the_watchdog(setting: Setting) -> Any:
-    """The longest silence, in seconds, that is allowed by whom the engines tell of their progress."""
+    """The longest silence, in seconds, of engines that tell a watchdog of their progress."""
     watchdog = run(setting).processes.rollout.on_progress.__self__
     return watchdog.timeout_s
 
@@ -449,10 +450,10 @@ TABLE = [
     Case("trainer.logger", ["wandb"], who_hears),
     Case("trainer.logger", ["console"], who_hears),
     Case("trainer.panels", {"panel": "loss"}, metrics_files),
-    Case("trainer.device", "cuda", asked("places")),
+    Case("trainer.device", "cuda", asked("places of a node")),
     Case("trainer.device", "cuda", asked("process groups")),
-    Case("trainer.nnodes", 2, asked("places")),
-    Case("trainer.n_gpus_per_node", 2, asked("places")),
+    Case("trainer.nnodes", 2, asked("nodes")),
+    Case("trainer.n_gpus_per_node", 2, asked("places of a node")),
     Case("trainer.threads_per_rank", 3, asked("threads")),
     Case("trainer.ray_address", "auto", asked("cluster")),
     Case("trainer.seed", 7, batches, SHUFFLED),

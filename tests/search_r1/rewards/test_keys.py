@@ -5,13 +5,15 @@ The rewards are built from configurations as training builds them. Only the netw
 
 import asyncio
 from asyncio import sleep
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 
 from search_r1.rewards.compose import SearchRewardConfig
-from tests.keys import Bench, Case, Setting, defaults_of
+from tests.keys import Bench, Case, Probe, Setting, defaults_of
 from tests.models import make_tokenizer
 from tests.search_r1.rewards.test_rewards import trajectory_of
 from verl.agent import Source, Trajectory, TrajectoryFailed
@@ -36,11 +38,21 @@ def answering(text: str) -> str:
     return f"<think> t </think> <answer> {text} </answer>"
 
 
-def rolled(tokenizer: Any, queries: list[str], last: str, passage: str = "nothing") -> Trajectory:
-    """A trajectory that asks these queries, each of which finds the passage, and ends with `last`."""
+def searching_in_thought(query: str) -> str:
+    return f"<think> t <search> {query} </search> </think>"
+
+
+def rolled(
+    tokenizer: Any,
+    queries: list[str],
+    last: str,
+    passage: str = "nothing",
+    asking: Callable[[str], str] = searching,
+) -> Trajectory:
+    """One that asks these queries, each of which finds the passage, and ends with `last`."""
     segments: list[tuple[str, str]] = []
     for query in queries:
-        segments += [("M", searching(query)), ("O", f"<information>{passage}</information>")]
+        segments += [("M", asking(query)), ("O", f"<information>{passage}</information>")]
     trajectory = trajectory_of(tokenizer, *segments, ("M", last))
     found = [segment for segment in trajectory.segments if segment.source is Source.OBSERVATION]
     for segment, query in zip(found, queries, strict=True):
@@ -49,44 +61,46 @@ def rolled(tokenizer: Any, queries: list[str], last: str, passage: str = "nothin
     return trajectory
 
 
-def trajectories(tokenizer: Any) -> list[Trajectory]:
-    """Good and bad ones, each with something of its own."""
-    return [
-        rolled(tokenizer, [], answering("Rome")),
-        rolled(tokenizer, ["a city"], answering("Rome")),
-        rolled(tokenizer, ["a city", "a river", "a city"], answering("Rome")),
-        rolled(tokenizer, ["a city"], answering("Oslo"), passage="Rome is a city."),
-        rolled(tokenizer, [], "<think> <search> q </search> </think>" + answering("Oslo")),
-        rolled(tokenizer, [], answering("Rome city")),
-        rolled(tokenizer, ["a city"], "<answer> Rome </answer>"),
-        rolled(tokenizer, [], "I do not know"),
-        nested(tokenizer),
-    ]
-
-
-def nested(tokenizer: Any) -> Trajectory:
-    """One that searches within its thought."""
-    within = ("M", "<think> t <search> a city </search> </think>")
-    return trajectory_of(tokenizer, within, ("O", "nothing"), ("M", answering("Oslo")))
+def trajectories(tokenizer: Any) -> dict[str, Trajectory]:
+    """Good and bad ones by what they are."""
+    roll = partial(rolled, tokenizer)
+    return {
+        "right at once": roll([], answering("Rome")),
+        "right after a search": roll(["a city"], answering("Rome")),
+        "right after repeating itself": roll(["a city", "a city"], answering("Rome")),
+        "right but malformed": roll(["a city"], "<answer> Rome </answer>"),
+        "half right": roll([], answering("Rome city")),
+        "wrong": roll(["a city"], answering("Oslo")),
+        "wrong despite the passage": roll(["a city"], answering("Oslo"), "Rome is a city."),
+        "wrong and malformed": roll(["a city"], "<answer> Oslo </answer>"),
+        "wrong, searching in its thought": roll(["a city"], answering("Oslo"), asking=searching_in_thought),
+        "silent": roll([], "I do not know"),
+    }
 
 
 def scores(setting: Setting) -> Any:
-    """The score of each trajectory, after it was compared with the others."""
+    """The score of each trajectory, by what it is."""
+    Network(setting.patch)
     reward = build_reward(setting.config, setting.tokenizer)
     group = trajectories(setting.tokenizer)
-    Network(setting.patch)
+    asyncio.run(score_all(reward, group))
+    reward.score_groups([list(group.values())])
+    return {what: trajectory.reward["score"] for what, trajectory in group.items()}
 
-    async def score(trajectory: Trajectory) -> None:
+
+def score_of(what: str) -> Probe:
+    """The probe that says how the trajectory that is `what` scores among all of them."""
+
+    def probe(setting: Setting) -> Any:
+        return scores(setting)[what]
+
+    return probe
+
+
+async def score_all(reward: Any, group: dict[str, Trajectory]) -> None:
+    for trajectory in group.values():
         parts = reward(trajectory, ROW)
         trajectory.reward = await parts if asyncio.iscoroutine(parts) else parts
-
-    async def score_all() -> None:
-        for trajectory in group:
-            await score(trajectory)
-
-    asyncio.run(score_all())
-    reward.score_groups([group])
-    return [trajectory.reward["score"] for trajectory in group]
 
 
 # The judge
@@ -171,37 +185,39 @@ def requests_at_a_time(setting: Setting) -> Any:
 # The table
 
 JUDGED = {"reward.judge": 1.0}
+FORMAT = {"reward.format": 1.0}
 EM_FORMAT = {"reward.em_format": 1.0}
 OVERLONG = {"reward.overlong": 1.0}
 
 TABLE = [
-    Case("reward.em", 0.5, scores),
-    Case("reward.em", [[0, 0.0], [8, 1.0]], scores),
-    Case("reward.sub_em", 1.0, scores),
-    Case("reward.f1", 1.0, scores),
-    Case("reward.f1_above", 1.0, scores),
-    Case("reward.format", 1.0, scores),
-    Case("reward.em_format", 1.0, scores),
-    Case("reward.retrieval", 1.0, scores),
-    Case("reward.no_search", -1.0, scores),
-    Case("reward.no_answer", -1.0, scores),
-    Case("reward.repeated_query", -1.0, scores),
-    Case("reward.overlong", 1.0, scores, {"reward.overlong_limit": 60}),
-    Case("reward.ikea", 1.0, scores),
-    Case("reward.otc_ppo", 1.0, scores),
-    Case("reward.otc_grpo", 1.0, scores),
-    Case("reward.judge", 1.0, scores),
+    Case("reward.em", 0.5, score_of("right at once")),
+    Case("reward.em", [[0, 0.0], [8, 1.0]], score_of("right at once")),
+    Case("reward.sub_em", 1.0, score_of("half right")),
+    Case("reward.f1", 1.0, score_of("half right")),
+    Case("reward.f1_above", 1.0, score_of("half right")),
+    Case("reward.format", 1.0, score_of("wrong")),
+    Case("reward.em_format", 1.0, score_of("wrong")),
+    Case("reward.retrieval", 1.0, score_of("wrong despite the passage")),
+    Case("reward.no_search", -1.0, score_of("right at once")),
+    Case("reward.no_answer", -1.0, score_of("silent")),
+    Case("reward.repeated_query", -1.0, score_of("right after repeating itself")),
+    Case("reward.overlong", 1.0, score_of("wrong"), {"reward.overlong_limit": 20}),
+    Case("reward.ikea", 1.0, score_of("right after a search")),
+    Case("reward.otc_ppo", 1.0, score_of("right after a search")),
+    Case("reward.otc_grpo", 1.0, score_of("right after a search")),
+    Case("reward.judge", 1.0, score_of("wrong")),
     Case("reward.random", 1.0, scores),
-    Case("reward.f1_threshold", 0.9, scores, {"reward.f1_above": 1.0}),
-    Case("reward.structure_format_score", 0.3, scores, EM_FORMAT),
-    Case("reward.final_format_score", 0.3, scores, EM_FORMAT),
-    Case("reward.retrieval_score", 0.3, scores, EM_FORMAT),
-    Case("reward.nested_search", True, scores, EM_FORMAT),
-    Case("reward.nested_search", True, scores, {"reward.format": 1.0}),
-    Case("reward.overlong_limit", 40, scores, OVERLONG),
-    Case("reward.overlong_buffer", 30, scores, OVERLONG | {"reward.overlong_limit": 60}),
-    Case("reward.otc_c", 1.0, scores, {"reward.otc_ppo": 1.0}),
-    Case("reward.otc_c", 1.0, scores, {"reward.otc_grpo": 1.0}),
+    Case("reward.f1_threshold", 0.9, score_of("half right"), {"reward.f1_above": 1.0}),
+    Case("reward.structure_format_score", 0.3, score_of("right but malformed"), EM_FORMAT),
+    Case("reward.structure_format_score", 0.3, score_of("wrong"), EM_FORMAT),
+    Case("reward.final_format_score", 0.3, score_of("wrong and malformed"), EM_FORMAT),
+    Case("reward.retrieval_score", 0.3, score_of("wrong despite the passage"), EM_FORMAT),
+    Case("reward.nested_search", True, score_of("wrong, searching in its thought"), EM_FORMAT),
+    Case("reward.nested_search", True, score_of("wrong, searching in its thought"), FORMAT),
+    Case("reward.overlong_limit", 40, score_of("wrong"), OVERLONG),
+    Case("reward.overlong_buffer", 50, score_of("wrong"), OVERLONG | {"reward.overlong_limit": 60}),
+    Case("reward.otc_c", 1.0, score_of("right after a search"), {"reward.otc_ppo": 1.0}),
+    Case("reward.otc_c", 1.0, score_of("right after a search"), {"reward.otc_grpo": 1.0}),
     Case("reward.judge_endpoint.url", "http://127.0.0.1:9/v2", judge_url, JUDGED),
     Case("reward.judge_endpoint.model", "other", judge_body, JUDGED),
     Case("reward.judge_endpoint.api_key_env", "OTHER_KEY", judge_key, JUDGED),
