@@ -64,6 +64,7 @@ def rolled(
 def trajectories(tokenizer: Any) -> dict[str, Trajectory]:
     """Good and bad ones by what they are."""
     roll = partial(rolled, tokenizer)
+    thinking = partial(roll, asking=searching_in_thought)
     return {
         "right at once": roll([], answering("Rome")),
         "right after a search": roll(["a city"], answering("Rome")),
@@ -73,7 +74,7 @@ def trajectories(tokenizer: Any) -> dict[str, Trajectory]:
         "wrong": roll(["a city"], answering("Oslo")),
         "wrong despite the passage": roll(["a city"], answering("Oslo"), "Rome is a city."),
         "wrong and malformed": roll(["a city"], "<answer> Oslo </answer>"),
-        "wrong, searching in its thought": roll(["a city"], answering("Oslo"), asking=searching_in_thought),
+        "wrong, searching in its thought": thinking(["a city"], answering("Oslo")),
         "silent": roll([], "I do not know"),
     }
 
