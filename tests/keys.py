@@ -53,7 +53,7 @@ class Case:
     recipe: tuple[str, ...] = ()
     """A configuration and overrides of Hydra, where those of the bench will not do."""
     default: Any = OF_THE_MODEL
-    """What to compare with where the model has no default."""
+    """What to compare with instead of the default of the model."""
 
 
 @dataclass

@@ -496,6 +496,7 @@ TABLE = [
     Case(f"{WATCH}.window", 2, alarms([1.0, 1.0, 1.0, 0.6, 0.6, 0.4]), ONE_SIGNAL | AT_ONCE),
     Case(f"{WATCH}.response", "stop", run_that_collapses, COLLAPSE),
     Case(f"{WATCH}.response", "roll_back", run_that_collapses, COLLAPSE),
+    Case(f"{WATCH}.response", "stop", run_that_collapses, COLLAPSE, default="roll_back"),
     Case(f"{WATCH}.lr_factor", 0.25, run_that_collapses, ROLLED_BACK),
     Case(f"{WATCH}.max_roll_backs", 1, run_that_collapses, ROLLED_BACK),
 ]
