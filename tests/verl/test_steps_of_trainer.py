@@ -4,6 +4,7 @@ The configuration, the batches and everything that the driver computes are real.
 """
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from tests.verl.test_config import composed
 from verl.agent import Segment, Source, Trajectory
 from verl.protocol import DataProto
-from verl.trainer.config import validate
+from verl.trainer.config import PPOConfig, validate
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.batching import NothingToLearn
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -30,8 +31,13 @@ SMALL = [
 ]  # fmt: skip
 
 
+def question(number: int) -> dict:
+    truth = {"ground_truth": "yes"}
+    return {"data_source": "tiny", "prompt": str(number), "number": number, "reward_model": truth}
+
+
 class Questions:
-    rows = [{"data_source": "tiny", "prompt": str(number), "number": number} for number in range(ROWS)]
+    rows = [question(number) for number in range(ROWS)]
     prompt_ids = [[number + 1] for number in range(ROWS)]
 
     def __len__(self) -> int:
@@ -80,6 +86,13 @@ class Role:
 
     def __init__(self, name: str, said: list) -> None:
         self.name, self.said, self.batches = name, said, []
+        self.skipped_steps = 0.0
+        self.checkpoints: list[tuple[str, bool]] = []
+        """The folder of each one written, and whether in the background."""
+        self.lr_factors: list[float] = []
+
+    def describe(self):
+        return [f"a {self.name} that writes down what it is asked"]
 
     def _column(self, batch: DataProto, name: str, value: float) -> DataProto:
         self.said.append((name,))
@@ -97,15 +110,24 @@ class Role:
     def _update(self, batch):
         self.said.append((f"update {self.name}",))
         self.batches.append(batch)
-        return {"loss": 0.0, "skipped_steps": 0.0}
+        return {"loss": 0.0, "skipped_steps": self.skipped_steps}
 
     update_actor = update_critic = _update
 
     def save_checkpoint(self, path, asynchronous):
-        pass
+        self.checkpoints.append((Path(path).parent.name, asynchronous))
 
     def finish_checkpoint(self):
         pass
+
+    def load_checkpoint(self, path):
+        pass
+
+    def scale_lr(self, factor):
+        self.lr_factors.append(factor)
+
+    def save_pretrained(self, path, checkpoint):
+        self.said.append(("save_pretrained", path, checkpoint))
 
 
 @pytest.fixture(autouse=True)
@@ -114,22 +136,42 @@ def validation(monkeypatch):
     monkeypatch.setattr(ray_trainer.validation, "score", lambda *_: ({"val/test_score/all": 0.5}, []))
 
 
-def make_trainer(folder, algorithm: str, *overrides: str, scores: dict | None = None) -> RayPPOTrainer:
-    """A trainer whose `said` is what its roles and engines were asked, in that order."""
-    config = validate(composed(algorithm, *SMALL, f"trainer.default_local_dir={folder}", *overrides))
+def make_processes(config: PPOConfig, scores: dict | None = None) -> SimpleNamespace:
+    """Processes whose `said` is what the roles and engines were asked, in that order."""
     said: list = []
     names = ["actor", *["ref"] * config.use_reference, *["critic"] * config.use_critic]
     rollout = Rollout(said, scores or {number: [0.0, 1.0, 0.0, 1.0] for number in range(ROWS)})
-    roles = {name: Role(name, said) for name in names}
-    processes = SimpleNamespace(group=SimpleNamespace(world_size=1), roles=roles, rollout=rollout, val_rollout=rollout)
+    return SimpleNamespace(
+        said=said,
+        group=SimpleNamespace(world_size=1),
+        roles={name: Role(name, said) for name in names},
+        rollout=rollout,
+        val_rollout=rollout,
+        rollouts=[rollout],
+        stacks=dict,
+        shutdown=lambda: None,
+    )
+
+
+def trainer_over(config: PPOConfig, processes: SimpleNamespace) -> RayPPOTrainer:
+    """A trainer of these processes whose `logged` is the metrics of each line."""
     agent = SimpleNamespace(reduce_metrics=lambda trajectories: {})
+    tracking = Tracking(config.trainer.default_local_dir, [], "project", "run", {}, {})
     made = RayPPOTrainer(
         config, SimpleNamespace(pad_token_id=0), agent, None, Questions(), Questions(), processes,
-        Tracking(str(folder), [], "project", "run", {}, {}), Timers(), SimpleNamespace(requested=0),
+        tracking, Timers(), SimpleNamespace(requested=0),
     )  # fmt: skip
-    made.said = said
     made.logged = []
     made.tracking.log = lambda metrics, step: made.logged.append(metrics)
+    return made
+
+
+def make_trainer(folder, algorithm: str, *overrides: str, scores: dict | None = None) -> RayPPOTrainer:
+    """A trainer whose `said` is what its roles and engines were asked, in that order."""
+    config = validate(composed(algorithm, *SMALL, f"trainer.default_local_dir={folder}", *overrides))
+    processes = make_processes(config, scores)
+    made = trainer_over(config, processes)
+    made.said = processes.said
     return made
 
 
