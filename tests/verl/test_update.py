@@ -1,6 +1,7 @@
 """The gradient of a mini-batch depends on neither micro-batch size nor the number of ranks, nor on who holds what."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.verl.batches import VOCAB, ragged_batch
 from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
+from verl.workers import update as update_module
 from verl.workers.actor import policy_loss
 from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, PolicyLossConfig
 from verl.workers.forward import forward_log_probs
@@ -178,6 +180,41 @@ def test_a_mini_batch_without_a_trained_token_takes_no_step_and_counts_nowhere(m
     with_empty, alone, empty = run_ranks(ranks, updates, model_path, cases)[0]
     assert with_empty[0] == pytest.approx(alone[0], rel=1e-5) and with_empty[1] == alone[1] == 1
     assert empty[0] == {"skipped_steps": 0, "optimizer_steps": 0, "lr": 0.1} and empty[1] == 0
+
+
+def test_the_optimizer_is_awake_while_it_steps_and_no_longer(monkeypatch):
+    """Two mini-batches of the critic, twice."""
+    said = []
+    monkeypatch.setattr(update_module, "reduce_sum", lambda values, device: values)
+    monkeypatch.setattr(update_module, "run_micro_batches", lambda rows, budget, device: rows)
+    state = SimpleNamespace(
+        wake_optimizer=lambda device: said.append("wake"),
+        rest_optimizer=lambda: said.append("rest"),
+        tick=lambda: said.append("tick"),
+        lr=0.1,
+    )
+
+    def step(state, rows, loss_fn, counts, grad_clip):
+        said.append(f"step on {len(rows)} rows")
+        return {"loss": float(len(said)), "skipped_steps": 0.0}
+
+    monkeypatch.setattr(update_module, "_step", step)
+    metrics = update_mini_batches(
+        state,
+        ragged_batch(torch.float32),
+        None,
+        epochs=2,
+        budget=Budget(100),
+        grad_clip=1.0,
+        column="critic_mini_batch",
+    )
+    assert said == ["wake", *["step on 8 rows"] * 4, "rest", "tick"]
+    assert metrics == {"loss": (2 + 3 + 4 + 5) / 4, "skipped_steps": 0, "optimizer_steps": 4, "lr": 0.1}
+
+
+@pytest.mark.parametrize(("model", "rows"), [({}, 5), ({"packs_rows": True}, 5), ({"packs_rows": False}, 1)])
+def test_rows_that_would_not_stay_apart_pass_alone(model, rows):
+    assert Budget.of(SimpleNamespace(**model), 100, 5) == Budget(100, rows)
 
 
 def test_the_rate_that_is_logged_is_that_of_the_steps(model_path):
