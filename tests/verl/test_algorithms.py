@@ -202,6 +202,18 @@ def test_what_a_clip_holds_still_learns_with_cispo_only():
     assert slopes == pytest.approx({"vanilla": 0.0, "gspo": 0.0, "cispo": -1.3, "reinforce": -1.0})
 
 
+def test_what_no_clip_holds_learns_by_its_ratio():
+    """No gradient flows through the weight of CISPO: or a token would learn by its own log-prob once more."""
+    old, one = torch.zeros(1, 1), torch.ones(1, 1)
+    slopes = {}
+    for mode in POLICY_LOSSES:
+        new = torch.full((1, 1), math.log(1.1), requires_grad=True)
+        loss, _ = compute_policy_loss(old, new, one, one, loss_mode=mode, **SIDES)
+        loss.backward()
+        slopes[mode] = new.grad.item()
+    assert slopes == pytest.approx({"vanilla": -1.1, "gspo": -1.1, "cispo": -1.1, "reinforce": -1.0})
+
+
 def test_gspo_gives_every_token_of_a_sequence_the_same_gradient():
     old = torch.zeros(1, 3, dtype=torch.float64)
     new = torch.tensor([[0.1, -0.2, 0.15]], dtype=torch.float64, requires_grad=True)
