@@ -95,7 +95,12 @@ def test_the_kl_is_subtracted_and_moves_the_coefficient_by_the_trajectories_of_t
     expected = torch.where(MASK.bool(), rewards() - 0.1 * kl, 0.0)
     assert torch.allclose(data.batch["token_level_rewards"], expected)
     assert metrics == {"critic/kl": pytest.approx(kl), "critic/kl_coeff": 0.1}
-    assert controller.value == pytest.approx(0.1 * (1 + 0.2 * ROWS / 100))
+    moved = 0.1 * (1 + 0.2 * ROWS / 100)
+    assert controller.value == pytest.approx(moved)
+    data, metrics = apply_kl_penalty(batch(), config, controller)
+    assert metrics["critic/kl_coeff"] == pytest.approx(moved)
+    expected = torch.where(MASK.bool(), rewards() - moved * kl, 0.0)
+    assert torch.allclose(data.batch["token_level_rewards"], expected)
 
 
 def test_a_fixed_coefficient_stays():

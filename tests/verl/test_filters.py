@@ -39,7 +39,7 @@ def test_filtered_rows_are_neither_trained_on_nor_counted():
     data = DataProto.from_dict(
         {
             "token_level_scores": torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]),
-            "void_turns": torch.tensor([0, 0, 2, 0]),
+            "void_turns": torch.tensor([0, 0, 1, 0]),
             "truncated": torch.tensor([False, False, False, True]),
             "response_mask": torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0]]),
         },
