@@ -241,7 +241,7 @@ def test_asked_to_stop(tmp_path, model):
             run.reached(step)
             for number in signals:
                 run.process.send_signal(number)
-                wait_for(lambda: "finishing this step" in run.output.rpartition("resuming after")[2], 20)
+                wait_for(lambda: "finishing the step under way" in run.output.rpartition("resuming after")[2], 20)
             run.ends(128 + signals[0])
             return run.steps()[-1]
 

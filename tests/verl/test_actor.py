@@ -1,4 +1,4 @@
-"""The configuration of the actor reaches its loss and its engines; the functions are tested in test_core_algos.py."""
+"""The configuration of actor and reference reaches losses, log-probs and engines; the functions are tested in test_core_algos.py."""
 
 from types import SimpleNamespace
 
@@ -8,9 +8,10 @@ import torch
 from tests.verl.batches import RESPONSE, ROWS, ragged_batch
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
-from verl.workers import actor
+from verl.workers import actor, reference
 from verl.workers.actor import ActorWorker, policy_loss
 from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.reference import ReferenceWorker
 from verl.workers.update import Counts
 
 COUNTS = Counts(num_tokens=200, num_seqs=40)
@@ -140,3 +141,42 @@ def test_an_update_is_given_what_is_configured(monkeypatch, coefficient):
     worker.update_actor(ragged_batch(torch.float64))
     assert updated == [(3, 123, 5, 0.7)]
     assert asked == [("model", 0.8, True, coefficient != 0)]
+
+
+def recorded(monkeypatch, module) -> list:
+    """What a worker of `module` asks of the forward pass: its budget, then its model and temperature."""
+    asked = []
+
+    def forward(model, rows, temperature):
+        asked.append((model, temperature))
+        return log_probs()
+
+    def by_micro_batches(data, budget, device, forward):
+        asked.append((budget.max_tokens, budget.max_rows))
+        return forward(data)
+
+    monkeypatch.setattr(module, "log_probs_of_rows", forward)
+    monkeypatch.setattr(module, "map_micro_batches", by_micro_batches)
+    return asked
+
+
+def test_log_probs_are_those_at_the_temperature_of_sampling(monkeypatch):
+    asked = recorded(monkeypatch, actor)
+    worker = ActorWorker.__new__(ActorWorker)
+    worker.state, worker.device = SimpleNamespace(model="model"), torch.device("cpu")
+    worker.rollout = SimpleNamespace(
+        temperature=0.8, log_prob_max_token_len_per_gpu=123, log_prob_micro_batch_size_per_gpu=5
+    )
+    found = worker.compute_log_prob(ragged_batch(torch.float64))
+    assert torch.equal(found.batch["old_log_probs"], log_probs())
+    assert asked == [(123, 5), ("model", 0.8)]
+
+
+def test_log_probs_of_the_reference_are_at_the_same_temperature(monkeypatch):
+    asked = recorded(monkeypatch, reference)
+    worker = ReferenceWorker.__new__(ReferenceWorker)
+    worker.model, worker.device, worker.temperature = "model", torch.device("cpu"), 0.8
+    worker.config = SimpleNamespace(log_prob_max_token_len_per_gpu=123, log_prob_micro_batch_size_per_gpu=5)
+    found = worker.compute_ref_log_prob(ragged_batch(torch.float64))
+    assert torch.equal(found.batch["ref_log_prob"], log_probs())
+    assert asked == [(123, 5), ("model", 0.8)]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from verl.trainer.config import build_tokenizer
+from verl.trainer.main_ppo import is_written
 from verl.utils.errors import ConfigError, ModelError
 from verl.utils.model_names import find_checkpoint, ready_model, run_folder_of
 from verl.utils.run_folder import INDEX, complete, mark_best, name_latest, pending_folder
@@ -138,3 +139,13 @@ def test_a_training_from_a_checkpoint_is_told_to_export_it(run):
         ConfigError, match=r"actor_rollout_ref.model.path=.*run: a checkpoint, not a Hugging Face model"
     ):
         build_tokenizer(config)
+
+
+def test_a_run_that_has_ended_need_not_write_its_policy_again(run):
+    """Its weights would be told apart from those that were evaluated, by their time."""
+    assert not is_written(str(run), 30)
+    write_model(run / "hf", checkpoint="global_step_30")
+    assert is_written(str(run), 30)
+    assert not is_written(str(run), 40)
+    write_model(run / "hf", checkpoint="global_step_20")
+    assert not is_written(str(run), 30)

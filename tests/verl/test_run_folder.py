@@ -2,18 +2,21 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from verl.utils import run_folder
-from verl.utils.errors import DataError
+from verl.utils.errors import ConfigError, DataError
 from verl.utils.run_folder import (
     best,
     claim,
     complete,
     discard,
     find_latest,
+    held,
     mark_best,
     name_latest,
     pending_folder,
@@ -171,3 +174,34 @@ def test_an_export_replaces_weights_and_keeps_other_files(tmp_path):
     replace_folder(tmp_path / "hf.tmp", tmp_path / "hf", carry_over=True)
     assert {p.name: p.read_text() for p in (tmp_path / "hf").iterdir()} == {"notes.md": "hf", "config.json": "hf.tmp"}
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+HOLDS = """
+import sys, time
+from verl.utils.run_folder import held
+with held(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_folder_has_one_run_and_whoever_is_killed_lets_go_of_it(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    refused = pytest.raises(ConfigError, match=r"default_local_dir=.*run: another run is using this folder")
+    with refused, held(tmp_path / "run"):
+        pass
+    other.kill()
+    other.wait()
+    for _ in range(2):
+        with held(tmp_path / "run"):
+            pass
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):
+    def unsupported(descriptor, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", unsupported)
+    with held(tmp_path):
+        assert "start no second run in it" in caplog.text

@@ -315,3 +315,21 @@ def test_the_console_says_how_long_it_will_take(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, "grpo")
     trainer.fit()
     assert etas == [120.0, 60.0, 0.0]
+
+
+def test_a_run_that_is_asked_to_stop_while_it_starts_does_not_validate(tmp_path):
+    trainer = make_trainer(tmp_path, "grpo", "trainer.val_before_train=true")
+    trainer.stop.requested = 15
+    trainer.fit()
+    assert [event[0] for event in trainer.said] == ["update_weights"] and trainer.step == 0
+
+
+def test_a_run_that_has_ended_says_so_when_it_is_given_again(tmp_path):
+    trainer = make_trainer(tmp_path, "grpo")
+    messages = []
+    trainer.tracking.message = messages.append
+    trainer.step = trainer.total
+    trainer.checkpoints.newest = trainer.total
+    trainer.fit()
+    assert messages == ["all 3 training steps are done: raise trainer.total_training_steps to train on"]
+    assert "submit rollout" not in verbs(trainer)

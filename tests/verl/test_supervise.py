@@ -129,7 +129,7 @@ def test_one_signal_is_passed_on_once_and_the_status_comes_back(tmp_path, start,
     status, output = end(supervisor)
     assert status == 128 + number and len(starts(tmp_path)) == 1
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
-    assert output.count("finishing this step, then a checkpoint; Ctrl-C again to exit now") == 1
+    assert output.count("finishing the step under way, then a checkpoint; Ctrl-C again to exit now") == 1
 
 
 def test_the_second_signal_ends_the_driver_at_once(tmp_path, start):

@@ -97,16 +97,18 @@ def status_of(error: Exception) -> int | None:
 def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     """Validates the composed configuration, then trains. Raises ConfigError or DataError before anything is started."""
     from verl.trainer.packing import decide_packing
+    from verl.utils.run_folder import held
 
     config, tokenizer, agent, reward = prepare(raw)
     check_trainable(config, agent, reward)
     train_set = load_train_set(config, tokenizer)
     val_set = load_val_set(config, tokenizer)
     check_environment(config, agent, gpus_here(config))
-    config = decide_packing(config)
-    resume = checkpoint_to_resume(config, train_set)
-    write_config(raw, config)
-    train(config, tokenizer, agent, reward, train_set, val_set, stop, resume)
+    with held(config.trainer.default_local_dir):
+        resume = checkpoint_to_resume(config, train_set)
+        config = decide_packing(config)
+        write_config(raw, config)
+        train(config, tokenizer, agent, reward, train_set, val_set, stop, resume)
 
 
 def set_up_logging() -> None:
@@ -270,13 +272,24 @@ def train(
             except ENDINGS:  # all processes are well: nothing of the last checkpoint is lost
                 trainer.checkpoints.complete()
                 raise
-            if trainer_cfg.save_hf and not trainer_cfg.val_only and not stop.requested:
+            ended = not trainer_cfg.val_only and not stop.requested
+            if trainer_cfg.save_hf and ended and not is_written(root, trainer.step):
                 processes.roles["actor"].save_pretrained(str(Path(root) / HF), folder_of(root, trainer.step).name)
             processes.shutdown()
     finally:
         if tracking is not None:
             tracking.finish()
         ray.shutdown()
+
+
+def is_written(root: str, step: int) -> bool:
+    """Whether the final policy stands in the run folder already, of a run that has ended before and is given again."""
+    from verl.utils.model_names import finished_model
+    from verl.utils.run_folder import find_latest, folder_of
+
+    newest = find_latest(root)
+    is_last = newest is not None and newest.name == folder_of(root, step).name
+    return is_last and finished_model(Path(root)) is not None
 
 
 def start_tracking(config: Any, resume: Path | None) -> Any:

@@ -180,7 +180,8 @@ class Stop:
                 raise KeyboardInterrupt
             return
         self.requested = signum
-        text = f"{signal.Signals(signum).name}: finishing this step, then a checkpoint; Ctrl-C again to exit now\n"
+        name = signal.Signals(signum).name
+        text = f"{name}: finishing the step under way, then a checkpoint; Ctrl-C again to exit now\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())  # logging is not for handlers
 
     def __enter__(self) -> "Stop":

@@ -6,16 +6,18 @@ latest_checkpointed_iteration.txt     the step to resume from
 best_checkpoint.json                  {"step": 20, "metric": "val/em", "value": 0.41}
 """
 
+import fcntl
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from verl.utils.errors import DataError
+from verl.utils.errors import ConfigError, DataError
 
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpoint.json"
@@ -24,6 +26,29 @@ INDEX, PICKLED_INDEX = "index.json", ".metadata"
 PREFIX, PENDING = "global_step_", ".tmp"
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def held(root: str | Path) -> Iterator[None]:
+    """Keeps other runs out of the run folder, which is made if need be. Whoever is killed lets go of it.
+
+    Raises ConfigError when another run has it. Where folders cannot be locked, as on some network file systems, it is
+    not kept.
+    """
+    folder = Path(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            problem = f"trainer.default_local_dir={root}: another run is using this folder"
+            raise ConfigError([f"{problem}: wait until it has ended, or name another one"]) from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def folder_of(root: str | Path, step: int) -> Path:

@@ -88,8 +88,12 @@ class RayPPOTrainer:
         self.sync_weights()
         if self.step == 0 and self.collapse_response == "roll_back" and not self.checkpoints.exists(0):
             self.save_checkpoint()
-        if self.begins_with_validation():
+        if self.begins_with_validation() and not self.stop.requested:
             self.validate()
+        if self.step >= self.total:
+            self.tracking.message(
+                f"all {self.total} training steps are done: raise trainer.total_training_steps to train on"
+            )
         self.timers.pop()
         while self.step < self.total and not self.config.trainer.val_only and not self.stop.requested:
             self.step += 1
