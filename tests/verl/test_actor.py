@@ -1,4 +1,7 @@
-"""The configuration of actor and reference reaches losses, log-probs and engines; the functions are tested in test_core_algos.py."""
+"""The configuration of actor and reference reaches losses, log-probs and engines.
+
+The functions that compute them are tested in test_core_algos.py and test_forward.py.
+"""
 
 from types import SimpleNamespace
 
