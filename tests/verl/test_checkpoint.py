@@ -220,20 +220,23 @@ def test_settings_of_the_optimizer_are_those_of_the_configuration(tmp_path, mode
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
-def saved_before_the_first_step(model: str, root: str) -> tuple[dict, dict, set[float]]:
+def saved_before_and_after_a_step(model: str, root: str) -> tuple[dict, dict, list[set[float]]]:
     plain, saving = build(model), build(model)
-    save(saving, root)
-    steps = {float(v["step"]) for w in saving for v in w.state.optimizer.state.values()}
     random = torch.get_rng_state()
-    train(plain)
+    train(plain, 2)
     torch.set_rng_state(random)
-    train(saving)
+    steps = []
+    for number in range(2):
+        save(saving, f"{root}/{number}")
+        steps.append({float(v["step"]) for w in saving for v in w.state.optimizer.state.values()})
+        train(saving)
     return everything(plain), everything(saving), steps
 
 
-def test_saving_before_the_first_step_changes_nothing(tmp_path, model):
-    ((plain, saving, steps),) = run_ranks(1, saved_before_the_first_step, model, str(tmp_path))
-    assert steps == {0.0} and different(plain, saving) == []
+def test_saving_before_the_first_step_and_after_it_changes_nothing(tmp_path, model):
+    ((plain, saving, steps),) = run_ranks(1, saved_before_and_after_a_step, model, str(tmp_path))
+    assert steps == [{0.0}, {1.0, 2.0}], "one step of the actor, two of the critic"
+    assert different(plain, saving) == []
 
 
 def one_rank_fails(model: str, root: str) -> list[str]:

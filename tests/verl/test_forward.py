@@ -14,7 +14,7 @@ from tests.verl.batches import VOCAB, ragged_batch
 from verl.protocol import DataProto
 from verl.single_controller.worker import Worker
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
-from verl.workers.forward import forward_log_probs, forward_values
+from verl.workers.forward import forward_log_probs, forward_values, pack
 from verl.workers.fsdp_model import build_model, build_train_state
 from verl.workers.update import Budget, empty_rows, micro_batches
 
@@ -160,3 +160,11 @@ def test_micro_batches_are_no_more_than_needed():
     assert micro_batches([10] * 4, Budget(1000, 2)) == [[0, 3], [1, 2]]
     assert micro_batches([10] * 4, Budget(1000)) == [[0, 1, 2, 3]]
     assert micro_batches([10], Budget(1000), at_least=2) == [[0], []]
+
+
+def test_positions_begin_at_zero_in_every_row():
+    """Families with learned positions would see it; a shift of all of them is nothing to rotary ones."""
+    batch = ragged_batch(torch.float32)
+    lengths = batch.batch["attention_mask"].sum(1).tolist()
+    expected = [position for length in lengths for position in range(length)]
+    assert pack(batch).inputs["position_ids"].tolist() == [expected]

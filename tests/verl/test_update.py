@@ -183,8 +183,9 @@ def test_a_mini_batch_without_a_trained_token_takes_no_step_and_counts_nowhere(m
 
 
 def test_the_optimizer_is_awake_while_it_steps_and_no_longer(monkeypatch):
-    """Two mini-batches of the critic, twice."""
+    """Two mini-batches of the critic, twice; one row of the second has no trained token."""
     said = []
+    last = torch.arange(len(ragged_batch(torch.float32))) == 15
     monkeypatch.setattr(update_module, "reduce_sum", lambda values, device: values)
     monkeypatch.setattr(update_module, "run_micro_batches", lambda rows, budget, device: rows)
     state = SimpleNamespace(
@@ -201,14 +202,14 @@ def test_the_optimizer_is_awake_while_it_steps_and_no_longer(monkeypatch):
     monkeypatch.setattr(update_module, "_step", step)
     metrics = update_mini_batches(
         state,
-        ragged_batch(torch.float32),
+        emptied(last),
         None,
         epochs=2,
         budget=Budget(100),
         grad_clip=1.0,
         column="critic_mini_batch",
     )
-    assert said == ["wake", *["step on 8 rows"] * 4, "rest", "tick"]
+    assert said == ["wake", *["step on 8 rows", "step on 7 rows"] * 2, "rest", "tick"]
     assert metrics == {"loss": (2 + 3 + 4 + 5) / 4, "skipped_steps": 0, "optimizer_steps": 4, "lr": 0.1}
 
 
