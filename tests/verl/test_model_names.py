@@ -141,6 +141,17 @@ def test_a_training_from_a_checkpoint_is_told_to_export_it(run):
         build_tokenizer(config)
 
 
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "runs" / "one").joinpath("config.yaml").touch()
+    write_model(tmp_path / "Qwen" / "Qwen2.5-3B")
+    for name in ("runs/nope", "./nope", "../nope", "/nope", "~/nope", "nowhere/at/all"):
+        with pytest.raises(ModelError, match="no such folder; expected a Hugging Face folder"):
+            ready_model(name)
+    for name in ("nobody/nope", "nope", "Qwen/Qwen2.5-7B"):
+        assert ready_model(name) == name
+
+
 def test_a_run_that_has_ended_need_not_write_its_policy_again(run):
     """Its weights would be told apart from those that were evaluated, by their time."""
     assert not is_written(str(run), 30)

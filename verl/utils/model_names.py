@@ -26,17 +26,30 @@ EXPECTED = (
 def ready_model(name: str) -> str | None:
     """The Hugging Face folder (by its full path) or the hub name that `name` means; None for a checkpoint to export.
 
-    What is not there and not the name of a checkpoint may be on the hub. Raises ModelError as `find_checkpoint` does.
+    What is not there and not the name of a checkpoint may be on the hub, unless it can only be a place on this machine.
+    Raises ModelError as `find_checkpoint` does.
     """
     path = Path(name)
     if is_model(path) and not path.name.endswith(PENDING):
         return str(path.resolve())
-    if not path.exists() and not is_run(path.parent):
+    if not path.exists() and not is_run(path.parent) and not is_place(name):
         return name
     if is_run(path) and (finished := finished_model(path)) is not None:
         return str(finished.resolve())
     exported = find_checkpoint(name) / HF
     return str(exported) if is_model(exported) else None
+
+
+def is_place(name: str) -> bool:
+    """Whether a name is a path whatever stands there, not one of the hub: it begins as paths do, has more than one
+    slash, or would lie among runs, as `runs/typo` does."""
+    beginning, slash, rest = name.partition("/")
+    if not slash:
+        return False
+    if beginning in ("", ".", "..", "~") or "/" in rest:
+        return True
+    folder = Path(beginning)
+    return folder.is_dir() and any(is_run(entry) for entry in folder.iterdir())
 
 
 def full_path(name: str) -> str:
