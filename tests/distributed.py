@@ -12,8 +12,13 @@ import torch.multiprocessing as mp
 from verl.single_controller.worker import init_process_group, seed_everything
 
 START_METHOD = "forkserver"
-"""A process that has imported what takes seconds forks each rank, which is as new as one that was started."""
-multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "transformers", "verl.workers.actor"])
+"""A process that has imported what takes seconds forks each rank, which is as new as one that was started.
+
+It has the environment of the first call of `run_ranks`: what a test sets later must be handed over by arguments.
+"""
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.models.qwen2.modeling_qwen2"]
+)
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from verl.trainer.config import build_tokenizer
-from verl.trainer.main_ppo import is_written
+from verl.trainer.main_ppo import has_policy_of
 from verl.utils.errors import ConfigError, ModelError
 from verl.utils.model_names import find_checkpoint, ready_model, run_folder_of
 from verl.utils.run_folder import INDEX, complete, mark_best, name_latest, pending_folder
@@ -143,20 +143,21 @@ def test_a_training_from_a_checkpoint_is_told_to_export_it(run):
 
 def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "runs" / "one").joinpath("config.yaml").touch()
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "config.yaml").touch()
     write_model(tmp_path / "Qwen" / "Qwen2.5-3B")
     for name in ("runs/nope", "./nope", "../nope", "/nope", "~/nope", "nowhere/at/all"):
         with pytest.raises(ModelError, match="no such folder; expected a Hugging Face folder"):
             ready_model(name)
+    (tmp_path / "Qwen" / "Qwen2.5-3B" / "config.yaml").touch()
     for name in ("nobody/nope", "nope", "Qwen/Qwen2.5-7B"):
         assert ready_model(name) == name
 
 
-def test_a_run_that_has_ended_need_not_write_its_policy_again(run):
-    """Its weights would be told apart from those that were evaluated, by their time."""
-    assert not is_written(str(run), 30)
+def test_the_policy_of_a_run_is_that_of_its_newest_checkpoint(run):
+    assert not has_policy_of(str(run), 30)
     write_model(run / "hf", checkpoint="global_step_30")
-    assert is_written(str(run), 30)
-    assert not is_written(str(run), 40)
+    assert has_policy_of(str(run), 30)
+    assert not has_policy_of(str(run), 40)
     write_model(run / "hf", checkpoint="global_step_20")
-    assert not is_written(str(run), 30)
+    assert not has_policy_of(str(run), 30)

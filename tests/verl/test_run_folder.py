@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,7 @@ def test_an_export_replaces_weights_and_keeps_other_files(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
+ROOT = Path(__file__).parents[2]
 HOLDS = """
 import sys, time
 from verl.utils.run_folder import held
@@ -186,16 +189,28 @@ with held(sys.argv[1]):
 
 
 def test_a_run_folder_has_one_run_and_whoever_is_killed_lets_go_of_it(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None and other.stdout.readline() == "held\n"
-    refused = pytest.raises(ConfigError, match=r"default_local_dir=.*run: another run is using this folder")
-    with refused, held(tmp_path / "run"):
-        pass
-    other.kill()
-    other.wait()
-    for _ in range(2):
-        with held(tmp_path / "run"):
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        refused = pytest.raises(ConfigError, match=r"default_local_dir=.*run: another run is using this folder")
+        with refused, held(tmp_path / "run", patience_s=0):
             pass
+    finally:
+        other.kill()
+        other.wait()
+    for _ in range(2):
+        with held(tmp_path / "run", patience_s=0):
+            pass
+
+
+def test_a_run_that_is_just_ending_is_waited_for(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    with ExitStack() as ending:
+        ending.enter_context(held(tmp_path))
+        monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: ending.close())
+        with held(tmp_path):
+            assert "waiting up to 60 s for its end" in caplog.text
 
 
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):

@@ -20,7 +20,7 @@ from verl.trainer.ppo.collapse import CollapseWatchConfig
 from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
-from verl.utils.model_names import is_checkpoint, is_run
+from verl.utils.model_names import is_checkpoint, is_place, is_run
 from verl.utils.reward import FunctionReward, check_signature
 from verl.utils.tokenizer import template_problems
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty
@@ -195,7 +195,7 @@ class TrainerConfig(Config):
     save_freq: int = -1
     """Checkpoint every so many steps, and at the end; -1: only at the end."""
     max_ckpt_to_keep: PositiveInt | None = None
-    """So many newest checkpoints stay, and the best; null: all."""
+    """So many newest checkpoints stay, the best, and the one that a roll-back would need; null: all."""
     best_metric: str | None = "val/test_score/all"
     """Also keep the checkpoint of the step with the highest value of this metric; null: do not."""
     async_save: bool = True
@@ -354,10 +354,12 @@ def build_tokenizer(config: PPOConfig) -> Any:
 
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     path = model.tokenizer_path or model.path
+    key = "actor_rollout_ref.model." + ("tokenizer_path" if model.tokenizer_path else "path")
+    if is_place(path) and not Path(path).exists():
+        raise ConfigError([f"{key}={path}: no such folder, and no name on the hub"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        key = "actor_rollout_ref.model." + ("tokenizer_path" if model.tokenizer_path else "path")
         problem = f"{key}={path}: no tokenizer could be loaded ({error})"
         if is_checkpoint(Path(path)) or is_run(Path(path)):
             problem = f"{key}={path}: a checkpoint, not a Hugging Face model: export it first"

@@ -273,7 +273,8 @@ def train(
                 trainer.checkpoints.complete()
                 raise
             ended = not trainer_cfg.val_only and not stop.requested
-            if trainer_cfg.save_hf and ended and not is_written(root, trainer.step):
+            trained = resume is None or step_of(resume) < trainer.step
+            if trainer_cfg.save_hf and ended and (trained or not has_policy_of(root, trainer.step)):
                 processes.roles["actor"].save_pretrained(str(Path(root) / HF), folder_of(root, trainer.step).name)
             processes.shutdown()
     finally:
@@ -282,8 +283,8 @@ def train(
         ray.shutdown()
 
 
-def is_written(root: str, step: int) -> bool:
-    """Whether the final policy stands in the run folder already, of a run that has ended before and is given again."""
+def has_policy_of(root: str, step: int) -> bool:
+    """Whether the run folder holds the final policy, made of the checkpoint of `step`, its newest."""
     from verl.utils.model_names import finished_model
     from verl.utils.run_folder import find_latest, folder_of
 

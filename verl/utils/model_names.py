@@ -49,7 +49,7 @@ def is_place(name: str) -> bool:
     if beginning in ("", ".", "..", "~") or "/" in rest:
         return True
     folder = Path(beginning)
-    return folder.is_dir() and any(is_run(entry) for entry in folder.iterdir())
+    return folder.is_dir() and any(is_run(entry) and not is_model(entry) for entry in folder.iterdir())
 
 
 def full_path(name: str) -> str:

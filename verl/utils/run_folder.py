@@ -12,10 +12,11 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from verl.utils.errors import ConfigError, DataError
 
@@ -24,31 +25,48 @@ BEST = "best_checkpoint.json"
 INDEX, PICKLED_INDEX = "index.json", ".metadata"
 """The list of the tensors in a folder of a checkpoint, which is written last; and what torch calls its own."""
 PREFIX, PENDING = "global_step_", ".tmp"
+LOCK = ".lock"
+"""A file that the run that is using the folder has locked. It stays: what counts is the lock."""
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def held(root: str | Path) -> Iterator[None]:
+def held(root: str | Path, patience_s: float = 60.0) -> Iterator[None]:
     """Keeps other runs out of the run folder, which is made if need be. Whoever is killed lets go of it.
 
-    Raises ConfigError when another run has it. Where folders cannot be locked, as on some network file systems, it is
-    not kept.
+    Waits `patience_s` for a run that is just ending, or whose machine a file system still takes for alive. Raises
+    ConfigError when another run keeps the folder. Where files cannot be locked, it is not kept.
     """
     folder = Path(root)
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            problem = f"trainer.default_local_dir={root}: another run is using this folder"
-            raise ConfigError([f"{problem}: wait until it has ended, or name another one"]) from error
+            lock = stack.enter_context((folder / LOCK).open("a"))
+            taken = _take(lock, patience_s, folder)
         except OSError as error:
             logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
+            taken = True
+        if not taken:
+            problem = f"trainer.default_local_dir={root}: another run is using this folder"
+            raise ConfigError([f"{problem}: wait until it has ended, or name another one"])
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _take(lock: IO[str], patience_s: float, folder: Path) -> bool:
+    """Whether the file could be locked in that time. Raises OSError where files cannot be locked."""
+    deadline, told = time.monotonic() + patience_s, False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        if not told:
+            logger.info("another run is using %s: waiting up to %g s for its end", folder, patience_s)
+            told = True
+        time.sleep(0.5)
 
 
 def folder_of(root: str | Path, step: int) -> Path:

@@ -90,9 +90,10 @@ class RayPPOTrainer:
             self.save_checkpoint()
         if self.begins_with_validation() and not self.stop.requested:
             self.validate()
-        if self.step >= self.total:
+        if self.step >= self.total and not self.config.trainer.val_only and not self.stop.requested:
             self.tracking.message(
-                f"all {self.total} training steps are done: raise trainer.total_training_steps to train on"
+                f"nothing left to train, all {self.total} training steps are done; trainer.total_training_steps says "
+                "how many there are"
             )
         self.timers.pop()
         while self.step < self.total and not self.config.trainer.val_only and not self.stop.requested:
