@@ -1,6 +1,8 @@
 """What the trainer's half of a sync puts into the memory file system."""
 
 import os
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from tests.distributed import run_ranks
 from tests.models import make_tiny_qwen2
 from verl.workers.config import FSDPConfig, ModelConfig
 from verl.workers.fsdp_model import build_model
+from verl.workers.rollout import weight_sync
 from verl.workers.rollout.weight_sync import write_engine_model
 
 
@@ -64,3 +67,31 @@ def test_the_engine_gets_what_belongs_to_the_model_beside_its_weights(tmp_path):
     (model / "generation_config.json").write_bytes(generation)
     write_engine_model(ModelConfig(path=str(model)), str(copy))
     assert (copy / "generation_config.json").read_bytes() == generation
+
+
+@pytest.mark.parametrize(("rank", "dies"), [(0, False), (0, True), (1, False)])
+def test_no_rank_goes_on_before_the_engines_have_the_weights(monkeypatch, rank, dies):
+    """Also where an engine has died: the other ranks are at the barrier by then."""
+    said = []
+
+    def parameters(model):
+        yield "weight", None
+        said.append("gathered")
+
+    def load(references):
+        said.append("loaded")
+        if dies:
+            raise RuntimeError("the engine died")
+
+    ranks = SimpleNamespace(get_rank=lambda: rank, barrier=lambda: said.append("barrier"))
+    monkeypatch.setattr(weight_sync, "dist", ranks)
+    monkeypatch.setattr(weight_sync, "full_parameters", parameters)
+    monkeypatch.setattr(weight_sync, "write_weights", lambda gathered, folder, head: list(gathered))
+    monkeypatch.setattr(weight_sync, "has_head", lambda config: True)
+    monkeypatch.setattr(weight_sync, "get", load)
+    sender = weight_sync.WeightSender.__new__(weight_sync.WeightSender)
+    server = SimpleNamespace(load_weights=SimpleNamespace(remote=lambda folder: folder))
+    sender.engine, sender.model, sender.servers = None, SimpleNamespace(config=None), [server]
+    with pytest.raises(RuntimeError, match="died") if dies else nullcontext():
+        sender.send()
+    assert said == ["gathered", *["loaded"] * (rank == 0), "barrier"]
