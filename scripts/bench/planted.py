@@ -17,7 +17,6 @@ UPDATE = "verl/workers/update.py"
 FORWARD = "verl/workers/forward.py"
 SYNC = "verl/workers/rollout/weight_sync.py"
 LOOP = "search_r1/agent/loop.py"
-ACTIONS = "search_r1/agent/actions.py"
 
 PLANTED: tuple[tuple[str, str, str], ...] = (
     (LOSSES, "ratio = p.log_ratio.detach().exp()", "ratio = p.log_ratio.exp()"),

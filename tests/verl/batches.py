@@ -7,6 +7,11 @@ from verl.protocol import DataProto
 VOCAB, PROMPT, RESPONSE, ROWS = 50, 5, 9, 16
 
 
+def normal(seed: int) -> torch.Tensor:
+    """Normally distributed numbers [ROWS, RESPONSE] in float64."""
+    return torch.randn(ROWS, RESPONSE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def ragged_batch(dtype: torch.dtype) -> DataProto:
     """Ragged prompts and responses with observation spans: one step of the actor, two of the critic."""
     g = torch.Generator().manual_seed(1)

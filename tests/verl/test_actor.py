@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.verl.batches import RESPONSE, ROWS, ragged_batch
+from tests.verl.batches import normal, ragged_batch
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
 from verl.workers import actor, reference
@@ -21,10 +21,6 @@ COUNTS = Counts(num_tokens=200, num_seqs=40)
 """Of a whole mini-batch, more than the rows here."""
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 DIVISOR = 7.0
-
-
-def normal(seed: int) -> torch.Tensor:
-    return torch.randn(ROWS, RESPONSE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def log_probs() -> torch.Tensor:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.verl.batches import RESPONSE, ROWS, ragged_batch
+from tests.verl.batches import normal, ragged_batch
 from verl.protocol import CRITIC_MINI_BATCH
 from verl.trainer.ppo.core_algos import compute_value_loss
 from verl.workers import critic
@@ -15,10 +15,6 @@ from verl.workers.update import Counts
 
 COUNTS = Counts(num_tokens=200, num_seqs=40)
 """Of a whole mini-batch, more than the rows here."""
-
-
-def normal(seed: int) -> torch.Tensor:
-    return torch.randn(ROWS, RESPONSE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
