@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from tests.verl.batches import ragged_batch
 from tests.verl.test_checkpoints_of_run import Run
 from tests.verl.test_dataset import row
+from verl.trainer import main_ppo, packing
 from verl.trainer.config import PPOConfig, validate
 from verl.trainer.main_ppo import CONFIGS, checkpoint_to_resume, status_of
 from verl.trainer.ppo.advantage import build_kl_controller
@@ -23,6 +24,7 @@ from verl.trainer.ppo.checkpoints import TRAINER
 from verl.trainer.ppo.collapse import CollapseWatch
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.resume import FIXED, TAKES_EFFECT, WITHOUT_MEANING, check_resume
+from verl.trainer.supervise import Stop
 from verl.utils.checkpoint_storage import CheckpointError
 from verl.utils.config import Config
 from verl.utils.dataset import questions_digest
@@ -313,3 +315,20 @@ def test_signals_that_are_not_watched_any_more_are_forgotten(tmp_path):
     )
     after.collapse_watch.load_state_dict(before.collapse_watch.state_dict())
     assert after.collapse_watch.since == {} and after.collapse_watch.history == {"actor/grad_norm": [1.0]}
+
+
+def test_a_run_is_compared_as_it_will_train_with_its_packing_decided(tmp_path, monkeypatch):
+    """The saved configuration has it decided; compared before that, every resume would tell of a change."""
+    undecided, decided = (
+        SimpleNamespace(trainer=SimpleNamespace(default_local_dir=str(tmp_path)), pack_rows=pack)
+        for pack in (None, True)
+    )
+    compared = []
+    for name in ("check_trainable", "load_train_set", "load_val_set", "check_environment", "write_config", "train"):
+        monkeypatch.setattr(main_ppo, name, lambda *_: None)
+    monkeypatch.setattr(main_ppo, "gpus_here", lambda config: 0)
+    monkeypatch.setattr(main_ppo, "prepare", lambda raw: (undecided, None, None, None))
+    monkeypatch.setattr(packing, "decide_packing", lambda config: decided)
+    monkeypatch.setattr(main_ppo, "checkpoint_to_resume", lambda config, train_set: compared.append(config.pack_rows))
+    main_ppo.run_ppo({}, Stop())
+    assert compared == [True]

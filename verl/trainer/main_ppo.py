@@ -105,8 +105,8 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     val_set = load_val_set(config, tokenizer)
     check_environment(config, agent, gpus_here(config))
     with held(config.trainer.default_local_dir):
-        resume = checkpoint_to_resume(config, train_set)
         config = decide_packing(config)
+        resume = checkpoint_to_resume(config, train_set)
         write_config(raw, config)
         train(config, tokenizer, agent, reward, train_set, val_set, stop, resume)
 
