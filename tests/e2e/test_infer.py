@@ -111,7 +111,7 @@ def test_a_retriever_that_is_down_is_a_clear_error(repository):
 
 def test_a_missing_model_is_not_made_in_its_place(repository, tmp_path):
     missing = tmp_path / "none"
-    with pytest.raises(SystemExit, match=f"actor_rollout_ref.model.path={missing}: no tokenizer"):
+    with pytest.raises(SystemExit, match=f"{missing}: no such folder"):
         elsewhere = [f"setup.world={tmp_path}/world", "setup.index_dir=null"]
         infer.main([str(missing), "Who?", "retriever.url=http://127.0.0.1:9/retrieve", *elsewhere])
     assert not missing.exists()
