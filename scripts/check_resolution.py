@@ -1,9 +1,11 @@
-"""Resolves the pinned environments for every supported Python, without installing or downloading them.
+"""Resolves the pinned environments for every supported Python, without installing or downloading
+them.
 
     python scripts/check_resolution.py [gpu|cpu]
 
-A resolution fails where the constraints and the requirements cannot be met together, and where a package floats because
-the constraints do not name it. The indexes are those that pip is configured with.
+A resolution fails where the constraints and the requirements cannot be met together, and where a
+package floats because the constraints do not name it. The indexes are those that pip is configured
+with.
 """
 
 import argparse
@@ -34,7 +36,8 @@ FLAGS = {
 
 
 def pip_settings() -> dict[str, str]:
-    """pip's options from its files and its environment variables, the latter first, as pip has it."""
+    """pip's options from its files and its environment variables, the latter first, as pip has
+    it."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
@@ -47,7 +50,8 @@ def pip_settings() -> dict[str, str]:
 
 
 def index_flags(settings: dict[str, str]) -> list[str]:
-    """uv's arguments for what pip is configured with; several values of one option are divided by white space."""
+    """uv's arguments for what pip is configured with; several values of one option are divided by
+    white space."""
     flags = ["--index-strategy", "unsafe-best-match"]  # pip's: the best version of all indexes
     for name, flag in FLAGS.items():
         for value in settings.get(name, "").split():
@@ -55,20 +59,44 @@ def index_flags(settings: dict[str, str]) -> list[str]:
     return flags
 
 
-def resolve(device: str, python: str, flags: Sequence[str], environment: dict[str, str]) -> str | None:
+def resolve(
+    device: str, python: str, flags: Sequence[str], environment: dict[str, str]
+) -> str | None:
     """What is wrong with one resolution, if anything."""
     constraints = ROOT / "scripts" / f"constraints-{device}.txt"
-    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--quiet", "--no-config"]
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "compile",
+        "pyproject.toml",
+        "--quiet",
+        "--no-config",
+    ]
     command += ["--no-header", "--no-annotate", "--python", sys.executable]
-    command += ["--python-version", python, "--python-platform", PLATFORM, "--constraint", str(constraints), *flags]
+    command += [
+        "--python-version",
+        python,
+        "--python-platform",
+        PLATFORM,
+        "--constraint",
+        str(constraints),
+        *flags,
+    ]
     for extra in EXTRAS[device]:
         command += ["--extra", extra]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
         for name in ELSEWHERE[device]:
-            overrides.write(f'{name}; python_version < "3"\n')  # a marker that never holds: left out
+            # a marker that never holds: left out
+            overrides.write(f'{name}; python_version < "3"\n')
         overrides.flush()
         done = subprocess.run(
-            [*command, "--override", overrides.name], cwd=ROOT, env=environment, capture_output=True, text=True
+            [*command, "--override", overrides.name],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
     if done.returncode:
         return done.stderr.strip()
@@ -85,19 +113,31 @@ def names(lines: str) -> set[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 1 if a resolution failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", nargs="?", choices=tuple(EXTRAS), help="the environment (default: both)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "device", nargs="?", choices=tuple(EXTRAS), help="the environment (default: both)"
+    )
     args = parser.parse_args(argv)
     settings = pip_settings()
     environment = dict(os.environ)
     if "cert" in settings:
         environment.setdefault("SSL_CERT_FILE", settings["cert"])
     flags = index_flags(settings)
-    wanted = [(device, python) for device in ([args.device] if args.device else EXTRAS) for python in PYTHONS]
+    wanted = [
+        (device, python)
+        for device in ([args.device] if args.device else EXTRAS)
+        for python in PYTHONS
+    ]
     with ThreadPoolExecutor() as pool:  # they wait for the index most of the time
-        problems = list(pool.map(lambda pair: resolve(pair[0], pair[1], flags, environment), wanted))
+        problems = list(
+            pool.map(lambda pair: resolve(pair[0], pair[1], flags, environment), wanted)
+        )
     for (device, python), problem in zip(wanted, problems, strict=True):
-        sys.stdout.write(f".[{','.join(EXTRAS[device])}] for Python {python}: {problem or 'resolves'}\n")
+        sys.stdout.write(
+            f".[{','.join(EXTRAS[device])}] for Python {python}: {problem or 'resolves'}\n"
+        )
     return int(any(problems))
 
 

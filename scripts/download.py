@@ -3,8 +3,8 @@
     python scripts/download.py --save_path DIR                    # corpus and exact E5 index
     python scripts/download.py --save_path DIR --what corpus bm25 # corpus and Lucene's BM25 index
 
-An interrupted download goes on where it was; every file is checked by size and hash; parts are joined and archives
-unpacked whole or not at all. HF_ENDPOINT names a mirror, HF_TOKEN a token.
+An interrupted download goes on where it was; every file is checked by size and hash; parts are
+joined and archives unpacked whole or not at all. HF_ENDPOINT names a mirror, HF_TOKEN a token.
 """
 
 import argparse
@@ -27,7 +27,8 @@ BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class Item:
-    """A data set of the hub: its files, joined or unpacked, become `target`; a folder is taken as it is."""
+    """A data set of the hub: its files, joined or unpacked, become `target`; a folder is taken as
+    it is."""
 
     repo: str
     target: str
@@ -48,20 +49,27 @@ class DownloadError(Exception):
 
 
 def fetch(item: Item, save_path: Path, keep: bool) -> Path:
-    """The target of `item` in `save_path`. Raises DownloadError for a damaged file or too little room."""
+    """The target of `item` in `save_path`. Raises DownloadError for a damaged file or too little
+    room."""
     target = save_path / item.target
     mark = save_path / f".{item.target}.download.json"
     if mark.is_file() and target.exists():
         sys.stdout.write(f"{target}: already here\n")
         return target
     info = HfApi().dataset_info(item.repo, files_metadata=True)
-    wanted = [f for f in info.siblings or [] if any(Path(f.rfilename).match(p) for p in item.patterns)]
+    wanted = [
+        f for f in info.siblings or [] if any(Path(f.rfilename).match(p) for p in item.patterns)
+    ]
     if not wanted:
         raise DownloadError(f"{item.repo} has no {' or '.join(item.patterns)}")
     need_room(save_path, sum(f.size or 0 for f in wanted), item)
     folder = save_path / f".{item.target}.parts"
     snapshot_download(
-        item.repo, repo_type="dataset", revision=info.sha, local_dir=folder, allow_patterns=list(item.patterns)
+        item.repo,
+        repo_type="dataset",
+        revision=info.sha,
+        local_dir=folder,
+        allow_patterns=list(item.patterns),
     )
     for file in wanted:
         check(folder / file.rfilename, file.size, file.lfs.sha256 if file.lfs else None)
@@ -78,11 +86,15 @@ def need_room(save_path: Path, size: int, item: Item) -> None:
     save_path.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(save_path).free
     if free < 2 * size:
-        raise DownloadError(f"{item.target} needs {2 * size / 1e9:.1f} GB in {save_path}, {free / 1e9:.1f} GB are free")
+        raise DownloadError(
+            f"{item.target} needs {2 * size / 1e9:.1f} GB in {save_path}, {free / 1e9:.1f} GB are "
+            "free"
+        )
 
 
 def check(path: Path, size: int | None, sha256: str | None) -> None:
-    """Raises DownloadError unless the file is the one that the hub describes; removes a wrong one."""
+    """Raises DownloadError unless the file is the one that the hub describes; removes a wrong
+    one."""
     problem = None
     if size is not None and path.stat().st_size != size:
         problem = f"has {path.stat().st_size} bytes instead of {size}"
@@ -109,7 +121,10 @@ def assemble(item: Item, parts: Sequence[Path], folder: Path, target: Path) -> N
         shutil.copytree(folder / item.target, target)
         return
     pending = target.with_name(target.name + ".tmp")
-    with pending.open("wb") as out, bar(sum(p.stat().st_size for p in parts), f"writing {target.name}") as progress:
+    with (
+        pending.open("wb") as out,
+        bar(sum(p.stat().st_size for p in parts), f"writing {target.name}") as progress,
+    ):
         for part in parts:
             start = progress.n
             with part.open("rb") as raw:
@@ -127,13 +142,21 @@ def bar(total: int, text: str) -> "tqdm[None]":
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetches what is named and not there yet."""
     sizes = ", ".join(f"{name} {item.size}" for name, item in ITEMS.items())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save_path", type=Path, required=True, help="folder to fill")
     parser.add_argument(
-        "--what", nargs="+", choices=ITEMS, default=["corpus", "e5"], help=f"(default: corpus e5). About: {sizes}"
+        "--what",
+        nargs="+",
+        choices=ITEMS,
+        default=["corpus", "e5"],
+        help=f"(default: corpus e5). About: {sizes}",
     )
     parser.add_argument(
-        "--keep_parts", action="store_true", help="keep the files as they came, beside what they became"
+        "--keep_parts",
+        action="store_true",
+        help="keep the files as they came, beside what they became",
     )
     args = parser.parse_args(argv)
     for name in args.what:

@@ -1,7 +1,8 @@
-"""Says whether this Python has what extras of pyproject.toml ask for: `python scripts/requirements_met.py EXTRA ...`.
+"""Says whether this Python has what extras of pyproject.toml ask for: `python
+scripts/requirements_met.py EXTRA ...`.
 
-Exit status 1 and the first missing or unfitting package on standard error if not. Nothing of the project need be
-installed.
+Exit status 1 and the first missing or unfitting package on standard error if not. Nothing of the
+project need be installed.
 """
 
 import sys
@@ -15,7 +16,8 @@ PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def requirements(project: dict[str, Any], extras: Sequence[str]) -> Iterator[Any]:
-    """What the project needs itself and for these extras, those within extras too. Raises KeyError for others."""
+    """What the project needs itself and for these extras, those within extras too. Raises KeyError
+    for others."""
     from packaging.requirements import Requirement
 
     for line in project["dependencies"]:

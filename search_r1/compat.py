@@ -1,11 +1,22 @@
 """Command lines of the original Search-R1: what became of the keys that this project does not have.
 
-`compat=search_r1` takes such a command line whole (`verl/trainer/compat.py` says how); docs/migration.md has the table.
+`compat=search_r1` takes such a command line whole (`verl/trainer/compat.py` says how);
+docs/migration.md has the table.
 """
 
 from typing import Any
 
-from verl.trainer.compat import ACTOR, COMMON, ROLLOUT, Fate, Given, Project, Refused, ignored, ignored_if
+from verl.trainer.compat import (
+    ACTOR,
+    COMMON,
+    ROLLOUT,
+    Fate,
+    Given,
+    Project,
+    Refused,
+    ignored,
+    ignored_if,
+)
 
 FORMAT_REWARD = "the format reward (main_ppo_format): reward.em_format=1, reward.em=0"
 
@@ -16,9 +27,13 @@ def format_reward(value: Any) -> dict[str, Any]:
 
 
 def http_server(value: Any, given: Given) -> Any:
-    """The address of a retrieval server. Raises Refused for the name of a search engine, which a fork has there."""
+    """The address of a retrieval server. Raises Refused for the name of a search engine, which a
+    fork has there."""
     if not str(value).startswith(("http://", "https://", "[")):
-        raise Refused("expected the address of a server: scripts/retriever/web.sh starts one that searches the web")
+        raise Refused(
+            "expected the address of a server: scripts/retriever/web.sh starts one that searches "
+            "the web"
+        )
     return value
 
 
@@ -26,27 +41,45 @@ SEARCH_R1 = Project(
     keys={
         **COMMON,
         f"{ROLLOUT}.n_agent": Fate(f"{ROLLOUT}.n", "trajectories per prompt"),
-        f"{ROLLOUT}.n": ignored_if([1], "the group is n_agent there: copies by the engine beside it have no equal"),
+        f"{ROLLOUT}.n": ignored_if(
+            [1], "the group is n_agent there: copies by the engine beside it have no equal"
+        ),
         f"{ACTOR}.use_kl_loss": Fate(
             f"{ACTOR}.use_kl_loss",
             "the KL is in the loss or in the reward",
             also=lambda value: {"algorithm.use_kl_in_reward": not value},
         ),
-        f"{ACTOR}.optim.warmup_style": ignored("never read there: always constant after the warm-up"),
+        f"{ACTOR}.optim.warmup_style": ignored(
+            "never read there: always constant after the warm-up"
+        ),
         f"{ACTOR}.optim.min_lr_ratio": ignored("never read there"),
-        f"{ACTOR}.optim.total_training_steps": ignored("trainer.total_training_steps, or what the epochs amount to"),
+        f"{ACTOR}.optim.total_training_steps": ignored(
+            "trainer.total_training_steps, or what the epochs amount to"
+        ),
         f"{ACTOR}.ppo_epochs": ignored("never read there: one pass"),
         "critic.ppo_epochs": ignored("never read there: one pass"),
         f"{ROLLOUT}.max_num_seqs": ignored("never given to the engine there"),
         f"{ROLLOUT}.max_num_batched_tokens": ignored("never given to the engine there"),
         "algorithm.no_think_rl": ignored_if([False], "it only raised an error there"),
-        "algorithm.state_masking.start_state_marker": ignored("never read there: masks are carried, not recovered"),
-        "algorithm.state_masking.end_state_marker": ignored("never read there: masks are carried, not recovered"),
-        "reward_model.structure_format_score": Fate("reward.structure_format_score", FORMAT_REWARD, also=format_reward),
-        "reward_model.final_format_score": Fate("reward.final_format_score", FORMAT_REWARD, also=format_reward),
-        "reward_model.retrieval_score": Fate("reward.retrieval_score", FORMAT_REWARD, also=format_reward),
+        "algorithm.state_masking.start_state_marker": ignored(
+            "never read there: masks are carried, not recovered"
+        ),
+        "algorithm.state_masking.end_state_marker": ignored(
+            "never read there: masks are carried, not recovered"
+        ),
+        "reward_model.structure_format_score": Fate(
+            "reward.structure_format_score", FORMAT_REWARD, also=format_reward
+        ),
+        "reward_model.final_format_score": Fate(
+            "reward.final_format_score", FORMAT_REWARD, also=format_reward
+        ),
+        "reward_model.retrieval_score": Fate(
+            "reward.retrieval_score", FORMAT_REWARD, also=format_reward
+        ),
         "retriever.url": Fate("retriever.url", "", http_server),
-        "reranker.do_rerank": ignored_if([False], "the server reranks: scripts/retriever/rerank.sh, as retriever.url"),
+        "reranker.do_rerank": ignored_if(
+            [False], "the server reranks: scripts/retriever/rerank.sh, as retriever.url"
+        ),
         "reranker.url": ignored("read only with reranker.do_rerank"),
         "reranker.topk": ignored("read only with reranker.do_rerank"),
     },
@@ -71,5 +104,5 @@ SEARCH_R1 = Project(
         "trainer.experiment_name": "gsm8k",
     },
 )
-"""The original at its last commit. Its default top_p of .95 is not taken over: tokens would be sampled from another
-distribution than the one that is trained."""
+"""The original at its last commit. Its default top_p of .95 is not taken over: tokens would be
+sampled from another distribution than the one that is trained."""

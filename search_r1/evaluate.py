@@ -1,10 +1,12 @@
-"""`python -m search_r1.evaluate MODEL [key=value ...]`: numbers for a model, by the loop and prompts of training.
+"""`python -m search_r1.evaluate MODEL [key=value ...]`: numbers for a model, by the loop and
+prompts of training.
 
-MODEL is a Hugging Face folder or hub name; a run folder, its `best` or `latest`, or a checkpoint in it, each exported
-first (search_r1.export); or with --endpoint the name of a model behind an OpenAI-compatible API (text in, text out:
-for evaluation only). Data, method and search are those of the configuration:
-`experiment=nq_hotpotqa/grpo method=rag data.val_files=...`. Trajectories go to the run folder as they finish; an
-interrupted evaluation goes on where it was. Then come summary.json, table.md and page.html beside them.
+MODEL is a Hugging Face folder or hub name; a run folder, its `best` or `latest`, or a checkpoint in
+it, each exported first (search_r1.export); or with --endpoint the name of a model behind an
+OpenAI-compatible API (text in, text out: for evaluation only). Data, method and search are those of
+the configuration: `experiment=nq_hotpotqa/grpo method=rag data.val_files=...`. Trajectories go to
+the run folder as they finish; an interrupted evaluation goes on where it was. Then come
+summary.json, table.md and page.html beside them.
 """
 
 import argparse
@@ -23,7 +25,8 @@ from verl.utils.model_names import run_folder_of
 
 
 def run_name(model: str) -> str:
-    """The run's name: the model's path from the folder of its run on, so that the `hf` of two runs differ.
+    """The run's name: the model's path from the folder of its run on, so that the `hf` of two runs
+    differ.
 
     Where it is in no run folder, the last two parts.
 
@@ -36,18 +39,21 @@ def run_name(model: str) -> str:
 
 
 def model_of(name: str, endpoint: str | None) -> str:
-    """What the engine loads for MODEL, which is a folder by its full path; at an endpoint the name itself.
+    """What the engine loads for MODEL, which is a folder by its full path; at an endpoint the name
+    itself.
 
-    Raises ModelError or ConfigError when there is no such model, or a checkpoint cannot be exported.
+    Raises ModelError or ConfigError when there is no such model, or a checkpoint cannot be
+    exported.
     """
     return name if endpoint else loadable_model(name)
 
 
 def given_overrides(model: str, endpoint: str | None) -> list[str]:
-    """MODEL and --endpoint as overrides; a folder by its full path, a checkpoint by that of its export.
+    """MODEL and --endpoint as overrides; a folder by its full path, a checkpoint by that of its
+    export.
 
-    All questions are asked, also where the validations of an experiment take a sample: further overrides may say
-    otherwise. Raises as `model_of` does.
+    All questions are asked, also where the validations of an experiment take a sample: further
+    overrides may say otherwise. Raises as `model_of` does.
     """
     given = [f"actor_rollout_ref.model.path={quoted(model_of(model, endpoint))}"]
     given.append("data.val_sample_per_source=null")
@@ -60,14 +66,28 @@ def given_overrides(model: str, endpoint: str | None) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of the evaluation."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m search_r1.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint")
-    parser.add_argument("--endpoint", metavar="URL", help="base address of an OpenAI-compatible API, such as .../v1")
-    parser.add_argument("--config-name", default="grpo", help="configuration to start from (default: grpo)")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="evaluation.jsonl of another model or method")
-    parser.add_argument("--closed-book", type=Path, metavar="FILE", help="evaluation.jsonl without search")
-    parser.add_argument("--published", metavar="NAME", help="published rows of this model only, such as Qwen2.5-7B")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint"
+    )
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="base address of an OpenAI-compatible API, such as .../v1"
+    )
+    parser.add_argument(
+        "--config-name", default="grpo", help="configuration to start from (default: grpo)"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="evaluation.jsonl of another model or method"
+    )
+    parser.add_argument(
+        "--closed-book", type=Path, metavar="FILE", help="evaluation.jsonl without search"
+    )
+    parser.add_argument(
+        "--published", metavar="NAME", help="published rows of this model only, such as Qwen2.5-7B"
+    )
     args, overrides = parser.parse_known_args(argv)
     try:
         given = given_overrides(args.model, args.endpoint)
@@ -77,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ModelError) as error:
         sys.exit(f"error: {error}")
     files = {
-        name: value.resolve() for name, value in vars(args).items() if name in ("compare", "closed_book") and value
+        name: value.resolve()
+        for name, value in vars(args).items()
+        if name in ("compare", "closed_book") and value
     }
     try:
         # At an endpoint the model's name is no path, whatever folder of that name may be here.

@@ -1,8 +1,9 @@
 """`python -m search_r1.export CHECKPOINT [--out DIR]`: a Hugging Face folder of any checkpoint.
 
-CHECKPOINT is a run folder (its newest checkpoint), its `best` or `latest`, a `global_step_N`, or what an alarm left in
-`alarms`. It takes one process and no GPU; the dtype, tokenizer and generation settings are those of the model that the
-run began with, and adapters are merged. `search_r1.evaluate` and `search_r1.infer` do this by themselves.
+CHECKPOINT is a run folder (its newest checkpoint), its `best` or `latest`, a `global_step_N`, or
+what an alarm left in `alarms`. It takes one process and no GPU; the dtype, tokenizer and generation
+settings are those of the model that the run began with, and adapters are merged.
+`search_r1.evaluate` and `search_r1.infer` do this by themselves.
 """
 
 import argparse
@@ -19,9 +20,11 @@ from verl.utils.model_names import HF, find_checkpoint, ready_model
 
 
 def loadable_model(name: str) -> str:
-    """What an engine can load for MODEL: a Hugging Face folder by its full path, or `name` itself for a hub name.
+    """What an engine can load for MODEL: a Hugging Face folder by its full path, or `name` itself
+    for a hub name.
 
-    A checkpoint is exported first, to its own folder, where the next call finds it. Raises ModelError or ConfigError.
+    A checkpoint is exported first, to its own folder, where the next call finds it. Raises
+    ModelError or ConfigError.
     """
     if (model := ready_model(name)) is not None:
         return model
@@ -40,7 +43,8 @@ def loadable_model(name: str) -> str:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process is in here with the same folder. Raises OSError where folders cannot be locked."""
+    """Waits until no other process is in here with the same folder. Raises OSError where folders
+    cannot be locked."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -49,9 +53,15 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def export_to(checkpoint: Path, out: Path, base: str | None = None, tokenizer: str | None = None) -> Path:
-    """Writes the Hugging Face folder `out`, saying so; returns it. Raises ModelError, ConfigError or OSError."""
-    from verl.trainer.export import export  # brings torch, which who names a finished model need not wait for
+def export_to(
+    checkpoint: Path, out: Path, base: str | None = None, tokenizer: str | None = None
+) -> Path:
+    """Writes the Hugging Face folder `out`, saying so; returns it. Raises ModelError, ConfigError
+    or OSError."""
+    # brings torch, which who names a finished model need not wait for
+    from verl.trainer.export import (
+        export,
+    )
     from verl.utils.checkpoint_storage import CheckpointError
 
     sys.stderr.write(f"{checkpoint}: writing its policy as a Hugging Face model to {out}\n")
@@ -66,16 +76,26 @@ def export_to(checkpoint: Path, out: Path, base: str | None = None, tokenizer: s
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of the export."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m search_r1.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="run folder, its best or latest, or a checkpoint in it"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="run folder, its best or latest, or a checkpoint in it",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: hf in the checkpoint's)")
-    parser.add_argument("--base", metavar="MODEL", help="the model that the run began with, if it has moved")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write (default: hf in the checkpoint's)"
+    )
+    parser.add_argument(
+        "--base", metavar="MODEL", help="the model that the run began with, if it has moved"
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="its tokenizer, if that has moved")
     args = parser.parse_args(argv)
-    base, tokenizer = (str(Path(p).resolve()) if p and Path(p).exists() else p for p in (args.base, args.tokenizer))
+    base, tokenizer = (
+        str(Path(p).resolve()) if p and Path(p).exists() else p for p in (args.base, args.tokenizer)
+    )
     try:
         checkpoint = find_checkpoint(args.checkpoint)
         out = args.out.resolve() if args.out else checkpoint / HF

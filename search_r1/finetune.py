@@ -1,8 +1,10 @@
-"""`python -m search_r1.finetune --config-name grpo method=sft|rejection [key=value ...]`: the supervised baselines.
+"""`python -m search_r1.finetune --config-name grpo method=sft|rejection [key=value ...]`: the
+supervised baselines.
 
-`sft`: the policy learns the answers of the training questions. `rejection`: it samples trajectories, learns those that
-scored, and again. Both by `verl.trainer.sft`; every round leaves its model, and an interrupted run goes on behind the
-last finished one. The model ends in `trainer.default_local_dir`/hf, as that of a training run does.
+`sft`: the policy learns the answers of the training questions. `rejection`: it samples
+trajectories, learns those that scored, and again. Both by `verl.trainer.sft`; every round leaves
+its model, and an interrupted run goes on behind the last finished one. The model ends in
+`trainer.default_local_dir`/hf, as that of a training run does.
 """
 
 import argparse
@@ -39,7 +41,8 @@ from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
 
 class FinetuneConfig(Config):
     data: Literal["answers", "samples"] | None = None
-    """answers: of the training questions (SFT). samples: the policy's own trajectories that scored (rejection)."""
+    """answers: of the training questions (SFT). samples: the policy's own trajectories that scored
+    (rejection)."""
     rounds: PositiveInt = 1
     """Times that samples are drawn and learned."""
     samples: PositiveInt = 5
@@ -73,9 +76,11 @@ def answer_rows(
     tokenizer: Any,
     chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[dict[str, list[int]]]:
-    """Question and first gold answer of every training row, with loss on the answer and the end of the turn.
+    """Question and first gold answer of every training row, with loss on the answer and the end of
+    the turn.
 
-    The prompt is the one that evaluation asks. Raises DataError naming the place of a row whose prompt cannot be made.
+    The prompt is the one that evaluation asks. Raises DataError naming the place of a row whose
+    prompt cannot be made.
     """
     end = end_of_turn(tokenizer, **chat_template_kwargs)
     for place, row in zip(places, rows, strict=True):
@@ -97,11 +102,13 @@ class Finetune:
     def __init__(self, config: DictConfig, argv: Sequence[str]) -> None:
         self.raw = as_plain(config)
         self.config = read_finetune(self.raw)
-        self.argv, self.run_dir = list(argv), Path(config.trainer.default_local_dir)
+        self.argv = list(argv)
+        self.run_dir = Path(config.trainer.default_local_dir)
         self.model = str(config.actor_rollout_ref.model.path)
 
     def __call__(self) -> Path:
-        """The folder of the final model. Raises DataError when finished rounds in it were made otherwise."""
+        """The folder of the final model. Raises DataError when finished rounds in it were made
+        otherwise."""
         final = self.run_dir / "hf"
         claim(self.run_dir / "finetune.json", self.made_of(), "finetuning")
         for number in range(self.config.rounds):
@@ -117,14 +124,20 @@ class Finetune:
 
     def made_of(self) -> dict[str, Any]:
         """What a finished round depends on. More rounds may follow it."""
-        data, model, agent = self.raw["data"], self.raw["actor_rollout_ref"]["model"], self.raw["agent"]
+        data = self.raw["data"]
+        model = self.raw["actor_rollout_ref"]["model"]
+        agent = self.raw["agent"]
         sampling = ("train_data_num", "train_sample_seed", "apply_chat_template_kwargs")
         return {
             "model": {**model, "path": full_path(model["path"])},
             "train_files": [full_path(path) for path in files_of(data["train_files"])],
             **{key: data[key] for key in sampling},
             "template": self.raw["template"],
-            "finetune": {k: v for k, v in self.raw["finetune"].items() if k not in ("rounds", "max_token_len_per_gpu")},
+            "finetune": {
+                k: v
+                for k, v in self.raw["finetune"].items()
+                if k not in ("rounds", "max_token_len_per_gpu")
+            },
             "agent": {k: v for k, v in agent.items() if k != "retriever"},
             "topk": agent.get("retriever", {}).get("topk"),
             "reward": {k: v for k, v in self.raw["reward"].items() if k != "judge_endpoint"},
@@ -139,12 +152,17 @@ class Finetune:
             samples = self.sample(folder / "samples", files)
             rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))
         else:
-            model, data = self.raw["actor_rollout_ref"]["model"], self.raw["data"]
+            model = self.raw["actor_rollout_ref"]["model"]
+            data = self.raw["data"]
             tokenizer = AutoTokenizer.from_pretrained(
-                model.get("tokenizer_path") or self.model, trust_remote_code=model.get("trust_remote_code", False)
+                model.get("tokenizer_path") or self.model,
+                trust_remote_code=model.get("trust_remote_code", False),
             )
-            places, questions = read_questions(files, data["train_data_num"], data["train_sample_seed"])
-            template, kwargs = self.raw["template"], data["apply_chat_template_kwargs"]
+            places, questions = read_questions(
+                files, data["train_data_num"], data["train_sample_seed"]
+            )
+            template = self.raw["template"]
+            kwargs = data["apply_chat_template_kwargs"]
             rows = list(answer_rows(places, questions, template, tokenizer, kwargs))
         if not rows:
             raise DataError(f"{folder}: none of the samples scored {self.config.min_score} or more")
@@ -156,47 +174,70 @@ class Finetune:
         """Trajectories of the current model on the training questions."""
         val = "actor_rollout_ref.rollout.val_kwargs"
         run(
-            "-m", "verl.trainer.main_eval", *self.argv, f"actor_rollout_ref.model.path={quoted(self.model)}",
+            "-m",
+            "verl.trainer.main_eval",
+            *self.argv,
+            f"actor_rollout_ref.model.path={quoted(self.model)}",
             f"data.val_files={written(list(files))}",
             f"data.val_data_num={written(self.raw['data']['train_data_num'])}",
             f"data.val_sample_seed={self.raw['data']['train_sample_seed']}",
-            "data.val_sample_per_source=null", f"{val}.n={self.config.samples}",
+            "data.val_sample_per_source=null",
+            f"{val}.n={self.config.samples}",
             f"{val}.temperature={self.config.temperature}",
             f"trainer.default_local_dir={quoted(str(folder))}",
-        )  # fmt: skip
+        )
         return folder / "evaluation.jsonl"
 
     def train(self, rows: Path, folder: Path) -> None:
-        model, fsdp = self.raw["actor_rollout_ref"]["model"], self.raw["actor_rollout_ref"]["actor"]["fsdp_config"]
+        model = self.raw["actor_rollout_ref"]["model"]
+        fsdp = self.raw["actor_rollout_ref"]["actor"]["fsdp_config"]
         ranks = self.raw["trainer"]["n_gpus_per_node"]
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         run(
-            *launcher, "-m", "verl.trainer.sft", f"model={json.dumps({**model, 'path': str(self.model)})}",
-            f"fsdp={json.dumps(fsdp)}", f"train_files={json.dumps([str(rows)])}",
-            f"output={json.dumps(str(folder / 'unfinished'))}", f"optim.lr={self.config.lr}",
-            f"total_training_steps={self.config.steps}", f"train_batch_size={self.config.train_batch_size}",
-            f"max_token_len_per_gpu={self.config.max_token_len_per_gpu}", f"seed={self.raw['trainer']['seed']}",
-        )  # fmt: skip
+            *launcher,
+            "-m",
+            "verl.trainer.sft",
+            f"model={json.dumps({**model, 'path': str(self.model)})}",
+            f"fsdp={json.dumps(fsdp)}",
+            f"train_files={json.dumps([str(rows)])}",
+            f"output={json.dumps(str(folder / 'unfinished'))}",
+            f"optim.lr={self.config.lr}",
+            f"total_training_steps={self.config.steps}",
+            f"train_batch_size={self.config.train_batch_size}",
+            f"max_token_len_per_gpu={self.config.max_token_len_per_gpu}",
+            f"seed={self.raw['trainer']['seed']}",
+        )
         (folder / "unfinished").rename(folder / "hf")
 
 
 def run(*command: str) -> None:
     """Runs python on `command`; ends the program with its status if it fails."""
-    if status := subprocess.call([sys.executable, *command], cwd=ROOT, preexec_fn=dying_with_this()):
+    if status := subprocess.call(
+        [sys.executable, *command], cwd=ROOT, preexec_fn=dying_with_this()
+    ):
         sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config-name", default="grpo")
     args, overrides = parser.parse_known_args(argv)
     try:
         config, complete = composed(args.config_name, overrides)
         validate(as_plain(config))
         if config.finetune.data is None:
-            raise ConfigError(["finetune.data: expected answers or samples; method=sft and method=rejection set it"])
-        sys.stdout.write(f"trained model: {Finetune(config, ['--config-name', args.config_name, *complete])()}\n")
+            raise ConfigError(
+                [
+                    "finetune.data: expected answers or samples; method=sft and method=rejection "
+                    "set it"
+                ]
+            )
+        sys.stdout.write(
+            f"trained model: {Finetune(config, ['--config-name', args.config_name, *complete])()}\n"
+        )
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     return 0

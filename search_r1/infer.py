@@ -1,8 +1,9 @@
-"""`python -m search_r1.infer MODEL [QUESTION] [key=value ...]`: ask, and watch the model think, search and answer.
+"""`python -m search_r1.infer MODEL [QUESTION] [key=value ...]`: ask, and watch the model think,
+search and answer.
 
-The loop, prompts and search of training. MODEL as in `search_r1.evaluate`. Without QUESTION it asks you for one after
-the other; with --questions it answers a file of them (JSONL, CSV, parquet with `question`) into --out, where questions
-that are answered already are not asked again.
+The loop, prompts and search of training. MODEL as in `search_r1.evaluate`. Without QUESTION it asks
+you for one after the other; with --questions it answers a file of them (JSONL, CSV, parquet with
+`question`) into --out, where questions that are answered already are not asked again.
 """
 
 import argparse
@@ -36,7 +37,12 @@ from verl.workers.rollout.openai_engine import OpenAIEngine
 from verl.workers.rollout.router import Router
 from verl.workers.rollout.vllm_server import VLLMServer
 
-COLORS = {"think": "\033[90m", "search": "\033[36m", "answer": "\033[1;32m", "observation": "\033[33m"}
+COLORS = {
+    "think": "\033[90m",
+    "search": "\033[36m",
+    "answer": "\033[1;32m",
+    "observation": "\033[33m",
+}
 PLAIN = "\033[0m"
 Show = Callable[[str, str], None]
 """`show(source, text)`: called for each piece as it comes."""
@@ -46,7 +52,8 @@ class Asker:
     """A model ready to be asked. Belongs to one event loop."""
 
     def __init__(self, config: PPOConfig) -> None:
-        self.config, self.tokenizer = config, build_tokenizer(config)
+        self.config = config
+        self.tokenizer = build_tokenizer(config)
         self.agent = build_agent(config, self.tokenizer)
         self.server: VLLMServer | None = None
         self.engines: Any = None
@@ -54,34 +61,59 @@ class Asker:
 
     async def start(self) -> None:
         """Builds the engine. Raises ConfigError when something that is needed is not there."""
-        model, rollout = self.config.actor_rollout_ref.model, self.config.actor_rollout_ref.rollout
-        if problems := environment_problems(self.config, self.agent, rollout.tensor_model_parallel_size):
+        model = self.config.actor_rollout_ref.model
+        rollout = self.config.actor_rollout_ref.rollout
+        if problems := environment_problems(
+            self.config, self.agent, rollout.tensor_model_parallel_size
+        ):
             raise ConfigError(problems)
         if rollout.name == "openai":
             self.engines = OpenAIEngine(rollout.endpoint, model.path, self.tokenizer)
             return
         device = self.config.device
-        gpus = [str(i) for i in range(rollout.tensor_model_parallel_size)] if device == "cuda" else []
+        gpus = (
+            [str(i) for i in range(rollout.tensor_model_parallel_size)] if device == "cuda" else []
+        )
         self.server = VLLMServer(
-            rollout, model, max_model_len=self.config.max_model_len, device=device, replica_rank=0, num_replicas=1,
-            visible_devices=gpus, seed=self.config.trainer.seed,
-        )  # fmt: skip
+            rollout,
+            model,
+            max_model_len=self.config.max_model_len,
+            device=device,
+            replica_rank=0,
+            num_replicas=1,
+            visible_devices=gpus,
+            seed=self.config.trainer.seed,
+        )
         await self.server.start()
-        self.engines = Router([SimpleNamespace(generate=SimpleNamespace(remote=self.server.generate))])
+        self.engines = Router(
+            [SimpleNamespace(generate=SimpleNamespace(remote=self.server.generate))]
+        )
 
     async def ask(self, question: str, show: Show | None = None) -> Trajectory:
-        """The trajectory of a question. Raises TrajectoryFailed when a search or the endpoint fails for good."""
-        session, sampling = f"{time.monotonic_ns()}", self.config.actor_rollout_ref.rollout.val_kwargs
+        """The trajectory of a question. Raises TrajectoryFailed when a search or the endpoint fails
+        for good."""
+        session = f"{time.monotonic_ns()}"
+        sampling = self.config.actor_rollout_ref.rollout.val_kwargs
         known: list[int] = []
 
-        async def generate(prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()) -> Completion:
+        async def generate(
+            prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+        ) -> Completion:
             if show and known and prompt_ids[: len(known)] == known:
                 show(Source.OBSERVATION, self.tokenizer.decode(prompt_ids[len(known) :]))
-            params = {**sampling.params(), "max_tokens": max_tokens, "stop": list(stop), "seed": None}
+            params = {
+                **sampling.params(),
+                "max_tokens": max_tokens,
+                "stop": list(stop),
+                "seed": None,
+            }
             completion = await self.engines.generate(session, prompt_ids, params)
             known[:] = prompt_ids + completion.token_ids
             if show:
-                show(Source.MODEL, self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+                show(
+                    Source.MODEL,
+                    self.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                )
             return completion
 
         row = {"extra_info": {"question": question}, "data_source": "infer"}
@@ -100,7 +132,9 @@ class Asker:
 
 def answer_of(trajectory: Trajectory, tokenizer: Any) -> str | None:
     """The last answer that the model gave itself."""
-    return last_answer([tokenizer.decode(s.token_ids) for s in trajectory.segments if s.source is Source.MODEL])
+    return last_answer(
+        [tokenizer.decode(s.token_ids) for s in trajectory.segments if s.source is Source.MODEL]
+    )
 
 
 def show_colored(source: str, text: str, out: Any = None) -> None:
@@ -110,7 +144,9 @@ def show_colored(source: str, text: str, out: Any = None) -> None:
         if source == Source.OBSERVATION:
             text = f"{COLORS['observation']}{text}{PLAIN}"
         for tag in ("think", "search", "answer"):
-            text = text.replace(f"<{tag}>", f"{COLORS[tag]}<{tag}>").replace(f"</{tag}>", f"</{tag}>{PLAIN}")
+            text = text.replace(f"<{tag}>", f"{COLORS[tag]}<{tag}>").replace(
+                f"</{tag}>", f"</{tag}>{PLAIN}"
+            )
     out.write(text)
     out.flush()
 
@@ -125,7 +161,10 @@ async def ask_aloud(asker: Asker, questions: Iterator[str]) -> None:
             sys.stdout.write(f"\n[failed: {error.args[0]}]\n")
             continue
         answer = answer_of(trajectory, asker.tokenizer)
-        facts = f"{trajectory.info['searches']} searches, {time.perf_counter() - began:.1f} s, {trajectory.stop_reason}"
+        facts = (
+            f"{trajectory.info['searches']} searches, {time.perf_counter() - began:.1f} s, "
+            f"{trajectory.stop_reason}"
+        )
         sys.stdout.write(f"\n[{'no answer' if answer is None else 'answer: ' + answer}; {facts}]\n")
 
 
@@ -142,12 +181,14 @@ def typed() -> Iterator[str]:
 
 
 async def ask_file(asker: Asker, path: Path, out: Path) -> None:
-    """Answers the questions of a file that `out` lacks, and writes each as it is answered. Raises DataError.
+    """Answers the questions of a file that `out` lacks, and writes each as it is answered. Raises
+    DataError.
 
     Also where the answers in `out` are another model's, or were asked for otherwise.
     """
     questions = read_questions(path)
-    section, agent = asker.config.actor_rollout_ref, asker.config.agent
+    section = asker.config.actor_rollout_ref
+    agent = asker.config.agent
     made_of = {
         "model": section.model.path,
         "weights": weights_of(section.model.path),
@@ -159,7 +200,8 @@ async def ask_file(asker: Asker, path: Path, out: Path) -> None:
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     done = {json.loads(line)["question"] for line in lines}
     todo = [question for question in questions if question not in done]
-    slots, failed = asyncio.Semaphore(64), 0
+    slots = asyncio.Semaphore(64)
+    failed = 0
 
     async def one(question: str) -> tuple[str, Trajectory | TrajectoryFailed]:
         async with slots:
@@ -168,7 +210,10 @@ async def ask_file(asker: Asker, path: Path, out: Path) -> None:
             except TrajectoryFailed as error:
                 return question, error
 
-    with out.open("a", encoding="utf-8") as file, tqdm(total=len(questions), initial=len(questions) - len(todo)) as bar:
+    with (
+        out.open("a", encoding="utf-8") as file,
+        tqdm(total=len(questions), initial=len(questions) - len(todo)) as bar,
+    ):
         for coming in asyncio.as_completed([one(question) for question in todo]):
             question, result = await coming
             if isinstance(result, Trajectory):
@@ -177,11 +222,14 @@ async def ask_file(asker: Asker, path: Path, out: Path) -> None:
                 bar.update()
             failed += not isinstance(result, Trajectory)
     if failed:
-        raise DataError(f"{failed} questions failed and are not in {out}; run again to ask them once more")
+        raise DataError(
+            f"{failed} questions failed and are not in {out}; run again to ask them once more"
+        )
 
 
 def read_questions(path: Path) -> list[str]:
-    """The different questions of a file, in any form that `search_r1.data.prepare` reads, with or without answers.
+    """The different questions of a file, in any form that `search_r1.data.prepare` reads, with or
+    without answers.
 
     Raises DataError listing the rows without one.
     """
@@ -203,11 +251,17 @@ def read_questions(path: Path) -> list[str]:
 
 
 def answer_record(question: str, trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:
-    segments = [{"source": str(s.source), "text": tokenizer.decode(s.token_ids)} for s in trajectory.segments]
+    segments = [
+        {"source": str(s.source), "text": tokenizer.decode(s.token_ids)}
+        for s in trajectory.segments
+    ]
     return {
-        "question": question, "answer": answer_of(trajectory, tokenizer), "stop_reason": trajectory.stop_reason,
-        "searches": trajectory.info["searches"], "segments": segments,
-    }  # fmt: skip
+        "question": question,
+        "answer": answer_of(trajectory, tokenizer),
+        "stop_reason": trajectory.stop_reason,
+        "searches": trajectory.info["searches"],
+        "segments": segments,
+    }
 
 
 async def serve(config: PPOConfig, work: Callable[[Asker], Awaitable[None]]) -> None:
@@ -221,27 +275,46 @@ async def serve(config: PPOConfig, work: Callable[[Asker], Awaitable[None]]) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.infer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m search_r1.infer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint")
-    parser.add_argument("question", metavar="QUESTION", nargs="?", help="in quotes; without it you are asked for one")
-    parser.add_argument("--endpoint", metavar="URL", help="base address of an OpenAI-compatible API, such as .../v1")
-    parser.add_argument("--config-name", default="grpo", help="configuration to start from (default: grpo)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint"
+    )
+    parser.add_argument(
+        "question",
+        metavar="QUESTION",
+        nargs="?",
+        help="in quotes; without it you are asked for one",
+    )
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="base address of an OpenAI-compatible API, such as .../v1"
+    )
+    parser.add_argument(
+        "--config-name", default="grpo", help="configuration to start from (default: grpo)"
+    )
     parser.add_argument("--questions", type=Path, metavar="FILE", help="questions to answer")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where their answers go, JSONL")
     args, overrides = parser.parse_known_args(argv)
-    if args.question and "=" in args.question.split(" ")[0]:  # an override in the place of the question
+    if (
+        args.question and "=" in args.question.split(" ")[0]
+    ):  # an override in the place of the question
         args.question, overrides = None, [args.question, *overrides]
     if (args.questions is None) != (args.out is None):
         parser.error("--questions and --out go together")
     files = [path.resolve() if path else None for path in (args.questions, args.out)]
     try:
-        config, _ = composed(args.config_name, [*given_overrides(args.model, args.endpoint), *overrides])
-        answering(copy.deepcopy(config), None)  # what is wrong is told before anything is made or started
+        config, _ = composed(
+            args.config_name, [*given_overrides(args.model, args.endpoint), *overrides]
+        )
+        # what is wrong is told before anything is made or started
+        answering(copy.deepcopy(config), None)
         with surroundings(config, overrides) as server:
             asked = answering(config, server.url if server else None)
             if files[0] and files[1]:
-                source, out = files[0], files[1]
+                source = files[0]
+                out = files[1]
                 asyncio.run(serve(asked, lambda asker: ask_file(asker, source, out)))
             else:
                 questions = iter([args.question]) if args.question else typed()
@@ -252,7 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def answering(config: DictConfig, url: str | None) -> PPOConfig:
-    """The validated configuration: weights from disk, the prompt's template named, nothing of a training needed."""
+    """The validated configuration: weights from disk, the prompt's template named, nothing of a
+    training needed."""
     if url:
         config.retriever.url = url
     config.template = config.template or config.setup.template

@@ -1,9 +1,10 @@
-"""`python -m search_r1.launch --config-name grpo [key=value ...]`: all that surrounds a run on one machine.
+"""`python -m search_r1.launch --config-name grpo [key=value ...]`: all that surrounds a run on one
+machine.
 
-Makes what the `setup` section names and is absent or was made from something else (closed world, base model, training
-files, index), serves the index, trains under the same overrides with `verl.trainer.main_ppo`, or with
-`search_r1.finetune` where `finetune.data` is set, and reports. Sections left null are the user's own: for the paper's
-recipes this only starts the training.
+Makes what the `setup` section names and is absent or was made from something else (closed world,
+base model, training files, index), serves the index, trains under the same overrides with
+`verl.trainer.main_ppo`, or with `search_r1.finetune` where `finetune.data` is set, and reports.
+Sections left null are the user's own: for the paper's recipes this only starts the training.
 """
 
 import logging
@@ -48,21 +49,24 @@ PATHS = (
     "setup.corpus_path",
     "setup.index_dir",
 )
-"""Keys of paths. On the command line they are relative to where the user stands, in configs/ to the repository."""
+"""Keys of paths. On the command line they are relative to where the user stands, in configs/ to the
+repository."""
 TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
 MODELS = ("actor_rollout_ref.model.path", TOKENIZER, "critic.model.path")
 """Keys of paths that may also be names of the Hugging Face hub."""
 
 
 class SetupConfig(Config):
-    """What is made before training where it is absent, or was made from something else; null: nothing."""
+    """What is made before training where it is absent, or was made from something else; null:
+    nothing."""
 
     world: str | None = None
     """Folder of the closed world."""
     world_options: WorldConfig = WorldConfig()
     """What it is made with. A folder that was made with other options is refused."""
     questions: str | None = None
-    """JSONL, CSV or parquet of questions and answers, made into data.train_files and data.val_files."""
+    """JSONL, CSV or parquet of questions and answers, made into data.train_files and
+    data.val_files."""
     template: str = "search"
     """Prompt template for `questions`."""
     test_size: PositiveInt = 100
@@ -93,10 +97,15 @@ def launch(argv: Sequence[str]) -> int:
         return subprocess.call([sys.executable, "-m", "verl.trainer.main_ppo", *shown], cwd=ROOT)
     if line.is_foreign:
         raise ConfigError(
-            ["--config-path, --config-dir: the launcher reads configs/ alone; verl.trainer.main_ppo takes them"]
+            [
+                "--config-path, --config-dir: the launcher reads configs/ alone; "
+                "verl.trainer.main_ppo takes them"
+            ]
         )
     if line.multirun:
-        raise ConfigError(["--multirun: what surrounds a run is made for one: scripts/sweep.sh makes several"])
+        raise ConfigError(
+            ["--multirun: what surrounds a run is made for one: scripts/sweep.sh makes several"]
+        )
     config, overrides = composed(line.config_name, line.overrides)
     check(config)
     if config.finetune.data is not None:
@@ -110,10 +119,11 @@ def launch(argv: Sequence[str]) -> int:
 def composed(
     config_name: str, overrides: Sequence[str], models: Sequence[str] = MODELS
 ) -> tuple[DictConfig, list[str]]:
-    """The configuration, and the overrides it was composed with, whose paths are complete. Raises ConfigError.
+    """The configuration, and the overrides it was composed with, whose paths are complete. Raises
+    ConfigError.
 
-    The repository becomes the working directory: the paths of configs/ are relative to it. `models`: the keys of paths
-    that may be names of a hub.
+    The repository becomes the working directory: the paths of configs/ are relative to it.
+    `models`: the keys of paths that may be names of a hub.
     """
     complete = compose.absolute(overrides, Path.cwd(), PATHS, models)
     config = compose.composed(config_name, complete)
@@ -122,7 +132,8 @@ def composed(
 
 
 def check(config: DictConfig) -> None:
-    """Raises ConfigError listing everything that is wrong with a configuration, of `setup` and `finetune` too."""
+    """Raises ConfigError listing everything that is wrong with a configuration, of `setup` and
+    `finetune` too."""
     from search_r1.finetune import read_finetune
 
     raw = compose.as_plain(config)
@@ -144,7 +155,8 @@ def surrounded(program: str, config_name: str, overrides: Sequence[str], config:
 
 
 def run(command: list[str], server: "RetrievalServer | None") -> int:
-    """Exit status of a program, to which SIGINT and SIGTERM are passed on; the server is kept alive meanwhile.
+    """Exit status of a program, to which SIGINT and SIGTERM are passed on; the server is kept alive
+    meanwhile.
 
     The program ends with this one, however that ends.
     """
@@ -157,23 +169,36 @@ def run(command: list[str], server: "RetrievalServer | None") -> int:
 
 
 @contextmanager
-def surroundings(config: DictConfig, overrides: Sequence[str]) -> Iterator["RetrievalServer | None"]:
-    """Makes what `setup` names, serves its index; None if the server is the user's, or nobody searches."""
+def surroundings(
+    config: DictConfig, overrides: Sequence[str]
+) -> Iterator["RetrievalServer | None"]:
+    """Makes what `setup` names, serves its index; None if the server is the user's, or nobody
+    searches."""
     setup = read_setup(compose.as_plain(config))
     named = any(o.startswith("retriever.url=") for o in overrides)
     if setup.index_dir and not setup.corpus_path and not named and config.do_search:
-        raise ConfigError([f"setup.index_dir={setup.index_dir}: name the corpus that is searched by setup.corpus_path"])
+        raise ConfigError(
+            [
+                f"setup.index_dir={setup.index_dir}: name the corpus that is searched by "
+                "setup.corpus_path"
+            ]
+        )
     prepare(setup, config)
     if setup.index_dir is None or named or not config.do_search:
         yield None
         return
     if config.trainer.nnodes > 1:
         sys.exit(
-            f"error: trainer.nnodes={config.trainer.nnodes}: a retrieval server started here answers on this machine "
-            "alone: start one that all nodes reach, and name it by retriever.url (docs/multinode.md)"
+            f"error: trainer.nnodes={config.trainer.nnodes}: a retrieval server started here "
+            "answers on this machine "
+            "alone: start one that all nodes reach, and name it by retriever.url "
+            "(docs/multinode.md)"
         )
     with RetrievalServer(
-        Path(setup.index_dir, "bm25"), str(setup.corpus_path), int(config.retriever.topk), setup.server_flags
+        Path(setup.index_dir, "bm25"),
+        str(setup.corpus_path),
+        int(config.retriever.topk),
+        setup.server_flags,
     ) as server:
         yield server
 
@@ -187,26 +212,39 @@ def read_setup(raw: Mapping[str, Any]) -> SetupConfig:
 
 
 def prepare(setup: SetupConfig, config: DictConfig) -> None:
-    """Makes what is absent, or was made from something else; a second call only looks. Exits naming what forbids it."""
+    """Makes what is absent, or was made from something else; a second call only looks. Exits naming
+    what forbids it."""
     try:
         if setup.world:
             prepare_world(Path(setup.world), setup.world_options)
-            if Path(config.actor_rollout_ref.model.path).resolve() == Path(setup.world, "base").resolve():
-                prepare_base(Path(setup.world, "base"))  # at any other path a missing model is the user's mistake
+            if (
+                Path(config.actor_rollout_ref.model.path).resolve()
+                == Path(setup.world, "base").resolve()
+            ):
+                # at any other path a missing model is the user's mistake
+                prepare_base(Path(setup.world, "base"))
         if setup.questions:
             prepare_questions(setup, config)
     except DataError as error:
         sys.exit(f"error: {error}")
     if setup.index_dir and setup.corpus_path:
-        flags = ["--retrieval_method", "bm25", "--corpus_path", setup.corpus_path, "--save_dir", setup.index_dir]
+        flags = [
+            "--retrieval_method",
+            "bm25",
+            "--corpus_path",
+            setup.corpus_path,
+            "--save_dir",
+            setup.index_dir,
+        ]
         module("search_r1.search.index_builder", *flags)
 
 
 def prepare_world(folder: Path, options: WorldConfig) -> None:
-    """Makes the closed world where it, or a part of it, is absent. Exits naming the options in which one there differs.
+    """Makes the closed world where it, or a part of it, is absent. Exits naming the options in
+    which one there differs.
 
-    A world without a record of its options has the default ones. Raises DataError when a part is absent and another one
-    was changed by hand.
+    A world without a record of its options has the default ones. Raises DataError when a part is
+    absent and another one was changed by hand.
     """
     if (folder / "corpus.jsonl").exists():
         refuse_other_options(folder, options)
@@ -219,11 +257,18 @@ def prepare_world(folder: Path, options: WorldConfig) -> None:
 def refuse_other_options(folder: Path, options: WorldConfig) -> None:
     """Exits when the world in `folder` was made with other options."""
     record = folder / OPTIONS_FILE
-    made = WorldConfig.model_validate_json(record.read_text(encoding="utf-8")) if record.exists() else WorldConfig()
+    made = (
+        WorldConfig.model_validate_json(record.read_text(encoding="utf-8"))
+        if record.exists()
+        else WorldConfig()
+    )
     if differing := [name for name, value in options if getattr(made, name) != value]:
-        there, asked = (", ".join(f"{name}={getattr(o, name)}" for name in differing) for o in (made, options))
+        there, asked = (
+            ", ".join(f"{name}={getattr(o, name)}" for name in differing) for o in (made, options)
+        )
         sys.exit(
-            f"error: setup.world={folder} was made with {there}; setup.world_options asks for {asked}. Remove the "
+            f"error: setup.world={folder} was made with {there}; setup.world_options asks for "
+            f"{asked}. Remove the "
             "folder, or name another"
         )
 
@@ -237,7 +282,9 @@ def prepare_base(folder: Path) -> None:
     if len(missing) == len(BASE_FILES):
         module("search_r1.world.base", "--out", str(folder))
     elif missing:
-        raise DataError(f"{folder} is not a whole model, it lacks {', '.join(missing)}: remove the folder")
+        raise DataError(
+            f"{folder} is not a whole model, it lacks {', '.join(missing)}: remove the folder"
+        )
 
 
 def files_of(value: Any) -> list[str]:
@@ -246,24 +293,32 @@ def files_of(value: Any) -> list[str]:
 
 
 def prepare_questions(setup: SetupConfig, config: DictConfig) -> None:
-    """Makes the training files of `setup.questions` where they are absent, or were made from something else.
+    """Makes the training files of `setup.questions` where they are absent, or were made from
+    something else.
 
-    Raises DataError when they would take the place of the user's own, or the configuration reads other files.
+    Raises DataError when they would take the place of the user's own, or the configuration reads
+    other files.
     """
-    path, template, test_size = Path(str(setup.questions)), setup.template, setup.test_size
-    train_files, val_files = files_of(config.data.train_files), files_of(config.data.val_files)
+    path = Path(str(setup.questions))
+    template = setup.template
+    test_size = setup.test_size
+    train_files = files_of(config.data.train_files)
+    val_files = files_of(config.data.val_files)
     folder = Path(train_files[0]).parent if train_files else Path()
     expected = [folder / TRAIN, folder / TEST]
     if [*map(Path, train_files)] != expected[:1] or [*map(Path, val_files)] != expected[1:]:
         raise DataError(
             f"setup.questions={path} is made into {TRAIN} and {TEST} of one folder, but "
-            f"data.train_files={config.data.train_files} and data.val_files={config.data.val_files}: name these, or "
+            f"data.train_files={config.data.train_files} and "
+            f"data.val_files={config.data.val_files}: name these, or "
             "set setup.questions=null to train on your own files"
         )
     try:
         current = is_current(folder, inputs_of(path, template, test_size), (TRAIN, TEST))
     except DataError as error:
-        raise DataError(f"setup.questions: {error}; setup.questions=null trains on the files that are there") from error
+        raise DataError(
+            f"setup.questions: {error}; setup.questions=null trains on the files that are there"
+        ) from error
     if not current:
         flags = ["--questions", str(path), "--out", str(folder), "--template", template]
         module("search_r1.data.prepare", *flags, "--test-size", str(test_size))
@@ -279,7 +334,8 @@ def module(name: str, *flags: str) -> None:
 def free_port() -> int:
     """A port of this machine that nobody listens on.
 
-    It is below those that systems hand out by themselves, so that no connection takes it before the server does.
+    It is below those that systems hand out by themselves, so that no connection takes it before the
+    server does.
     """
     while True:
         port = 20000 + secrets.randbelow(12000)
@@ -289,22 +345,41 @@ def free_port() -> int:
 
 
 class RetrievalServer:
-    """A retrieval server over an index, at `url`. Ctrl-C does not reach it; it ends on the way out, or with this."""
+    """A retrieval server over an index, at `url`. Ctrl-C does not reach it; it ends on the way out,
+    or with this."""
 
     def __init__(self, index: Path, corpus: str, topk: int, flags: Sequence[str] = ()) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/retrieve"
-        command = [sys.executable, "-m", "search_r1.search.retrieval_server", "--retriever_name", "bm25"]
-        command += ["--index_path", str(index), "--corpus_path", corpus, "--topk", str(topk), "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "search_r1.search.retrieval_server",
+            "--retriever_name",
+            "bm25",
+        ]
+        command += [
+            "--index_path",
+            str(index),
+            "--corpus_path",
+            corpus,
+            "--topk",
+            str(topk),
+            "--port",
+            str(self.port),
+        ]
         self.command = [*command, "--log_level", "warning", *flags]  # the console is the run's
         self.restarts = 0
 
     def start(self) -> "subprocess.Popen[bytes]":
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(self.command, env=env, start_new_session=True, preexec_fn=dying_with_this())
+        return subprocess.Popen(
+            self.command, env=env, start_new_session=True, preexec_fn=dying_with_this()
+        )
 
     def revive(self) -> None:
-        """Starts the server again if it has ended, MAX_SERVER_RESTARTS times in all. Clients try again meanwhile."""
+        """Starts the server again if it has ended, MAX_SERVER_RESTARTS times in all. Clients try
+        again meanwhile."""
         if self.process.poll() is None or self.restarts > MAX_SERVER_RESTARTS:
             return
         self.restarts += 1
@@ -330,13 +405,15 @@ class RetrievalServer:
 
 
 def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
-    """Returns when the server answers. Exits with its status if it ends before, or after SERVER_START_S seconds."""
+    """Returns when the server answers. Exits with its status if it ends before, or after
+    SERVER_START_S seconds."""
     deadline = time.monotonic() + SERVER_START_S
     with httpx.Client(mounts=direct(url), timeout=1) as client:
         while time.monotonic() < deadline:
             if server.poll() is not None:
                 sys.exit(
-                    f"error: the retrieval server ended at once (status {server.returncode}); its message is above"
+                    f"error: the retrieval server ended at once (status {server.returncode}); its "
+                    "message is above"
                 )
             try:
                 if client.get(url).status_code == 200:

@@ -1,77 +1,106 @@
 """Every text that a policy is trained on besides questions and passages. The only copy.
 
-The sentences are those of the original Search-R1, byte for byte: its published checkpoints depend on them.
+The sentences are those of the original Search-R1, byte for byte: its published checkpoints depend
+on them.
 """
 
 from collections.abc import Sequence
 
 SEARCH_PROMPT = (
-    "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "
-    "information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query "
-    "</search> and it will return the top searched results between <information> and </information>. You can search as "
-    "many times as your want. If you find no further external knowledge needed, you can directly provide the answer "
-    "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. "
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first every "
+    "time you get new "
+    "information. After reasoning, if you find you lack some knowledge, you can call a search "
+    "engine by <search> query "
+    "</search> and it will return the top searched results between <information> and "
+    "</information>. You can search as "
+    "many times as your want. If you find no further external knowledge needed, you can directly "
+    "provide the answer "
+    "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
+    "</answer>. "
     "Question: {question}\n"
 )
 R1_PROMPT = (
-    "Answer the given question. You should first have a reasoning process in mind and then provides the answer. Show "
-    "your reasoning in <think> </think> tags and return the final answer in <answer> </answer> tags, for example "
+    "Answer the given question. You should first have a reasoning process in mind and then "
+    "provides the answer. Show "
+    "your reasoning in <think> </think> tags and return the final answer in <answer> </answer> "
+    "tags, for example "
     "<answer> Beijing </answer>. Question: {question}\n"
 )
 FAST_PROMPT = (
-    "Answer the given question. If you find you lack some knowledge, you can call a search engine by <search> query "
-    "</search> and it will return the top searched results between <information> and </information>. You can search as "
-    "many times as your want. If you find no further external knowledge needed, you can directly provide the answer "
-    "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. "
+    "Answer the given question. If you find you lack some knowledge, you can call a search engine "
+    "by <search> query "
+    "</search> and it will return the top searched results between <information> and "
+    "</information>. You can search as "
+    "many times as your want. If you find no further external knowledge needed, you can directly "
+    "provide the answer "
+    "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
+    "</answer>. "
     "Question: {question}\n"
 )
 """Without forced thinking before every action (Search-R1++, 2602.19526)."""
 RAG_PROMPT = (
-    "Answer the given question with the help of the context, which may or may not be useful. You should first have a "
-    "reasoning process in mind and then provides the answer. Show your reasoning in <think> </think> tags and return "
-    "the final answer in <answer> </answer> tags, for example <answer> Beijing </answer>. Question: {question}\n"
+    "Answer the given question with the help of the context, which may or may not be useful. You "
+    "should first have a "
+    "reasoning process in mind and then provides the answer. Show your reasoning in <think> "
+    "</think> tags and return "
+    "the final answer in <answer> </answer> tags, for example <answer> Beijing </answer>. "
+    "Question: {question}\n"
     "Context: {context}\n"
 )
 """One retrieval with the question, before the model writes anything."""
 SHORT_PROMPT = "Question: {question}\n"
-"""For the closed world, whose small model learns the protocol from traces: fewer tokens to compute."""
+"""For the closed world, whose small model learns the protocol from traces: fewer tokens to
+compute."""
 SHORT_RAG_PROMPT = "Question: {question}\n\n\n<information>{context}</information>\n\n"
 """The same with the passages of one retrieval, as that model knows them."""
 DIRECT_PROMPT = (
-    "Answer the given question with a few words, without explanation. Put the answer inside <answer> and </answer>, "
+    "Answer the given question with a few words, without explanation. Put the answer inside "
+    "<answer> and </answer>, "
     "for example <answer> Beijing </answer>. Question: {question}\n"
 )
 COT_PROMPT = (
-    "Answer the given question. Think step by step, then put the final answer, in a few words, inside <answer> and "
+    "Answer the given question. Think step by step, then put the final answer, in a few words, "
+    "inside <answer> and "
     "</answer>, for example <answer> Beijing </answer>. Question: {question}\n"
 )
 REACT_PROMPT = (
-    "Answer the given question by interleaving thoughts, actions and observations. A thought reasons about what is "
-    "known and what is missing. An action is written as Action: Search[query]; the passages that a search engine finds "
+    "Answer the given question by interleaving thoughts, actions and observations. A thought "
+    "reasons about what is "
+    "known and what is missing. An action is written as Action: Search[query]; the passages that a "
+    "search engine finds "
     "follow as an observation. For example:\n"
     "Thought: I need to find which country the town is in.\nAction: Search[town country]\n"
-    "Search as often as needed. When you know the answer, write it in a few words inside <answer> and </answer>, for "
+    "Search as often as needed. When you know the answer, write it in a few words inside <answer> "
+    "and </answer>, for "
     "example <answer> Beijing </answer>.\nQuestion: {question}\n"
 )
 """Thought, action, observation (ReAct, 2210.03629), without its examples."""
 SEARCH_O1_PROMPT = (
-    "You are a reasoning assistant that can search the web to answer the question accurately. To search, write "
-    "<|begin_search_query|> your query <|end_search_query|>. What was found is analysed, and the helpful part is given "
-    "to you as <|begin_search_result|> ... <|end_search_result|>. You can search again as often as necessary. When you "
-    "have all that you need, put the final answer, in a few words, inside <answer> and </answer>, for example <answer> "
+    "You are a reasoning assistant that can search the web to answer the question accurately. To "
+    "search, write "
+    "<|begin_search_query|> your query <|end_search_query|>. What was found is analysed, and the "
+    "helpful part is given "
+    "to you as <|begin_search_result|> ... <|end_search_result|>. You can search again as often as "
+    "necessary. When you "
+    "have all that you need, put the final answer, in a few words, inside <answer> and </answer>, "
+    "for example <answer> "
     "Beijing </answer>.\nThink step by step. Question: {question}\n"
 )
 """Reasoning that asks for searches (Search-o1, 2501.05366)."""
 REASON_IN_DOCUMENTS_PROMPT = (
-    "Read the passages below and extract what helps to go on with the reasoning. Reply with that information alone, in "
+    "Read the passages below and extract what helps to go on with the reasoning. Reply with that "
+    "information alone, in "
     "a few sentences, or with: No helpful information found.\n\n"
     "Reasoning so far:\n{reasoning}\n\nSearch query: {query}\n\nPassages:\n{context}\n"
 )
-"""The second prompt of Search-o1: passages become a short finding before the reasoning sees them."""
+"""The second prompt of Search-o1: passages become a short finding before the reasoning sees
+them."""
 IRCOT_PROMPT = (
-    "Answer the question by reasoning one sentence at a time, with the help of the passages, which may or may not be "
+    "Answer the question by reasoning one sentence at a time, with the help of the passages, which "
+    "may or may not be "
     "useful.\n\nPassages:\n{context}\n\nQuestion: {question}\nReasoning so far: {reasoning}\n"
-    "Write only the next sentence of the reasoning. Once the answer is known, put it, in a few words, inside <answer> "
+    "Write only the next sentence of the reasoning. Once the answer is known, put it, in a few "
+    "words, inside <answer> "
     "and </answer>, for example <answer> Beijing </answer>.\n"
 )
 """One sentence of a chain of thought, which is the next query (IRCoT, 2212.10509)."""
@@ -93,24 +122,34 @@ WITH_CONTEXT = frozenset(name for name, text in TEMPLATES.items() if "{context}"
 """Templates that need the passages of a search."""
 
 INVALID_ACTION = (
-    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I "
-    "want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
+    "\nMy previous action is invalid. If I want to search, I should put the query between <search> "
+    "and </search>. If I "
+    "want to give the final answer, I should put the answer between <answer> and </answer>. Let me "
+    "try again.\n"
 )
 INVALID_MESSAGE = (
-    "Your previous action is invalid. If you want to search, you should put the query between <search> and </search>. "
-    "If you want to give the final answer, you should put the answer between <answer> and </answer>. Please try again."
+    "Your previous action is invalid. If you want to search, you should put the query between "
+    "<search> and </search>. "
+    "If you want to give the final answer, you should put the answer between <answer> and "
+    "</answer>. Please try again."
 )
-"""Said by the user, to a chat model that ended its turn without an action. The original has no such message: it drops
-the token that ends the turn, and lets the model go on with the sentence above."""
+"""Said by the user, to a chat model that ended its turn without an action. The original has no such
+message: it drops the token that ends the turn, and lets the model go on with the sentence above."""
 
-SEARCH_END, ANSWER_END = "</search>", "</answer>"
-INFORMATION_START, INFORMATION_END = "<information>", "</information>"
-OBSERVATION_HEAD, OBSERVATION_TAIL = f"\n\n{INFORMATION_START}", f"{INFORMATION_END}\n\n"
+SEARCH_END = "</search>"
+ANSWER_END = "</answer>"
+INFORMATION_START = "<information>"
+INFORMATION_END = "</information>"
+OBSERVATION_HEAD = f"\n\n{INFORMATION_START}"
+OBSERVATION_TAIL = f"{INFORMATION_END}\n\n"
 
 
 def build_prompt(question: str, template: str, context: str = "", reasoning: str = "") -> str:
-    """The prompt of a question, which gets its question mark. Raises KeyError for an unknown template."""
-    return TEMPLATES[template].format(question=with_mark(question), context=context, reasoning=reasoning)
+    """The prompt of a question, which gets its question mark. Raises KeyError for an unknown
+    template."""
+    return TEMPLATES[template].format(
+        question=with_mark(question), context=context, reasoning=reasoning
+    )
 
 
 def with_mark(question: str) -> str:
@@ -125,4 +164,6 @@ def format_passages(passages: Sequence[tuple[str, str]]) -> str:
     >>> format_passages([('"Rome"', "A city."), ('"Nile"', "A river.")])
     'Doc 1(Title: "Rome") A city.\\nDoc 2(Title: "Nile") A river.'
     """
-    return "".join(f"Doc {i}(Title: {title}) {text}\n" for i, (title, text) in enumerate(passages, 1)).strip()
+    return "".join(
+        f"Doc {i}(Title: {title}) {text}\n" for i, (title, text) in enumerate(passages, 1)
+    ).strip()

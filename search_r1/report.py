@@ -1,4 +1,5 @@
-"""What a run has learned: a table of its validations by question type, and the curves of its training."""
+"""What a run has learned: a table of its validations by question type, and the curves of its
+training."""
 
 import json
 from collections import defaultdict
@@ -34,14 +35,16 @@ def table(records: list[dict[str, Any]]) -> str:
     lines = [HEADER, tuple("-" * len(h) for h in HEADER)]
     for name, group in groups.items():
         values = (
-            "-" if v is None else f"{v:.2f}" if k == "searches" else f"{v:.3f}" for k, v in summary(group).items()
+            "-" if v is None else f"{v:.2f}" if k == "searches" else f"{v:.3f}"
+            for k, v in summary(group).items()
         )
         lines.append((name, str(len(group)), *values))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, float | None]:
-    """EM, executed searches, share answered; search policy and reading apart, where gold passages are known."""
+    """EM, executed searches, share answered; search policy and reading apart, where gold passages
+    are known."""
     found = behaviour([read_course(record) for record in records])
     return {
         "EM": sum(r["reward"].get("em", 0.0) for r in records) / len(records),
@@ -53,7 +56,8 @@ def summary(records: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Reward, executed searches, lengths and validation score over training steps (the paper's figures 2 and 3)."""
+    """Reward, executed searches, lengths and validation score over training steps (the paper's
+    figures 2 and 3)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -69,7 +73,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for key in keys:
             points = [(r[STEP], r[key]) for r in rows if r.get(key) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("val/") else None)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    label=key,
+                    marker="o" if key.startswith("val/") else None,
+                )
         axis.set(title=title, xlabel="training step")
         if axis.lines:
             axis.legend(fontsize=8)

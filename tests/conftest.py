@@ -8,15 +8,19 @@ from tests.retrieval import retrieval_server, write_corpus
 from tests.templates import make_family_tokenizer
 from verl.utils.device import has_cuda_engine
 
-settings.register_profile("suite", deadline=None, derandomize=True)  # the same examples on every machine
+# the same examples on every machine
+settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what starts engines on the CPU where vLLM is the build for CUDA, before any fixture of the test."""
+    """Skips what starts engines on the CPU where vLLM is the build for CUDA, before any fixture of
+    the test."""
     if has_cuda_engine() and item.get_closest_marker("cpu_engine"):
-        pytest.skip("vLLM's build for CUDA runs no engine on the CPU; tests/gpu has what belongs on a GPU")
+        pytest.skip(
+            "vLLM's build for CUDA runs no engine on the CPU; tests/gpu has what belongs on a GPU"
+        )
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ PLACEHOLDER = re.compile(r"[A-Z]{3,}")
 
 
 def documented() -> list[re.Pattern[str]]:
-    """A pattern for each name in the first column of the tables; a bare last part (`max`) repeats the one before."""
+    """A pattern for each name in the first column of the tables; a bare last part (`max`) repeats
+    the one before."""
     patterns: list[re.Pattern[str]] = []
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if not line.startswith("| `"):
@@ -28,4 +29,6 @@ def documented() -> list[re.Pattern[str]]:
 def undocumented(names: Iterable[str]) -> list[str]:
     """Those that no line of the page names."""
     patterns = documented()
-    return sorted(name for name in names if not any(pattern.fullmatch(name) for pattern in patterns))
+    return sorted(
+        name for name in names if not any(pattern.fullmatch(name) for pattern in patterns)
+    )

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN_PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -24,7 +25,8 @@ CORPUS = [
 
 
 def train_bpe(vocab: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab` ids, without special tokens, that cuts pieces as Qwen does."""
+    """A byte-level BPE of at most `vocab` ids, without special tokens, that cuts pieces as Qwen
+    does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -34,27 +36,40 @@ def train_bpe(vocab: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(CORPUS * 20, trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        CORPUS * 20, trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet)
+    )
     return tokenizer
 
 
 def make_tokenizer(folder: Path | str, *, vocab: int = 400) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab` ids with Qwen's special tokens and chat template, saved in `folder`.
+    """A byte-level BPE of at most `vocab` ids with Qwen's special tokens and chat template, saved
+    in `folder`.
 
-    Pieces are cut as Qwen cuts them, so that one token runs past a tag (`>\\n\\n`), as in its vocabulary.
+    Pieces are cut as Qwen cuts them, so that one token runs past a tag (`>\\n\\n`), as in its
+    vocabulary.
     """
     tokenizer = train_bpe(vocab - len(SPECIAL_TOKENS))
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(str(folder))
     return fast
 
 
 def make_tiny_qwen2(
-    folder: Path | str, *, tied: bool = False, layers: int = 2, width: int = 64, vocab: int = 400, seed: int = 0
+    folder: Path | str,
+    *,
+    tied: bool = False,
+    layers: int = 2,
+    width: int = 64,
+    vocab: int = 400,
+    seed: int = 0,
 ) -> Path:
-    """`folder`, holding a random Qwen2 in float32 (biases and norms are random too) and its tokenizer."""
+    """`folder`, holding a random Qwen2 in float32 (biases and norms are random too) and its
+    tokenizer."""
     tokenizer = make_tokenizer(folder, vocab=vocab)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -87,10 +102,11 @@ def perturb(model: torch.nn.Module, *, seed: int, scale: float) -> None:
 
 @torch.no_grad()
 def rig(model: Qwen2ForCausalLM, chain: list[int]) -> None:
-    """Makes an untied model say `chain` greedily: after `chain[i]` comes `chain[i + 1]`. The ids must differ.
+    """Makes an untied model say `chain` greedily: after `chain[i]` comes `chain[i + 1]`. The ids
+    must differ.
 
-    Attention and MLP write nothing, so that the last hidden state is the embedding of the last token, and the head is a
-    table of who follows whom.
+    Attention and MLP write nothing, so that the last hidden state is the embedding of the last
+    token, and the head is a table of who follows whom.
     """
     assert len(set(chain)) == len(chain), "a token has one successor"
     for layer in model.model.layers:

@@ -13,16 +13,21 @@ SIDE = "Read the passages below"
 
 
 class Player:
-    """Answers the k-th request about a question with the k-th turn of its script, the last one for ever after.
+    """Answers the k-th request about a question with the k-th turn of its script, the last one for
+    ever after.
 
-    A script belongs to the question that contains its key. A turn that is a Response is sent as it is, `HANG` never.
-    Text is cut as the protocol does: at `max_tokens` words, and before the first stop string.
+    A script belongs to the question that contains its key. A turn that is a Response is sent as it
+    is, `HANG` never. Text is cut as the protocol does: at `max_tokens` words, and before the first
+    stop string.
     """
 
     HANG = Response(headers={"x-hang": "1"})
 
-    def __init__(self, scripts: dict[str, Sequence[Turn]], finding: str = "Ada Marin was born in Torvel.") -> None:
-        self.scripts, self.finding = scripts, finding
+    def __init__(
+        self, scripts: dict[str, Sequence[Turn]], finding: str = "Ada Marin was born in Torvel."
+    ) -> None:
+        self.scripts = scripts
+        self.finding = finding
         self.models_status = 200
         self.requests: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.side: list[dict[str, Any]] = []
@@ -37,13 +42,17 @@ class Player:
     async def _chat(self, request: Request) -> Any:
         body = await request.json()
         first = body["messages"][0]["content"]
-        return await self._reply(body, first, lambda text: {"message": {"role": "assistant", "content": text}})
+        return await self._reply(
+            body, first, lambda text: {"message": {"role": "assistant", "content": text}}
+        )
 
     async def _completions(self, request: Request) -> Any:
         body = await request.json()
         return await self._reply(body, body["prompt"], lambda text: {"text": text})
 
-    async def _reply(self, body: dict[str, Any], first: str, shape: Callable[[str], dict[str, Any]]) -> Any:
+    async def _reply(
+        self, body: dict[str, Any], first: str, shape: Callable[[str], dict[str, Any]]
+    ) -> Any:
         if first.startswith(SIDE):
             self.side.append(body)
             return {"choices": [{**shape(self.finding), "finish_reason": "stop"}]}
@@ -59,5 +68,9 @@ class Player:
         text = turn[: min(places)] if places else turn
         words = text.split(" ")
         if len(words) > body["max_tokens"]:
-            return {"choices": [{**shape(" ".join(words[: body["max_tokens"]])), "finish_reason": "length"}]}
+            return {
+                "choices": [
+                    {**shape(" ".join(words[: body["max_tokens"]])), "finish_reason": "length"}
+                ]
+            }
         return {"choices": [{**shape(text), "finish_reason": "stop"}]}

@@ -35,7 +35,8 @@ def marked(mark: str) -> list[int]:
 
 @contextmanager
 def family() -> Iterator[tuple[dict[str, str], Callable[[], list[int]]]]:
-    """(environment for what the test starts, processes alive with it). None may be left at the end."""
+    """(environment for what the test starts, processes alive with it). None may be left at the
+    end."""
     mark = f"{MARK}={uuid.uuid4().hex}"
     try:
         yield {**os.environ, MARK: mark.partition("=")[2]}, lambda: marked(mark)
@@ -48,7 +49,8 @@ def family() -> Iterator[tuple[dict[str, str], Callable[[], list[int]]]]:
 
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes: writes raise OSError, as on a full disk."""
+    """No file of this process grows beyond `size` bytes: writes raise OSError, as on a full
+    disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

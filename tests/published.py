@@ -1,4 +1,5 @@
-"""The command lines that the original Search-R1 and verl publish, as their scripts give them to main_ppo."""
+"""The command lines that the original Search-R1 and verl publish, as their scripts give them to
+main_ppo."""
 
 ORIGINAL = {
     "data.train_files": "data/nq_hotpotqa_train/train.parquet",
@@ -72,7 +73,10 @@ GRPO = ORIGINAL | {
     "actor_rollout_ref.actor.kl_loss_type": "low_var_kl",
 }
 NQ = {"max_turns": "2", "trainer.test_freq": "50"}
-V01 = {"actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": "0.95", "trainer.total_training_steps": "305"}
+V01 = {
+    "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": "0.95",
+    "trainer.total_training_steps": "305",
+}
 FULL_NUCLEUS = {"actor_rollout_ref.rollout.top_p": "1.0"}
 FORMAT = {
     "reward_model.structure_format_score": "0.2",
@@ -92,9 +96,17 @@ LARGE = {
     "actor_rollout_ref.rollout.log_prob_micro_batch_size": "32",
     "actor_rollout_ref.ref.log_prob_micro_batch_size": "32",
 }
-EVALUATION = {name: value for name, value in PPO.items() if name not in (
-    "trainer.save_freq", "trainer.test_freq", "trainer.total_epochs", "trainer.total_training_steps",
-)} | {"+trainer.val_only": "true", "trainer.logger": "[]"}  # fmt: skip
+EVALUATION = {
+    name: value
+    for name, value in PPO.items()
+    if name
+    not in (
+        "trainer.save_freq",
+        "trainer.test_freq",
+        "trainer.total_epochs",
+        "trainer.total_training_steps",
+    )
+} | {"+trainer.val_only": "true", "trainer.logger": "[]"}
 
 SEARCH_R1: dict[str, dict[str, str]] = {
     "train_ppo.sh": PPO | NQ,
@@ -106,11 +118,17 @@ SEARCH_R1: dict[str, dict[str, str]] = {
     "v0.3/train_ppo_format.sh": PPO | FULL_NUCLEUS | FORMAT,
     "v0.3/train_grpo_format.sh": GRPO | FORMAT | {"actor_rollout_ref.actor.optim.lr": "5e-7"},
     "evaluate.sh": EVALUATION,
-    "multinode/train_ppo_32b.sh": PPO | ON_GPUS | LARGE | FULL_NUCLEUS | {"critic.ppo_micro_batch_size": "32"},
+    "multinode/train_ppo_32b.sh": PPO
+    | ON_GPUS
+    | LARGE
+    | FULL_NUCLEUS
+    | {"critic.ppo_micro_batch_size": "32"},
     "multinode/train_grpo_32b.sh": GRPO | ON_GPUS | {"+trainer.val_before_train": "false"},
-    "multinode/train_grpo_72b.sh": GRPO | ON_GPUS | LARGE
-        | {"actor_rollout_ref.rollout.tensor_model_parallel_size": "4"},
-}  # fmt: skip
+    "multinode/train_grpo_72b.sh": GRPO
+    | ON_GPUS
+    | LARGE
+    | {"actor_rollout_ref.rollout.tensor_model_parallel_size": "4"},
+}
 """The scripts of the original that start main_ppo, by their names."""
 
 VERL = {
@@ -154,11 +172,16 @@ VERL = {
     "trainer.test_freq": "50",
     "data.train_files": "data/searchR1_processed_direct/train.parquet",
     "data.val_files": "data/searchR1_processed_direct/test.parquet",
-    "actor_rollout_ref.rollout.multi_turn.tool_config_path": "config/tool_config/search_tool_config.yaml",
+    "actor_rollout_ref.rollout.multi_turn.tool_config_path": (
+        "config/tool_config/search_tool_config.yaml"
+    ),
     "trainer.total_epochs": "1",
 }
 """verl's examples/sglang_multiturn/search_r1_like."""
-VERL_FLAGS = ["--config-path=examples/sglang_multiturn/config", "--config-name=search_multiturn_grpo"]
+VERL_FLAGS = [
+    "--config-path=examples/sglang_multiturn/config",
+    "--config-name=search_multiturn_grpo",
+]
 
 
 def arguments(keys: dict[str, str]) -> list[str]:

@@ -37,14 +37,17 @@ def write_corpus(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def retrieval_server(
     folder: Path, *flags: str, port: int | None = None
 ) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """(URL, process) of a server over what `write_corpus` wrote, started by its path, ended on the way out."""
+    """(URL, process) of a server over what `write_corpus` wrote, started by its path, ended on the
+    way out."""
     index = ["--index_path", str(folder / "bm25"), "--corpus_path", str(folder / "corpus.jsonl")]
     with server_process([sys.executable, str(SERVER), *index, *flags], port) as running:
         yield running
 
 
 @contextmanager
-def server_process(command: list[str], port: int | None = None) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+def server_process(
+    command: list[str], port: int | None = None
+) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     """(URL, process) of a server once it is ready, ended on the way out."""
     port = port or free_port()
     server = subprocess.Popen([*command, "--port", str(port)])
@@ -72,7 +75,9 @@ def wait_until_ready(url: str, server: "subprocess.Popen[bytes] | None" = None) 
 def serving(app: FastAPI) -> Iterator[str]:
     """Address of an application that a thread of this process serves over real HTTP."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=5)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

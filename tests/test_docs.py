@@ -23,14 +23,18 @@ OVERRIDE = re.compile(r"[+~]{0,2}[a-z_]+(?:\.\w+)*=.+")
 
 def test_configuration_reference_is_up_to_date():
     command = [sys.executable, "scripts/config_reference.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, "run: python scripts/config_reference.py\n" + done.stderr
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_every_documented_key_is_in_the_configuration(name):
     """Hydra refuses to override a key that the YAML lacks."""
-    keys = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE)
+    keys = re.findall(
+        r"^\| `([\w.]+)` \|", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE
+    )
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         config = OmegaConf.to_container(compose(name), resolve=False)
 
@@ -46,7 +50,8 @@ def test_every_documented_key_is_in_the_configuration(name):
 
 
 def test_documented_defaults_are_those_of_the_configuration():
-    """But for keys that an experiment must set, or that follow others, and the two that the page names."""
+    """But for keys that an experiment must set, or that follow others, and the two that the page
+    names."""
     lines = (ROOT / "docs" / "configuration.md").read_text().splitlines()
     rows = [re.match(r"\| `([\w.]+)` \| .+? \| `(.*?)` \| ", line) for line in lines]
     documented = {row[1]: ast.literal_eval(row[2]) for row in rows if row}
@@ -60,12 +65,18 @@ def test_documented_defaults_are_those_of_the_configuration():
         return tuple(node) if isinstance(documented[key], tuple) else node
 
     differing = {key: value for key in documented if (value := configured(key)) != documented[key]}
-    differing = {key: value for key, value in differing.items() if value != "???" and "${" not in str(value)}
-    assert len(documented) > 140 and differing.keys() == {"trainer.panels", "trainer.collapse_watch.signals"}
+    differing = {
+        key: value for key, value in differing.items() if value != "???" and "${" not in str(value)
+    }
+    assert len(documented) > 140 and differing.keys() == {
+        "trainer.panels",
+        "trainer.collapse_watch.signals",
+    }
 
 
 def command_lines(page):
-    """(configuration, overrides) of every whole command line in the blocks of a page that takes overrides."""
+    """(configuration, overrides) of every whole command line in the blocks of a page that takes
+    overrides."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     for line in "".join(blocks).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -104,6 +115,10 @@ def test_links_lead_somewhere():
 def test_launch_scripts_are_short_and_scripts_parse():
     for name in ("train_ppo.sh", "train_grpo.sh"):
         assert len((ROOT / name).read_text().splitlines()) < 25
-    scripts = [path for pattern in ("*.sh", "scripts/**/*.sh", "scripts/**/*.sbatch") for path in ROOT.glob(pattern)]
+    scripts = [
+        path
+        for pattern in ("*.sh", "scripts/**/*.sh", "scripts/**/*.sbatch")
+        for path in ROOT.glob(pattern)
+    ]
     for script in [*scripts, ROOT / ".ci" / "run"]:
         subprocess.run(["bash", "-n", str(script)], check=True)

@@ -1,4 +1,5 @@
-"""Behind a proxy, as on most clusters: the own servers are asked directly, what is public goes through the proxy."""
+"""Behind a proxy, as on most clusters: the own servers are asked directly, what is public goes
+through the proxy."""
 
 import socket
 from pathlib import Path
@@ -32,7 +33,9 @@ async def test_training_reaches_its_retrieval_server(tmp_path, asked):
     corpus = write_corpus(tmp_path, CORPUS)
     with RetrievalServer(tmp_path / "bm25", str(corpus), 3) as server:
         assert check_server(server.url) is None
-        client = RetrievalClient(RetrieverConfig(url=[server.url, server.url.replace("127.0.0.1", "localhost")]))
+        client = RetrievalClient(
+            RetrieverConfig(url=[server.url, server.url.replace("127.0.0.1", "localhost")])
+        )
         assert await client.search("Torvel")
         await client.close()
     assert asked == []
@@ -73,14 +76,31 @@ def test_the_web_is_searched_through_the_proxy(asked):
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1", "127.0.1.1", "::1", "10.1.2.3", "172.16.0.9", "192.168.1.1", "169.254.0.1", "fe80::1", "fd00::1",
-     "localhost", "node17", "gpu-07", "node17.local", "db.internal", socket.gethostname().lower()],
-)  # fmt: skip
+    [
+        "127.0.0.1",
+        "127.0.1.1",
+        "::1",
+        "10.1.2.3",
+        "172.16.0.9",
+        "192.168.1.1",
+        "169.254.0.1",
+        "fe80::1",
+        "fd00::1",
+        "localhost",
+        "node17",
+        "gpu-07",
+        "node17.local",
+        "db.internal",
+        socket.gethostname().lower(),
+    ],
+)
 def test_addresses_of_the_machine_and_its_cluster(host):
     assert is_internal(host)
 
 
-@pytest.mark.parametrize("host", ["8.8.8.8", "172.32.0.1", "2001:4860:4860::8888", "example.org", "", "a b", "?"])
+@pytest.mark.parametrize(
+    "host", ["8.8.8.8", "172.32.0.1", "2001:4860:4860::8888", "example.org", "", "a b", "?"]
+)
 def test_addresses_of_others(host):
     assert not is_internal(host)
 
@@ -90,6 +110,7 @@ def test_what_is_no_address_is_left_to_the_request():
 
 
 def test_both_sides_have_the_same_rule():
-    """The retrieval side runs without verl, and verl without it, so neither can import the other's."""
+    """The retrieval side runs without verl, and verl without it, so neither can import the
+    other's."""
     text = (ROOT / "search_r1/search/addresses.py").read_text()
     assert text == (ROOT / "verl/utils/addresses.py").read_text()

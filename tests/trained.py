@@ -16,9 +16,11 @@ from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, OptimConfi
 
 
 def make_run(root: Path, model: ModelConfig, ranks: int = 2, lr: float = 1e-2) -> torch.Tensor:
-    """Writes a run that went two steps, the first of them the best, and raised an alarm in the second.
+    """Writes a run that went two steps, the first of them the best, and raised an alarm in the
+    second.
 
-    `hf` is the trainer's own export of the last step. Returns the log-probs of `ragged_batch` after it.
+    `hf` is the trainer's own export of the last step. Returns the log-probs of `ragged_batch` after
+    it.
     """
     root.mkdir(parents=True)
     section = {"actor_rollout_ref": {"model": model.model_dump()}}
@@ -28,7 +30,12 @@ def make_run(root: Path, model: ModelConfig, ranks: int = 2, lr: float = 1e-2) -
 
 def _train(root: str, model: ModelConfig, lr: float) -> torch.Tensor:
     optim = OptimConfig(lr=lr, weight_decay=0.0)
-    actor = ActorWorker(model, ActorConfig(optim=optim, fsdp_config=FSDPConfig(dtype="float32")), RolloutConfig(), 10)
+    actor = ActorWorker(
+        model,
+        ActorConfig(optim=optim, fsdp_config=FSDPConfig(dtype="float32")),
+        RolloutConfig(),
+        10,
+    )
     batch = ragged_batch(torch.float32)
     (mine,) = dispatch(Dispatch.DP_COMPUTE_PROTO, actor.world_size, (batch,))[actor.rank]
     for step in (1, 2):

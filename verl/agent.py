@@ -1,10 +1,14 @@
-"""What a task implements to be trained: an agent loop and a reward. Pure: it imports numpy and pydantic alone.
+"""What a task implements to be trained: an agent loop and a reward.
 
-A trajectory is a prompt followed by segments. A segment says who wrote its tokens, and everything that later needs to
-know (loss mask, importance ratios, reward text, logs) is derived from it, never recovered from ids or text:
+Pure: it imports numpy and pydantic alone.
 
-    prompt | MODEL  <search> q </search> | OBSERVATION <information>..</information> | MODEL <answer> a </answer>
-    mask       1 1 1 1 1 1 1               0 0 0 0 0 0 0 0 0 0 0 0 0                   1 1 1 1 1 1
+A trajectory is a prompt followed by segments. A segment says who wrote its tokens, and everything
+that later needs to know (loss mask, importance ratios, reward text, logs) is derived from it, never
+recovered from ids or text:
+
+    prompt | <search> q </search> | <information> .. </information> | <answer> a </answer>
+    source   MODEL                  OBSERVATION                       MODEL
+    mask     1 1 1 1 1 1 1          0 0 0 0 0 0 0 0 0 0 0 0           1 1 1 1 1 1
 """
 
 import zlib
@@ -34,7 +38,8 @@ class Completion:
 
     token_ids: list[int]
     log_probs: list[float]
-    """Log-probability of each token under the distribution it was sampled from (after temperature)."""
+    """Log-probability of each token under the distribution it was sampled from (after
+    temperature)."""
     finish_reason: str
     """`stop` (stop string or EOS), `length` (token limit) or `abort`."""
     stop_reason: str | int | None
@@ -52,7 +57,9 @@ def context_digest(token_ids: Sequence[int]) -> int:
 class Generate(Protocol):
     """The engine as an agent loop sees it: sampling parameters and replica are already bound."""
 
-    async def __call__(self, prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()) -> Completion: ...
+    async def __call__(
+        self, prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+    ) -> Completion: ...
 
 
 @dataclass
@@ -64,14 +71,16 @@ class Segment:
     log_probs: list[float] = field(default_factory=list)
     policy_version: int = -1
     info: dict[str, Any] = field(default_factory=dict)
-    """Free-form facts for logs and rewards (query, passages, latency); never read by the trainer."""
+    """Free-form facts for logs and rewards (query, passages, latency); never read by the
+    trainer."""
 
 
 @dataclass
 class Trajectory:
     """A prompt and what followed.
 
-    `reward` holds finite numbers: `score`, and components to log. What else a reward said is in `info["reward"]`.
+    `reward` holds finite numbers: `score`, and components to log. What else a reward said is in
+    `info["reward"]`.
     """
 
     prompt_ids: list[int]
@@ -102,18 +111,27 @@ class Trajectory:
     def rollout_log_probs(self) -> list[float]:
         """Zero where the policy did not write."""
         return [
-            x for s in self.segments for x in (s.log_probs if s.source is Source.MODEL else [0.0] * len(s.token_ids))
+            x
+            for s in self.segments
+            for x in (s.log_probs if s.source is Source.MODEL else [0.0] * len(s.token_ids))
         ]
 
     def num_tokens(self, source: Source) -> int:
         return sum(len(s.token_ids) for s in self.segments if s.source is source)
 
     def add_completion(self, completion: Completion, **info: Any) -> None:
-        """Append what the engine sampled, checking that it was given exactly this trajectory so far."""
+        """Append what the engine sampled, checking that it was given exactly this trajectory so
+        far."""
         self.context_violations += completion.context_digest != context_digest(self.token_ids)
         self.truncated |= completion.finish_reason == "length"
         self.segments.append(
-            Segment(Source.MODEL, completion.token_ids, completion.log_probs, completion.policy_version, info)
+            Segment(
+                Source.MODEL,
+                completion.token_ids,
+                completion.log_probs,
+                completion.policy_version,
+                info,
+            )
         )
 
     def add_observation(self, token_ids: list[int], **info: Any) -> None:
@@ -122,10 +140,11 @@ class Trajectory:
 
 
 class TrajectoryFailed(Exception):
-    """The environment broke (not the policy): the trajectory is re-run once, then dropped and counted.
+    """The environment broke (not the policy): the trajectory is re-run once, then dropped and
+    counted.
 
-    `num_calls` is the number of environment calls the trajectory had made, the failed one included: dropping is biased
-    against trajectories that make many, so the failure rate is reported by it.
+    `num_calls` is the number of environment calls the trajectory had made, the failed one included:
+    dropping is biased against trajectories that make many, so the failure rate is reported by it.
     """
 
     def __init__(self, message: str, num_calls: int) -> None:
@@ -134,17 +153,20 @@ class TrajectoryFailed(Exception):
 
 
 class AgentLoop(Protocol):
-    """Turns a prompt into a trajectory. One instance serves many concurrent `run` coroutines of one process."""
+    """Turns a prompt into a trajectory. One instance serves many concurrent `run` coroutines of one
+    process."""
 
     Config: ClassVar[type[BaseModel]]
     """Validates the `agent` section (without `_target_`)."""
     top_level_keys: ClassVar[frozenset[str]]
-    """Keys beside the library's own sections that this task lets users set, interpolated into its section."""
+    """Keys beside the library's own sections that this task lets users set, interpolated into its
+    section."""
 
     def __init__(self, config: Any, tokenizer: Any) -> None: ...
 
     def preflight(self) -> list[str]:
-        """Problems that would make training fail, found before any process is started (for instance: a server down)."""
+        """Problems that would make training fail, found before any process is started (for
+        instance: a server down)."""
         ...
 
     async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
@@ -160,26 +182,31 @@ class AgentLoop(Protocol):
 
 
 class RewardFn(Protocol):
-    """Scores a finished trajectory: `score` and any components to log, see `verl.utils.reward.take`.
+    """Scores a finished trajectory: `score` and any components to log, see
+    `verl.utils.reward.take`.
 
-    It may have `entries`, the names in its result, so that a configuration that reads another one is refused at once.
+    It may have `entries`, the names in its result, so that a configuration that reads another one
+    is refused at once.
     """
 
     Config: ClassVar[type[BaseModel]]
 
     def __init__(self, config: Any, tokenizer: Any) -> None: ...
 
-    def __call__(self, trajectory: Trajectory, row: Row) -> dict[str, float] | Awaitable[dict[str, float]]:
-        """Raises TrajectoryFailed when a score cannot be had, which is not the same as a score of 0.
+    def __call__(
+        self, trajectory: Trajectory, row: Row
+    ) -> dict[str, float] | Awaitable[dict[str, float]]:
+        """Raises TrajectoryFailed when a score cannot be had, which is not the same as a score of
+        0.
 
         Any other exception is a mistake of the reward and ends the run.
 
-        A reward that also has `score_groups(groups)` is given the trajectories of each prompt together, once all of
-        them are scored, to change their `reward` in place. Training only.
+        A reward that also has `score_groups(groups)` is given the trajectories of each prompt
+        together, once all of them are scored, to change their `reward` in place. Training only.
         """
         ...
 
 
 ComputeScore = Callable[..., Any]
-"""`compute_score(data_source, solution_str, ground_truth, extra_info)`, as verl users write it: a number, or a dict
-with one under `score`."""
+"""`compute_score(data_source, solution_str, ground_truth, extra_info)`, as verl users write it: a
+number, or a dict with one under `score`."""

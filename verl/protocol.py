@@ -2,28 +2,28 @@
 
 Shapes: B trajectories, P longest prompt, R longest response, T = P + R.
 
-| key                 | shape   | dtype   | written by | meaning |
+| key                 | shape    | dtype   | written by | meaning |
 |---|---|---|---|---|
-| prompts             | [B, P]  | int64   | agent loop | prompt ids, padded on the left |
-| responses           | [B, R]  | int64   | agent loop | everything after the prompt, padded on the right |
-| attention_mask      | [B, P+R]| int64   | agent loop | 1 = real token |
-| response_mask       | [B, R]  | int64   | agent loop | 1 = token that the policy sampled and is trained on |
-| rollout_log_probs   | [B, R]  | float32 | agent loop | log-prob under the distribution it was sampled from, else 0 |
-| policy_versions     | [B, R]  | int32   | agent loop | weight version that sampled the token, -1 elsewhere |
-| turns               | [B, R]  | int32   | agent loop | number of the policy's turn, from 0, -1 elsewhere |
-| token_level_scores  | [B, R]  | float32 | reward     | score on the last policy token, 0 elsewhere |
-| token_level_rewards | [B, R]  | float32 | advantage  | scores minus the KL penalty, where KL is in the reward |
-| old_log_probs       | [B, R]  | float32 | actor      | log-prob under the weights before the update |
-| ref_log_prob        | [B, R]  | float32 | reference  | log-prob under the initial weights |
-| values              | [B, R]  | float32 | critic     | value of the state in which the token was chosen |
-| advantages, returns | [B, R]  | float32 | advantage  | see core_algos |
-| truncated           | [B]     | bool    | agent loop | cut off by a token limit |
-| void_turns          | [B]     | int64   | agent loop | turns that neither acted nor answered |
-| rollout_is_weights  | [B, R]  | float32 | trainer    | weight of the token's loss, where importance weights are on |
-| mini_batch          | [B]     | int64   | trainer    | the actor's optimizer step that the row belongs to |
-| critic_mini_batch   | [B]     | int64   | trainer    | the critic's, where there is one |
-| uid                 | [B]     | object  | trainer    | group of the row: one uuid per prompt |
-| data_source         | [B]     | object  | data       | name of the question set |
+| prompts             | [B, P]   | int64   | agent loop | prompt ids, padded left |
+| responses           | [B, R]   | int64   | agent loop | what followed the prompt, padded right |
+| attention_mask      | [B, P+R] | int64   | agent loop | 1 = real token |
+| response_mask       | [B, R]   | int64   | agent loop | 1 = sampled by the policy: trained |
+| rollout_log_probs   | [B, R]   | float32 | agent loop | log-prob as sampled, 0 elsewhere |
+| policy_versions     | [B, R]   | int32   | agent loop | version that sampled it; -1 elsewhere |
+| turns               | [B, R]   | int32   | agent loop | the policy's turn, from 0; -1 elsewhere |
+| token_level_scores  | [B, R]   | float32 | reward     | score, on the last policy token |
+| token_level_rewards | [B, R]   | float32 | advantage  | scores, less any KL in the reward |
+| old_log_probs       | [B, R]   | float32 | actor      | log-prob before the update |
+| ref_log_prob        | [B, R]   | float32 | reference  | log-prob under the initial weights |
+| values              | [B, R]   | float32 | critic     | value of the state it was chosen in |
+| advantages, returns | [B, R]   | float32 | advantage  | see core_algos |
+| truncated           | [B]      | bool    | agent loop | cut off by a token limit |
+| void_turns          | [B]      | int64   | agent loop | turns that neither acted nor answered |
+| rollout_is_weights  | [B, R]   | float32 | trainer    | importance weight, where these are on |
+| mini_batch          | [B]      | int64   | trainer    | the actor's optimizer step of the row |
+| critic_mini_batch   | [B]      | int64   | trainer    | the critic's, where there is one |
+| uid                 | [B]      | object  | trainer    | group of the row: one uuid per prompt |
+| data_source         | [B]      | object  | data       | name of the question set |
 
 Masks are carried from the agent loop, never recovered by comparing ids with the pad id.
 """
@@ -40,18 +40,21 @@ import torch
 
 from verl.agent import Source, Trajectory
 
-ACTOR_MINI_BATCH, CRITIC_MINI_BATCH = "mini_batch", "critic_mini_batch"
+ACTOR_MINI_BATCH = "mini_batch"
+CRITIC_MINI_BATCH = "critic_mini_batch"
 
 Index = slice | Sequence[int] | np.ndarray | torch.Tensor
 
 
 @dataclass
 class DataProto:
-    """Rows of tensors (`batch`) and of objects (`non_tensor_batch`), with `meta_info` about all of them.
+    """Rows of tensors (`batch`) and of objects (`non_tensor_batch`), with `meta_info` about all of
+    them.
 
     Every operation returns a new object; tensors may be shared with the old one.
 
-    >>> data = DataProto.from_dict({"x": torch.arange(4)}, {"uid": np.array(list("abcd"), dtype=object)})
+    >>> uids = np.array(list("abcd"), dtype=object)
+    >>> data = DataProto.from_dict({"x": torch.arange(4)}, {"uid": uids})
     >>> len(data), data[1:3].batch["x"].tolist(), [len(part) for part in data.chunk(3)]
     (4, [1, 2], [2, 1, 1])
     """
@@ -77,25 +80,32 @@ class DataProto:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file that `load` reads: tensors, and JSON of the rest.
 
-        Raises TypeError for what JSON cannot hold, OSError or torch's RuntimeError when it cannot be written.
+        Raises TypeError for what JSON cannot hold, OSError or torch's RuntimeError when it cannot
+        be written.
         """
         objects = {key: column.tolist() for key, column in self.non_tensor_batch.items()}
         rest = json.dumps({"non_tensor_batch": objects, "meta_info": self.meta_info})
-        torch.save({"batch": {key: column.cpu() for key, column in self.batch.items()}, "rest": rest}, path)
+        torch.save(
+            {"batch": {key: column.cpu() for key, column in self.batch.items()}, "rest": rest}, path
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DataProto":
-        """The batch in a file of `save`. Runs nothing that the file may hold: raises UnpicklingError instead."""
+        """The batch in a file of `save`. Runs nothing that the file may hold: raises
+        UnpicklingError instead."""
         content = torch.load(path, weights_only=True)
         rest = json.loads(content["rest"])
-        objects = {key: np.fromiter(column, dtype=object) for key, column in rest["non_tensor_batch"].items()}
+        objects = {
+            key: np.fromiter(column, dtype=object)
+            for key, column in rest["non_tensor_batch"].items()
+        }
         return cls.from_dict(content["batch"], objects, rest["meta_info"])
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the tensors as arrays of these rows alone, in host memory.
 
-        A tensor would be pickled with its whole storage, so that a part of a batch would bring all of it along. Arrays
-        are also what Ray lays into shared memory as they are.
+        A tensor would be pickled with its whole storage, so that a part of a batch would bring all
+        of it along. Arrays are also what Ray lays into shared memory as they are.
         """
         arrays = {key: column.detach().cpu().numpy() for key, column in self.batch.items()}
         return {**vars(self), "batch": arrays}
@@ -105,7 +115,8 @@ class DataProto:
         vars(self).update(state)
         arrays: dict[str, np.ndarray] = state["batch"]
         self.batch = {
-            key: torch.from_numpy(array if array.flags.writeable else array.copy()) for key, array in arrays.items()
+            key: torch.from_numpy(array if array.flags.writeable else array.copy())
+            for key, array in arrays.items()
         }
 
     def _columns(self) -> Iterator[tuple[str, torch.Tensor | np.ndarray]]:
@@ -125,7 +136,9 @@ class DataProto:
             dict(self.meta_info),
         )
 
-    def select(self, batch_keys: Sequence[str], non_tensor_batch_keys: Sequence[str] = ()) -> "DataProto":
+    def select(
+        self, batch_keys: Sequence[str], non_tensor_batch_keys: Sequence[str] = ()
+    ) -> "DataProto":
         """The named columns only. Raises KeyError for a missing one."""
         return DataProto(
             {k: self.batch[k] for k in batch_keys},
@@ -163,33 +176,40 @@ class DataProto:
             return DataProto()
         return DataProto.from_dict(
             {k: torch.cat([p.batch[k] for p in parts]) for k in parts[0].batch},
-            {k: np.concatenate([p.non_tensor_batch[k] for p in parts]) for k in parts[0].non_tensor_batch},
+            {
+                k: np.concatenate([p.non_tensor_batch[k] for p in parts])
+                for k in parts[0].non_tensor_batch
+            },
             parts[0].meta_info,
         )
 
     def repeat(self, repeat_times: int, interleave: bool = True) -> "DataProto":
-        """Each row `repeat_times` times: side by side (`interleave`), or the whole batch over and over."""
+        """Each row `repeat_times` times: side by side (`interleave`), or the whole batch over and
+        over."""
         rows = np.arange(len(self))
         return self[np.repeat(rows, repeat_times) if interleave else np.tile(rows, repeat_times)]
 
     def to(self, device: torch.device | str) -> "DataProto":
         """Tensors on `device`."""
         return DataProto(
-            {k: v.to(device) for k, v in self.batch.items()}, dict(self.non_tensor_batch), dict(self.meta_info)
+            {k: v.to(device) for k, v in self.batch.items()},
+            dict(self.non_tensor_batch),
+            dict(self.meta_info),
         )
 
 
 def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) -> DataProto:
-    """The batch of `trajectories`, in their order: the columns that the schema gives to the agent loop and reward.
+    """The batch of `trajectories`, in their order: the columns that the schema gives to the agent
+    loop and reward.
 
-    A row with prompt [p, q] and response  m m o o m  (m sampled, o observed), in a batch with P = 3 and R = 6:
+    A row with prompt [p, q] and response  m m o o m  (m sampled, o observed), where P = 3, R = 6:
 
         prompts        . p q          attention_mask  0 1 1 | 1 1 1 1 1 0
         responses      m m o o m .    response_mask           1 1 0 0 1 0
         scores         0 0 0 0 s 0
 
-    Raises ValueError for a trajectory without a sampled token: it has nothing to train, the caller drops and counts it.
-    And for a sampled segment that does not have a log-prob for every token.
+    Raises ValueError for a trajectory without a sampled token: it has nothing to train, the caller
+    drops and counts it. And for a sampled segment that does not have a log-prob for every token.
     """
     prompts, prompt_real = pad_left([t.prompt_ids for t in trajectories], pad_token_id)
     tokens = response_tokens(trajectories)
@@ -219,7 +239,8 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
 
 @dataclass(frozen=True)
 class ResponseTokens:
-    """The response tokens of many trajectories, one after the other, and what is known of each: arrays [N]."""
+    """The response tokens of many trajectories, one after the other, and what is known of each:
+    arrays [N]."""
 
     ids: np.ndarray
     log_probs: np.ndarray
@@ -231,9 +252,11 @@ class ResponseTokens:
 
 
 def response_tokens(trajectories: Sequence[Trajectory]) -> ResponseTokens:
-    """All response tokens. Raises ValueError for a sampled segment with another number of log-probs than tokens.
+    """All response tokens. Raises ValueError for a sampled segment with another number of log-probs
+    than tokens.
 
-    Tokens are Python integers in lists; all of them become one array at once, which is much faster than row by row.
+    Tokens are Python integers in lists; all of them become one array at once, which is much faster
+    than row by row.
     """
     segments = [segment for trajectory in trajectories for segment in trajectory.segments]
     lengths = np.array([len(segment.token_ids) for segment in segments], dtype=np.int64)
@@ -242,7 +265,9 @@ def response_tokens(trajectories: Sequence[Trajectory]) -> ResponseTokens:
     own = [segment for segment in segments if segment.source is Source.MODEL]
     for segment in own:
         if len(segment.log_probs) != len(segment.token_ids):
-            raise ValueError(f"{len(segment.token_ids)} sampled tokens have {len(segment.log_probs)} log-probs")
+            raise ValueError(
+                f"{len(segment.token_ids)} sampled tokens have {len(segment.log_probs)} log-probs"
+            )
     turn_of_token = np.repeat(turns, lengths)
     log_probs = np.zeros(len(turn_of_token), dtype=np.float32)
     log_probs[turn_of_token >= 0] = flat([segment.log_probs for segment in own], np.float32)

@@ -1,11 +1,13 @@
-"""A short GRPO run of a random model in which trainer and engine share one GPU: what sync, sleep and update take.
+"""A short GRPO run of a random model in which trainer and engine share one GPU: what sync, sleep
+and update take.
 
     python scripts/bench/colocated.py [--shape 0.5B] [--steps 5] [--prompts 32] [--group 8]
 
-The real command (`verl.trainer.main_ppo`) in bfloat16 over float32 masters. Every trajectory searches twice, and what
-it finds is there at once (instant_loop.py): no retriever is needed, and no time of one counts. Reported are medians;
-update_weights is wake-up and CUDA IPC transfer. Neither the first step counts, which compiles, nor the last, which
-validates and saves. Model and checkpoint (14 bytes per parameter in all) lie in --dir while it runs.
+The real command (`verl.trainer.main_ppo`) in bfloat16 over float32 masters. Every trajectory
+searches twice, and what it finds is there at once (instant_loop.py): no retriever is needed, and no
+time of one counts. Reported are medians; update_weights is wake-up and CUDA IPC transfer. Neither
+the first step counts, which compiles, nor the last, which validates and saves. Model and checkpoint
+(14 bytes per parameter in all) lie in --dir while it runs.
 """
 
 import argparse
@@ -24,16 +26,22 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 from update import SHAPES, hf_config
 
 ROOT = Path(__file__).resolve().parents[2]
-SEARCHES, TURN_TOKENS = 2, 128
+SEARCHES = 2
+TURN_TOKENS = 128
 TIMES = ("update_weights", "sleep", "gen", "old_log_prob", "ref", "update_actor", "step")
-FIGURES = {"perf/throughput": "tokens/s", "rollout/logprob_diff_mean": "nats between engine and trainer"}
+FIGURES = {
+    "perf/throughput": "tokens/s",
+    "rollout/logprob_diff_mean": "nats between engine and trainer",
+}
 
 
 def make_model(folder: Path, shape: str, device: str) -> None:
-    """Random weights, under the closed world's tokenizer: its ids are the first of the shape's vocabulary."""
+    """Random weights, under the closed world's tokenizer: its ids are the first of the shape's
+    vocabulary."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "closed_world" / "base")
     config = hf_config(shape)
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen2ForCausalLM(config)
@@ -45,7 +53,8 @@ def make_model(folder: Path, shape: str, device: str) -> None:
 
 def overrides(folder: Path, args: argparse.Namespace, device: str) -> list[str]:
     """Of `--config-name grpo`."""
-    files, main = folder / "questions.parquet", "actor_rollout_ref"
+    files = folder / "questions.parquet"
+    main = "actor_rollout_ref"
     settings = {
         "agent._target_": "scripts.bench.instant_loop.InstantLoop",
         "max_turns": SEARCHES,
@@ -86,12 +95,22 @@ def overrides(folder: Path, args: argparse.Namespace, device: str) -> list[str]:
 
 
 def train(folder: Path, args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
-    """The metrics of the steps that count. Exits with the status of a run that failed, whose output is then shown."""
+    """The metrics of the steps that count. Exits with the status of a run that failed, whose output
+    is then shown."""
     make_model(folder, args.shape, device)
     write_questions(folder / "questions.parquet", args.prompts)
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "grpo", *overrides(folder, args, device)]
+    command = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        "--config-name",
+        "grpo",
+        *overrides(folder, args, device),
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         sys.stdout.write(done.stdout[-6000:])
         sys.exit(done.returncode)
@@ -104,20 +123,32 @@ def report(lines: list[dict[str, Any]]) -> str:
     text = []
     for key, unit in rows:
         values = [line[key] for line in lines]
-        text.append(f"{key:26} {statistics.median(values):12,.4g} {unit} ({min(values):,.4g} to {max(values):,.4g})")
+        text.append(
+            f"{key:26} {statistics.median(values):12,.4g} {unit} ({min(values):,.4g} to "
+            f"{max(values):,.4g})"
+        )
     return "\n".join(text) + "\n"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="0.5B")
     parser.add_argument("--steps", type=int, default=5, help="training steps that count")
     parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
     parser.add_argument("--group", type=int, default=8, help="trajectories per prompt")
     parser.add_argument("--budget", type=int, default=16384, help="tokens per micro-batch")
-    parser.add_argument("--engine-share", type=float, default=0.5, help="rollout.gpu_memory_utilization")
+    parser.add_argument(
+        "--engine-share", type=float, default=0.5, help="rollout.gpu_memory_utilization"
+    )
     parser.add_argument("--dir", default="runs", help="where the model and the run lie meanwhile")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal, with --shape tiny")
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="cpu: a rehearsal, with --shape tiny",
+    )
     return parser.parse_args(argv)
 
 
@@ -131,11 +162,17 @@ def main() -> None:
     count = args.prompts * args.group
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     tokens = statistics.median(line["perf/total_num_tokens"] for line in lines)
-    sys.stdout.write(f"{args.shape} on one {gpu}: {count} trajectories, {tokens:,.0f} tokens a step\n")
+    sys.stdout.write(
+        f"{args.shape} on one {gpu}: {count} trajectories, {tokens:,.0f} tokens a step\n"
+    )
     sys.stdout.write(report(lines))
     medians = {key: statistics.median(line[key] for line in lines) for key in FIGURES}
-    medians |= {name: statistics.median(line[f"timing_s/{name}"] for line in lines) for name in TIMES}
-    sys.stdout.write(f"RESULT {json.dumps({key: round(value, 4) for key, value in medians.items()})}\n")
+    medians |= {
+        name: statistics.median(line[f"timing_s/{name}"] for line in lines) for name in TIMES
+    }
+    sys.stdout.write(
+        f"RESULT {json.dumps({key: round(value, 4) for key, value in medians.items()})}\n"
+    )
 
 
 if __name__ == "__main__":

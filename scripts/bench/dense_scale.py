@@ -1,11 +1,13 @@
-"""Dense indexes at real size: recall of the exact top 10, time per query, size and build time of every FAISS type.
+"""Dense indexes at real size: recall of the exact top 10, time per query, size and build time of
+every FAISS type.
 
     python scripts/bench/dense_scale.py --sample e5_flat_sample.index [--vectors 1000000] [TYPE ...]
 
-The vectors are synthetic: a mixture of clusters with the mean and the covariance of a real sample, a FAISS file of
-embeddings, whose vectors are in the index too. So they crowd around their mean as those of a real encoder do; what they
-cannot show is how real questions lie to real passages. Each type leaves its rows in --rows and is not measured again.
-Vectors and indexes lie in --work (for a million of 768 numbers: 3 GB, and up to 3.4 GB for the largest index).
+The vectors are synthetic: a mixture of clusters with the mean and the covariance of a real sample,
+a FAISS file of embeddings, whose vectors are in the index too. So they crowd around their mean as
+those of a real encoder do; what they cannot show is how real questions lie to real passages. Each
+type leaves its rows in --rows and is not measured again. Vectors and indexes lie in --work (for a
+million of 768 numbers: 3 GB, and up to 3.4 GB for the largest index).
 """
 
 import argparse
@@ -72,7 +74,9 @@ def read_sample(path: Path) -> np.ndarray:
     return index.reconstruct_n(0, index.ntotal)
 
 
-def write_vectors(shards: EmbeddingShards, mixture: Mixture, sample: np.ndarray, count: int) -> None:
+def write_vectors(
+    shards: EmbeddingShards, mixture: Mixture, sample: np.ndarray, count: int
+) -> None:
     """Writes the sample and synthetic vectors, `count` in all, as shards of the index builder."""
     shards.folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, count, SHARD)):
@@ -112,7 +116,9 @@ def milliseconds_per_query(index: Any, queries: np.ndarray, batch: int) -> float
     return float(np.median(times[1:])) * 1000
 
 
-def measure(kind: str, shards: EmbeddingShards, queries: np.ndarray, exact: np.ndarray, work: Path) -> Iterator[Row]:
+def measure(
+    kind: str, shards: EmbeddingShards, queries: np.ndarray, exact: np.ndarray, work: Path
+) -> Iterator[Row]:
     """Builds the index of a type and yields a row for every search depth."""
     dimension = queries.shape[1]
     count = sum(len(shard) for shard in shards)
@@ -155,14 +161,17 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         share = f"{row['ms_in_64'] / flat:.3f}" if flat else "-"
         lines.append(
-            f"| {row['type']} | {row['depth'] or '-'} | {row['recall']:.3f} | {row['ms_alone']:.2f} | "
+            f"| {row['type']} | {row['depth'] or '-'} | {row['recall']:.3f} | "
+            f"{row['ms_alone']:.2f} | "
             f"{row['ms_in_64']:.2f} | {share} | {row['megabytes']:,.0f} | {row['build_s']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("types", nargs="*", metavar="TYPE", help=f"of {', '.join(dense.TYPES)}")
     parser.add_argument("--sample", type=Path, required=True, help="flat FAISS file of embeddings")
     parser.add_argument("--vectors", type=int, default=1_000_000)
@@ -174,7 +183,9 @@ def main() -> None:
         parser.error(f"unknown types: {', '.join(unknown)}; there are {', '.join(dense.TYPES)}")
     sample = read_sample(args.sample)
     if len(sample) > min(SHARD, args.vectors):
-        parser.error(f"--sample has {len(sample)} vectors, more than --vectors or a shard of {SHARD}")
+        parser.error(
+            f"--sample has {len(sample)} vectors, more than --vectors or a shard of {SHARD}"
+        )
     mixture = Mixture(sample, clusters=max(1, args.vectors // PASSAGES_PER_CLUSTER))
     shards = EmbeddingShards(args.work / f"{args.sample.stem}-{args.vectors}", SHARD)
     write_vectors(shards, mixture, sample, args.vectors)

@@ -1,13 +1,14 @@
 """The memory that `verl.trainer.estimate` predicts, against what the real code takes.
 
-    python scripts/bench/estimate.py           # random models on this machine, one rank: CPU, or GPU where there is one
-    python scripts/bench/estimate.py --ranks   # models of full size on many ranks, as fake tensors: none allocated
+    python scripts/bench/estimate.py           # random models on this machine, one rank
+    python scripts/bench/estimate.py --ranks   # models of full size on many ranks, as fake tensors
     python scripts/bench/estimate.py --layer   # what one decoder layer saves for its backward pass
 
-Every case runs in a process of its own: an actor is built, and log-probs and an update of two micro-batches are made of
-long rows. On a CPU the peak is that of the resident memory above its level before the model was built (what ru_maxrss
-has, set back before each measurement), on a GPU what torch allocated. Fake tensors go through the same calls of FSDP2,
-with collectives that do nothing; counted is what is alive on a rank, without workspaces and fragmentation.
+Every case runs in a process of its own: an actor is built, and log-probs and an update of two
+micro-batches are made of long rows. On a CPU the peak is that of the resident memory above its
+level before the model was built (what ru_maxrss has, set back before each measurement), on a GPU
+what torch allocated. Fake tensors go through the same calls of FSDP2, with collectives that do
+nothing; counted is what is alive on a rank, without workspaces and fragmentation.
 """
 
 import argparse
@@ -26,7 +27,9 @@ MIB = 2**20
 PUBLISHED = Path(__file__).with_name("model_shapes.json")
 
 
-def qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> Any:
+def qwen2(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool
+) -> Any:
     """What `config.json` of a Qwen2 model of these sizes holds."""
     return {
         "model_type": "qwen2",
@@ -48,7 +51,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "131M, untied": qwen2(768, 3_072, 4, 12, 4, 64_000, False),
     **{path.partition("/")[2]: shape for path, shape in json.loads(PUBLISHED.read_text()).items()},
 }
-REAL = [  # shape, dtype of the computation, prompt, response, share of the response that is trained on
+# shape, dtype of the computation, prompt, response, share of the response that is trained on
+REAL = [
     ("62M, deep", "bfloat16", 1_536, 512, 1.0),
     ("62M, deep", "float32", 1_024, 1_024, 0.25),
     ("89M, 152k words", "bfloat16", 512, 512, 1.0),
@@ -76,17 +80,24 @@ def hf_config(shape: str) -> Any:
     return AutoConfig.for_model(**SHAPES[shape])
 
 
-def predicted(path: str, fsdp: Any, world: int, work: tuple[float, float], case: dict[str, Any]) -> dict[str, float]:
+def predicted(
+    path: str, fsdp: Any, world: int, work: tuple[float, float], case: dict[str, Any]
+) -> dict[str, float]:
     """Bytes of an actor alone: its resident state and the peaks of log-probs and update."""
     from verl.trainer.memory import Pass, Role, infer_moments, resident, update_moments
     from verl.trainer.sizing import read_model
     from verl.workers.config import ModelConfig
 
-    sizes, trained = read_model(ModelConfig(path=path, lora_rank=case.get("lora_rank", 0)), "lm", {})
+    sizes, trained = read_model(
+        ModelConfig(path=path, lora_rank=case.get("lora_rank", 0)), "lm", {}
+    )
     one = Pass(*work, "")
     role = Role("actor", sizes, trained, fsdp, world, one, one, case.get("checkpointing", True))
     base = sum(resident(role, True).values())
-    peaks = [max(sum(m.values()) for m in moments.values()) for moments in (infer_moments(role), update_moments(role))]
+    peaks = [
+        max(sum(m.values()) for m in moments.values())
+        for moments in (infer_moments(role), update_moments(role))
+    ]
     return {"weights + optimizer": base, "log-probs": base + peaks[0], "update": base + peaks[1]}
 
 
@@ -113,11 +124,15 @@ class Meter:
     def peak(self) -> int:
         import torch
 
-        highest = torch.cuda.max_memory_allocated() if self.device == "cuda" else self._status("VmHWM")
+        highest = (
+            torch.cuda.max_memory_allocated() if self.device == "cuda" else self._status("VmHWM")
+        )
         return highest - self.base
 
     def _status(self, field: str) -> int:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        lines = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
         return int(lines[field].split()[0]) * 1024
 
 
@@ -127,7 +142,9 @@ def batch_of(rows: int, prompt: int, response: int, share: float, vocab: int) ->
     from verl.protocol import DataProto
 
     trained = (torch.arange(response) < round(share * response)).long().repeat(rows, 1)
-    numbers = {key: torch.randn(rows, response) for key in ("advantages", "old_log_probs", "ref_log_prob")}
+    numbers = {
+        key: torch.randn(rows, response) for key in ("advantages", "old_log_probs", "ref_log_prob")
+    }
     return DataProto.from_dict(
         {
             "prompts": torch.randint(0, vocab, (rows, prompt)),
@@ -150,8 +167,11 @@ def real_case(paths: dict[str, str], case: dict[str, Any]) -> dict[str, dict[str
     from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, RolloutConfig
 
     start_process_group(threads=1)
-    fsdp, length = FSDPConfig(dtype=case["dtype"]), case["prompt"] + case["response"]
-    config = ActorConfig(ppo_max_token_len_per_gpu=length, fsdp_config=fsdp, entropy_coeff=0.001, use_kl_loss=True)
+    fsdp = FSDPConfig(dtype=case["dtype"])
+    length = case["prompt"] + case["response"]
+    config = ActorConfig(
+        ppo_max_token_len_per_gpu=length, fsdp_config=fsdp, entropy_coeff=0.001, use_kl_loss=True
+    )
 
     def actor(path: str) -> ActorWorker:
         model = ModelConfig(path=path, enable_gradient_checkpointing=case["checkpointing"])
@@ -160,7 +180,9 @@ def real_case(paths: dict[str, str], case: dict[str, Any]) -> dict[str, dict[str
         return made
 
     actor(paths["tiny"])  # brings libraries and workspaces into memory
-    data = batch_of(2, case["prompt"], case["response"], case["share"], SHAPES[case["shape"]]["vocab_size"])
+    data = batch_of(
+        2, case["prompt"], case["response"], case["share"], SHAPES[case["shape"]]["vocab_size"]
+    )
     meter = Meter("cuda" if torch.cuda.is_available() else "cpu")
     made = actor(paths[case["shape"]])
     measured: dict[str, float] = {"weights + optimizer": meter.rise()}
@@ -175,7 +197,8 @@ def real_case(paths: dict[str, str], case: dict[str, Any]) -> dict[str, dict[str
 
 @contextmanager
 def live_bytes() -> Iterator[Callable[[], tuple[int, int]]]:
-    """A function: bytes of the tensors that are alive, and the highest number since its last call."""
+    """A function: bytes of the tensors that are alive, and the highest number since its last
+    call."""
     import torch
     from torch.distributed.tensor import DTensor
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -193,7 +216,9 @@ def live_bytes() -> Iterator[Callable[[], tuple[int, int]]]:
         peak = max(peak, sum(sizes.values()))
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
             local = tree_map_only(DTensor, lambda t: t._local_tensor, out)
             tree_map_only(torch.Tensor, lambda t: note(t.untyped_storage()), local)
@@ -201,7 +226,8 @@ def live_bytes() -> Iterator[Callable[[], tuple[int, int]]]:
 
     def read() -> tuple[int, int]:
         nonlocal peak
-        now, highest = sum(sizes.values()), peak
+        now = sum(sizes.values())
+        highest = peak
         peak = now
         return now, highest
 
@@ -228,8 +254,12 @@ def fake_policy(case: dict[str, Any], path: str) -> Any:
     from verl.workers.config import ModelConfig
     from verl.workers.lora import add_adapters
 
-    def attend(_: Any, q: Any, k: Any, v: Any, __: Any, scaling: float | None = None, **___: Any) -> tuple[Any, None]:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    def attend(
+        _: Any, q: Any, k: Any, v: Any, __: Any, scaling: float | None = None, **___: Any
+    ) -> tuple[Any, None]:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+        )
         return out.transpose(1, 2), None
 
     AttentionInterface.register("whole", attend)
@@ -247,7 +277,11 @@ def fake_policy(case: dict[str, Any], path: str) -> Any:
             for name, old in tensors.items():
                 if old is not None and old not in made:
                     new = torch.zeros(old.shape, dtype=old.dtype)
-                    made[old] = torch.nn.Parameter(new, old.requires_grad) if tensors is module._parameters else new
+                    made[old] = (
+                        torch.nn.Parameter(new, old.requires_grad)
+                        if tensors is module._parameters
+                        else new
+                    )
                 tensors[name] = None if old is None else made[old]
     return model.eval()
 
@@ -266,8 +300,12 @@ def fake_case(paths: dict[str, str], case: dict[str, Any]) -> dict[str, dict[str
 
     dist.init_process_group("fake", rank=0, world_size=case["world"], store=FakeStore())
     mesh = init_device_mesh("cpu", (case["world"],))
-    fsdp = FSDPConfig.model_validate({k: v for k, v in case.items() if k in FSDPConfig.model_fields})
-    path, tokens, trained = paths[case["shape"]], case["tokens"], case["trained"]
+    fsdp = FSDPConfig.model_validate(
+        {k: v for k, v in case.items() if k in FSDPConfig.model_fields}
+    )
+    path = paths[case["shape"]]
+    tokens = case["tokens"]
+    trained = case["trained"]
     with FakeTensorMode(allow_non_fake_inputs=True), live_bytes() as live:
         model = fake_policy(case, path)
         layers = decoder_layers(model)
@@ -278,14 +316,20 @@ def fake_case(paths: dict[str, str], case: dict[str, Any]) -> dict[str, dict[str
         shard(model, layers, fsdp, mesh)
         state = build_train_state(model, OptimConfig(), 10)
         ids = torch.zeros(1, tokens, dtype=torch.long)
-        inputs = {"input_ids": ids, "position_ids": torch.arange(tokens)[None], "logits_to_keep": torch.arange(trained)}
+        inputs = {
+            "input_ids": ids,
+            "position_ids": torch.arange(tokens)[None],
+            "logits_to_keep": torch.arange(trained),
+        }
 
         def log_probs() -> None:
             with torch.no_grad():
                 logprobs_from_logits(model(**inputs, use_cache=False).logits[0], ids[0, :trained])
 
         def backward() -> None:
-            found = logprobs_and_entropy(model(**inputs, use_cache=False).logits[0], ids[0, :trained])
+            found = logprobs_and_entropy(
+                model(**inputs, use_cache=False).logits[0], ids[0, :trained]
+            )
             (found[0].mean() + found[1].mean()).backward()
 
         def update() -> None:
@@ -301,11 +345,15 @@ def fake_case(paths: dict[str, str], case: dict[str, Any]) -> dict[str, dict[str
         live()
         update()
         counted["update"] = live()[1]
-    return {"predicted": predicted(path, fsdp, case["world"], (tokens, trained), case), "measured": counted}
+    return {
+        "predicted": predicted(path, fsdp, case["world"], (tokens, trained), case),
+        "measured": counted,
+    }
 
 
 def layer_case() -> None:
-    """Bytes per token that a decoder layer saves, from hooks on what autograd packs, against the formula."""
+    """Bytes per token that a decoder layer saves, from hooks on what autograd packs, against the
+    formula."""
     import torch
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
@@ -315,7 +363,9 @@ def layer_case() -> None:
     from verl.workers.config import ModelConfig
 
     tokens = 256
-    sys.stdout.write(f"{'saved by a decoder layer':34}{'attention':>12}{'formula':>12}{'counted':>12}  ratio\n")
+    sys.stdout.write(
+        f"{'saved by a decoder layer':34}{'attention':>12}{'formula':>12}{'counted':>12}  ratio\n"
+    )
     for shape in ("62M, deep", "131M, untied", "Qwen2.5-3B"):
         for dtype in (torch.float32, torch.bfloat16):
             for attention in ("sdpa", PACKED):
@@ -338,9 +388,14 @@ def layer_case() -> None:
                 del out
                 with tempfile.TemporaryDirectory() as folder:
                     config.save_pretrained(folder)
-                    formula = layer_saved(read_model(ModelConfig(path=folder), "lm", {})[0], dtype.itemsize)
+                    formula = layer_saved(
+                        read_model(ModelConfig(path=folder), "lm", {})[0], dtype.itemsize
+                    )
                 name = f"{shape}, {str(dtype).removeprefix('torch.')}"
-                sys.stdout.write(f"{name:34}{attention:>12}{formula:12,.0f}{counted:12,.0f}  {formula / counted:.2f}\n")
+                sys.stdout.write(
+                    f"{name:34}{attention:>12}{formula:12,.0f}{counted:12,.0f}  "
+                    f"{formula / counted:.2f}\n"
+                )
 
 
 def save_models(folder: Path, ranks: bool) -> dict[str, str]:
@@ -360,13 +415,17 @@ def save_models(folder: Path, ranks: bool) -> dict[str, str]:
 def cases(ranks: bool) -> list[dict[str, Any]]:
     if ranks:
         keys = ("shape", "world", "tokens", "trained")
-        return [{**dict(zip(keys, case[:4], strict=True)), **case[4], "fake": True} for case in RANKS]
+        return [
+            {**dict(zip(keys, case[:4], strict=True)), **case[4], "fake": True} for case in RANKS
+        ]
     keys = ("shape", "dtype", "prompt", "response", "share", "checkpointing")
     return [dict(zip(keys, (*case, on), strict=True)) for case in REAL for on in (False, True)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", action="store_true", help="full size, many ranks, fake tensors")
     parser.add_argument("--layer", action="store_true", help="one decoder layer")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -379,22 +438,35 @@ def main() -> None:
         sys.stdout.write("\n" + json.dumps(found) + "\n")
         return None
     # so that what is freed is given back, and the resident memory is what is alive
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     with tempfile.TemporaryDirectory() as folder:
         paths = save_models(Path(folder), args.ranks)
         ratios: list[float] = []
         for case in cases(args.ranks):
             command = [sys.executable, __file__, "--case", json.dumps([paths, case])]
-            output = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+            output = subprocess.run(
+                command, env=env, stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
             found = json.loads(output.splitlines()[-1])
-            name = ", ".join(str(v) if k == "shape" else f"{k} {v}" for k, v in case.items() if k != "fake")
+            name = ", ".join(
+                str(v) if k == "shape" else f"{k} {v}" for k, v in case.items() if k != "fake"
+            )
             sys.stdout.write(f"{name}\n{'MiB':>26}{'predicted':>12}{'measured':>12}\n")
             for what, expected in found["predicted"].items():
                 real = found["measured"][what]
                 ratios.append(round(expected / real, 3))
-                sys.stdout.write(f"{what:>26}{expected / MIB:12,.0f}{real / MIB:12,.0f}{expected / real:12.2f}\n")
+                sys.stdout.write(
+                    f"{what:>26}{expected / MIB:12,.0f}{real / MIB:12,.0f}{expected / real:12.2f}\n"
+                )
             sys.stdout.flush()
-        sys.stdout.write(f"RESULT {json.dumps({'smallest ratio': min(ratios), 'largest ratio': max(ratios)})}\n")
+        sys.stdout.write(
+            f"RESULT {json.dumps({'smallest ratio': min(ratios), 'largest ratio': max(ratios)})}\n"
+        )
     return None
 
 

@@ -2,9 +2,10 @@
 
     python scripts/bench/faults.py [RUN ...] [--commit]
 
-Replica, training rank, retriever and driver are killed in turn (SIGKILL), each in the middle of a rollout.
-A row per run: curve of the validations, restarts, and memory of every kind of process, as it was after a quarter of the
-run and at its end; docs/results/faults.png shows all of it. An interrupted run resumes, its faults so far not repeated.
+Replica, training rank, retriever and driver are killed in turn (SIGKILL), each in the middle of a
+rollout. A row per run: curve of the validations, restarts, and memory of every kind of process, as
+it was after a quarter of the run and at its end; docs/results/faults.png shows all of it. An
+interrupted run resumes, its faults so far not repeated.
 """
 
 import json
@@ -22,7 +23,8 @@ import psutil
 import study
 import sweep
 
-STEPS, EVERY = 200, 25
+STEPS = 200
+EVERY = 25
 ROWS = study.ROOT / "docs" / "results" / "faults.jsonl"
 FAULTS = ("replica", "rank", "retriever", "driver")
 TITLES = {
@@ -43,7 +45,8 @@ def folder_of(run: str) -> Path:
 
 
 def processes(root: psutil.Process) -> dict[str, list[psutil.Process]]:
-    """The processes under `root` by kind; of supervisor and driver, which have one title, the driver is the younger."""
+    """The processes under `root` by kind; of supervisor and driver, which have one title, the
+    driver is the younger."""
     found: dict[str, list[psutil.Process]] = defaultdict(list)
     for process in root.children(recursive=True):
         try:
@@ -53,7 +56,8 @@ def processes(root: psutil.Process) -> dict[str, list[psutil.Process]]:
         for kind, part in TITLES.items():
             if part in title:
                 found[kind].append(process)
-    found["supervisor"], found["driver"] = found["driver"][:1], found["driver"][1:]
+    found["supervisor"] = found["driver"][:1]
+    found["driver"] = found["driver"][1:]
     return found
 
 
@@ -94,11 +98,13 @@ def run(name: str) -> None:
     ]
     overrides += [f"trainer.default_local_dir={folder.relative_to(study.ROOT)}"]
     training = subprocess.Popen(["bash", "train_grpo.sh", *overrides], cwd=study.ROOT)
-    root, sampled = psutil.Process(training.pid), 0.0
+    root = psutil.Process(training.pid)
+    sampled = 0.0
     done = folder / "faults.jsonl"
     while training.poll() is None:
         time.sleep(0.5)
-        found, step = processes(root), step_reached(folder)
+        found = processes(root)
+        step = step_reached(folder)
         if time.monotonic() - sampled > SAMPLE_S:
             sample_memory(folder, found, step)
             sampled = time.monotonic()
@@ -116,16 +122,25 @@ def run(name: str) -> None:
 
 
 def figures(name: str) -> study.Row:
-    """What the run leaves: scores, faults and restarts, and memory after a quarter of the steps and at the end."""
+    """What the run leaves: scores, faults and restarts, and memory after a quarter of the steps and
+    at the end."""
     folder = folder_of(name)
     lines = {file: read(folder / f"{file}.jsonl") for file in ("faults", "restarts", "memory")}
     late = [line for line in lines["memory"] if line["step"] >= STEPS // 4]
     ends = {"quarter": late[: len(late) // 6], "end": late[-(len(late) // 6) :]}
     memory = {
-        kind: {when: round(statistics.median(s[kind] for s in part if kind in s)) for when, part in ends.items()}
+        kind: {
+            when: round(statistics.median(s[kind] for s in part if kind in s))
+            for when, part in ends.items()
+        }
         for kind in TITLES
     }
-    return {**sweep.figures(folder), "faults": lines["faults"], "restarts": lines["restarts"], "memory_mb": memory}
+    return {
+        **sweep.figures(folder),
+        "faults": lines["faults"],
+        "restarts": lines["restarts"],
+        "memory_mb": memory,
+    }
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -137,16 +152,21 @@ def table(rows: list[study.Row]) -> str:
     lines = ["| run | EM | faults | restarts | " + " | ".join(f"{k}, MB" for k in TITLES) + " |"]
     lines.append("|" + "---|" * (4 + len(TITLES)))
     for row in rows:
-        memory = [f"{row['memory_mb'][k]['quarter']} -> {row['memory_mb'][k]['end']}" for k in TITLES]
+        memory = [
+            f"{row['memory_mb'][k]['quarter']} -> {row['memory_mb'][k]['end']}" for k in TITLES
+        ]
         counts = [str(len(row["faults"])), str(len(row["restarts"]))]
-        lines.append("| " + " | ".join([row["run"], f"{row['curve'][-1][1]:.3f}", *counts, *memory]) + " |")
+        lines.append(
+            "| " + " | ".join([row["run"], f"{row['curve'][-1][1]:.3f}", *counts, *memory]) + " |"
+        )
     if rows:
         plot(rows, ROWS.with_suffix(".png"))
     return "\n".join(lines) + "\n"
 
 
 def plot(rows: list[study.Row], path: Path) -> None:
-    """Memory of every kind of process over the minutes of the run; a line where something was killed."""
+    """Memory of every kind of process over the minutes of the run; a line where something was
+    killed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5 * len(rows)), layout="constrained")
@@ -168,4 +188,10 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--watch"]:
         run(sys.argv[2])
     else:
-        study.main(__doc__, {name: [[*own, name]] for name in ("undisturbed", "disturbed")}, ROWS, figures, table)
+        study.main(
+            __doc__,
+            {name: [[*own, name]] for name in ("undisturbed", "disturbed")},
+            ROWS,
+            figures,
+            table,
+        )

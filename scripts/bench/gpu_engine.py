@@ -1,4 +1,5 @@
-"""An engine and a trainer of the same small model in one process, and what the smoke asks of the engine alone.
+"""An engine and a trainer of the same small model in one process, and what the smoke asks of the
+engine alone.
 
     python scripts/bench/gpu_engine.py --device cuda --dir FOLDER
 
@@ -46,8 +47,11 @@ GROUPS = (
     "layernorm",
     "model.norm",
 )
-"""Parts of the names of a Qwen2's parameters, which together are all of them. The head is the embedding."""
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 60, 24
+"""Parts of the names of a Qwen2's parameters, which together are all of them. The head is the
+embedding."""
+PROMPTS = 16
+PROMPT_TOKENS = 60
+NEW_TOKENS = 24
 MEAN_GAP = 0.05
 
 
@@ -72,7 +76,8 @@ class Handle:
 
 class _Method:
     def __init__(self, lab: "Lab", name: str) -> None:
-        self.lab, self.name = lab, name
+        self.lab = lab
+        self.name = name
 
     def remote(self, *args: Any) -> Any:
         return self.lab.run(getattr(self.lab.server, self.name)(*args))
@@ -83,7 +88,8 @@ class Trainer:
 
     def __init__(self, folder: Path, device: str) -> None:
         start_process_group(threads=1)
-        self.device, self.sender = device, None
+        self.device = device
+        self.sender = None
         self.path = make_model(folder)
         worker = Worker()
         self.at = worker.device
@@ -152,7 +158,8 @@ class Lab:
             num_replicas=1,
             visible_devices=[os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]],
         )
-        self.loop, self.names = asyncio.new_event_loop(), itertools.count()
+        self.loop = asyncio.new_event_loop()
+        self.names = itertools.count()
 
     def __enter__(self) -> "Lab":
         self.run(self.server.start())
@@ -167,7 +174,10 @@ class Lab:
     async def _all(self, contexts: list[list[int]], sampling: dict[str, Any]) -> list[Completion]:
         defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": NEW_TOKENS}
         defaults |= {"stop": [], "seed": None, "log_probs": True}
-        calls = [self.server.generate(f"r{next(self.names)}", context, defaults | sampling) for context in contexts]
+        calls = [
+            self.server.generate(f"r{next(self.names)}", context, defaults | sampling)
+            for context in contexts
+        ]
         return list(await asyncio.gather(*calls))
 
     def generate(self, contexts: list[list[int]], **sampling: Any) -> list[Completion]:
@@ -186,7 +196,8 @@ class Lab:
         """Mean difference of the log-probs of what the engine samples, in nats."""
         pairs = zip(prompts(), self.generate(prompts()), strict=True)
         whole = [(context, out) for context, out in pairs if len(out.token_ids) == NEW_TOKENS]
-        contexts, outs = [context for context, _ in whole], [out for _, out in whole]
+        contexts = [context for context, _ in whole]
+        outs = [out for _, out in whole]
         ours = trainer.log_probs(contexts, outs)
         return float((ours - torch.tensor([o.log_probs for o in outs])).abs().mean())
 
@@ -195,9 +206,11 @@ class Lab:
         if trainer.device == "cpu":
             self.sync(trainer)
             return {}
-        before, began = free_gib(), time.monotonic()
+        before = free_gib()
+        began = time.monotonic()
         self.run(self.server.sleep(sleep_level(self.server.config)))
-        asleep, slept = free_gib(), time.monotonic()
+        asleep = free_gib()
+        slept = time.monotonic()
         self.run(self.server.wake_up(["weights"]))
         self.sync(trainer)
         self.run(self.server.wake_up(["kv_cache"]))
@@ -237,7 +250,8 @@ def answers(folder: Path, device: str) -> dict[str, Any]:
 
 def sampled(lab: Lab, model: Qwen2ForCausalLM, problems: list[str]) -> dict[str, Any]:
     """Log-probs, seeds, prefix cache and pauses of the engine beside the same model in float32."""
-    contexts, figures = prompts(), {}
+    contexts = prompts()
+    figures = {}
     for temperature in (1.0, 0.7, 0.0):
         outs = lab.generate(contexts, temperature=temperature)
         gap = mean_gap(model, contexts, outs, temperature)
@@ -272,7 +286,9 @@ async def pause(lab: Lab, context: list[int], problems: list[str]) -> None:
 
 
 @torch.no_grad()
-def mean_gap(model: Qwen2ForCausalLM, contexts: list[list[int]], outs: list[Completion], temperature: float) -> float:
+def mean_gap(
+    model: Qwen2ForCausalLM, contexts: list[list[int]], outs: list[Completion], temperature: float
+) -> float:
     """Mean difference to the model's log-probs at this temperature, in nats."""
     gaps = []
     for context, out in zip(contexts, outs, strict=True):

@@ -1,9 +1,11 @@
-"""What a GPU environment can show without a GPU: every module imports, and everything called has the form called for.
+"""What a GPU environment can show without a GPU: every module imports, and everything called has
+the form called for.
 
     python scripts/bench/gpu_install_checks.py
 
-`scripts/bench/gpu_install.sh` makes the environment, and a stub of libcuda.so.1 for the compiled modules that link to
-the driver. Prints a line per failure, then the versions and counts; exit status 1 after a failure.
+`scripts/bench/gpu_install.sh` makes the environment, and a stub of libcuda.so.1 for the compiled
+modules that link to the driver. Prints a line per failure, then the versions and counts; exit
+status 1 after a failure.
 """
 
 import asyncio
@@ -18,7 +20,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "vllm", "transformers", "ray", "flashinfer-python", "faiss-gpu", "sentence-transformers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "vllm",
+    "transformers",
+    "ray",
+    "flashinfer-python",
+    "faiss-gpu",
+    "sentence-transformers",
+)
 OWN = ("verl", "search_r1")
 MODEL = "data/closed_world/base"
 """Folder of any model, whose configuration the engine's arguments read."""
@@ -47,12 +58,20 @@ ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
 SIGNATURES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     # what is called, positional arguments (self among them), keywords
     ("torch.nn.attention.varlen:varlen_attn", 7, ("scale", "window_size", "enable_gqa")),
-    ("torch.distributed.fsdp:fully_shard", 1, ("mesh", "mp_policy", "offload_policy", "reshard_after_forward")),
+    (
+        "torch.distributed.fsdp:fully_shard",
+        1,
+        ("mesh", "mp_policy", "offload_policy", "reshard_after_forward"),
+    ),
     ("torch.distributed.fsdp:MixedPrecisionPolicy", 0, ("param_dtype", "reduce_dtype")),
     ("torch.distributed.fsdp:CPUOffloadPolicy", 0, ()),
     ("torch.distributed:init_process_group", 1, ("store", "rank", "world_size", "timeout")),
     ("torch.distributed.device_mesh:init_device_mesh", 2, ("mesh_dim_names",)),
-    ("torch.distributed.checkpoint.state_dict_saver:async_save", 1, ("storage_writer", "process_group")),
+    (
+        "torch.distributed.checkpoint.state_dict_saver:async_save",
+        1,
+        ("storage_writer", "process_group"),
+    ),
     ("torch.optim:AdamW", 1, ("lr", "betas", "weight_decay", "fused")),
     (f"{ENGINE}.from_engine_args", 1, ()),
     (f"{ENGINE}.generate", 4, ()),
@@ -71,11 +90,22 @@ SIGNATURES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     (f"{TRANSFER}.base:WeightTransferInitRequest", 0, ("init_info",)),
     (f"{TRANSFER}.base:WeightTransferUpdateRequest", 0, ("update_info",)),
     (f"{TRANSFER}.base:ParamMeta", 3, ()),
-    (f"{TRANSFER}.ipc_engine:IPCTrainerInitInfo", 0, ("rank", "packed", "packed_buffer_size_bytes")),
+    (
+        f"{TRANSFER}.ipc_engine:IPCTrainerInitInfo",
+        0,
+        ("rank", "packed", "packed_buffer_size_bytes"),
+    ),
     (
         f"{TRANSFER}.nccl_engine:NCCLTrainerInitInfo",
         0,
-        ("rank", "master_address", "master_port", "world_size", "packed", "packed_buffer_size_bytes"),
+        (
+            "rank",
+            "master_address",
+            "master_port",
+            "world_size",
+            "packed",
+            "packed_buffer_size_bytes",
+        ),
     ),
     (f"{TRANSFER}.factory:WeightTransferTrainerFactory.trainer_init", 1, ("client", "source")),
     ("faiss:index_cpu_to_all_gpus", 1, ("co",)),
@@ -104,7 +134,8 @@ def resolve(path: str) -> Any:
 
 
 def accepts(path: str, positional: int, keywords: tuple[str, ...]) -> None:
-    """Raises TypeError unless the object can be called so; a catch-all `**kwargs` does not count for a keyword."""
+    """Raises TypeError unless the object can be called so; a catch-all `**kwargs` does not count
+    for a keyword."""
     called = resolve(path)
     signature = inspect.signature(called)
     signature.bind(*[None] * positional, **dict.fromkeys(keywords))
@@ -174,10 +205,22 @@ def sampling_parameters() -> None:
             raise Reached
 
     server = VLLMServer(
-        RolloutConfig(), ModelConfig(path=MODEL), max_model_len=64, device="cuda", replica_rank=0, num_replicas=1
+        RolloutConfig(),
+        ModelConfig(path=MODEL),
+        max_model_len=64,
+        device="cuda",
+        replica_rank=0,
+        num_replicas=1,
     )
     server.engine = Engine()
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": 8, "stop": ["a"], "seed": 0}
+    sampling = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "max_tokens": 8,
+        "stop": ["a"],
+        "seed": 0,
+    }
     with suppress(Reached):
         asyncio.run(server.generate("0", [1], {**sampling, "log_probs": True}))
 

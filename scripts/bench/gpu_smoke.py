@@ -1,4 +1,5 @@
-"""Runs what only a GPU can tell, on one card, in the order of risk, in ten minutes, without a network.
+"""Runs what only a GPU can tell, on one card, in the order of risk, in ten minutes, without a
+network.
 
     bash scripts/bench/gpu.sh [--python PATH] [--device cpu] [--only STAGE ...] [--budget SECONDS]
 
@@ -24,9 +25,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = "scripts/bench"
 MARK = "RESULT "
-"""A line of a stage's output that begins with it holds its figures, as JSON. The last one counts."""
+"""A line of a stage's output that begins with it holds its figures, as JSON. The last one
+counts."""
 FALLBACK = "fallback"
-"""Figure with which a stage that failed says under which environment the stages after it may run."""
+"""Figure with which a stage that failed says under which environment the stages after it may
+run."""
 TAIL_LINES = 40
 CPU_SLOWNESS = 10
 """Limits are so many times longer in a rehearsal on the CPU."""
@@ -68,7 +71,8 @@ class Outcome:
 def run_all(stages: Sequence[Stage], env: Mapping[str, str], budget_s: float) -> list[Outcome]:
     """Runs the stages one after the other and says on the console how each went."""
     outcomes: dict[str, Outcome] = {}
-    env, ends = dict(env), time.monotonic() + budget_s
+    env = dict(env)
+    ends = time.monotonic() + budget_s
     for stage in stages:
         left = ends - time.monotonic()
         if why := reason_to_skip(stage, outcomes, left):
@@ -103,15 +107,18 @@ def run_stage(stage: Stage, env: Mapping[str, str], limit_s: float) -> Outcome:
         text=True,
         start_new_session=True,
     )
-    status, why = "ok", ""
+    status = "ok"
+    why = ""
     try:
         output, _ = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        status, why = "timeout", f"not done within {limit_s:.0f} s"
+        status = "timeout"
+        why = f"not done within {limit_s:.0f} s"
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
     if status == "ok" and process.returncode:
-        status, why = "failed", f"exit status {process.returncode}"
+        status = "failed"
+        why = f"exit status {process.returncode}"
     outcome = Outcome(stage.name, stage.question, status, limit_s=limit_s, why=why)
     outcome.seconds = round(time.monotonic() - began, 1)
     outcome.figures = figures_of(output)
@@ -137,9 +144,12 @@ def line_of(outcome: Outcome) -> str:
 
 def page(report: Mapping[str, Any]) -> str:
     """One HTML page that needs no other file."""
-    rows, outputs = [], []
+    rows = []
+    outputs = []
     for stage in report["stages"]:
-        figures = "<br>".join(html.escape(f"{key}: {value}") for key, value in stage["figures"].items())
+        figures = "<br>".join(
+            html.escape(f"{key}: {value}") for key, value in stage["figures"].items()
+        )
         cells = [
             html.escape(stage["name"]),
             html.escape(stage["question"]),
@@ -149,7 +159,8 @@ def page(report: Mapping[str, Any]) -> str:
         ]
         rows.append("".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in cells))
         if stage["tail"]:
-            name, tail = html.escape(stage["name"]), html.escape(stage["tail"])
+            name = html.escape(stage["name"])
+            tail = html.escape(stage["tail"])
             outputs.append(f"<h2>{name}</h2><pre>{tail}</pre>")
     head = "".join(f"<th>{name}</th>" for name in ("stage", "question", "status", "time", "found"))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
@@ -217,7 +228,9 @@ def stages_of(python: str, device: str, peak_tflops: float, work: Path) -> list[
         body("versions", "do the packages import, and which are they", 60, "none"),
         body("runner", "does vLLM's second model runner sample what the first does", 150),
         body("attention", "is the variable-length kernel attention, forward and backward", 60),
-        body("agreement", "do engine and trainer agree in bfloat16, with CUDA graphs", 120, *engine),
+        body(
+            "agreement", "do engine and trainer agree in bfloat16, with CUDA graphs", 120, *engine
+        ),
         body("sync", "does every group of parameters arrive over CUDA IPC", 90, *engine),
         body("sleep", "does sleep free the memory, and are weights right afterwards", 120, "sync"),
         body("closed_world", "do three steps of GRPO run, retrieval included", 150, *engine),

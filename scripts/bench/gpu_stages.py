@@ -1,4 +1,5 @@
-"""Bodies of the stages of gpu_smoke.py: `python scripts/bench/gpu_stages.py STAGE --device cuda --dir FOLDER`.
+"""Bodies of the stages of gpu_smoke.py: `python scripts/bench/gpu_stages.py STAGE --device cuda
+--dir FOLDER`.
 
 Each raises where the answer is no, and prints its figures as one line that begins with RESULT.
 """
@@ -32,7 +33,8 @@ MODULES = (
     "vllm.distributed.weight_transfer.ipc_engine",
 )
 SEARCH_MODULES = ("search_r1.agent.loop", "search_r1.search.app")
-"""What only the closed world needs: reported where they are missing, and no reason to stop the other stages."""
+"""What only the closed world needs: reported where they are missing, and no reason to stop the
+other stages."""
 MEAN_GAP = 0.05
 """Nats between engine and trainer, both in bfloat16 (tests/gpu/test_placement.py)."""
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -76,14 +78,17 @@ def versions(device: str, folder: Path) -> Figures:
 
 
 def runner(device: str, folder: Path) -> Figures:
-    """The two model runners beside each other: what each says of the same prompts (gpu_engine.py)."""
+    """The two model runners beside each other: what each says of the same prompts
+    (gpu_engine.py)."""
     found: dict[str, Figures] = {}
     for name, flag in (("v2", "1"), ("v1", "0")):
         if device == "cpu" and name == "v2":
             continue  # it is made of Triton kernels
         command = [sys.executable, str(ROOT / "scripts" / "bench" / "gpu_engine.py")]
         command += ["--device", device, "--dir", str(folder)]
-        done = subprocess.run(command, env={**os.environ, RUNNER: flag}, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, env={**os.environ, RUNNER: flag}, stdout=subprocess.PIPE, text=True
+        )
         marked = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if done.returncode or not marked:
             sys.stdout.write(done.stdout[-4000:])
@@ -124,7 +129,11 @@ def attention(device: str, folder: Path) -> Figures:
 
     exact = module._one_by_one
     figures: Figures = {}
-    for name, heads in {"plain": (4, 4, None), "grouped": (4, 2, None), "window": (4, 2, 5)}.items():
+    for name, heads in {
+        "plain": (4, 4, None),
+        "grouped": (4, 2, None),
+        "window": (4, 2, 5),
+    }.items():
         module._one_by_one = exact
         expected = test_attention.attend("cpu", torch.float32, *heads)
         if device == "cuda":

@@ -1,4 +1,5 @@
-"""The agent loop of benchmarks, and questions for it: every turn searches, and what it finds is there at once."""
+"""The agent loop of benchmarks, and questions for it: every turn searches, and what it finds is
+there at once."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def write_questions(path: Path | str, count: int) -> None:
     rows = [
         {
             "data_source": "bench",
-            "prompt": [{"role": "user", "content": f"Question: Where does person number {i} live?\n"}],
+            "prompt": [
+                {"role": "user", "content": f"Question: Where does person number {i} live?\n"}
+            ],
             "ability": "fact-reasoning",
             "reward_model": {"style": "rule", "ground_truth": {"target": ["x"]}},
             "extra_info": {"question": f"{i}"},
@@ -33,12 +36,15 @@ def write_questions(path: Path | str, count: int) -> None:
 
 
 class InstantLoop(SearchAgentLoop):
-    """All of the loop's work but parsing and the request: the random model's text holds no query."""
+    """All of the loop's work but parsing and the request: the random model's text holds no
+    query."""
 
     def preflight(self) -> list[str]:
         return []
 
-    async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:
+    async def _turn(
+        self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool
+    ) -> None:
         stop = [self.dialect.stop, "</answer>"]
         length = MIN_TURN + hash((*trajectory.prompt_ids, stats["turns"])) % (
             self.config.max_response_length - MIN_TURN

@@ -1,10 +1,11 @@
-"""Peak memory of log-probs and entropy, with their backward pass, for a large vocabulary, against the naive way.
+"""Peak memory of log-probs and entropy, with their backward pass, for a large vocabulary, against
+the naive way.
 
     python scripts/bench/logprob_memory.py [--tokens 2048] [--vocab 152000]
 
-Each way runs in a process of its own on bfloat16 logits that are there already. Reported is how far the process's
-resident memory rises above that, at its highest: the gradient of the logits, as large as they are, is part of it. Where
-there is a GPU it is the memory that torch allocated there.
+Each way runs in a process of its own on bfloat16 logits that are there already. Reported is how far
+the process's resident memory rises above that, at its highest: the gradient of the logits, as large
+as they are, is part of it. Where there is a GPU it is the memory that torch allocated there.
 """
 
 import argparse
@@ -18,7 +19,8 @@ WAYS = ("naive", "ours")
 
 
 def peak_gib(device: str) -> float:
-    """Highest so far: the resident memory of this process, or what torch allocated on the GPU since the last reset."""
+    """Highest so far: the resident memory of this process, or what torch allocated on the GPU since
+    the last reset."""
     if device == "cuda":
         import torch
 
@@ -32,7 +34,8 @@ def forward_backward(way: str, logits: Any, labels: Any) -> tuple[float, float]:
 
     if way == "naive":
         log_p = logits.float().log_softmax(-1)
-        log_prob, entropy = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+        log_prob = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
     else:
         log_prob, entropy = logprobs_and_entropy(logits, labels)
     (log_prob.mean() + 0.01 * entropy.mean()).backward()
@@ -52,7 +55,8 @@ def measure(way: str, tokens: int, vocab: int, device: str) -> tuple[float, floa
     if device == "cuda":
         forward_backward(way, logits[:8].detach().requires_grad_(), labels[:8])  # loads the kernels
         torch.cuda.reset_peak_memory_stats()
-    before, began = peak_gib(device), time.perf_counter()
+    before = peak_gib(device)
+    began = time.perf_counter()
     sums = forward_backward(way, logits, labels)
     return peak_gib(device) - before, time.perf_counter() - began, *sums
 
@@ -61,12 +65,16 @@ def measure_here(way: str, tokens: int, vocab: int) -> None:
     """Prints what `measure` gives on the GPU, where there is none on the CPU."""
     import torch
 
-    rise, seconds, *sums = measure(way, tokens, vocab, "cuda" if torch.cuda.is_available() else "cpu")
+    rise, seconds, *sums = measure(
+        way, tokens, vocab, "cuda" if torch.cuda.is_available() else "cpu"
+    )
     sys.stdout.write(f"{rise:.2f} {seconds:.2f} {sums[0]:.1f} {sums[1]:.1f}\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=152_000)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
@@ -80,7 +88,9 @@ def main() -> None:
         command = [sys.executable, __file__, *sizes, "--way", way]
         rise, seconds, *sums = subprocess.check_output(command, text=True).split()
         rises[way] = float(rise)
-        sys.stdout.write(f"{way}: {rise} GiB above the logits, {seconds} s (sums {', '.join(sums)})\n")
+        sys.stdout.write(
+            f"{way}: {rise} GiB above the logits, {seconds} s (sums {', '.join(sums)})\n"
+        )
     sys.stdout.write(f"ratio: {rises['ours'] / rises['naive']:.2f}\n")
 
 

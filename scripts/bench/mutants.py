@@ -1,12 +1,14 @@
-"""Plants faults into the core files, one at a time, and counts those that the tests beside them find.
+"""Plants faults into the core files, one at a time, and counts those that the tests beside them
+find.
 
-    python scripts/bench/mutants.py [FILE ...] [--sample N]   # adds what is missing to docs/results/mutants.jsonl
-    python scripts/bench/mutants.py [FILE ...] --table        # shares of killed mutants, and the survivors
+    python scripts/bench/mutants.py [FILE ...] [--sample N]   # adds to docs/results/mutants.jsonl
+    python scripts/bench/mutants.py [FILE ...] --table        # shares killed, and the survivors
 
-A fault is one change of the syntax tree: another comparison or operator, a number off by one, a condition turned round,
-an argument or a statement left out, `detach` left out. They are drawn with a seed, so that a sample is the same again;
-all those of `planted.py` come before them. A row is known by the text that it tried, and is tried again when the file
-has changed; the table has those of the present files.
+A fault is one change of the syntax tree: another comparison or operator, a number off by one, a
+condition turned round, an argument or a statement left out, `detach` left out. They are drawn with
+a seed, so that a sample is the same again; all those of `planted.py` come before them. A row is
+known by the text that it tried, and is tried again when the file has changed; the table has those
+of the present files.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +35,13 @@ from planted import PLANTED
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results/mutants.jsonl"
 TIMEOUT_S = 240
-CORE = ("test_core_algos", "test_algorithms", "test_correction", "test_combinations", "test_filters")
+CORE = (
+    "test_core_algos",
+    "test_algorithms",
+    "test_correction",
+    "test_combinations",
+    "test_filters",
+)
 WORKERS = ("test_actor", "test_update", "test_golden", "test_forward", "test_columns", "test_masks")
 CHECKPOINTS = ("test_run_folder", "test_checkpoints_of_run", "test_ray_trainer", "test_checkpoint")
 TESTS: dict[str, tuple[str, ...]] = {
@@ -50,7 +59,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "verl/workers/critic.py": ("test_critic", "test_update"),
     "verl/workers/update.py": WORKERS,
     "verl/workers/forward.py": WORKERS,
-    "verl/workers/rollout/weight_sync.py": ("verl/rollout/test_weight_sync", "verl/rollout/test_lost_engine"),
+    "verl/workers/rollout/weight_sync.py": (
+        "verl/rollout/test_weight_sync",
+        "verl/rollout/test_lost_engine",
+    ),
     "verl/utils/checkpoint.py": CHECKPOINTS,
     "verl/utils/seqlen_balancing.py": ("test_seqlen_balancing", "test_batching"),
     "search_r1/agent": ("search_r1/agent",),
@@ -60,10 +72,24 @@ TESTS: dict[str, tuple[str, ...]] = {
 """The tests beside each file: names of tests/verl, or paths below tests/."""
 
 PRELOADED = (
-    "fastapi", "httpx", "hydra", "hypothesis", "numpy", "pandas", "peft", "ray", "sklearn.metrics", "torch",
-    "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers",
-    "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2", "uvicorn",
-)  # fmt: skip
+    "fastapi",
+    "httpx",
+    "hydra",
+    "hypothesis",
+    "numpy",
+    "pandas",
+    "peft",
+    "ray",
+    "sklearn.metrics",
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.qwen2.modeling_qwen2",
+    "uvicorn",
+)
 """What the tests import for seconds, and is not of the project."""
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -88,7 +114,14 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.BitAnd: ast.BitOr,
     ast.BitOr: ast.BitAnd,
 }
-NAMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any"}
+NAMES = {
+    "min": "max",
+    "max": "min",
+    "minimum": "maximum",
+    "maximum": "minimum",
+    "any": "all",
+    "all": "any",
+}
 TRANSPARENT = frozenset({"detach", "clone", "float", "bool"})
 """Methods whose result has the same values: left out, only what they are there for goes wrong."""
 
@@ -189,7 +222,9 @@ def _is_message(node: ast.AST) -> bool:
     return isinstance(node, ast.Raise) or text.startswith(("logger.", "super().__init__"))
 
 
-def _replaced(file: str, tree: ast.Module, parent: ast.AST, field: str, place: int, node: ast.AST) -> Iterator[Mutant]:
+def _replaced(
+    file: str, tree: ast.Module, parent: ast.AST, field: str, place: int, node: ast.AST
+) -> Iterator[Mutant]:
     siblings = getattr(parent, field)
     for variant in variants(node):
         if isinstance(siblings, list):
@@ -203,21 +238,50 @@ def _replaced(file: str, tree: ast.Module, parent: ast.AST, field: str, place: i
         text = ast.unparse(ast.fix_missing_locations(tree))
         setattr(parent, field, siblings)
         after = "left out" if variant is None else ast.unparse(variant).splitlines()[0]
-        yield Mutant(file, getattr(node, "lineno", 0), ast.unparse(node).splitlines()[0], after, text)
+        yield Mutant(
+            file, getattr(node, "lineno", 0), ast.unparse(node).splitlines()[0], after, text
+        )
 
 
 def planted(files: Sequence[str]) -> list[Mutant]:
-    """The faults of `planted.py` in these files. Raises ValueError for one whose text does not stand there once."""
+    """The faults of `planted.py` in these files. Raises ValueError for one whose text does not
+    stand there once."""
     found = []
     for file, before, after in PLANTED:
         if file not in files:
             continue
         source = (ROOT / file).read_text(encoding="utf-8")
-        if source.count(before) != 1:
-            raise ValueError(f"planted.py: {file} has {source.count(before)} times {before!r}, expected once")
-        line = source[: source.index(before)].count("\n") + 1
-        found.append(Mutant(file, line, before.strip(), after.strip() or "left out", source.replace(before, after)))
+        places = list(however_broken(before).finditer(source))
+        if len(places) != 1:
+            raise ValueError(
+                f"planted.py: {file} has {len(places)} times {before!r}, expected once"
+            )
+        start, end = places[0].span()
+        line = source[:start].count("\n") + 1
+        found.append(
+            Mutant(
+                file,
+                line,
+                before.strip(),
+                after.strip() or "left out",
+                source[:start] + after + source[end:],
+            )
+        )
     return found
+
+
+def however_broken(code: str) -> re.Pattern[str]:
+    """Matches a piece of code however a formatter breaks its lines.
+
+    >>> bool(however_broken("f(a, b)").search("f(\\n    a,\\n    b,\\n)"))
+    True
+    """
+    indentation = re.match(r" *", code)
+    begin = f"^{indentation.group()}" if indentation and len(indentation.group()) > 1 else ""
+    pieces = re.findall(r"\w+|[^\w\s]", code)
+    patterns = [rf",?\s*{re.escape(p)}" if p in ")]}" else re.escape(p) for p in pieces]
+    end = "\n" if code.endswith("\n") else ""
+    return re.compile(begin + r"\s*".join(patterns) + end, re.MULTILINE)
 
 
 def tests_of(file: str) -> list[str]:
@@ -244,8 +308,11 @@ def run_tests(tree: str, file: str, tests: Sequence[str]) -> None:
 
 
 def status_of_tests(tree: Path, file: str) -> int | None:
-    """Exit status of the tests beside `file` in that copy of the project; None if they take too long."""
-    run = multiprocessing.get_context("fork").Process(target=run_tests, args=(str(tree), file, tests_of(file)))
+    """Exit status of the tests beside `file` in that copy of the project; None if they take too
+    long."""
+    run = multiprocessing.get_context("fork").Process(
+        target=run_tests, args=(str(tree), file, tests_of(file))
+    )
     run.start()
     run.join(TIMEOUT_S)
     status = run.exitcode
@@ -264,7 +331,9 @@ def try_mutants(tree: Path, todo: Sequence[Mutant], out: Path) -> None:
     for number, mutant in enumerate(todo, 1):
         tests = tuple(tests_of(mutant.file))
         if tests not in healthy and status_of_tests(tree, mutant.file) != 0:
-            raise RuntimeError(f"{mutant.file}: the tests beside it fail without any fault: {' '.join(tests)}")
+            raise RuntimeError(
+                f"{mutant.file}: the tests beside it fail without any fault: {' '.join(tests)}"
+            )
         healthy.add(tests)
         path = tree / mutant.file
         original = path.read_text(encoding="utf-8")
@@ -274,17 +343,27 @@ def try_mutants(tree: Path, todo: Sequence[Mutant], out: Path) -> None:
         path.write_text(original, encoding="utf-8")
         outcome = {0: "survived", None: "timeout"}.get(status, "killed")
         row = {name: value for name, value in asdict(mutant).items() if name != "text"}
-        row |= {"key": mutant.key, "outcome": outcome, "seconds": round(time.monotonic() - began, 1)}
+        row |= {
+            "key": mutant.key,
+            "outcome": outcome,
+            "seconds": round(time.monotonic() - began, 1),
+        }
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        sys.stdout.write(f"{number}/{len(todo)} {outcome} {mutant.file}:{mutant.line} {mutant.after}\n")
+        sys.stdout.write(
+            f"{number}/{len(todo)} {outcome} {mutant.file}:{mutant.line} {mutant.after}\n"
+        )
         sys.stdout.flush()
 
 
 def copy_project(tree: Path) -> Path:
     """Copies the files that git tracks or would."""
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for name in listed.stdout.splitlines():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -327,25 +406,42 @@ def table(rows: Sequence[dict[str, object]]) -> str:
         lines.append(f"| {name} | {len(own)} | {killed} | {killed / len(own):.2f} |")
     lines.append("")
     survivors = [row for row in rows if row["outcome"] == "survived"]
-    lines += [f"- {row['file']}:{row['line']}: `{row['before']}` -> `{row['after']}`" for row in survivors]
+    lines += [
+        f"- {row['file']}:{row['line']}: `{row['before']}` -> `{row['after']}`" for row in survivors
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", help="files to plant faults in (default: all that have tests beside them)")
-    parser.add_argument("--sample", type=int, default=12, help="most mutants of a file (default: 12)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "files",
+        nargs="*",
+        help="files to plant faults in (default: all that have tests beside them)",
+    )
+    parser.add_argument(
+        "--sample", type=int, default=12, help="most mutants of a file (default: 12)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws them (default: 0)")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of rows")
-    parser.add_argument("--again", action="store_true", help="try those that survived again: the tests have changed")
+    parser.add_argument(
+        "--again", action="store_true", help="try those that survived again: the tests have changed"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of the rows and end")
     args = parser.parse_args()
     lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
-    rows = {row["key"]: row for row in map(json.loads, lines)}  # of one that was tried again the last
+    rows = {
+        row["key"]: row for row in map(json.loads, lines)
+    }  # of one that was tried again the last
     files = args.files or all_files()
     if args.table:
-        present = {mutant.key for mutant in [*planted(files), *(m for file in files for m in mutants(file))]}
+        present = {
+            mutant.key
+            for mutant in [*planted(files), *(m for file in files for m in mutants(file))]
+        }
         sys.stdout.write(table([row for key, row in rows.items() if key in present]) + "\n")
         return
     known = {key for key, row in rows.items() if not (args.again and row["outcome"] == "survived")}
@@ -357,7 +453,9 @@ def main() -> None:
         jobs = []
         for job in range(args.jobs):
             tree = copy_project(Path(folder, str(job)))
-            jobs.append(fork.Process(target=try_mutants, args=(tree, todo[job :: args.jobs], args.out)))
+            jobs.append(
+                fork.Process(target=try_mutants, args=(tree, todo[job :: args.jobs], args.out))
+            )
         for process in jobs:
             process.start()
         for process in jobs:

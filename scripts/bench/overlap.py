@@ -1,10 +1,12 @@
-"""Does a rollout wait for more than it must? 64 trajectories of two slow searches, against what bounds them.
+"""Does a rollout wait for more than it must? 64 trajectories of two slow searches, against what
+bounds them.
 
     python scripts/bench/overlap.py --model data/closed_world/base
 
-The bound is the larger of (a) the slowest trajectory alone: its latencies plus its tokens at the speed of a trajectory
-that has the engine for itself, and (b) the engine's time for all tokens when searches take no time. Beside it, in the
-same engine, the same trajectories in lock-step: a barrier after every turn, as the original has it.
+The bound is the larger of (a) the slowest trajectory alone: its latencies plus its tokens at the
+speed of a trajectory that has the engine for itself, and (b) the engine's time for all tokens when
+searches take no time. Beside it, in the same engine, the same trajectories in lock-step: a barrier
+after every turn, as the original has it.
 """
 
 import argparse
@@ -18,16 +20,29 @@ import time
 from verl.workers.config import ModelConfig, RolloutConfig
 from verl.workers.rollout.vllm_server import VLLMServer
 
-SEARCHES, TURN_TOKENS, OBSERVATION_TOKENS, PROMPT_TOKENS = 2, 20, 100, 16
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": TURN_TOKENS, "stop": [], "seed": None,
-            "log_probs": True}  # fmt: skip
+SEARCHES = 2
+TURN_TOKENS = 20
+OBSERVATION_TOKENS = 100
+PROMPT_TOKENS = 16
+SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "max_tokens": TURN_TOKENS,
+    "stop": [],
+    "seed": None,
+    "log_probs": True,
+}
 
 
 class Rollout:
     """Trajectories over one engine; `latencies[i]` are the delays of trajectory i in seconds."""
 
     def __init__(self, server: VLLMServer, vocab: int, seed: int) -> None:
-        self.server, self.vocab, self.rng, self.calls = server, vocab, random.Random(seed), 0
+        self.server = server
+        self.vocab = vocab
+        self.rng = random.Random(seed)
+        self.calls = 0
 
     def tokens(self, count: int) -> list[int]:
         return [self.rng.randrange(self.vocab) for _ in range(count)]
@@ -63,16 +78,27 @@ class Rollout:
         return time.perf_counter() - began
 
 
-async def measure(model: str, count: int, median_ms: float, p99_ms: float, seed: int) -> dict[str, float]:
+async def measure(
+    model: str, count: int, median_ms: float, p99_ms: float, seed: int
+) -> dict[str, float]:
     config = RolloutConfig(dtype="float32", enforce_eager=True, cpu_kvcache_gb=0.5)
     server = VLLMServer(
-        config, ModelConfig(path=model), max_model_len=512, device="cpu", replica_rank=0, num_replicas=1
+        config,
+        ModelConfig(path=model),
+        max_model_len=512,
+        device="cpu",
+        replica_rank=0,
+        num_replicas=1,
     )
     await server.start()
     try:
         rollout = Rollout(server, vocab=256, seed=seed)
-        mu, sigma = math.log(median_ms / 1000), math.log(p99_ms / median_ms) / 2.3263  # 99 % quantile of N(0, 1)
-        latencies = [[rollout.rng.lognormvariate(mu, sigma) for _ in range(SEARCHES)] for _ in range(count)]
+        # 99 % quantile of N(0, 1)
+        mu = math.log(median_ms / 1000)
+        sigma = math.log(p99_ms / median_ms) / 2.3263
+        latencies = [
+            [rollout.rng.lognormvariate(mu, sigma) for _ in range(SEARCHES)] for _ in range(count)
+        ]
         instant = [[0.0] * SEARCHES for _ in range(count)]
         await rollout.free(instant)  # warm-up
         alone = await rollout.free(instant[:1])
@@ -83,16 +109,25 @@ async def measure(model: str, count: int, median_ms: float, p99_ms: float, seed:
         await server.shutdown()
     bound = max(max(sum(one) for one in latencies) + alone, engine)
     return {
-        "alone_s": alone, "engine_s": engine, "bound_s": bound, "wall_s": wall, "wall_over_bound": wall / bound,
-        "lock_step_s": lock_step, "lock_step_over_wall": lock_step / wall,
-    }  # fmt: skip
+        "alone_s": alone,
+        "engine_s": engine,
+        "bound_s": bound,
+        "wall_s": wall,
+        "wall_over_bound": wall / bound,
+        "lock_step_s": lock_step,
+        "lock_step_over_wall": lock_step / wall,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="data/closed_world/base")
     parser.add_argument("--count", type=int, default=64, help="trajectories (default: 64)")
-    parser.add_argument("--median-ms", type=float, default=200, help="median latency (default: 200)")
+    parser.add_argument(
+        "--median-ms", type=float, default=200, help="median latency (default: 200)"
+    )
     parser.add_argument("--p99-ms", type=float, default=2000, help="99 %% quantile (default: 2000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,9 +1,11 @@
-"""Asks the probe of the trainer about every causal family that transformers knows: packed, alone, or refused.
+"""Asks the probe of the trainer about every causal family that transformers knows: packed, alone,
+or refused.
 
-    python scripts/bench/packing.py [FAMILY ...]     # appends to docs/results/packing.jsonl; families there are skipped
+    python scripts/bench/packing.py [FAMILY ...]     # adds to docs/results/packing.jsonl
     python scripts/bench/packing.py --table          # the rows as a table in Markdown
 
-Models are random and narrow where the family allows it, with the layer types of its default configuration.
+Models are random and narrow where the family allows it, with the layer types of its default
+configuration.
 """
 
 import argparse
@@ -33,7 +35,11 @@ NARROW = {
 }
 TYPICAL: dict[str, dict[str, Any]] = {
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2_moe": {
+        "num_hidden_layers": 2,
+        "layer_types": ["conv", "full_attention"],
+        "num_dense_layers": 1,
+    },
 }
 """What the published models of a family have and its default configuration has not."""
 SECONDS = 90
@@ -41,7 +47,8 @@ SECONDS = 90
 
 
 def configurations(family: str) -> list[PretrainedConfig]:
-    """The narrow configuration of the family, then its default one; what cannot be made is left out."""
+    """The narrow configuration of the family, then its default one; what cannot be made is left
+    out."""
     cls = CONFIG_MAPPING[family]
     default = cls(**TYPICAL.get(family, {}))
     known = {key: value for key, value in NARROW.items() if hasattr(default.get_text_config(), key)}
@@ -66,7 +73,12 @@ def verdict(family: str, head: Head) -> dict[str, Any]:
             continue
         if isinstance(found, Packing):
             way = "packed" if found.packs else "alone"
-            return {"way": way, "attention": found.attention, "gap": found.gap, "reason": found.reason}
+            return {
+                "way": way,
+                "attention": found.attention,
+                "gap": found.gap,
+                "reason": found.reason,
+            }
         problem = found
     return {"way": "refused", "reason": problem}
 
@@ -81,11 +93,18 @@ def row_of(family: str) -> dict[str, Any]:
     signal.alarm(SECONDS)
     try:
         row = {"family": family, **verdict(family, "lm")}
-        if CONFIG_MAPPING[family] in AutoModelForTokenClassification._model_mapping and row["way"] != "refused":
+        if (
+            CONFIG_MAPPING[family] in AutoModelForTokenClassification._model_mapping
+            and row["way"] != "refused"
+        ):
             row["critic"] = verdict(family, "value")["way"]
         return row
     except Exception as error:
-        return {"family": family, "way": "refused", "reason": f"{type(error).__name__}: {str(error)[:120]}"}
+        return {
+            "family": family,
+            "way": "refused",
+            "reason": f"{type(error).__name__}: {str(error)[:120]}",
+        }
     finally:
         signal.alarm(0)
 
@@ -93,21 +112,35 @@ def row_of(family: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a row per family, those that pack first."""
     order = ["packed", "alone", "refused"]
-    lines = ["| family | way | attention | difference | critic | why |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| family | way | attention | difference | critic | why |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in sorted(rows, key=lambda r: (order.index(r["way"]), r["family"])):
         gap = f"{row['gap']:.0e}" if "gap" in row else ""
-        cells = [row["family"], row["way"], row.get("attention", ""), gap, row.get("critic", ""), row["reason"]]
+        cells = [
+            row["family"],
+            row["way"],
+            row.get("attention", ""),
+            gap,
+            row.get("critic", ""),
+            row["reason"],
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> int:
     """Probes the families that have no row yet, or writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("families", nargs="*")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    )
     if arguments.table:
         sys.stdout.write(table(rows) + "\n")
         return 0

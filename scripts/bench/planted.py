@@ -1,6 +1,8 @@
-"""Faults that a reader would fear: where functions are wired to the configuration and to each other.
+"""Faults that a reader would fear: where functions are wired to the configuration and to each
+other.
 
-`mutants.py` plants them beside its own. Each is a file, a text that stands in it once, and what takes its place.
+`mutants.py` plants them beside its own. Each is a file, a text that stands in it once, and what
+takes its place.
 """
 
 LOSSES = "verl/trainer/ppo/core_algos/losses.py"
@@ -20,14 +22,22 @@ LOOP = "search_r1/agent/loop.py"
 
 PLANTED: tuple[tuple[str, str, str], ...] = (
     (LOSSES, "ratio = p.log_ratio.detach().exp()", "ratio = p.log_ratio.exp()"),
-    (LOSSES, "weight = ratio.clamp(1 - p.low, 1 + p.high)", "weight = ratio.clamp(1 - p.high, 1 + p.low)"),
+    (
+        LOSSES,
+        "weight = ratio.clamp(1 - p.low, 1 + p.high)",
+        "weight = ratio.clamp(1 - p.high, 1 + p.low)",
+    ),
     (LOSSES, "weight = ratio.clamp(1 - p.low, 1 + p.high)", "weight = ratio"),
     (LOSSES, "axis=-1).unsqueeze(-1).detach()", "axis=-1).unsqueeze(-1)"),
     (LOSSES, "else cliprange_low\n", "else cliprange_high\n"),
     (LOSSES, "else cliprange_high\n", "else cliprange_low\n"),
     (LOSSES, "earned, mask, low, high, clip_ratio_c", "earned, mask, high, low, clip_ratio_c"),
     (LOSSES, "bound = -p.advantages * p.clip_ratio_c", "bound = -p.advantages"),
-    (LOSSES, "values - cliprange_value, values + cliprange_value", "-cliprange_value, cliprange_value"),
+    (
+        LOSSES,
+        "values - cliprange_value, values + cliprange_value",
+        "-cliprange_value, cliprange_value",
+    ),
     (ADVANTAGES, "delta + gamma * lam * advantage", "delta + gamma * advantage"),
     (ADVANTAGES, "delta + gamma * lam * advantage", "delta + lam * advantage"),
     (ADVANTAGES, "+ gamma * next_value", "+ next_value"),
@@ -35,11 +45,19 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (ADVANTAGE, "mask, config.gamma, config.lam)", "mask, config.lam, config.gamma)"),
     (ADVANTAGE, "by_std = config.norm_adv_by_std_in_grpo", "by_std = True"),
     (ADVANTAGE, "index, norm_adv_by_std_in_grpo=False)", "index, norm_adv_by_std_in_grpo=True)"),
-    (ADVANTAGE, "reinforce_advantage(rewards, mask, config.gamma)", "reinforce_advantage(rewards, mask, 1)"),
+    (
+        ADVANTAGE,
+        "reinforce_advantage(rewards, mask, config.gamma)",
+        "reinforce_advantage(rewards, mask, 1)",
+    ),
     (ADVANTAGE, "n_steps=len(data)", "n_steps=1"),
     (ADVANTAGE, "    controller.update(kl, n_steps=len(data))\n", ""),
     (ADVANTAGE, "beta = controller.value", "beta = config.kl_ctrl.kl_coef"),
-    (ADVANTAGE, "ctrl.kl_coef, ctrl.target_kl, ctrl.horizon", "ctrl.kl_coef, ctrl.target_kl, 10_000"),
+    (
+        ADVANTAGE,
+        "ctrl.kl_coef, ctrl.target_kl, ctrl.horizon",
+        "ctrl.kl_coef, ctrl.target_kl, 10_000",
+    ),
     (ADVANTAGE, "        controller.value = value\n", "        pass\n"),
     (ADVANTAGE, "and same_start:", "or same_start:"),
     (KL, "error * n_steps / self.horizon", "error / self.horizon"),
@@ -51,30 +69,49 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (FILTERS, "if config.bypass_mode:", "if False:"),
     (BATCHING, "place * number // len(lengths)", "place % number"),
     (BATCHING, "parts[first:] + parts[:first]", "parts"),
-    (BATCHING, "balance([lengths[row] for row in rows], world_size)", "balance([1 for row in rows], world_size)"),
+    (
+        BATCHING,
+        "balance([lengths[row] for row in rows], world_size)",
+        "balance([1 for row in rows], world_size)",
+    ),
     (BATCHING, "torch.from_numpy(index[order])", "torch.from_numpy(index)"),
     (BATCHING, "    if not state_masking:\n", "    if state_masking:\n"),
     (BATCHING, "sizes[job.uid] >= min_group", "sizes[job.uid] >= 1"),
-    (BALANCING, "pairs = zip(one, reversed(two), strict=True)", "pairs = zip(one, two, strict=True)"),
+    (
+        BALANCING,
+        "pairs = zip(one, reversed(two), strict=True)",
+        "pairs = zip(one, two, strict=True)",
+    ),
     (AHEAD, "max_staleness + 1, steps_left", "max_staleness, steps_left"),
     (AHEAD, "max_staleness + 1, steps_left", "max_staleness + 1, 10**9"),
     (AHEAD, "seed=seed + 1_000_000 * self.sampler.drawn", "seed=seed"),
     (AHEAD, "        if not self.config.async_training.partial_rollout:\n", "        if False:\n"),
     (AHEAD, "        self.under_way.clear()\n", ""),
-    (TRAINER, "self.step <= self.config.trainer.critic_warmup", "self.step < self.config.trainer.critic_warmup"),
+    (
+        TRAINER,
+        "self.step <= self.config.trainer.critic_warmup",
+        "self.step < self.config.trainer.critic_warmup",
+    ),
     (TRAINER, "            self.ahead.settle()\n", "            pass\n"),
-    (TRAINER, "batch, kl = apply_kl_penalty(batch, self.config.algorithm, self.kl_ctrl)\n            "
-     "batch, shares = compute_advantage(batch, self.config.algorithm)",
-     "batch, shares = compute_advantage(batch, self.config.algorithm)\n            "
-     "batch, kl = apply_kl_penalty(batch, self.config.algorithm, self.kl_ctrl)"),
+    (
+        TRAINER,
+        "batch, kl = apply_kl_penalty(batch, self.config.algorithm, self.kl_ctrl)\n            "
+        "batch, shares = compute_advantage(batch, self.config.algorithm)",
+        "batch, shares = compute_advantage(batch, self.config.algorithm)\n            "
+        "batch, kl = apply_kl_penalty(batch, self.config.algorithm, self.kl_ctrl)",
+    ),
     (TRAINER, 'self.rollout.version = state["version"] - 1', "self.rollout.version = -1"),
     (TRAINER, "        restore_kl(self.kl_ctrl,", "        (self.kl_ctrl,"),
     (TRAINER, 'self.collapse_watch.load_state_dict(state["watch"])', "pass"),
     (TRAINER, 'self.ahead.load_state_dict(state["sampler"])', "pass"),
-    (TRAINER, 'state["step"], state["skipped_in_a_row"]', 'state["step"], 0'),
+    (TRAINER, 'self.skipped_in_a_row = state["skipped_in_a_row"]', "self.skipped_in_a_row = 0"),
     (TRAINER, "min_group = 2 if config.compares else 1", "min_group = 1"),
-    (TRAINER, "        self.rollout.version += 1  #", "        pass  #"),
-    (TRAINER, "batch, shares = filter_loss(batch, self.config.algorithm.loss_filters)", "shares = {}"),
+    (TRAINER, "        self.rollout.version += 1", "        pass  #"),
+    (
+        TRAINER,
+        "batch, shares = filter_loss(batch, self.config.algorithm.loss_filters)",
+        "shares = {}",
+    ),
     (TRAINER, "                self.sleep()\n", ""),
     (ACTOR, "cliprange_low=config.clip_ratio_low", "cliprange_low=config.clip_ratio_high"),
     (ACTOR, "cliprange_high=config.clip_ratio_high", "cliprange_high=config.clip_ratio_low"),
@@ -95,13 +132,31 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (FORWARD, "chosen_at=whole.nonzero()[:, 0] - 1", "chosen_at=whole.nonzero()[:, 0]"),
     (FORWARD, "(real.cumsum(1) - 1)[real][None]", "real.cumsum(1)[real][None]"),
     (SYNC, "            dist.barrier()\n", "            pass\n"),
-    (LOOP, "if len(context) > self.config.max_prompt_length:", "if len(context) >= self.config.max_prompt_length:"),
-    (LOOP, '"context", True', '"context", False'),
+    (
+        LOOP,
+        "if len(context) > self.config.max_prompt_length:",
+        "if len(context) >= self.config.max_prompt_length:",
+    ),
+    (LOOP, "trajectory.truncated = True", "trajectory.truncated = False"),
     (LOOP, "        trajectory.void_turns += isinstance(action, Invalid)\n", ""),
-    (LOOP, 'may_search=stats["turns"] < self.max_searches', 'may_search=stats["turns"] <= self.max_searches'),
-    (LOOP, "max_tokens=self.config.max_response_length", "max_tokens=self.config.max_prompt_length"),
-    (LOOP, "token_ids=completion.token_ids[:-1], log_probs=completion.log_probs[:-1]",
-     "token_ids=completion.token_ids, log_probs=completion.log_probs"),
-    (LOOP, "        trajectory.add_observation(ids, **facts)",
-     "        trajectory.add_completion(Completion(ids, [0.0] * len(ids), 'stop'), **facts)"),
-)  # fmt: skip
+    (
+        LOOP,
+        'may_search=stats["turns"] < self.max_searches',
+        'may_search=stats["turns"] <= self.max_searches',
+    ),
+    (
+        LOOP,
+        "max_tokens=self.config.max_response_length",
+        "max_tokens=self.config.max_prompt_length",
+    ),
+    (
+        LOOP,
+        "token_ids=completion.token_ids[:-1], log_probs=completion.log_probs[:-1]",
+        "token_ids=completion.token_ids, log_probs=completion.log_probs",
+    ),
+    (
+        LOOP,
+        "        trajectory.add_observation(ids, **facts)",
+        "        trajectory.add_completion(Completion(ids, [0.0] * len(ids), 'stop'), **facts)",
+    ),
+)

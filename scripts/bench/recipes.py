@@ -2,8 +2,8 @@
 
     python scripts/bench/recipes.py [--recipes configs/experiment/nq_hotpotqa] [override ...]
 
-Recipes are found in the folder: every file that sets a model. Models' configs come from model_shapes.json, so that no
-hub is needed. Nothing here runs on a GPU.
+Recipes are found in the folder: every file that sets a model. Models' configs come from
+model_shapes.json, so that no hub is needed. Nothing here runs on a GPU.
 """
 
 import argparse
@@ -42,10 +42,14 @@ SOURCES = {
 Row = tuple[str, str]
 """A recipe and the cells of its row."""
 MEMORY_HEADER = (
-    "| recipe | card | rollout | log-probs | critic update | actor update | left | left beside a retriever "
+    "| recipe | card | rollout | log-probs | critic update | actor update | left | left beside a "
+    "retriever "
     "| KV cache, tokens | trajectories at once: longest, mean |"
 )
-TIME_HEADER = "| recipe | card | gen | log-probs, values | updates | sync, sleep, driver | step | validation | run |"
+TIME_HEADER = (
+    "| recipe | card | gen | log-probs, values | updates | sync, sleep, driver | step | validation "
+    "| run |"
+)
 
 
 def find_recipes(folder: Path) -> Iterator[tuple[str, str]]:
@@ -60,7 +64,9 @@ def find_recipes(folder: Path) -> Iterator[tuple[str, str]]:
 def validation_questions(config: Any) -> int:
     """Questions of a validation with the paper's test file."""
     sample = config.data.val_sample_per_source
-    everything = sum(SOURCES.values() if sample is None else (min(sample, size) for size in SOURCES.values()))
+    everything = sum(
+        SOURCES.values() if sample is None else (min(sample, size) for size in SOURCES.values())
+    )
     return min(everything, config.data.val_data_num or everything)
 
 
@@ -72,7 +78,10 @@ def header(text: str) -> list[str]:
 def memory_row(card: str, alone: Estimate, beside: Estimate, mean_tokens: float) -> str:
     """A row of the table of memory. GiB."""
     phases = ("rollout", "log-probs", "critic update", "actor update")
-    cells = [f"{estimate.total(alone.peaks[phase][0]) / GIB:.1f}" if phase in alone.peaks else "" for phase in phases]
+    cells = [
+        f"{estimate.total(alone.peaks[phase][0]) / GIB:.1f}" if phase in alone.peaks else ""
+        for phase in phases
+    ]
     tokens = alone.engine.kv_tokens if alone.engine else 0
     at_once = f"{tokens // alone.longest.tokens:,}, {tokens // mean_tokens:,.0f}"
     lefts = [
@@ -97,7 +106,8 @@ def time_row(card: str, found: StepTime) -> str:
 
 
 def rows_of(config_name: str, experiment: str, overrides: list[str]) -> tuple[list[Row], list[Row]]:
-    """Name and cells of the rows of both tables for a recipe. Raises ConfigError where it cannot be estimated."""
+    """Name and cells of the rows of both tables for a recipe. Raises ConfigError where it cannot be
+    estimated."""
     name = experiment.rpartition("/")[2]
     config = sizing.load_config(config_name, [f"experiment={experiment}", *overrides])
     step_time.refuse_other_schedules(config)
@@ -108,7 +118,10 @@ def rows_of(config_name: str, experiment: str, overrides: list[str]) -> tuple[li
     memory: list[Row] = []
     time: list[Row] = []
     for card, gib in CARDS.items():
-        alone, beside = (estimate.estimate(config, roles, longest, gib * GIB, taken) for taken in (0.0, retriever))
+        alone, beside = (
+            estimate.estimate(config, roles, longest, gib * GIB, taken)
+            for taken in (0.0, retriever)
+        )
         seconds = StepTime(config, roles, longest, step_time.card(card, gib), assumptions)
         memory.append((name, memory_row(card, alone, beside, seconds.mean_tokens)))
         time.append((name, time_row(card, seconds)))
@@ -125,9 +138,13 @@ def joined(rows: list[Row]) -> list[str]:
 
 def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a recipe without a shape is named at once
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in training")
-    parser.add_argument("--recipes", type=Path, default=ROOT / "configs" / "experiment" / "nq_hotpotqa")
+    parser.add_argument(
+        "--recipes", type=Path, default=ROOT / "configs" / "experiment" / "nq_hotpotqa"
+    )
     args = parser.parse_intermixed_args()
     memory: list[Row] = []
     time: list[Row] = []

@@ -1,12 +1,14 @@
-"""Goodput of the retrieval server under overload: requests of 64 queries from more and more clients.
+"""Goodput of the retrieval server under overload: requests of 64 queries from more and more
+clients.
 
     python scripts/bench/retrieval_overload.py bm25 --corpus C.jsonl --queries Q.jsonl
 
-Every client keeps one connection and one request under way, each of new queries, the server's cache off. A client that
-is refused (429) sends the same request again: after what Retry-After says, or at once with --impatient. The last two
-columns are shares of the best row: of the queries per second, and of the queries per second of the server's processor
-time, which other work on the machine does not change. `--server` gives the server further flags, for instance
-`--server="--request_timeout_s 5"`, which makes it refuse what it could not answer in five seconds.
+Every client keeps one connection and one request under way, each of new queries, the server's cache
+off. A client that is refused (429) sends the same request again: after what Retry-After says, or at
+once with --impatient. The last two columns are shares of the best row: of the queries per second,
+and of the queries per second of the server's processor time, which other work on the machine does
+not change. `--server` gives the server further flags, for instance `--server="--request_timeout_s
+5"`, which makes it refuse what it could not answer in five seconds.
 """
 
 import argparse
@@ -47,8 +49,8 @@ class Setting:
 class Client(asyncio.Protocol):
     """One connection, one request after the other.
 
-    Written on transports, and answers are counted, not parsed: the clients share two cores with the server, and a
-    client library would be what is measured.
+    Written on transports, and answers are counted, not parsed: the clients share two cores with the
+    server, and a client library would be what is measured.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -77,11 +79,16 @@ class Client(asyncio.Protocol):
         """Sends the request, on a new connection where the server has closed the idle one."""
         if self.transport.is_closing():
             if self.setting.counting:
-                connecting = self.loop.create_connection(lambda: self, "127.0.0.1", self.setting.port)
+                connecting = self.loop.create_connection(
+                    lambda: self, "127.0.0.1", self.setting.port
+                )
                 self.setting.reconnecting = asyncio.ensure_future(connecting)
             return
         self.waiting = True
-        head = b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        head = (
+            b"POST /retrieve HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        )
         self.transport.write(head % len(self.body) + self.body)
 
     def data_received(self, data: bytes) -> None:
@@ -112,7 +119,8 @@ class Client(asyncio.Protocol):
                 setting.latencies.append(time.perf_counter() - self.began)
         wait_s = float(self.header(b"retry-after"))
         self.answer.clear()
-        self.awaited, self.waiting = 0, False
+        self.awaited = 0
+        self.waiting = False
         if status == 200:
             self.ask()
         elif setting.impatient:
@@ -126,13 +134,21 @@ class Client(asyncio.Protocol):
 
 
 async def run_clients(setting: Setting, clients: int, seconds: float) -> tuple[float, float]:
-    """Runs them for `seconds` after the warm-up; the seconds it took, and those of the server's processor time."""
+    """Runs them for `seconds` after the warm-up; the seconds it took, and those of the server's
+    processor time."""
     loop = asyncio.get_running_loop()
-    made = [await loop.create_connection(lambda: Client(setting), "127.0.0.1", setting.port) for _ in range(clients)]
+    made = [
+        await loop.create_connection(lambda: Client(setting), "127.0.0.1", setting.port)
+        for _ in range(clients)
+    ]
     await asyncio.sleep(WARM_UP_S)
-    setting.counting, began, before = True, time.perf_counter(), server_cpu_s()
+    setting.counting = True
+    began = time.perf_counter()
+    before = server_cpu_s()
     await asyncio.sleep(seconds)
-    setting.counting, took, used = False, time.perf_counter() - began, server_cpu_s() - before
+    setting.counting = False
+    took = time.perf_counter() - began
+    used = server_cpu_s() - before
     for transport, _ in made:
         transport.abort()
     return took, used
@@ -153,7 +169,9 @@ def bodies(texts: list[str], num_queries: int) -> Iterator[bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("engine", choices=("bm25", "lucene", "dense"))
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--queries", type=Path, nargs="+", required=True)
@@ -165,7 +183,11 @@ def main() -> None:
     parser.add_argument("--impatient", action="store_true", help="clients do not heed Retry-After")
     parser.add_argument("--server", default="", help="further flags of the server")
     args = parser.parse_args()
-    texts = [json.loads(line)["question"] for path in args.queries for line in path.open(encoding="utf-8")]
+    texts = [
+        json.loads(line)["question"]
+        for path in args.queries
+        for line in path.open(encoding="utf-8")
+    ]
     requests = bodies(texts, args.queries_per_request)
     rows = []
     with server([*prepare(args), *args.server.split()]) as port:
@@ -173,23 +195,37 @@ def main() -> None:
             setting = Setting(port, requests, args.queries_per_request, args.impatient)
             took, used = uvloop.run(run_clients(setting, count, args.seconds))
             answered = setting.statuses[200] * args.queries_per_request
-            rows.append((count, answered / took, answered / used, setting.statuses[429] / took, setting))
+            rows.append(
+                (count, answered / took, answered / used, setting.statuses[429] / took, setting)
+            )
             time.sleep(2.0)  # the server drops what the last clients left
     sys.stdout.write(table(rows))
 
 
 def table(rows: list[tuple[int, float, float, float, Setting]]) -> str:
     """Of (clients, queries/s, queries/s of processor time, refusals/s, what else was seen)."""
-    best, best_of_cpu = max(row[1] for row in rows), max(row[2] for row in rows)
-    heads = ["clients", "queries/s", "queries/CPU s", "p50 s", "p99 s", "refused/s", "other answers"]
+    best = max(row[1] for row in rows)
+    best_of_cpu = max(row[2] for row in rows)
+    heads = [
+        "clients",
+        "queries/s",
+        "queries/CPU s",
+        "p50 s",
+        "p99 s",
+        "refused/s",
+        "other answers",
+    ]
     heads += ["of the best", "of the best per CPU s"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for clients, rate, rate_of_cpu, refused, setting in rows:
         ordered = sorted(setting.latencies) or [float("nan")]
         p50, p99 = (ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.99))
-        other = {status: n for status, n in setting.statuses.items() if status not in (200, 429)} or "none"
+        other = {
+            status: n for status, n in setting.statuses.items() if status not in (200, 429)
+        } or "none"
         lines.append(
-            f"| {clients} | {rate:.0f} | {rate_of_cpu:.0f} | {p50:.2f} | {p99:.2f} | {refused:.0f} | {other} "
+            f"| {clients} | {rate:.0f} | {rate_of_cpu:.0f} | {p50:.2f} | {p99:.2f} | {refused:.0f} "
+            f"| {other} "
             f"| {rate / best:.2f} | {rate_of_cpu / best_of_cpu:.2f} |"
         )
     return "\n".join(lines) + "\n"

@@ -52,7 +52,10 @@ class FakeRetriever:
     async def search(self, query: str) -> list[Passage]:
         """The passages of a query."""
         found = self.world.found(query)
-        return [Passage.from_contents(p["document"]["id"], p["document"]["contents"], p["score"]) for p in found]
+        return [
+            Passage.from_contents(p["document"]["id"], p["document"]["contents"], p["score"])
+            for p in found
+        ]
 
     def take_errors(self) -> dict[str, int]:
         """None."""
@@ -60,9 +63,12 @@ class FakeRetriever:
 
 
 class AgentProcess(AgentLoopWorker):
-    """An agent worker with the real loop and reward, and beside them stand-ins or what it is given."""
+    """An agent worker with the real loop and reward, and beside them stand-ins or what it is
+    given."""
 
-    def __init__(self, folder: Path, searches: int = 4, engines: Any = None, retriever: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, searches: int = 4, engines: Any = None, retriever: str | None = None
+    ) -> None:
         self.world = load_world(folder)
         tokenizer = self.world.tokenizer
         turn = 500
@@ -74,17 +80,24 @@ class AgentProcess(AgentLoopWorker):
         )
         self.agent = SearchAgentLoop(config, tokenizer)
         if retriever is None:
-            self.agent.client = FakeRetriever(self.world)  # pyright: ignore[reportAttributeAccessIssue]
+            self.agent.client = FakeRetriever(self.world)  # pyright: ignore
         self.reward = SearchReward(SearchRewardConfig(em=1.0), tokenizer)
         self.engines = engines or FakeEngine(self.world)
         self.limit(EVERY_JOB)
 
-    async def cpu_seconds(self, jobs: list[Job], sampling: dict[str, Any]) -> tuple[float, int, int]:
-        """CPU seconds of this process for the jobs, tokens that the engine made, and tokens in all."""
+    async def cpu_seconds(
+        self, jobs: list[Job], sampling: dict[str, Any]
+    ) -> tuple[float, int, int]:
+        """CPU seconds of this process for the jobs, tokens that the engine made, and tokens in
+        all."""
         began = time.process_time()
         done = trajectories_of(await self.run(jobs, sampling))
         seconds = time.process_time() - began
-        return seconds, sum(t.num_tokens(Source.MODEL) for t in done), sum(len(t.token_ids) for t in done)
+        return (
+            seconds,
+            sum(t.num_tokens(Source.MODEL) for t in done),
+            sum(len(t.token_ids) for t in done),
+        )
 
 
 def trajectories_of(results: list[Trajectory | Failure]) -> list[Trajectory]:
@@ -154,13 +167,20 @@ class EngineProcess(FakeEngine):
 
 
 def with_transport(folder: Path, count: int) -> dict[str, float]:
-    """The same with engine calls through Ray and searches through HTTP, of one agent worker. Ray must run."""
+    """The same with engine calls through Ray and searches through HTTP, of one agent worker. Ray
+    must run."""
     port = free_port()
-    server = multiprocessing.get_context("spawn").Process(target=serve_world, args=(folder, port), daemon=True)
+    server = multiprocessing.get_context("spawn").Process(
+        target=serve_world, args=(folder, port), daemon=True
+    )
     server.start()
     engine = spawn(EngineProcess, folder, num_cpus=0)
     worker = spawn(
-        AgentProcess, folder, engines=Router([engine]), retriever=f"http://127.0.0.1:{port}/retrieve", num_cpus=0
+        AgentProcess,
+        folder,
+        engines=Router([engine]),
+        retriever=f"http://127.0.0.1:{port}/retrieve",
+        num_cpus=0,
     )
     try:
         get([ready(engine), ready(worker)])

@@ -1,4 +1,5 @@
-"""The driver's part of scale.py: seconds of every verb of a training step, with real Ray; the ranks do not compute."""
+"""The driver's part of scale.py: seconds of every verb of a training step, with real Ray; the ranks
+do not compute."""
 
 import itertools
 import pickle
@@ -19,9 +20,19 @@ from verl.single_controller.decorator import collect, dispatch, registered
 from verl.single_controller.worker_group import as_they_end, get, ready, spawn
 from verl.trainer.config import AlgorithmConfig, KLControlConfig, RolloutCorrectionConfig
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
-from verl.trainer.ppo.batching import build_batch, check_failures, groups_of, rollout_metrics, surviving
+from verl.trainer.ppo.batching import (
+    build_batch,
+    check_failures,
+    groups_of,
+    rollout_metrics,
+    surviving,
+)
 from verl.trainer.ppo.filters import correct_rollout, filter_loss
-from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics, staleness_metrics
+from verl.trainer.ppo.metrics import (
+    compute_data_metrics,
+    compute_throughput_metrics,
+    staleness_metrics,
+)
 from verl.trainer.ppo.records import trajectory_records
 from verl.utils.tracking import Tracking
 from verl.workers.actor import ActorWorker
@@ -30,26 +41,46 @@ from verl.workers.critic import CriticWorker
 from verl.workers.reference import ReferenceWorker
 from verl.workers.rollout.agent_worker import Failure, Job
 
-NUM_PROCESSES, RANKS, MINI_BATCHES = 2, 8, 2
+NUM_PROCESSES = 2
+RANKS = 8
+MINI_BATCHES = 2
 SAMPLE = 100
 """Trajectories that an agent worker rolls out."""
 ESTIMATORS = get_args(AlgorithmConfig.model_fields["adv_estimator"].annotation)
-CORRECTION = RolloutCorrectionConfig(rollout_is="token", rollout_rs="sequence", rollout_token_veto_threshold=1e-4)
+CORRECTION = RolloutCorrectionConfig(
+    rollout_is="token", rollout_rs="sequence", rollout_token_veto_threshold=1e-4
+)
 GRPO = (
-    "submit", "collect", "drop and count", "records", "build batch", "send: log-probs", "send: reference",
-    "advantage: grpo", "filter, correct", "send: actor", "metrics",
-)  # fmt: skip
+    "submit",
+    "collect",
+    "drop and count",
+    "records",
+    "build batch",
+    "send: log-probs",
+    "send: reference",
+    "advantage: grpo",
+    "filter, correct",
+    "send: actor",
+    "metrics",
+)
 PPO = (
     *(verb for verb in GRPO if verb != "advantage: grpo"),
-    "KL in reward", "send: values", "advantage: gae", "send: critic",
-)  # fmt: skip
+    "KL in reward",
+    "send: values",
+    "advantage: gae",
+    "send: critic",
+)
 
 
 class RankProcess(AgentProcess):
-    """An agent worker that also stands in for ranks: what it returns has the shapes of the real results."""
+    """An agent worker that also stands in for ranks: what it returns has the shapes of the real
+    results."""
 
-    async def run(self, jobs: Sequence[Job], sampling: dict[str, Any]) -> list[Trajectory | Failure]:
-        """The trajectories of the first SAMPLE jobs, and copies of them for the others: the driver is measured."""
+    async def run(
+        self, jobs: Sequence[Job], sampling: dict[str, Any]
+    ) -> list[Trajectory | Failure]:
+        """The trajectories of the first SAMPLE jobs, and copies of them for the others: the driver
+        is measured."""
         sample = pickle.dumps(await super().run(jobs[:SAMPLE], sampling))
         copies = itertools.chain.from_iterable(pickle.loads(sample) for _ in itertools.count())
         return list(itertools.islice(copies, len(jobs)))
@@ -73,7 +104,8 @@ METHODS: dict[str, tuple[type, str | None]] = {
 
 
 class Ranks:
-    """RANKS ranks that do not compute, in a few processes: what the driver does for them is the same."""
+    """RANKS ranks that do not compute, in a few processes: what the driver does for them is the
+    same."""
 
     def __init__(self, processes: list[Any]) -> None:
         self.processes = processes
@@ -102,9 +134,11 @@ class Verbs:
 
     def __call__(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `function` returns."""
-        cpu, wall = time.process_time(), time.perf_counter()
+        cpu = time.process_time()
+        wall = time.perf_counter()
         result = function(*args, **kwargs)
-        self.cpu[name], self.wall[name] = time.process_time() - cpu, time.perf_counter() - wall
+        self.cpu[name] = time.process_time() - cpu
+        self.wall[name] = time.perf_counter() - wall
         return result
 
 
@@ -115,7 +149,8 @@ def status_gib(field: str) -> float:
 
 
 def driver(folder: Path, prompts: int, group: int) -> dict[str, float]:
-    """The seconds of one training step by verb, GiB of memory, and MiB that a rank is sent. Starts Ray and ends it."""
+    """The seconds of one training step by verb, GiB of memory, and MiB that a rank is sent. Starts
+    Ray and ends it."""
     torch.set_num_threads(1)  # so that CPU seconds are those of the work, not of threads that wait
     ray.init(address="local", num_cpus=NUM_PROCESSES, include_dashboard=False, log_to_driver=False)
     try:
@@ -134,14 +169,23 @@ def driver(folder: Path, prompts: int, group: int) -> dict[str, float]:
     return {
         **figures,
         **{f"{verb}, CPU s": seconds for verb, seconds in verbs.cpu.items()},
-        **{f"{name} step, CPU s": sum(verbs.cpu[verb] for verb in parts) for name, parts in steps.items()},
-        **{f"{name} step, s": sum(verbs.wall[verb] for verb in parts) for name, parts in steps.items()},
+        **{
+            f"{name} step, CPU s": sum(verbs.cpu[verb] for verb in parts)
+            for name, parts in steps.items()
+        },
+        **{
+            f"{name} step, s": sum(verbs.wall[verb] for verb in parts)
+            for name, parts in steps.items()
+        },
     }
 
 
-def step(jobs: list[Job], processes: list[Any], tokenizer: Any, folder: Path) -> tuple[Verbs, dict[str, float]]:
+def step(
+    jobs: list[Job], processes: list[Any], tokenizer: Any, folder: Path
+) -> tuple[Verbs, dict[str, float]]:
     """Seconds by verb, and other figures."""
-    verbs, ranks = Verbs(), Ranks(processes)
+    verbs = Verbs()
+    ranks = Ranks(processes)
     running = verbs("submit", submit, jobs, processes)
     ray.wait(running, num_returns=len(running), fetch_local=True)
     results = [result for part in verbs("collect", get, running) for result in part]
@@ -150,10 +194,15 @@ def step(jobs: list[Job], processes: list[Any], tokenizer: Any, folder: Path) ->
     verbs("drop and count", count, jobs, results)
     verbs("records", write_records, jobs, trajectories, tokenizer, folder)
     batch: DataProto = verbs(
-        "build batch", build_batch, jobs, trajectories, pad_token_id=tokenizer.pad_token_id,
+        "build batch",
+        build_batch,
+        jobs,
+        trajectories,
+        pad_token_id=tokenizer.pad_token_id,
         num_mini_batches=dict.fromkeys((ACTOR_MINI_BATCH, CRITIC_MINI_BATCH), MINI_BATCHES),
-        world_size=RANKS, state_masking=True,
-    )  # fmt: skip
+        world_size=RANKS,
+        state_masking=True,
+    )
     batch = batch.union(verbs("send: log-probs", ranks.execute, "compute_log_prob", batch))
     batch = batch.union(verbs("send: reference", ranks.execute, "compute_ref_log_prob", batch))
     batch = batch.union(verbs("send: values", ranks.execute, "compute_values", batch))
@@ -176,7 +225,9 @@ def step(jobs: list[Job], processes: list[Any], tokenizer: Any, folder: Path) ->
 def submit(jobs: list[Job], agents: list[Any]) -> list[Any]:
     """The calls under way."""
     sampling = SamplingConfig().params()
-    return [agent.run.remote(jobs[start :: len(agents)], sampling) for start, agent in enumerate(agents)]
+    return [
+        agent.run.remote(jobs[start :: len(agents)], sampling) for start, agent in enumerate(agents)
+    ]
 
 
 def count(jobs: list[Job], results: list[Any]) -> None:
@@ -188,7 +239,9 @@ def count(jobs: list[Job], results: list[Any]) -> None:
     reduce_metrics(trajectories)
 
 
-def write_records(jobs: list[Job], trajectories: list[Trajectory], tokenizer: Any, folder: Path) -> None:
+def write_records(
+    jobs: list[Job], trajectories: list[Trajectory], tokenizer: Any, folder: Path
+) -> None:
     """Writes them to a run folder, which is then deleted."""
     tracking = Tracking(str(folder / "run"), [], "bench", "bench", {}, {})
     tracking.log_trajectories("train", trajectory_records(jobs, trajectories, tokenizer), 0)
@@ -201,7 +254,9 @@ def advantages(batch: DataProto, verbs: Verbs) -> DataProto:
     verbs("KL in reward", apply_kl_penalty, batch, penalised, build_kl_controller(penalised))
     plain = AlgorithmConfig()
     batch, _ = apply_kl_penalty(batch, plain, build_kl_controller(plain))
-    for name in sorted(ESTIMATORS, key="grpo".__eq__):  # grpo last: its batch is the one to go on with
+    for name in sorted(
+        ESTIMATORS, key="grpo".__eq__
+    ):  # grpo last: its batch is the one to go on with
         config = AlgorithmConfig(adv_estimator=name)
         made, _ = verbs(f"advantage: {name}", compute_advantage, batch, config)
     return made

@@ -1,10 +1,11 @@
-"""A sweep: trainings that differ in overrides and seeds, one after the other, with a table and a plot at the end.
+"""A sweep: trainings that differ in overrides and seeds, one after the other, with a table and a
+plot at the end.
 
     python scripts/bench/sweep.py configs/sweeps/algorithms.yaml [RUN ...] [--rows FILE] [--commit]
 
-SWEEP.yaml has `overrides` of all runs, and `runs`: {NAME: {config: grpo | ppo, seeds: [0], overrides: [], status: 0}},
-where `status` is what a run is to end with. A finished run appends its row to --rows and is not run again; an
-interrupted one resumes from its last checkpoint.
+SWEEP.yaml has `overrides` of all runs, and `runs`: {NAME: {config: grpo | ppo, seeds: [0],
+overrides: [], status: 0}}, where `status` is what a run is to end with. A finished run appends its
+row to --rows and is not run again; an interrupted one resumes from its last checkpoint.
 """
 
 import argparse
@@ -32,15 +33,22 @@ def read_sweep(path: Path) -> dict[str, tuple[list[str], int]]:
     runs: dict[str, tuple[list[str], int]] = {}
     for name, given in sweep["runs"].items():
         if unknown := (given or {}).keys() - DEFAULTS.keys():
-            sys.exit(f"error: {path}, {name}: unknown {', '.join(sorted(unknown))}; expected {', '.join(DEFAULTS)}")
+            sys.exit(
+                f"error: {path}, {name}: unknown {', '.join(sorted(unknown))}; expected "
+                f"{', '.join(DEFAULTS)}"
+            )
         settings = {**DEFAULTS, **(given or {})}
         for seed in settings["seeds"]:
             run = f"{name}-seed{seed}"
             command = [
-                "bash", f"train_{settings['config']}.sh", *sweep.get("overrides", []), *settings["overrides"],
-                f"trainer.seed={seed}", f"trainer.experiment_name={path.stem}-{run}",
+                "bash",
+                f"train_{settings['config']}.sh",
+                *sweep.get("overrides", []),
+                *settings["overrides"],
+                f"trainer.seed={seed}",
+                f"trainer.experiment_name={path.stem}-{run}",
                 f"trainer.default_local_dir={folder_of(path, run)}",
-            ]  # fmt: skip
+            ]
             runs[run] = command, settings["status"]
     return runs
 
@@ -50,14 +58,17 @@ def folder_of(path: Path, run: str) -> str:
 
 
 def figures(folder: Path) -> study.Row:
-    """Curve of the validations over sampled trajectories, when it reached REACHED, and the last validation by hops."""
+    """Curve of the validations over sampled trajectories, when it reached REACHED, and the last
+    validation by hops."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    sampled, curve = 0.0, []
+    sampled = 0.0
+    curve = []
     for line in metrics:
         sampled += line.get("training/num_trajectories", 0)
         if "val/test_score/all" in line:
             curve.append((int(sampled), line["val/test_score/all"]))
-    best, collapses = 0.0, 0
+    best = 0.0
+    collapses = 0
     for _, score in curve:
         collapses += score < COLLAPSED * best
         best = max(best, score)
@@ -67,35 +78,57 @@ def figures(folder: Path) -> study.Row:
     for record in map(json.loads, last.open()):
         by_source[record["data_source"]].append(record)
     return {
-        "steps": metrics[-1][STEP], "curve": curve, "collapses": collapses,
+        "steps": metrics[-1][STEP],
+        "curve": curve,
+        "collapses": collapses,
         "samples_to_reach": next((n for n, score in curve if score >= REACHED), None),
         "timer_coverage": statistics.median(line["perf/timer_coverage"] for line in trained),
         "seconds": [round(line["perf/time_per_step"], 2) for line in trained],
         "staleness": mean_of(trained, "training/staleness/share_"),
         "mismatch": mean_of(trained, "rollout_corr/"),
-        "alarms": [p.read_text() for p in sorted(folder.glob("alarms/*/alarm.txt"), key=lambda p: p.stat().st_mtime)],
+        "alarms": [
+            p.read_text()
+            for p in sorted(folder.glob("alarms/*/alarm.txt"), key=lambda p: p.stat().st_mtime)
+        ],
         "optimizer_steps": sum(line.get("actor/optimizer_steps", 0) for line in metrics),
         "last": {source: summary(records) for source, records in sorted(by_source.items())},
-    }  # fmt: skip
+    }
 
 
 def mean_of(metrics: list[dict[str, Any]], prefix: str) -> dict[str, float]:
-    """Mean over the training steps of every metric under `prefix`; where a step lacks one it counts 0."""
+    """Mean over the training steps of every metric under `prefix`; where a step lacks one it counts
+    0."""
     names = sorted({key for line in metrics for key in line if key.startswith(prefix)})
-    return {n.removeprefix(prefix): sum(line.get(n) or 0.0 for line in metrics) / len(metrics) for n in names}
+    return {
+        n.removeprefix(prefix): sum(line.get(n) or 0.0 for line in metrics) / len(metrics)
+        for n in names
+    }
 
 
 def table(rows: list[study.Row]) -> str:
     """Markdown: final EM and searches by set, trajectories until REACHED, collapses."""
     sets = sorted({source for row in rows for source in row["last"]})
-    head = ["run", "EM", *(f"EM {s}" for s in sets), *(f"searches {s}" for s in sets), f"samples to {REACHED}",
-            "optimizer steps", "collapses", "minutes"]  # fmt: skip
+    head = [
+        "run",
+        "EM",
+        *(f"EM {s}" for s in sets),
+        *(f"searches {s}" for s in sets),
+        f"samples to {REACHED}",
+        "optimizer steps",
+        "collapses",
+        "minutes",
+    ]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         em = [f"{row['last'][s]['EM']:.3f}" if s in row["last"] else "-" for s in sets]
         searches = [f"{row['last'][s]['searches']:.2f}" if s in row["last"] else "-" for s in sets]
         reached = "-" if row["samples_to_reach"] is None else f"{row['samples_to_reach']:,}"
-        end = [reached, f"{row['optimizer_steps']:.0f}", str(row["collapses"]), f"{row['wall_s'] / 60:.1f}"]
+        end = [
+            reached,
+            f"{row['optimizer_steps']:.0f}",
+            str(row["collapses"]),
+            f"{row['wall_s'] / 60:.1f}",
+        ]
         lines.append([row["run"], f"{row['curve'][-1][1]:.3f}", *em, *searches, *end])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -120,11 +153,19 @@ def plot(rows: list[study.Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="what to run")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="some of its runs, as NAME-seedN (default: all)")
-    parser.add_argument("--rows", type=Path, help="file of rows (default: docs/results/SWEEP.jsonl)")
-    parser.add_argument("--commit", action="store_true", help="commit the file of rows after every run")
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help="some of its runs, as NAME-seedN (default: all)"
+    )
+    parser.add_argument(
+        "--rows", type=Path, help="file of rows (default: docs/results/SWEEP.jsonl)"
+    )
+    parser.add_argument(
+        "--commit", action="store_true", help="commit the file of rows after every run"
+    )
     args = parser.parse_args()
     rows = (args.rows or study.ROOT / "docs" / "results" / f"{args.sweep.stem}.jsonl").resolve()
     runs = read_sweep(args.sweep)
@@ -133,7 +174,9 @@ def main() -> None:
     for name in args.runs or runs:
         command, status = runs[name]
         folder = study.ROOT / folder_of(args.sweep, name)
-        study.run_missing(name, [command], rows, lambda _, folder=folder: figures(folder), args.commit, status)
+        study.run_missing(
+            name, [command], rows, lambda _, folder=folder: figures(folder), args.commit, status
+        )
     found = study.read_rows(rows)
     sys.stdout.write(table(found))
     if found:

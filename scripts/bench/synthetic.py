@@ -1,7 +1,8 @@
-"""Stand-ins for the model and the retriever: a tokenizer of real size, turns of text, passages, an engine, a server.
+"""Stand-ins for the model and the retriever: a tokenizer of real size, turns of text, passages, an
+engine, a server.
 
-Everything is drawn from one seed. Words are made of syllables and occur as often as Zipf's law says, so that text takes
-about as many tokens per word as English does in a vocabulary of 150,000.
+Everything is drawn from one seed. Words are made of syllables and occur as often as Zipf's law
+says, so that text takes about as many tokens per word as English does in a vocabulary of 150,000.
 """
 
 import asyncio
@@ -30,7 +31,10 @@ QWEN_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Qwen2's tokenizer cuts text before it merges."""
-SYLLABLES = ["".join(pair) for pair in itertools.product("bdfgklmnprstvz", ("a", "e", "i", "o", "u", "an", "er"))]
+SYLLABLES = [
+    "".join(pair)
+    for pair in itertools.product("bdfgklmnprstvz", ("a", "e", "i", "o", "u", "an", "er"))
+]
 WORDS_PER_TURN = (20, 400)
 WORDS_PER_PASSAGE = 100
 """As in the published wiki-18."""
@@ -64,7 +68,8 @@ class Words:
 
 
 def make_tokenizer(folder: Path, vocabulary: int, words: Words) -> Any:
-    """A byte-level BPE tokenizer of `vocabulary` entries, as Qwen2's is built, trained on the words and saved."""
+    """A byte-level BPE tokenizer of `vocabulary` entries, as Qwen2's is built, trained on the words
+    and saved."""
     model = Tokenizer(BPE())
     model.pre_tokenizer = Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [Split(Regex(QWEN_SPLIT), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -81,7 +86,10 @@ def make_tokenizer(folder: Path, vocabulary: int, words: Words) -> Any:
     texts = itertools.chain([protocol] * 3, (f" {word}" for word in words.words))
     model.train_from_iterator(texts, trainer)
     made = PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=model,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
     )
     made.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -91,11 +99,18 @@ class World:
     """What an engine and a retriever would say, drawn beforehand."""
 
     def __init__(self, tokenizer: Any, words: Words, size: int = 64) -> None:
-        self.tokenizer, self.words = tokenizer, words
+        self.tokenizer = tokenizer
+        self.words = words
         rng = words.rng
         lengths = [rng.randint(*WORDS_PER_TURN) for _ in range(size)]
-        self.searches = [self._turn(f"<think> {words.text(n)} </think>\n<search> {words.text(6)} ", n) for n in lengths]
-        self.answers = [self._turn(f"<think> {words.text(n)} </think>\n<answer> {words.text(2)} ", n) for n in lengths]
+        self.searches = [
+            self._turn(f"<think> {words.text(n)} </think>\n<search> {words.text(6)} ", n)
+            for n in lengths
+        ]
+        self.answers = [
+            self._turn(f"<think> {words.text(n)} </think>\n<answer> {words.text(2)} ", n)
+            for n in lengths
+        ]
         self.passages = [self._passage(number) for number in range(size)]
 
     def _turn(self, text: str, length: int) -> tuple[list[int], list[float]]:
@@ -134,7 +149,9 @@ class FakeEngine:
     def __init__(self, world: World) -> None:
         self.world = world
 
-    async def generate(self, session: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
+    async def generate(
+        self, session: str, prompt_ids: list[int], sampling: dict[str, Any]
+    ) -> Completion:
         """A search, or an answer, as session and context decide; cut at the limit of the turn."""
         digest = context_digest(prompt_ids)
         chance = zlib.crc32(session.encode(), digest)
@@ -156,9 +173,14 @@ async def serve(world: World, port: int) -> None:
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.readuntil(b"\r\n\r\n"):
             lines = head.lower().split(b"\r\n")
-            length = next(int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length"))
+            length = next(
+                int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length")
+            )
             queries = json.loads(await reader.readexactly(length))["queries"]
-            results = [[known[int(hit["document"]["id"])] for hit in world.found(query)] for query in queries]
+            results = [
+                [known[int(hit["document"]["id"])] for hit in world.found(query)]
+                for query in queries
+            ]
             joined = ", ".join(f"[{', '.join(hits)}]" for hits in results)
             body = f'{{"result": [{joined}]}}'.encode()
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")

@@ -1,10 +1,12 @@
-"""Speed of the actor's update against a bare PyTorch loop: same model, same packed tokens, one process, taking turns.
+"""Speed of the actor's update against a bare PyTorch loop: same model, same packed tokens, one
+process, taking turns.
 
     python scripts/bench/update.py [--shape tiny] [--rows 12] [--repeats 5] [--peak-tflops 989]
 
-The bare loop is the plain Hugging Face model (no FSDP, no masks to count, no metrics), a clipped loss in five lines,
-and AdamW. On a CPU the times are CPU seconds of one thread, which other processes disturb less. With --peak-tflops
-(989: bfloat16 on a Hopper card) the model FLOPs utilisation (MFU) is reported as well.
+The bare loop is the plain Hugging Face model (no FSDP, no masks to count, no metrics), a clipped
+loss in five lines, and AdamW. On a CPU the times are CPU seconds of one thread, which other
+processes disturb less. With --peak-tflops (989: bfloat16 on a Hopper card) the model FLOPs
+utilisation (MFU) is reported as well.
 """
 
 import argparse
@@ -32,16 +34,24 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
     "1.5B": (1_536, 8_960, 28, 12, 2, 151_936, True),
     "3B": (2_048, 11_008, 36, 16, 2, 151_936, True),
 }
-LOW, HIGH, TRAINED = 225, 923, 0.25
-"""Lengths of real trajectories (docs/results/algorithms.md), and the share of their tokens that is trained on."""
+LOW = 225
+HIGH = 923
+TRAINED = 0.25
+"""Lengths of real trajectories (docs/results/algorithms.md), and the share of their tokens that is
+trained on."""
 
 
 def hf_config(shape: str) -> Qwen2Config:
     hidden, inter, layers, heads, kv, vocab, tied = SHAPES[shape]
     return Qwen2Config(
-        hidden_size=hidden, intermediate_size=inter, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv, vocab_size=vocab, tie_word_embeddings=tied,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+    )
 
 
 def batch_of(rows: int, vocab: int) -> DataProto:
@@ -68,11 +78,15 @@ def batch_of(rows: int, vocab: int) -> DataProto:
     )
 
 
-def bare_loop(path: str, data: DataProto, budget: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+def bare_loop(
+    path: str, data: DataProto, budget: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
     """A function that takes one optimizer step."""
     config = hf_config_of(path)
     attention = choose_attention(config, device.type == "cuda", dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention).to(device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention).to(device).eval()
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     parts = micro_batches(data.batch["attention_mask"].sum(1).tolist(), Budget(budget))
     rows = [data[part].to(device) for part in parts]
@@ -105,9 +119,11 @@ def framework(path: str, data: DataProto, budget: int, dtype: str) -> Callable[[
     actor = ActorConfig(
         ppo_max_token_len_per_gpu=budget,
         optim=OptimConfig(lr=1e-6),
-        fsdp_config=FSDPConfig(model_dtype="float32", dtype=dtype),  # pyright: ignore[reportArgumentType]
+        fsdp_config=FSDPConfig(model_dtype="float32", dtype=dtype),  # pyright: ignore
     )
-    worker = ActorWorker(ModelConfig(path=path, enable_gradient_checkpointing=False), actor, RolloutConfig(), 1000)
+    worker = ActorWorker(
+        ModelConfig(path=path, enable_gradient_checkpointing=False), actor, RolloutConfig(), 1000
+    )
 
     def step() -> None:
         metrics = worker.update_actor(data)
@@ -126,18 +142,24 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def flops(config: Qwen2Config, data: DataProto) -> float:
-    """Forward and backward: 6 per matrix entry and token (the head only for trained tokens), and causal attention."""
-    hidden, inter, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    """Forward and backward: 6 per matrix entry and token (the head only for trained tokens), and
+    causal attention."""
+    hidden = config.hidden_size
+    inter = config.intermediate_size
+    layers = config.num_hidden_layers
     kv = hidden * config.num_key_value_heads // config.num_attention_heads
     lengths = data.batch["attention_mask"].sum(1).double()
     block = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inter
     head = config.vocab_size * hidden * float(data.batch["response_mask"].sum())
-    attention = layers * hidden * float(lengths.square().sum())  # 2 products x 2 FLOPs, half of them masked, x 3 / 6
+    # 2 products x 2 FLOPs, half of them masked, x 3 / 6
+    attention = layers * hidden * float(lengths.square().sum())
     return 6 * (layers * block * float(lengths.sum()) + head + attention)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--rows", type=int, default=12, help="trajectories per optimizer step")
     parser.add_argument("--budget", type=int, default=4096, help="tokens per micro-batch")
@@ -166,16 +188,23 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, step in steps.items():
             times[name].append(seconds(step, device))
-    lines = [f"{args.shape}: {args.rows} trajectories, {tokens} tokens a step, {dtype}, {device.type}"]
+    lines = [
+        f"{args.shape}: {args.rows} trajectories, {tokens} tokens a step, {dtype}, {device.type}"
+    ]
     figures: dict[str, object] = {}
     for name, taken in times.items():
         rate = tokens / statistics.median(taken)
         mfu = flops(config, data) / statistics.median(taken) / 1e12
         of = f", MFU {mfu / args.peak_tflops:.1%}" if args.peak_tflops else ""
-        lines.append(f"{name:10} {rate:10,.0f} tokens/s ({min(taken):.3f} to {max(taken):.3f} s){of}")
+        lines.append(
+            f"{name:10} {rate:10,.0f} tokens/s ({min(taken):.3f} to {max(taken):.3f} s){of}"
+        )
         figures[name] = f"{rate:,.0f} tokens/s{of}"
     ratios = [bare / ours for bare, ours in zip(times["bare loop"], times["actor"], strict=True)]
-    lines.append(f"actor / bare loop: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    lines.append(
+        f"actor / bare loop: {statistics.median(ratios):.3f} ({min(ratios):.3f} to "
+        f"{max(ratios):.3f})"
+    )
     sys.stdout.write("\n".join(lines) + "\n")
     figures["actor / bare loop"] = round(statistics.median(ratios), 3)
     sys.stdout.write(f"RESULT {json.dumps(figures)}\n")

@@ -1,6 +1,8 @@
-"""Natural Questions with the passages of one retrieval in the prompt: train.parquet and test.parquet.
+"""Natural Questions with the passages of one retrieval in the prompt: train.parquet and
+test.parquet.
 
-python scripts/data_process/nq_rag.py --local_dir data/nq_rag --retriever_url http://127.0.0.1:8000/retrieve
+python scripts/data_process/nq_rag.py --local_dir data/nq_rag --retriever_url
+http://127.0.0.1:8000/retrieve
 """
 
 import sys

@@ -1,6 +1,7 @@
 """Training questions of several sets with the search prompt: train.parquet.
 
-python scripts/data_process/qa_search_train_merge.py --local_dir data/nq_hotpotqa_train --data_sources nq,hotpotqa
+python scripts/data_process/qa_search_train_merge.py --local_dir data/nq_hotpotqa_train
+--data_sources nq,hotpotqa
 """
 
 import sys

@@ -28,8 +28,8 @@ Action = Search | Answer | Invalid
 def parse_action(text: str, search: re.Pattern[str] = SEARCH) -> tuple[Action, int]:
     """The first complete action of a turn, and where in `text` it ends (len(text) without one).
 
-    Of two that overlap, the one that closes first decides: where it closes, the engine stops. An empty query is no
-    search: there is nothing to ask.
+    Of two that overlap, the one that closes first decides: where it closes, the engine stops. An
+    empty query is no search: there is nothing to ask.
 
     >>> parse_action("<think> hm </think> <search> capital of Peru </search>\\n\\n")
     (Search(query='capital of Peru'), 54)

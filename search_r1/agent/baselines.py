@@ -1,4 +1,5 @@
-"""The prompting baselines of the paper's table 2, as variations of its own loop. Their texts are in prompts.py."""
+"""The prompting baselines of the paper's table 2, as variations of its own loop. Their texts are in
+prompts.py."""
 
 import re
 from typing import Any, ClassVar
@@ -6,7 +7,12 @@ from typing import Any, ClassVar
 from search_r1.agent.actions import Answer, parse_action
 from search_r1.agent.dialect import REACT, SEARCH_O1, Dialect
 from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop, question_of
-from search_r1.agent.observation import encode_observation, encode_passages, neutralise, passages_text
+from search_r1.agent.observation import (
+    encode_observation,
+    encode_passages,
+    neutralise,
+    passages_text,
+)
 from search_r1.prompts import ANSWER_END, REASON_IN_DOCUMENTS_PROMPT, build_prompt
 from search_r1.search.client import Passage
 from verl.agent import Generate, Row, Segment, Source, Trajectory
@@ -22,19 +28,33 @@ class ReActLoop(SearchAgentLoop):
 
 
 class SearchO1Loop(SearchAgentLoop):
-    """Search-o1 (arXiv 2501.05366): a second call condenses the passages before the reasoning sees them."""
+    """Search-o1 (arXiv 2501.05366): a second call condenses the passages before the reasoning sees
+    them."""
 
     dialect: ClassVar[Dialect] = SEARCH_O1
 
     async def _show(
-        self, trajectory: Trajectory, stats: dict[str, Any], query: str, passages: list[Passage], emitted: str,
+        self,
+        trajectory: Trajectory,
+        stats: dict[str, Any],
+        query: str,
+        passages: list[Passage],
+        emitted: str,
         generate: Generate,
-    ) -> None:  # fmt: skip
-        context = fit(self.tokenizer, passages_text([(p.title, p.text) for p in passages]), self.config.max_obs_length)
-        bare = self.ask(REASON_IN_DOCUMENTS_PROMPT.format(reasoning="", query=query, context=context))
+    ) -> None:
+        context = fit(
+            self.tokenizer,
+            passages_text([(p.title, p.text) for p in passages]),
+            self.config.max_obs_length,
+        )
+        bare = self.ask(
+            REASON_IN_DOCUMENTS_PROMPT.format(reasoning="", query=query, context=context)
+        )
         room = max(1, self.config.max_prompt_length - len(bare))
         reasoning = self.tokenizer.decode(trajectory.response_ids[-room:], skip_special_tokens=True)
-        side = self.ask(REASON_IN_DOCUMENTS_PROMPT.format(reasoning=reasoning, query=query, context=context))
+        side = self.ask(
+            REASON_IN_DOCUMENTS_PROMPT.format(reasoning=reasoning, query=query, context=context)
+        )
         completion = await generate(side, max_tokens=self.config.max_response_length)
         finding = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
         ids, cut = encode_observation(
@@ -55,12 +75,15 @@ class RagLoop(SearchAgentLoop):
         passages = await self._search(stats, question)
         context = passages_text([(p.title, p.text) for p in passages])
         fitting = fit(self.tokenizer, context, self.config.max_obs_length)
-        trajectory.prompt_ids = self.ask(build_prompt(question, self.config.template or "rag", fitting))
+        trajectory.prompt_ids = self.ask(
+            build_prompt(question, self.config.template or "rag", fitting)
+        )
         self._record(trajectory, stats, question, passages, [], cut=fitting != context)
 
 
 class IRCoTLoop(SearchAgentLoop):
-    """IRCoT (arXiv 2212.10509): every sentence of the reasoning is the next query; all passages stand above it.
+    """IRCoT (arXiv 2212.10509): every sentence of the reasoning is the next query; all passages
+    stand above it.
 
     Contexts are written anew for every sentence, so these trajectories cannot be trained on.
     """
@@ -77,13 +100,17 @@ class IRCoTLoop(SearchAgentLoop):
         ids, cut = encode_passages(pairs, self.tokenizer, self.config.max_obs_length, "")
         self._record(trajectory, stats, query, passages, ids, cut)
 
-    async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:
+    async def _turn(
+        self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool
+    ) -> None:
         """A sentence; in the last turn all that is said."""
         context = self._context(trajectory, stats["question"])
         if len(context) > self.config.max_prompt_length:
             trajectory.stop_reason = "context"
             return
-        completion = await generate(context, max_tokens=self.config.max_response_length, stop=[ANSWER_END])
+        completion = await generate(
+            context, max_tokens=self.config.max_response_length, stop=[ANSWER_END]
+        )
         stats["turns"] += 1
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
         said = SENTENCE_END.split(text, maxsplit=1)[0] if may_search else text
@@ -91,7 +118,9 @@ class IRCoTLoop(SearchAgentLoop):
         if answer or not may_search:
             said = text[: parse_action(text)[1]]
         ids = encode_text(self.tokenizer, said + " ")
-        trajectory.segments.append(Segment(Source.MODEL, ids, [0.0] * len(ids), completion.policy_version))
+        trajectory.segments.append(
+            Segment(Source.MODEL, ids, [0.0] * len(ids), completion.policy_version)
+        )
         stats["valid_actions"] += answer or (may_search and bool(said))
         if answer:
             trajectory.stop_reason = "answer"
@@ -103,7 +132,8 @@ class IRCoTLoop(SearchAgentLoop):
             await self._collect(trajectory, stats, said)
 
     def _context(self, trajectory: Trajectory, question: str) -> list[int]:
-        """The prompt with every passage found so far, each once, and the sentences written so far."""
+        """The prompt with every passage found so far, each once, and the sentences written so
+        far."""
         found = [p for s in trajectory.segments for p in s.info.get("passages", ())]
         unique = list({p["id"]: (p["title"], p["text"]) for p in found}.values())
         room = self.config.max_prompt_length - self.config.max_start_length

@@ -4,12 +4,19 @@ import re
 from dataclasses import dataclass
 
 from search_r1.agent.actions import SEARCH
-from search_r1.prompts import INVALID_ACTION, INVALID_MESSAGE, OBSERVATION_HEAD, OBSERVATION_TAIL, SEARCH_END
+from search_r1.prompts import (
+    INVALID_ACTION,
+    INVALID_MESSAGE,
+    OBSERVATION_HEAD,
+    OBSERVATION_TAIL,
+    SEARCH_END,
+)
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """The final answer is `<answer>..</answer>` in all of them, so that one scorer reads them all."""
+    """The final answer is `<answer>..</answer>` in all of them, so that one scorer reads them
+    all."""
 
     search: re.Pattern[str]
     """Its first group is the query."""
@@ -30,15 +37,19 @@ SEARCH_O1 = Dialect(
     "<|end_search_query|>",
     "\n\n<|begin_search_result|>",
     "<|end_search_result|>\n\n",
-    "\nI should search with <|begin_search_query|> query <|end_search_query|>, or give the answer inside <answer> and "
+    "\nI should search with <|begin_search_query|> query <|end_search_query|>, or give the answer "
+    "inside <answer> and "
     "</answer>.\n",
-    "Search with <|begin_search_query|> query <|end_search_query|>, or give the answer inside <answer> and </answer>.",
+    "Search with <|begin_search_query|> query <|end_search_query|>, or give the answer inside "
+    "<answer> and </answer>.",
 )
 REACT = Dialect(
     re.compile(r"Action:[ \t]*Search\[(.*?)\]"),
     "\nObservation:",
     "\nObservation: ",
     "\n",
-    "\nObservation: no valid action. Write Action: Search[query], or the answer inside <answer> and </answer>.\n",
-    "Observation: no valid action. Write Action: Search[query], or the answer inside <answer> and </answer>.",
+    "\nObservation: no valid action. Write Action: Search[query], or the answer inside <answer> "
+    "and </answer>.\n",
+    "Observation: no valid action. Write Action: Search[query], or the answer inside <answer> and "
+    "</answer>.",
 )

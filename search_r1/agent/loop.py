@@ -1,16 +1,19 @@
 """One trajectory: generate, parse, search, splice, generate.
 
-    <think> .. </think> <search> q </search> | \\n\\n<information>..</information>\\n\\n | .. <answer> a </answer>
+    <think> .. </think> <search> q </search> | \\n\\n<information>..</information>\\n\\n | ..
+    <answer> a </answer>
     MODEL                                     OBSERVATION                              MODEL
 
-`max_turns` turns may search; one more, forced, may only answer. The policy's tokens are kept as they were sampled, also
-where a token that completes a tag runs past it (`>\\n\\n`): text is only decoded to find the action.
+`max_turns` turns may search; one more, forced, may only answer. The policy's tokens are kept as
+they were sampled, also where a token that completes a tag runs past it (`>\\n\\n`): text is only
+decoded to find the action.
 
-A policy may end its turn (`<|im_end|>`, EOS) although the trajectory goes on. Where the chat template ends turns with
-that token, it stays and is trained, and the environment answers with a user's message, written as the template writes
-it. Any other such token is the end of a document, after which no model goes on reading: it is left out of the
-trajectory, untrained, and the environment goes on in the policy's turn, as in the original. docs/templates.md shows
-whole trajectories.
+A policy may end its turn (`<|im_end|>`, EOS) although the trajectory goes on. Where the chat
+template ends turns with that token, it stays and is trained, and the environment answers with a
+user's message, written as the template writes it. Any other such token is the end of a document,
+after which no model goes on reading: it is left out of the trajectory, untrained, and the
+environment goes on in the policy's turn, as in the original. docs/templates.md shows whole
+trajectories.
 """
 
 import time
@@ -72,22 +75,28 @@ class SearchAgentLoop:
     reduce_metrics = staticmethod(reduce_metrics)
 
     def __init__(self, config: SearchAgentConfig, tokenizer: Any) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
+        self.tokenizer = tokenizer
         self.client = RetrievalClient(config.retriever) if config.do_search else None
         self.invalid_ids = encode_text(tokenizer, self.dialect.invalid)
         self.invalid_message_ids = encode_text(tokenizer, self.dialect.invalid_message)
         self.user_turn = user_turn(tokenizer, **config.apply_chat_template_kwargs)
-        self.turn_ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, **config.apply_chat_template_kwargs)}
+        self.turn_ends = {
+            tokenizer.eos_token_id,
+            end_of_turn(tokenizer, **config.apply_chat_template_kwargs),
+        }
         head = self.dialect.head
         self.head_margin = head[: len(head) - len(head.lstrip())]
         self.max_searches = config.max_turns if config.do_search else 0
 
     def preflight(self) -> list[str]:
         """Budgets that cannot hold one search, and a retriever that does not answer."""
-        config, problems = self.config, []
+        config = self.config
+        problems = []
         if config.max_start_length > config.max_prompt_length:
             problems.append(
-                f"data.max_prompt_length={config.max_prompt_length} is less than data.max_start_length="
+                f"data.max_prompt_length={config.max_prompt_length} is less than "
+                "data.max_start_length="
                 f"{config.max_start_length}"
             )
         least = config.max_start_length + config.max_response_length + config.max_obs_length
@@ -96,7 +105,9 @@ class SearchAgentLoop:
                 f"data.max_prompt_length={config.max_prompt_length} has no room for one search: "
                 f"data.max_start_length + data.max_response_length + data.max_obs_length = {least}"
             )
-        tags = len(encode_passages([], self.tokenizer, config.max_prompt_length, "", self.dialect)[0])
+        tags = len(
+            encode_passages([], self.tokenizer, config.max_prompt_length, "", self.dialect)[0]
+        )
         if config.do_search and config.max_obs_length < 2 * tags:
             problems.append(
                 f"data.max_obs_length={config.max_obs_length} has no room for a passage: "
@@ -115,12 +126,20 @@ class SearchAgentLoop:
         stats: dict[str, Any] = dict.fromkeys(("turns", "valid_actions", "searches", "cut"), 0)
         stats |= {"overruns": [], "latency_s": []}
         extra = row.get("extra_info") or {}
-        stats |= {key: extra[key] for key in ("hops", "gold_ids", "gold_titles") if extra.get(key) is not None}
+        stats |= {
+            key: extra[key]
+            for key in ("hops", "gold_ids", "gold_titles")
+            if extra.get(key) is not None
+        }
         trajectory = Trajectory(list(prompt_ids), info=stats)
         await self._begin(trajectory, stats, row)
         while not trajectory.stop_reason:
-            await self._turn(trajectory, stats, generate, may_search=stats["turns"] < self.max_searches)
-        if self.client is not None:  # of all trajectories since the last one that ended: right in the sum
+            await self._turn(
+                trajectory, stats, generate, may_search=stats["turns"] < self.max_searches
+            )
+        if (
+            self.client is not None
+        ):  # of all trajectories since the last one that ended: right in the sum
             stats["search_errors"] = self.client.take_errors()
         return trajectory
 
@@ -134,13 +153,18 @@ class SearchAgentLoop:
         messages = [{"role": "user", "content": text}]
         return encode_chat(self.tokenizer, messages, **self.config.apply_chat_template_kwargs)
 
-    async def _turn(self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool) -> None:
+    async def _turn(
+        self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool
+    ) -> None:
         """One generation and what answers it; sets `stop_reason` when it was the last."""
         context = trajectory.token_ids
         if len(context) > self.config.max_prompt_length:
-            trajectory.stop_reason, trajectory.truncated = "context", True
+            trajectory.stop_reason = "context"
+            trajectory.truncated = True
             return
-        stop = [self.dialect.stop] * (self.max_searches > 0) + [ANSWER_END] * self.config.stop_at_answer
+        stop = [self.dialect.stop] * (self.max_searches > 0) + [
+            ANSWER_END
+        ] * self.config.stop_at_answer
         completion = await generate(context, max_tokens=self.config.max_response_length, stop=stop)
         stats["turns"] += 1
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
@@ -167,9 +191,12 @@ class SearchAgentLoop:
             ids = self.invalid_message_ids if has_ended(trajectory) else self.invalid_ids
             self._reply(trajectory, ids, turn=stats["turns"], kind="invalid_action")
 
-    def _add_turn(self, trajectory: Trajectory, completion: Completion, is_last: bool, turn: int) -> None:
-        """Appends what the policy wrote. In its info stand `ended_by`, the token by which the policy ended its turn, or
-        `left_out`, the same where it has no place in a trajectory that goes on."""
+    def _add_turn(
+        self, trajectory: Trajectory, completion: Completion, is_last: bool, turn: int
+    ) -> None:
+        """Appends what the policy wrote. In its info stand `ended_by`, the token by which the
+        policy ended its turn, or `left_out`, the same where it has no place in a trajectory that
+        goes on."""
         facts: dict[str, Any] = {"turn": turn, "finish_reason": completion.finish_reason}
         last = completion.token_ids[-1] if completion.token_ids else None
         if last is not None and (last in self.turn_ends or last == completion.stop_reason):
@@ -178,12 +205,15 @@ class SearchAgentLoop:
             else:
                 facts["left_out"] = last
                 completion = replace(
-                    completion, token_ids=completion.token_ids[:-1], log_probs=completion.log_probs[:-1]
+                    completion,
+                    token_ids=completion.token_ids[:-1],
+                    log_probs=completion.log_probs[:-1],
                 )
         trajectory.add_completion(completion, **facts)
 
     def _reply(self, trajectory: Trajectory, ids: list[int], **facts: Any) -> None:
-        """Appends what the environment says: in the policy's turn, or where it has ended that, as a user's message."""
+        """Appends what the environment says: in the policy's turn, or where it has ended that, as a
+        user's message."""
         if has_ended(trajectory):
             ids = self.user_turn.following(trajectory.segments[-1].info["ended_by"], ids)
         trajectory.add_observation(ids, **facts)
@@ -201,22 +231,42 @@ class SearchAgentLoop:
         return passages
 
     async def _show(
-        self, trajectory: Trajectory, stats: dict[str, Any], query: str, passages: list[Passage], emitted: str,
+        self,
+        trajectory: Trajectory,
+        stats: dict[str, Any],
+        query: str,
+        passages: list[Passage],
+        emitted: str,
         generate: Generate,
-    ) -> None:  # fmt: skip
-        """Splices in what a search found; `emitted` is what of the block's head stands already, after the query."""
+    ) -> None:
+        """Splices in what a search found; `emitted` is what of the block's head stands already,
+        after the query."""
         pairs = [(p.title, p.text) for p in passages]
-        ids, cut = encode_passages(pairs, self.tokenizer, self.config.max_obs_length, emitted, self.dialect)
+        ids, cut = encode_passages(
+            pairs, self.tokenizer, self.config.max_obs_length, emitted, self.dialect
+        )
         self._record(trajectory, stats, query, passages, ids, cut)
 
     def _record(
-        self, trajectory: Trajectory, stats: dict[str, Any], query: str, passages: list[Passage], ids: list[int],
-        cut: bool, **facts: Any,
-    ) -> None:  # fmt: skip
+        self,
+        trajectory: Trajectory,
+        stats: dict[str, Any],
+        query: str,
+        passages: list[Passage],
+        ids: list[int],
+        cut: bool,
+        **facts: Any,
+    ) -> None:
         """Appends an observation with the facts of the last search."""
         stats["cut"] += cut
         shown = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
-        facts |= {"kind": "search", "query": query, "passages": shown, "latency_s": stats["latency_s"][-1], "cut": cut}
+        facts |= {
+            "kind": "search",
+            "query": query,
+            "passages": shown,
+            "latency_s": stats["latency_s"][-1],
+            "cut": cut,
+        }
         self._reply(trajectory, ids, turn=stats["turns"], **facts)
 
 
@@ -230,6 +280,7 @@ def question_of(row: Row) -> str:
     question = (row.get("extra_info") or {}).get("question") or row.get("question")
     if not question:
         raise DataError(
-            f"a {row.get('data_source')} row has no extra_info.question, which `template` needs: prepare it anew"
+            f"a {row.get('data_source')} row has no extra_info.question, which `template` needs: "
+            "prepare it anew"
         )
     return str(question)

@@ -12,7 +12,8 @@ OVERRUN_KINDS = {"newline": "\n", "tag": "<"}
 
 
 def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """`env/...`: turns, valid actions, executed searches, how trajectories ended, retrieval latency and recall."""
+    """`env/...`: turns, valid actions, executed searches, how trajectories ended, retrieval latency
+    and recall."""
     stats = [t.info for t in trajectories]
     turns = np.array([s["turns"] for s in stats], dtype=float)
     valid = np.array([s["valid_actions"] for s in stats], dtype=float)
@@ -29,8 +30,16 @@ def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "env/observation_truncated": sum(s["cut"] for s in stats) / max(1.0, searches.sum()),
     }
     reasons = [t.stop_reason for t in trajectories]
-    metrics |= {f"env/stop_reason/{r}": reasons.count(r) / len(reasons) for r in sorted(set(reasons))}
-    metrics |= _overruns(stats) | _latency(stats) | _errors(stats) | _by_hops(stats, searches) | _recall(trajectories)
+    metrics |= {
+        f"env/stop_reason/{r}": reasons.count(r) / len(reasons) for r in sorted(set(reasons))
+    }
+    metrics |= (
+        _overruns(stats)
+        | _latency(stats)
+        | _errors(stats)
+        | _by_hops(stats, searches)
+        | _recall(trajectories)
+    )
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -56,7 +65,10 @@ def _errors(stats: list[dict[str, Any]]) -> dict[str, float]:
     total: Counter[str] = Counter()
     for s in stats:
         total.update(s.get("search_errors", {}))
-    return {"env/search_errors": total.total(), **{f"env/search_errors/{kind}": n for kind, n in sorted(total.items())}}
+    return {
+        "env/search_errors": total.total(),
+        **{f"env/search_errors/{kind}": n for kind, n in sorted(total.items())},
+    }
 
 
 def _by_hops(stats: list[dict[str, Any]], searches: np.ndarray) -> dict[str, float]:
@@ -65,15 +77,19 @@ def _by_hops(stats: list[dict[str, Any]], searches: np.ndarray) -> dict[str, flo
     for s, n in zip(stats, searches, strict=True):
         if "hops" in s:
             groups[s["hops"]].append(n)
-    return {f"env/number_of_valid_search/hops_{h}": float(np.mean(n)) for h, n in sorted(groups.items())}
+    return {
+        f"env/number_of_valid_search/hops_{h}": float(np.mean(n)) for h, n in sorted(groups.items())
+    }
 
 
 def _recall(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Share of the gold passages that were retrieved, and of questions with all, where the data names them."""
+    """Share of the gold passages that were retrieved, and of questions with all, where the data
+    names them."""
     shares = []
     for t in trajectories:
         passages = [p for s in t.segments for p in s.info.get("passages", ())]
-        gold, seen = set(map(str, t.info.get("gold_ids", ()))), {str(p["id"]) for p in passages}
+        gold = set(map(str, t.info.get("gold_ids", ())))
+        seen = {str(p["id"]) for p in passages}
         if not gold:
             gold = {title.strip('"') for title in t.info.get("gold_titles", ())}
             seen = {p["title"].strip('"') for p in passages}
@@ -81,4 +97,7 @@ def _recall(trajectories: Sequence[Trajectory]) -> dict[str, float]:
             shares.append(len(gold & seen) / len(gold))
     if not shares:
         return {}
-    return {"env/gold_recall": float(np.mean(shares)), "env/gold_retrieved": float(np.mean(np.equal(shares, 1)))}
+    return {
+        "env/gold_recall": float(np.mean(shares)),
+        "env/gold_retrieved": float(np.mean(np.equal(shares, 1))),
+    }

@@ -1,4 +1,5 @@
-"""The benchmarks of the paper in the training schema: from the Hugging Face hub, or from their native files."""
+"""The benchmarks of the paper in the training schema: from the Hugging Face hub, or from their
+native files."""
 
 import argparse
 import asyncio
@@ -23,9 +24,14 @@ from verl.utils.errors import DataError
 HUB = "RUC-NLPIR/FlashRAG_datasets"
 SPLITS = ("test", "dev", "train")
 SIZES = {  # FlashRAG's, of the split that is tested on
-    "nq": 3610, "triviaqa": 11313, "popqa": 14267, "hotpotqa": 7405, "2wikimultihopqa": 12576, "musique": 2417,
+    "nq": 3610,
+    "triviaqa": 11313,
+    "popqa": 14267,
+    "hotpotqa": 7405,
+    "2wikimultihopqa": 12576,
+    "musique": 2417,
     "bamboogle": 125,
-}  # fmt: skip
+}
 HUB_SETS = (*SIZES, "web_questions", "strategyqa")
 
 
@@ -40,16 +46,20 @@ class Source:
 def read(source: Source, split: str, skip_bad: bool = False) -> tuple[str, list[dict[str, Any]]]:
     """(split taken, rows of `id`, `question`, `golden_answers`, and gold where known).
 
-    `split` "test" takes the first of test, dev and train that the hub has. Raises DataError for rows without question
-    or answer, all of them listed up to a limit, unless bad rows are skipped, and for data that cannot be had.
+    `split` "test" takes the first of test, dev and train that the hub has. Raises DataError for
+    rows without question or answer, all of them listed up to a limit, unless bad rows are skipped,
+    and for data that cannot be had.
     """
     records: Iterable[tuple[str, Any]]
     if source.file is not None:
         records = read_rows(source.file)
     else:
         split, rows = read_hub(source.name, split)
-        records = ((f"{source.name}, {split}, row {number}", row) for number, row in enumerate(rows))
-    kept, problems = [], []
+        records = (
+            (f"{source.name}, {split}, row {number}", row) for number, row in enumerate(rows)
+        )
+    kept = []
+    problems = []
     for number, (place, record) in enumerate(records):
         row = normalise(record) if isinstance(record, dict) else record
         if isinstance(row, str):
@@ -77,7 +87,9 @@ def read_hub(name: str, split: str) -> tuple[str, Any]:
 
         found: Any = load_dataset(HUB, name)
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{name}: {HUB} could not be loaded ({error}); a native file does too: {name}=FILE") from error
+        raise DataError(
+            f"{name}: {HUB} could not be loaded ({error}); a native file does too: {name}=FILE"
+        ) from error
     wanted = SPLITS[SPLITS.index(split) :] if split == "test" else (split,)
     taken = next((s for s in wanted if s in found), None)
     if taken is None:
@@ -85,10 +97,14 @@ def read_hub(name: str, split: str) -> tuple[str, Any]:
     return taken, found[taken]
 
 
-def to_training_row(row: dict[str, Any], name: str, split: str, index: int, prompt: str) -> dict[str, Any]:
-    """The row as the original's scripts write it, with what is known of gold passages in `extra_info`."""
+def to_training_row(
+    row: dict[str, Any], name: str, split: str, index: int, prompt: str
+) -> dict[str, Any]:
+    """The row as the original's scripts write it, with what is known of gold passages in
+    `extra_info`."""
     gold = {key: row[key] for key in ("gold_titles", "gold_ids", "hops") if row.get(key)}
-    question, answers = with_mark(row["question"]), row["golden_answers"]
+    question = with_mark(row["question"])
+    answers = row["golden_answers"]
     return {
         "id": row["id"],
         "question": question,
@@ -119,7 +135,11 @@ def build(
     for source in sources:
         taken, records = read(source, split, skip_bad)
         questions = [with_mark(record["question"]) for record in records]
-        contexts = asyncio.run(retrieve_contexts(questions, retriever)) if retriever else [""] * len(records)
+        contexts = (
+            asyncio.run(retrieve_contexts(questions, retriever))
+            if retriever
+            else [""] * len(records)
+        )
         prompts = [build_prompt(q, template, c) for q, c in zip(questions, contexts, strict=True)]
         rows += [
             to_training_row(record, source.name, taken, index, prompt)
@@ -139,7 +159,9 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows)), path)
     counts = Counter(row["data_source"] for row in rows)
-    duplicates = len(rows) - len({(row["data_source"], normalize_answer(row["question"])) for row in rows})
+    duplicates = len(rows) - len(
+        {(row["data_source"], normalize_answer(row["question"])) for row in rows}
+    )
     parts = ", ".join(f"{name} {count}" for name, count in counts.items())
     return f"{path}: {len(rows)} questions ({parts}); {duplicates} duplicates\n"
 
@@ -153,25 +175,62 @@ def parse_sources(text: str) -> list[Source]:
     return sources
 
 
-def command(description: str, default_sources: str, default_dir: str, splits: Sequence[str], template: str) -> int:
-    """The command line that the scripts of `scripts/data_process` share: writes a parquet file for each of `splits`."""
+def command(
+    description: str, default_sources: str, default_dir: str, splits: Sequence[str], template: str
+) -> int:
+    """The command line that the scripts of `scripts/data_process` share: writes a parquet file for
+    each of `splits`."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    add("--local_dir", type=Path, default=Path(default_dir), help=f"folder to write (default: {default_dir})")
-    add("--data_sources", default=default_sources, help="NAME or NAME=FILE, with commas (default: %(default)s)")
+    add(
+        "--local_dir",
+        type=Path,
+        default=Path(default_dir),
+        help=f"folder to write (default: {default_dir})",
+    )
+    add(
+        "--data_sources",
+        default=default_sources,
+        help="NAME or NAME=FILE, with commas (default: %(default)s)",
+    )
     add("--test_sources", help="the same for test.parquet, where native files hold one split each")
-    add("--template", choices=sorted(TEMPLATES), default=template, help=f"prompt (default: {template})")
-    add("--template_type", default="base", help="as the original has it; base and chat models get the same text")
-    add("--retriever_url", default="http://127.0.0.1:8000/retrieve", help="rag: the retrieval server")
+    add(
+        "--template",
+        choices=sorted(TEMPLATES),
+        default=template,
+        help=f"prompt (default: {template})",
+    )
+    add(
+        "--template_type",
+        default="base",
+        help="as the original has it; base and chat models get the same text",
+    )
+    add(
+        "--retriever_url",
+        default="http://127.0.0.1:8000/retrieve",
+        help="rag: the retrieval server",
+    )
     add("--topk", type=int, default=3, help="rag: passages per question (default: 3)")
-    add("--skip-bad", action="store_true", help="leave rows without question or answer out, and say how many")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave rows without question or answer out, and say how many",
+    )
     args = parser.parse_args()
-    retriever = RetrieverConfig(url=args.retriever_url, topk=args.topk) if args.template in WITH_CONTEXT else None
+    retriever = (
+        RetrieverConfig(url=args.retriever_url, topk=args.topk)
+        if args.template in WITH_CONTEXT
+        else None
+    )
     written: dict[str, list[dict[str, Any]]] = {}
     try:
         for split in splits:
-            named = args.test_sources if split == "test" and args.test_sources else args.data_sources
-            written[split] = build(parse_sources(named), split, args.template, retriever, args.skip_bad)
+            named = (
+                args.test_sources if split == "test" and args.test_sources else args.data_sources
+            )
+            written[split] = build(
+                parse_sources(named), split, args.template, retriever, args.skip_bad
+            )
             sys.stdout.write(write(written[split], args.local_dir / f"{split}.parquet"))
     except DataError as error:
         sys.exit(f"error: {error}")

@@ -1,6 +1,8 @@
-"""What the files of a folder were made from: they are made anew when that changes, but never where a user's stand.
+"""What the files of a folder were made from: they are made anew when that changes, but never where
+a user's stand.
 
-A record beside them holds the inputs, and a hash of each file, which tells whether it was changed by hand since.
+A record beside them holds the inputs, and a hash of each file, which tells whether it was changed
+by hand since.
 """
 
 import hashlib
@@ -22,10 +24,11 @@ def sha256(path: Path) -> str:
 
 
 def is_current(folder: Path, inputs: dict[str, Any], names: Sequence[str]) -> bool:
-    """Whether the files `names` of `folder` are there and were made from `inputs`; if not, they may be made.
+    """Whether the files `names` of `folder` are there and were made from `inputs`; if not, they may
+    be made.
 
-    Files that were changed by hand are current while their inputs are. Raises DataError where making them would replace
-    what was not made here, or was changed by hand.
+    Files that were changed by hand are current while their inputs are. Raises DataError where
+    making them would replace what was not made here, or was changed by hand.
     """
     there = [name for name in names if (folder / name).exists()]
     if not there:
@@ -33,7 +36,8 @@ def is_current(folder: Path, inputs: dict[str, Any], names: Sequence[str]) -> bo
     record = read_record(folder)
     if record is None:
         raise DataError(
-            f"{folder / there[0]} is there, and nothing beside it ({RECORD}) says what it was made from: remove it, or "
+            f"{folder / there[0]} is there, and nothing beside it ({RECORD}) says what it was made "
+            "from: remove it, or "
             "name another folder"
         )
     differing = sorted(key for key in inputs if record["inputs"].get(key) != inputs[key])
@@ -43,14 +47,16 @@ def is_current(folder: Path, inputs: dict[str, Any], names: Sequence[str]) -> bo
     if changed:
         why = f"its {', '.join(differing)} changed" if differing else "files beside it are missing"
         raise DataError(
-            f"{folder / changed[0]} would be made anew, because {why}, but it was changed by hand since: remove it, or "
+            f"{folder / changed[0]} would be made anew, because {why}, but it was changed by hand "
+            "since: remove it, or "
             "name another folder"
         )
     return False
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What stands in the record of a folder; None without one. Raises DataError for something else in its place."""
+    """What stands in the record of a folder; None without one. Raises DataError for something else
+    in its place."""
     path = folder / RECORD
     if not path.is_file():
         return None
@@ -58,13 +64,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         _ = record["inputs"].keys(), record["files"].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a record of what files were made from ({error!r}): remove it") from error
+        raise DataError(
+            f"{path}: not a record of what files were made from ({error!r}): remove it"
+        ) from error
     return record
 
 
 @contextmanager
 def making(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write files in, which move to `folder`, with a record, when the block ends without an error."""
+    """A folder to write files in, which move to `folder`, with a record, when the block ends
+    without an error."""
     pending = folder / "making.tmp"
     shutil.rmtree(pending, ignore_errors=True)  # of a process that was killed
     pending.mkdir(parents=True)

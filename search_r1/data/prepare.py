@@ -1,8 +1,9 @@
-"""`python -m search_r1.data.prepare --questions FILE --out DIR`: questions and answers into training files.
+"""`python -m search_r1.data.prepare --questions FILE --out DIR`: questions and answers into
+training files.
 
-FILE is JSONL, JSON, CSV, TSV or parquet with `question` and `answer`, `answers` or `golden_answers`, or in the native
-form of a benchmark (docs/data.md); rows that already have the training columns pass through. Every row is checked
-before anything is written.
+FILE is JSONL, JSON, CSV, TSV or parquet with `question` and `answer`, `answers` or
+`golden_answers`, or in the native form of a benchmark (docs/data.md); rows that already have the
+training columns pass through. Every row is checked before anything is written.
 """
 
 import argparse
@@ -21,9 +22,11 @@ from search_r1.rewards.matching import normalize_answer
 from verl.utils.dataset import read_row
 from verl.utils.errors import DataError
 
-LISTS, SCALARS = ("gold_ids", "gold_titles"), {"hops": int, "id": str}
+LISTS = ("gold_ids", "gold_titles")
+SCALARS = {"hops": int, "id": str}
 NATIVE = {"data_source", "prompt", "reward_model"}
-TRAIN, TEST = "train.parquet", "test.parquet"
+TRAIN = "train.parquet"
+TEST = "test.parquet"
 
 
 def convert(record: dict[str, Any], source: str, template: str, index: int) -> dict[str, Any]:
@@ -35,19 +38,25 @@ def convert(record: dict[str, Any], source: str, template: str, index: int) -> d
         raise ValueError(native)
     record = {**record, **native}
     question, answers = question_and_answers(native)
-    kept: dict[str, Any] = {key: texts_under(key, record) for key in LISTS if record.get(key) is not None}
+    kept: dict[str, Any] = {
+        key: texts_under(key, record) for key in LISTS if record.get(key) is not None
+    }
     for key, kind in SCALARS.items():
         try:
             kept |= {key: kind(record[key])} if record.get(key) is not None else {}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{key}: expected {kind.__name__}, got {record[key]!r}") from error
     source = str(record.get("data_source") or source)
-    return training_row(question, answers, source, build_prompt(question, template), index=index, **kept)
+    return training_row(
+        question, answers, source, build_prompt(question, template), index=index, **kept
+    )
 
 
 def prepare(path: Path, template: str, skip_bad: bool = False) -> list[dict[str, Any]]:
-    """All rows of a file. Raises DataError listing the first problems and their number, unless bad rows are skipped."""
-    rows, problems = [], []
+    """All rows of a file. Raises DataError listing the first problems and their number, unless bad
+    rows are skipped."""
+    rows = []
+    problems = []
     for index, (place, record) in enumerate(read_rows(path)):
         if isinstance(record, str):
             problems.append(f"{place}: {record}")
@@ -76,15 +85,23 @@ def inputs_of(path: Path, template: str, test_size: int, skip_bad: bool = False)
 
 
 def questions(rows: list[dict[str, Any]]) -> set[str]:
-    """The different prompts of the rows, normalised as answers are: without case, articles and punctuation."""
+    """The different prompts of the rows, normalised as answers are: without case, articles and
+    punctuation."""
     return {normalize_answer(row["prompt"][-1]["content"]) for row in rows}
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m search_r1.data.prepare", description="Make training files.")
+    parser = argparse.ArgumentParser(
+        prog="python -m search_r1.data.prepare", description="Make training files."
+    )
     add = parser.add_argument
-    add("--questions", type=Path, required=True, help="JSONL, CSV or parquet of questions and answers")
+    add(
+        "--questions",
+        type=Path,
+        required=True,
+        help="JSONL, CSV or parquet of questions and answers",
+    )
     add("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
     add(
         "--template",
@@ -93,8 +110,16 @@ def main() -> None:
         help="prompt (default: search, the paper's)",
     )
     add("--test-size", type=int, default=100, help="rows held out, the last ones (default: 100)")
-    add("--skip-bad", action="store_true", help="leave rows without question or answer out, and say how many")
-    add("--overwrite", action="store_true", help="make the files even where others stand, or they were changed by hand")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave rows without question or answer out, and say how many",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="make the files even where others stand, or they were changed by hand",
+    )
     args = parser.parse_args()
     try:
         inputs = inputs_of(args.questions, args.template, args.test_size, args.skip_bad)
@@ -103,14 +128,19 @@ def main() -> None:
             return
         rows = prepare(args.questions, args.template, args.skip_bad)
         if not 0 < args.test_size < len(rows):
-            raise DataError(f"--test-size {args.test_size}: expected 1 to {len(rows) - 1} of the {len(rows)} rows")
+            raise DataError(
+                f"--test-size {args.test_size}: expected 1 to {len(rows) - 1} of the {len(rows)} "
+                "rows"
+            )
     except DataError as error:
         sys.exit(f"error: {error}")
-    train, test = rows[: -args.test_size], rows[-args.test_size :]
+    train = rows[: -args.test_size]
+    test = rows[-args.test_size :]
     with making(args.out, inputs) as folder:
         pq.write_table(pa.Table.from_pylist(train), folder / TRAIN)
         pq.write_table(pa.Table.from_pylist(test), folder / TEST)
-    duplicates, shared = len(rows) - len(questions(rows)), len(questions(train) & questions(test))
+    duplicates = len(rows) - len(questions(rows))
+    shared = len(questions(train) & questions(test))
     sys.stdout.write(
         f"{args.out}: {len(train)} training and {len(test)} test questions; "
         f"{duplicates} duplicates, {shared} of the test questions are also training questions\n"

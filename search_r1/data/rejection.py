@@ -1,8 +1,9 @@
-"""`python -m search_r1.data.rejection --trajectories FILE --out FILE`: rows for rejection-sampling fine-tuning.
+"""`python -m search_r1.data.rejection --trajectories FILE --out FILE`: rows for rejection-sampling
+fine-tuning.
 
-Keeps the trajectories of a run (`<run folder>/trajectories/*.jsonl`) that scored high enough, as rows of
-`verl.trainer.sft`: the ids that were sampled, with loss on the policy's own tokens only (the baseline of that name in
-arXiv 2503.09516, table 2).
+Keeps the trajectories of a run (`<run folder>/trajectories/*.jsonl`) that scored high enough, as
+rows of `verl.trainer.sft`: the ids that were sampled, with loss on the policy's own tokens only
+(the baseline of that name in arXiv 2503.09516, table 2).
 """
 
 import argparse
@@ -17,19 +18,30 @@ from verl.utils.errors import DataError
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a trajectory file. Raises DataError naming file and line for a line that is no such record."""
+    """The records of a trajectory file. Raises DataError naming file and line for a line that is no
+    such record."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-                ids = [*record["prompt_ids"], *(t for s in record["segments"] for t in s["token_ids"])]
-                _ = [segment["source"] for segment in record["segments"]], float(record["reward"]["score"])
+                ids = [
+                    *record["prompt_ids"],
+                    *(t for s in record["segments"] for t in s["token_ids"]),
+                ]
+                _ = (
+                    [segment["source"] for segment in record["segments"]],
+                    float(record["reward"]["score"]),
+                )
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}, line {number}: not a trajectory record ({error!r})") from error
+                raise DataError(
+                    f"{path}, line {number}: not a trajectory record ({error!r})"
+                ) from error
             if not all(isinstance(token, int) for token in ids):
-                raise DataError(f"{path}, line {number}: expected integers in prompt_ids and token_ids")
+                raise DataError(
+                    f"{path}, line {number}: expected integers in prompt_ids and token_ids"
+                )
             yield record
 
 
@@ -41,7 +53,8 @@ def keep(records: Iterable[dict[str, Any]], min_score: float) -> Iterator[dict[s
         segments = [(s["source"] == Source.MODEL, s["token_ids"]) for s in record["segments"]]
         yield {
             "input_ids": record["prompt_ids"] + [t for _, ids in segments for t in ids],
-            "loss_mask": [0] * len(record["prompt_ids"]) + [int(own) for own, ids in segments for _ in ids],
+            "loss_mask": [0] * len(record["prompt_ids"])
+            + [int(own) for own, ids in segments for _ in ids],
         }
 
 
@@ -49,9 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m search_r1.data.rejection", description="Rows for rejection-sampling SFT."
     )
-    parser.add_argument("--trajectories", type=Path, nargs="+", required=True, help="trajectory files of a run")
+    parser.add_argument(
+        "--trajectories", type=Path, nargs="+", required=True, help="trajectory files of a run"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSONL file of rows to write")
-    parser.add_argument("--min_score", type=float, default=1.0, help="reward to keep a trajectory (default: 1.0)")
+    parser.add_argument(
+        "--min_score", type=float, default=1.0, help="reward to keep a trajectory (default: 1.0)"
+    )
     args = parser.parse_args(argv)
     try:
         records = [record for path in args.trajectories for record in read_records(path)]

@@ -18,13 +18,17 @@ from verl.utils.errors import DataError, listed
 LIST_COLUMNS = ("golden_answers", "answers", "answer", "gold_ids", "gold_titles")
 QUESTION_COLUMNS = {"question", "Question", "utterance"}
 SEPARATORS = (",", ";", "\t", "|")
-KINDS = ".jsonl, .json, .csv, .tsv, .txt (question, tab, answers) or .parquet, all but the last also gzipped"
+KINDS = (
+    ".jsonl, .json, .csv, .tsv, .txt (question, tab, answers) or .parquet, all but the last also "
+    "gzipped"
+)
 Record = dict[str, Any] | str
 """A record, or what is wrong with its line."""
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Record]]:
-    """(place for messages, record or what is wrong with the line) of each row; blank lines are none.
+    """(place for messages, record or what is wrong with the line) of each row; blank lines are
+    none.
 
     Raises DataError for a file that cannot be read.
     """
@@ -42,7 +46,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Record]]:
         separator = separator_of(first_line(text))
         if separator is None:
             raise DataError(
-                f"{path}, line 1: no column named question, separated by one of {' '.join(map(repr, SEPARATORS))}; "
+                f"{path}, line 1: no column named question, separated by one of "
+                f"{' '.join(map(repr, SEPARATORS))}; "
                 f"found {first_line(text)[:100]!r}"
             )
         yield from table_rows(path, text, separator)
@@ -54,7 +59,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, Record]]:
             yield from ((place, parse_topic(line)) for place, line in numbered(path, text))
     elif kind in (".jsonl", ".json"):
         text = read_text(path)
-        entries = parse_array(path, text) if text.lstrip().startswith("[") else parse_document(path, text)
+        entries = (
+            parse_array(path, text) if text.lstrip().startswith("[") else parse_document(path, text)
+        )
         if entries is None:
             yield from ((place, parse_line(line)) for place, line in numbered(path, text))
         else:
@@ -69,7 +76,8 @@ def first_line(text: str) -> str:
 
 
 def separator_of(header: str) -> str | None:
-    """What separates the columns of a table: the first that leaves a column of questions. None without one."""
+    """What separates the columns of a table: the first that leaves a column of questions. None
+    without one."""
     for separator in SEPARATORS:
         columns = next(csv.reader([header], delimiter=separator), [])
         if QUESTION_COLUMNS & {column.strip() for column in columns}:
@@ -78,7 +86,8 @@ def separator_of(header: str) -> str | None:
 
 
 def table_rows(path: Path, text: str, separator: str) -> Iterator[tuple[str, Record]]:
-    """(place, record) of each row of a table whose first line names its columns. Raises DataError for no table."""
+    """(place, record) of each row of a table whose first line names its columns. Raises DataError
+    for no table."""
     table = text.lstrip()
     blank_lines = text[: len(text) - len(table)].count("\n")
     reader = csv.DictReader(io.StringIO(table, newline=""), delimiter=separator)
@@ -87,11 +96,17 @@ def table_rows(path: Path, text: str, separator: str) -> Iterator[tuple[str, Rec
         for record in reader:
             yield f"{path}, line {reader.line_num + blank_lines}", parse_cells(record)
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num + blank_lines}: not a table ({error})") from error
+        raise DataError(
+            f"{path}, line {reader.line_num + blank_lines}: not a table ({error})"
+        ) from error
 
 
 def numbered(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    return ((f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    return (
+        (f"{path}, line {number}", line)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    )
 
 
 def read_text(path: Path) -> str:
@@ -110,7 +125,11 @@ def parse_line(line: str) -> Record:
         record = json.loads(line)
     except ValueError as error:
         return f"not JSON ({error})"
-    return record if isinstance(record, dict) else f"expected one object per line, got a {type(record).__name__}"
+    return (
+        record
+        if isinstance(record, dict)
+        else f"expected one object per line, got a {type(record).__name__}"
+    )
 
 
 def parse_array(path: Path, text: str) -> list[Record]:
@@ -118,14 +137,20 @@ def parse_array(path: Path, text: str) -> list[Record]:
     try:
         entries = json.loads(text)
     except ValueError as error:
-        if "\n[" in text.strip() or "]\n" in text.strip():  # one array a line: JSONL of the wrong kind
+        if (
+            "\n[" in text.strip() or "]\n" in text.strip()
+        ):  # one array a line: JSONL of the wrong kind
             return [parse_line(line) for line in text.split("\n") if line.strip()]
         raise DataError(f"{path}: not JSON ({error})") from error
-    return [entry if isinstance(entry, dict) else f"expected an object, got {entry!r:.40}" for entry in entries]
+    return [
+        entry if isinstance(entry, dict) else f"expected an object, got {entry!r:.40}"
+        for entry in entries
+    ]
 
 
 def parse_document(path: Path, text: str) -> Sequence[Record] | None:
-    """The records of a file that is one JSON object, as SQuAD and TriviaQA are published; None for JSONL.
+    """The records of a file that is one JSON object, as SQuAD and TriviaQA are published; None for
+    JSONL.
 
     Raises DataError for an object over several lines that holds no records.
     """
@@ -136,7 +161,8 @@ def parse_document(path: Path, text: str) -> Sequence[Record] | None:
     records = unfold(document)
     if records is None and "\n" in text.strip():
         raise DataError(
-            f"{path}: one object with the keys {', '.join(document)}: expected one object per line, an array of them, "
+            f"{path}: one object with the keys {', '.join(document)}: expected one object per "
+            "line, an array of them, "
             "or an object that holds them under data"
         )
     return records
@@ -160,7 +186,11 @@ def parse_cells(record: dict[Any, Any]) -> Record:
     parsed: dict[str, Any] = {key: cell or None for key, cell in record.items()}
     for key in set(LIST_COLUMNS) & parsed.keys():
         parsed[key] = unprinted(parsed[key])
-        if isinstance(parsed[key], str) and parsed[key].startswith("[") and parsed[key].endswith("]"):
+        if (
+            isinstance(parsed[key], str)
+            and parsed[key].startswith("[")
+            and parsed[key].endswith("]")
+        ):
             return f"{key}: not a list ({parsed[key][:60]})"
     return parsed
 
@@ -179,7 +209,8 @@ def texts_under(key: str, record: dict[str, Any]) -> list[str]:
 
 
 def question_and_answers(record: dict[str, Any]) -> tuple[str, list[str]]:
-    """Of a record that `normalise` has read. Raises ValueError when it lacks one, or holds something else there."""
+    """Of a record that `normalise` has read. Raises ValueError when it lacks one, or holds
+    something else there."""
     question = record.get("question") or ""
     if not isinstance(question, str):
         raise ValueError(f"question: expected a text, got {kind_of(question)}")
@@ -192,15 +223,19 @@ def question_and_answers(record: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def settle(problems: Sequence[str], skip_bad: bool) -> None:
-    """Raises DataError listing `problems`; with `skip_bad` says how many rows are left out, and why the first is."""
+    """Raises DataError listing `problems`; with `skip_bad` says how many rows are left out, and why
+    the first is."""
     if problems and not skip_bad:
         raise DataError(listed(problems))
     if problems:
         sys.stderr.write(f"{len(problems)} rows left out, the first: {problems[0]}\n")
 
 
-def training_row(question: str, answers: list[str], source: str, prompt: str, **extra: Any) -> dict[str, Any]:
-    """A line of the training parquet in the original's schema. `extra`: what else is known (split, index, gold)."""
+def training_row(
+    question: str, answers: list[str], source: str, prompt: str, **extra: Any
+) -> dict[str, Any]:
+    """A line of the training parquet in the original's schema. `extra`: what else is known (split,
+    index, gold)."""
     return {
         "data_source": source,
         "prompt": [{"role": "user", "content": prompt}],

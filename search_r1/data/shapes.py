@@ -1,4 +1,5 @@
-"""The native records of the benchmarks, told by their keys, as `question`, `golden_answers` and what is known of gold.
+"""The native records of the benchmarks, told by their keys, as `question`, `golden_answers` and
+what is known of gold.
 
 Pure functions: a record that no shape fits is returned as it is.
 """
@@ -28,7 +29,8 @@ def supporting_facts(r: Record) -> Record:
 
 
 def paragraphs(r: Record) -> Record:
-    """MuSiQue, and HotpotQA with paragraphs: the titles of the supporting ones, hops from the id where it says so."""
+    """MuSiQue, and HotpotQA with paragraphs: the titles of the supporting ones, hops from the id
+    where it says so."""
     gold = [p["title"] for p in r["paragraphs"] if p.get("is_supporting") or p.get("is_gold")]
     hops = HOPS.search(str(r.get("id")))
     titles = list(dict.fromkeys(gold))
@@ -47,21 +49,33 @@ def popqa(r: Record) -> Record:
     answers = json.loads(answers) if isinstance(answers, str) else answers
     if not answers:
         answers = [r["obj"], *json.loads(r.get("o_aliases") or "[]")]
-    return {**common(r, r.get("id")), "golden_answers": answers, "gold_titles": [r["s_wiki_title"]], "hops": 1}
+    return {
+        **common(r, r.get("id")),
+        "golden_answers": answers,
+        "gold_titles": [r["s_wiki_title"]],
+        "hops": 1,
+    }
 
 
 def triviaqa(r: Record) -> Record:
     """TriviaQA: `Answer` (or `answer`) holds a value and its aliases."""
     answers = answers_in(r.get("Answer") or r["answer"])
-    return {"id": r.get("QuestionId") or r.get("question_id"), "question": question_of(r), "golden_answers": answers}
+    return {
+        "id": r.get("QuestionId") or r.get("question_id"),
+        "question": question_of(r),
+        "golden_answers": answers,
+    }
 
 
 def natural_questions(r: Record) -> Record:
-    """Natural Questions, of the hub or as published: the short answers of all annotators, or their yes or no."""
+    """Natural Questions, of the hub or as published: the short answers of all annotators, or their
+    yes or no."""
     annotations = r["annotations"]
     if isinstance(annotations, dict):  # the hub has columns
         columns = annotations.values()
-        annotations = [dict(zip(annotations, values, strict=True)) for values in zip(*columns, strict=True)]
+        annotations = [
+            dict(zip(annotations, values, strict=True)) for values in zip(*columns, strict=True)
+        ]
     answers: list[str] = []
     for annotation in annotations:
         answers += short_answers(annotation["short_answers"], r)
@@ -76,7 +90,8 @@ def natural_questions(r: Record) -> Record:
 
 
 def short_answers(spans: Any, r: Record) -> list[str]:
-    """The texts of spans of a record of Natural Questions, which gives either them or the places of their tokens."""
+    """The texts of spans of a record of Natural Questions, which gives either them or the places of
+    their tokens."""
     if isinstance(spans, dict):
         return list(spans["text"])
     return [span["text"] if "text" in span else tokens_between(r, span) for span in spans]
@@ -85,14 +100,23 @@ def short_answers(spans: Any, r: Record) -> list[str]:
 def tokens_between(r: Record, span: Record) -> str:
     """The words of a span; tags of HTML are none."""
     tokens = (
-        r["document_text"].split(" ") if "document_text" in r else [token["token"] for token in r["document_tokens"]]
+        r["document_text"].split(" ")
+        if "document_text" in r
+        else [token["token"] for token in r["document_tokens"]]
     )
-    return " ".join(token for token in tokens[span["start_token"] : span["end_token"]] if not token.startswith("<"))
+    return " ".join(
+        token
+        for token in tokens[span["start_token"] : span["end_token"]]
+        if not token.startswith("<")
+    )
 
 
 def strategyqa(r: Record) -> Record:
     """StrategyQA: yes or no."""
-    return {**common(r, r.get("qid") or r.get("id")), "golden_answers": ["yes" if r["answer"] else "no"]}
+    return {
+        **common(r, r.get("qid") or r.get("id")),
+        "golden_answers": ["yes" if r["answer"] else "no"],
+    }
 
 
 def webquestions(r: Record) -> Record:
@@ -102,8 +126,11 @@ def webquestions(r: Record) -> Record:
 
 
 def verl_style(r: Record) -> Record:
-    """A training row of another project, whose prompt is the bare question or keeps it in `extra_info`."""
-    extra, truth, prompt = r.get("extra_info") or {}, r["reward_model"]["ground_truth"], r["prompt"]
+    """A training row of another project, whose prompt is the bare question or keeps it in
+    `extra_info`."""
+    extra = r.get("extra_info") or {}
+    truth = r["reward_model"]["ground_truth"]
+    prompt = r["prompt"]
     answers = truth["target"] if isinstance(truth, dict) and "target" in truth else truth
     question = r.get("question") or extra.get("question")
     question = question or (prompt if isinstance(prompt, str) else prompt[-1]["content"])
@@ -121,20 +148,30 @@ def flashrag(r: Record) -> Record:
 
 
 def plain(r: Record) -> Record:
-    """`question` and `answer` under whatever case: NQ-open, SQuAD, WebQuestions of the hub, Bamboogle, R1-Searcher.
+    """`question` and `answer` under whatever case: NQ-open, SQuAD, WebQuestions of the hub,
+    Bamboogle, R1-Searcher.
 
     Gold is what `ctxs` marks so.
     """
     answers = next((r[key] for key in ANSWERS if r.get(key) not in (None, "", [])), [])
-    gold = [passage["title"] for passage in r.get("ctxs") or () if isinstance(passage, dict) and passage.get("isgold")]
-    kept = {key: r[key] for key in ("gold_ids", "gold_titles", "hops", "data_source") if r.get(key) is not None}
+    gold = [
+        passage["title"]
+        for passage in r.get("ctxs") or ()
+        if isinstance(passage, dict) and passage.get("isgold")
+    ]
+    kept = {
+        key: r[key]
+        for key in ("gold_ids", "gold_titles", "hops", "data_source")
+        if r.get(key) is not None
+    }
     kept = {"gold_titles": list(dict.fromkeys(gold)), **kept} if gold else kept
     id = r.get("id") or r.get("_id")
     return {"id": id, "question": question_of(r), "golden_answers": answers_in(answers), **kept}
 
 
 def answers_in(answers: Any) -> Any:
-    """The answers in SQuAD's form (`text` and `answer_start`) or TriviaQA's (`value` and `aliases`), without doubles.
+    """The answers in SQuAD's form (`text` and `answer_start`) or TriviaQA's (`value` and
+    `aliases`), without doubles.
 
     Anything else as it is, a list or dict also where a text prints it.
     """
@@ -145,7 +182,11 @@ def answers_in(answers: Any) -> Any:
             return different(by_key["text"])
         if "value" in by_key:
             return different([by_key["value"], *(by_key.get("aliases") or [])])
-    if isinstance(answers, list) and answers and all(isinstance(a, dict) and "text" in a for a in answers):
+    if (
+        isinstance(answers, list)
+        and answers
+        and all(isinstance(a, dict) and "text" in a for a in answers)
+    ):
         return different([answer["text"] for answer in answers])
     return answers
 
@@ -170,21 +211,27 @@ def unprinted(value: Any) -> Any:
 
 
 def unfold(document: Any) -> list[Record] | None:
-    """The records of a file that is one object: SQuAD's articles, TriviaQA's `Data`, any `data`. None without them."""
+    """The records of a file that is one object: SQuAD's articles, TriviaQA's `Data`, any `data`.
+    None without them."""
     entries = document.get("Data") or document.get("data") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         return None
     records: list[Record] = []
     for entry in entries:
         if isinstance(entry.get("paragraphs"), list):
-            records += [question for paragraph in entry["paragraphs"] for question in paragraph.get("qas", ())]
+            records += [
+                question
+                for paragraph in entry["paragraphs"]
+                for question in paragraph.get("qas", ())
+            ]
         else:
             records.append(entry)
     return records
 
 
 def titles_of(facts: Any) -> list[str]:
-    """The different titles of supporting facts: pairs of title and sentence, or a list of titles under `title`."""
+    """The different titles of supporting facts: pairs of title and sentence, or a list of titles
+    under `title`."""
     titles = facts["title"] if isinstance(facts, dict) else [fact[0] for fact in facts]
     return list(dict.fromkeys(titles))
 
@@ -223,11 +270,15 @@ SHAPES: list[tuple[Callable[[Record], bool], Callable[[Record], Record]]] = [
 
 
 def normalise(record: Record) -> Record | str:
-    """The record as `question`, `golden_answers` and, where known, `id`, `gold_titles`, `hops`; or what is wrong."""
+    """The record as `question`, `golden_answers` and, where known, `id`, `gold_titles`, `hops`; or
+    what is wrong."""
     reader = next((read for fits, read in SHAPES if fits(record)), None)
     if reader is None:
         return record
     try:
         return {k: v for k, v in reader(record).items() if v is not None}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration) as error:
-        return f"looks like {(reader.__doc__ or '').split(':')[0].split(',')[0]}, but is not ({error!r})"
+        return (
+            f"looks like {(reader.__doc__ or '').split(':')[0].split(',')[0]}, but is not "
+            f"({error!r})"
+        )

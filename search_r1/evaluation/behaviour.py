@@ -1,4 +1,5 @@
-"""How a policy searches: pure functions of trajectory records, as validation and evaluation write them."""
+"""How a policy searches: pure functions of trajectory records, as validation and evaluation write
+them."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ NEAR = 0.8
 
 @dataclass(frozen=True)
 class Search:
-    """An executed search: its query, the passages it brought, what of the evidence is known after it."""
+    """An executed search: its query, the passages it brought, what of the evidence is known after
+    it."""
 
     query: str
     ids: list[str]
@@ -34,14 +36,16 @@ class Course:
 
     searches: list[Search]
     gold: frozenset[str]
-    """Ids, or where these are unknown titles, of the gold passages; empty when the data do not say."""
+    """Ids, or where these are unknown titles, of the gold passages; empty when the data do not
+    say."""
     answered: bool
     right: bool
     record: Record = field(repr=False)
 
     @property
     def complete_at(self) -> int | None:
-        """Number of searches after which all gold passages had been retrieved, None if never or unknown."""
+        """Number of searches after which all gold passages had been retrieved, None if never or
+        unknown."""
         done = (i for i, s in enumerate(self.searches, 1) if self.gold and s.gold_seen == self.gold)
         return next(done, None)
 
@@ -65,7 +69,9 @@ def read_course(record: Record) -> Course:
         texts = [normalize_answer(f"{p['title']} {p['text']}") for p in passages]
         has_answer = has_answer or any(answer in text for answer in answers for text in texts)
         known = (searches[-1].gold_seen if searches else frozenset()) | (names & gold)
-        searches.append(Search(info["query"], ids, [i for i in ids if i not in seen], known, has_answer))
+        searches.append(
+            Search(info["query"], ids, [i for i in ids if i not in seen], known, has_answer)
+        )
         seen.update(ids)
     answered = record["stop_reason"] == "answer"
     right = record["reward"].get("em", 0.0) >= 0.5  # a trajectory without a token has no components
@@ -102,13 +108,16 @@ def superfluous(course: Course) -> int:
 
 
 def behaviour(courses: Sequence[Course]) -> dict[str, float]:
-    """Means over the courses, under names that say what is counted. Shares of gold only where gold is known."""
+    """Means over the courses, under names that say what is counted. Shares of gold only where gold
+    is known."""
     made = max(1, sum(len(c.searches) for c in courses))
     figures: dict[str, float] = {
         "searches": mean(courses, lambda c: len(c.searches)),
         "no_search": mean(courses, lambda c: not c.searches),
         "answered": mean(courses, lambda c: c.answered),
-        "valid_actions": mean(courses, lambda c: c.record["info"]["valid_actions"] / max(1, c.record["info"]["turns"])),
+        "valid_actions": mean(
+            courses, lambda c: c.record["info"]["valid_actions"] / max(1, c.record["info"]["turns"])
+        ),
         "duplicate_queries": sum(duplicates(c) for c in courses) / made,
         "near_duplicate_queries": sum(near_duplicates(c) for c in courses) / made,
         "new_passages": sum(len(s.new) for c in courses for s in c.searches)
@@ -117,7 +126,12 @@ def behaviour(courses: Sequence[Course]) -> dict[str, float]:
         "retrieved_tokens": mean(courses, lambda c: tokens(c.record, "observation")),
         "answer_in_information": mean(courses, lambda c: any(s.has_answer for s in c.searches)),
     }
-    if latencies := [s["info"]["latency_s"] for c in courses for s in c.record["segments"] if "latency_s" in s["info"]]:
+    if latencies := [
+        s["info"]["latency_s"]
+        for c in courses
+        for s in c.record["segments"]
+        if "latency_s" in s["info"]
+    ]:
         p50, p95 = np.percentile(latencies, [50, 95])
         figures |= {"search_latency_s/p50": float(p50), "search_latency_s/p95": float(p95)}
     reasons = Counter(c.record["stop_reason"] for c in courses)
@@ -134,7 +148,9 @@ def behaviour(courses: Sequence[Course]) -> dict[str, float]:
             figures["right_if_gold_retrieved"] = mean(found, lambda c: c.right)
         longest = max(len(c.searches) for c in with_gold)
         figures |= {
-            f"gold_recall/turn_{turn}": mean([c for c in with_gold if len(c.searches) >= turn], recall_at(turn))
+            f"gold_recall/turn_{turn}": mean(
+                [c for c in with_gold if len(c.searches) >= turn], recall_at(turn)
+            )
             for turn in range(1, longest + 1)
         }
     return figures
@@ -154,14 +170,19 @@ def search_counts(courses: Sequence[Course]) -> dict[int, int]:
     return dict(sorted(Counter(len(c.searches) for c in courses).items()))
 
 
-def over_and_under_search(courses: Sequence[Course], closed_book: dict[str, float]) -> dict[str, float]:
-    """Search where it was not needed, none where it was; `closed_book` says which questions the model knows, by prompt.
+def over_and_under_search(
+    courses: Sequence[Course], closed_book: dict[str, float]
+) -> dict[str, float]:
+    """Search where it was not needed, none where it was; `closed_book` says which questions the
+    model knows, by prompt.
 
-    over_search: share of the known questions that were searched for. under_search: share of the unknown ones that were
-    answered, wrong, without a search.
+    over_search: share of the known questions that were searched for. under_search: share of the
+    unknown ones that were answered, wrong, without a search.
     """
     by_knowledge = [(c, closed_book[question_of(c.record)] >= 0.5) for c in courses]
-    known, unknown = ([c for c, knows in by_knowledge if knows is wanted] for wanted in (True, False))
+    known, unknown = (
+        [c for c, knows in by_knowledge if knows is wanted] for wanted in (True, False)
+    )
     return {
         "known": len(known) / len(courses),
         "over_search": mean(known, lambda c: bool(c.searches)),

@@ -15,45 +15,104 @@ if TYPE_CHECKING:
 
 Results = dict[str, dict[str, Any]]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
-"""Okabe and Ito's, which the colour-blind tell apart; grey for their black, on which whiskers would not be seen."""
+"""Okabe and Ito's, which the colour-blind tell apart; grey for their black, on which whiskers would
+not be seen."""
 BARS = [{"facecolor": color, "hatch": hatch} for hatch in (None, "/////") for color in COLORS]
-POINTS = [{"color": color, "fillstyle": style, "ls": "", "ms": 7} for style in ("full", "none") for color in COLORS]
-COLUMNS = ("searches", "no_search", "answered", "valid_actions", "gold_retrieved", "right_if_gold_retrieved",
-           "premature_answers", "searches_after_gold", "duplicate_queries", "over_search", "under_search")  # fmt: skip
-RC: Any = {"svg.fonttype": "none", "svg.hashsalt": "page", "text.parse_math": False, "font.size": 9, "grid.alpha": 0.3,
-           "axes.titlelocation": "left", "axes.spines.right": False, "axes.spines.top": False, "axes.axisbelow": True,
-           "hatch.color": "white", "axes.titlesize": 9, "axes.grid": True, "axes.grid.axis": "y"}  # fmt: skip
+POINTS = [
+    {"color": color, "fillstyle": style, "ls": "", "ms": 7}
+    for style in ("full", "none")
+    for color in COLORS
+]
+COLUMNS = (
+    "searches",
+    "no_search",
+    "answered",
+    "valid_actions",
+    "gold_retrieved",
+    "right_if_gold_retrieved",
+    "premature_answers",
+    "searches_after_gold",
+    "duplicate_queries",
+    "over_search",
+    "under_search",
+)
+RC: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "page",
+    "text.parse_math": False,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "axes.titlelocation": "left",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "hatch.color": "white",
+    "axes.titlesize": 9,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+}
 CSS = """:root{color-scheme:light dark;--ink:#1c1e21;--soft:#5f6670;--line:#d9dce1;--paper:#fff}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#a0a7b2;--line:#3a3f47;--paper:#16181c}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:76rem;margin:2rem auto;
-padding:0 1rem}h1,h2,h3{line-height:1.25;overflow-wrap:anywhere}h2{margin-top:2.5rem}.wide,figure{overflow-x:auto}
-table{border-collapse:collapse;font-size:.8125rem;font-variant-numeric:tabular-nums}th[scope=row]{font-weight:400}
+@media(prefers-color-scheme:dark){
+  :root{--ink:#e6e8eb;--soft:#a0a7b2;--line:#3a3f47;--paper:#16181c}
+}
+body{
+  font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:76rem;
+  margin:2rem auto;padding:0 1rem;
+}
+h1,h2,h3{line-height:1.25;overflow-wrap:anywhere}
+h2{margin-top:2.5rem}
+.wide,figure{overflow-x:auto}
+table{border-collapse:collapse;font-size:.8125rem;font-variant-numeric:tabular-nums}
+th[scope=row]{font-weight:400}
 th,td{padding:.35rem .4rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
-th[scope=col]{vertical-align:bottom}th:first-child{text-align:left;min-width:8rem}small{display:block;white-space:nowrap}
-small,p{color:var(--soft)}p,figcaption{font-size:.875rem}svg{display:block;width:100%;height:auto;min-width:40rem}
-figure{margin:1rem 0;padding:.75rem;background:#fff;color:#40464f;border:1px solid var(--line);border-radius:8px}"""
+th[scope=col]{vertical-align:bottom}
+th:first-child{text-align:left;min-width:8rem}
+small{display:block;white-space:nowrap}
+small,p{color:var(--soft)}
+p,figcaption{font-size:.875rem}
+svg{display:block;width:100%;height:auto;min-width:40rem}
+figure{
+  margin:1rem 0;padding:.75rem;background:#fff;color:#40464f;border:1px solid var(--line);
+  border-radius:8px;
+}"""
 
 
 def page(results: Results, title: str = "Evaluation") -> str:
     """A whole HTML page. `results`: summaries as `summary.summarize` returns them, by name."""
     sets = set_names(results)
-    rows = [[name, *(score(s[n]) if n in s else "–" for n in (*sets, AVERAGE))] for name, s in results.items()]
-    blocks = (f"<h3>{escape(name)}</h3>\n{behaviour_table(s, results)}" for name, s in results.items())
-    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
+    rows = [
+        [name, *(score(s[n]) if n in s else "–" for n in (*sets, AVERAGE))]
+        for name, s in results.items()
+    ]
+    blocks = (
+        f"<h3>{escape(name)}</h3>\n{behaviour_table(s, results)}" for name, s in results.items()
+    )
+    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
+<title>{escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>
 <body><h1>{escape(title)}</h1>
 <h2>Exact match</h2>
 {html_table(["result", *sets, AVERAGE], rows)}
-<p>Below a score: its 95 % interval over questions. Average: unweighted, over the sets that the result has.</p>
+<p>Below a score: its 95 % interval over questions.
+Average: unweighted, over the sets that the result has.</p>
 {figures(results)}<h2>Behaviour</h2>
-<p>Searches: mean. Valid actions: of the turns. Right: of the samples that retrieved all gold passages. After gold and
-duplicate: of the searches. Over-search: of the questions known without, under-search: of the rest. –: unknown.</p>
+<p>Searches: mean. Valid actions: of the turns. Right: of the samples that retrieved all gold
+passages. After gold and duplicate: of the searches. Over-search: of the questions known without,
+under-search: of the rest. –: unknown.</p>
 {"".join(blocks)}</body></html>\n"""
 
 
 def set_names(results: Results) -> list[str]:
-    """The sets of all results in the order met. What else a summary holds has no counts of searches."""
-    return list({name: 0 for s in results.values() for name in s if name != ALL and "search_counts" in s[name]})
+    """The sets of all results in the order met. What else a summary holds has no counts of
+    searches."""
+    return list(
+        {
+            name: 0
+            for s in results.values()
+            for name in s
+            if name != ALL and "search_counts" in s[name]
+        }
+    )
 
 
 def score(row: dict[str, Any]) -> str:
@@ -64,18 +123,24 @@ def score(row: dict[str, Any]) -> str:
 def html_table(head: list[str], rows: list[list[str]]) -> str:
     """Head and first column are text, the other cells HTML."""
     lines = ["".join(f'<th scope="col">{escape(name)}</th>' for name in head)]
-    lines += [f'<th scope="row">{escape(name)}</th><td>{"</td><td>".join(cells)}</td>' for name, *cells in rows]
+    lines += [
+        f'<th scope="row">{escape(name)}</th><td>{"</td><td>".join(cells)}</td>'
+        for name, *cells in rows
+    ]
     return '<div class="wide"><table>\n<tr>' + "</tr>\n<tr>".join(lines) + "</tr>\n</table></div>\n"
 
 
 def behaviour_table(summary: dict[str, Any], results: Results) -> str:
     """A row per set. The columns are the same for all results."""
-    reasons = {key for s in results.values() for key in s[ALL]["behaviour"] if key.startswith("stop/")}
+    reasons = {
+        key for s in results.values() for key in s[ALL]["behaviour"] if key.startswith("stop/")
+    }
     columns = (*COLUMNS, *sorted(reasons - {"stop/answer"}))  # which `answered` tells
     sets = [name for name in set_names(results) if name in summary]
     rows = []
     for name in [*sets, ALL] if len(sets) > 1 else sets:
-        known = dict.fromkeys(reasons, 0.0) | summary[name]["behaviour"]  # without the reasons that a set never met
+        # without the reasons that a set never met
+        known = dict.fromkeys(reasons, 0.0) | summary[name]["behaviour"]
         cells = (f"{known[key]:.3f}" if key in known else "–" for key in columns)
         rows.append([name, str(summary[name]["questions"]), *cells])
     head = (key.replace("stop/", "stop: ").replace("_", " ") for key in columns)
@@ -87,14 +152,19 @@ def figures(results: Results) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # without pyplot: needs no display, leaves no state
 
-    plots = [(plot_scores, "EM per set, with 95 % intervals"), (plot_counts, "Searches per question"),
-             (plot_scatter, "EM against searches per question: colour tells the result, shape the set")]  # fmt: skip
+    plots = [
+        (plot_scores, "EM per set, with 95 % intervals"),
+        (plot_counts, "Searches per question"),
+        (plot_scatter, "EM against searches per question: colour tells the result, shape the set"),
+    ]
     found = ""
     for number, (plot, label) in enumerate(plots, 1):
         with rc_context(RC):
             plot(figure := Figure(layout="constrained"), results)
             figure.savefig(file := StringIO(), format="svg", metadata={"Date": None})
-        text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+        text = re.sub(
+            r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL
+        )
         text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
         text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>figure{number}-", text)
         text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
@@ -104,12 +174,25 @@ def figures(results: Results) -> str:
 
 def plot_scores(figure: "Figure", results: Results) -> None:
     """Bars in groups, with whiskers."""
-    axis, sets, width, bars = figure.subplots(), set_names(results), min(0.8 / len(results), 0.15), []
+    axis = figure.subplots()
+    sets = set_names(results)
+    width = min(0.8 / len(results), 0.15)
+    bars = []
     for i, summary in enumerate(results.values()):
-        rows = {j + (i - (len(results) - 1) / 2) * width: summary[s] for j, s in enumerate(sets) if s in summary}
+        rows = {
+            j + (i - (len(results) - 1) / 2) * width: summary[s]
+            for j, s in enumerate(sets)
+            if s in summary
+        }
         em = [row["em"] for row in rows.values()]
-        whiskers = [[abs(row["em_interval"][end] - row["em"]) for row in rows.values()] for end in (0, 1)]
-        bars.append(axis.bar(list(rows), em, 0.9 * width, yerr=whiskers, ecolor="#40464f", **BARS[i % len(BARS)]))
+        whiskers = [
+            [abs(row["em_interval"][end] - row["em"]) for row in rows.values()] for end in (0, 1)
+        ]
+        bars.append(
+            axis.bar(
+                list(rows), em, 0.9 * width, yerr=whiskers, ecolor="#40464f", **BARS[i % len(BARS)]
+            )
+        )
     rotation, ha = (25, "right") if len(sets) * max(map(len, sets)) > 90 else (0, "center")
     axis.set_xticks(range(len(sets)), [fill(s, 40) for s in sets], rotation=rotation, ha=ha)
     axis.set(ylabel="EM", xlim=(-0.6, len(sets) - 0.4), ylim=(0, None))
@@ -119,26 +202,44 @@ def plot_scores(figure: "Figure", results: Results) -> None:
 def plot_counts(figure: "Figure", results: Results) -> None:
     """A histogram per result, all on the same axes."""
     lines = ceil(len(results) / 5)
-    columns, first = max(3, ceil(len(results) / lines)), None
+    columns = max(3, ceil(len(results) / lines))
+    first = None
     for i, (name, summary) in enumerate(results.items()):
-        counts = {int(made): n for made, n in summary[ALL]["search_counts"].items()}  # keys are text in JSON
+        counts = {
+            int(made): n for made, n in summary[ALL]["search_counts"].items()
+        }  # keys are text in JSON
         first = axis = figure.add_subplot(lines, columns, i + 1, sharex=first, sharey=first)
-        axis.bar(list(counts), [n / sum(counts.values()) for n in counts.values()], 0.85, **BARS[i % len(BARS)])
-        axis.set(title=fill(name, 130 // columns), xlabel="searches", ylabel="share of samples", ylim=(0, 1))
+        axis.bar(
+            list(counts),
+            [n / sum(counts.values()) for n in counts.values()],
+            0.85,
+            **BARS[i % len(BARS)],
+        )
+        axis.set(
+            title=fill(name, 130 // columns),
+            xlabel="searches",
+            ylabel="share of samples",
+            ylim=(0, 1),
+        )
         axis.locator_params(axis="x", integer=True)
     figure.set_size_inches(11, 2.5 * lines)
 
 
 def plot_scatter(figure: "Figure", results: Results) -> None:
     """A point per result and set."""
-    axis, sets = figure.subplots(), dict(zip(set_names(results), cycle("os^DvPX*<>pH"), strict=False))
+    axis = figure.subplots()
+    sets = dict(zip(set_names(results), cycle("os^DvPX*<>pH"), strict=False))
     handles = []
     axis.plot(0, 0, alpha=0)  # the axes begin at 0
     for look, summary in zip(cycle(POINTS), results.values(), strict=False):
         handles += axis.plot([], [], marker="o", **look)
-        for row, marker in ((summary[name], marker) for name, marker in sets.items() if name in summary):
+        for row, marker in (
+            (summary[name], marker) for name, marker in sets.items() if name in summary
+        ):
             axis.plot(row["behaviour"]["searches"], row["em"], marker=marker, **look)
-    handles += [axis.plot([], [], marker=marker, color="#40464f", ls="")[0] for marker in sets.values()]
+    handles += [
+        axis.plot([], [], marker=marker, color="#40464f", ls="")[0] for marker in sets.values()
+    ]
     axis.set(xlabel="searches per question", ylabel="EM")
     legend(figure, handles, [*results, *sets])
 

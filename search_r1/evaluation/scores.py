@@ -1,4 +1,5 @@
-"""Scores with their uncertainty: bootstrap intervals, and paired comparison of two results on the same questions."""
+"""Scores with their uncertainty: bootstrap intervals, and paired comparison of two results on the
+same questions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,11 @@ import numpy as np
 RESAMPLES = 2000
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean over resampled questions (Efron 1979). Of one value: that value."""
+def bootstrap_interval(
+    values: Sequence[float], seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean over resampled questions (Efron 1979). Of one value: that
+    value."""
     data = np.asarray(values, dtype=float)
     means = _resampled_means(data, seed)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -19,7 +23,9 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, confidence: float
 
 def _resampled_means(data: np.ndarray, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return np.array([data[rng.integers(len(data), size=len(data))].mean() for _ in range(RESAMPLES)])
+    return np.array(
+        [data[rng.integers(len(data), size=len(data))].mean() for _ in range(RESAMPLES)]
+    )
 
 
 @dataclass(frozen=True)
@@ -35,29 +41,41 @@ class Comparison:
     """Questions that b has right (score of at least .5) and a wrong."""
     lost: list[str]
     p_value: float
-    """McNemar's exact test: how probable so uneven a split of the flipped questions is by chance."""
+    """McNemar's exact test: how probable so uneven a split of the flipped questions is by
+    chance."""
 
 
 def compare(a: dict[str, float], b: dict[str, float], seed: int = 0) -> Comparison:
     """Two results, {question: score}. Raises ValueError unless they have the same questions."""
     if a.keys() != b.keys() or not a:
-        only_a, only_b = len(a.keys() - b.keys()), len(b.keys() - a.keys())
-        raise ValueError(f"not the same questions: {only_a} are only in the first result, {only_b} only in the second")
+        only_a = len(a.keys() - b.keys())
+        only_b = len(b.keys() - a.keys())
+        raise ValueError(
+            f"not the same questions: {only_a} are only in the first result, {only_b} only in the "
+            "second"
+        )
     names = sorted(a)
     differences = np.array([b[name] - a[name] for name in names])
     low, high = np.quantile(_resampled_means(differences, seed), [0.025, 0.975])
     gained = [name for name in names if b[name] >= 0.5 > a[name]]
     lost = [name for name in names if a[name] >= 0.5 > b[name]]
     return Comparison(
-        len(names), float(differences.mean()), (float(low), float(high)), gained, lost, mcnemar(len(gained), len(lost))
+        len(names),
+        float(differences.mean()),
+        (float(low), float(high)),
+        gained,
+        lost,
+        mcnemar(len(gained), len(lost)),
     )
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p of `gained` against `lost` flips, each as likely as the other (McNemar 1947).
+    """Two-sided exact p of `gained` against `lost` flips, each as likely as the other (McNemar
+    1947).
 
     >>> mcnemar(5, 5), mcnemar(0, 0), mcnemar(10, 0)
     (1.0, 1.0, 0.001953125)
     """
-    n, k = gained + lost, min(gained, lost)
+    n = gained + lost
+    k = min(gained, lost)
     return min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0

@@ -1,4 +1,5 @@
-"""What a file of trajectory records says: scores with intervals, behaviour, per set, over all and by hops."""
+"""What a file of trajectory records says: scores with intervals, behaviour, per set, over all and
+by hops."""
 
 import json
 from collections import defaultdict
@@ -20,7 +21,8 @@ from verl.utils.errors import DataError
 
 Record = dict[str, Any]
 SCORES = ("em", "f1", "sub_em")
-ALL, AVERAGE = "all", "average"
+ALL = "all"
+AVERAGE = "average"
 
 
 def read_records(path: Path) -> list[Record]:
@@ -33,11 +35,21 @@ def read_records(path: Path) -> list[Record]:
             continue
         try:
             record = json.loads(line)
-            missing = {"data_source", "segments", "reward", "stop_reason", "info", "ground_truth"} - record.keys()
+            missing = {
+                "data_source",
+                "segments",
+                "reward",
+                "stop_reason",
+                "info",
+                "ground_truth",
+            } - record.keys()
         except (ValueError, AttributeError) as error:
             raise DataError(f"{path}, line {number}: not a trajectory record ({error})") from error
         if missing:
-            raise DataError(f"{path}, line {number}: not a trajectory record, it lacks {', '.join(sorted(missing))}")
+            raise DataError(
+                f"{path}, line {number}: not a trajectory record, it lacks "
+                f"{', '.join(sorted(missing))}"
+            )
         records.append(record)
     if not records:
         raise DataError(f"{path}: no records")
@@ -55,17 +67,23 @@ def by_question(records: Sequence[Record], score: str) -> dict[str, float]:
     """Mean score of each question over its samples."""
     scores: dict[str, list[float]] = defaultdict(list)
     for record in records:
-        scores[question_of(record)].append(record["reward"].get(score, 0.0))  # without a token: no components
+        # without a token: no components
+        scores[question_of(record)].append(record["reward"].get(score, 0.0))
     return {question: sum(values) / len(values) for question, values in scores.items()}
 
 
-def summarize(records: Sequence[Record], closed_book: dict[str, float] | None = None) -> dict[str, Any]:
-    """Per set and over all: scores with 95 % intervals over questions, behaviour, distribution of searches.
+def summarize(
+    records: Sequence[Record], closed_book: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """Per set and over all: scores with 95 % intervals over questions, behaviour, distribution of
+    searches.
 
-    A set whose questions need different numbers of hops also has `by_hops`. `average` is the unweighted mean of the
-    sets' scores, as in the paper's table.
+    A set whose questions need different numbers of hops also has `by_hops`. `average` is the
+    unweighted mean of the sets' scores, as in the paper's table.
     """
-    read = {id(record): read_course(record) for record in records}  # once: a record is in its set, in all, in its hops
+    read = {
+        id(record): read_course(record) for record in records
+    }  # once: a record is in its set, in all, in its hops
 
     def figures_of(group: Sequence[Record]) -> dict[str, Any]:
         return figures([read[id(record)] for record in group], closed_book)
@@ -75,8 +93,12 @@ def summarize(records: Sequence[Record], closed_book: dict[str, float] | None = 
     for name in (*groups, ALL):
         hops = by_hops(groups.get(name, records))
         if len(hops) > 1:
-            summary[name]["by_hops"] = {str(n): figures_of(group) for n, group in sorted(hops.items())}
-    summary[AVERAGE] = {score: sum(summary[name][score] for name in groups) / len(groups) for score in SCORES}
+            summary[name]["by_hops"] = {
+                str(n): figures_of(group) for n, group in sorted(hops.items())
+            }
+    summary[AVERAGE] = {
+        score: sum(summary[name][score] for name in groups) / len(groups) for score in SCORES
+    }
     return summary
 
 
@@ -108,15 +130,18 @@ def figures(courses: Sequence[Course], closed_book: dict[str, float] | None) -> 
 
 
 def passes(records: Sequence[Record]) -> dict[str, Any]:
-    """`pass@k`: share of questions that one of k samples answers right, without bias from n samples (2107.03374).
+    """`pass@k`: share of questions that one of k samples answers right, without bias from n samples
+    (2107.03374).
 
-    k is 1, 2, 4 ... and n, the fewest samples that a question has; empty where that is 1. pass@1 is the mean score,
-    verl's mean@n.
+    k is 1, 2, 4 ... and n, the fewest samples that a question has; empty where that is 1. pass@1 is
+    the mean score, verl's mean@n.
     """
     right: dict[str, list[bool]] = defaultdict(list)
     for record in records:
         right[question_of(record)].append(record["reward"].get("em", 0.0) >= 0.5)
     n = min(len(samples) for samples in right.values())
     ks = sorted({n, *(2**i for i in range(n.bit_length()))}) if n > 1 else []
-    rates = {str(k): [1 - comb(len(s) - sum(s), k) / comb(len(s), k) for s in right.values()] for k in ks}
+    rates = {
+        str(k): [1 - comb(len(s) - sum(s), k) / comb(len(s), k) for s in right.values()] for k in ks
+    }
     return {"pass@k": {k: sum(values) / len(values) for k, values in rates.items()}} if ks else {}

@@ -2,7 +2,8 @@
 
 python -m search_r1.evaluation.table NAME=runs/A [NAME=runs/B ...] [--published MODEL] [--out DIR]
 
-A run folder is one that `search_r1.evaluate` has left a summary.json in. --out writes table.md and page.html.
+A run folder is one that `search_r1.evaluate` has left a summary.json in. --out writes table.md and
+page.html.
 """
 
 import argparse
@@ -16,15 +17,23 @@ from search_r1.evaluation.page import page, set_names
 from search_r1.evaluation.summary import AVERAGE
 
 PUBLISHED = Path(__file__).with_name("published.json")
-SETS = {"nq": "NQ", "triviaqa": "TriviaQA", "popqa": "PopQA", "hotpotqa": "HotpotQA", "2wikimultihopqa": "2Wiki",
-        "musique": "MuSiQue", "bamboogle": "Bamboogle"}  # fmt: skip
+SETS = {
+    "nq": "NQ",
+    "triviaqa": "TriviaQA",
+    "popqa": "PopQA",
+    "hotpotqa": "HotpotQA",
+    "2wikimultihopqa": "2Wiki",
+    "musique": "MuSiQue",
+    "bamboogle": "Bamboogle",
+}
 
 
 def paper_table(results: dict[str, dict[str, Any]], published: str | None = None) -> str:
-    """Markdown: EM of our results by set, with 95 % intervals, and the average where a result has all sets.
+    """Markdown: EM of our results by set, with 95 % intervals, and the average where a result has
+    all sets.
 
-    Where they have one of the paper's sets, its columns and the published rows come too: of the model `published`, or
-    of all models.
+    Where they have one of the paper's sets, its columns and the published rows come too: of the
+    model `published`, or of all models.
     """
     found = set_names(results)
     ours = list(SETS) if set(found) & set(SETS) else []
@@ -48,7 +57,8 @@ def with_interval(row: dict[str, Any]) -> str:
 
 
 def published_rows(model: str | None) -> list[dict[str, Any]]:
-    """Rows of published.json, the paper's before reproductions. Exits naming the models for an unknown one."""
+    """Rows of published.json, the paper's before reproductions. Exits naming the models for an
+    unknown one."""
     rows = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     models = sorted({row["model"] for row in rows})
     if model is not None and model not in models:
@@ -64,7 +74,10 @@ def read_results(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
         name, _, folder = run.rpartition("=")
         path = Path(folder) / "summary.json"
         if not path.is_file():
-            sys.exit(f"error: {path}: no such file; `python -m search_r1.evaluate` leaves it in its run folder")
+            sys.exit(
+                f"error: {path}: no such file; `python -m search_r1.evaluate` leaves it in its run "
+                "folder"
+            )
         results[name or Path(folder).resolve().name] = json.loads(path.read_text(encoding="utf-8"))
     return results
 
@@ -72,12 +85,19 @@ def read_results(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.evaluation.table", description=__doc__,
+        prog="python -m search_r1.evaluation.table",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="evaluations, in the order of the rows")
-    parser.add_argument("--published", metavar="MODEL", help="published rows of this model only, such as Qwen2.5-7B")
-    parser.add_argument("--out", type=Path, help="folder for table.md and page.html (default: none written)")
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="NAME=FOLDER", help="evaluations, in the order of the rows"
+    )
+    parser.add_argument(
+        "--published", metavar="MODEL", help="published rows of this model only, such as Qwen2.5-7B"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for table.md and page.html (default: none written)"
+    )
     args = parser.parse_args(argv)
     results = read_results(args.runs)
     text = paper_table(results, args.published)

@@ -1,4 +1,5 @@
-"""The components of a reward: pure functions of an episode, each with its source. Weights are the caller's."""
+"""The components of a reward: pure functions of an episode, each with its source. Weights are the
+caller's."""
 
 import math
 import re
@@ -11,7 +12,9 @@ TAG = r"</?(?:think|search|information|answer)>"
 NO_TAG = rf"(?:(?!{TAG}).)*"
 THINK = rf"<think>{NO_TAG}</think>"
 TURN = re.compile(rf"\s*{THINK}\s*<(search|answer)>{NO_TAG}</\1>\s*", re.DOTALL)
-NESTED_TURN = re.compile(rf"\s*<think>{NO_TAG}<search>{NO_TAG}</search>\s*(?:{NO_TAG}</think>)?\s*", re.DOTALL)
+NESTED_TURN = re.compile(
+    rf"\s*<think>{NO_TAG}<search>{NO_TAG}</search>\s*(?:{NO_TAG}</think>)?\s*", re.DOTALL
+)
 BONUS = (0.6, 0.4, 0.2, 0.0)
 
 
@@ -36,7 +39,8 @@ def f1_above(e: Episode, threshold: float) -> float:
 
 
 def no_search(e: Episode) -> float:
-    """1 where no search was executed. With weight -0.1 a penalty of F1+ (Search-R1++, 2602.19526)."""
+    """1 where no search was executed. With weight -0.1 a penalty of F1+ (Search-R1++,
+    2602.19526)."""
     return float(e.searches == 0)
 
 
@@ -46,7 +50,8 @@ def no_answer(e: Episode) -> float:
 
 
 def turn_kinds(e: Episode, nested: bool) -> list[str | None]:
-    """`search` or `answer` for each well-formed turn, else None. `nested`: a search may stand in `<think>`."""
+    """`search` or `answer` for each well-formed turn, else None. `nested`: a search may stand in
+    `<think>`."""
     kinds: list[str | None] = []
     for turn in e.turns:
         if match := TURN.fullmatch(turn):
@@ -65,7 +70,8 @@ def format_share(e: Episode, nested: bool = False) -> float:
 
 
 def is_well_formed(e: Episode, nested: bool = False) -> bool:
-    """Every turn thinks and searches, the last one thinks and answers (2505.15117: a state machine over a response)."""
+    """Every turn thinks and searches, the last one thinks and answers (2505.15117: a state machine
+    over a response)."""
     kinds = turn_kinds(e, nested)
     return bool(kinds) and kinds[-1] == "answer" and all(kind == "search" for kind in kinds[:-1])
 
@@ -73,19 +79,21 @@ def is_well_formed(e: Episode, nested: bool = False) -> bool:
 def retrieval_hit(e: Episode) -> float:
     """1 where a passage holds a gold answer, both normalised (2505.15117).
 
-    Reads what the retriever brought, not what the policy wrote into an `<information>` of its own. A gold answer
-    without a word is in no passage.
+    Reads what the retriever brought, not what the policy wrote into an `<information>` of its own.
+    A gold answer without a word is in no passage.
     """
     golds = [gold for g in e.golds if (gold := normalize_answer(g))]
     texts = [normalize_answer(passage) for passages in e.passages for passage in passages]
     return float(any(gold in text for gold in golds for text in texts))
 
 
-def em_format(e: Episode, structure: float, final: float, retrieval: float, nested: bool = False) -> float:
+def em_format(
+    e: Episode, structure: float, final: float, retrieval: float, nested: bool = False
+) -> float:
     """Exact match with format (2505.15117, the released score table).
 
-    Right and well-formed 1, right but malformed 1 - structure, wrong and well-formed structure (+ retrieval where a
-    passage held the answer), wrong and malformed final, no answer 0.
+    Right and well-formed 1, right but malformed 1 - structure, wrong and well-formed structure (+
+    retrieval where a passage held the answer), wrong and malformed final, no answer 0.
     """
     if is_well_formed(e, nested):
         return 1.0 if em(e) else structure + retrieval * retrieval_hit(e)
@@ -95,7 +103,8 @@ def em_format(e: Episode, structure: float, final: float, retrieval: float, nest
 
 
 def ikea(e: Episode) -> float:
-    """IKEA (2505.07596): malformed -1; right 1 + .6, .4, .2, 0 for 0, 1, 2, 3+ searches; wrong .05 if it searched."""
+    """IKEA (2505.07596): malformed -1; right 1 + .6, .4, .2, 0 for 0, 1, 2, 3+ searches; wrong .05
+    if it searched."""
     if not is_well_formed(e):
         return -1.0
     if em(e):
@@ -104,15 +113,17 @@ def ikea(e: Episode) -> float:
 
 
 def otc_ppo(e: Episode, c: float) -> float:
-    """OTC (2504.14870), PPO form: cos(m pi / (2m + c)) for m searches where the answer is right, else 0."""
+    """OTC (2504.14870), PPO form: cos(m pi / (2m + c)) for m searches where the answer is right,
+    else 0."""
     return math.cos(e.searches * math.pi / (2 * e.searches + c)) if em(e) else 0.0
 
 
 def otc_grpo(searches: Sequence[int], right: Sequence[bool], c: float) -> list[float]:
-    """OTC (2504.14870), GRPO form, of the trajectories of a group: n is the fewest searches of a right one.
+    """OTC (2504.14870), GRPO form, of the trajectories of a group: n is the fewest searches of a
+    right one.
 
-    A right one with m searches gets 1 for m = n = 0, cos(m pi / (2m + c)) for n = 0, else sin(f pi / (2n)) with
-    f = 2nm / (m + n).
+    A right one with m searches gets 1 for m = n = 0, cos(m pi / (2m + c)) for n = 0, else sin(f pi
+    / (2n)) with f = 2nm / (m + n).
     """
     n = min((m for m, ok in zip(searches, right, strict=True) if ok), default=0)
 
@@ -131,6 +142,6 @@ def repeated_query(e: Episode) -> float:
 
 
 def overlong(e: Episode, limit: int, buffer: int) -> float:
-    """DAPO's soft punishment of length (2503.14476, equation 13), over the policy's own tokens: 0 up to
-    `limit - buffer`, from there falling to -1 at `limit`, and -1 beyond."""
+    """DAPO's soft punishment of length (2503.14476, equation 13), over the policy's own tokens: 0
+    up to `limit - buffer`, from there falling to -1 at `limit`, and -1 beyond."""
     return -min(1.0, max(0.0, (e.own_tokens - (limit - buffer)) / buffer))

@@ -1,6 +1,7 @@
 """The reward of a trajectory: a weighted sum of components, each logged on its own.
 
-Only what the policy wrote is read: not the prompt with its `<answer>` example, not what stands in `<information>`.
+Only what the policy wrote is read: not the prompt with its `<answer>` example, not what stands in
+`<information>`.
 """
 
 import random
@@ -18,12 +19,14 @@ from verl.utils.config import Config
 from verl.utils.endpoint import EndpointFailed
 
 Weight = float | list[tuple[int, float]]
-"""A number, or `[[step, weight], ...]`: constant before the first and after the last, linear between."""
+"""A number, or `[[step, weight], ...]`: constant before the first and after the last, linear
+between."""
 
 
 class SearchRewardConfig(Config):
     em: Weight = 1.0
-    """Weight of exact match, the paper's reward. Like every weight a number or a schedule `[[step, weight], ...]`."""
+    """Weight of exact match, the paper's reward. Like every weight a number or a schedule `[[step,
+    weight], ...]`."""
     sub_em: Weight = 0.0
     """Weight of a gold answer occurring in the answer."""
     f1: Weight = 0.0
@@ -31,13 +34,15 @@ class SearchRewardConfig(Config):
     f1_above: Weight = 0.0
     """Weight of token F1 reaching `f1_threshold`, as 0 or 1."""
     format: Weight = 0.0
-    """Weight of well-formed turns: each one `<think>`, then one `<search>` or, in the last turn, one `<answer>`."""
+    """Weight of well-formed turns: each one `<think>`, then one `<search>` or, in the last turn,
+    one `<answer>`."""
     em_format: Weight = 0.0
     """Weight of exact match with format (2505.15117), by the three scores below."""
     retrieval: Weight = 0.0
     """Weight of a retrieved passage holding a gold answer."""
     no_search: Weight = 0.0
-    """Weight of not searching; negative for a penalty. F1+ is f1=1 no_search=-0.1 no_answer=-0.1."""
+    """Weight of not searching; negative for a penalty. F1+ is f1=1 no_search=-0.1
+    no_answer=-0.1."""
     no_answer: Weight = 0.0
     """Weight of not answering; negative for a penalty."""
     repeated_query: Weight = 0.0
@@ -49,7 +54,8 @@ class SearchRewardConfig(Config):
     otc_ppo: Weight = 0.0
     """Weight of OTC's reward (2504.14870), PPO form."""
     otc_grpo: Weight = 0.0
-    """Weight of OTC's reward, GRPO form: compared with the group's right answer of fewest searches. Training only."""
+    """Weight of OTC's reward, GRPO form: compared with the group's right answer of fewest searches.
+    Training only."""
     judge: Weight = 0.0
     """Weight of the verdict of a language model, see `reward.judge_endpoint`."""
     random: Weight = 0.0
@@ -111,7 +117,8 @@ class SearchReward:
     Config: ClassVar = SearchRewardConfig
 
     def __init__(self, config: SearchRewardConfig, tokenizer: Any) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
+        self.tokenizer = tokenizer
         self.functions = ALWAYS | {name: f for name, f in WEIGHTED.items() if getattr(config, name)}
         self.judge = Judge(config.judge_endpoint) if config.judge else None
 
@@ -121,7 +128,9 @@ class SearchReward:
         optional = {name for name in ("random", "judge", "otc_grpo") if getattr(self.config, name)}
         return frozenset({"score", "answered"} | self.functions.keys() | optional)
 
-    def __call__(self, trajectory: Trajectory, row: Row) -> dict[str, float] | Awaitable[dict[str, float]]:
+    def __call__(
+        self, trajectory: Trajectory, row: Row
+    ) -> dict[str, float] | Awaitable[dict[str, float]]:
         episode = read_episode(trajectory, row, self.tokenizer)
         parts = {name: function(episode, self.config) for name, function in self.functions.items()}
         if self.config.random:
@@ -140,7 +149,10 @@ class SearchReward:
         return self._sum(parts, trajectory)
 
     def _sum(self, parts: dict[str, float], trajectory: Trajectory) -> dict[str, float]:
-        score = sum(weight_at(getattr(self.config, name), step_of(trajectory)) * part for name, part in parts.items())
+        score = sum(
+            weight_at(getattr(self.config, name), step_of(trajectory)) * part
+            for name, part in parts.items()
+        )
         return {"score": score, **parts, "answered": 1.0 - parts["no_answer"]}
 
     def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None:
@@ -150,7 +162,9 @@ class SearchReward:
         for group in groups:
             searches = [sum(s.info.get("kind") == "search" for s in t.segments) for t in group]
             right = [t.reward["em"] == 1 for t in group]
-            for t, part in zip(group, components.otc_grpo(searches, right, self.config.otc_c), strict=True):
+            for t, part in zip(
+                group, components.otc_grpo(searches, right, self.config.otc_c), strict=True
+            ):
                 t.reward["otc_grpo"] = part
                 t.reward["score"] += weight_at(self.config.otc_grpo, step_of(t)) * part
 
@@ -163,12 +177,14 @@ def weight_at(weight: Weight, step: int) -> float:
     after = [point for point in weight if point[0] > step]
     if not before or not after:
         return (before or after)[-1 if before else 0][1]
-    (a, low), (b, high) = before[-1], after[0]
+    (a, low) = before[-1]
+    (b, high) = after[0]
     return low + (high - low) * (step - a) / (b - a)
 
 
 def step_of(trajectory: Trajectory) -> int:
-    """The training step that a trajectory belongs to: the weights that wrote it are those of the step before."""
+    """The training step that a trajectory belongs to: the weights that wrote it are those of the
+    step before."""
     return (trajectory.segments[0].policy_version or 0) + 1 if trajectory.segments else 1
 
 

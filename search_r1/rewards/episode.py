@@ -19,8 +19,9 @@ class Episode:
     question: str
     golds: list[str]
     turns: list[str]
-    """The policy's text, a turn each; nothing that the environment wrote, except for a `<think>` that the chat template
-    opened for the turn: the thought is the policy's, and only well-formed with it."""
+    """The policy's text, a turn each; nothing that the environment wrote, except for a `<think>`
+    that the chat template opened for the turn: the thought is the policy's, and only well-formed
+    with it."""
     queries: list[str]
     """Of executed searches, in their order."""
     passages: list[list[str]]
@@ -40,7 +41,11 @@ class Episode:
 
 def read_episode(trajectory: Trajectory, row: Row, tokenizer: Any) -> Episode:
     """The episode of a trajectory; special tokens are no text."""
-    found = [s.info for s in trajectory.segments if s.source is Source.OBSERVATION and s.info.get("kind") == "search"]
+    found = [
+        s.info
+        for s in trajectory.segments
+        if s.source is Source.OBSERVATION and s.info.get("kind") == "search"
+    ]
     extra = row.get("extra_info") or {}
     return Episode(
         question=str(extra.get("question") or row.get("question") or ""),
@@ -53,7 +58,8 @@ def read_episode(trajectory: Trajectory, row: Row, tokenizer: Any) -> Episode:
 
 
 def read_turns(trajectory: Trajectory, tokenizer: Any) -> list[str]:
-    """The policy's text, a turn each, from the `<think>` on where the text before the turn ends with one.
+    """The policy's text, a turn each, from the `<think>` on where the text before the turn ends
+    with one.
 
     Some chat templates end with it (Qwen3.5, Qwen3-Thinking, QwQ, the distilled R1 models).
     """

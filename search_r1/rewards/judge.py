@@ -1,6 +1,7 @@
 """A language model as judge, behind an OpenAI-compatible endpoint.
 
-A judgement that cannot be had is no zero: the trajectory fails, and is counted among those that did.
+A judgement that cannot be had is no zero: the trajectory fails, and is counted among those that
+did.
 """
 
 import re
@@ -34,14 +35,20 @@ class Judge:
     """Belongs to one event loop."""
 
     def __init__(self, config: JudgeConfig) -> None:
-        self.config, self.endpoint = config, Endpoint(config)
+        self.config = config
+        self.endpoint = Endpoint(config)
 
     async def __call__(self, e: Episode) -> float:
-        """1 if the judge says yes, 0 if no or if there is no answer. Raises EndpointFailed without a verdict."""
+        """1 if the judge says yes, 0 if no or if there is no answer. Raises EndpointFailed without
+        a verdict."""
         if e.answer is None:
             return 0.0
         text = PROMPT.format(question=e.question, golds="; ".join(e.golds), answer=e.answer)
-        body = {"model": self.config.model, "messages": [{"role": "user", "content": text}], "temperature": 0.0}
+        body = {
+            "model": self.config.model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0.0,
+        }
         return await self.endpoint.post("/chat/completions", body, read_verdict)
 
 

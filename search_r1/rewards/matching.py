@@ -1,4 +1,5 @@
-"""Answers compared with gold answers: SQuAD's normalisation (Rajpurkar et al. 2016), exact match, substring, F1."""
+"""Answers compared with gold answers: SQuAD's normalisation (Rajpurkar et al. 2016), exact match,
+substring, F1."""
 
 import re
 import string
@@ -30,11 +31,14 @@ def extract_answer(text: str) -> str | None:
 
 def last_answer(turns: Sequence[str]) -> str | None:
     """The last complete `<answer>` within a turn, None without one."""
-    return next((found for turn in reversed(turns) if (found := extract_answer(turn)) is not None), None)
+    return next(
+        (found for turn in reversed(turns) if (found := extract_answer(turn)) is not None), None
+    )
 
 
 def gold_answers(ground_truth: Any) -> list[str]:
-    """The accepted answers of a row's `reward_model.ground_truth`: a text, a number, a list, or these under `target`.
+    """The accepted answers of a row's `reward_model.ground_truth`: a text, a number, a list, or
+    these under `target`.
 
     Raises ValueError for anything nested.
     """
@@ -58,7 +62,10 @@ def substring_match(prediction: str, golds: Iterable[str]) -> float:
 
 def f1(prediction: str, golds: Sequence[str]) -> float:
     """Best token F1 against the gold answers, in [0, 1]."""
-    return max((_f1(normalize_answer(prediction).split(), normalize_answer(g).split()) for g in golds), default=0.0)
+    return max(
+        (_f1(normalize_answer(prediction).split(), normalize_answer(g).split()) for g in golds),
+        default=0.0,
+    )
 
 
 def _f1(prediction: list[str], gold: list[str]) -> float:

@@ -1,6 +1,8 @@
-"""Which addresses are asked directly, whatever proxy the environment names: those of this machine and of its cluster.
+"""Which addresses are asked directly, whatever proxy the environment names: those of this machine
+and of its cluster.
 
-`search_r1/search/addresses.py` and `verl/utils/addresses.py` are one text: the retrieval side runs without verl.
+`search_r1/search/addresses.py` and `verl/utils/addresses.py` are one text: the retrieval side runs
+without verl.
 """
 
 import ipaddress
@@ -11,11 +13,13 @@ from urllib.parse import urlsplit
 
 HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9_.-]*[a-z0-9])?")
 PRIVATE_DOMAINS = (".local", ".localhost", ".internal")
-"""Endings that the public name service never has (RFC 6761, 6762; `.internal`: reserved by ICANN)."""
+"""Endings that the public name service never has (RFC 6761, 6762; `.internal`: reserved by
+ICANN)."""
 
 
 def direct(*urls: str) -> dict[str, None]:
-    """The `mounts` of an httpx client by which it asks the internal ones of these addresses without a proxy.
+    """The `mounts` of an httpx client by which it asks the internal ones of these addresses without
+    a proxy.
 
     About all others the environment decides (`http_proxy`, `https_proxy`, `no_proxy`).
     """
@@ -24,7 +28,8 @@ def direct(*urls: str) -> dict[str, None]:
 
 
 def host_of(url: str) -> str:
-    """The host of an address; empty where there is none, which the request itself will complain about.
+    """The host of an address; empty where there is none, which the request itself will complain
+    about.
 
     >>> host_of("http://Node7:8000/retrieve"), host_of("http://[::1]:8000"), host_of("http://[::1")
     ('node7', '::1', '')
@@ -41,9 +46,11 @@ def bracketed(host: str) -> str:
 
 
 def is_internal(host: str) -> bool:
-    """Whether a host is of this machine or its cluster: no public proxy could reach it, or it is not a proxy's to know.
+    """Whether a host is of this machine or its cluster: no public proxy could reach it, or it is
+    not a proxy's to know.
 
-    Loopback, private and link-local numbers, names without a dot, names of private domains, the machine's own name.
+    Loopback, private and link-local numbers, names without a dot, names of private domains, the
+    machine's own name.
 
     >>> [is_internal(host) for host in ("127.0.0.1", "10.1.2.3", "fe80::1", "node7", "db.internal")]
     [True, True, True, True, True]

@@ -1,13 +1,17 @@
-"""From text to index terms as Anserini does it: Unicode words, no possessives, no stop words, Porter's stemmer."""
+"""From text to index terms as Anserini does it: Unicode words, no possessives, no stop words,
+Porter's stemmer."""
 
 import re
 
 import regex
 import Stemmer
 
-# Word boundaries of Unicode's annex 29, as far as they matter: letters are joined by . : ' and figures by . , ; '
-# Whole runs of word characters are taken at once (++): what joins them is looked for only between runs.
-ASCII_WORD = re.compile(r"\w++(?:(?:(?<=[A-Za-z])[.:'](?=[A-Za-z])|(?<=\d)[.,;'](?=\d))\w++)*+", re.ASCII)
+# Word boundaries of Unicode's annex 29, as far as they matter: letters are joined by . : ' and
+# figures by . , ; ' Whole runs of word characters are taken at once (++): what joins them is looked
+# for only between runs.
+ASCII_WORD = re.compile(
+    r"\w++(?:(?:(?<=[A-Za-z])[.:'](?=[A-Za-z])|(?<=\d)[.,;'](?=\d))\w++)*+", re.ASCII
+)
 RUN = r"[\p{L}\p{Nd}\p{M}\p{Cf}_--[\p{Han}\p{Hiragana}]]++"
 JOINER = r"(?:(?<=[\p{L}\p{M}])[.:'·’‘](?=\p{L})|(?<=\p{Nd})[.,;'’‘](?=\p{Nd}))"
 WORD = regex.compile(rf"[\p{{Han}}\p{{Hiragana}}]|{RUN}(?:{JOINER}{RUN})*+", regex.VERSION1)
@@ -15,7 +19,8 @@ POSSESSIVE = re.compile(r"['’＇][sS]$")
 STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
-        "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
+        "a an and are as at be but by for if in into is it no not of on or such that the their "
+        "then there these they "
         "this to was will with",
     )
 )
@@ -44,7 +49,8 @@ class Analyzer(dict[str, str | None]):
         return stem
 
     def stem(self, word: str) -> str:
-        """Porter's stem with the two endings that Lucene, following Porter's own programs, treats otherwise."""
+        """Porter's stem with the two endings that Lucene, following Porter's own programs, treats
+        otherwise."""
         if len(word) < 3:
             return word
         stem = self.stemmer.stemWord(word)

@@ -28,16 +28,23 @@ from search_r1.search.server_metrics import ServerMetrics
 log = logging.getLogger(__name__)
 LOADING_RETRY_S = 2
 WAIT_SHARE = 0.5
-"""A request is refused when it would have to wait longer than this share of its deadline: the estimate may be wrong."""
+"""A request is refused when it would have to wait longer than this share of its deadline: the
+estimate may be wrong."""
 REPORT_EVERY_S = 60.0
 DISCONNECTED = 499
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in {
-        400: "Undecodable body", 401: "Missing or wrong token", 413: "Body too large", 422: "Invalid request",
-        429: "Queue full", 500: "The engine failed", 503: "Engine loading", 504: "Out of time",
+        400: "Undecodable body",
+        401: "Missing or wrong token",
+        413: "Body too large",
+        422: "Invalid request",
+        429: "Queue full",
+        500: "The engine failed",
+        503: "Engine loading",
+        504: "Out of time",
     }.items()
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,17 @@ class Service:
     """The engine, once it is loaded, and what is counted."""
 
     def __init__(self, load: Callable[[], Retriever], settings: ServerSettings) -> None:
-        self.load, self.settings, self.metrics = load, settings, ServerMetrics()
+        self.load = load
+        self.settings = settings
+        self.metrics = ServerMetrics()
         self.stop: Callable[[], None] = partial(signal.raise_signal, signal.SIGTERM)
         self.engine: BatchingEngine | None = None
-        self.failed, self.served = False, 0
+        self.failed = False
+        self.served = 0
 
     async def run(self) -> None:
-        """Loads the engine, then serves its queue; a failure of either ends the server with a status other than 0."""
+        """Loads the engine, then serves its queue; a failure of either ends the server with a
+        status other than 0."""
         began = time.monotonic()
         try:
             retriever = await asyncio.to_thread(self.load)
@@ -76,7 +87,11 @@ class Service:
             self.give_up()
             return
         except Exception as error:
-            log.exception("not started: unexpected %s while loading the engine: %s", type(error).__name__, error)
+            log.exception(
+                "not started: unexpected %s while loading the engine: %s",
+                type(error).__name__,
+                error,
+            )
             self.give_up()
             return
         s = self.settings
@@ -89,16 +104,23 @@ class Service:
             s.cache_size,
             max_wait_s=WAIT_SHARE * s.request_timeout_s,
         )
-        fields = {"engine": retriever.name, "documents": len(retriever), "seconds": round(time.monotonic() - began, 2)}
+        fields = {
+            "engine": retriever.name,
+            "documents": len(retriever),
+            "seconds": round(time.monotonic() - began, 2),
+        }
         log.info("ready", extra=fields)
         try:
             await asyncio.gather(self.engine.run(), self.report())
         except Exception as error:
-            log.exception("ended: unexpected %s while serving the queue: %s", type(error).__name__, error)
+            log.exception(
+                "ended: unexpected %s while serving the queue: %s", type(error).__name__, error
+            )
             self.give_up()
 
     def give_up(self) -> None:
-        """Ends the server as one that failed: without an engine it would only keep its clients waiting."""
+        """Ends the server as one that failed: without an engine it would only keep its clients
+        waiting."""
         self.failed = True
         self.stop()
 
@@ -108,10 +130,13 @@ class Service:
             served = self.served
             await asyncio.sleep(REPORT_EVERY_S)
             if self.served > served:
-                log.info("served", extra={"queries": self.served - served, "seconds": REPORT_EVERY_S})
+                log.info(
+                    "served", extra={"queries": self.served - served, "seconds": REPORT_EVERY_S}
+                )
 
     async def answer(self, request: RetrieveRequest) -> list[Hits | EngineError]:
-        """The hits of each query. Raises HTTPException when the engine is not ready, too busy or too slow."""
+        """The hits of each query. Raises HTTPException when the engine is not ready, too busy or
+        too slow."""
         if self.engine is None:
             raise HTTPException(503, "the engine is loading", {"Retry-After": str(LOADING_RETRY_S)})
         s = self.settings
@@ -125,7 +150,9 @@ class Service:
                     await asyncio.sleep(max(s.latency.draw() for _ in request.queries))
                 return await self.engine.search(request.queries, request.topk or s.topk)
         except Overloaded as error:
-            raise HTTPException(429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}) from error
+            raise HTTPException(
+                429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}
+            ) from error
         except TimeoutError as error:
             raise HTTPException(504, f"no result within {s.request_timeout_s:g} s") from error
 
@@ -142,7 +169,8 @@ class Service:
 
 
 def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastAPI:
-    """The application; `load` makes the engine, in a thread, after the server has begun to listen."""
+    """The application; `load` makes the engine, in a thread, after the server has begun to
+    listen."""
     service = Service(load, settings)
 
     @asynccontextmanager
@@ -205,7 +233,8 @@ def limited_request(settings: ServerSettings) -> type[RetrieveRequest]:
 
 
 def check_token(request: Request, token: str | None) -> None:
-    """Raises HTTPException 401 unless the bearer token is right; without a token set, everybody may ask."""
+    """Raises HTTPException 401 unless the bearer token is right; without a token set, everybody may
+    ask."""
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
         raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
@@ -213,7 +242,8 @@ def check_token(request: Request, token: str | None) -> None:
 
 async def unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
     """The result of `work`, which is cancelled when the client goes away."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnect(request))
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnect(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -230,8 +260,11 @@ async def disconnect(request: Request) -> None:
         pass
 
 
-def to_response(answer: list[Hits | EngineError], request: RetrieveRequest, metrics: ServerMetrics) -> Response:
-    """The answer as the contract has it; 500 when a query failed and the caller did not ask for the others."""
+def to_response(
+    answer: list[Hits | EngineError], request: RetrieveRequest, metrics: ServerMetrics
+) -> Response:
+    """The answer as the contract has it; 500 when a query failed and the caller did not ask for the
+    others."""
     errors = {i: hits for i, hits in enumerate(answer) if isinstance(hits, EngineError)}
     for error in errors.values():
         metrics.errors.labels(kind=error.kind).inc()
@@ -240,7 +273,9 @@ def to_response(answer: list[Hits | EngineError], request: RetrieveRequest, metr
         return JSONResponse({"detail": detail}, status_code=500)
     body: dict[str, Any] = {
         "result": [
-            [] if isinstance(hits, EngineError) else [item(hit, request.return_scores) for hit in hits]
+            []
+            if isinstance(hits, EngineError)
+            else [item(hit, request.return_scores) for hit in hits]
             for hits in answer
         ]
     }
@@ -258,5 +293,8 @@ def item(hit: tuple[dict[str, Any], float], with_score: bool) -> dict[str, Any]:
 async def invalid(_: Request, error: Exception) -> JSONResponse:
     """422 that names the field and does not repeat the request."""
     assert isinstance(error, RequestValidationError)
-    problems = [{"loc": [str(part) for part in e["loc"]], "msg": e["msg"], "type": e["type"]} for e in error.errors()]
+    problems = [
+        {"loc": [str(part) for part in e["loc"]], "msg": e["msg"], "type": e["type"]}
+        for e in error.errors()
+    ]
     return JSONResponse({"detail": problems}, status_code=422)

@@ -23,7 +23,8 @@ class Server:
 
 
 class Balancer:
-    """Passive health: a server that fails rests, longer with every failure in a row; its next request is the probe."""
+    """Passive health: a server that fails rests, longer with every failure in a row; its next
+    request is the probe."""
 
     def __init__(self, urls: Sequence[str], rest_s: float) -> None:
         self.servers = [Server(url) for url in urls]
@@ -43,7 +44,9 @@ class Balancer:
         return any(server.is_busy for server in self.servers)
 
     def succeeded(self, server: Server) -> None:
-        server.failures, server.resting_until, server.is_busy = 0, 0.0, False
+        server.failures = 0
+        server.resting_until = 0.0
+        server.is_busy = False
 
     def failed(self, server: Server, now: float) -> None:
         server.failures += 1

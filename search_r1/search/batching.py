@@ -40,14 +40,17 @@ class Waiting:
 
 
 class BatchingEngine:
-    """Gathers queries into batches of one topk, up to `max_batch_size`, waiting `batch_wait_s` for company.
+    """Gathers queries into batches of one topk, up to `max_batch_size`, waiting `batch_wait_s` for
+    company.
 
-    The engine is called from a thread of its own, never from two at a time. Equal queries that wait are searched once.
-    A query that breaks the engine fails alone: the others of its batch are searched again one by one. A query whose
-    caller has gone, or ran out of time, leaves the queue at once.
+    The engine is called from a thread of its own, never from two at a time. Equal queries that wait
+    are searched once. A query that breaks the engine fails alone: the others of its batch are
+    searched again one by one. A query whose caller has gone, or ran out of time, leaves the queue
+    at once.
 
-    The queue is full for whom it could not serve within `max_wait_s`, at the pace of the last batches (before one
-    is known, for more than a batch), and in any case above `max_queue` queries, which bounds the memory.
+    The queue is full for whom it could not serve within `max_wait_s`, at the pace of the last
+    batches (before one is known, for more than a batch), and in any case above `max_queue` queries,
+    which bounds the memory.
     """
 
     def __init__(
@@ -60,9 +63,12 @@ class BatchingEngine:
         cache_size: int = 10000,
         max_wait_s: float = math.inf,
     ) -> None:
-        self.retriever, self.metrics = retriever, metrics
-        self.max_batch_size, self.batch_wait_s = max_batch_size, batch_wait_s
-        self.max_queue, self.max_wait_s = max_queue, max_wait_s
+        self.retriever = retriever
+        self.metrics = metrics
+        self.max_batch_size = max_batch_size
+        self.batch_wait_s = batch_wait_s
+        self.max_queue = max_queue
+        self.max_wait_s = max_wait_s
         self.cache = Cache(cache_size)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self.waiting: dict[int, dict[str, Waiting]] = {}
@@ -73,8 +79,11 @@ class BatchingEngine:
         self.pace = Pace()
 
     async def search(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
-        """Hits of each query. Raises Overloaded at once when the queue has no room for all of them."""
-        results: list[Hits | EngineError | None] = [self.cache.get((query, topk)) for query in queries]
+        """Hits of each query. Raises Overloaded at once when the queue has no room for all of
+        them."""
+        results: list[Hits | EngineError | None] = [
+            self.cache.get((query, topk)) for query in queries
+        ]
         missing = [i for i, hits in enumerate(results) if hits is None]
         self.metrics.cached.inc(len(queries) - len(missing))
         if missing and (self.is_full() or self.num_waiting + len(missing) > self.max_queue):
@@ -82,7 +91,9 @@ class BatchingEngine:
         futures = [self.enqueue(queries[i], topk) for i in missing]
         try:
             found = await asyncio.gather(*futures)
-        except asyncio.CancelledError:  # a caller that went away or ran out of time: its queries need no search
+        except (
+            asyncio.CancelledError
+        ):  # a caller that went away or ran out of time: its queries need no search
             for i, future in zip(missing, futures, strict=True):
                 self.withdraw(queries[i], topk, future)
             raise
@@ -122,7 +133,8 @@ class BatchingEngine:
         return self.num_waiting * self.pace.seconds_per_query
 
     def is_full(self) -> bool:
-        """Whether a further query would have to wait too long. One batch may wait while the pace is not known."""
+        """Whether a further query would have to wait too long. One batch may wait while the pace is
+        not known."""
         if self.num_waiting >= self.max_queue:
             return True
         if not self.pace.is_known and math.isfinite(self.max_wait_s):
@@ -130,7 +142,8 @@ class BatchingEngine:
         return self.wait_s > self.max_wait_s
 
     def retry_after_s(self) -> float:
-        """When to come again: any moment until the present queue is done, so that not all come at the same one."""
+        """When to come again: any moment until the present queue is done, so that not all come at
+        the same one."""
         return random.uniform(MIN_RETRY_S, max(2 * MIN_RETRY_S, self.wait_s))
 
     async def run(self) -> None:
@@ -147,7 +160,9 @@ class BatchingEngine:
                 results = await loop.run_in_executor(self.thread, self.search_batch, list(batch))
                 self.deliver(batch, results)
             if is_busy:
-                self.pace.add(sum(len(futures) for futures in batch.values()), time.monotonic() - began)
+                self.pace.add(
+                    sum(len(futures) for futures in batch.values()), time.monotonic() - began
+                )
 
     def next_batch(self) -> dict[Key, list[Answer]]:
         """The longest waiting queries of one topk."""
@@ -174,7 +189,9 @@ class BatchingEngine:
                 results = [attempt(self.retriever, [query], topk)[0] for query, topk in keys]
         return results
 
-    def deliver(self, batch: dict[Key, list[Answer]], results: Sequence[Hits | EngineError]) -> None:
+    def deliver(
+        self, batch: dict[Key, list[Answer]], results: Sequence[Hits | EngineError]
+    ) -> None:
         """Sets the futures and fills the cache; failures are not cached."""
         for (key, futures), hits in zip(batch.items(), results, strict=True):
             if not isinstance(hits, EngineError):
@@ -234,7 +251,8 @@ class Cache:
     """The hits of the `size` most recently asked queries."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.entries = size, OrderedDict[Key, Hits]()
+        self.size = size
+        self.entries = OrderedDict[Key, Hits]()
 
     def get(self, key: Key) -> Hits | None:
         hits = self.entries.get(key)

@@ -1,7 +1,8 @@
-"""BM25 without a JVM, as Lucene and Anserini compute it, over mapped postings that are skipped rather than read.
+"""BM25 without a JVM, as Lucene and Anserini compute it, over mapped postings that are skipped
+rather than read.
 
-Anserini's English analysis, k1 = 0.9, b = 0.4, and Lucene's one-byte document lengths and 32-bit arithmetic, so that
-scores and ranking agree (docs/results/retrieval.md has how closely).
+Anserini's English analysis, k1 = 0.9, b = 0.4, and Lucene's one-byte document lengths and 32-bit
+arithmetic, so that scores and ranking agree (docs/results/retrieval.md has how closely).
 """
 
 import os
@@ -30,21 +31,25 @@ Ranking = list[tuple[int, float]]
 
 
 def build(reader: CorpusReader | Path, index: Path) -> int:
-    """Writes the index of a corpus to `index`, whole or not at all; returns the number of documents."""
+    """Writes the index of a corpus to `index`, whole or not at all; returns the number of
+    documents."""
     from search_r1.search.bm25_index import write_index  # numba takes half a second to import
 
     reader = reader if isinstance(reader, CorpusReader) else CorpusReader(reader)
     with building(index) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        gathered, analyze = Gatherer(scratch), Analyzer()
+        gathered = Gatherer(scratch)
+        analyze = Analyzer()
         for document in reader.store(folder):
             gathered.add(analyze(document["contents"]))
         write_index(gathered, folder)
         shutil.rmtree(scratch)
         count = len(gathered.lengths)
         Scorer(folder, count, threads=1)  # compiles on a new machine, so that no server has to
-        write_manifest(folder, engine=NAME, parameters=PARAMETERS, corpus=reader.fingerprint(), documents=count)
+        write_manifest(
+            folder, engine=NAME, parameters=PARAMETERS, corpus=reader.fingerprint(), documents=count
+        )
     return count
 
 
@@ -56,15 +61,21 @@ class BM25Retriever:
     def __init__(self, index: Path, corpus: Path | None, threads: int | None = None) -> None:
         """`threads` share a batch of queries (default: as many as there are cores).
 
-        Raises CorpusError when there is no index, it is damaged, of another format, or not of this corpus.
+        Raises CorpusError when there is no index, it is damaged, of another format, or not of this
+        corpus.
         """
-        cure = f"python -m search_r1.search.index_builder --retrieval_method bm25 --corpus_path {corpus} --save_dir"
+        cure = (
+            "python -m search_r1.search.index_builder --retrieval_method bm25 --corpus_path "
+            f"{corpus} --save_dir"
+        )
         try:
             manifest = read_manifest(index)
         except CorpusError as error:
             raise CorpusError(f"{error}; build it: {cure} {index.parent}") from error
         if manifest.get("parameters") != PARAMETERS:
-            raise CorpusError(f"{index}: an index of an older format; build it again: {cure} {index.parent}")
+            raise CorpusError(
+                f"{index}: an index of an older format; build it again: {cure} {index.parent}"
+            )
         self.corpus = Corpus.of_index(index, manifest, corpus)
         self.analyze = Analyzer()
         self.scorer = Scorer(index, len(self.corpus), threads or os.cpu_count() or 1)
@@ -73,7 +84,8 @@ class BM25Retriever:
         return len(self.corpus)
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
-        """The best `topk` documents of each query with their scores; fewer where fewer share a word with it."""
+        """The best `topk` documents of each query with their scores; fewer where fewer share a word
+        with it."""
         rankings = self.scorer.rank([self.analyze(query) for query in queries], topk)
         return [[(self.corpus[i], score) for i, score in ranking] for ranking in rankings]
 
@@ -88,12 +100,11 @@ class Scorer:
     def __init__(self, index: Path, documents: int, threads: int) -> None:
         from search_r1.search import bm25_index, bm25_score
 
-        self.rank_batch, self.new_query, self.new_room = (
-            bm25_score.rank_batch,
-            bm25_score.new_query,
-            bm25_index.new_room,
-        )
-        self.documents, self.threads = documents, threads
+        self.rank_batch = bm25_score.rank_batch
+        self.new_query = bm25_score.new_query
+        self.new_room = bm25_index.new_room
+        self.documents = documents
+        self.threads = threads
         self.vocabulary = bm25_index.Vocabulary(index)
         self.idf = np.load(index / "idf.npy")
         self.postings = bm25_index.read_postings(index)
@@ -127,7 +138,9 @@ class Scorer:
         starts = np.zeros(len(queries) + 1, dtype=np.int64)
         np.cumsum(lengths, out=starts[1:])
         terms = np.array([term for query in queries for term in query], dtype=np.int32)
-        occurrences = np.array([count for query in queries for count in query.values()], dtype=np.float32)
+        occurrences = np.array(
+            [count for query in queries for count in query.values()], dtype=np.float32
+        )
         weights = self.idf[terms] * occurrences
         most = weights * self.postings.best_levels[terms]
         order = np.lexsort((-most, np.repeat(np.arange(len(queries)), lengths)))

@@ -1,4 +1,5 @@
-"""The files of a BM25 index, mapped when it is read: postings, what lets the scorer skip them, vocabulary."""
+"""The files of a BM25 index, mapped when it is read: postings, what lets the scorer skip them,
+vocabulary."""
 
 from bisect import bisect_left
 from pathlib import Path
@@ -11,32 +12,40 @@ from search_r1.search.bm25_score import CHUNK, RANGE, TOP_LEVEL
 from search_r1.search.compiled import compiled
 
 FREQUENT = 256
-"""A word in more than one of so many documents has its highest score in every range written down."""
+"""A word in more than one of so many documents has its highest score in every range written
+down."""
 MAX_KEPT_WORDS = 1 << 20
 MORE_THAN_ROUNDING = 1e-4
 
 
 class Postings(NamedTuple):
-    """What the scorer reads, mapped into memory. T words, P postings, F frequent words, D documents."""
+    """What the scorer reads, mapped into memory. T words, P postings, F frequent words, D
+    documents."""
 
     starts: np.ndarray
-    """int64 [T + 1]: the postings of word t are starts[t] to starts[t + 1], in the order of the documents."""
+    """int64 [T + 1]: the postings of word t are starts[t] to starts[t + 1], in the order of the
+    documents."""
     documents: np.ndarray
     """int32 [P]: place of the document in the corpus."""
     codes: np.ndarray
-    """uint16 [P]: 256 * occurrences + length byte; without occurrences where they do not fit (see `exceptions`)."""
+    """uint16 [P]: 256 * occurrences + length byte; without occurrences where they do not fit (see
+    `exceptions`)."""
     divisors: np.ndarray
-    """float32 [65536], by code: 1 + occurrences / norm. A word of weight w scores w - w / divisor."""
+    """float32 [65536], by code: 1 + occurrences / norm. A word of weight w scores w - w /
+    divisor."""
     levels: np.ndarray
-    """uint8 [65536], by code: that score as a share of the weight, in steps of 1/255, rounded up."""
+    """uint8 [65536], by code: that score as a share of the weight, in steps of 1/255, rounded
+    up."""
     exceptions: np.ndarray
-    """int64, ascending: places of the postings whose word occurs more than 255 times in the document."""
+    """int64, ascending: places of the postings whose word occurs more than 255 times in the
+    document."""
     exception_divisors: np.ndarray
     """float32: their divisors."""
     rows: np.ndarray
     """int32 [T]: row of a frequent word in the two tables that follow, -1 for other words."""
     maxima: np.ndarray
-    """uint8 [F, ranges]: the highest level of the word in each range; ranges are padded to whole chunks."""
+    """uint8 [F, ranges]: the highest level of the word in each range; ranges are padded to whole
+    chunks."""
     offsets: np.ndarray
     """uint32 [F, chunks + 1]: number of the word's postings before each chunk."""
     best_levels: np.ndarray
@@ -59,18 +68,22 @@ class Room(NamedTuple):
 def new_room(postings: Postings) -> Room:
     """Room for one thread and an index."""
     ranges = postings.maxima.shape[1]
-    bounds, chunk_bounds = np.zeros(ranges, dtype=np.uint16), np.zeros(ranges // CHUNK, dtype=np.uint16)
+    bounds = np.zeros(ranges, dtype=np.uint16)
+    chunk_bounds = np.zeros(ranges // CHUNK, dtype=np.uint16)
     return Room(bounds, chunk_bounds, np.zeros(RANGE), np.zeros(256, dtype=np.int64))
 
 
 def length_bytes(lengths: np.ndarray) -> np.ndarray:
-    """Document lengths in one byte as Lucene keeps them: exact below 40, then four significant bits."""
+    """Document lengths in one byte as Lucene keeps them: exact below 40, then four significant
+    bits."""
     lengths = np.asarray(lengths, dtype=np.int64)
     excess = np.maximum(lengths - 24, 0)
     bits = np.frexp(excess.astype(np.float64))[1].astype(np.int64)
     shift = np.maximum(bits - 4, 0)
     floating = (excess >> shift & 7) | (shift + 1) << 3
-    return np.where(lengths < 24, lengths, 24 + np.where(bits < 4, excess, floating)).astype(np.uint8)
+    return np.where(lengths < 24, lengths, 24 + np.where(bits < 4, excess, floating)).astype(
+        np.uint8
+    )
 
 
 def length_of_bytes() -> np.ndarray:
@@ -83,8 +96,10 @@ def length_of_bytes() -> np.ndarray:
 
 
 def inverse_norms(average_length: float) -> np.ndarray:
-    """float32 [256], by length byte: 1 / (k1 (1 - b + b length / average)), in Lucene's order of operations."""
-    k1, b = np.float32(K1), np.float32(B)
+    """float32 [256], by length byte: 1 / (k1 (1 - b + b length / average)), in Lucene's order of
+    operations."""
+    k1 = np.float32(K1)
+    b = np.float32(B)
     relative = b * length_of_bytes() / np.float32(average_length)
     return np.float32(1) / (k1 * ((np.float32(1) - b) + relative))
 
@@ -98,11 +113,17 @@ def write_index(gathered: Gatherer, folder: Path) -> None:
 
 
 def write_statistics(
-    folder: Path, starts: np.ndarray, exceptions: np.ndarray, counts: np.ndarray, lengths: np.ndarray
+    folder: Path,
+    starts: np.ndarray,
+    exceptions: np.ndarray,
+    counts: np.ndarray,
+    lengths: np.ndarray,
 ) -> None:
-    """Writes what follows from the postings in `folder`: weights of words, scores by code, highest scores.
+    """Writes what follows from the postings in `folder`: weights of words, scores by code, highest
+    scores.
 
-    `counts` are the occurrences of the postings at `exceptions`, `lengths` those of the documents in words.
+    `counts` are the occurrences of the postings at `exceptions`, `lengths` those of the documents
+    in words.
     """
     with_words = np.count_nonzero(lengths)
     average = max(1.0, lengths.sum(dtype=np.int64) / max(1, with_words))
@@ -125,7 +146,8 @@ def write_statistics(
 
 
 def levels_of(divisors: np.ndarray) -> np.ndarray:
-    """uint8 [65536]: 1 - 1 / divisor in steps of 1/255, rounded up; the highest for codes without occurrences."""
+    """uint8 [65536]: 1 - 1 / divisor in steps of 1/255, rounded up; the highest for codes without
+    occurrences."""
     shares = 1 - 1 / divisors.astype(np.float64)
     levels = np.ceil(shares * TOP_LEVEL + MORE_THAN_ROUNDING).clip(0, TOP_LEVEL).astype(np.uint8)
     levels[:256] = TOP_LEVEL
@@ -142,7 +164,9 @@ def write_maxima(folder: Path, starts: np.ndarray, levels: np.ndarray, documents
     maxima = allocate(folder / "maxima.npy", "u1", (len(frequent), chunks * CHUNK))
     chunk_starts = allocate(folder / "chunk_starts.npy", "u4", (len(frequent), chunks + 1))
     highest = np.zeros(len(frequency), dtype=np.uint8)
-    documents_of, codes = (np.load(folder / f"posting_{name}.npy", mmap_mode="r") for name in ("documents", "codes"))
+    documents_of, codes = (
+        np.load(folder / f"posting_{name}.npy", mmap_mode="r") for name in ("documents", "codes")
+    )
     fill_highest(starts, np.asarray(codes), levels, highest)
     for row, term in enumerate(frequent):
         part = slice(starts[term], starts[term + 1])
@@ -169,7 +193,8 @@ def fill_highest(starts, codes, levels, highest):
 
 @compiled
 def fill_row(documents, codes, levels, maxima, chunk_starts, range_size, chunk_size):
-    """The highest level of one word in every range, and the number of its postings before every chunk."""
+    """The highest level of one word in every range, and the number of its postings before every
+    chunk."""
     for place in range(documents.shape[0]):
         number = documents[place] // range_size
         maxima[number] = max(maxima[number], levels[codes[place]])
@@ -186,7 +211,9 @@ def read_postings(folder: Path) -> Postings:
         "offsets": "chunk_starts",
         "best_levels": "highest_levels",
     }
-    return Postings(*(mapped(folder / f"{names.get(field, field)}.npy") for field in Postings._fields))
+    return Postings(
+        *(mapped(folder / f"{names.get(field, field)}.npy") for field in Postings._fields)
+    )
 
 
 def mapped(path: Path) -> np.ndarray:
@@ -196,8 +223,11 @@ def mapped(path: Path) -> np.ndarray:
 
 
 def write_vocabulary(vocabulary: dict[str, int], folder: Path) -> np.ndarray:
-    """Writes the words in the order of their bytes; returns the number that each has in this order."""
-    words = sorted((word.encode("utf-8", "surrogatepass"), number) for word, number in vocabulary.items())
+    """Writes the words in the order of their bytes; returns the number that each has in this
+    order."""
+    words = sorted(
+        (word.encode("utf-8", "surrogatepass"), number) for word, number in vocabulary.items()
+    )
     offsets = np.zeros(len(words) + 1, dtype=np.int64)
     numbers = np.zeros(len(words), dtype=np.int32)
     with (folder / "vocabulary.bin").open("wb") as file:
@@ -210,12 +240,15 @@ def write_vocabulary(vocabulary: dict[str, int], folder: Path) -> np.ndarray:
 
 
 class Vocabulary(dict[str, int]):
-    """`vocabulary[word]` is the number of a word, -1 for an unknown one; words are kept once they were looked up."""
+    """`vocabulary[word]` is the number of a word, -1 for an unknown one; words are kept once they
+    were looked up."""
 
     def __init__(self, folder: Path) -> None:
         self.offsets = np.load(folder / "vocabulary_offsets.npy", mmap_mode="r")
         path = folder / "vocabulary.bin"
-        self.letters = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        self.letters = (
+            np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        )
 
     def __missing__(self, word: str) -> int:
         letters = word.encode("utf-8", "surrogatepass")

@@ -1,4 +1,5 @@
-"""Occurrences of words, gathered document by document and brought into the order of the words, in bounded memory."""
+"""Occurrences of words, gathered document by document and brought into the order of the words, in
+bounded memory."""
 
 import os
 from array import array
@@ -6,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-K1, B = 0.9, 0.4
+K1 = 0.9
+B = 0.4
 """Anserini's."""
 BLOCK = 20_000_000
 """Postings that are sorted at a time: bounds the memory of a build."""
@@ -25,7 +27,9 @@ class Gatherer:
         self._empty()
 
     def _empty(self) -> None:
-        self.terms, self.documents, self.counts = array("i"), array("i"), array("H")
+        self.terms = array("i")
+        self.documents = array("i")
+        self.counts = array("H")
 
     def add(self, stems: list[str]) -> None:
         """Takes the next document."""
@@ -64,8 +68,9 @@ def write_postings(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Writes the documents and codes of all postings to `folder`, word after word.
 
-    `numbers` [T] gives each gathered word its number in the index, `length_bytes` [D] each document its length.
-    Returns (starts [T + 1], the places of postings with too many occurrences for a code, those occurrences).
+    `numbers` [T] gives each gathered word its number in the index, `length_bytes` [D] each document
+    its length. Returns (starts [T + 1], the places of postings with too many occurrences for a
+    code, those occurrences).
     """
     if gathered.terms:
         gathered.spill()
@@ -84,7 +89,9 @@ def write_postings(
         documents = gathered.load("documents", block)
         counts = gathered.load("counts", block).astype(np.int64)
         first = np.flatnonzero(np.diff(terms, prepend=-1))
-        number_within_word = np.arange(len(terms)) - np.repeat(first, np.diff(first, append=len(terms)))
+        number_within_word = np.arange(len(terms)) - np.repeat(
+            first, np.diff(first, append=len(terms))
+        )
         places = filled[terms] + number_within_word
         fits = counts <= MAX_CODED
         all_documents[places] = documents
@@ -98,7 +105,8 @@ def write_postings(
 
 
 def allocate(path: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array in a mapped file whose disk space is taken now: a full disk would kill the process later."""
+    """An array in a mapped file whose disk space is taken now: a full disk would kill the process
+    later."""
     if 0 in shape:
         np.save(path, np.zeros(shape, kind))
         return np.zeros(shape, kind)

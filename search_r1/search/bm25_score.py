@@ -1,18 +1,22 @@
-"""Exact top documents of BM25 without scoring every document: compiled by numba, outside Python's lock.
+"""Exact top documents of BM25 without scoring every document: compiled by numba, outside Python's
+lock.
 
-Documents are cut into ranges of 32. For every range a bound is computed that no score in it exceeds: the sum, over
-the words of the query, of the word's highest score in the range. Ranges are then scored in two passes, those with the
-highest bounds first; a range whose bound is below the score of the worst document kept so far is never looked at.
-This is block-max pruning (Mallia, Suel and Tonellotto, "Faster Learned Sparse Retrieval with Block-Max Pruning",
-SIGIR 2024). Within a range the words divide as in MaxScore (Turtle and Flood, 1995): once the words not yet looked at
-cannot lift a document without the others high enough, their postings are searched only for documents that still can
-be among the best.
+Documents are cut into ranges of 32. For every range a bound is computed that no score in it
+exceeds: the sum, over the words of the query, of the word's highest score in the range. Ranges are
+then scored in two passes, those with the highest bounds first; a range whose bound is below the
+score of the worst document kept so far is never looked at. This is block-max pruning (Mallia, Suel
+and Tonellotto, "Faster Learned Sparse Retrieval with Block-Max Pruning", SIGIR 2024). Within a
+range the words divide as in MaxScore (Turtle and Flood, 1995): once the words not yet looked at
+cannot lift a document without the others high enough, their postings are searched only for
+documents that still can be among the best.
 
-Bounds are whole numbers of 16 bits, rounded up: one vector instruction adds those of 16 ranges. Scores are added in
-64 bits, where sums of 32-bit scores are exact, so that their order does not matter.
+Bounds are whole numbers of 16 bits, rounded up: one vector instruction adds those of 16 ranges.
+Scores are added in 64 bits, where sums of 32-bit scores are exact, so that their order does not
+matter.
 
-`postings` is always a `Postings`, `room` a `Room` of bm25_index.py. All compiled functions that call each other are in
-this file: numba compiles a function anew when its own file has changed, not when another has.
+`postings` is always a `Postings`, `room` a `Room` of bm25_index.py. All compiled functions that
+call each other are in this file: numba compiles a function anew when its own file has changed, not
+when another has.
 """
 
 from typing import NamedTuple
@@ -29,13 +33,15 @@ TOP_LEVEL = 255
 """A word's score in a range, as a share of its weight, in steps of 1/255, rounded up."""
 MAX_BOUND = 65535
 MAX_BOUNDED_TERMS = 64
-"""Words of a query whose bounds are kept by range; longer queries add a constant for their lightest words."""
+"""Words of a query whose bounds are kept by range; longer queries add a constant for their lightest
+words."""
 ROUNDING = 1e-5
 """More than what 32-bit arithmetic can add to a score: bounds are that much larger."""
 
 
 class Query(NamedTuple):
-    """A query's n words, those that can add most to a score first. All but the first two are filled by `prepare`."""
+    """A query's n words, those that can add most to a score first. All but the first two are filled
+    by `prepare`."""
 
     terms: np.ndarray
     """int32 [n]: numbers of the words."""
@@ -90,7 +96,9 @@ def add_row(bounds, maxima, factor):
 @compiled
 def add_list(bounds, postings, start, end, factor):
     """The same for a rare word, whose postings are read."""
-    documents, codes, levels = postings.documents, postings.codes, postings.levels
+    documents = postings.documents
+    codes = postings.codes
+    levels = postings.levels
     last = -1
     best = np.uint8(0)
     for place in range(start, end):
@@ -111,7 +119,8 @@ def add_list(bounds, postings, start, end, factor):
 def prepare(postings, query):
     """Fills what is derived of a query's words.
 
-    Returns (the unit of the bounds: a bound times it is a score; what the words beyond the 64th can add, in that unit).
+    Returns (the unit of the bounds: a bound times it is a score; what the words beyond the 64th can
+    add, in that unit).
     """
     n = query.terms.shape[0]
     total = rest = 0.0
@@ -132,7 +141,8 @@ def prepare(postings, query):
 
 @compiled
 def bound_ranges(postings, query, rest, bounds):
-    """Fills `bounds`: no score of a range exceeds its bound. Words beyond the 64th are bounded alike in all ranges."""
+    """Fills `bounds`: no score of a range exceeds its bound. Words beyond the 64th are bounded
+    alike in all ranges."""
     for number in range(bounds.shape[0]):
         bounds[number] = rest
     for i in range(min(query.terms.shape[0], MAX_BOUNDED_TERMS)):
@@ -156,7 +166,8 @@ def bound_chunks(bounds, chunk_bounds):
 
 @compiled
 def starting_bound(chunk_bounds, wanted, counts):
-    """A bound that at least `wanted` chunks reach, not far below the highest; 1 where there are fewer.
+    """A bound that at least `wanted` chunks reach, not far below the highest; 1 where there are
+    fewer.
 
     `counts` [256] is room to work in.
     """
@@ -174,7 +185,8 @@ def starting_bound(chunk_bounds, wanted, counts):
 
 @compiled
 def find_ahead(documents, place, end, document):
-    """The same from `place` on, for a document that is probably near: steps are doubled until it is passed."""
+    """The same from `place` on, for a document that is probably near: steps are doubled until it is
+    passed."""
     step = 1
     low = place
     while place < end and documents[place] < document:
@@ -199,17 +211,23 @@ def add_scores(postings, query, i, number, buffer):
 
     Returns (a bit for each document that has the word, the highest level among them).
     """
-    documents, codes, divisors, levels = postings.documents, postings.codes, postings.divisors, postings.levels
-    exceptions, exception_divisors = postings.exceptions, postings.exception_divisors
+    documents = postings.documents
+    codes = postings.codes
+    divisors = postings.divisors
+    levels = postings.levels
+    exceptions = postings.exceptions
+    exception_divisors = postings.exception_divisors
     first = number * RANGE
-    start, end = query.starts[i], query.ends[i]
+    start = query.starts[i]
+    end = query.ends[i]
     row = query.rows[i]
     if row < 0:
         place = find_ahead(documents, query.cursors[i], end, first)
         query.cursors[i] = place
     else:
         chunk = number // CHUNK
-        low, high = start + postings.offsets[row, chunk], start + postings.offsets[row, chunk + 1]
+        low = start + postings.offsets[row, chunk]
+        high = start + postings.offsets[row, chunk + 1]
         place = find(documents, low, high, first)
     weight = query.weights[i]
     touched = np.uint64(0)
@@ -217,7 +235,9 @@ def add_scores(postings, query, i, number, buffer):
     while place < end and documents[place] < first + RANGE:
         slot = documents[place] - first
         code = codes[place]
-        buffer[slot] += weight - weight / divisor_of(code, place, divisors, exceptions, exception_divisors)
+        buffer[slot] += weight - weight / divisor_of(
+            code, place, divisors, exceptions, exception_divisors
+        )
         touched |= np.uint64(1) << np.uint64(slot)
         highest = max(highest, levels[code])
         place += 1
@@ -226,9 +246,11 @@ def add_scores(postings, query, i, number, buffer):
 
 @compiled
 def score_essential(postings, query, number, bound, needed, buffer):
-    """Adds up the scores of a range in `buffer`, word by word, until a document without these words cannot be needed.
+    """Adds up the scores of a range in `buffer`, word by word, until a document without these words
+    cannot be needed.
 
-    Returns (a bit for each document that has one of them, their number, the most that the other words can add).
+    Returns (a bit for each document that has one of them, their number, the most that the other
+    words can add).
     """
     touched = np.uint64(0)
     essential = 0
@@ -250,27 +272,34 @@ def score_of_word(postings, query, i, document):
     """What word i adds to the score of a document; 0 where it does not occur."""
     documents = postings.documents
     start = query.starts[i]
-    low, high = start, query.ends[i]
+    low = start
+    high = query.ends[i]
     row = query.rows[i]
     if row >= 0:
         chunk = document // (RANGE * CHUNK)
-        low, high = start + postings.offsets[row, chunk], start + postings.offsets[row, chunk + 1]
+        low = start + postings.offsets[row, chunk]
+        high = start + postings.offsets[row, chunk + 1]
     place = find(documents, low, high, document)
     if place >= high or documents[place] != document:
         return 0.0
     weight = query.weights[i]
     divisor = divisor_of(
-        postings.codes[place], place, postings.divisors, postings.exceptions, postings.exception_divisors
+        postings.codes[place],
+        place,
+        postings.divisors,
+        postings.exceptions,
+        postings.exception_divisors,
     )
     return np.float64(weight - weight / divisor)
 
 
 @compiled
 def complete_score(postings, query, essential, document, score, rest, needed_score, unit):
-    """The score of a document with the other words, or -1 once it is sure to be below `needed_score`.
+    """The score of a document with the other words, or -1 once it is sure to be below
+    `needed_score`.
 
-    `score` is that of its essential words, `rest` what the others can add, in units of the bounds; one unit more
-    spares scores that are equal to the needed one in 32 bits.
+    `score` is that of its essential words, `rest` what the others can add, in units of the bounds;
+    one unit more spares scores that are equal to the needed one in 32 bits.
     """
     number = document // RANGE
     for i in range(essential, query.terms.shape[0]):
@@ -284,7 +313,8 @@ def complete_score(postings, query, essential, document, score, rest, needed_sco
 
 @compiled
 def is_worse(score, document, other_score, other_document):
-    """Whether a document ranks after another: a lower score, or an equal one further back in the corpus."""
+    """Whether a document ranks after another: a lower score, or an equal one further back in the
+    corpus."""
     return score < other_score or (score == other_score and document > other_document)
 
 
@@ -297,12 +327,16 @@ def sift_down(scores, documents, count):
         if child >= count:
             return
         other = child + 1
-        if other < count and is_worse(scores[other], documents[other], scores[child], documents[child]):
+        if other < count and is_worse(
+            scores[other], documents[other], scores[child], documents[child]
+        ):
             child = other
         if not is_worse(scores[child], documents[child], scores[parent], documents[parent]):
             return
-        scores[parent], scores[child] = scores[child], scores[parent]
-        documents[parent], documents[child] = documents[child], documents[parent]
+        scores[parent] = scores[child]
+        scores[child] = scores[parent]
+        documents[parent] = documents[child]
+        documents[child] = documents[parent]
         parent = child
 
 
@@ -315,12 +349,15 @@ def offer(scores, documents, count, score, document):
             parent = (child - 1) // 2
             if not is_worse(score, document, scores[parent], documents[parent]):
                 break
-            scores[child], documents[child] = scores[parent], documents[parent]
+            scores[child] = scores[parent]
+            documents[child] = documents[parent]
             child = parent
-        scores[child], documents[child] = score, document
+        scores[child] = score
+        documents[child] = document
         return count + 1
     if is_worse(scores[0], documents[0], score, document):
-        scores[0], documents[0] = score, document
+        scores[0] = score
+        documents[0] = document
         sift_down(scores, documents, count)
     return count
 
@@ -329,14 +366,19 @@ def offer(scores, documents, count, score, document):
 def sort_best_first(scores, documents, count):
     """Turns the heap into a ranking."""
     for last in range(count - 1, 0, -1):
-        scores[0], scores[last] = scores[last], scores[0]
-        documents[0], documents[last] = documents[last], documents[0]
+        scores[0] = scores[last]
+        scores[last] = scores[0]
+        documents[0] = documents[last]
+        documents[last] = documents[0]
         sift_down(scores, documents, last)
 
 
 @compiled
-def score_ranges(postings, query, unit, floor, bounds, chunk_bounds, buffer, scores, documents, count):
-    """Scores every range whose bound is at least `floor` and may hold one of the best; returns how many are kept."""
+def score_ranges(
+    postings, query, unit, floor, bounds, chunk_bounds, buffer, scores, documents, count
+):
+    """Scores every range whose bound is at least `floor` and may hold one of the best; returns how
+    many are kept."""
     topk = scores.shape[0]
     for i in range(query.terms.shape[0]):
         query.cursors[i] = query.starts[i]
@@ -350,13 +392,17 @@ def score_ranges(postings, query, unit, floor, bounds, chunk_bounds, buffer, sco
             if bound < max(floor, needed):
                 continue
             bounds[number] = 0
-            touched, essential, rest = score_essential(postings, query, number, bound, needed, buffer)
+            touched, essential, rest = score_essential(
+                postings, query, number, bound, needed, buffer
+            )
             for slot in range(RANGE):
                 if touched >> np.uint64(slot) & np.uint64(1):
                     document = number * RANGE + slot
                     partial = buffer[slot]
                     buffer[slot] = 0.0
-                    score = complete_score(postings, query, essential, document, partial, rest, needed_score, unit)
+                    score = complete_score(
+                        postings, query, essential, document, partial, rest, needed_score, unit
+                    )
                     if score > 0:
                         count = offer(scores, documents, count, np.float32(score), document)
             if count == topk:
@@ -367,25 +413,34 @@ def score_ranges(postings, query, unit, floor, bounds, chunk_bounds, buffer, sco
 
 @compiled
 def rank(postings, query, room, scores, documents):
-    """Fills `scores` and `documents` with the best documents of a query, best first; returns how many there are."""
-    bounds, chunk_bounds, buffer = room.bounds, room.chunk_bounds, room.buffer
+    """Fills `scores` and `documents` with the best documents of a query, best first; returns how
+    many there are."""
+    bounds = room.bounds
+    chunk_bounds = room.chunk_bounds
+    buffer = room.buffer
     unit, rest = prepare(postings, query)
     bound_ranges(postings, query, rest, bounds)
     bound_chunks(bounds, chunk_bounds)
     floor = starting_bound(chunk_bounds, 2 * scores.shape[0], room.counts)
-    count = score_ranges(postings, query, unit, floor, bounds, chunk_bounds, buffer, scores, documents, 0)
+    count = score_ranges(
+        postings, query, unit, floor, bounds, chunk_bounds, buffer, scores, documents, 0
+    )
     if floor > 1:
         bound_chunks(bounds, chunk_bounds)
-        count = score_ranges(postings, query, unit, 1, bounds, chunk_bounds, buffer, scores, documents, count)
+        count = score_ranges(
+            postings, query, unit, 1, bounds, chunk_bounds, buffer, scores, documents, count
+        )
     sort_best_first(scores, documents, count)
     return count
 
 
 @compiled
 def rank_batch(postings, words, query_starts, room, scores, documents, counts):
-    """Ranks queries one after the other: query i has the words query_starts[i] to query_starts[i + 1]."""
+    """Ranks queries one after the other: query i has the words query_starts[i] to query_starts[i +
+    1]."""
     for i in range(counts.shape[0]):
-        low, high = query_starts[i], query_starts[i + 1]
+        low = query_starts[i]
+        high = query_starts[i + 1]
         if low == high:
             continue
         query = Query(

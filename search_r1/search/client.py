@@ -1,4 +1,5 @@
-"""The asynchronous client: searches that run at the same time share requests; a search that fails says why.
+"""The asynchronous client: searches that run at the same time share requests; a search that fails
+says why.
 
 It never returns an empty list for a failure: what the policy reads is what the engine found.
 """
@@ -29,7 +30,8 @@ CLOSED = "the client was closed while the search was under way"
 
 
 class SearchError(Exception):
-    """A search that failed for good: the message names server, cause and number of attempts; `kind` is for counting."""
+    """A search that failed for good: the message names server, cause and number of attempts; `kind`
+    is for counting."""
 
     kind = "other"
 
@@ -114,7 +116,9 @@ class RetrievalClient:
     def __init__(self, config: RetrieverConfig) -> None:
         self.config = config
         self.http = httpx.AsyncClient(
-            limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS),
+            limits=httpx.Limits(
+                max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS
+            ),
             headers=authorization(),
             mounts=direct(*config.urls),
         )
@@ -129,8 +133,9 @@ class RetrievalClient:
     async def search(self, query: str) -> list[Passage]:
         """The passages for `query`; one that is already being searched is not sent again.
 
-        Half a surrogate pair, which a model may write and which no request can carry, is searched as U+FFFD.
-        Raises a SearchError when the deadline or the attempts are used up, or the engine could not do it.
+        Half a surrogate pair, which a model may write and which no request can carry, is searched
+        as U+FFFD. Raises a SearchError when the deadline or the attempts are used up, or the engine
+        could not do it.
         """
         loop = asyncio.get_running_loop()
         query = encodable(query)[: self.config.max_query_chars]
@@ -148,20 +153,23 @@ class RetrievalClient:
         if self.flush is not None:
             self.flush.cancel()
             self.flush = None
-        batch, self.waiting = self.waiting, []
+        batch = self.waiting
+        self.waiting = []
         if batch:
             task = asyncio.get_running_loop().create_task(self._retrieve(batch))
             self.tasks.add(task)
             task.add_done_callback(partial(self._deliver, batch))
 
     def _deliver(self, queries: list[str], task: "asyncio.Task[list[Found]]") -> None:
-        """Settles every query of a batch, whatever became of the task, also if it was cancelled before it began."""
+        """Settles every query of a batch, whatever became of the task, also if it was cancelled
+        before it began."""
         self.tasks.discard(task)
         for query, found in zip(queries, outcome(task, len(queries)), strict=True):
             self._settle(query, found)
 
     def _settle(self, query: str, found: Found) -> None:
-        """Hands the result to all who wait for `query`; who asks again from now on starts a new search."""
+        """Hands the result to all who wait for `query`; who asks again from now on starts a new
+        search."""
         future = self.running.pop(query)
         if isinstance(found, SearchError):
             future.set_exception(type(found)(*found.args))
@@ -172,11 +180,13 @@ class RetrievalClient:
     async def _retrieve(self, queries: list[str]) -> list[Found]:
         """One request, repeated while that may help, at the next server if there is one.
 
-        Only failures use up attempts and `timeout_s`. What is waited for a connection, or because a server is busy,
-        does not: a retriever that is slower than the engines is no failure.
+        Only failures use up attempts and `timeout_s`. What is waited for a connection, or because a
+        server is busy, does not: a retriever that is slower than the engines is no failure.
         """
-        loop, config = asyncio.get_running_loop(), self.config
-        left_s, patience_s = config.timeout_s, config.busy_timeout_s
+        loop = asyncio.get_running_loop()
+        config = self.config
+        left_s = config.timeout_s
+        patience_s = config.busy_timeout_s
         failures = 0
         while True:
             async with self.connections:
@@ -192,17 +202,22 @@ class RetrievalClient:
                     last = error
                 asked_s = loop.time() - began
             if self.balancer.any_is_busy:
-                left_s, failures = config.timeout_s, 0
+                left_s = config.timeout_s
+                failures = 0
                 patience_s -= asked_s
                 if patience_s <= 0:
-                    raise ServerBusy(f"busy for {config.busy_timeout_s:g} s, last: {last}") from last
+                    raise ServerBusy(
+                        f"busy for {config.busy_timeout_s:g} s, last: {last}"
+                    ) from last
                 pause_s = min(patience_s, self._busy_pause(last))
                 patience_s -= pause_s
             else:
                 failures += 1
                 left_s -= asked_s
                 if left_s <= 0:
-                    took = f"no answer in {config.timeout_s:g} s ({failures} attempts, last: {last})"
+                    took = (
+                        f"no answer in {config.timeout_s:g} s ({failures} attempts, last: {last})"
+                    )
                     raise OutOfTime(took) from last
                 if failures > config.max_retries:
                     raise type(last)(f"search failed {failures} times, last: {last}") from last
@@ -212,7 +227,9 @@ class RetrievalClient:
 
     def _pause(self, failures: int) -> float:
         """Seconds until the next attempt after so many failures in a row."""
-        return self._unless_awake(self.config.backoff_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0))
+        return self._unless_awake(
+            self.config.backoff_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
+        )
 
     def _busy_pause(self, last: SearchError) -> float:
         """Seconds until the next attempt while a server is busy: what it asked for."""
@@ -230,7 +247,12 @@ class RetrievalClient:
     async def _ask(self, server: Server, queries: list[str]) -> list[Found]:
         """One request to one server. Raises the SearchError that fits."""
         clock = asyncio.get_running_loop().time
-        body = {"queries": queries, "topk": self.config.topk, "return_scores": True, "allow_partial": True}
+        body = {
+            "queries": queries,
+            "topk": self.config.topk,
+            "return_scores": True,
+            "allow_partial": True,
+        }
         server.in_flight += 1
         try:
             answer = await self.http.post(server.url, json=body, timeout=self.config.timeout_s)
@@ -246,7 +268,8 @@ class RetrievalClient:
             raise Unreachable(f"{server.url}: {type(error).__name__} {error}".strip()) from error
         finally:
             server.in_flight -= 1
-        status, problem = answer.status_code, f"{server.url}: status {answer.status_code}: {answer.text[:200]}"
+        status = answer.status_code
+        problem = f"{server.url}: status {answer.status_code}: {answer.text[:200]}"
         if status == 200:
             self.balancer.succeeded(server)
             found = parse_response(answer, len(queries), server.url)
@@ -263,7 +286,8 @@ class RetrievalClient:
 
     def take_errors(self) -> dict[str, int]:
         """Failed attempts by kind since the last call."""
-        taken, self.errors = {kind: n for kind, n in self.errors.items() if n}, Counter()
+        taken = {kind: n for kind, n in self.errors.items() if n}
+        self.errors = Counter()
         return taken
 
     async def close(self) -> None:
@@ -271,7 +295,8 @@ class RetrievalClient:
         if self.flush is not None:
             self.flush.cancel()
             self.flush = None
-        unsent, self.waiting = self.waiting, []
+        unsent = self.waiting
+        self.waiting = []
         for query in unsent:
             self._settle(query, Closed(CLOSED))
         running = list(self.tasks)
@@ -282,7 +307,8 @@ class RetrievalClient:
 
 
 def outcome(task: "asyncio.Task[list[Found]]", num_queries: int) -> Sequence[Found]:
-    """What a finished task says of each of its queries. An error that was not foreseen is logged and becomes theirs."""
+    """What a finished task says of each of its queries. An error that was not foreseen is logged
+    and becomes theirs."""
     if task.cancelled():
         return [Closed(CLOSED)] * num_queries
     error = task.exception()
@@ -296,7 +322,8 @@ def outcome(task: "asyncio.Task[list[Found]]", num_queries: int) -> Sequence[Fou
 
 
 def encodable(query: str) -> str:
-    """`query` with each lone surrogate as U+FFFD, and the two halves of a pair as the character they stand for."""
+    """`query` with each lone surrogate as U+FFFD, and the two halves of a pair as the character
+    they stand for."""
     return query.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -307,10 +334,13 @@ def retry_after(answer: httpx.Response, default: float) -> float:
 
 
 def parse_response(answer: httpx.Response, num_queries: int, url: str) -> list[Found]:
-    """The passages of each query, or why it failed. Raises BadAnswer when the answer is not of the contract."""
+    """The passages of each query, or why it failed. Raises BadAnswer when the answer is not of the
+    contract."""
     try:
         response = RetrieveResponse.model_validate(answer.json())
-        scored = [[ScoredDocument.model_validate(item) for item in items] for items in response.result]
+        scored = [
+            [ScoredDocument.model_validate(item) for item in items] for items in response.result
+        ]
     except (ValidationError, ValueError) as error:
         raise BadAnswer(f"{url}: the answer is not of the /retrieve contract: {error}") from error
     if len(scored) != num_queries:
@@ -325,14 +355,18 @@ def parse_response(answer: httpx.Response, num_queries: int, url: str) -> list[F
 
 
 def check_server(url: str) -> str | None:
-    """What is wrong with the server at `url`, None if it answers a probe query as the contract says."""
+    """What is wrong with the server at `url`, None if it answers a probe query as the contract
+    says."""
     cure = (
-        "start one, for instance: python search_r1/search/retrieval_server.py --index_path INDEX/bm25 "
+        "start one, for instance: python search_r1/search/retrieval_server.py --index_path "
+        "INDEX/bm25 "
         "--corpus_path CORPUS.jsonl --retriever_name bm25"
     )
     body = {"queries": ["probe"], "topk": 1, "return_scores": True}
     try:
-        with httpx.Client(mounts=direct(url), headers=authorization(), timeout=PROBE_TIMEOUT_S) as client:
+        with httpx.Client(
+            mounts=direct(url), headers=authorization(), timeout=PROBE_TIMEOUT_S
+        ) as client:
             answer = client.post(url, json=body)
         if answer.status_code == 429:
             return None  # busy with the searches of others, and well

@@ -1,4 +1,5 @@
-"""Functions compiled by numba, kept on disk so that only the first process on a machine compiles them."""
+"""Functions compiled by numba, kept on disk so that only the first process on a machine compiles
+them."""
 
 import logging
 from collections.abc import Callable
@@ -10,13 +11,18 @@ log = logging.getLogger(__name__)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function compiled for numbers and arrays, which makes no arrays; other threads run Python meanwhile.
+    """A function compiled for numbers and arrays, which makes no arrays; other threads run Python
+    meanwhile.
 
-    numba's counts of references to arrays are left out: they would take most of the time of short functions.
-    Compiled code is kept in NUMBA_CACHE_DIR, beside the source, or in the user's cache folder.
+    numba's counts of references to arrays are left out: they would take most of the time of short
+    functions. Compiled code is kept in NUMBA_CACHE_DIR, beside the source, or in the user's cache
+    folder.
     """
     try:
         return njit(nogil=True, cache=True, _nrt=False)(function)
     except RuntimeError as error:  # none of these can be written
-        log.warning("%s; set NUMBA_CACHE_DIR to a folder that can be written, or every start compiles anew", error)
+        log.warning(
+            "%s; set NUMBA_CACHE_DIR to a folder that can be written, or every start compiles anew",
+            error,
+        )
         return njit(nogil=True, _nrt=False)(function)

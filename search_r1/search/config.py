@@ -1,4 +1,5 @@
-"""How a client talks to a retrieval server. Imports nothing but pydantic: the retrieval side runs alone."""
+"""How a client talks to a retrieval server. Imports nothing but pydantic: the retrieval side runs
+alone."""
 
 import os
 
@@ -13,7 +14,8 @@ from pydantic import (
 )
 
 TOKEN = "SEARCH_R1_RETRIEVER_TOKEN"
-"""Environment variable of the bearer token, which client and server share; no configuration holds it."""
+"""Environment variable of the bearer token, which client and server share; no configuration holds
+it."""
 
 
 def authorization() -> dict[str, str]:
@@ -26,13 +28,16 @@ class RetrieverConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     url: str | list[str] = "http://127.0.0.1:8000/retrieve"
-    """Address of the server's /retrieve, or a list of replicas: the least busy healthy one is asked."""
+    """Address of the server's /retrieve, or a list of replicas: the least busy healthy one is
+    asked."""
     topk: PositiveInt = 3
     """Passages per query."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds that a request may take, and that the failed attempts of a search may take together."""
+    """Seconds that a request may take, and that the failed attempts of a search may take
+    together."""
     busy_timeout_s: PositiveFloat = 600.0
-    """Seconds that a search may wait, on top of `timeout_s`, while servers answer 429; then it has failed."""
+    """Seconds that a search may wait, on top of `timeout_s`, while servers answer 429; then it has
+    failed."""
     max_retries: NonNegativeInt = 8
     """Further attempts after connection errors, time-outs, and answers 5xx."""
     backoff_s: NonNegativeFloat = 0.2
@@ -47,7 +52,10 @@ class RetrieverConfig(BaseModel):
     @field_validator("url")
     @classmethod
     def _some_url(cls, url: str | list[str]) -> str | list[str]:
-        if not url or any(not u.startswith(("http://", "https://")) for u in ([url] if isinstance(url, str) else url)):
+        if not url or any(
+            not u.startswith(("http://", "https://"))
+            for u in ([url] if isinstance(url, str) else url)
+        ):
             raise ValueError("must be http(s)://HOST:PORT/retrieve, or a list of such")
         return url
 

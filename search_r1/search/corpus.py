@@ -23,23 +23,28 @@ from tqdm import tqdm
 from search_r1.search.extras import require
 from search_r1.search.manifest import SAMPLES, CorpusError, check_corpus, fingerprint
 
-OFFSETS, DOCUMENTS = "offsets.npy", "documents.jsonl"
+OFFSETS = "offsets.npy"
+DOCUMENTS = "documents.jsonl"
 HUB = "hf:"
 PLAIN = (".jsonl", ".json")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
-"""Half of a surrogate pair in a line of JSON: escaped, or as bytes that are no UTF-8 but that Python's reader takes."""
+"""Half of a surrogate pair in a line of JSON: escaped, or as bytes that are no UTF-8 but that
+Python's reader takes."""
 
 
 class CorpusReader:
-    """A corpus to be indexed: `.jsonl`, `.json`, either gzipped, `.parquet`, or `hf:NAME[:SPLIT]`, a set of the hub.
+    """A corpus to be indexed: `.jsonl`, `.json`, either gzipped, `.parquet`, or `hf:NAME[:SPLIT]`,
+    a set of the hub.
 
-    A document has `id` and `contents`; of `title` and `text` instead of `contents` those are made. A file of JSON holds
-    one document a line, blank lines aside, or an array of them.
+    A document has `id` and `contents`; of `title` and `text` instead of `contents` those are made.
+    A file of JSON holds one document a line, blank lines aside, or an array of them.
     """
 
     def __init__(self, source: str | Path, skip_bad: bool = False) -> None:
         """Raises CorpusError when there is no such file."""
-        self.source, self.skip_bad, self.bad = str(source), skip_bad, 0
+        self.source = str(source)
+        self.skip_bad = skip_bad
+        self.bad = 0
         self.is_hub = self.source.startswith(HUB)
         if not self.is_hub and not Path(self.source).is_file():
             raise CorpusError(f"{self.source}: no such file")
@@ -51,11 +56,15 @@ class CorpusReader:
         return {"hub": self.source} if self.is_hub else fingerprint(Path(self.source))
 
     def store(self, folder: Path) -> Iterator[dict[str, Any]]:
-        """Every document; leaves in `folder` what `Corpus` needs: the line offsets, and a JSONL copy of other sources.
+        """Every document; leaves in `folder` what `Corpus` needs: the line offsets, and a JSONL
+        copy of other sources.
 
-        Raises CorpusError for a bad line or a second id, unless bad ones are skipped: then `bad` counts them.
+        Raises CorpusError for a bad line or a second id, unless bad ones are skipped: then `bad`
+        counts them.
         """
-        offsets, seen, offset = array("q"), set[int](), 0
+        offsets = array("q")
+        seen = set[int]()
+        offset = 0
         with Path(os.devnull if self.is_plain else folder / DOCUMENTS).open("wb") as copy:
             for place, record in self._records():
                 size = len(record) if isinstance(record, bytes) else 0
@@ -95,7 +104,10 @@ class CorpusReader:
 
     def _lines(self) -> Iterator[tuple[str, bytes]]:
         path = Path(self.source)
-        with path.open("rb") as raw, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="corpus") as bar:
+        with (
+            path.open("rb") as raw,
+            tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="corpus") as bar,
+        ):
             lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
             for number, line in enumerate(lines, 1):
                 yield f"{path}, line {number}", line
@@ -111,7 +123,9 @@ class CorpusReader:
                 entries = json.load(file)
         except ValueError as error:
             raise CorpusError(f"{path}: begins like a JSON array, and is none ({error})") from error
-        for number, entry in enumerate(tqdm(entries, unit="documents", unit_scale=True, desc="corpus")):
+        for number, entry in enumerate(
+            tqdm(entries, unit="documents", unit_scale=True, desc="corpus")
+        ):
             yield f"{path}, entry {number}", entry
 
     def _parquet_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -153,30 +167,38 @@ def is_array(path: Path) -> bool:
 
 
 def encoded(document: dict[str, Any], place: str) -> bytes:
-    """A document as a line of JSON. Raises CorpusError naming `place` for what JSON has no form for.
+    """A document as a line of JSON. Raises CorpusError naming `place` for what JSON has no form
+    for.
 
-    Dates and times are written as ISO 8601, exact decimals, durations and UUIDs as texts, numbers that are not finite
-    as null, because no answer of the server could carry them.
+    Dates and times are written as ISO 8601, exact decimals, durations and UUIDs as texts, numbers
+    that are not finite as null, because no answer of the server could carry them.
     """
     try:
         try:
             text = json.dumps(document, ensure_ascii=False, allow_nan=False, default=as_text)
         except ValueError:
-            text = json.dumps(finite(document), ensure_ascii=False, allow_nan=False, default=as_text)
+            text = json.dumps(
+                finite(document), ensure_ascii=False, allow_nan=False, default=as_text
+            )
         return text.encode()
     except UnicodeEncodeError as error:
-        raise CorpusError(f"{place}: half of a surrogate pair, which no answer can carry") from error
+        raise CorpusError(
+            f"{place}: half of a surrogate pair, which no answer can carry"
+        ) from error
     except (TypeError, ValueError) as error:
         raise CorpusError(f"{place}: {error}") from error
 
 
 def as_text(value: Any) -> str:
-    """What JSON holds of a value that is no number, text, list or object. Raises TypeError for what it cannot hold."""
+    """What JSON holds of a value that is no number, text, list or object. Raises TypeError for what
+    it cannot hold."""
     if isinstance(value, date | time):
         return value.isoformat()
     if isinstance(value, Decimal | timedelta | UUID):
         return str(value)
-    raise TypeError(f"JSON has no form for a value of type {type(value).__name__}: leave its column out")
+    raise TypeError(
+        f"JSON has no form for a value of type {type(value).__name__}: leave its column out"
+    )
 
 
 def finite(value: Any) -> Any:
@@ -189,23 +211,30 @@ def finite(value: Any) -> Any:
 
 
 def to_document(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
-    """The document of a line or a row. Raises CorpusError unless it has `id` and `contents`, or `title` and `text`."""
+    """The document of a line or a row. Raises CorpusError unless it has `id` and `contents`, or
+    `title` and `text`."""
     try:
         document = json.loads(record) if isinstance(record, bytes) else record
     except ValueError as error:
         raise CorpusError(f"{place}: not JSON ({error})") from error
     if isinstance(record, bytes) and SURROGATE.search(record) and not is_encodable(document):
-        raise CorpusError(f"{place}: half of a surrogate pair, which no answer can carry (such as \\ud83d alone)")
+        raise CorpusError(
+            f"{place}: half of a surrogate pair, which no answer can carry (such as \\ud83d alone)"
+        )
     if isinstance(document, dict) and document.get("id") is not None:
         if isinstance(document.get("contents"), str):
             return document
         if isinstance(document.get("title"), str) and isinstance(document.get("text"), str):
             return {**document, "contents": contents(document["title"], document["text"])}
-    raise CorpusError(f'{place}: expected an object with "id" and "contents" (a string), or "id", "title" and "text"')
+    raise CorpusError(
+        f'{place}: expected an object with "id" and "contents" (a string), or "id", "title" '
+        'and "text"'
+    )
 
 
 def is_encodable(document: object) -> bool:
-    """Whether every text in it can be written as UTF-8: two halves of a pair can, one alone cannot."""
+    """Whether every text in it can be written as UTF-8: two halves of a pair can, one alone
+    cannot."""
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -225,16 +254,19 @@ def hash_of(id: object) -> int:
 
 
 class Corpus:
-    """`corpus[i]` is document `i` in the order of the file, which is mapped; only the offsets of its lines are kept."""
+    """`corpus[i]` is document `i` in the order of the file, which is mapped; only the offsets of
+    its lines are kept."""
 
     def __init__(self, path: Path, offsets: np.ndarray) -> None:
-        self.path, self.offsets = path, offsets
+        self.path = path
+        self.offsets = offsets
         with path.open("rb") as file:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @classmethod
     def of_index(cls, index: Path, manifest: dict[str, Any], corpus: Path | None) -> "Corpus":
-        """The corpus of an index. Raises CorpusError when `corpus` is not the file that the index was built from."""
+        """The corpus of an index. Raises CorpusError when `corpus` is not the file that the index
+        was built from."""
         own_copy = index / DOCUMENTS
         if corpus is not None and not str(corpus).startswith(HUB):
             check_corpus(manifest, index, corpus)
@@ -247,14 +279,20 @@ class Corpus:
     def of_lines(cls, path: Path) -> "Corpus":
         """A JSONL corpus without an index folder; the offsets are found once and kept beside it.
 
-        Raises CorpusError for a corpus of another form, which only an index of the builder can serve: it has a copy.
+        Raises CorpusError for a corpus of another form, which only an index of the builder can
+        serve: it has a copy.
         """
         if not path.is_file():
             raise CorpusError(f"{path}: no such file")
         if not path.name.endswith(PLAIN) or is_array(path):
-            raise CorpusError(f"{path}: expected JSONL, one document a line; other forms are read by the index builder")
+            raise CorpusError(
+                f"{path}: expected JSONL, one document a line; other forms are read by the index "
+                "builder"
+            )
         kept = path.with_name(path.name + ".offsets.npy")
-        if not (kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime and fits(kept, path)):
+        if not (
+            kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime and fits(kept, path)
+        ):
             offsets = line_offsets(path)
             try:
                 save_whole(kept, offsets)
@@ -273,7 +311,8 @@ class Corpus:
 
 
 def save_whole(path: Path, values: np.ndarray) -> None:
-    """Writes `path` at one stroke: several servers may start over one corpus, and one may be killed."""
+    """Writes `path` at one stroke: several servers may start over one corpus, and one may be
+    killed."""
     pending = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         with pending.open("wb") as file:
@@ -286,10 +325,17 @@ def save_whole(path: Path, values: np.ndarray) -> None:
 
 def line_offsets(path: Path, block: int = 1 << 26) -> np.ndarray:
     """Byte offset of every line, with a progress bar."""
-    found, position, size = [np.zeros(1, dtype=np.int64)], 0, path.stat().st_size
-    with path.open("rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc="line offsets") as bar:
+    found = [np.zeros(1, dtype=np.int64)]
+    position = 0
+    size = path.stat().st_size
+    with (
+        path.open("rb") as file,
+        tqdm(total=size, unit="B", unit_scale=True, desc="line offsets") as bar,
+    ):
         while data := file.read(block):
-            found.append(np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n")) + position + 1)
+            found.append(
+                np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n")) + position + 1
+            )
             position += len(data)
             bar.update(len(data))
     offsets = np.concatenate(found)

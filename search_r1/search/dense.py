@@ -1,4 +1,5 @@
-"""Dense retrieval: passages embedded in resumable shards, FAISS indexes of several types, searched in batches."""
+"""Dense retrieval: passages embedded in resumable shards, FAISS indexes of several types, searched
+in batches."""
 
 import errno
 import json
@@ -36,21 +37,25 @@ GPU_TYPES = ("Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ")
 """Of `TYPES`, those that FAISS has for GPUs."""
 PASSAGES_AT_A_TIME = 512
 QUERIES_PER_PRODUCT = 8
-"""From so many queries on, an exact search multiplies matrices, which takes a tenth of the time of one query after the
-other (docs/results/retrieval.md). FAISS 1.15 itself does so from 128,000 queries on, that is, never."""
+"""From so many queries on, an exact search multiplies matrices, which takes a tenth of the time of
+one query after the other (docs/results/retrieval.md). FAISS 1.15 itself does so from 128,000
+queries on, that is, never."""
 faiss.cvar.distance_compute_blas_threshold = QUERIES_PER_PRODUCT
 
 
 @dataclass(frozen=True)
 class EmbeddingShards:
-    """Embeddings of a corpus, `size` passages a file; a file that is there is whole, so an interrupted run goes on."""
+    """Embeddings of a corpus, `size` passages a file; a file that is there is whole, so an
+    interrupted run goes on."""
 
     folder: Path
     size: int = 16384
 
     def prepare(self, identity: dict[str, Any]) -> None:
-        """Keeps what is there if it was made from the same corpus with the same model, else starts anew."""
-        mark, text = self.folder / MANIFEST, json.dumps({**identity, "shard_size": self.size}, indent=1)
+        """Keeps what is there if it was made from the same corpus with the same model, else starts
+        anew."""
+        mark = self.folder / MANIFEST
+        text = json.dumps({**identity, "shard_size": self.size}, indent=1)
         if not (mark.is_file() and mark.read_text() == text):
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
@@ -59,7 +64,9 @@ class EmbeddingShards:
     def fill(self, documents: Iterable[dict[str, Any]], encoder: Encoder, batch_size: int) -> int:
         """Embeds what is missing; returns the number of documents."""
         done = len(self.files())
-        count, vectors, texts = 0, list[np.ndarray](), list[str]()
+        count = 0
+        vectors = list[np.ndarray]()
+        texts = list[str]()
         for document in documents:
             if count >= done * self.size:
                 texts.append(document["contents"])
@@ -96,30 +103,43 @@ def build(
     faiss_type: str = "Flat",
     batch_size: int = 512,
 ) -> int:
-    """Writes a FAISS index of a corpus to the folder `index`, whole or not at all; returns the number of documents.
+    """Writes a FAISS index of a corpus to the folder `index`, whole or not at all; returns the
+    number of documents.
 
-    The shards stay until the caller removes them. Raises CorpusError for a bad corpus or an unknown type.
+    The shards stay until the caller removes them. Raises CorpusError for a bad corpus or an unknown
+    type.
     """
-    settings = {"model": encoder.name, "prefixes": list(encoder.prefixes), "dimension": encoder.dimension}
+    settings = {
+        "model": encoder.name,
+        "prefixes": list(encoder.prefixes),
+        "dimension": encoder.dimension,
+    }
     with building(index) as folder:
         shards.prepare({**settings, "corpus": reader.fingerprint()})
         count = shards.fill(reader.store(folder), encoder, batch_size)
         write_index(make_index(shards, count, encoder.dimension, faiss_type), folder / INDEX)
         write_manifest(
-            folder, engine="dense", parameters={**settings, "faiss_type": faiss_type},
-            corpus=reader.fingerprint(), documents=count,
-        )  # fmt: skip
+            folder,
+            engine="dense",
+            parameters={**settings, "faiss_type": faiss_type},
+            corpus=reader.fingerprint(),
+            documents=count,
+        )
     return count
 
 
 def make_index(shards: EmbeddingShards, count: int, dimension: int, faiss_type: str) -> Any:
     """Trains an inner-product index on a sample, then adds every shard."""
     nlist = max(1, min(int(4 * math.sqrt(count)), count // TRAINING_POINTS))
-    description = TYPES.get(faiss_type, faiss_type).format(nlist=nlist, bytes=max(1, dimension // 8))
+    description = TYPES.get(faiss_type, faiss_type).format(
+        nlist=nlist, bytes=max(1, dimension // 8)
+    )
     try:
         index = faiss.index_factory(dimension, description, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise CorpusError(f"--faiss_type {faiss_type}: none of {', '.join(TYPES)}, nor does FAISS know it") from error
+        raise CorpusError(
+            f"--faiss_type {faiss_type}: none of {', '.join(TYPES)}, nor does FAISS know it"
+        ) from error
     if not index.is_trained:
         share = min(1.0, 2 * TRAINING_POINTS * max(nlist, 256) / count)
         rng = np.random.default_rng(0)
@@ -127,7 +147,9 @@ def make_index(shards: EmbeddingShards, count: int, dimension: int, faiss_type: 
         try:
             index.train(sample)
         except RuntimeError as error:
-            raise CorpusError(f"--faiss_type {faiss_type} cannot be trained on {count} passages: use Flat") from error
+            raise CorpusError(
+                f"--faiss_type {faiss_type} cannot be trained on {count} passages: use Flat"
+            ) from error
     for shard in tqdm(shards, total=len(shards.files()), desc="adding", unit="shards"):
         index.add(np.ascontiguousarray(shard))
     return index
@@ -136,14 +158,16 @@ def make_index(shards: EmbeddingShards, count: int, dimension: int, faiss_type: 
 def write_index(index: Any, path: Path) -> None:
     """Writes a FAISS index. Raises RuntimeError or OSError when there is no room for it.
 
-    FAISS only prints a line when the last bytes, which are written as it closes the file, find no room. Therefore the
-    file is read back, which maps it and costs little.
+    FAISS only prints a line when the last bytes, which are written as it closes the file, find no
+    room. Therefore the file is read back, which maps it and costs little.
     """
     faiss.write_index(index, str(path))
     try:
         read_index(path)
     except CorpusError as error:
-        raise OSError(errno.ENOSPC, "FAISS could not write the end of the file", str(path)) from error
+        raise OSError(
+            errno.ENOSPC, "FAISS could not write the end of the file", str(path)
+        ) from error
 
 
 class DenseRetriever:
@@ -159,26 +183,36 @@ class DenseRetriever:
         nprobe: int = 64,
         ef_search: int = 128,
     ) -> None:
-        """`index` is a folder of the index builder, or a FAISS file, as published, whose rows are the corpus's lines.
+        """`index` is a folder of the index builder, or a FAISS file, as published, whose rows are
+        the corpus's lines.
 
-        Raises CorpusError when index, corpus and encoder do not belong together, or something is damaged.
+        Raises CorpusError when index, corpus and encoder do not belong together, or something is
+        damaged.
         """
-        self.name, self.encoder = name, encoder
+        self.name = name
+        self.encoder = encoder
         if index.is_dir():
             manifest = read_manifest(index)
             self.corpus = Corpus.of_index(index, manifest, corpus)
             self.index = read_index(index / INDEX)
             if (built := manifest["parameters"]["model"]) != encoder.name:
-                raise CorpusError(f"{index} was built with {built}, --retriever_model is {encoder.name}")
+                raise CorpusError(
+                    f"{index} was built with {built}, --retriever_model is {encoder.name}"
+                )
         elif corpus is None:
             raise CorpusError(f"{index} needs its corpus: name the file with --corpus_path")
         else:
-            self.index, self.corpus = read_index(index), Corpus.of_lines(corpus)
+            self.index = read_index(index)
+            self.corpus = Corpus.of_lines(corpus)
         if self.index.ntotal != len(self.corpus):
-            raise CorpusError(f"{index} has {self.index.ntotal} vectors, {corpus} has {len(self.corpus)} documents")
+            raise CorpusError(
+                f"{index} has {self.index.ntotal} vectors, {corpus} has {len(self.corpus)} "
+                "documents"
+            )
         if self.index.d != encoder.dimension:
             raise CorpusError(
-                f"{index} holds vectors of {self.index.d} numbers, {encoder.name} makes {encoder.dimension}"
+                f"{index} holds vectors of {self.index.d} numbers, {encoder.name} makes "
+                f"{encoder.dimension}"
             )
         set_depth(self.index, nprobe, ef_search)
         self.sign = 1.0 if self.index.metric_type == faiss.METRIC_INNER_PRODUCT else -1.0
@@ -192,7 +226,11 @@ class DenseRetriever:
         """One call of the encoder and one of the index for all queries."""
         scores, places = self.index.search(self.encoder.encode_queries(queries), topk)
         return [
-            [(self.corpus[int(i)], self.sign * float(s)) for i, s in zip(row, row_scores, strict=True) if i >= 0]
+            [
+                (self.corpus[int(i)], self.sign * float(s))
+                for i, s in zip(row, row_scores, strict=True)
+                if i >= 0
+            ]
             for row, row_scores in zip(places, scores, strict=True)
         ]
 
@@ -207,7 +245,9 @@ def read_index(path: Path) -> Any:
     try:
         return faiss.read_index(str(path), flags | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as error:
-        raise CorpusError(f"{path}: damaged or no FAISS index ({str(error).splitlines()[0]})") from error
+        raise CorpusError(
+            f"{path}: damaged or no FAISS index ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def set_depth(index: Any, nprobe: int, ef_search: int) -> None:
@@ -222,25 +262,29 @@ def set_depth(index: Any, nprobe: int, ef_search: int) -> None:
 def to_gpus(index: Any) -> Any:
     """The index in half precision, its vectors divided over all GPUs.
 
-    Raises CorpusError where FAISS is the build for the CPU, sees no GPU, or cannot put this index on it: its type is
-    none of `GPU_TYPES`, or the memory does not suffice.
+    Raises CorpusError where FAISS is the build for the CPU, sees no GPU, or cannot put this index
+    on it: its type is none of `GPU_TYPES`, or the memory does not suffice.
     """
     if not hasattr(faiss, "StandardGpuResources"):  # the functions around it are in both builds
         raise CorpusError(
             "--faiss_gpu: this FAISS is the build for the CPU: pip uninstall faiss-cpu, then "
-            "pip install -e '.[dense-gpu]' in the project's folder (both builds fill the same folder)"
+            "pip install -e '.[dense-gpu]' in the project's folder (both builds fill the same "
+            "folder)"
         )
     if faiss.get_num_gpus() == 0:
         raise CorpusError("--faiss_gpu: FAISS sees no GPU (CUDA_VISIBLE_DEVICES, nvidia-smi)")
     options = faiss.GpuMultipleClonerOptions()
-    options.useFloat16, options.shard = True, True
+    options.useFloat16 = True
+    options.shard = True
     try:
         return faiss.index_cpu_to_all_gpus(index, co=options)
     except RuntimeError as error:
         kind = type(faiss.downcast_index(index)).__name__
         cause = str(error).strip().splitlines()[-1]
         raise CorpusError(
-            f"--faiss_gpu: FAISS cannot put this index, {kind} of {index.ntotal} vectors, on the GPUs ({cause}); "
-            f"the types that it can: {', '.join(GPU_TYPES)}; leave --faiss_gpu out, or build one of them "
+            f"--faiss_gpu: FAISS cannot put this index, {kind} of {index.ntotal} vectors, on the "
+            f"GPUs ({cause}); "
+            f"the types that it can: {', '.join(GPU_TYPES)}; leave --faiss_gpu out, or build one "
+            "of them "
             "(index_builder --faiss_type)"
         ) from error

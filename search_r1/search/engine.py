@@ -8,7 +8,8 @@ Hits = list[tuple[dict[str, Any], float]]
 
 
 class EngineError(Exception):
-    """A search that an engine could not do; the message names the cause. `kind` is a label for the metrics."""
+    """A search that an engine could not do; the message names the cause. `kind` is a label for the
+    metrics."""
 
     kind = "engine"
 
@@ -21,5 +22,6 @@ class Retriever(Protocol):
     def __len__(self) -> int: ...
 
     def search(self, queries: Sequence[str], topk: int) -> Sequence[Hits | EngineError]:
-        """The hits of each query, or why there are none for it. Raising fails every query of the call."""
+        """The hits of each query, or why there are none for it. Raising fails every query of the
+        call."""
         ...

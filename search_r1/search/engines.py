@@ -19,7 +19,8 @@ ENGINES = (*INDEXED, "hybrid", *EXPERIMENTS)
 
 
 def load(args: argparse.Namespace) -> Retriever:
-    """The engine that the flags describe, loaded. Raises CorpusError naming what is missing, damaged or of no use."""
+    """The engine that the flags describe, loaded. Raises CorpusError naming what is missing,
+    damaged or of no use."""
     name = args.retriever_name
     if name in INDEXED:
         retriever = indexed(name, one_index(args), args)
@@ -31,7 +32,9 @@ def load(args: argparse.Namespace) -> Retriever:
         require("dense", "--reranker")
         from search_r1.search.fusion import Reranker
 
-        retriever = Reranker(retriever, args.reranker, args.rerank_depth, args.batch_size, args.device)
+        retriever = Reranker(
+            retriever, args.reranker, args.rerank_depth, args.batch_size, args.device
+        )
     return Record(retriever, args.record) if args.record else retriever
 
 
@@ -46,7 +49,9 @@ def indexed(name: str, index: Path, args: argparse.Namespace) -> Retriever:
     from search_r1.search.encoder import Encoder
 
     encoder = Encoder(name, args.retriever_model, args.device, args.use_fp16, args.max_length)
-    return DenseRetriever(index, args.corpus_path, encoder, name, args.faiss_gpu, args.nprobe, args.ef_search)
+    return DenseRetriever(
+        index, args.corpus_path, encoder, name, args.faiss_gpu, args.nprobe, args.ef_search
+    )
 
 
 def hybrid(args: argparse.Namespace) -> Retriever:
@@ -55,9 +60,12 @@ def hybrid(args: argparse.Namespace) -> Retriever:
 
     if len(args.hybrid_of) != len(args.index_path):
         raise CorpusError(
-            f"--hybrid_of names {len(args.hybrid_of)} engines, --index_path {len(args.index_path)} indexes"
+            f"--hybrid_of names {len(args.hybrid_of)} engines, --index_path {len(args.index_path)} "
+            "indexes"
         )
-    return Hybrid([indexed(n, i, args) for n, i in zip(args.hybrid_of, args.index_path, strict=True)])
+    return Hybrid(
+        [indexed(n, i, args) for n, i in zip(args.hybrid_of, args.index_path, strict=True)]
+    )
 
 
 def one_index(args: argparse.Namespace) -> Path:
@@ -74,12 +82,16 @@ def corpus_of(args: argparse.Namespace) -> Corpus:
 
 def oracle(args: argparse.Namespace) -> Retriever:
     if args.questions is None:
-        raise CorpusError("--retriever_name oracle needs --questions, a parquet file with extra_info.gold_ids")
+        raise CorpusError(
+            "--retriever_name oracle needs --questions, a parquet file with extra_info.gold_ids"
+        )
     return Oracle(BM25Retriever(one_index(args), args.corpus_path), args.questions)
 
 
 def noisy(args: argparse.Namespace) -> Retriever:
-    return Noisy(indexed(args.noisy_of, one_index(args), args), corpus_of(args), args.noise, args.seed)
+    return Noisy(
+        indexed(args.noisy_of, one_index(args), args), corpus_of(args), args.noise, args.seed
+    )
 
 
 EXPERIMENT_LOADERS: dict[str, Callable[[argparse.Namespace], Retriever]] = {

@@ -1,4 +1,5 @@
-"""Engines for experiments and tests: gold passages, random ones, none, spoilt ones; recorded and replayed searches."""
+"""Engines for experiments and tests: gold passages, random ones, none, spoilt ones; recorded and
+replayed searches."""
 
 import json
 import random
@@ -19,7 +20,8 @@ class Latency:
     """Log-normal delays: `median_ms` and 99 % quantile `p99_ms`."""
 
     def __init__(self, median_ms: float, p99_ms: float, seed: int = 0) -> None:
-        self.mu, self.sigma = log(median_ms / 1000), log(p99_ms / median_ms) / P99
+        self.mu = log(median_ms / 1000)
+        self.sigma = log(p99_ms / median_ms) / P99
         self.rng = random.Random(seed)
 
     def draw(self) -> float:
@@ -29,7 +31,9 @@ class Latency:
 
 def rng_of(query: str, seed: int) -> random.Random:
     """The same for the same query, whatever was asked before it."""
-    return random.Random(blake2b(f"{seed}\n{query}".encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    return random.Random(
+        blake2b(f"{seed}\n{query}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    )
 
 
 class Empty:
@@ -50,7 +54,8 @@ class Random:
     name = "random"
 
     def __init__(self, corpus: Corpus, seed: int = 0) -> None:
-        self.corpus, self.seed = corpus, seed
+        self.corpus = corpus
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.corpus)
@@ -64,12 +69,16 @@ class Random:
 
 
 class Noisy:
-    """Another engine, each of whose passages is replaced by a random one with probability `noise`."""
+    """Another engine, each of whose passages is replaced by a random one with probability
+    `noise`."""
 
     name = "noisy"
 
     def __init__(self, retriever: Retriever, corpus: Corpus, noise: float, seed: int = 0) -> None:
-        self.retriever, self.random, self.noise, self.seed = retriever, Random(corpus, seed), noise, seed
+        self.retriever = retriever
+        self.random = Random(corpus, seed)
+        self.noise = noise
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.retriever)
@@ -84,28 +93,33 @@ class Noisy:
     def spoil(self, query: str, hits: Hits) -> Hits:
         rng = rng_of(query, self.seed)
         return [
-            (self.random.draw(rng, 1)[0][0], score) if rng.random() < self.noise else (d, score) for d, score in hits
+            (self.random.draw(rng, 1)[0][0], score) if rng.random() < self.noise else (d, score)
+            for d, score in hits
         ]
 
 
 class Oracle:
     """Searches gold passages alone.
 
-    A query that is one of the questions gets that question's gold passages; any other the best gold passages of all
-    questions, by BM25. Training questions are a parquet file with `extra_info.gold_ids`.
+    A query that is one of the questions gets that question's gold passages; any other the best gold
+    passages of all questions, by BM25. Training questions are a parquet file with
+    `extra_info.gold_ids`.
     """
 
     name = "oracle"
     DEPTH = 1000
 
     def __init__(self, bm25: BM25Retriever, questions: Path) -> None:
-        """Raises CorpusError when the file has no gold ids, or names passages that the corpus does not have."""
+        """Raises CorpusError when the file has no gold ids, or names passages that the corpus does
+        not have."""
         self.bm25 = bm25
         places = {str(bm25.corpus[i]["id"]): i for i in range(len(bm25))}
         self.gold: dict[str, list[int]] = {}
         for question, ids in read_gold(questions):
             if missing := [i for i in ids if i not in places]:
-                raise CorpusError(f"{questions}: gold passage {missing[0]!r} is not in {bm25.corpus.path}")
+                raise CorpusError(
+                    f"{questions}: gold passage {missing[0]!r} is not in {bm25.corpus.path}"
+                )
             self.gold[question] = [places[i] for i in ids]
         self.all = {place for ids in self.gold.values() for place in ids}
 
@@ -129,7 +143,11 @@ def read_gold(path: Path) -> list[tuple[str, list[str]]]:
 
     rows = pq.read_table(path).to_pylist()
     infos = [row.get("extra_info") or {} for row in rows]
-    found = [(i["question"], [str(g) for g in i["gold_ids"]]) for i in infos if i.get("gold_ids") and i.get("question")]
+    found = [
+        (i["question"], [str(g) for g in i["gold_ids"]])
+        for i in infos
+        if i.get("gold_ids") and i.get("question")
+    ]
     if not found:
         raise CorpusError(f"{path}: no row has extra_info.question and extra_info.gold_ids")
     return found
@@ -139,7 +157,8 @@ class Record:
     """Another engine; what it found is appended to a file that `Replay` serves."""
 
     def __init__(self, retriever: Retriever, path: Path) -> None:
-        self.retriever, self.name = retriever, retriever.name
+        self.retriever = retriever
+        self.name = retriever.name
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a", encoding="utf-8")
 
@@ -168,12 +187,19 @@ class Replay:
         for number, line in enumerate(path.open(encoding="utf-8"), 1):
             try:
                 row = json.loads(line)
-                self.found[row["query"], row["topk"]] = [(document, score) for document, score in row["hits"]]
+                self.found[row["query"], row["topk"]] = [
+                    (document, score) for document, score in row["hits"]
+                ]
             except (ValueError, KeyError, TypeError) as error:
-                raise CorpusError(f"{path}, line {number}: not a recorded search ({error!r})") from error
+                raise CorpusError(
+                    f"{path}, line {number}: not a recorded search ({error!r})"
+                ) from error
 
     def __len__(self) -> int:
         return len(self.found)
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
-        return [self.found.get((q, topk), EngineError(f"not recorded for topk {topk}: {q[:80]!r}")) for q in queries]
+        return [
+            self.found.get((q, topk), EngineError(f"not recorded for topk {topk}: {q[:80]!r}"))
+            for q in queries
+        ]

@@ -16,4 +16,7 @@ def require(extra: str, what: str) -> None:
     """Raises CorpusError unless the packages of `extra` are installed."""
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
-        raise CorpusError(f"{what} needs {' and '.join(missing)}: pip install -e '.[{extra}]' in the project's folder")
+        raise CorpusError(
+            f"{what} needs {' and '.join(missing)}: pip install -e '.[{extra}]' in the project's "
+            "folder"
+        )

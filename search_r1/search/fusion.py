@@ -22,7 +22,9 @@ class Hybrid:
         return max(len(retriever) for retriever in self.retrievers)
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
-        found = [retriever.search(queries, max(topk, FUSION_DEPTH)) for retriever in self.retrievers]
+        found = [
+            retriever.search(queries, max(topk, FUSION_DEPTH)) for retriever in self.retrievers
+        ]
         return [fuse(rankings, topk) for rankings in zip(*found, strict=True)]
 
 
@@ -45,7 +47,12 @@ class Reranker:
     """Lets a cross-encoder order the first `depth` passages of another engine."""
 
     def __init__(
-        self, retriever: Retriever, model: str, depth: int = 20, batch_size: int = 32, device: str | None = None
+        self,
+        retriever: Retriever,
+        model: str,
+        depth: int = 20,
+        batch_size: int = 32,
+        device: str | None = None,
     ) -> None:
         """Raises CorpusError when the model cannot be loaded."""
         from sentence_transformers import CrossEncoder
@@ -54,7 +61,9 @@ class Reranker:
             self.model: Any = CrossEncoder(model, device=device)
         except (OSError, ValueError) as error:
             raise CorpusError(f"--reranker {model}: {error}") from error
-        self.retriever, self.depth, self.batch_size = retriever, depth, batch_size
+        self.retriever = retriever
+        self.depth = depth
+        self.batch_size = batch_size
         self.name = f"{retriever.name}+reranker"
 
     def __len__(self) -> int:
@@ -69,9 +78,15 @@ class Reranker:
             if not isinstance(hits, EngineError)
             for document, _ in hits
         ]
-        scores = iter(self.model.predict(pairs, batch_size=self.batch_size, show_progress_bar=False) if pairs else [])
+        scores = iter(
+            self.model.predict(pairs, batch_size=self.batch_size, show_progress_bar=False)
+            if pairs
+            else []
+        )
         return [
-            hits if isinstance(hits, EngineError) else rerank(hits, [float(next(scores)) for _ in hits], topk)
+            hits
+            if isinstance(hits, EngineError)
+            else rerank(hits, [float(next(scores)) for _ in hits], topk)
             for hits in found
         ]
 

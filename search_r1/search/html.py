@@ -17,7 +17,23 @@ UNREAD = (
     "iframe",
     "head",
 )
-BLOCKS = ("p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "br", "section", "article", "blockquote", "pre")
+BLOCKS = (
+    "p",
+    "div",
+    "li",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "tr",
+    "br",
+    "section",
+    "article",
+    "blockquote",
+    "pre",
+)
 
 
 def title_and_text(html: str | bytes) -> tuple[str, str]:

@@ -1,8 +1,11 @@
-"""Builds an index of a corpus: with progress, whole or not at all, with a manifest that the server checks.
+"""Builds an index of a corpus, whole or not at all, with a manifest that the server checks.
 
-python -m search_r1.search.index_builder --retrieval_method bm25 --corpus_path C.jsonl --save_dir D      makes D/bm25
-python -m search_r1.search.index_builder --retrieval_method e5 --faiss_type Flat --corpus_path C.jsonl --save_dir D
-                                                                                          makes D/e5_Flat.index
+D/bm25:
+    python -m search_r1.search.index_builder --retrieval_method bm25 \\
+        --corpus_path C.jsonl --save_dir D
+D/e5_Flat.index:
+    python -m search_r1.search.index_builder --retrieval_method e5 --faiss_type Flat \\
+        --corpus_path C.jsonl --save_dir D
 """
 
 import argparse
@@ -26,9 +29,10 @@ METHODS = ("bm25", "lucene", *DENSE)
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line, with the original's flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.search.index_builder", description=__doc__,
+        prog="python -m search_r1.search.index_builder",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add(
         "--retrieval_method",
@@ -42,25 +46,58 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         required=True,
         help="a .jsonl or .json, also .gz, or a .parquet with id and contents, or hf:NAME[:SPLIT]",
     )
-    add("--save_dir", type=Path, default=Path("indexes"), help="the index lands in it (default: indexes)")
+    add(
+        "--save_dir",
+        type=Path,
+        default=Path("indexes"),
+        help="the index lands in it (default: indexes)",
+    )
     add("--overwrite", action="store_true", help="build again even if the index is there")
-    add("--skip-bad", action="store_true", help="leave bad lines out and count them, instead of stopping at the first")
-    add("--threads", type=positive, default=os.cpu_count(), help="lucene: indexing threads (default: all cores)")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave bad lines out and count them, instead of stopping at the first",
+    )
+    add(
+        "--threads",
+        type=positive,
+        default=os.cpu_count(),
+        help="lucene: indexing threads (default: all cores)",
+    )
     dense = parser.add_argument_group(f"dense engines ({', '.join(DENSE)})")
     add = dense.add_argument
-    add("--model_path", help="encoder: a name of the Hugging Face hub or a folder (e5 and bge have a default)")
+    add(
+        "--model_path",
+        help="encoder: a name of the Hugging Face hub or a folder (e5 and bge have a default)",
+    )
     add(
         "--faiss_type",
         default="Flat",
-        help="Flat, Flat-F16, Flat-SQ8, HNSW, IVF-Flat, IVF-SQ8, IVF-PQ, or a FAISS factory string (default: Flat)",
+        help=(
+            "Flat, Flat-F16, Flat-SQ8, HNSW, IVF-Flat, IVF-SQ8, IVF-PQ, or a FAISS factory string "
+            "(default: Flat)"
+        ),
     )
     add("--max_length", type=positive, default=180, help="longest passage in tokens (default: 180)")
     add("--batch_size", type=positive, default=512, help="passages per encoder call (default: 512)")
     add("--use_fp16", action="store_true", help="encoder in half precision")
     add("--device", help="where the encoder runs (default: a GPU where there is one)")
-    add("--shard_size", type=positive, default=16384, help="passages per embedding file: what a kill can cost")
-    add("--embedding_path", type=Path, help="folder of the embeddings (default: SAVE_DIR/emb_METHOD)")
-    add("--save_embedding", action="store_true", help="keep the embeddings, for another --faiss_type")
+    add(
+        "--shard_size",
+        type=positive,
+        default=16384,
+        help="passages per embedding file: what a kill can cost",
+    )
+    add(
+        "--embedding_path",
+        type=Path,
+        help="folder of the embeddings (default: SAVE_DIR/emb_METHOD)",
+    )
+    add(
+        "--save_embedding",
+        action="store_true",
+        help="keep the embeddings, for another --faiss_type",
+    )
     return parser.parse_args(argv)
 
 
@@ -68,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Builds unless an index of this corpus is there."""
     args = parse_arguments(argv)
     is_dense = args.retrieval_method in DENSE
-    index = args.save_dir / (f"{args.retrieval_method}_{args.faiss_type}.index" if is_dense else args.retrieval_method)
+    index = args.save_dir / (
+        f"{args.retrieval_method}_{args.faiss_type}.index" if is_dense else args.retrieval_method
+    )
     try:
         reader = CorpusReader(args.corpus_path, args.skip_bad)
         if not args.overwrite and is_built(args.retrieval_method, reader, index, args.model_path):
@@ -85,20 +124,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_built(method: str, reader: CorpusReader, index: Path, model: str | None) -> bool:
-    """Whether `index` is a complete index of this very corpus, in the present format and by the encoder `model`."""
+    """Whether `index` is a complete index of this very corpus, in the present format and by the
+    encoder `model`."""
     try:
         manifest = read_manifest(index)
     except CorpusError:
         return False
     if method == bm25.NAME and manifest.get("parameters") != bm25.PARAMETERS:
         return False
-    if method in DENSE and manifest["parameters"].get("model") != (model or DEFAULT_MODELS.get(method)):
+    if method in DENSE and manifest["parameters"].get("model") != (
+        model or DEFAULT_MODELS.get(method)
+    ):
         return False
     return manifest["corpus"] == reader.fingerprint()
 
 
 def check_target(index: Path) -> None:
-    """Raises CorpusError when there is something at `index` that no index builder of ours wrote: it may be precious."""
+    """Raises CorpusError when there is something at `index` that no index builder of ours wrote: it
+    may be precious."""
     is_empty_folder = index.is_dir() and not any(index.iterdir())
     is_ours = (index / MANIFEST).is_file()
     if index.exists() and not is_empty_folder and not is_ours:
@@ -109,7 +152,8 @@ def check_target(index: Path) -> None:
 
 
 def build(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:
-    """The number of documents indexed. Raises CorpusError for what the corpus or the disk does not allow."""
+    """The number of documents indexed. Raises CorpusError for what the corpus or the disk does not
+    allow."""
     if args.retrieval_method == "bm25":
         return bm25.build(reader, index)
     if args.retrieval_method == "lucene":
@@ -120,7 +164,9 @@ def build(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:
     from search_r1.search import dense
     from search_r1.search.encoder import Encoder
 
-    encoder = Encoder(args.retrieval_method, args.model_path, args.device, args.use_fp16, args.max_length)
+    encoder = Encoder(
+        args.retrieval_method, args.model_path, args.device, args.use_fp16, args.max_length
+    )
     folder = args.embedding_path or args.save_dir / f"emb_{args.retrieval_method}"
     shards = dense.EmbeddingShards(folder, args.shard_size)
     with locked(folder):  # builds of several types share it

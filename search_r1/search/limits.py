@@ -1,4 +1,5 @@
-"""What is refused before it is parsed: bodies that are too large, and requests for which there is no room."""
+"""What is refused before it is parsed: bodies that are too large, and requests for which there is
+no room."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,7 +22,8 @@ class BodyLimit:
     """ASGI middleware that answers 413 to bodies of more than `max_bytes`."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
+        self.app = app
+        self.max_bytes = max_bytes
         self.problem = f"the body has more than {max_bytes} bytes"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -29,7 +31,9 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.max_bytes:
-            return await JSONResponse({"detail": self.problem}, status_code=413)(scope, receive, send)
+            return await JSONResponse({"detail": self.problem}, status_code=413)(
+                scope, receive, send
+            )
         received = 0
 
         async def limited() -> Message:
@@ -44,16 +48,23 @@ class BodyLimit:
 
 
 class Door:
-    """ASGI middleware that answers 429 with Retry-After while `overload()` says why there is no room.
+    """ASGI middleware that answers 429 with Retry-After while `overload()` says why there is no
+    room.
 
-    Neither body nor query is looked at, and refusals leave one by one, so that they take nothing from the requests that
-    were let in however many clients ask again at once. Whoever finds room when it is his turn is let in.
+    Neither body nor query is looked at, and refusals leave one by one, so that they take nothing
+    from the requests that were let in however many clients ask again at once. Whoever finds room
+    when it is his turn is let in.
     """
 
     def __init__(
-        self, app: ASGIApp, overload: Callable[[], Overloaded | None], on_refusal: Callable[[], object]
+        self,
+        app: ASGIApp,
+        overload: Callable[[], Overloaded | None],
+        on_refusal: Callable[[], object],
     ) -> None:
-        self.app, self.overload, self.on_refusal = app, overload, on_refusal
+        self.app = app
+        self.overload = overload
+        self.on_refusal = on_refusal
         self.last_turn = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

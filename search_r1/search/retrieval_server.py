@@ -1,6 +1,7 @@
 """The retrieval server: `/retrieve`, `/health` and `/metrics` over one engine.
 
-python search_r1/search/retrieval_server.py --index_path INDEX/bm25 --corpus_path C.jsonl --topk 3 --retriever_name bm25
+python search_r1/search/retrieval_server.py --index_path INDEX/bm25 --corpus_path C.jsonl --topk 3
+--retriever_name bm25
 """
 
 import argparse
@@ -20,7 +21,9 @@ __all__ = ["load", "main", "parse_arguments"]
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line, with the original's flags."""
     parser = argparse.ArgumentParser(
-        prog="retrieval_server.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="retrieval_server.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     engine = parser.add_argument_group("engine")
     add = engine.add_argument
@@ -38,13 +41,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         help="index folder or FAISS file; two for hybrid; a recording for replay",
     )
-    add("--corpus_path", type=Path, help="JSONL with id and contents, the one the index was built from")
+    add(
+        "--corpus_path",
+        type=Path,
+        help="JSONL with id and contents, the one the index was built from",
+    )
     add("--threads", type=positive, help="bm25, lucene: search threads (default: all cores)")
     dense = parser.add_argument_group(f"dense engines ({', '.join(DENSE)})")
     add = dense.add_argument
-    add("--retriever_model", help="encoder: a name of the Hugging Face hub or a folder (e5 and bge have a default)")
-    add("--faiss_gpu", action="store_true", help="keep the index on the GPUs, divided over all of them")
-    add("--device", help="where encoder and reranker run: cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add(
+        "--retriever_model",
+        help="encoder: a name of the Hugging Face hub or a folder (e5 and bge have a default)",
+    )
+    add(
+        "--faiss_gpu",
+        action="store_true",
+        help="keep the index on the GPUs, divided over all of them",
+    )
+    add(
+        "--device",
+        help="where encoder and reranker run: cpu, cuda, cuda:1 (default: a GPU, if any)",
+    )
     add("--use_fp16", action="store_true", help="encoder in half precision")
     add("--max_length", type=positive, help="longest query in tokens (default: the model's)")
     add("--nprobe", type=positive, default=64, help="IVF: lists looked at (default: 64)")
@@ -59,14 +76,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="engines to fuse (default: bm25 e5)",
     )
-    add("--reranker", help="cross-encoder that orders the passages of any engine: a name or a folder")
+    add(
+        "--reranker",
+        help="cross-encoder that orders the passages of any engine: a name or a folder",
+    )
     add("--rerank_depth", type=positive, default=20, help="passages it looks at (default: 20)")
     add("--batch_size", type=positive, default=32, help="pairs it looks at at a time (default: 32)")
     add_experiment_flags(parser)
     add_flags(parser)
     args = parser.parse_args(argv)
     if args.faiss_gpu and args.workers > 1:
-        parser.error("--faiss_gpu: an index on the GPU belongs to one process; leave --workers at 1")
+        parser.error(
+            "--faiss_gpu: an index on the GPU belongs to one process; leave --workers at 1"
+        )
     if not 0 <= args.noise <= 1:
         parser.error("--noise is a share, from 0 to 1")
     return args
@@ -77,11 +99,24 @@ def add_experiment_flags(parser: argparse.ArgumentParser) -> None:
     experiments = parser.add_argument_group("experiments")
     add = experiments.add_argument
     add("--record", type=Path, help="append every search to this file, for --retriever_name replay")
-    add("--questions", type=Path, help="oracle: parquet with extra_info.question and extra_info.gold_ids")
     add(
-        "--noisy_of", choices=INDEXED, default="bm25", metavar="NAME", help="noisy: the engine to spoil (default: bm25)"
+        "--questions",
+        type=Path,
+        help="oracle: parquet with extra_info.question and extra_info.gold_ids",
     )
-    add("--noise", type=float, default=0.3, help="noisy: share of passages replaced by random ones (default: 0.3)")
+    add(
+        "--noisy_of",
+        choices=INDEXED,
+        default="bm25",
+        metavar="NAME",
+        help="noisy: the engine to spoil (default: bm25)",
+    )
+    add(
+        "--noise",
+        type=float,
+        default=0.3,
+        help="noisy: share of passages replaced by random ones (default: 0.3)",
+    )
     add("--seed", type=int, default=0, help="noisy, random: seed (default: 0)")
 
 

@@ -17,7 +17,8 @@ class RetrieveRequest(BaseModel):
     return_scores: bool = Field(default=False, strict=True)
     """Whether each passage comes as `{"document": …, "score": …}` or as the document itself."""
     allow_partial: bool = Field(default=False, strict=True)
-    """Whether a query that failed is reported under `errors` beside the others' results, or fails the request."""
+    """Whether a query that failed is reported under `errors` beside the others' results, or fails
+    the request."""
 
     @field_validator("topk", mode="before")
     @classmethod
@@ -42,7 +43,8 @@ class ScoredDocument(BaseModel):
 
 
 class RetrieveResponse(BaseModel):
-    """One list per query, in their order; without `return_scores` its items are the documents themselves."""
+    """One list per query, in their order; without `return_scores` its items are the documents
+    themselves."""
 
     result: list[list[dict[str, Any]]]
     errors: dict[int, str] | None = None

@@ -1,8 +1,9 @@
 """Web search behind the `/retrieve` contract.
 
-python search_r1/search/serp_search_server.py --search_url https://serpapi.com/search --topk 3 --serp_api_key KEY
-python search_r1/search/serp_search_server.py --provider google --google_api_key KEY --google_cse_id ID
-python search_r1/search/serp_search_server.py --provider brave --brave_api_key KEY
+python search_r1/search/serp_search_server.py --search_url https://serpapi.com/search --topk 3
+--serp_api_key KEY python search_r1/search/serp_search_server.py --provider google --google_api_key
+KEY --google_cse_id ID python search_r1/search/serp_search_server.py --provider brave
+--brave_api_key KEY
 
 Keys may stand in SERPAPI_API_KEY, GOOGLE_API_KEY, GOOGLE_CSE_ID and BRAVE_API_KEY instead.
 """
@@ -26,24 +27,61 @@ from search_r1.search.web import Provider, WebRetriever, brave, google, serpapi
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line, with the original's flags."""
     parser = argparse.ArgumentParser(
-        prog="serp_search_server.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="serp_search_server.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     env = os.environ.get
     add = parser.add_argument_group("provider").add_argument
-    add("--provider", choices=("serpapi", "google", "brave"), default="serpapi", help="(default: serpapi)")
+    add(
+        "--provider",
+        choices=("serpapi", "google", "brave"),
+        default="serpapi",
+        help="(default: serpapi)",
+    )
     add("--search_url", help="address of the provider's API (default: its public one)")
     add("--serp_api_key", default=env("SERPAPI_API_KEY"), help="key of SerpAPI")
-    add("--serp_engine", default="google", help="SerpAPI's engine: google, bing, duckduckgo, … (default: google)")
+    add(
+        "--serp_engine",
+        default="google",
+        help="SerpAPI's engine: google, bing, duckduckgo, … (default: google)",
+    )
     add("--google_api_key", default=env("GOOGLE_API_KEY"), help="key of Google Custom Search")
-    add("--google_cse_id", default=env("GOOGLE_CSE_ID"), help="id of the Programmable Search Engine")
+    add(
+        "--google_cse_id", default=env("GOOGLE_CSE_ID"), help="id of the Programmable Search Engine"
+    )
     add("--brave_api_key", default=env("BRAVE_API_KEY"), help="key of Brave Search")
     add = parser.add_argument_group("searching").add_argument
     add("--cache", type=Path, help="SQLite file that keeps what was found (default: none)")
-    add("--fetch_pages", action="store_true", help="give the pages' text instead of the provider's snippets")
-    add("--max_page_chars", type=positive, default=2000, help="characters of a page's text (default: 2000)")
-    add("--requests_per_s", type=float, default=5.0, help="requests to the provider per second (default: 5)")
-    add("--max_retries", type=int, default=4, help="further attempts after errors and rate limits (default: 4)")
-    add("--timeout_s", type=float, default=10.0, help="seconds a request to the provider may take (default: 10)")
+    add(
+        "--fetch_pages",
+        action="store_true",
+        help="give the pages' text instead of the provider's snippets",
+    )
+    add(
+        "--max_page_chars",
+        type=positive,
+        default=2000,
+        help="characters of a page's text (default: 2000)",
+    )
+    add(
+        "--requests_per_s",
+        type=float,
+        default=5.0,
+        help="requests to the provider per second (default: 5)",
+    )
+    add(
+        "--max_retries",
+        type=int,
+        default=4,
+        help="further attempts after errors and rate limits (default: 4)",
+    )
+    add(
+        "--timeout_s",
+        type=float,
+        default=10.0,
+        help="seconds a request to the provider may take (default: 10)",
+    )
     add("--record", type=Path, help="append every search to this file, for --retriever_name replay")
     add_flags(parser)
     args = parser.parse_args(argv)
@@ -61,7 +99,10 @@ def provider_of(args: argparse.Namespace) -> Provider:
         "brave": {"--brave_api_key": args.brave_api_key},
     }[args.provider]
     if missing := [flag for flag, value in keys.items() if not value]:
-        raise CorpusError(f"--provider {args.provider} needs {' and '.join(missing)} (or the environment, see --help)")
+        raise CorpusError(
+            f"--provider {args.provider} needs {' and '.join(missing)} (or the environment, see "
+            "--help)"
+        )
     if args.provider == "serpapi":
         return serpapi(args.serp_api_key, args.serp_engine, **url)
     if args.provider == "google":
@@ -72,9 +113,14 @@ def provider_of(args: argparse.Namespace) -> Provider:
 def load(args: argparse.Namespace) -> Retriever:
     """The engine. Raises CorpusError when the key is missing."""
     retriever = WebRetriever(
-        provider_of(args), args.cache, args.fetch_pages, args.max_page_chars, args.requests_per_s, args.max_retries,
+        provider_of(args),
+        args.cache,
+        args.fetch_pages,
+        args.max_page_chars,
+        args.requests_per_s,
+        args.max_retries,
         args.timeout_s,
-    )  # fmt: skip
+    )
     return Record(retriever, args.record) if args.record else retriever
 
 

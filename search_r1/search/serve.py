@@ -24,9 +24,11 @@ from search_r1.search.server_metrics import MULTIPROC_DIR
 
 WORKER = "SEARCH_R1_WORKER"
 HEALTH_S = 60
-"""A worker that answers nothing for so long is replaced. Imports on a busy machine take many seconds."""
+"""A worker that answers nothing for so long is replaced. Imports on a busy machine take many
+seconds."""
 KEEP_ALIVE_S = 60
-"""Longer than clients keep an idle connection: one that the server closes may break a request that is just coming."""
+"""Longer than clients keep an idle connection: one that the server closes may break a request that
+is just coming."""
 STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "color_message"}
 
 
@@ -35,29 +37,94 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     defaults = ServerSettings()
     http = parser.add_argument_group("serving")
     add = http.add_argument
-    add("--topk", type=positive, default=3, help="passages per query where a request names no number (default: 3)")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other hosts (default: 127.0.0.1)")
+    add(
+        "--topk",
+        type=positive,
+        default=3,
+        help="passages per query where a request names no number (default: 3)",
+    )
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 for other hosts (default: 127.0.0.1)",
+    )
     add("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    add("--workers", type=positive, default=1, help="processes that share the mapped index (default: 1)")
-    add("--log_level", choices=("info", "warning", "error"), default="info", help="what is logged (default: info)")
-    add("--token", default=os.environ.get(TOKEN), help=f"bearer token clients must send (default: ${TOKEN}, else none)")
+    add(
+        "--workers",
+        type=positive,
+        default=1,
+        help="processes that share the mapped index (default: 1)",
+    )
+    add(
+        "--log_level",
+        choices=("info", "warning", "error"),
+        default="info",
+        help="what is logged (default: info)",
+    )
+    add(
+        "--token",
+        default=os.environ.get(TOKEN),
+        help=f"bearer token clients must send (default: ${TOKEN}, else none)",
+    )
     batching = parser.add_argument_group("batching and limits")
     add = batching.add_argument
-    add("--max_batch_size", type=positive, default=defaults.max_batch_size, help="queries per engine call")
-    add("--batch_wait_ms", type=float, default=0.0, help="how long an idle engine waits for more queries (default: 0)")
-    add("--max_queue", type=positive, default=defaults.max_queue, help="most queries that may wait; above: 429")
-    add("--cache_size", type=int, default=defaults.cache_size, help="queries whose passages are kept; 0: none")
+    add(
+        "--max_batch_size",
+        type=positive,
+        default=defaults.max_batch_size,
+        help="queries per engine call",
+    )
+    add(
+        "--batch_wait_ms",
+        type=float,
+        default=0.0,
+        help="how long an idle engine waits for more queries (default: 0)",
+    )
+    add(
+        "--max_queue",
+        type=positive,
+        default=defaults.max_queue,
+        help="most queries that may wait; above: 429",
+    )
+    add(
+        "--cache_size",
+        type=int,
+        default=defaults.cache_size,
+        help="queries whose passages are kept; 0: none",
+    )
     add(
         "--request_timeout_s",
         type=float,
         default=defaults.request_timeout_s,
-        help="longest time of a request; then 504. One that would have to wait half of it is refused: 429",
+        help=(
+            "longest time of a request; then 504. One that would have to wait half of it is "
+            "refused: 429"
+        ),
     )
-    add("--max_body_bytes", type=positive, default=defaults.max_body_bytes, help="largest request; above: 413")
-    add("--max_queries", type=positive, default=defaults.max_queries, help="queries per request; above: 422")
-    add("--max_query_chars", type=positive, default=defaults.max_query_chars, help="characters per query; above: 422")
+    add(
+        "--max_body_bytes",
+        type=positive,
+        default=defaults.max_body_bytes,
+        help="largest request; above: 413",
+    )
+    add(
+        "--max_queries",
+        type=positive,
+        default=defaults.max_queries,
+        help="queries per request; above: 422",
+    )
+    add(
+        "--max_query_chars",
+        type=positive,
+        default=defaults.max_query_chars,
+        help="characters per query; above: 422",
+    )
     latency = parser.add_argument_group("experiments")
-    latency.add_argument("--inject_latency_ms", type=float, help="median of a log-normal delay added to every request")
+    latency.add_argument(
+        "--inject_latency_ms",
+        type=float,
+        help="median of a log-normal delay added to every request",
+    )
     latency.add_argument("--inject_latency_p99_ms", type=float, help="its 99 %% quantile")
 
 
@@ -71,18 +138,35 @@ def positive(text: str) -> int:
 
 def settings_of(args: argparse.Namespace) -> ServerSettings:
     """The flags of `add_flags` as settings."""
-    latency = Latency(args.inject_latency_ms, args.inject_latency_p99_ms) if args.inject_latency_ms else None
-    same = ("topk", "max_batch_size", "max_queue", "cache_size", "request_timeout_s", "max_body_bytes", "max_queries",
-            "max_query_chars", "token")  # fmt: skip
+    latency = (
+        Latency(args.inject_latency_ms, args.inject_latency_p99_ms)
+        if args.inject_latency_ms
+        else None
+    )
+    same = (
+        "topk",
+        "max_batch_size",
+        "max_queue",
+        "cache_size",
+        "request_timeout_s",
+        "max_body_bytes",
+        "max_queries",
+        "max_query_chars",
+        "token",
+    )
     return ServerSettings(
-        **{name: getattr(args, name) for name in same}, batch_wait_s=args.batch_wait_ms / 1000, latency=latency
+        **{name: getattr(args, name) for name in same},
+        batch_wait_s=args.batch_wait_ms / 1000,
+        latency=latency,
     )
 
 
 def serve(module: str, argv: Sequence[str] | None = None) -> int:
-    """Runs the server of `module`, which offers `parse_arguments(argv)` and `load(args)`; the exit status.
+    """Runs the server of `module`, which offers `parse_arguments(argv)` and `load(args)`; the exit
+    status.
 
-    With several workers the engine is loaded here first: what cannot be loaded is an error, not an endless restart.
+    With several workers the engine is loaded here first: what cannot be loaded is an error, not an
+    endless restart.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     server = importlib.import_module(module)
@@ -90,11 +174,18 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
     if (args.inject_latency_ms is None) != (args.inject_latency_p99_ms is None):
         sys.exit("error: --inject_latency_ms and --inject_latency_p99_ms go together")
     if args.max_queue < args.max_queries:
-        sys.exit(f"error: --max_queue {args.max_queue} has no room for a request of --max_queries {args.max_queries}")
+        sys.exit(
+            f"error: --max_queue {args.max_queue} has no room for a request of --max_queries "
+            f"{args.max_queries}"
+        )
     common: dict[str, Any] = {
-        "host": args.host, "port": args.port, "log_config": None, "access_log": False,
-        "timeout_graceful_shutdown": int(args.request_timeout_s) + 1, "timeout_keep_alive": KEEP_ALIVE_S,
-    }  # fmt: skip
+        "host": args.host,
+        "port": args.port,
+        "log_config": None,
+        "access_log": False,
+        "timeout_graceful_shutdown": int(args.request_timeout_s) + 1,
+        "timeout_keep_alive": KEEP_ALIVE_S,
+    }
     if args.workers == 1:
         set_up_logging(args.log_level)
         app = create_app(partial(server.load, args), settings_of(args))
@@ -128,7 +219,12 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         extra = {k: v for k, v in record.__dict__.items() if k not in STANDARD_FIELDS}
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + "Z"
-        line = {"time": when, "level": record.levelname.lower(), "event": record.getMessage(), **extra}
+        line = {
+            "time": when,
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **extra,
+        }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

@@ -14,17 +14,29 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-        self.requests = Counter("retrieval_requests", "Requests by status", ["status"], registry=registry)
+        self.requests = Counter(
+            "retrieval_requests", "Requests by status", ["status"], registry=registry
+        )
         self.queries = Counter("retrieval_queries", "Queries asked", registry=registry)
-        self.cached = Counter("retrieval_cache_hits", "Queries answered from the cache", registry=registry)
+        self.cached = Counter(
+            "retrieval_cache_hits", "Queries answered from the cache", registry=registry
+        )
         self.errors = Counter("retrieval_errors", "Failures by kind", ["kind"], registry=registry)
         self.queue = Gauge(
-            "retrieval_queue_depth", "Queries waiting", registry=registry, multiprocess_mode="livesum"
-        )  # fmt: skip
-        self.batch_size = Histogram(
-            "retrieval_batch_size", "Queries per engine call", buckets=[2**i for i in range(11)], registry=registry
+            "retrieval_queue_depth",
+            "Queries waiting",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
-        self.seconds = Histogram("retrieval_request_seconds", "Time of a request", buckets=SECONDS, registry=registry)
+        self.batch_size = Histogram(
+            "retrieval_batch_size",
+            "Queries per engine call",
+            buckets=[2**i for i in range(11)],
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "retrieval_request_seconds", "Time of a request", buckets=SECONDS, registry=registry
+        )
         self.engine_seconds = Histogram(
             "retrieval_engine_seconds", "Time of an engine call", buckets=SECONDS, registry=registry
         )

@@ -1,4 +1,5 @@
-"""Web search: SerpAPI, Google Custom Search and Brave, with a rate limit, retries and a cache on disk.
+"""Web search: SerpAPI, Google Custom Search and Brave, with a rate limit, retries and a cache on
+disk.
 
 Keys never leave the request: they are in no message, no log and no cache entry.
 """
@@ -69,7 +70,8 @@ class Page:
 
 @dataclass(frozen=True)
 class Provider:
-    """How to ask a provider (a query and a number of results become a request) and to read its answer."""
+    """How to ask a provider (a query and a number of results become a request) and to read its
+    answer."""
 
     name: str
     url: str
@@ -82,19 +84,33 @@ def serpapi(key: str, engine: str = "google", url: str = "https://serpapi.com/se
     """SerpAPI; `engine` is one of its engines: google, bing, duckduckgo, yahoo, yandex, baidu."""
     name = SERPAPI_QUERY_KEYS.get(engine, "q")
     return Provider(
-        f"serpapi-{engine}", url, lambda q, n: {"engine": engine, name: q, "num": n, "api_key": key}, parse_serpapi
+        f"serpapi-{engine}",
+        url,
+        lambda q, n: {"engine": engine, name: q, "num": n, "api_key": key},
+        parse_serpapi,
     )
 
 
-def google(key: str, cse_id: str, url: str = "https://customsearch.googleapis.com/customsearch/v1") -> Provider:
+def google(
+    key: str, cse_id: str, url: str = "https://customsearch.googleapis.com/customsearch/v1"
+) -> Provider:
     """Google's Custom Search JSON API, which gives at most 10 results."""
-    return Provider("google", url, lambda q, n: {"q": q, "num": min(n, 10), "key": key, "cx": cse_id}, parse_google)
+    return Provider(
+        "google",
+        url,
+        lambda q, n: {"q": q, "num": min(n, 10), "key": key, "cx": cse_id},
+        parse_google,
+    )
 
 
 def brave(key: str, url: str = "https://api.search.brave.com/res/v1/web/search") -> Provider:
     """Brave's web search, which gives at most 20 results."""
     return Provider(
-        "brave", url, lambda q, n: {"q": q, "count": min(n, 20)}, parse_brave, {"X-Subscription-Token": key}
+        "brave",
+        url,
+        lambda q, n: {"q": q, "count": min(n, 20)},
+        parse_brave,
+        {"X-Subscription-Token": key},
     )
 
 
@@ -111,7 +127,9 @@ def parse_serpapi(body: dict[str, Any], topk: int) -> list[Page]:
 
 def parse_google(body: dict[str, Any], topk: int) -> list[Page]:
     items = body.get("items", [])[:topk]
-    return [Page(item.get("title", ""), item.get("snippet", ""), item.get("link", "")) for item in items]
+    return [
+        Page(item.get("title", ""), item.get("snippet", ""), item.get("link", "")) for item in items
+    ]
 
 
 def parse_brave(body: dict[str, Any], topk: int) -> list[Page]:
@@ -127,7 +145,8 @@ def parse_brave(body: dict[str, Any], topk: int) -> list[Page]:
 
 
 class WebRetriever:
-    """Searches the web, `workers` queries at a time; what was found once is found again in `cache`."""
+    """Searches the web, `workers` queries at a time; what was found once is found again in
+    `cache`."""
 
     def __init__(
         self,
@@ -142,10 +161,15 @@ class WebRetriever:
         workers: int = 16,
     ) -> None:
         require("web", "web search")
-        self.provider, self.name = provider, provider.name
-        self.fetch_pages, self.max_page_chars = fetch_pages, max_page_chars
-        self.max_retries, self.backoff_s = max_retries, backoff_s
-        self.http = httpx.Client(timeout=timeout_s, follow_redirects=True, mounts=direct(provider.url))
+        self.provider = provider
+        self.name = provider.name
+        self.fetch_pages = fetch_pages
+        self.max_page_chars = max_page_chars
+        self.max_retries = max_retries
+        self.backoff_s = backoff_s
+        self.http = httpx.Client(
+            timeout=timeout_s, follow_redirects=True, mounts=direct(provider.url)
+        )
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="web")
         self.pace = Pace(requests_per_s)
         self.cache = DiskCache(cache) if cache is not None else None
@@ -174,13 +198,16 @@ class WebRetriever:
         return hits
 
     def _ask(self, query: str, topk: int) -> dict[str, Any]:
-        """The provider's answer. Raises QuotaError and KeyRefused at once, other errors after retries."""
+        """The provider's answer. Raises QuotaError and KeyRefused at once, other errors after
+        retries."""
         problem: WebError = WebError("not tried")
         for attempt in range(self.max_retries + 1):
             self.pace.wait()
             try:
                 answer = self.http.get(
-                    self.provider.url, params=self.provider.parameters(query, topk), headers=self.provider.headers
+                    self.provider.url,
+                    params=self.provider.parameters(query, topk),
+                    headers=self.provider.headers,
                 )
                 return check(answer, self.name)
             except (QuotaError, KeyRefused):
@@ -189,23 +216,33 @@ class WebRetriever:
                 problem = error
             except httpx.HTTPError as error:  # its text may hold the address with the key
                 problem = WebError(f"{self.name}: {type(error).__name__}")
-            wait = getattr(problem, "wait_s", None) or self.backoff_s * 2**attempt * random.uniform(0.5, 1.0)
+            wait = getattr(problem, "wait_s", None) or self.backoff_s * 2**attempt * random.uniform(
+                0.5, 1.0
+            )
             if attempt < self.max_retries:
                 time.sleep(wait)
         raise problem
 
     def _document(self, page: Page) -> dict[str, Any]:
-        """The page as a document: its snippet, or its text where that was asked for and can be had."""
-        title, text = title_and_text(page.title)[1] or page.url, title_and_text(page.snippet)[1]
+        """The page as a document: its snippet, or its text where that was asked for and can be
+        had."""
+        title = title_and_text(page.title)[1] or page.url
+        text = title_and_text(page.snippet)[1]
         if self.fetch_pages and page.url:
             text = self._page_text(page.url) or text
-        return {"id": page.url or hashlib.sha256(text.encode()).hexdigest()[:16], "contents": contents(title, text)}
+        return {
+            "id": page.url or hashlib.sha256(text.encode()).hexdigest()[:16],
+            "contents": contents(title, text),
+        }
 
     def _page_text(self, url: str) -> str:
-        """The beginning of a page's text; empty when the page cannot be had, so that the snippet stands for it."""
+        """The beginning of a page's text; empty when the page cannot be had, so that the snippet
+        stands for it."""
         try:
             with self.http.stream("GET", url) as answer:
-                if answer.status_code != 200 or "html" not in answer.headers.get("content-type", ""):
+                if answer.status_code != 200 or "html" not in answer.headers.get(
+                    "content-type", ""
+                ):
                     return ""
                 data = b""
                 for chunk in answer.iter_bytes():
@@ -223,7 +260,8 @@ def shorten(query: str) -> str:
 
 
 def check(answer: httpx.Response, name: str) -> dict[str, Any]:
-    """The body of a good answer. Raises QuotaError, KeyRefused, RateLimited or WebError, as each provider says it."""
+    """The body of a good answer. Raises QuotaError, KeyRefused, RateLimited or WebError, as each
+    provider says it."""
     try:
         body = answer.json()
     except ValueError:
@@ -234,7 +272,12 @@ def check(answer: httpx.Response, name: str) -> dict[str, Any]:
     if answer.status_code == 200 and (error is None or NO_RESULTS in text):
         return body
     message = f"{name}: status {answer.status_code}, {text or 'no explanation'}"
-    if "dailyLimit" in reason or "run out of searches" in text or "per day" in text or reason == "QUOTA_LIMITED":
+    if (
+        "dailyLimit" in reason
+        or "run out of searches" in text
+        or "per day" in text
+        or reason == "QUOTA_LIMITED"
+    ):
         raise QuotaError(message)
     if answer.status_code == 429 or "rateLimit" in reason or "RATE_LIMITED" in reason:
         raise RateLimited(message, reset_of(answer))
@@ -253,8 +296,12 @@ def describe(error: Any) -> tuple[str, str]:
 
 
 def reset_of(answer: httpx.Response) -> float | None:
-    """Seconds that the provider asks to wait: Retry-After, or the first (shortest) window of Brave's header."""
-    value = answer.headers.get("retry-after") or answer.headers.get("x-ratelimit-reset", "").split(",")[0]
+    """Seconds that the provider asks to wait: Retry-After, or the first (shortest) window of
+    Brave's header."""
+    value = (
+        answer.headers.get("retry-after")
+        or answer.headers.get("x-ratelimit-reset", "").split(",")[0]
+    )
     return min(float(value), 60.0) if value.strip().isdigit() else None
 
 
@@ -262,7 +309,9 @@ class Pace:
     """Lets callers pass at most `per_s` times a second."""
 
     def __init__(self, per_s: float) -> None:
-        self.interval, self.next, self.lock = 1 / per_s, 0.0, threading.Lock()
+        self.interval = 1 / per_s
+        self.next = 0.0
+        self.lock = threading.Lock()
 
     def wait(self) -> None:
         with self.lock:

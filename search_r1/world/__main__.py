@@ -1,4 +1,5 @@
-"""`python -m search_r1.world --out DIR`: writes corpus.jsonl, train.parquet and the held-out question files."""
+"""`python -m search_r1.world --out DIR`: writes corpus.jsonl, train.parquet and the held-out
+question files."""
 
 import argparse
 import json
@@ -16,7 +17,9 @@ from search_r1.world.generate import OPTIONS_FILE, World, WorldConfig, make_worl
 def write_world(world: World, options: WorldConfig, folder: Path) -> None:
     """Writes what made the world, the passages as JSONL and each list of questions as parquet."""
     with making(folder, options.model_dump()) as pending:
-        (pending / OPTIONS_FILE).write_text(options.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (pending / OPTIONS_FILE).write_text(
+            options.model_dump_json(indent=2) + "\n", encoding="utf-8"
+        )
         lines = (json.dumps(p) + "\n" for p in world.passages)
         (pending / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
         for name, rows in world.rows.items():
@@ -24,12 +27,16 @@ def write_world(world: World, options: WorldConfig, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m search_r1.world", description="Generate a closed world.")
+    parser = argparse.ArgumentParser(
+        prog="python -m search_r1.world", description="Generate a closed world."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     for name, field in WorldConfig.model_fields.items():
         kind = float if field.annotation is float else int
         description = f"{field.description} (default: {field.default})"
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=field.default, help=description)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=kind, default=field.default, help=description
+        )
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
     options = WorldConfig(**args)

@@ -1,7 +1,9 @@
-"""`python -m search_r1.world.base --out DIR`: builds the base model of the closed world, from random weights.
+"""`python -m search_r1.world.base --out DIR`: builds the base model of the closed world, from
+random weights.
 
-Stages of supervised fine-tuning (traces.py): recalling facts from a list, then reading them out of passages in clean
-traces, each until the copied words are right often enough; reading at a decaying rate; then the poor policy.
+Stages of supervised fine-tuning (traces.py): recalling facts from a list, then reading them out of
+passages in clean traces, each until the copied words are right often enough; reading at a decaying
+rate; then the poor policy.
 """
 
 import argparse
@@ -23,7 +25,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalL
 from search_r1.world.generate import FIRST, SECOND
 from search_r1.world.model import random_model
 from search_r1.world.tokenizer import train_tokenizer, training_texts
-from search_r1.world.traces import POOR, READING, Piece, PolicyMix, RecallWriter, TraceWriter, encode_trace
+from search_r1.world.traces import (
+    POOR,
+    READING,
+    Piece,
+    PolicyMix,
+    RecallWriter,
+    TraceWriter,
+    encode_trace,
+)
 from verl.trainer.sft import Example, SFTConfig, SFTTrainer, start_process_group
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 
@@ -55,7 +65,11 @@ def examples(draw: Draw, tokenizer: PreTrainedTokenizerFast) -> Iterator[Example
     """Endless rows; `watch_mask` marks the facts copied out of passages."""
     while True:
         row = encode_trace(draw(), tokenizer)
-        yield {"input_ids": row["input_ids"], "loss_mask": row["loss_mask"], "watch_mask": row["read_mask"]}
+        yield {
+            "input_ids": row["input_ids"],
+            "loss_mask": row["loss_mask"],
+            "watch_mask": row["read_mask"],
+        }
 
 
 def run_stage(stage: Stage, trainer: SFTTrainer, rows: Iterator[Example]) -> float:
@@ -73,29 +87,50 @@ def run_stage(stage: Stage, trainer: SFTTrainer, rows: Iterator[Example]) -> flo
 
 
 def train(
-    stages: Sequence[Stage], start: str, out: str, optim: OptimConfig, seed: int, rng: random.Random, asked: int
+    stages: Sequence[Stage],
+    start: str,
+    out: str,
+    optim: OptimConfig,
+    seed: int,
+    rng: random.Random,
+    asked: int,
 ) -> None:
-    """Runs `stages` on the model in `start` and writes it to `out`, then asks it so many fresh questions."""
+    """Runs `stages` on the model in `start` and writes it to `out`, then asks it so many fresh
+    questions."""
     tokenizer = AutoTokenizer.from_pretrained(start)
     config = SFTConfig(
-        model=ModelConfig(path=start, enable_gradient_checkpointing=False), output=out, train_batch_size=48,
-        max_token_len_per_gpu=2048, seed=seed, total_training_steps=sum(s.max_steps for s in stages),
-        optim=optim, fsdp=FSDPConfig(dtype="float32"),
-    )  # fmt: skip
+        model=ModelConfig(path=start, enable_gradient_checkpointing=False),
+        output=out,
+        train_batch_size=48,
+        max_token_len_per_gpu=2048,
+        seed=seed,
+        total_training_steps=sum(s.max_steps for s in stages),
+        optim=optim,
+        fsdp=FSDPConfig(dtype="float32"),
+    )
     trainer = SFTTrainer(config)
     for stage in stages:
         began = time.monotonic()
         right = run_stage(stage, trainer, examples(stage.traces(rng), tokenizer))
-        logger.info("%s: %.3f of the copied words right, %.0f s", stage.name, right, time.monotonic() - began)
+        logger.info(
+            "%s: %.3f of the copied words right, %.0f s",
+            stage.name,
+            right,
+            time.monotonic() - began,
+        )
     trainer.save(out)
     if dist.get_rank() == 0:
-        logger.info("%.3f of fresh questions answered when given the gold passages", answered(out, asked))
+        logger.info(
+            "%.3f of fresh questions answered when given the gold passages", answered(out, asked)
+        )
 
 
 def answered(path: str | Path, count: int = 300, seed: int = 1) -> float:
-    """The reading gate: share of `count` fresh questions of one to three hops that the model in `path` answers right.
+    """The reading gate: share of `count` fresh questions of one to three hops that the model in
+    `path` answers right.
 
-    It is given a clean trace up to its last passages, gold ones at any rank among distractors, and goes on greedily.
+    It is given a clean trace up to its last passages, gold ones at any rank among distractors, and
+    goes on greedily.
     """
     model: Any = Qwen2ForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -107,7 +142,9 @@ def answered(path: str | Path, count: int = 300, seed: int = 1) -> float:
         last = max(i for i, piece in enumerate(pieces) if piece.kind == "observation")
         ids = torch.tensor([encode_trace(pieces[: last + 1], tokenizer)["input_ids"]])
         mask = torch.ones_like(ids)
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=ends)
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=ends
+        )
         right += tokenizer.decode(out[0, ids.shape[1] :]).endswith(pieces[-1].text)
     return right / count
 
@@ -131,7 +168,9 @@ def build(
     constant = OptimConfig(lr=1e-3, betas=(0.9, 0.99), lr_warmup_steps_ratio=warmup)
     decaying = OptimConfig(lr=7e-4, betas=(0.9, 0.99), lr_scheduler_type="cosine")
     with tempfile.TemporaryDirectory() as folder:
-        start, reader, settled_reader = (f"{folder}/{name}" for name in ("start", "reader", "settled"))
+        start, reader, settled_reader = (
+            f"{folder}/{name}" for name in ("start", "reader", "settled")
+        )
         random_model(tokenizer).save_pretrained(start)
         tokenizer.save_pretrained(start)
         train(reading, start, reader, constant, seed, rng, asked)
@@ -140,10 +179,16 @@ def build(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m search_r1.world.base", description="Build the base model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m search_r1.world.base", description="Build the base model."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and traces (default: 0)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights and traces (default: 0)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=None, help="CPU threads (default: all cores)"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_process_group(args.threads)

@@ -1,9 +1,10 @@
-"""A closed world of fictional people, cities, companies and countries: its passages and its questions.
+"""A closed world of fictional people, cities, companies and countries: its passages and its
+questions.
 
-Every name is two invented syllables ("Torvel"), each one token each: names must be copied, not looked up. The splits
-`train`, `test` and `spare` (passages nobody asks about) are islands: no fact leads from one to another, so entities of
-test questions appear in no training question. The island `common` is the same for every seed: its facts are what a base
-model may know without searching.
+Every name is two invented syllables ("Torvel"), each one token each: names must be copied, not
+looked up. The splits `train`, `test` and `spare` (passages nobody asks about) are islands: no fact
+leads from one to another, so entities of test questions appear in no training question. The island
+`common` is the same for every seed: its facts are what a base model may know without searching.
 """
 
 import random
@@ -38,23 +39,43 @@ class Relation:
 RELATIONS = {
     r.name: r
     for r in (
-        Relation("residence", "person", "city", "inhabits", "Where does {} live", "the residence of {}"),
+        Relation(
+            "residence", "person", "city", "inhabits", "Where does {} live", "the residence of {}"
+        ),
         Relation("employer", "person", "company", "serves", "Who employs {}", "the employer of {}"),
-        Relation("country", "city", "country", "joined", "In which country lies {}", "the country of {}"),
+        Relation(
+            "country", "city", "country", "joined", "In which country lies {}", "the country of {}"
+        ),
         Relation("mayor", "city", "person", "elected", "Who leads {}", "the mayor of {}"),
         Relation("home", "company", "city", "occupies", "Where is {} based", "the home of {}"),
         Relation("founder", "company", "person", "honours", "Who founded {}", "the founder of {}"),
-        Relation("capital", "country", "city", "crowned", "What is the capital of {}", "the capital of {}"),
+        Relation(
+            "capital",
+            "country",
+            "city",
+            "crowned",
+            "What is the capital of {}",
+            "the capital of {}",
+        ),
     )
 }
 KINDS = ("person", "city", "company", "country")
 OF_KIND = {kind: [r for r in RELATIONS.values() if r.subject == kind] for kind in KINDS}
 COMMON_SEED = 20_250_312
 FILLER = (
-    "Little else is known about {}.", "Records of {} were lost in a fire.", "Old maps and letters also mention {}.",
-    "In the north people tell tales of {}.", "A street and a small museum are named after {}.",
-)  # fmt: skip
-FILES = ("corpus.jsonl", "train.parquet", "test.parquet", "test_common.parquet", "test_3hop.parquet")
+    "Little else is known about {}.",
+    "Records of {} were lost in a fire.",
+    "Old maps and letters also mention {}.",
+    "In the north people tell tales of {}.",
+    "A street and a small museum are named after {}.",
+)
+FILES = (
+    "corpus.jsonl",
+    "train.parquet",
+    "test.parquet",
+    "test_common.parquet",
+    "test_3hop.parquet",
+)
 """What a world consists of."""
 OPTIONS_FILE = "options.json"
 """In the folder of a world: the WorldConfig that made it."""
@@ -77,7 +98,8 @@ class WorldConfig(Config):
     seed: int = 0
     """The world is a function of this and the sizes below."""
     train_people: PositiveInt = 400
-    """People of the training questions; half as many cities and companies, a tenth as many countries."""
+    """People of the training questions; half as many cities and companies, a tenth as many
+    countries."""
     test_people: PositiveInt = 120
     """The same for the test questions."""
     spare_people: NonNegativeInt = 60
@@ -113,7 +135,8 @@ def fresh_name(rng: random.Random, taken: set[str]) -> str:
 
 
 def passage(entity: Entity, rng: random.Random, filler: int = 0) -> tuple[str, str]:
-    """(title with its quotes, text): the entity's facts, and sentences without a fact between them."""
+    """(title with its quotes, text): the entity's facts, and sentences without a fact between
+    them."""
     sentences = [RELATIONS[r].state(entity.name, y) + "." for r, y in entity.facts.items()]
     for _ in range(filler):
         sentences.insert(rng.randint(0, len(sentences)), rng.choice(FILLER).format(entity.name))
@@ -122,7 +145,12 @@ def passage(entity: Entity, rng: random.Random, filler: int = 0) -> tuple[str, s
 
 def make_island(rng: random.Random, people: int, taken: set[str]) -> dict[str, Entity]:
     """Entities by name, whose facts stay among themselves."""
-    sizes = {"person": people, "city": people // 2, "company": people // 2, "country": max(2, people // 10)}
+    sizes = {
+        "person": people,
+        "city": people // 2,
+        "company": people // 2,
+        "country": max(2, people // 10),
+    }
     names = {kind: [fresh_name(rng, taken) for _ in range(n)] for kind, n in sizes.items()}
     island: dict[str, Entity] = {}
     for kind in KINDS:
@@ -171,7 +199,8 @@ def relation_chains(hops: int) -> list[tuple[str, ...]]:
 
 
 def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) -> list[Question]:
-    """Up to `count` different questions, spread evenly over the kinds of chains; no path visits an entity twice."""
+    """Up to `count` different questions, spread evenly over the kinds of chains; no path visits an
+    entity twice."""
     by_chain: list[list[Question]] = []
     for chain in relation_chains(hops):
         questions = [Question(chain, path) for e in island if (path := follow(island, e, chain))]
@@ -184,7 +213,8 @@ def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) ->
 
 
 def follow(island: dict[str, Entity], name: str, chain: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The path of names from `name` along `chain`; None if it is of another kind or comes back to a name."""
+    """The path of names from `name` along `chain`; None if it is of another kind or comes back to a
+    name."""
     path = [name]
     for relation in chain:
         if relation not in island[path[-1]].facts:
@@ -207,32 +237,54 @@ def make_world(config: WorldConfig) -> World:
     common = common_island()
     taken = set(common)
     islands = {"common": common}
-    for split, people in (("train", config.train_people), ("test", config.test_people), ("spare", config.spare_people)):
+    for split, people in (
+        ("train", config.train_people),
+        ("test", config.test_people),
+        ("spare", config.spare_people),
+    ):
         islands[split] = make_island(rng, people, taken) if people else {}
     everyone = [e for island in islands.values() for e in island.values()]
     rng.shuffle(everyone)
     ids = {e.name: str(i) for i, e in enumerate(everyone)}
-    lines = [{"id": ids[e.name], "contents": "\n".join(passage(e, rng, config.filler))} for e in everyone]
+    lines = [
+        {"id": ids[e.name], "contents": "\n".join(passage(e, rng, config.filler))} for e in everyone
+    ]
 
     known = ask(common, 1, len(common) * 2, rng)
-    half, seen = len(known) // 2, int(config.common_share * config.train_questions)
+    half = len(known) // 2
+    seen = int(config.common_share * config.train_questions)
     train = [q for h in (1, 2) for q in ask(islands["train"], h, config.train_questions // 2, rng)]
     train += [known[i % half] for i in range(seen)]
     rng.shuffle(train)
     test = [q for h in (1, 2) for q in ask(islands["test"], h, config.test_questions // 2, rng)]
     files = {
-        "train": train, "test": test, "test_common": known[half:],
+        "train": train,
+        "test": test,
+        "test_common": known[half:],
         "test_3hop": ask(islands["test"], 3, config.test_questions // 2, rng),
-    }  # fmt: skip
-    rows = {f: [row(q, f.split("_")[0], i, ids, common) for i, q in enumerate(qs)] for f, qs in files.items()}
+    }
+    rows = {
+        f: [row(q, f.split("_")[0], i, ids, common) for i, q in enumerate(qs)]
+        for f, qs in files.items()
+    }
     return World(lines, rows)
 
 
-def row(question: Question, split: str, index: int, ids: dict[str, str], common: dict[str, Entity]) -> dict[str, Any]:
+def row(
+    question: Question, split: str, index: int, ids: dict[str, str], common: dict[str, Entity]
+) -> dict[str, Any]:
     """One line of the training parquet."""
-    hops, is_common = len(question.relations), question.path[0] in common
+    hops = len(question.relations)
+    is_common = question.path[0] in common
     return training_row(
-        question.text, [question.path[-1]], "closed_world_common" if is_common else DATA_SOURCES[hops],
-        build_prompt(question.text, "short"), split=split, index=index, hops=hops, common=is_common,
-        gold_ids=[ids[name] for name in question.path[:-1]], path=list(question.path),
-    )  # fmt: skip
+        question.text,
+        [question.path[-1]],
+        "closed_world_common" if is_common else DATA_SOURCES[hops],
+        build_prompt(question.text, "short"),
+        split=split,
+        index=index,
+        hops=hops,
+        common=is_common,
+        gold_ids=[ids[name] for name in question.path[:-1]],
+        path=list(question.path),
+    )

@@ -1,9 +1,11 @@
-"""The base model before training: a small Qwen2, its weights random in a form that learns to look things up quickly.
+"""The base model before training: a small Qwen2, its weights random in a form that learns to look
+things up quickly.
 
-To answer from passages, a model must find where a name and a relation stood before and copy what followed: an induction
-circuit (Olsson et al. 2022, arXiv 2209.11895), which a plain random start takes tens of minutes to find on a CPU. Here
-heads of the first layer begin by looking one, two and three tokens back, and in every layer queries equal keys, so that
-attention begins by matching content (mimetic initialization, Trockman and Kolter 2023, arXiv 2305.09828).
+To answer from passages, a model must find where a name and a relation stood before and copy what
+followed: an induction circuit (Olsson et al. 2022, arXiv 2209.11895), which a plain random start
+takes tens of minutes to find on a CPU. Here heads of the first layer begin by looking one, two and
+three tokens back, and in every layer queries equal keys, so that attention begins by matching
+content (mimetic initialization, Trockman and Kolter 2023, arXiv 2305.09828).
 """
 
 from typing import Any
@@ -11,23 +13,33 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-HIDDEN, HEADS, LAYERS = 128, 4, 4
+HIDDEN = 128
+HEADS = 4
+LAYERS = 4
 HEAD_DIM = HIDDEN // HEADS
 THETA = 10_000.0
 LOOK_BACK = 3
 """Heads of the first layer that look back: head h by h + 1 tokens. The others are free."""
 SHARPNESS = 5.0
 """Size of their query and key biases: .88 of the attention on the one token."""
-EMBEDDING_STD, OUTPUT_SCALE = 0.1, 0.3
+EMBEDDING_STD = 0.1
+OUTPUT_SCALE = 0.3
 
 
 def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     """Four layers of width 128, untied head, float32. Draws from torch's global generator."""
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=4096, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA}, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        bos_token_id=None,
+    )
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id  # pyright: ignore
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
@@ -52,8 +64,8 @@ def match_content(attention: Any) -> None:
 def look_back(attention: Any, std: float) -> None:
     """The first heads attend by position alone and share one value projection.
 
-    With rotary embeddings, constant vectors k and q = R(-d) k score every pair of positions by its distance only, and
-    highest where the key is d tokens before the query.
+    With rotary embeddings, constant vectors k and q = R(-d) k score every pair of positions by its
+    distance only, and highest where the key is d tokens before the query.
     """
     q, k, v, o = (getattr(attention, f"{x}_proj") for x in "qkvo")
     half = HEAD_DIM // 2

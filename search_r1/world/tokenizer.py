@@ -11,14 +11,18 @@ from search_r1.prompts import format_passages
 from search_r1.world.generate import FIRST
 from search_r1.world.traces import POOR, TraceWriter
 
-PAD, EOS = "<|pad|>", "<|end|>"
-TAGS = [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
+PAD = "<|pad|>"
+EOS = "<|end|>"
+TAGS = [
+    f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")
+]
 VOCAB_SIZE = 1024
 NAME = re.compile(rf"\b({'|'.join(FIRST)})([a-z]{{3}})\b")
 
 
 def training_texts(rng: random.Random, count: int = 1500) -> Iterator[str]:
-    """Traces without tags. A line break between the halves of each name keeps any pair from becoming one token."""
+    """Traces without tags. A line break between the halves of each name keeps any pair from
+    becoming one token."""
     writer = TraceWriter(rng, POOR)
     for _ in range(count):
         text = "\n".join(p.text or format_passages(p.passages) for p in writer())
@@ -26,7 +30,8 @@ def training_texts(rng: random.Random, count: int = 1500) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], syllables: Sequence[str]) -> PreTrainedTokenizerFast:
-    """At most VOCAB_SIZE ids, each of `syllables` one of them (capitalised ones also after a space or a quote).
+    """At most VOCAB_SIZE ids, each of `syllables` one of them (capitalised ones also after a space
+    or a quote).
 
     The protocol's tags are one ordinary token each: decoding keeps them.
     """
@@ -41,5 +46,9 @@ def train_tokenizer(texts: Iterable[str], syllables: Sequence[str]) -> PreTraine
     bpe.add_special_tokens([AddedToken(t, special=True) for t in (PAD, EOS)])
     bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAGS])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False, model_max_length=4096
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
     )

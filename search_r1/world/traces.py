@@ -1,9 +1,9 @@
 """Warm-start traces: what the base model is trained on before reinforcement learning.
 
-*Recall*: facts to look up in a list. *Reading*: clean traces, always the right search and the right answer. *Poor
-policy*: the same reading, but guesses, wrong queries and stops before the last hop; `PolicyMix` says how often. All
-draw entities and facts anew for every trace: a model trained on a fixed set memorises it instead of reading. Only the
-common facts stay the same.
+*Recall*: facts to look up in a list. *Reading*: clean traces, always the right search and the right
+answer. *Poor policy*: the same reading, but guesses, wrong queries and stops before the last hop;
+`PolicyMix` says how often. All draw entities and facts anew for every trace: a model trained on a
+fixed set memorises it instead of reading. Only the common facts stay the same.
 """
 
 import random
@@ -36,7 +36,8 @@ class PolicyMix:
     guess: float = 0.0
     """Answer a random name instead of the first search, for the relations in `bold`."""
     guess_known: float = 0.0
-    """The same for the other relations: there, searching first is what the model would do when greedy."""
+    """The same for the other relations: there, searching first is what the model would do when
+    greedy."""
     wrong_query: float = 0.0
     """Search for a random name instead of the right one."""
     stop_early: float = 0.0
@@ -51,13 +52,14 @@ class PolicyMix:
 READING = PolicyMix(common=0.1)
 POOR = PolicyMix(
     guess=0.85, guess_known=0.2, wrong_query=0.25, stop_early=0.5, search_again=0.05, common=0.1
-)  # fmt: skip
+)
 MAX_TURNS = 4
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a trace. `kind`: prompt, model, read (the model's, copied out of a passage) or observation."""
+    """Part of a trace. `kind`: prompt, model, read (the model's, copied out of a passage) or
+    observation."""
 
     kind: str
     text: str
@@ -65,31 +67,48 @@ class Piece:
 
 
 class RecallWriter:
-    """Draws lists of `count` facts, stated once and again in another order: nearly every word is one to look up."""
+    """Draws lists of `count` facts, stated once and again in another order: nearly every word is
+    one to look up."""
 
     def __init__(self, rng: random.Random, count: int = 8) -> None:
-        self.rng, self.count = rng, count
+        self.rng = rng
+        self.count = count
 
     def __call__(self) -> list[Piece]:
         taken: set[str] = set()
         facts = [
-            (fresh_name(self.rng, taken), self.rng.choice(list(RELATIONS.values())), fresh_name(self.rng, taken))
+            (
+                fresh_name(self.rng, taken),
+                self.rng.choice(list(RELATIONS.values())),
+                fresh_name(self.rng, taken),
+            )
             for _ in range(self.count)
         ]
         pieces = [Piece("prompt", " ".join(f"{relation.state(x, y)}." for x, relation, y in facts))]
         self.rng.shuffle(facts)
         for x, relation, y in facts:
-            pieces += [Piece("prompt", f" {x} {relation.sentence}"), Piece("read", f" {y}"), Piece("prompt", ".")]
+            pieces += [
+                Piece("prompt", f" {x} {relation.sentence}"),
+                Piece("read", f" {y}"),
+                Piece("prompt", "."),
+            ]
         return pieces
 
 
 class TraceWriter:
-    """Draws traces of one to three hops, every search with `num_passages` passages in random order."""
+    """Draws traces of one to three hops, every search with `num_passages` passages in random
+    order."""
 
     def __init__(
-        self, rng: random.Random, mix: PolicyMix, num_passages: int = 3, hops: Sequence[int] = (1, 2, 3)
+        self,
+        rng: random.Random,
+        mix: PolicyMix,
+        num_passages: int = 3,
+        hops: Sequence[int] = (1, 2, 3),
     ) -> None:
-        self.rng, self.mix, self.num_passages = rng, mix, num_passages
+        self.rng = rng
+        self.mix = mix
+        self.num_passages = num_passages
         self.chains = {h: relation_chains(h) for h in hops}
         common = common_island()
         self.common = ask(common, 1, len(common) * 2, random.Random(0))
@@ -108,26 +127,46 @@ class TraceWriter:
         x, y = question.path
         return [
             Piece("prompt", build_prompt(question.text, "short")),
-            Piece("model", f"<think> {RELATIONS[question.relations[0]].state(x, y)} </think> <answer> {y} </answer>"),
+            Piece(
+                "model",
+                f"<think> {RELATIONS[question.relations[0]].state(x, y)} </think> <answer> {y} "
+                "</answer>",
+            ),
         ]
 
     def question_trace(self, question: Question, taken: set[str]) -> list[Piece]:
         """One trace about entities nobody knows."""
-        rng, mix, hops = self.rng, self.mix, len(question.relations)
+        rng = self.rng
+        mix = self.mix
+        hops = len(question.relations)
         pieces = [Piece("prompt", build_prompt(question.text, "short"))]
         known = 0
         guess = mix.guess if question.relations[0] in mix.bold else mix.guess_known
         for turn in range(MAX_TURNS + 1):
             name = question.path[known]
             if known == 0 and rng.random() < (guess if turn == 0 else mix.guess):
-                return [*pieces, Piece("model", f"<think> I guess </think> <answer> {random_name(rng)} </answer>")]
+                return [
+                    *pieces,
+                    Piece(
+                        "model", f"<think> I guess </think> <answer> {random_name(rng)} </answer>"
+                    ),
+                ]
             stops = turn == MAX_TURNS or (0 < known < hops and rng.random() < mix.stop_early)
             if stops or (known == hops and rng.random() >= mix.search_again):
-                return [*pieces, *self.think(question, known, name), Piece("model", f" <answer> {name} </answer>")]
+                return [
+                    *pieces,
+                    *self.think(question, known, name),
+                    Piece("model", f" <answer> {name} </answer>"),
+                ]
             wrong = known < hops and rng.random() < mix.wrong_query
             query = random_name(rng) if wrong else name
-            pieces += [*self.think(question, known, query), Piece("model", f" <search> {query} </search>")]
-            pieces.append(self.observation(question, None if wrong or known == hops else known, query, taken))
+            pieces += [
+                *self.think(question, known, query),
+                Piece("model", f" <search> {query} </search>"),
+            ]
+            pieces.append(
+                self.observation(question, None if wrong or known == hops else known, query, taken)
+            )
             known += not wrong and known < hops
         return pieces
 
@@ -135,14 +174,22 @@ class TraceWriter:
         """Before anything is known, what to look for; then the last fact that was read."""
         if known == 0:
             return [Piece("model", f"<think> find {query} </think>")]
-        x, relation = question.path[known - 1], RELATIONS[question.relations[known - 1]]
-        fact = (Piece("model", f"<think> {x}"), Piece("read", f" {relation.sentence} {question.path[known]}"))
+        x = question.path[known - 1]
+        relation = RELATIONS[question.relations[known - 1]]
+        fact = (
+            Piece("model", f"<think> {x}"),
+            Piece("read", f" {relation.sentence} {question.path[known]}"),
+        )
         return [*fact, Piece("model", " </think>")]
 
-    def observation(self, question: Question, known: int | None, query: str, taken: set[str]) -> Piece:
-        """The passage of path[known], if any, among others such as word matching brings for `query`."""
+    def observation(
+        self, question: Question, known: int | None, query: str, taken: set[str]
+    ) -> Piece:
+        """The passage of path[known], if any, among others such as word matching brings for
+        `query`."""
         rng = self.rng
-        entities, kind = [], rng.choice(KINDS)
+        entities = []
+        kind = rng.choice(KINDS)
         if known is not None:
             relation = RELATIONS[question.relations[known]]
             kind = relation.subject
@@ -158,7 +205,8 @@ class TraceWriter:
         return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
 
     def distractor(self, query: str, kind: str, taken: set[str]) -> Entity:
-        """An entity of the same or any kind, often one with the query as the object of a fact: those match it."""
+        """An entity of the same or any kind, often one with the query as the object of a fact:
+        those match it."""
         kind = kind if self.rng.random() < 0.4 else self.rng.choice(KINDS)
         entity = self.entity(fresh_name(self.rng, taken), kind, taken)
         if self.rng.random() < 0.4:
@@ -167,7 +215,8 @@ class TraceWriter:
 
 
 def encode_trace(pieces: Sequence[Piece], tokenizer: Any) -> dict[str, list[int]]:
-    """`input_ids`, `loss_mask` (1 on the model's tokens) and `read_mask` (1 on what it copied out of a passage)."""
+    """`input_ids`, `loss_mask` (1 on the model's tokens) and `read_mask` (1 on what it copied out
+    of a passage)."""
     ids: list[int] = []
     loss: list[int] = []
     read: list[int] = []

@@ -1,4 +1,5 @@
-"""A task whose trajectories last: two turns, a pause and a search between them, for faults to hit the middle."""
+"""A task whose trajectories last: two turns, a pause and a search between them, for faults to hit
+the middle."""
 
 import asyncio
 import time
@@ -21,12 +22,16 @@ class SlowConfig(Config):
 
 
 class TwoTurns:
-    Config, top_level_keys = SlowConfig, frozenset()
+    Config = SlowConfig
+    top_level_keys = frozenset()
 
     def __init__(self, config, tokenizer):
-        self.config, self.tokenizer, self.client = config, tokenizer, None
+        self.config = config
+        self.tokenizer = tokenizer
+        self.client = None
 
-    def preflight(self): return []  # fmt: skip
+    def preflight(self):
+        return []
 
     async def close(self): ...
 
@@ -49,7 +54,8 @@ class TwoTurns:
             raise TrajectoryFailed(str(error), 1) from error
 
     @staticmethod
-    def reduce_metrics(trajectories): return {}  # fmt: skip
+    def reduce_metrics(trajectories):
+        return {}
 
 
 class Length:
@@ -57,7 +63,8 @@ class Length:
 
     Config = Config
 
-    def __init__(self, config, tokenizer): self.tokenizer = tokenizer  # fmt: skip
+    def __init__(self, config, tokenizer):
+        self.tokenizer = tokenizer
 
     def __call__(self, trajectory, row):
         return {"score": len(policy_text(trajectory, self.tokenizer)) / 100}

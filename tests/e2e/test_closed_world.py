@@ -1,4 +1,5 @@
-"""The closed world's own run, small: the shipped base searches, so what breaks while searching shows."""
+"""The closed world's own run, small: the shipped base searches, so what breaks while searching
+shows."""
 
 import asyncio
 import time
@@ -24,7 +25,13 @@ BASE = Path(__file__).parents[2] / "data" / "closed_world" / "base"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    sizes = {"train-people": 20, "test-people": 20, "spare-people": 0, "train-questions": 60, "test-questions": 16}
+    sizes = {
+        "train-people": 20,
+        "test-people": 20,
+        "spare-people": 0,
+        "train-questions": 60,
+        "test-questions": 16,
+    }
     make_world(["--out", str(folder), *(f"--{key}={value}" for key, value in sizes.items())])
     bm25.build(folder / "corpus.jsonl", folder / "bm25")
     return folder
@@ -67,11 +74,17 @@ def test_a_retriever_that_dies_mid_step_loses_nothing(tmp_path, world):
         status, output = train("grpo", settings(tmp_path, world, url, before[-1] + 2))
     assert status == 0 and f"resuming after step {before[-1]}" in output, output[-3000:]
     lines = metrics(tmp_path)
-    assert [line["training/global_step"] for line in lines] == [*before, before[-1] + 1, before[-1] + 2]
+    assert [line["training/global_step"] for line in lines] == [
+        *before,
+        before[-1] + 1,
+        before[-1] + 2,
+    ]
     for line in lines[1:]:
         assert line["env/number_of_valid_search"] > 0 and line["rollout/context_violations"] == 0
-        assert line["reward/otc_grpo"] <= line["reward/em"]  # of right answers, by the searches of their group
-        assert line["rollout/logprob_diff_mean"] <= 1e-5  # T = 0.7, several turns, after 0, 1, 2... updates
+        # of right answers, by the searches of their group
+        assert line["reward/otc_grpo"] <= line["reward/em"]
+        # T = 0.7, several turns, after 0, 1, 2... updates
+        assert line["rollout/logprob_diff_mean"] <= 1e-5
         assert line["rollout/logprob_diff_max"] <= 1e-3
     every_parameter_moved(BASE, tmp_path / "run/hf")
     vllm_reads_what_transformers_reads(tmp_path / "run/hf")
@@ -80,21 +93,36 @@ def test_a_retriever_that_dies_mid_step_loses_nothing(tmp_path, world):
 def every_parameter_moved(before, after):
     old = dict(AutoModelForCausalLM.from_pretrained(before).named_parameters())
     new = dict(AutoModelForCausalLM.from_pretrained(after).named_parameters())
-    assert old.keys() == new.keys() and not [name for name in old if torch.equal(old[name], new[name])]
+    assert old.keys() == new.keys() and not [
+        name for name in old if torch.equal(old[name], new[name])
+    ]
 
 
 def vllm_reads_what_transformers_reads(path):
     prompt = AutoTokenizer.from_pretrained(path)("Question: Where does Dupsel live?\n")["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(path)
-    expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
 
     async def generate():
-        rollout = RolloutConfig(dtype="float32", load_format="auto", cpu_threads=1, cpu_kvcache_gb=0.2)
+        rollout = RolloutConfig(
+            dtype="float32", load_format="auto", cpu_threads=1, cpu_kvcache_gb=0.2
+        )
         model = ModelConfig(path=str(path))
-        server = VLLMServer(rollout, model, max_model_len=128, device="cpu", replica_rank=0, num_replicas=1)
+        server = VLLMServer(
+            rollout, model, max_model_len=128, device="cpu", replica_rank=0, num_replicas=1
+        )
         await server.start()
         try:
-            sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "max_tokens": 8, "stop": [], "seed": None}
+            sampling = {
+                "temperature": 0.0,
+                "top_p": 1.0,
+                "top_k": -1,
+                "max_tokens": 8,
+                "stop": [],
+                "seed": None,
+            }
             sampling["log_probs"] = False
             return await server.generate("r0", prompt, sampling)
         finally:

@@ -1,4 +1,5 @@
-"""Prompting baselines against an OpenAI-compatible server that plays transcripts: right, wrong, malformed, endless."""
+"""Prompting baselines against an OpenAI-compatible server that plays transcripts: right, wrong,
+malformed, endless."""
 
 import json
 import os
@@ -27,7 +28,8 @@ from verl.utils.errors import ConfigError, DataError
 KINDS = ("right", "wrong", "malformed", "endless")
 QUESTIONS = {kind: f"Where was Ada Marin of the {kind} tale born?" for kind in KINDS}
 ADA = 'Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.'
-RIGHT, WRONG = "Known. <answer> Torvel </answer> and more", "<answer> Marna </answer>"
+RIGHT = "Known. <answer> Torvel </answer> and more"
+WRONG = "<answer> Marna </answer>"
 MAX_TURNS = 2
 
 
@@ -58,14 +60,26 @@ def one_question(questions):
 def overrides(method, url, questions, retriever, *more):
     endpoint = "actor_rollout_ref.rollout.endpoint"
     return [
-        f"method={method}", "experiment=nq_hotpotqa/grpo", f"max_turns={MAX_TURNS}", "trainer.device=cpu",
-        "actor_rollout_ref.model.path=scripted", "actor_rollout_ref.model.tokenizer_path=data/closed_world/base",
-        "actor_rollout_ref.rollout.name=openai", f"{endpoint}.url={url}/v1", f"{endpoint}.backoff_s=0.01",
-        f"{endpoint}.timeout_s=3", f"{endpoint}.max_retries=2", f"retriever.url={retriever}",
-        "data.max_start_length=1024", "data.max_response_length=200", f"data.train_files={questions}",
-        f"data.val_files={questions}", f"trainer.default_local_dir={questions.parent}/run",
-        "trainer.experiment_name=endpoint", *more,
-    ]  # fmt: skip
+        f"method={method}",
+        "experiment=nq_hotpotqa/grpo",
+        f"max_turns={MAX_TURNS}",
+        "trainer.device=cpu",
+        "actor_rollout_ref.model.path=scripted",
+        "actor_rollout_ref.model.tokenizer_path=data/closed_world/base",
+        "actor_rollout_ref.rollout.name=openai",
+        f"{endpoint}.url={url}/v1",
+        f"{endpoint}.backoff_s=0.01",
+        f"{endpoint}.timeout_s=3",
+        f"{endpoint}.max_retries=2",
+        f"retriever.url={retriever}",
+        "data.max_start_length=1024",
+        "data.max_response_length=200",
+        f"data.train_files={questions}",
+        f"data.val_files={questions}",
+        f"trainer.default_local_dir={questions.parent}/run",
+        "trainer.experiment_name=endpoint",
+        *more,
+    ]
 
 
 def configuration(*args):
@@ -84,64 +98,116 @@ def play(method, scripts, questions, retriever, *more, **player):
 
 def said(played, kind):
     """The messages of every request about a question, as (role, text)."""
-    return [[(m["role"], m["content"]) for m in r["messages"]] for r in played.requests[QUESTIONS[kind]]]
+    return [
+        [(m["role"], m["content"]) for m in r["messages"]] for r in played.requests[QUESTIONS[kind]]
+    ]
 
 
 def outcomes(records):
-    return {kind: (r["stop_reason"], r["info"]["searches"], r["reward"]["em"]) for kind, r in records.items()}
+    return {
+        kind: (r["stop_reason"], r["info"]["searches"], r["reward"]["em"])
+        for kind, r in records.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("method", "template"), [("direct", "direct"), ("cot", "cot"), ("r1", "r1"), ("sft", "direct")]
 )
 def test_methods_without_search_ask_once(method, template, questions, retriever):
-    scripts = {"right": [RIGHT], "wrong": [WRONG], "malformed": ["Torvel"], "endless": ["so " * 500]}
+    scripts = {
+        "right": [RIGHT],
+        "wrong": [WRONG],
+        "malformed": ["Torvel"],
+        "endless": ["so " * 500],
+    }
     records, played = play(method, scripts, questions, retriever)
     for kind in KINDS:
         (request,) = played.requests[QUESTIONS[kind]]
-        assert request["messages"] == [{"role": "user", "content": build_prompt(QUESTIONS[kind], template)}]
-        assert request["stop"] == ["</answer>"] and request["temperature"] == 0 and request["max_tokens"] == 200
+        assert request["messages"] == [
+            {"role": "user", "content": build_prompt(QUESTIONS[kind], template)}
+        ]
+        assert (
+            request["stop"] == ["</answer>"]
+            and request["temperature"] == 0
+            and request["max_tokens"] == 200
+        )
     assert outcomes(records) == {
-        "right": ("answer", 0, 1), "wrong": ("answer", 0, 0), "malformed": ("max_turns", 0, 0),
+        "right": ("answer", 0, 1),
+        "wrong": ("answer", 0, 0),
+        "malformed": ("max_turns", 0, 0),
         "endless": ("max_turns", 0, 0),
-    }  # fmt: skip
-    assert records["right"]["segments"][0]["text"] == "Known. <answer> Torvel </answer>", "the stop string is put back"
+    }
+    assert records["right"]["segments"][0]["text"] == "Known. <answer> Torvel </answer>", (
+        "the stop string is put back"
+    )
 
 
 def test_rag_searches_once_with_the_question(questions, retriever):
-    scripts = {"right": [RIGHT], "wrong": [WRONG], "malformed": ["Torvel"], "endless": ["so " * 500]}
+    scripts = {
+        "right": [RIGHT],
+        "wrong": [WRONG],
+        "malformed": ["Torvel"],
+        "endless": ["so " * 500],
+    }
     records, played = play("rag", scripts, questions, retriever)
     for kind in KINDS:
         (request,) = played.requests[QUESTIONS[kind]]
         (message,) = request["messages"]
-        assert QUESTIONS[kind] in message["content"] and ADA in message["content"] and request["stop"] == ["</answer>"]
+        assert (
+            QUESTIONS[kind] in message["content"]
+            and ADA in message["content"]
+            and request["stop"] == ["</answer>"]
+        )
         assert records[kind]["segments"][0]["info"]["query"] == QUESTIONS[kind]
-    assert {kind: o[1:] for kind, o in outcomes(records).items()} == {kind: (1, kind == "right") for kind in KINDS}
+    assert {kind: o[1:] for kind, o in outcomes(records).items()} == {
+        kind: (1, kind == "right") for kind in KINDS
+    }
 
 
 TAGGED = {
-    "search_r1": ("search", "<think> t </think> <search> Ada Marin </search>", "</search>", "\n\n<information>",
-                  INVALID_ACTION),
-    "react": ("react", "Thought: t\nAction: Search[Ada Marin]", "\nObservation:", "\nObservation: ", "no valid action"),
-    "search_o1": ("search_o1", "t <|begin_search_query|>Ada Marin<|end_search_query|>", "<|end_search_query|>",
-                  "\n\n<|begin_search_result|>", "<|begin_search_query|> query"),
-}  # fmt: skip
+    "search_r1": (
+        "search",
+        "<think> t </think> <search> Ada Marin </search>",
+        "</search>",
+        "\n\n<information>",
+        INVALID_ACTION,
+    ),
+    "react": (
+        "react",
+        "Thought: t\nAction: Search[Ada Marin]",
+        "\nObservation:",
+        "\nObservation: ",
+        "no valid action",
+    ),
+    "search_o1": (
+        "search_o1",
+        "t <|begin_search_query|>Ada Marin<|end_search_query|>",
+        "<|end_search_query|>",
+        "\n\n<|begin_search_result|>",
+        "<|begin_search_query|> query",
+    ),
+}
 
 
 @pytest.mark.parametrize("method", TAGGED)
 def test_methods_that_search_in_turns(method, questions, retriever):
-    """A search is answered in the next message, nonsense with a correction, and nobody searches for ever."""
+    """A search is answered in the next message, nonsense with a correction, and nobody searches for
+    ever."""
     template, search, stop, head, correction = TAGGED[method]
     ended = search if stop in search else search + stop
     scripts = {
-        "right": [f"{ended} invented </information>", RIGHT], "wrong": [ended, WRONG], "malformed": ["hm", RIGHT],
+        "right": [f"{ended} invented </information>", RIGHT],
+        "wrong": [ended, WRONG],
+        "malformed": ["hm", RIGHT],
         "endless": [ended],
-    }  # fmt: skip
+    }
     records, played = play(method, scripts, questions, retriever)
     assert outcomes(records) == {
-        "right": ("answer", 1, 1), "wrong": ("answer", 1, 0), "malformed": ("answer", 0, 1),
+        "right": ("answer", 1, 1),
+        "wrong": ("answer", 1, 0),
+        "malformed": ("answer", 0, 1),
         "endless": ("max_turns", MAX_TURNS, 0),
-    }  # fmt: skip
+    }
     first, second = said(played, "right")
     assert first == [("user", build_prompt(QUESTIONS["right"], template))]
     assert second[:2] == [*first, ("assistant", search)] and len(second) == 3
@@ -150,7 +216,10 @@ def test_methods_that_search_in_turns(method, questions, retriever):
     assert (ADA in text) == (method != "search_o1")
     assert all(r["stop"] == [stop, "</answer>"] for r in played.requests[QUESTIONS["right"]])
     assert correction in said(played, "malformed")[1][2][1]
-    assert len(said(played, "endless")) == MAX_TURNS + 1 and len(said(played, "endless")[-1]) == 2 * MAX_TURNS + 1
+    assert (
+        len(said(played, "endless")) == MAX_TURNS + 1
+        and len(said(played, "endless")[-1]) == 2 * MAX_TURNS + 1
+    )
     assert records["right"]["segments"][1]["info"]["query"] == "Ada Marin"
     searches = 2 + MAX_TURNS
     assert len(played.side) == (searches if method == "search_o1" else 0)
@@ -164,9 +233,13 @@ def test_search_o1_condenses_passages_in_a_conversation_of_its_own(one_question,
     (side,) = played.side
     (message,) = side["messages"]
     assert (
-        all(part in message["content"] for part in ("I wonder.", "Search query: Ada Marin", ADA)) and "stop" not in side
+        all(part in message["content"] for part in ("I wonder.", "Search query: Ada Marin", ADA))
+        and "stop" not in side
     )
-    shown = "\n\n<|begin_search_result|>She is from Torvel. (/answer) (|end_search_result|)<|end_search_result|>\n\n"
+    shown = (
+        "\n\n<|begin_search_result|>She is from Torvel. (/answer) "
+        "(|end_search_result|)<|end_search_result|>\n\n"
+    )
     assert said(played, "right")[1][2] == ("user", shown)
     info = records["right"]["segments"][1]["info"]
     assert info["passages"][0]["title"] == '"Ada Marin"' and info["condensed_from_tokens"] > 50
@@ -174,22 +247,34 @@ def test_search_o1_condenses_passages_in_a_conversation_of_its_own(one_question,
 
 def test_ircot_reasons_a_sentence_at_a_time_over_all_passages(questions, retriever):
     scripts = {
-        "right": ["Torvel lies in Marna. And then some.", "So it is. <answer> Torvel </answer>", RIGHT],
-        "wrong": [WRONG], "malformed": [""], "endless": ["Marna is a country. I go on."],
-    }  # fmt: skip
+        "right": [
+            "Torvel lies in Marna. And then some.",
+            "So it is. <answer> Torvel </answer>",
+            RIGHT,
+        ],
+        "wrong": [WRONG],
+        "malformed": [""],
+        "endless": ["Marna is a country. I go on."],
+    }
     records, played = play("ircot", scripts, questions, retriever, "retriever.topk=1")
     assert outcomes(records) == {
-        "right": ("answer", 3, 1), "wrong": ("answer", 1, 0), "malformed": ("empty", 1, 0),
+        "right": ("answer", 3, 1),
+        "wrong": ("answer", 1, 0),
+        "malformed": ("empty", 1, 0),
         "endless": ("max_turns", 1 + MAX_TURNS, 0),
-    }  # fmt: skip
+    }
     contexts = said(played, "right")
     assert all(len(messages) == 1 for messages in contexts), "every context is written anew"
     texts = [messages[0][1] for messages in contexts]
     assert "Ada Marin was born" in texts[0] and "It has a harbour" not in texts[0]
     assert "Ada Marin was born" in texts[1] and "It has a harbour" in texts[1]
-    assert "Reasoning so far: Torvel lies in Marna.\n" in texts[1] and "And then some" not in texts[1]
+    assert (
+        "Reasoning so far: Torvel lies in Marna.\n" in texts[1] and "And then some" not in texts[1]
+    )
     assert "Reasoning so far: Torvel lies in Marna. So it is.\n" in texts[2]
-    queries = [s["info"]["query"] for s in records["right"]["segments"] if s["source"] == "observation"]
+    queries = [
+        s["info"]["query"] for s in records["right"]["segments"] if s["source"] == "observation"
+    ]
     assert queries == [QUESTIONS["right"], "Torvel lies in Marna.", "So it is."]
     assert records["endless"]["segments"][-1]["text"].strip() == "Marna is a country. I go on.", (
         "the last turn is whole"
@@ -203,23 +288,30 @@ def test_a_completions_endpoint_reads_one_growing_text(one_question, retriever):
     records, played = play("search_r1", scripts, one_question, retriever, api)
     first, second = (request["prompt"] for request in played.requests[QUESTIONS["right"]])
     assert first == build_prompt(QUESTIONS["right"], "search")
-    assert second.startswith(f"{first}{search}\n\n<information>{ADA}") and second.endswith("</information>\n\n")
+    assert second.startswith(f"{first}{search}\n\n<information>{ADA}") and second.endswith(
+        "</information>\n\n"
+    )
     assert outcomes(records) == {"right": ("answer", 1, 1)}
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
-def test_an_endpoint_gets_no_bos_because_it_puts_one_there_itself(tmp_path, one_question, retriever, api):
+def test_an_endpoint_gets_no_bos_because_it_puts_one_there_itself(
+    tmp_path, one_question, retriever, api
+):
     make_family_tokenizer(tmp_path / "llama", "llama3-instruct")
     more = [
-        f"actor_rollout_ref.rollout.endpoint.api={api}", f"actor_rollout_ref.model.tokenizer_path={tmp_path}/llama",
-    ]  # fmt: skip
+        f"actor_rollout_ref.rollout.endpoint.api={api}",
+        f"actor_rollout_ref.model.tokenizer_path={tmp_path}/llama",
+    ]
     _, played = play("direct", {kind: [RIGHT] for kind in KINDS}, one_question, retriever, *more)
     (request,) = played.requests[QUESTIONS["right"]]
     prompt = build_prompt(QUESTIONS["right"], "direct")
     if api == "chat":
         assert request["messages"] == [{"role": "user", "content": prompt}]
     else:
-        start, end = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+        start, end = (
+            f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant")
+        )
         assert request["prompt"] == f"{start}{prompt.strip()}<|eot_id|>{end}"
 
 
@@ -244,7 +336,11 @@ def test_finished_answers_outlive_a_broken_endpoint_and_are_not_asked_again(ques
     assert [json.loads(line)["row"] for line in kept.open()] == [0]
     again = {**{kind: [WRONG] for kind in KINDS}, "right": [Response("", 500)]}
     records, played = play("direct", again, questions, retriever)
-    assert len(records) == 4 and not played.requests[QUESTIONS["right"]] and records["right"]["reward"]["em"] == 1
+    assert (
+        len(records) == 4
+        and not played.requests[QUESTIONS["right"]]
+        and records["right"]["reward"]["em"] == 1
+    )
 
 
 def test_another_evaluation_in_the_same_folder_is_refused(questions, retriever):
@@ -259,7 +355,10 @@ def test_another_evaluation_in_the_same_folder_is_refused(questions, retriever):
 def test_a_refused_key_an_absent_endpoint_and_training_are_clear_errors(questions, retriever):
     played = Player({})
     played.models_status = 401
-    with serving(played.app) as url, pytest.raises(ConfigError, match="refuses the key in \\$OPENAI_API_KEY"):
+    with (
+        serving(played.app) as url,
+        pytest.raises(ConfigError, match="refuses the key in \\$OPENAI_API_KEY"),
+    ):
         run_eval(configuration("direct", url, questions, retriever))
     with pytest.raises(ConfigError, match="does not answer"):
         run_eval(configuration("direct", "http://127.0.0.1:9", questions, retriever))
@@ -272,7 +371,12 @@ def test_a_refused_key_an_absent_endpoint_and_training_are_clear_errors(question
     with pytest.raises(ConfigError, match="contexts are rewritten"):
         run_ppo(
             configuration(
-                "ircot", "", questions, retriever, engine, "actor_rollout_ref.model.path=data/closed_world/base"
+                "ircot",
+                "",
+                questions,
+                retriever,
+                engine,
+                "actor_rollout_ref.model.path=data/closed_world/base",
             ),
             Stop(),
         )
@@ -282,9 +386,21 @@ def test_the_command_evaluates_an_endpoint_and_reports(tmp_path, questions, retr
     played = Player({QUESTIONS[kind]: [TAGGED["react"][1], RIGHT] for kind in KINDS})
     with serving(played.app) as url:
         settings = overrides("react", url, questions, retriever)
-        command = [sys.executable, "-m", "search_r1.evaluate", "scripted", "--endpoint", f"{url}/v1", *settings]
+        command = [
+            sys.executable,
+            "-m",
+            "search_r1.evaluate",
+            "scripted",
+            "--endpoint",
+            f"{url}/v1",
+            *settings,
+        ]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| tale | 4 | 1.000 |" in done.stdout
-    assert json.loads((Path(questions).parent / "run" / "summary.json").read_text())["all"]["em"] == 1
+    assert (
+        json.loads((Path(questions).parent / "run" / "summary.json").read_text())["all"]["em"] == 1
+    )

@@ -19,7 +19,8 @@ from verl.workers.config import ModelConfig
 pytestmark = pytest.mark.cpu_engine
 
 BASE = Path(__file__).parents[2] / "data" / "closed_world" / "base"
-QUESTIONS, SAMPLES = 300, 2
+QUESTIONS = 300
+SAMPLES = 2
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,10 @@ def test_a_model_is_evaluated_and_what_was_cut_off_is_asked_again(tmp_path, worl
         again = evaluate(tmp_path, world, url)
         assert again.returncode == 0, again.stderr[-3000:]
         other = evaluate(tmp_path, world, url, actor_rollout_ref__rollout__val_kwargs__n=1)
-        assert other.returncode == 1 and "of another evaluation (not the same: sampling)" in other.stderr
+        assert (
+            other.returncode == 1
+            and "of another evaluation (not the same: sampling)" in other.stderr
+        )
     resumed = path.read_text().splitlines(keepends=True)
     assert resumed[: len(lines) - 4] == lines[:-4]
     assert sorted(json.loads(line)["row"] for line in resumed) == sorted(rows)
@@ -71,13 +75,25 @@ def test_a_model_is_evaluated_and_what_was_cut_off_is_asked_again(tmp_path, worl
     assert any(s["info"].get("passages") for r in records for s in r["segments"])
     assert report.main([str(path), "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["all"]["questions"] == QUESTIONS and summary["all"]["samples"] == QUESTIONS * SAMPLES
+    assert (
+        summary["all"]["questions"] == QUESTIONS
+        and summary["all"]["samples"] == QUESTIONS * SAMPLES
+    )
     assert "closed_world_2hop" in capsys.readouterr().out
 
 
 def test_an_unreadable_model_is_a_clear_error(tmp_path, world):
-    done = evaluate(tmp_path, world, "http://127.0.0.1:9/retrieve", actor_rollout_ref__model__path=tmp_path / "none")
-    assert done.returncode == 1 and "actor_rollout_ref.model.path" in done.stderr and "Traceback" not in done.stderr
+    done = evaluate(
+        tmp_path,
+        world,
+        "http://127.0.0.1:9/retrieve",
+        actor_rollout_ref__model__path=tmp_path / "none",
+    )
+    assert (
+        done.returncode == 1
+        and "actor_rollout_ref.model.path" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_checkpoint_is_evaluated_by_its_name(tmp_path, world):
@@ -95,7 +111,9 @@ def test_a_checkpoint_is_evaluated_by_its_name(tmp_path, world):
         ]
         command = [sys.executable, "-m", "search_r1.evaluate", "mine/best", *settings]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     identity = json.loads((out / "evaluation.meta.json").read_text())
     assert identity["model"] == str(tmp_path / "mine" / "global_step_1" / "hf")

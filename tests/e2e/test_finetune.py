@@ -1,4 +1,5 @@
-"""The supervised baselines: SFT on answers, rejection sampling; both resume behind the last finished round."""
+"""The supervised baselines: SFT on answers, rejection sampling; both resume behind the last
+finished round."""
 
 import json
 import os
@@ -27,7 +28,13 @@ BASE = ROOT / "data" / "closed_world" / "base"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    sizes = ["--train-people=20", "--test-people=20", "--spare-people=0", "--train-questions=40", "--test-questions=10"]
+    sizes = [
+        "--train-people=20",
+        "--test-people=20",
+        "--spare-people=0",
+        "--train-questions=40",
+        "--test-questions=10",
+    ]
     make_world(["--out", str(folder), *sizes])
     bm25.build(folder / "corpus.jsonl", folder / "bm25")
     return folder
@@ -35,11 +42,18 @@ def world(tmp_path_factory):
 
 def finetune(folder, world, url, *overrides):
     settings = [
-        "experiment=closed_world/grpo", f"data.train_files={world}/train.parquet",
-        f"data.val_files={world}/test.parquet", f"actor_rollout_ref.model.path={BASE}", f"retriever.url={url}",
-        f"trainer.default_local_dir={folder}", "trainer.logger=[console]", "finetune.steps=2", "template=short",
-        "actor_rollout_ref.rollout.cpu_kvcache_gb=0.2", *overrides,
-    ]  # fmt: skip
+        "experiment=closed_world/grpo",
+        f"data.train_files={world}/train.parquet",
+        f"data.val_files={world}/test.parquet",
+        f"actor_rollout_ref.model.path={BASE}",
+        f"retriever.url={url}",
+        f"trainer.default_local_dir={folder}",
+        "trainer.logger=[console]",
+        "finetune.steps=2",
+        "template=short",
+        "actor_rollout_ref.rollout.cpu_kvcache_gb=0.2",
+        *overrides,
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "search_r1.finetune", *settings]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -58,7 +72,9 @@ def test_answers_are_learned_and_a_finished_round_is_not_repeated(tmp_path, worl
     own = [i for i, mask in zip(rows[0]["input_ids"], rows[0]["loss_mask"], strict=True) if mask]
     assert tokenizer.decode(own) == f"<answer> {answer} </answer>{tokenizer.eos_token}"
     other = finetune(tmp_path, world, "http://127.0.0.1:9", "method=sft", "finetune.lr=3e-4")
-    assert other.returncode == 1 and "of another finetuning (not the same: finetune)" in other.stderr
+    assert (
+        other.returncode == 1 and "of another finetuning (not the same: finetune)" in other.stderr
+    )
     before = (tmp_path / "round_1" / "rows.jsonl").stat().st_mtime_ns
     assert finetune(tmp_path, world, "http://127.0.0.1:9", "method=sft").returncode == 0
     assert (tmp_path / "round_1" / "rows.jsonl").stat().st_mtime_ns == before
@@ -66,10 +82,17 @@ def test_answers_are_learned_and_a_finished_round_is_not_repeated(tmp_path, worl
 
 def test_samples_that_scored_are_learned(tmp_path, world):
     with retrieval_server(world) as (url, _):
-        more = ["method=rejection", "finetune.rounds=1", "finetune.samples=4", "data.train_data_num=30"]
+        more = [
+            "method=rejection",
+            "finetune.rounds=1",
+            "finetune.samples=4",
+            "data.train_data_num=30",
+        ]
         done = finetune(tmp_path, world, url, *more)
     assert done.returncode == 0, done.stderr[-3000:]
-    samples = [json.loads(line) for line in (tmp_path / "round_1" / "samples" / "evaluation.jsonl").open()]
+    samples = [
+        json.loads(line) for line in (tmp_path / "round_1" / "samples" / "evaluation.jsonl").open()
+    ]
     right = [s for s in samples if s["reward"]["score"] >= 1]
     rows = [json.loads(line) for line in (tmp_path / "round_1" / "rows.jsonl").open()]
     assert len(samples) == 120 and 0 < len(rows) == len(right) < 120
@@ -85,16 +108,27 @@ def test_without_a_method_there_is_nothing_to_do(tmp_path, world):
     ("family", "kwargs", "opening", "end"),
     [
         ("qwen2.5-base", {}, "<|im_start|>assistant\n", "<|im_end|>"),
-        ("qwen3", {"enable_thinking": False}, "<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>"),
+        (
+            "qwen3",
+            {"enable_thinking": False},
+            "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+            "<|im_end|>",
+        ),
         ("gemma-instruct", {}, "<start_of_turn>model\n", "<end_of_turn>"),
         ("llama3-base", {}, "?\n", "<|end_of_text|>"),
     ],
 )
-def test_rows_are_asked_and_ended_as_the_template_does(world, tmp_path, family, kwargs, opening, end):
+def test_rows_are_asked_and_ended_as_the_template_does(
+    world, tmp_path, family, kwargs, opening, end
+):
     tokenizer = make_family_tokenizer(tmp_path, family)
-    (first, *_) = answer_rows(*read_questions([str(world / "train.parquet")]), None, tokenizer, kwargs)
+    (first, *_) = answer_rows(
+        *read_questions([str(world / "train.parquet")]), None, tokenizer, kwargs
+    )
     own = sum(first["loss_mask"])
-    prompt, answer = (tokenizer.decode(ids) for ids in (first["input_ids"][:-own], first["input_ids"][-own:]))
+    prompt, answer = (
+        tokenizer.decode(ids) for ids in (first["input_ids"][:-own], first["input_ids"][-own:])
+    )
     assert prompt.startswith(tokenizer.bos_token or "") and prompt.endswith(opening)
     assert answer.startswith("<answer>") and answer.endswith(f"</answer>{end}")
 

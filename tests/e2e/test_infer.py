@@ -1,4 +1,5 @@
-"""Asking a model: one question, a dialogue, a file; against scripted transcripts and a real engine."""
+"""Asking a model: one question, a dialogue, a file; against scripted transcripts and a real
+engine."""
 
 import json
 import os
@@ -16,7 +17,8 @@ from tests.trained import make_run
 from verl.utils.errors import DataError
 from verl.workers.config import ModelConfig
 
-SEARCH, ANSWER = "<think> t </think> <search> Ada Marin </search>", "<think> u </think> <answer> Torvel </answer>"
+SEARCH = "<think> t </think> <search> Ada Marin </search>"
+ANSWER = "<think> u </think> <answer> Torvel </answer>"
 BASE = "data/closed_world/base"
 
 
@@ -27,28 +29,46 @@ def repository(monkeypatch):
 
 def settings(retriever, *more):
     return [
-        "experiment=nq_hotpotqa/grpo", f"retriever.url={retriever}", f"actor_rollout_ref.model.tokenizer_path={BASE}",
-        "actor_rollout_ref.rollout.endpoint.backoff_s=0.01", "trainer.experiment_name=x", *more,
-    ]  # fmt: skip
+        "experiment=nq_hotpotqa/grpo",
+        f"retriever.url={retriever}",
+        f"actor_rollout_ref.model.tokenizer_path={BASE}",
+        "actor_rollout_ref.rollout.endpoint.backoff_s=0.01",
+        "trainer.experiment_name=x",
+        *more,
+    ]
 
 
 def ask(scripts, retriever, *arguments, setup=()):
     played = Player(scripts)
     with serving(played.app) as url:
-        assert infer.main(["scripted", *arguments, "--endpoint", f"{url}/v1", *settings(retriever, *setup)]) == 0
+        assert (
+            infer.main(
+                ["scripted", *arguments, "--endpoint", f"{url}/v1", *settings(retriever, *setup)]
+            )
+            == 0
+        )
     return played
 
 
 def test_a_question_is_shown_piece_by_piece(retriever, repository, capsys):
     played = ask({"Ada": [SEARCH, ANSWER]}, retriever, "Where was Ada Marin born")
     shown = capsys.readouterr().out
-    assert shown.startswith(f'{SEARCH}\n\n<information>Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.')
-    assert f"</information>\n\n{ANSWER}\n[answer: Torvel; 1 searches, " in shown and "\033" not in shown
+    assert shown.startswith(
+        f'{SEARCH}\n\n<information>Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.'
+    )
+    assert (
+        f"</information>\n\n{ANSWER}\n[answer: Torvel; 1 searches, " in shown
+        and "\033" not in shown
+    )
     first = played.requests["Ada"][0]["messages"]
-    assert first == [{"role": "user", "content": build_prompt("Where was Ada Marin born", "search")}]
+    assert first == [
+        {"role": "user", "content": build_prompt("Where was Ada Marin born", "search")}
+    ]
 
 
-def test_a_dialogue_ends_with_an_empty_line_and_survives_a_failure(retriever, repository, capsys, monkeypatch):
+def test_a_dialogue_ends_with_an_empty_line_and_survives_a_failure(
+    retriever, repository, capsys, monkeypatch
+):
     lines = iter(["First?", "Broken?", "Second?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     played = Player({"First": [ANSWER], "Broken": ["x"], "Second": ["<think> no idea </think>"]})
@@ -57,10 +77,16 @@ def test_a_dialogue_ends_with_an_empty_line_and_survives_a_failure(retriever, re
         flags = ["--endpoint", f"{url}/v1", *settings(retriever, "max_turns=1")]
         assert infer.main(["scripted", *flags]) == 0
     shown = capsys.readouterr().out
-    assert "[answer: Torvel; 0 searches" in shown and "[failed: " in shown and "[no answer; 0 searches" in shown
+    assert (
+        "[answer: Torvel; 0 searches" in shown
+        and "[failed: " in shown
+        and "[no answer; 0 searches" in shown
+    )
 
 
-def test_a_file_is_answered_and_answered_questions_are_not_asked_again(retriever, repository, tmp_path):
+def test_a_file_is_answered_and_answered_questions_are_not_asked_again(
+    retriever, repository, tmp_path
+):
     questions = write_lines(tmp_path / "q.jsonl", [{"question": "First?"}, {"question": "Second?"}])
     out = tmp_path / "answers.jsonl"
     files = ["--questions", str(questions), "--out", str(out)]
@@ -71,7 +97,9 @@ def test_a_file_is_answered_and_answered_questions_are_not_asked_again(retriever
     write_lines(questions, [{"question": q} for q in ("First?", "Second?", "Third?")])
     played = ask({"First": [ANSWER], "Second": [ANSWER], "Third": [ANSWER]}, retriever, *files)
     assert len(out.read_text().splitlines()) == 3 and list(played.requests) == ["Third"]
-    with pytest.raises(SystemExit, match=r"answers.meta.json: .* of another set of answers \(not the same: agent\)"):
+    with pytest.raises(
+        SystemExit, match=r"answers.meta.json: .* of another set of answers \(not the same: agent\)"
+    ):
         ask({}, retriever, *files, "max_turns=1")
 
 
@@ -84,7 +112,10 @@ def test_a_file_without_questions_is_named(retriever, repository, tmp_path):
 @pytest.mark.cpu_engine
 def test_a_real_engine_answers_from_a_checkpoint(retriever, tmp_path):
     make_run(tmp_path / "run", ModelConfig(path=str(ROOT / BASE)), ranks=1, lr=1e-6)
-    rollout = ["actor_rollout_ref.rollout.dtype=float32", "actor_rollout_ref.rollout.cpu_kvcache_gb=0.2"]
+    rollout = [
+        "actor_rollout_ref.rollout.dtype=float32",
+        "actor_rollout_ref.rollout.cpu_kvcache_gb=0.2",
+    ]
     budgets = [
         "data.max_prompt_length=512",
         "data.max_start_length=64",
@@ -92,11 +123,17 @@ def test_a_real_engine_answers_from_a_checkpoint(retriever, tmp_path):
         "data.max_obs_length=256",
         "template=short",
     ]
-    model, question = f"{tmp_path}/run/latest", "In which country lies Torvel"
+    model = f"{tmp_path}/run/latest"
+    question = "In which country lies Torvel"
     command = [sys.executable, "-m", "search_r1.infer", model, question, *rollout, *budgets]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *settings(retriever)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+        [*command, *settings(retriever)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("<think>") and " searches, " in done.stdout.splitlines()[-1]
@@ -119,7 +156,8 @@ def test_a_missing_model_is_not_made_in_its_place(repository, tmp_path):
 
 def test_colours_are_for_terminals_only(monkeypatch):
     class Terminal(list):
-        write, flush = list.append, staticmethod(lambda: None)
+        write = list.append
+        flush = staticmethod(lambda: None)
 
         def isatty(self):
             return True
@@ -142,7 +180,15 @@ def test_questions_of_every_form_are_read_and_rows_without_one_named(tmp_path):
         {"prompt": "d", "reward_model": {"ground_truth": None}},
         {"Question": "e", "Answer": {"Value": "x"}},
     ]
-    assert infer.read_questions(write_lines(tmp_path / "q.jsonl", rows)) == ["a", "b", "c", "d", "e"]
-    bad = write_lines(tmp_path / "bad.jsonl", [{"question": "a"}, {"text": "b"}, {"question": ["c"]}])
+    assert infer.read_questions(write_lines(tmp_path / "q.jsonl", rows)) == [
+        "a",
+        "b",
+        "c",
+        "d",
+        "e",
+    ]
+    bad = write_lines(
+        tmp_path / "bad.jsonl", [{"question": "a"}, {"text": "b"}, {"question": ["c"]}]
+    )
     with pytest.raises(DataError, match=r"line 2: no question\n.*line 3: no question"):
         infer.read_questions(bad)

@@ -1,4 +1,5 @@
-"""Runs that are killed, starved, stopped and frozen. Each test says what was done to it, and what was compared."""
+"""Runs that are killed, starved, stopped and frozen. Each test says what was done to it, and what
+was compared."""
 
 import json
 import os
@@ -37,7 +38,8 @@ class Run:
         fixed = {"max_turns": None, "trainer__save_hf": "false", "trainer__test_freq": 1000}
         settings = {**fixed, "actor_rollout_ref__rollout__num_agent_workers": 1, **settings}
         extra = [] if not settings.pop("deterministic", False) else ["+mode=deterministic"]
-        self.folder, (env, self.alive) = folder, environment
+        self.folder = folder
+        (env, self.alive) = environment
         self.log = folder / "output.txt"
         overrides = ["--config-dir", "tests/e2e", *arguments(folder, model, **settings), *extra]
         with self.log.open("a") as output:
@@ -48,7 +50,11 @@ class Run:
         return self.log.read_text()
 
     def steps(self):
-        return [line["training/global_step"] for line in metrics(self.folder) if "critic/score/mean" in line]
+        return [
+            line["training/global_step"]
+            for line in metrics(self.folder)
+            if "critic/score/mean" in line
+        ]
 
     def reached(self, step):
         wait_for(lambda: step in self.steps() or self.process.poll() is not None, 600)
@@ -60,7 +66,9 @@ class Run:
         for pid in self.alive():
             try:
                 process = psutil.Process(pid)
-                found += [(process.create_time(), pid)] if name in " ".join(process.cmdline()) else []
+                found += (
+                    [(process.create_time(), pid)] if name in " ".join(process.cmdline()) else []
+                )
             except psutil.Error:
                 continue
         return [pid for _, pid in sorted(found)]
@@ -89,7 +97,9 @@ def prompts(folder):
     steps = {}
     for path in sorted((folder / "run/trajectories").glob("train_*.jsonl")):
         records = [json.loads(line) for line in path.open()]
-        steps[int(path.stem.split("_")[1])] = list(dict.fromkeys(r["extra_info"]["index"] for r in records))
+        steps[int(path.stem.split("_")[1])] = list(
+            dict.fromkeys(r["extra_info"]["index"] for r in records)
+        )
     return steps
 
 
@@ -122,14 +132,14 @@ BITS = {
 
 
 def test_killed_and_resumed_to_the_last_bit(tmp_path, model):
-    """Everything killed by SIGKILL in step 5 of 6, resumed from the checkpoint of step 3: same prompts, same tokens,
-    same losses to the last bit as an undisturbed run, same final weights.
+    """Everything killed by SIGKILL in step 5 of 6, resumed from the checkpoint of step 3: same
+    prompts, same tokens, same losses to the last bit as an undisturbed run, same final weights.
 
-    Then resumed once more from that checkpoint on two ranks instead of one: the prompts in the same order; in the first
-    step the same tokens, and a loss within rounding: each log-prob is off by at most d (what trainer and engine, two
-    implementations of the same sums, differ by in these runs, at most 1e-5), so that the loss, a mean of A * ratio, is
-    off by at most 2 d max|A|. Later steps drift apart, because Adam divides rounding by rounding where gradients are
-    near zero."""
+    Then resumed once more from that checkpoint on two ranks instead of one: the prompts in the same
+    order; in the first step the same tokens, and a loss within rounding: each log-prob is off by at
+    most d (what trainer and engine, two implementations of the same sums, differ by in these runs,
+    at most 1e-5), so that the loss, a mean of A * ratio, is off by at most 2 d max|A|. Later steps
+    drift apart, because Adam divides rounding by rounding where gradients are near zero."""
     straight, killed, wider = (tmp_path / name for name in ("straight", "killed", "wider"))
     for folder in (straight, killed, wider):
         folder.mkdir()
@@ -147,7 +157,8 @@ def test_killed_and_resumed_to_the_last_bit(tmp_path, model):
         (wider / "run/latest_checkpointed_iteration.txt").write_text("3")
         Run(wider, model, environment, **{**BITS, "trainer__n_gpus_per_node": 2}).ends()
 
-    expected, resumed = metrics(straight), metrics(killed)
+    expected = metrics(straight)
+    resumed = metrics(killed)
     assert [compared(line) for line in resumed] == [compared(line) for line in expected]
     assert prompts(killed) == prompts(straight) == drawn(6, 3)
     for step in range(1, 7):
@@ -155,13 +166,17 @@ def test_killed_and_resumed_to_the_last_bit(tmp_path, model):
     weights = [f / "run/hf/model.safetensors" for f in (straight, killed)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
-    fourth, wide = (next(x for x in metrics(f) if x["training/global_step"] == 4) for f in (straight, wider))
+    fourth, wide = (
+        next(x for x in metrics(f) if x["training/global_step"] == 4) for f in (straight, wider)
+    )
     assert prompts(wider) == {step: prompts(straight)[step] for step in (4, 5, 6)}
     assert sampled(wider, 4) == sampled(straight, 4)
     rounding = 1e-5
     assert max(fourth["rollout/logprob_diff_max"], wide["rollout/logprob_diff_max"]) <= rounding
     largest = max(abs(fourth["critic/advantages/max"]), abs(fourth["critic/advantages/min"]))
-    assert wide["actor/pg_loss"] == pytest.approx(fourth["actor/pg_loss"], abs=2 * rounding * largest)
+    assert wide["actor/pg_loss"] == pytest.approx(
+        fourth["actor/pg_loss"], abs=2 * rounding * largest
+    )
 
 
 @contextmanager
@@ -182,10 +197,11 @@ def flaky_retriever(folder):
 
 @pytest.mark.slow
 def test_every_part_is_killed_in_turn(tmp_path, model):
-    """SIGKILL, each in the middle of a rollout: the engine's server, vLLM's engine process, the retrieval server (back
-    after it was missed), the driver; then a training rank is killed and one is frozen (SIGSTOP), so that the watchdog
-    has to end the run. The run goes to its end by itself, trains on every batch once and in order, fails no trajectory,
-    samples from the trainer's weights after every repair, and leaves no process."""
+    """SIGKILL, each in the middle of a rollout: the engine's server, vLLM's engine process, the
+    retrieval server (back after it was missed), the driver; then a training rank is killed and one
+    is frozen (SIGSTOP), so that the watchdog has to end the run. The run goes to its end by itself,
+    trains on every batch once and in order, fails no trajectory, samples from the trainer's weights
+    after every repair, and leaves no process."""
     settings = {
         "trainer__total_training_steps": 8,
         "trainer__save_freq": 1,
@@ -201,7 +217,8 @@ def test_every_part_is_killed_in_turn(tmp_path, model):
 
         def in_the_middle_of(step):
             run.reached(step - 1)
-            began, log = tmp_path / "began", tmp_path / "run/metrics.jsonl"
+            began = tmp_path / "began"
+            log = tmp_path / "run/metrics.jsonl"
             wait_for(lambda: began.stat().st_mtime_ns > log.stat().st_mtime_ns, 120)
 
         in_the_middle_of(2)
@@ -231,9 +248,14 @@ def test_every_part_is_killed_in_turn(tmp_path, model):
 
 
 def test_asked_to_stop(tmp_path, model):
-    """SIGTERM: the step is finished and saved, status 143. Ctrl-C once: the same, 130. Ctrl-C twice: at once, 130; what
-    was saved before is there. Every batch was trained on once, by three runs of the same command."""
-    settings = {"trainer__total_training_steps": 40, "agent__pause_s": 1, "agent__began": tmp_path / "began"}
+    """SIGTERM: the step is finished and saved, status 143. Ctrl-C once: the same, 130. Ctrl-C
+    twice: at once, 130; what was saved before is there. Every batch was trained on once, by three
+    runs of the same command."""
+    settings = {
+        "trainer__total_training_steps": 40,
+        "agent__pause_s": 1,
+        "agent__began": tmp_path / "began",
+    }
     with family() as environment:
 
         def stopped_in_step(step, *signals):
@@ -241,7 +263,12 @@ def test_asked_to_stop(tmp_path, model):
             run.reached(step)
             for number in signals:
                 run.process.send_signal(number)
-                wait_for(lambda: "finishing the step under way" in run.output.rpartition("resuming after")[2], 20)
+                wait_for(
+                    lambda: (
+                        "finishing the step under way" in run.output.rpartition("resuming after")[2]
+                    ),
+                    20,
+                )
             run.ends(128 + signals[0])
             return run.steps()[-1]
 
@@ -256,9 +283,10 @@ def test_asked_to_stop(tmp_path, model):
 
 
 def test_asynchronous_and_killed(tmp_path, model):
-    """Two engines beside the training, batches rolled out two steps ahead, new weights between turns, validation on an
-    engine of its own. Everything killed after step 5, then resumed: every batch is trained on once and in order
-    although others were under way; no token is older than two versions; trajectories change weights between turns."""
+    """Two engines beside the training, batches rolled out two steps ahead, new weights between
+    turns, validation on an engine of its own. Everything killed after step 5, then resumed: every
+    batch is trained on once and in order although others were under way; no token is older than two
+    versions; trajectories change weights between turns."""
     settings = {
         "async_training__max_staleness": 2,
         "algorithm__rollout_correction__rollout_is": "token",
@@ -280,16 +308,24 @@ def test_asynchronous_and_killed(tmp_path, model):
     lines = [line for line in metrics(tmp_path) if "critic/score/mean" in line]
     ages = [line["training/staleness/max"] for line in lines]
     assert max(ages) == 2 and all(age <= 2 for age in ages)
-    shares = [v for line in lines for name, v in line.items() if name.startswith("training/staleness/share_")]
+    shares = [
+        v
+        for line in lines
+        for name, v in line.items()
+        if name.startswith("training/staleness/share_")
+    ]
     assert any(0 < share < 1 for share in shares)
     assert all(line["rollout_corr/is_weight/max"] <= 2 for line in lines)
-    validated = [line["training/global_step"] for line in metrics(tmp_path) if "val/test_score/all" in line]
+    validated = [
+        line["training/global_step"] for line in metrics(tmp_path) if "val/test_score/all" in line
+    ]
     assert sorted(validated) == [0, 2, 4, 6, 8]
 
 
 def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
-    """A signal that leaves its bound in step 4 for good: rolled back to step 2, whose weights rolled out the last
-    healthy step, with half the learning rate, and when it comes again, stopped; the state of each alarm is kept."""
+    """A signal that leaves its bound in step 4 for good: rolled back to step 2, whose weights
+    rolled out the last healthy step, with half the learning rate, and when it comes again, stopped;
+    the state of each alarm is kept."""
     reward = tmp_path / "reward.py"
     reward.write_text(
         "calls = 0\n"
@@ -307,27 +343,50 @@ def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
         "trainer__collapse_watch__min_signals": 1,
         "trainer__collapse_watch__patience": 2,
         "trainer__collapse_watch__max_roll_backs": 1,
-        "+trainer__collapse_watch__signals": "{reward/calls: {above: 40}}",  # 12 a step: the fourth has 42.5 on average
+        # 12 a step: the fourth has 42.5 on average
+        "+trainer__collapse_watch__signals": "{reward/calls: {above: 40}}",
         "actor_rollout_ref__actor__optim__lr": 1e-3,
         "custom_reward_function__path": reward,
     }
     with family() as environment:
         run = Run(tmp_path, model, environment, **settings)
         run.ends(1)
-    assert "reward/calls moved first, at step 4" in run.output and "rolled back to step 2" in run.output
-    assert run.steps() == [1, 2, 3, 4] and {k: v for k, v in prompts(tmp_path).items() if k < 5} == drawn(4, 4)
+    assert (
+        "reward/calls moved first, at step 4" in run.output
+        and "rolled back to step 2" in run.output
+    )
+    assert run.steps() == [1, 2, 3, 4] and {
+        k: v for k, v in prompts(tmp_path).items() if k < 5
+    } == drawn(4, 4)
     rates = [line["actor/lr"] for line in metrics(tmp_path)]
     assert rates == pytest.approx([1e-3] * 2 + [5e-4] * 2)
-    first, second = tmp_path / "run/alarms/step_5", tmp_path / "run/alarms/step_4-1"
-    assert [json.loads(line)["training/global_step"] for line in (first / "metrics.jsonl").open()] == [3, 4, 5]
-    assert all((folder / "actor").is_dir() and (folder / "alarm.txt").exists() for folder in (first, second))
+    first = tmp_path / "run/alarms/step_5"
+    second = tmp_path / "run/alarms/step_4-1"
+    assert [
+        json.loads(line)["training/global_step"] for line in (first / "metrics.jsonl").open()
+    ] == [3, 4, 5]
+    assert all(
+        (folder / "actor").is_dir() and (folder / "alarm.txt").exists()
+        for folder in (first, second)
+    )
 
 
 def test_a_loss_that_is_not_finite(tmp_path, model):
-    """An infinite loss: the step is skipped and its batch kept; after the allowed number of steps the run ends."""
-    settings = {"trainer__max_skipped_steps": 2, "actor_rollout_ref__actor__entropy_coeff": 1e39}  # inf in float32
+    """An infinite loss: the step is skipped and its batch kept; after the allowed number of steps
+    the run ends."""
+    settings = {
+        "trainer__max_skipped_steps": 2,
+        "actor_rollout_ref__actor__entropy_coeff": 1e39,
+    }  # inf in float32
     with family() as environment:
-        run = Run(tmp_path, model, environment, trainer__total_training_steps=5, trainer__save_freq=1, **settings)
+        run = Run(
+            tmp_path,
+            model,
+            environment,
+            trainer__total_training_steps=5,
+            trainer__save_freq=1,
+            **settings,
+        )
         run.ends(1)
     assert "not finite in 2 training steps in a row" in run.output and run.steps() == [1]
     batch = DataProto.load(tmp_path / "run/nonfinite/actor_000001.pt")
@@ -336,9 +395,12 @@ def test_a_loss_that_is_not_finite(tmp_path, model):
 
 @pytest.mark.slow
 def test_a_full_disk(tmp_path, model):
-    """A disk on which one checkpoint fits and not two: the second fails, is told, and training goes on to the last
-    step; the first one stays, and no half of another beside it; the run does not call itself finished."""
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False).returncode:
+    """A disk on which one checkpoint fits and not two: the second fails, is told, and training goes
+    on to the last step; the first one stays, and no half of another beside it; the run does not
+    call itself finished."""
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False
+    ).returncode:
         pytest.skip("a file system of its own cannot be mounted here (unshare -rm)")
     settings = {
         "trainer__save_freq": 2,
@@ -346,7 +408,10 @@ def test_a_full_disk(tmp_path, model):
         "trainer__default_local_dir": "/mnt/run",
         "trainer__rollout_data_freq": -1,
     }
-    mount = 'mount -t tmpfs -o size=2500k none /mnt && "$@"; status=$?; cp -r /mnt/run "$0"; exit $status'
+    mount = (
+        'mount -t tmpfs -o size=2500k none /mnt && "$@"; status=$?; '
+        'cp -r /mnt/run "$0"; exit $status'
+    )
     prefix = ["unshare", "-rm", "sh", "-c", mount, str(tmp_path)]
     with family() as environment:
         run = Run(tmp_path, model, environment, prefix, trainer__total_training_steps=6, **settings)
@@ -354,5 +419,8 @@ def test_a_full_disk(tmp_path, model):
         assert run.steps() == list(range(1, 7))
         assert "checkpoint of step 4 FAILED, training goes on" in run.output
     kept = [p.name for p in (tmp_path / "run").glob("global_step*")]
-    assert kept == ["global_step_2"] and (tmp_path / "run/latest_checkpointed_iteration.txt").read_text() == "2"
+    assert (
+        kept == ["global_step_2"]
+        and (tmp_path / "run/latest_checkpointed_iteration.txt").read_text() == "2"
+    )
     assert len(metrics(tmp_path)) == 7  # what could not be written at once was written later

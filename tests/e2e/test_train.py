@@ -42,7 +42,9 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
         "actor_rollout_ref__rollout__temperature": 0.7,
         "actor_rollout_ref__actor__optim__lr": 1e-3,
     }
-    status, output = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=2, **shared))
+    status, output = train(
+        "grpo", arguments(tmp_path, model, trainer__total_training_steps=2, **shared)
+    )
     assert status == 0, output[-3000:]
     lines = metrics(tmp_path)
     assert [line["training/global_step"] for line in lines] == [0, 1, 2]
@@ -58,7 +60,9 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf")
     initial = AutoModelForCausalLM.from_pretrained(model)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run/hf")) == exported.config.vocab_size
-    for (name, after), before in zip(exported.named_parameters(), initial.parameters(), strict=True):
+    for (name, after), before in zip(
+        exported.named_parameters(), initial.parameters(), strict=True
+    ):
         assert not torch.equal(after, before), name
     from_shards = tmp_path / "from_shards"
     assert export.main([str(tmp_path / "run" / "latest"), "--out", str(from_shards)]) == 0
@@ -67,10 +71,19 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
     assert ready_model(str(tmp_path / "run")) == str(tmp_path / "run" / "hf")
 
     shared["actor_rollout_ref__actor__optim__lr"] = 5e-4
-    status, output = train("grpo", arguments(tmp_path, model, trainer__total_training_steps=3, **shared))
+    status, output = train(
+        "grpo", arguments(tmp_path, model, trainer__total_training_steps=3, **shared)
+    )
     assert status == 0 and "resuming after step 2" in output, output[-3000:]
-    told = [change for line in output.splitlines() if (change := line.partition("changed since global_step_2: ")[2])]
-    assert told == ["actor_rollout_ref.actor.optim.lr: 0.001 -> 0.0005", "trainer.total_training_steps: 2 -> 3"]
+    told = [
+        change
+        for line in output.splitlines()
+        if (change := line.partition("changed since global_step_2: ")[2])
+    ]
+    assert told == [
+        "actor_rollout_ref.actor.optim.lr: 0.001 -> 0.0005",
+        "trainer.total_training_steps: 2 -> 3",
+    ]
     assert [line["actor/lr"] for line in metrics(tmp_path)[1:]] == [1e-3, 1e-3, 5e-4]
     assert [line["training/global_step"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
     assert [p.name for p in (tmp_path / "run").glob("global_step_*")] == ["global_step_3"]
@@ -92,15 +105,24 @@ def test_ppo_on_two_fsdp_ranks_with_a_custom_reward(tmp_path, model, retriever, 
     assert undocumented(name for line in lines for name in line) == []
     warmup, step = lines[1:]
     assert "actor/pg_loss" not in warmup and warmup["critic/grad_norm"] > 0
-    assert step["actor/optimizer_steps"] == 2 and step["critic/optimizer_steps"] == 1  # 12 trajectories by 6 and by 12
-    assert step["actor/grad_norm"] > 0 and step["critic/kl_coeff"] == 0.001 and step["reward/letters"] > 0
+    # 12 trajectories by 6 and by 12
+    assert step["actor/optimizer_steps"] == 2 and step["critic/optimizer_steps"] == 1
+    assert (
+        step["actor/grad_norm"] > 0
+        and step["critic/kl_coeff"] == 0.001
+        and step["reward/letters"] > 0
+    )
     assert step["rollout/logprob_diff_max"] <= 1e-3
 
 
 def test_a_reward_that_raises_ends_the_run_with_its_line_and_no_traceback_of_ours(tmp_path, model):
-    (tmp_path / "mine.py").write_text("def compute_score(solution_str, **kwargs):\n    return {}['nothing']\n")
+    (tmp_path / "mine.py").write_text(
+        "def compute_score(solution_str, **kwargs):\n    return {}['nothing']\n"
+    )
     more = {"max_turns": None, "custom_reward_function__path": tmp_path / "mine.py"}
-    status, output = train("toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)])
+    status, output = train(
+        "toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)]
+    )
     assert status == 1
     message = next(line for line in output.splitlines() if line.startswith("error: "))
     assert "compute_score of" in message and "mine.py raised KeyError: 'nothing' at" in message
@@ -110,7 +132,9 @@ def test_a_reward_that_raises_ends_the_run_with_its_line_and_no_traceback_of_our
 
 def test_a_task_without_search_trains_through_the_library_alone(tmp_path, model):
     more = {"max_turns": None, "trainer__total_training_steps": 2, "trainer__save_hf": "false"}
-    status, output = train("toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)])
+    status, output = train(
+        "toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)]
+    )
     assert status == 0, output[-3000:]
     assert metrics(tmp_path)[1]["toy/count"] == 12
 
@@ -145,17 +169,27 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(VARIANTS)],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if number else [])
+        for number, name in enumerate(VARIANTS)
+    ],
 )
 def test_other_algorithms_train(tmp_path, model, retriever, reward, variant):
-    shared = {"retriever__url": retriever, "custom_reward_function__path": reward, "trainer__total_training_steps": 1}
+    shared = {
+        "retriever__url": retriever,
+        "custom_reward_function__path": reward,
+        "trainer__total_training_steps": 1,
+    }
     status, output = train("grpo", arguments(tmp_path, model, **{**shared, **VARIANTS[variant]}))
     assert status == 0, output[-3000:]
     line = metrics(tmp_path)[-1]
     assert undocumented(line) == []
     assert line["actor/optimizer_steps"] == 2 and line["rollout/context_violations"] == 0
     if "dynamic" in variant:
-        assert 1 <= line["training/num_gen_batches"] <= 3 and line["rollout/filtered/zero_variance"] == 0
+        assert (
+            1 <= line["training/num_gen_batches"] <= 3
+            and line["rollout/filtered/zero_variance"] == 0
+        )
         assert line["actor/likelihood_loss"] >= 0
     elif "LoRA" in variant:  # the engine samples from the merged weights of the first update
         assert "M trained, attention packed" in output and line["rollout/logprob_diff_max"] <= 1e-3

@@ -1,4 +1,5 @@
-"""Two Ray nodes on one machine: ranks of one group on both, a whole training, and what is left of it: nothing."""
+"""Two Ray nodes on one machine: ranks of one group on both, a whole training, and what is left of
+it: nothing."""
 
 import os
 import re
@@ -19,7 +20,11 @@ from tests.e2e.runs import arguments, metrics, train
 from tests.models import make_tiny_qwen2
 from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.worker import Worker
-from verl.single_controller.worker_group import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.single_controller.worker_group import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+)
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -64,14 +69,20 @@ def driver(cluster):
 
 
 def marked(mark):
-    """{pid: command} of the living processes with the mark, those left out that Ray keeps for its next job."""
+    """{pid: command} of the living processes with the mark, those left out that Ray keeps for its
+    next job."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            environment, command = (entry / "environ").read_bytes(), (entry / "cmdline").read_bytes()
+            environment = (entry / "environ").read_bytes()
+            command = (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if f"{MARK}={mark}".encode() in environment.split(b"\0") and command and b"ray::IDLE" not in command:
+        if (
+            f"{MARK}={mark}".encode() in environment.split(b"\0")
+            and command
+            and b"ray::IDLE" not in command
+        ):
             found[int(entry.name)] = command.replace(b"\0", b" ").decode().strip()
     return found
 
@@ -88,7 +99,9 @@ def test_ranks_of_a_group_are_on_both_nodes_in_order_and_reduce_across(driver):
 
 def test_more_than_the_cluster_has_is_refused_with_what_it_has(driver):
     for asked in ([1, 1, 1], [3, 1]):
-        with pytest.raises(RuntimeError, match=r"cannot place .* there are .*'CPU': 2.*'CPU': 2.*trainer\.nnodes"):
+        with pytest.raises(
+            RuntimeError, match=r"cannot place .* there are .*'CPU': 2.*'CPU': 2.*trainer\.nnodes"
+        ):
             RayResourcePool(asked, use_gpu=False, timeout_s=1).get_placement_group()
 
 
@@ -98,7 +111,11 @@ def run(tmp_path_factory, cluster, mark, retriever):
     before = marked(mark)
     folder = tmp_path_factory.mktemp("run")
     model = make_tiny_qwen2(tmp_path_factory.mktemp("model"), tied=True)
-    more = {"trainer__ray_address": cluster.address, "trainer__nnodes": 2, "trainer__total_training_steps": 2}
+    more = {
+        "trainer__ray_address": cluster.address,
+        "trainer__nnodes": 2,
+        "trainer__total_training_steps": 2,
+    }
     status, output = train("grpo", arguments(folder, model, retriever__url=retriever, **more))
     return folder, status, output, before
 
@@ -106,10 +123,14 @@ def run(tmp_path_factory, cluster, mark, retriever):
 def actors(cluster):
     """The actors that the cluster remembers: class, state, node."""
     state = GlobalState()
-    options = GcsClientOptions.create(cluster.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+    options = GcsClientOptions.create(
+        cluster.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False
+    )
     state._initialize_global_state(options)
     table = state.actor_table(None).values()
-    return [(actor["ActorClassName"], actor["State"], actor["Address"]["NodeID"]) for actor in table]
+    return [
+        (actor["ActorClassName"], actor["State"], actor["Address"]["NodeID"]) for actor in table
+    ]
 
 
 def test_a_run_trains_on_two_nodes(run, cluster):
@@ -119,9 +140,13 @@ def test_a_run_trains_on_two_nodes(run, cluster):
     assert placed and placed[1] != placed[2]
     for line in metrics(folder)[1:]:
         assert line["rollout/context_violations"] == 0 and line["rollout/logprob_diff_max"] <= 1e-3
-        assert line["actor/grad_norm"] >= 0 and line["training/policy_version"] == line["training/global_step"]
+        assert (
+            line["actor/grad_norm"] >= 0
+            and line["training/policy_version"] == line["training/global_step"]
+        )
     engines = [node for name, _, node in actors(cluster) if name == "VLLMServer"]
-    assert engines and all(node.startswith(placed[1]) for node in engines)  # they read what rank 0 leaves in /dev/shm
+    # they read what rank 0 leaves in /dev/shm
+    assert engines and all(node.startswith(placed[1]) for node in engines)
 
 
 def test_the_cluster_outlives_the_run_and_nothing_else_does(run, cluster, mark, driver):
@@ -129,19 +154,25 @@ def test_the_cluster_outlives_the_run_and_nothing_else_does(run, cluster, mark, 
     assert [node["Alive"] for node in ray.nodes()] == [True, True]
     assert ray.get(ray.remote(lambda: 5).remote()) == 5
     found = actors(cluster)
-    assert Counter(name for name, *_ in found)["WorkerHost"] >= 2 and {state for _, state, _ in found} == {"DEAD"}
+    assert Counter(name for name, *_ in found)["WorkerHost"] >= 2 and {
+        state for _, state, _ in found
+    } == {"DEAD"}
     deadline = time.monotonic() + 60
-    while (left := {pid: command for pid, command in marked(mark).items() if pid not in before}) and (
-        time.monotonic() < deadline
-    ):
+    while (
+        left := {pid: command for pid, command in marked(mark).items() if pid not in before}
+    ) and (time.monotonic() < deadline):
         time.sleep(0.1)
     assert not left
 
 
-def test_without_an_address_a_run_has_a_ray_of_its_own(tmp_path, cluster, tmp_path_factory, retriever):
+def test_without_an_address_a_run_has_a_ray_of_its_own(
+    tmp_path, cluster, tmp_path_factory, retriever
+):
     """One node, whatever else runs on the machine: two are refused."""
     model = make_tiny_qwen2(tmp_path_factory.mktemp("model"), tied=True)
-    status, output = train("grpo", arguments(tmp_path, model, retriever__url=retriever, trainer__nnodes=2))
-    assert status == 1 and re.search(r"cannot place .* there are \S+ {'CPU': [^{]*}: lower trainer.nnodes", output), (
-        output
+    status, output = train(
+        "grpo", arguments(tmp_path, model, retriever__url=retriever, trainer__nnodes=2)
     )
+    assert status == 1 and re.search(
+        r"cannot place .* there are \S+ {'CPU': [^{]*}: lower trainer.nnodes", output
+    ), output

@@ -1,4 +1,5 @@
-"""A task without search: one generation, rewarded by its share of letters `e`. The library needs no more than this."""
+"""A task without search: one generation, rewarded by its share of letters `e`. The library needs no
+more than this."""
 
 from verl.agent import Trajectory
 from verl.utils.config import Config
@@ -6,10 +7,12 @@ from verl.utils.reward import policy_text
 
 
 class SingleTurn:
-    Config, top_level_keys = Config, frozenset()
+    Config = Config
+    top_level_keys = frozenset()
 
     def __init__(self, config, tokenizer): ...
-    def preflight(self): return []  # fmt: skip
+    def preflight(self):
+        return []
 
     async def close(self): ...
     async def run(self, prompt_ids, row, generate):
@@ -18,13 +21,15 @@ class SingleTurn:
         return trajectory
 
     @staticmethod
-    def reduce_metrics(trajectories): return {"toy/count": float(len(trajectories))}  # fmt: skip
+    def reduce_metrics(trajectories):
+        return {"toy/count": float(len(trajectories))}
 
 
 class CountE:
     Config = Config
 
-    def __init__(self, config, tokenizer): self.tokenizer = tokenizer  # fmt: skip
+    def __init__(self, config, tokenizer):
+        self.tokenizer = tokenizer
 
     def __call__(self, trajectory, row):
         text = policy_text(trajectory, self.tokenizer)

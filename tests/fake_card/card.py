@@ -1,6 +1,8 @@
-"""A CUDA device without a card: tensors that say `cuda` and hold no numbers, `torch.cuda` answered by a stand-in.
+"""A CUDA device without a card: tensors that say `cuda` and hold no numbers, `torch.cuda` answered
+by a stand-in.
 
-`load` comes before the import of torch, and in a process of its own: it cannot be undone. `mode` has the tensors.
+`load` comes before the import of torch, and in a process of its own: it cannot be undone. `mode`
+has the tensors.
 """
 
 import ctypes
@@ -20,7 +22,15 @@ def build(folder: Path) -> Path:
     """Compiles `card.cpp` into `folder`. A few seconds; needs g++."""
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent  # pyright: ignore
     library = folder / "libcard.so"
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", "-O0", f"-I{torch_folder / 'include'}", str(SOURCE)]
+    command = [
+        "g++",
+        "-shared",
+        "-fPIC",
+        "-std=c++20",
+        "-O0",
+        f"-I{torch_folder / 'include'}",
+        str(SOURCE),
+    ]
     command += ["-o", str(library), f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
     subprocess.run(command, check=True, capture_output=True)
     return library
@@ -39,14 +49,16 @@ class OutOfMemory(RuntimeError):
 
 
 class Memory:
-    """What is on one card: the trainer's tensors, what its allocator keeps of freed ones, and the engine's part.
+    """What is on one card: the trainer's tensors, what its allocator keeps of freed ones, and the
+    engine's part.
 
-    `reserved` never falls by itself: what torch frees stays with the process until `empty_cache`, and an engine in
-    another process cannot have it.
+    `reserved` never falls by itself: what torch frees stays with the process until `empty_cache`,
+    and an engine in another process cannot have it.
     """
 
     def __init__(self, total: int, contexts: int) -> None:
-        self.total, self.contexts = total, contexts
+        self.total = total
+        self.contexts = contexts
         self.sizes: dict[int, int] = {}
         self.allocated = self.reserved = self.peak = 0
         self.engine: dict[str, int] = {}
@@ -77,7 +89,9 @@ class Memory:
         """An engine allocates. Raises OutOfMemory."""
         assert name not in self.engine, f"{name} twice"
         if size > self.free:
-            raise OutOfMemory(f"{name}: {size / GIB:.1f} GiB wanted, {self.free / GIB:.1f} GiB free")
+            raise OutOfMemory(
+                f"{name}: {size / GIB:.1f} GiB wanted, {self.free / GIB:.1f} GiB free"
+            )
         self.engine[name] = size
 
     def give(self, name: str) -> None:
@@ -135,10 +149,14 @@ class Event:
 class Properties:
     """Of the card of a rank."""
 
-    major, minor, multi_processor_count, name = 9, 0, 132, "fake card"
+    major = 9
+    minor = 0
+    multi_processor_count = 132
+    name = "fake card"
 
     def __init__(self, uuid: str, total: int) -> None:
-        self.uuid, self.total_memory = uuid, total
+        self.uuid = uuid
+        self.total_memory = total
 
 
 def plug_in(memory: Memory, uuid: Callable[[], str], log: Callable[..., None]) -> None:

@@ -1,7 +1,7 @@
 """Ray within one process, for the few calls that `verl.single_controller.worker_group` makes.
 
-A method of a plain class runs at once; a coroutine runs on one loop, in a thread of its own. The handle of an object
-that died raises what Ray raises.
+A method of a plain class runs at once; a coroutine runs on one loop, in a thread of its own. The
+handle of an object that died raises what Ray raises.
 """
 
 import asyncio
@@ -28,7 +28,9 @@ class Handle:
     """An object as an actor."""
 
     def __init__(self, cluster: "Cluster", target: Any) -> None:
-        self._cluster, self._target, self._open = cluster, target, set()
+        self._cluster = cluster
+        self._target = target
+        self._open = set()
         self._dead = False
 
     def __getattr__(self, name: str) -> Any:
@@ -87,7 +89,9 @@ class Cluster:
             return [self.get(call) for call in calls]
         return calls.future.result(timeout=600)
 
-    def wait(self, calls: list[Any], num_returns: int = 1, timeout: float | None = None) -> tuple[list[Any], list[Any]]:
+    def wait(
+        self, calls: list[Any], num_returns: int = 1, timeout: float | None = None
+    ) -> tuple[list[Any], list[Any]]:
         done, _ = wait([call.future for call in calls], timeout, return_when=FIRST_COMPLETED)
         ready = [call for call in calls if call.future in done][:num_returns]
         return ready, [call for call in calls if call not in ready]
@@ -100,4 +104,6 @@ class Cluster:
                 outer.set_exception(RayActorError())
 
     def get_runtime_context(self) -> Any:
-        return SimpleNamespace(get_accelerator_ids=lambda: {"GPU": ["0"]}, get_node_id=lambda: "node")
+        return SimpleNamespace(
+            get_accelerator_ids=lambda: {"GPU": ["0"]}, get_node_id=lambda: "node"
+        )

@@ -1,7 +1,9 @@
-"""A vLLM engine that computes nothing: it keeps vLLM's order of sleep, pause and transfer, and counts memory.
+"""A vLLM engine that computes nothing: it keeps vLLM's order of sleep, pause and transfer, and
+counts memory.
 
-`VLLMServer` builds it in the place of `AsyncLLM`. Each of its processes receives weights through vLLM's own
-`IPCWeightTransferEngine` or packed NCCL consumer; only CUDA IPC and NCCL themselves are replaced.
+`VLLMServer` builds it in the place of `AsyncLLM`. Each of its processes receives weights through
+vLLM's own `IPCWeightTransferEngine` or packed NCCL consumer; only CUDA IPC and NCCL themselves are
+replaced.
 """
 
 import inspect
@@ -16,7 +18,8 @@ from ray.exceptions import RayActorError
 from tests.fake_card.card import GIB, Memory
 
 UUID = "GPU-{}"
-KV_CACHE, WEIGHTS = "kv_cache", "weights"
+KV_CACHE = "kv_cache"
+WEIGHTS = "weights"
 
 
 class Refused(AssertionError):
@@ -27,7 +30,9 @@ class Engines:
     """What all engines of a rehearsal share: the cards, the log, and the wire in place of NCCL."""
 
     def __init__(self, memories: list[Memory], weight_bytes: int, log: Callable[..., None]) -> None:
-        self.memories, self.weight_bytes, self.log = memories, weight_bytes, log
+        self.memories = memories
+        self.weight_bytes = weight_bytes
+        self.log = log
         self.gpu = 0
         """The card of the process that is asked for its properties."""
         self.made = 0
@@ -46,17 +51,25 @@ class StubEngine:
     """One replica over `tensor_parallel_size` cards."""
 
     def __init__(self, engines: Engines, args: Any) -> None:
-        self.shared, self.args = engines, args
+        self.shared = engines
+        self.args = args
         self.gpus = [int(gpu) for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
         assert len(self.gpus) == args.tensor_parallel_size
         self.name = f"engine {self.gpus[0]}"
         self.asleep: set[str] = set()
-        self.paused, self.updating, self.current = False, False, args.load_format != "dummy"
+        self.paused = False
+        self.updating = False
+        self.current = args.load_format != "dummy"
         share = args.gpu_memory_utilization
         for gpu in self.gpus:
             memory = engines.memories[gpu]
-            if memory.free + memory.contexts < share * memory.total:  # vllm/v1/worker/utils.py, request_memory
-                raise Refused(f"{self.name}: {memory.free / GIB:.1f} GiB free at its start, {share} of the card wanted")
+            if (
+                memory.free + memory.contexts < share * memory.total
+            ):  # vllm/v1/worker/utils.py, request_memory
+                raise Refused(
+                    f"{self.name}: {memory.free / GIB:.1f} GiB free at its start, {share} of the "
+                    "card wanted"
+                )
             memory.engine = {}
             memory.take(WEIGHTS, self.weights)
             memory.take(KV_CACHE, int(share * memory.total) - self.weights)
@@ -74,16 +87,25 @@ class StubEngine:
                 self.shared.memories[gpu].engine = {}
             raise RayActorError
 
-    async def collective_rpc(self, method: str, timeout: Any = None, args: Any = (), kwargs: Any = None) -> list[Any]:
+    async def collective_rpc(
+        self, method: str, timeout: Any = None, args: Any = (), kwargs: Any = None
+    ) -> list[Any]:
         assert method == "follow"
         return [os.getpid() for _ in self.gpus]
 
-    async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncIterator[Any]:
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str
+    ) -> AsyncIterator[Any]:
         if self.asleep or self.paused or not self.current:
-            raise Refused(f"{self.name}: generate, asleep {self.asleep}, paused {self.paused}, new {self.current}")
+            raise Refused(
+                f"{self.name}: generate, asleep {self.asleep}, paused {self.paused}, new "
+                f"{self.current}"
+            )
         ids = [7] * sampling_params.max_tokens
         logprobs = [{7: SimpleNamespace(logprob=-1.0)} for _ in ids]
-        out = SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason="length", stop_reason=None)
+        out = SimpleNamespace(
+            token_ids=ids, logprobs=logprobs, finish_reason="length", stop_reason=None
+        )
         yield SimpleNamespace(outputs=[out], prompt_token_ids=prompt["prompt_token_ids"])
 
     async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
@@ -109,18 +131,22 @@ class StubEngine:
         for gpu in self.gpus:
             for tag in {WEIGHTS, KV_CACHE} - self.asleep:
                 self.shared.memories[gpu].give(tag)
-        self.asleep, self.paused = {WEIGHTS, KV_CACHE}, True
+        self.asleep = {WEIGHTS, KV_CACHE}
+        self.paused = True
         self.current = self.current and level == 1
 
     async def wake_up(self, tags: list[str] | None = None) -> bool:
-        """Tags that do not sleep only warn; the scheduler goes on when nothing sleeps any more (v1/engine/core.py)."""
+        """Tags that do not sleep only warn; the scheduler goes on when nothing sleeps any more
+        (v1/engine/core.py)."""
         tags = tags or [WEIGHTS, KV_CACHE]
         self.log(f"wake {'+'.join(tags)}")
         if set(tags) <= self.asleep:
             for gpu in self.gpus:
                 for tag in tags:
                     whole = int(self.args.gpu_memory_utilization * self.shared.memories[gpu].total)
-                    self.shared.memories[gpu].take(tag, self.weights if tag == WEIGHTS else whole - self.weights)
+                    self.shared.memories[gpu].take(
+                        tag, self.weights if tag == WEIGHTS else whole - self.weights
+                    )
             self.asleep -= set(tags)
         if not self.asleep:
             self.paused = False
@@ -131,14 +157,19 @@ class StubEngine:
         backend = self.args.weight_transfer_config
         backend = backend["backend"] if isinstance(backend, dict) else backend.backend
         self.receivers = [
-            Receiver(self.shared, backend, gpu, rank, request.init_info) for rank, gpu in enumerate(self.gpus)
+            Receiver(self.shared, backend, gpu, rank, request.init_info)
+            for rank, gpu in enumerate(self.gpus)
         ]
 
     async def start_weight_update(self) -> None:
         self.log("start_update")
         if self.updating or WEIGHTS in self.asleep or not self.paused:
-            raise Refused(f"{self.name}: update begins, updating {self.updating}, asleep {self.asleep}, {self.paused=}")
-        self.updating, self.current = True, False
+            raise Refused(
+                f"{self.name}: update begins, updating {self.updating}, asleep {self.asleep}, "
+                f"{self.paused=}"
+            )
+        self.updating = True
+        self.current = False
         for gpu in self.gpus:
             self.shared.received[UUID.format(gpu)] = []
 
@@ -152,22 +183,32 @@ class StubEngine:
         self.log("finish_update")
         for receive in self.receivers:
             receive.close()
-        self.updating, self.current = False, True
+        self.updating = False
+        self.current = True
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.log("shutdown")
 
 
 class Receiver:
-    """The engine process of one card, up to the model: vLLM's own class, the model a list of what arrived."""
+    """The engine process of one card, up to the model: vLLM's own class, the model a list of what
+    arrived."""
 
-    def __init__(self, shared: Engines, backend: str, gpu: int, rank: int, init_info: dict[str, Any]) -> None:
-        self.shared, self.gpu = shared, gpu
-        self.engine, self.info_cls = (self._ipc if backend == "ipc" else self._nccl)(rank, init_info)
+    def __init__(
+        self, shared: Engines, backend: str, gpu: int, rank: int, init_info: dict[str, Any]
+    ) -> None:
+        self.shared = shared
+        self.gpu = gpu
+        self.engine, self.info_cls = (self._ipc if backend == "ipc" else self._nccl)(
+            rank, init_info
+        )
 
     def _ipc(self, rank: int, init_info: dict[str, Any]) -> tuple[Any, Any]:
         import torch
-        from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
+        from vllm.distributed.weight_transfer.ipc_engine import (
+            IPCWeightTransferEngine,
+            IPCWeightTransferUpdateInfo,
+        )
 
         engine = self._make(IPCWeightTransferEngine, torch.device("cuda", 0))
         engine.init_transfer_engine(engine.init_info_cls(**init_info))
@@ -175,11 +216,15 @@ class Receiver:
 
     def _nccl(self, rank: int, init_info: dict[str, Any]) -> tuple[Any, Any]:
         import torch
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+        from vllm.distributed.weight_transfer.nccl_engine import (
+            NCCLWeightTransferEngine,
+            NCCLWeightTransferUpdateInfo,
+        )
 
         engine = self._make(NCCLWeightTransferEngine, torch.device("meta"))
         info = engine.init_info_cls(**init_info)
-        engine.packed, engine.packed_num_buffers = info.packed, info.packed_num_buffers
+        engine.packed = info.packed
+        engine.packed_num_buffers = info.packed_num_buffers
         engine.packed_buffer_size_bytes = info.packed_buffer_size_bytes
         engine.model_update_group = Group(self.shared, info.rank_offset + rank, info.world_size)
         return engine, NCCLWeightTransferUpdateInfo
@@ -205,16 +250,21 @@ class Receiver:
 
 
 class Group:
-    """NCCL's communicator of trainer and engine processes: rank 0 tells the others the sizes of what it would send."""
+    """NCCL's communicator of trainer and engine processes: rank 0 tells the others the sizes of
+    what it would send."""
 
     def __init__(self, shared: Engines, rank: int, size: int) -> None:
-        self.shared, self.rank, self.size = shared, rank, size
+        self.shared = shared
+        self.rank = rank
+        self.size = size
         shared.broadcast[rank] = queue.Queue()
 
     def broadcast(self, tensor: Any, src: int, stream: Any = None) -> None:
         assert src == 0 and self.rank < self.size
         if self.rank == 0:
-            assert str(tensor.device) == "cuda:0", f"the communicator works on cuda:0, the tensor is on {tensor.device}"
+            assert str(tensor.device) == "cuda:0", (
+                f"the communicator works on cuda:0, the tensor is on {tensor.device}"
+            )
             for rank in range(1, self.size):
                 self.shared.broadcast[rank].put(tensor.nbytes)
         else:

@@ -1,8 +1,8 @@
 """Tensors on a card that is not there.
 
-They have devices, dtypes, shapes and storages, and every mixture of devices that a GPU refuses is refused. Small ones
-whose numbers are known (masks, ids, lengths) have values too, kept beside them on the CPU, because what the code does
-depends on them.
+They have devices, dtypes, shapes and storages, and every mixture of devices that a GPU refuses is
+refused. Small ones whose numbers are known (masks, ids, lengths) have values too, kept beside them
+on the CPU, because what the code does depends on them.
 """
 
 import weakref
@@ -33,15 +33,18 @@ FACTORIES = ("arange", "zeros", "ones", "full", "scalar_tensor")
 
 
 class CardMode(FakeTensorMode):
-    """FakeTensorMode with values, with a count of what is on the card, and a list of collectives."""
+    """FakeTensorMode with values, with a count of what is on the card, and a list of
+    collectives."""
 
     def __init__(self, memory: Memory, log_collective: Callable[[str, list[Any]], None]) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.memory, self.log_collective = memory, log_collective
+        self.memory = memory
+        self.log_collective = log_collective
         self.on_card: set[int] = set()
         """Storages on the card, by address."""
         self.stale: dict[int, Any] = {}
-        """Storages of values that were overwritten by what has none, by address; kept, so that none is used again."""
+        """Storages of values that were overwritten by what has none, by address; kept, so that none
+        is used again."""
 
     @property
     def avoid_device_init(self) -> bool:
@@ -118,8 +121,11 @@ class CardMode(FakeTensorMode):
         with torch._C._DisableTorchDispatch(), torch.no_grad():
             return func(*args, **kwargs)
 
-    def _with_values(self, func: Any, args: Any, values: list[Any] | None, spec: Any, out: Any) -> Any:
-        """`out` with its values, where those of the arguments are known; else what was written to has none any more."""
+    def _with_values(
+        self, func: Any, args: Any, values: list[Any] | None, spec: Any, out: Any
+    ) -> Any:
+        """`out` with its values, where those of the arguments are known; else what was written to
+        has none any more."""
         if values is None:
             for tensor, argument in zip(args, func._schema.arguments, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
@@ -128,7 +134,11 @@ class CardMode(FakeTensorMode):
         outs = [x for x in tree_flatten(out)[0] if isinstance(x, FakeTensor)]
         if not outs or any(x.numel() > MOST_VALUES for x in outs):
             return out
-        real = [x for x in tree_flatten(self._compute(func, values, spec))[0] if isinstance(x, torch.Tensor)]
+        real = [
+            x
+            for x in tree_flatten(self._compute(func, values, spec))[0]
+            if isinstance(x, torch.Tensor)
+        ]
         for fake, value in zip(outs, real, strict=True):
             assert fake.shape == value.shape, f"{func}: {fake.shape} {value.shape}"
             fake.value = value  # pyright: ignore
@@ -170,7 +180,8 @@ def _numbers_on_the_host(mode: CardMode) -> None:
 
 
 def _sizes_of_storages(mode: CardMode) -> None:
-    """FSDP2 frees gathered parameters, and takes room for them again, by resizing their storages."""
+    """FSDP2 frees gathered parameters, and takes room for them again, by resizing their
+    storages."""
     resize = torch.UntypedStorage.resize_
 
     def resize_(storage: Any, size: int) -> None:
@@ -182,8 +193,10 @@ def _sizes_of_storages(mode: CardMode) -> None:
 
 
 def _fsdp(memory: Memory) -> None:
-    """Fake tensors say where FSDP2 has moved them; what DTensor makes to learn shapes is on no card."""
-    move, propagate = _fsdp_init._move_states_to_device, ShardingPropagator._propagate_tensor_meta_non_cached
+    """Fake tensors say where FSDP2 has moved them; what DTensor makes to learn shapes is on no
+    card."""
+    move = _fsdp_init._move_states_to_device
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def moved(parameters: list[Any], buffers: list[Any], device: Any) -> None:
         move(parameters, buffers, device)

@@ -1,4 +1,5 @@
-"""Eight training ranks, of which the first does the real work on a fake card and the others are like it."""
+"""Eight training ranks, of which the first does the real work on a fake card and the others are
+like it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,11 @@ from tests.fake_card.engine import UUID
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerHost
 
-ROWS = {"compute_log_prob": "old_log_probs", "compute_ref_log_prob": "ref_log_prob", "compute_values": "values"}
+ROWS = {
+    "compute_log_prob": "old_log_probs",
+    "compute_ref_log_prob": "ref_log_prob",
+    "compute_values": "values",
+}
 
 
 def no_peers(log: Callable[..., None]) -> None:
@@ -21,9 +26,12 @@ def no_peers(log: Callable[..., None]) -> None:
 
     Collectives of tensors do nothing; those of objects are answered in the name of the others.
     """
-    init, new_group = dist.init_process_group, dist.new_group
+    init = dist.init_process_group
+    new_group = dist.new_group
 
-    def init_process_group(backend: str, store: Any, rank: int, world_size: int, timeout: Any) -> None:
+    def init_process_group(
+        backend: str, store: Any, rank: int, world_size: int, timeout: Any
+    ) -> None:
         assert backend == "cpu:gloo,cuda:nccl"
         init("cpu:fake,cuda:fake", store=store, rank=rank, world_size=world_size)
 
@@ -34,7 +42,9 @@ def no_peers(log: Callable[..., None]) -> None:
 
     dist.init_process_group = init_process_group  # pyright: ignore
     dist.get_backend_config = lambda group=None: "cpu:gloo,cuda:nccl"
-    dist.new_group = lambda *args, backend=None, **kwargs: new_group(*args, backend="fake", **kwargs)
+    dist.new_group = lambda *args, backend=None, **kwargs: new_group(
+        *args, backend="fake", **kwargs
+    )
     dist.all_gather_object = all_gather_object
     dist.barrier = lambda *_, **__: log("barrier")
 
@@ -43,7 +53,9 @@ def models_without_weights() -> None:
     """Lets `from_pretrained` make a model of the config's shapes, on the host, and read nothing."""
 
     def maker(cls: Any) -> Any:
-        def from_pretrained(path: str, *, dtype: Any, attn_implementation: str, **kwargs: Any) -> Any:
+        def from_pretrained(
+            path: str, *, dtype: Any, attn_implementation: str, **kwargs: Any
+        ) -> Any:
             config = AutoConfig.from_pretrained(path, **kwargs)
             return cls.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 

@@ -1,11 +1,12 @@
 """One training step of a recipe on cards that are not there.
 
-    python tests/fake_card/rehearse.py LIBRARY FOLDER '{"recipe": "qwen2.5-3b-ppo", "layers": 2}' ...
+    python tests/fake_card/rehearse.py LIBRARY FOLDER '{"recipe": "qwen2.5-3b-ppo", "layers": 2}'
+    ...
 
-For each case it writes one JSON file to FOLDER: what happened in which order on the first rank and in each engine,
-what was on the card, dtypes and devices, and what each engine process received. The configuration is the recipe's; the
-batch is small, and `layers` of the model may be fewer. LIBRARY is what `card.build` made. Everything of verl runs but
-the agent loops, whose text a script writes.
+For each case it writes one JSON file to FOLDER: what happened in which order on the first rank and
+in each engine, what was on the card, dtypes and devices, and what each engine process received. The
+configuration is the recipe's; the batch is small, and `layers` of the model may be fewer. LIBRARY
+is what `card.build` made. Everything of verl runs but the agent loops, whose text a script writes.
 """
 
 import json
@@ -25,17 +26,31 @@ from tests.fake_card.card import GIB, Memory
 
 SHAPES: dict[str, dict[str, Any]] = {  # of the config.json that Qwen publishes
     "3b": {
-        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
     },
     "7b": {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
     },
-}  # fmt: skip
+}
 WORLD = 8
-PROMPT, TURN, OBSERVATION, TURNS = 2_000, 500, 149, 5
-"""Tokens of every trajectory: three of them nearly fill a micro-batch, and half of the tokens are trained."""
+PROMPT = 2_000
+TURN = 500
+OBSERVATION = 149
+TURNS = 5
+"""Tokens of every trajectory: three of them nearly fill a micro-batch, and half of the tokens are
+trained."""
 ROWS_OF_A_RANK = 3
 
 
@@ -83,7 +98,8 @@ def configuration(case: dict[str, Any], path: str, run_dir: str) -> Any:
 
 
 class ScriptedWorker:
-    """`AgentLoopWorker` whose loop searches without a retriever: router and engines are the real ones."""
+    """`AgentLoopWorker` whose loop searches without a retriever: router and engines are the real
+    ones."""
 
     def __init__(self, config: Any, engines: Any, max_under_way: int) -> None:
         self.engines = engines
@@ -155,7 +171,11 @@ class Rehearsal:
         self.engines = engine.Engines(self.memories, weight_bytes, self.log)
         if self.case.get("dies_at"):
             self.engines.dies_at = tuple(self.case["dies_at"])
-        card.plug_in(self.memory, lambda: engine.UUID.format(self.engines.gpu), lambda what: self.log("rank", what))
+        card.plug_in(
+            self.memory,
+            lambda: engine.UUID.format(self.engines.gpu),
+            lambda what: self.log("rank", what),
+        )
         self.mode = mode.CardMode(self.memory, self.log_collective)
         mode.put_in_place(self.mode)
 
@@ -170,12 +190,16 @@ class Rehearsal:
 
         packed.reduce_tensor = reduce_tensor  # pyright: ignore
         reductions.rebuild_cuda_tensor = lambda handle, *_: exports[handle]
-        nccl_engine.open_trainer_endpoint = lambda info: engine.Group(self.engines, 0, info.world_size)  # pyright: ignore
+        nccl_engine.open_trainer_endpoint = lambda info: engine.Group(
+            self.engines, 0, info.world_size
+        )  # pyright: ignore
         async_llm.AsyncLLM = self.engines  # pyright: ignore
         ranks.no_peers(lambda what: self.log("rank", what))
         ranks.models_without_weights()
         worker_group.ray = cluster.Cluster()  # pyright: ignore
-        ranks.Host.mode, ranks.Host.memory, ranks.Host.log = self.mode, self.memory, self.log
+        ranks.Host.mode = self.mode
+        ranks.Host.memory = self.memory
+        ranks.Host.log = self.log
         worker_group.WorkerHost = ranks.Host  # pyright: ignore
         worker_group.RayResourcePool.get_placement_group = lambda self: None  # pyright: ignore
         worker_group.PlacementGroupSchedulingStrategy = lambda *_, **__: None  # pyright: ignore
@@ -191,7 +215,8 @@ class Rehearsal:
         from verl.utils.tracking import Timers, Tracking
 
         rows = [
-            {"data_source": "nq", "prompt": [], "extra_info": {"index": i}} for i in range(config.data.train_batch_size)
+            {"data_source": "nq", "prompt": [], "extra_info": {"index": i}}
+            for i in range(config.data.train_batch_size)
         ]
         train_set: Any = SimpleNamespace(rows=rows, prompt_ids=[[5] * PROMPT for _ in rows])
         sized = type("Rows", (SimpleNamespace,), {"__len__": lambda self: len(self.rows)})
@@ -204,7 +229,16 @@ class Rehearsal:
         tokenizer = SimpleNamespace(pad_token_id=0, decode=lambda *_, **__: "")
         stop: Any = SimpleNamespace(requested=0)
         trainer = RayPPOTrainer(
-            config, tokenizer, agent, None, train_set, train_set, processes, tracking, Timers(lambda name: None), stop
+            config,
+            tokenizer,
+            agent,
+            None,
+            train_set,
+            train_set,
+            processes,
+            tracking,
+            Timers(lambda name: None),
+            stop,
         )
         trainer.finish = lambda: None  # a checkpoint of nothing
         trainer.is_due = lambda frequency: False
@@ -238,7 +272,8 @@ class Rehearsal:
 
 
 def estimated(config: Any, gpu_gib: float) -> dict[str, float]:
-    """GiB at the peak of each phase by `verl.trainer.estimate`, for the micro-batches of the rehearsal."""
+    """GiB at the peak of each phase by `verl.trainer.estimate`, for the micro-batches of the
+    rehearsal."""
     from dataclasses import replace
 
     from verl.trainer import memory
@@ -251,12 +286,21 @@ def estimated(config: Any, gpu_gib: float) -> dict[str, float]:
     longest = Longest(length, TURNS * TURN / length, "", turns=TURNS - 1, written=TURNS * TURN)
     for role in roles_of(config, longest, {}):
         update = role.update and Pass(ROWS_OF_A_RANK * length, ROWS_OF_A_RANK * TURNS * TURN, "")
-        infer = 2 * ROWS_OF_A_RANK if role.infer.tokens >= 2 * ROWS_OF_A_RANK * length else role.infer.tokens // length
-        roles.append(replace(role, infer=Pass(infer * length, infer * TURNS * TURN, ""), update=update))
+        infer = (
+            2 * ROWS_OF_A_RANK
+            if role.infer.tokens >= 2 * ROWS_OF_A_RANK * length
+            else role.infer.tokens // length
+        )
+        roles.append(
+            replace(role, infer=Pass(infer * length, infer * TURNS * TURN, ""), update=update)
+        )
     share = config.actor_rollout_ref.rollout.gpu_memory_utilization * gpu_gib * GIB
     engine = {("", "engine"): share}
     phases = ["rollout", "log-probs", *["critic update"] * config.use_critic, "actor update"]
-    return {phase: (total(peak(phase, roles, {}, engine)[0]) - memory.CONTEXTS_GIB * GIB) / GIB for phase in phases}
+    return {
+        phase: (total(peak(phase, roles, {}, engine)[0]) - memory.CONTEXTS_GIB * GIB) / GIB
+        for phase in phases
+    }
 
 
 def rehearse(case: dict[str, Any]) -> dict[str, Any]:

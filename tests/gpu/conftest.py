@@ -1,4 +1,5 @@
-"""What is marked `gpu` is skipped where there is no CUDA device, or not the packages that the mark names."""
+"""What is marked `gpu` is skipped where there is no CUDA device, or not the packages that the mark
+names."""
 
 import importlib.util
 

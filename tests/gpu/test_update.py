@@ -19,11 +19,15 @@ from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, OptimConfi
 from verl.workers.forward import forward_log_probs
 from verl.workers.fsdp_model import build_model
 
-ROWS, PROMPT, RESPONSE, VOCAB, WIDTH = 16, 32, 480, 512, 256
+ROWS = 16
+PROMPT = 32
+RESPONSE = 480
+VOCAB = 512
+WIDTH = 256
 LR = 1e-3
 BFLOAT16 = 0.05
-"""Largest share of a gradient that rounding may change. On the CPU bfloat16 changes .016 of it, and the log-probs by
-.009 on average and .043 at most."""
+"""Largest share of a gradient that rounding may change. On the CPU bfloat16 changes .016 of it, and
+the log-probs by .009 on average and .043 at most."""
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +38,14 @@ def path(tmp_path_factory):
 def make_model(folder: Path) -> str:
     """A random Qwen2 that rounding does not throw off: its matrices shrink what they multiply."""
     config = Qwen2Config(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
     model = Qwen2ForCausalLM(config)
     perturb(model, seed=0, scale=0.03)
     model.save_pretrained(folder)
@@ -50,7 +59,9 @@ def on_rank(device: str, fn: Callable[..., Any], *args: Any) -> Any:
         return torch.load(Path(folder) / "result.pt", weights_only=False)
 
 
-def _rank(rank: int, device: str, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, device: str, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     init_process_group(rank, 1, torch.distributed.HashStore(), device, threads=1)
     seed_everything(0)
     torch.save(fn(*args), Path(folder) / "result.pt")
@@ -58,7 +69,8 @@ def _rank(rank: int, device: str, folder: str, fn: Callable[..., Any], args: tup
 
 
 def batch() -> DataProto:
-    """Ragged rows; trained are 40 tokens of every 160, the others of a response are observations."""
+    """Ragged rows; trained are 40 tokens of every 160, the others of a response are
+    observations."""
     generator = torch.Generator().manual_seed(2)
     lengths = torch.randint(RESPONSE // 4, RESPONSE + 1, (ROWS, 1), generator=generator)
     column = torch.arange(RESPONSE).expand(ROWS, -1)
@@ -67,9 +79,13 @@ def batch() -> DataProto:
         {
             "prompts": torch.randint(0, VOCAB, (ROWS, PROMPT), generator=generator),
             "responses": torch.randint(0, VOCAB, (ROWS, RESPONSE), generator=generator),
-            "attention_mask": torch.cat([torch.ones(ROWS, PROMPT, dtype=torch.bool), real], dim=1).long(),
+            "attention_mask": torch.cat(
+                [torch.ones(ROWS, PROMPT, dtype=torch.bool), real], dim=1
+            ).long(),
             "response_mask": (real & (column % 160 < 40)).long(),
-            "advantages": torch.randn(ROWS, 1, generator=generator).expand(ROWS, RESPONSE).contiguous(),
+            "advantages": torch.randn(ROWS, 1, generator=generator)
+            .expand(ROWS, RESPONSE)
+            .contiguous(),
             "mini_batch": torch.zeros(ROWS, dtype=torch.long),
         },
         meta_info={"num_mini_batches": {"mini_batch": 1}},
@@ -79,12 +95,18 @@ def batch() -> DataProto:
 TRAINED = batch().batch["response_mask"].bool()
 
 
-def gradient(path: str, dtype: str, checkpointing: bool = False, compiled: bool = False) -> dict[str, Any]:
-    """Log-probs and whole gradient of a batch, and by how many bytes the GPU's allocated memory rose at most."""
+def gradient(
+    path: str, dtype: str, checkpointing: bool = False, compiled: bool = False
+) -> dict[str, Any]:
+    """Log-probs and whole gradient of a batch, and by how many bytes the GPU's allocated memory
+    rose at most."""
     worker = Worker()
-    config = ModelConfig(path=path, enable_gradient_checkpointing=checkpointing, use_torch_compile=compiled)
+    config = ModelConfig(
+        path=path, enable_gradient_checkpointing=checkpointing, use_torch_compile=compiled
+    )
     model = build_model(config, "lm", FSDPConfig(model_dtype="float32", dtype=dtype), worker.mesh)
-    data, on_gpu = batch().to(worker.device), worker.device.type == "cuda"
+    data = batch().to(worker.device)
+    on_gpu = worker.device.type == "cuda"
     for _ in range(2):  # the first brings workspaces, and compiles
         model.zero_grad()
         if on_gpu:
@@ -153,7 +175,12 @@ def updates(path: str, offload: dict[str, bool]) -> dict[str, Any]:
     before = actor.compute_log_prob(batch())
     steps = [actor.update_actor(batch().union(before))["optimizer_steps"] for _ in range(2)]
     parameters = list(actor.state.model.parameters())
-    moments = [value for state in actor.state.optimizer.state.values() for value in state.values() if value.dim()]
+    moments = [
+        value
+        for state in actor.state.optimizer.state.values()
+        for value in state.values()
+        if value.dim()
+    ]
     found = {
         "steps": steps,
         "parameters": places(parameters),

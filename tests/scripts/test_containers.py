@@ -1,4 +1,5 @@
-"""The container files: what they copy is there, and a change of the code leaves the layer of the packages alone."""
+"""The container files: what they copy is there, and a change of the code leaves the layer of the
+packages alone."""
 
 import re
 from pathlib import Path
@@ -15,5 +16,9 @@ def test_what_is_copied_is_there_and_packages_come_before_the_code(name):
     missing = [path for paths in copies for path in paths if not (ROOT / path).exists()]
     assert not missing and copies[-1] == ["."]
     before, after = re.split(r"^RUN .*bash scripts/setup\.sh.*$", text, flags=re.MULTILINE)
-    assert "COPY --chown=search:search . ." in after and "COPY --chown=search:search . ." not in before
-    assert re.search(r"^USER 1000", before, re.MULTILINE), "packages and runs belong to a plain user"
+    assert (
+        "COPY --chown=search:search . ." in after and "COPY --chown=search:search . ." not in before
+    )
+    assert re.search(r"^USER 1000", before, re.MULTILINE), (
+        "packages and runs belong to a plain user"
+    )

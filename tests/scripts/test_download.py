@@ -19,15 +19,21 @@ COMMIT = "a" * 40
 
 
 class Hub:
-    """Data sets as {repository: {file: bytes}}; `cut`: how many more file bodies break off half-way."""
+    """Data sets as {repository: {file: bytes}}; `cut`: how many more file bodies break off
+    half-way."""
 
     def __init__(self, files):
-        self.files, self.cut, self.sent, self.app = files, 0, [], FastAPI()
+        self.files = files
+        self.cut = 0
+        self.sent = []
+        self.app = FastAPI()
         self.app.add_api_route("/api/datasets/{owner}/{name}", self.info)
         self.app.add_api_route("/api/datasets/{owner}/{name}/revision/{revision}", self.info)
         self.app.add_api_route("/api/datasets/{owner}/{name}/tree/{revision}", self.tree)
         self.app.add_api_route(
-            "/datasets/{owner}/{name}/resolve/{revision}/{path:path}", self.file, methods=["GET", "HEAD"]
+            "/datasets/{owner}/{name}/resolve/{revision}/{path:path}",
+            self.file,
+            methods=["GET", "HEAD"],
         )
 
     def info(self, owner: str, name: str):
@@ -43,7 +49,10 @@ class Hub:
 
     def tree(self, owner: str, name: str):
         files = self.files[f"{owner}/{name}"].items()
-        return [{"type": "file", "oid": "0" * 40, "path": path, "size": len(data)} for path, data in files]
+        return [
+            {"type": "file", "oid": "0" * 40, "path": path, "size": len(data)}
+            for path, data in files
+        ]
 
     def entry(self, path, data):
         digest = hashlib.sha256(data).hexdigest()
@@ -66,7 +75,9 @@ class Hub:
         return Response(body, status_code=206 if start else 200, headers=headers)
 
 
-LINES = "".join(json.dumps({"id": str(i), "contents": f'"T{i}"\nx'}) + "\n" for i in range(1000)).encode()
+LINES = "".join(
+    json.dumps({"id": str(i), "contents": f'"T{i}"\nx'}) + "\n" for i in range(1000)
+).encode()
 INDEX = bytes(range(256)) * 1000
 
 
@@ -74,7 +85,10 @@ INDEX = bytes(range(256)) * 1000
 def hub():
     fake = Hub(
         {
-            "PeterJinGo/wiki-18-corpus": {"wiki-18.jsonl.gz": gzip.compress(LINES), "README.md": b"x"},
+            "PeterJinGo/wiki-18-corpus": {
+                "wiki-18.jsonl.gz": gzip.compress(LINES),
+                "README.md": b"x",
+            },
             "PeterJinGo/wiki-18-e5-index": {"part_aa": INDEX[:100000], "part_ab": INDEX[100000:]},
             "PeterJinGo/wiki-18-bm25-index": {"bm25/segments_1": b"s", "bm25/_0.cfs": b"cfs"},
         }
@@ -85,7 +99,12 @@ def hub():
 
 
 def download(hub, folder, *flags):
-    env = {"HF_ENDPOINT": hub.base, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home"), "PATH": "/usr/bin:/bin"}
+    env = {
+        "HF_ENDPOINT": hub.base,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(folder / "home"),
+        "PATH": "/usr/bin:/bin",
+    }
     command = [sys.executable, str(SCRIPT), "--save_path", str(folder / "data"), *flags]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
@@ -96,17 +115,25 @@ def test_everything_is_joined_unpacked_and_there_once(hub, tmp_path):
     data = tmp_path / "data"
     assert (data / "wiki-18.jsonl").read_bytes() == LINES
     assert (data / "e5_Flat.index").read_bytes() == INDEX
-    assert (data / "bm25" / "segments_1").read_bytes() == b"s" and (data / "bm25" / "_0.cfs").read_bytes() == b"cfs"
+    assert (data / "bm25" / "segments_1").read_bytes() == b"s" and (
+        data / "bm25" / "_0.cfs"
+    ).read_bytes() == b"cfs"
     assert not list(data.glob("*.tmp")) and not list(data.glob(".*.parts"))
     count = len(hub.sent)
     again = download(hub, tmp_path, "--what", "corpus", "e5", "bm25")
-    assert again.returncode == 0 and again.stdout.count("already here") == 3 and len(hub.sent) == count
+    assert (
+        again.returncode == 0 and again.stdout.count("already here") == 3 and len(hub.sent) == count
+    )
 
 
 def test_a_damaged_part_is_found_removed_and_fetched_again(hub, tmp_path):
     hub.cut = 1
     first = download(hub, tmp_path, "--what", "e5")
-    assert first.returncode == 1 and "wrong hash" in first.stderr and "run the same command again" in first.stderr
+    assert (
+        first.returncode == 1
+        and "wrong hash" in first.stderr
+        and "run the same command again" in first.stderr
+    )
     assert "Traceback" not in first.stderr and not (tmp_path / "data" / "e5_Flat.index").exists()
     second = download(hub, tmp_path, "--what", "e5")
     assert second.returncode == 0, second.stderr
@@ -117,7 +144,11 @@ def test_a_damaged_part_is_found_removed_and_fetched_again(hub, tmp_path):
 def test_an_unreachable_hub_is_an_error_that_names_the_repository(hub, tmp_path):
     hub.base = "http://127.0.0.1:9"
     done = download(hub, tmp_path)
-    assert done.returncode == 1 and "PeterJinGo/wiki-18-corpus" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "PeterJinGo/wiki-18-corpus" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_too_little_room_is_said_before_the_download(tmp_path, monkeypatch):

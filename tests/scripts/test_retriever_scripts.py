@@ -24,11 +24,17 @@ def test_flags_are_the_servers(script, tmp_path):
     echo.chmod(0o755)
     names = ("CORPUS", "INDEX", "BM25_INDEX", "E5_INDEX")
     env = {**os.environ, "PYTHON": str(echo), **{name: f"/{name.lower()}" for name in names}}
-    done = subprocess.run(["bash", str(script), "--topk", "5"], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", str(script), "--topk", "5"], env=env, capture_output=True, text=True, check=True
+    )
     program, *flags = done.stdout.split("\n")[:-1]
-    module = {"retrieval_server.py": retrieval_server, "serp_search_server.py": serp_search_server}[Path(program).name]
+    module = {"retrieval_server.py": retrieval_server, "serp_search_server.py": serp_search_server}[
+        Path(program).name
+    ]
     assert module.parse_arguments(flags).topk == 5
-    assert len(script.read_text().splitlines()) <= 25 and re.match(r"#!/usr/bin/env bash\n# ", script.read_text())
+    assert len(script.read_text().splitlines()) <= 25 and re.match(
+        r"#!/usr/bin/env bash\n# ", script.read_text()
+    )
 
 
 def test_a_missing_variable_is_named():
@@ -39,7 +45,11 @@ def test_a_missing_variable_is_named():
 
 def test_bm25_starts_and_answers(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path, ROWS)
-    for name, value in {"PYTHON": sys.executable, "CORPUS": corpus, "INDEX": tmp_path / "bm25"}.items():
+    for name, value in {
+        "PYTHON": sys.executable,
+        "CORPUS": corpus,
+        "INDEX": tmp_path / "bm25",
+    }.items():
         monkeypatch.setenv(name, str(value))
     script = next(path for path in SCRIPTS if path.name == "bm25.sh")
     with server_process(["bash", str(script)]) as (url, _):

@@ -22,15 +22,27 @@ DEVICE = "gpu" if has_cuda_engine() else "cpu"
 
 def run(command: list[str], **env: str) -> tuple[int, str]:
     """Exit status and output; no environment is active unless `env` names one."""
-    outer = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "SETUP_EXTRA")}
+    outer = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "SETUP_EXTRA")
+    }
     done = subprocess.run(
-        command, env=outer | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+        command,
+        env=outer | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
     )
     return done.returncode, done.stdout
 
 
 def setup(folder: Path, *extras: str, **env: str) -> tuple[int, str]:
-    return run(["bash", str(SETUP), *extras], **{"SETUP_VENV": str(folder / "venv"), "SETUP_DEVICE": DEVICE, **env})
+    return run(
+        ["bash", str(SETUP), *extras],
+        **{"SETUP_VENV": str(folder / "venv"), "SETUP_DEVICE": DEVICE, **env},
+    )
 
 
 def test_the_pins_for_gpus_are_those_that_were_installed():
@@ -57,8 +69,11 @@ def test_what_a_script_that_sources_it_was_given_are_no_extras(tmp_path):
     script.write_text(f'source {SETUP}\necho "with $PYTHON"\n')
     status, output = run(
         ["bash", str(script), "trainer.seed=1"],
-        SETUP_VENV=str(tmp_path / "venv"), SETUP_DEVICE=DEVICE, SETUP_EXTRA="hub lucene", VIRTUAL_ENV=sys.prefix,
-    )  # fmt: skip
+        SETUP_VENV=str(tmp_path / "venv"),
+        SETUP_DEVICE=DEVICE,
+        SETUP_EXTRA="hub lucene",
+        VIRTUAL_ENV=sys.prefix,
+    )
     assert status == 0 and f"with {sys.prefix}/bin/python" in output, output
 
 
@@ -66,7 +81,10 @@ def test_builds_for_cpu_and_gpu_are_never_mixed_in_one_folder(tmp_path):
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / ".stamp-cpu").touch()
     status, output = setup(tmp_path, SETUP_DEVICE="gpu")
-    assert status == 1 and "was made for cpu, and gpu is wanted: remove it, or name another folder" in output
+    assert (
+        status == 1
+        and "was made for cpu, and gpu is wanted: remove it, or name another folder" in output
+    )
 
 
 def test_an_environment_for_gpus_needs_pythons_headers(tmp_path):
@@ -74,7 +92,8 @@ def test_an_environment_for_gpus_needs_pythons_headers(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sysconfig\n"
         "paths = sysconfig.get_paths\n"
-        "sysconfig.get_paths = lambda *args, **kwargs: {**paths(*args, **kwargs), 'include': '/none'}\n"
+        "sysconfig.get_paths = lambda *args, **kwargs: {**paths(*args, **kwargs), 'include': "
+        "'/none'}\n"
     )
     status, output = setup(tmp_path, SETUP_DEVICE="gpu", PYTHONPATH=str(tmp_path))
     assert status == 1 and "/none/Python.h is missing" in output and "-dev" in output, output
@@ -86,7 +105,11 @@ def test_an_environment_for_gpus_needs_pythons_headers(tmp_path):
     [
         (["train", "dense", "hub"], 0, ""),
         (["cpu" if DEVICE == "gpu" else "gpu"], 1, "vllm.* is not installed"),
-        (["dense-tpu"], 2, "dense-tpu is no extra of the project; there are retrieval, dense, dense-gpu"),
+        (
+            ["dense-tpu"],
+            2,
+            "dense-tpu is no extra of the project; there are retrieval, dense, dense-gpu",
+        ),
     ],
 )
 def test_the_requirements_of_an_extra_are_compared_with_what_is_installed(extras, status, message):
@@ -98,5 +121,9 @@ def test_the_requirements_of_an_extra_are_compared_with_what_is_installed(extras
 def test_tests_with_engines_on_the_cpu_are_left_out_of_an_environment_for_gpus(monkeypatch, marks):
     item: Any = SimpleNamespace(get_closest_marker=lambda name: name in marks)
     monkeypatch.setattr(conftest, "has_cuda_engine", lambda: True)
-    with pytest.raises(pytest.skip.Exception, match="no engine on the CPU") if marks else nullcontext():
+    with (
+        pytest.raises(pytest.skip.Exception, match="no engine on the CPU")
+        if marks
+        else nullcontext()
+    ):
         conftest.pytest_runtest_setup(item)

@@ -1,4 +1,5 @@
-"""The sweep of algorithms: every run composes and validates; what a finished run leaves becomes a row and a table."""
+"""The sweep of algorithms: every run composes and validates; what a finished run leaves becomes a
+row and a table."""
 
 import json
 import sys
@@ -36,7 +37,8 @@ def test_runs_take_equal_samples_and_optimizer_steps(run):
 
 
 @pytest.mark.parametrize(
-    ("path", "run"), [(path, run) for path in (ASYNCHRONY, COLLAPSE) for run in sweep.read_sweep(path)]
+    ("path", "run"),
+    [(path, run) for path in (ASYNCHRONY, COLLAPSE) for run in sweep.read_sweep(path)],
 )
 def test_runs_of_other_sweeps_compose(path, run):
     (_, script, *overrides), status = sweep.read_sweep(path)[run]
@@ -49,34 +51,54 @@ def test_runs_of_other_sweeps_compose(path, run):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_masked_and_unmasked_runs_read_the_same_world(masked):
-    (_, _, *overrides), _ = sweep.read_sweep(MASKING)["masked-seed0" if masked else "unmasked-seed0"]
+    (_, _, *overrides), _ = sweep.read_sweep(MASKING)[
+        "masked-seed0" if masked else "unmasked-seed0"
+    ]
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         composed = compose("grpo", overrides)
     config = validate(OmegaConf.to_container(composed, resolve=True)).actor_rollout_ref
-    assert config.actor.state_masking is masked and read_setup(as_plain(composed)).world_options.filler == 2
+    assert (
+        config.actor.state_masking is masked
+        and read_setup(as_plain(composed)).world_options.filler == 2
+    )
 
 
 def test_an_unknown_key_is_named(tmp_path):
     (tmp_path / "s.yaml").write_text("runs: {a: {seed: 1}}")
-    with pytest.raises(SystemExit, match=r"s\.yaml, a: unknown seed; expected config, seeds, overrides, status"):
+    with pytest.raises(
+        SystemExit, match=r"s\.yaml, a: unknown seed; expected config, seeds, overrides, status"
+    ):
         sweep.read_sweep(tmp_path / "s.yaml")
 
 
 def test_a_finished_run_becomes_a_row_a_table_and_a_plot(tmp_path):
     scores = [0.1, 0.85, 0.3, 0.9]
-    lines: list[dict] = [{"training/global_step": i, "val/test_score/all": s} for i, s in enumerate(scores)]
+    lines: list[dict] = [
+        {"training/global_step": i, "val/test_score/all": s} for i, s in enumerate(scores)
+    ]
     for line in lines[1:]:
-        line |= {"training/num_trajectories": 240, "perf/timer_coverage": 0.9 + line["training/global_step"] / 100}
-        line |= {"perf/time_per_step": 2.0, "training/staleness/share_0": 0.25, "training/staleness/share_1": 0.75}
+        line |= {
+            "training/num_trajectories": 240,
+            "perf/timer_coverage": 0.9 + line["training/global_step"] / 100,
+        }
+        line |= {
+            "perf/time_per_step": 2.0,
+            "training/staleness/share_0": 0.25,
+            "training/staleness/share_1": 0.75,
+        }
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "trajectories").mkdir()
     last = [record("q", [("x", [passage("1")])], em=1.0, gold="1"), record("r", [], em=0.0)]
-    (tmp_path / "trajectories" / "val_000003.jsonl").write_text("".join(json.dumps(r) + "\n" for r in last))
+    (tmp_path / "trajectories" / "val_000003.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in last)
+    )
     row = {"run": "grpo-seed0", "wall_s": 60, **sweep.figures(tmp_path)}
     assert row["curve"] == [(0, 0.1), (240, 0.85), (480, 0.3), (720, 0.9)]
     assert row["timer_coverage"] == 0.92 and row["seconds"] == [2.0] * 3 and row["alarms"] == []
     assert row["staleness"] == {"0": 0.25, "1": 0.75} and row["mismatch"] == {}
-    assert row["samples_to_reach"] == 240 and row["collapses"] == 1 and row["last"]["set"]["EM"] == 0.5
+    assert (
+        row["samples_to_reach"] == 240 and row["collapses"] == 1 and row["last"]["set"]["EM"] == 0.5
+    )
     assert "| grpo-seed0 | 0.900 | 0.500 | 0.50 | 240 | 0 | 1 | 1.0 |" in sweep.table([row])
     sweep.plot([row], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0

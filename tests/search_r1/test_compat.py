@@ -1,4 +1,5 @@
-"""The published command lines of the original and of verl are taken whole, and say what became of each key."""
+"""The published command lines of the original and of verl are taken whole, and say what became of
+each key."""
 
 import logging
 
@@ -12,7 +13,9 @@ from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class
 
 COMMANDS = {
-    **{name: ("search_r1", published.arguments(keys)) for name, keys in published.SEARCH_R1.items()},
+    **{
+        name: ("search_r1", published.arguments(keys)) for name, keys in published.SEARCH_R1.items()
+    },
     "verl": ("verl", [*published.VERL_FLAGS, *published.arguments(published.VERL)]),
 }
 PROJECT: dict[str, Project] = {name: load_class(path, "compat") for name, path in PROJECTS.items()}
@@ -58,7 +61,11 @@ def test_the_micro_batch_is_shared_by_all_gpus():
 def test_the_format_reward_comes_with_its_scores():
     reward = taken(*COMMANDS["v0.3/train_grpo_format.sh"]).reward
     assert (reward["em"], reward["em_format"]) == (0, 1)
-    assert (reward["structure_format_score"], reward["final_format_score"], reward["retrieval_score"]) == (0.2, 0.1, 0)
+    assert (
+        reward["structure_format_score"],
+        reward["final_format_score"],
+        reward["retrieval_score"],
+    ) == (0.2, 0.1, 0)
 
 
 def test_an_evaluation_of_the_original():
@@ -70,8 +77,14 @@ def test_what_verl_trains():
     config = taken(*COMMANDS["verl"])
     assert list(config.num_mini_batches.values()) == [2]
     data = config.data
-    assert (data.max_start_length, data.max_prompt_length, data.max_response_length) == (4096, 4096, 3000)
-    assert not data.shuffle_train_dataloader and config.agent["max_turns"] == 1, "of its search_multiturn_grpo.yaml"
+    assert (data.max_start_length, data.max_prompt_length, data.max_response_length) == (
+        4096,
+        4096,
+        3000,
+    )
+    assert not data.shuffle_train_dataloader and config.agent["max_turns"] == 1, (
+        "of its search_multiturn_grpo.yaml"
+    )
 
 
 def test_everything_that_changes_is_said(caplog):
@@ -107,7 +120,14 @@ def test_what_would_train_something_else_is_refused(project, override):
 
 
 def test_all_that_is_wrong_is_listed_at_once():
-    lines = refused("search_r1", "data.nope=1", "algorithm.no_think_rl=true", "experiment=own_data", "a=1,2", "b=[")
+    lines = refused(
+        "search_r1",
+        "data.nope=1",
+        "algorithm.no_think_rl=true",
+        "experiment=own_data",
+        "a=1,2",
+        "b=[",
+    )
     assert len(lines) == 5
 
 
@@ -137,5 +157,13 @@ def test_tables_name_keys_that_exist(name):
 
 def test_warm_up_steps_become_a_share():
     optim = "actor_rollout_ref.actor.optim"
-    given = published.VERL | {"trainer.total_training_steps": "200", f"{optim}.lr_warmup_steps": "20"}
-    assert taken("verl", published.arguments(given)).actor_rollout_ref.actor.optim.lr_warmup_steps_ratio == 0.1
+    given = published.VERL | {
+        "trainer.total_training_steps": "200",
+        f"{optim}.lr_warmup_steps": "20",
+    }
+    assert (
+        taken(
+            "verl", published.arguments(given)
+        ).actor_rollout_ref.actor.optim.lr_warmup_steps_ratio
+        == 0.1
+    )

@@ -1,4 +1,5 @@
-"""What is made around a run: the closed world by its options, and a retrieval server that lasts as long as the run."""
+"""What is made around a run: the closed world by its options, and a retrieval server that lasts as
+long as the run."""
 
 import json
 import os
@@ -32,7 +33,14 @@ from verl.trainer.config import validate
 from verl.utils.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
-SMALL = WorldConfig(train_people=20, test_people=20, spare_people=0, train_questions=20, test_questions=10, filler=10)
+SMALL = WorldConfig(
+    train_people=20,
+    test_people=20,
+    spare_people=0,
+    train_questions=20,
+    test_questions=10,
+    filler=10,
+)
 
 
 def test_a_world_is_made_with_its_options_and_refused_with_others(tmp_path):
@@ -40,14 +48,18 @@ def test_a_world_is_made_with_its_options_and_refused_with_others(tmp_path):
     passages = [json.loads(line)["contents"] for line in (tmp_path / "corpus.jsonl").open()]
     assert min(text.count(".") for text in passages) >= 11
     prepare_world(tmp_path, SMALL)
-    with pytest.raises(SystemExit, match=r"was made with filler=10; setup\.world_options asks for filler=2"):
+    with pytest.raises(
+        SystemExit, match=r"was made with filler=10; setup\.world_options asks for filler=2"
+    ):
         prepare_world(tmp_path, SMALL.model_copy(update={"filler": 2}))
     (tmp_path / "options.json").unlink()
     with pytest.raises(SystemExit, match=r"was made with train_people=400, .*, filler=0; "):
         prepare_world(tmp_path, SMALL)
 
 
-def test_what_is_missing_of_a_world_is_made_again_unless_that_would_replace_what_a_user_changed(tmp_path):
+def test_what_is_missing_of_a_world_is_made_again_unless_that_would_replace_what_a_user_changed(
+    tmp_path,
+):
     prepare_world(tmp_path, SMALL)
     passages = (tmp_path / "corpus.jsonl").read_text()
     (tmp_path / "test.parquet").unlink()
@@ -57,14 +69,18 @@ def test_what_is_missing_of_a_world_is_made_again_unless_that_would_replace_what
     (tmp_path / "corpus.jsonl").write_text("mine\n")
     prepare_world(tmp_path, SMALL)
     (tmp_path / "test.parquet").unlink()
-    with pytest.raises(DataError, match=r"corpus\.jsonl would be made anew, because files .* changed by hand"):
+    with pytest.raises(
+        DataError, match=r"corpus\.jsonl would be made anew, because files .* changed by hand"
+    ):
         prepare_world(tmp_path, SMALL)
     assert (tmp_path / "corpus.jsonl").read_text() == "mine\n"
 
 
 def test_a_part_of_a_base_model_is_refused(tmp_path):
     (tmp_path / "config.json").touch()
-    with pytest.raises(DataError, match=r"lacks model\.safetensors, tokenizer\.json: remove the folder"):
+    with pytest.raises(
+        DataError, match=r"lacks model\.safetensors, tokenizer\.json: remove the folder"
+    ):
         prepare_base(tmp_path)
     for name in ("model.safetensors", "tokenizer.json"):
         (tmp_path / name).touch()
@@ -73,9 +89,16 @@ def test_a_part_of_a_base_model_is_refused(tmp_path):
 
 def ask(folder, *rows, **settings):
     """What the launcher makes of these questions: the training and test questions."""
-    (folder / "q.jsonl").write_text("".join(json.dumps({"question": q, "answer": "a"}) + "\n" for q in rows))
-    setup = SetupConfig(questions=str(folder / "q.jsonl"), **{"test_size": 1, "template": "short", **settings})
-    files = {"train_files": str(folder / "data/train.parquet"), "val_files": [str(folder / "data/test.parquet")]}
+    (folder / "q.jsonl").write_text(
+        "".join(json.dumps({"question": q, "answer": "a"}) + "\n" for q in rows)
+    )
+    setup = SetupConfig(
+        questions=str(folder / "q.jsonl"), **{"test_size": 1, "template": "short", **settings}
+    )
+    files = {
+        "train_files": str(folder / "data/train.parquet"),
+        "val_files": [str(folder / "data/test.parquet")],
+    }
     prepare_questions(setup, OmegaConf.create({"data": files}))
     tables = [pq.read_table(folder / "data" / name).to_pylist() for name in (TRAIN, TEST)]
     return [[row["extra_info"]["question"] for row in table] for table in tables]
@@ -98,10 +121,15 @@ def test_training_files_of_a_user_are_never_replaced(tmp_path):
     pq.write_table(pq.read_table(tmp_path / "data" / TEST), train)
     mine = train.read_bytes()
     assert ask(tmp_path, "1?", "2?") == [["2?"], ["2?"]]
-    with pytest.raises(DataError, match=r"train\.parquet would be made anew, because its questions changed.* by hand"):
+    with pytest.raises(
+        DataError,
+        match=r"train\.parquet would be made anew, because its questions changed.* by hand",
+    ):
         ask(tmp_path, "1?", "3?")
     (tmp_path / "data" / RECORD).unlink()
-    with pytest.raises(DataError, match=r"nothing beside it .* says what it was made from.*setup\.questions=null"):
+    with pytest.raises(
+        DataError, match=r"nothing beside it .* says what it was made from.*setup\.questions=null"
+    ):
         ask(tmp_path, "1?", "2?")
     assert train.read_bytes() == mine
 
@@ -118,7 +146,8 @@ def test_questions_that_would_be_made_into_files_that_nobody_reads_are_refused(t
 
 def test_an_unknown_option_is_named():
     with pytest.raises(
-        ConfigError, match=r"setup\.world_options\.fillers: .*did you mean setup\.world_options\.filler"
+        ConfigError,
+        match=r"setup\.world_options\.fillers: .*did you mean setup\.world_options\.filler",
     ):
         read_setup({"setup": {"world_options": {"fillers": 10}}})
 
@@ -146,7 +175,8 @@ def search():
 
 @pytest.fixture
 def launch(tmp_path):
-    """`launch(body)`: the launcher of a program with this body, with a server over one passage, running."""
+    """`launch(body)`: the launcher of a program with this body, with a server over one passage,
+    running."""
     write_corpus(tmp_path, [{"id": "0", "contents": '"Torvel"\nTorvel lies in Marna.'}])
     with family() as (env, alive):
 
@@ -155,7 +185,12 @@ def launch(tmp_path):
             begin.alive = alive
             command = [sys.executable, "-c", SURROUND, str(tmp_path), SEARCHES + body]
             return subprocess.Popen(
-                command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
         yield begin
@@ -206,12 +241,15 @@ def test_a_server_that_ends_again_and_again_is_given_up(caplog, tmp_path):
     for _ in range(MAX_SERVER_RESTARTS + 3):
         server.process.wait()
         server.revive()
-    assert caplog.text.count("the retrieval server ended (status 3): restart") == MAX_SERVER_RESTARTS
+    assert (
+        caplog.text.count("the retrieval server ended (status 3): restart") == MAX_SERVER_RESTARTS
+    )
     assert caplog.text.count("given up") == 1
 
 
 def test_paths_are_relative_to_where_the_user_stands(tmp_path):
-    """The script of another folder is called from one that has packages of the same names, as the original's has."""
+    """The script of another folder is called from one that has packages of the same names, as the
+    original's has."""
     for package in ("search_r1", "verl"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
@@ -232,13 +270,22 @@ def test_paths_are_relative_to_where_the_user_stands(tmp_path):
     assert config.data.val_files == [f"{tmp_path}/a.parquet", "/b.parquet"]
     model = config.actor_rollout_ref.model
     assert (model.path, model.tokenizer_path) == (f"{tmp_path}/model", "org/not-a-folder")
-    assert config.data.train_files == "data/closed_world/train.parquet", "a default, of the repository"
+    assert config.data.train_files == "data/closed_world/train.parquet", (
+        "a default, of the repository"
+    )
 
 
 def test_wrong_configurations_are_refused_before_a_world_is_made(tmp_path):
     world = tmp_path / "world"
     with pytest.raises(ConfigError) as caught:
-        launch_command([f"setup.world={world}", "setup.test_size=0", "finetune.data=foo", "data.train_batch_size=0"])
+        launch_command(
+            [
+                f"setup.world={world}",
+                "setup.test_size=0",
+                "finetune.data=foo",
+                "data.train_batch_size=0",
+            ]
+        )
     assert caught.value.problems == [
         "data.train_batch_size=0: expected a number above 0",
         "setup.test_size=0: expected a number above 0",
@@ -248,7 +295,9 @@ def test_wrong_configurations_are_refused_before_a_world_is_made(tmp_path):
 
 
 def test_a_corpus_that_is_not_named_is_asked_for():
-    with pytest.raises(ConfigError, match=r"setup\.index_dir=.*: name the corpus .* by setup\.corpus_path"):
+    with pytest.raises(
+        ConfigError, match=r"setup\.index_dir=.*: name the corpus .* by setup\.corpus_path"
+    ):
         launch_command(["experiment=own_data"])
 
 

@@ -13,8 +13,12 @@ def one(em, found, gold):
 def test_policy_and_reading_are_told_apart():
     records = [one(1.0, "1", "1"), one(0.0, "12", "2"), one(0.0, "3", "1"), one(1.0, "", "1")]
     assert summary(records) == {
-        "EM": 0.5, "searches": 1.0, "answered": 1.0, "right entity": 0.5, "EM if gold retrieved": 0.5
-    }  # fmt: skip
+        "EM": 0.5,
+        "searches": 1.0,
+        "answered": 1.0,
+        "right entity": 0.5,
+        "EM if gold retrieved": 0.5,
+    }
     assert summary(records[2:])["EM if gold retrieved"] is None
 
 
@@ -24,7 +28,11 @@ def test_without_known_passages_there_is_a_dash():
 
 def test_report_of_a_run_that_only_validated(tmp_path):
     (tmp_path / "trajectories").mkdir()
-    (tmp_path / "trajectories" / "val_000000.jsonl").write_text(json.dumps(one(1.0, "1", "1")) + "\n")
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"training/global_step": 0, "val/test_score/all": 1.0}) + "\n")
+    (tmp_path / "trajectories" / "val_000000.jsonl").write_text(
+        json.dumps(one(1.0, "1", "1")) + "\n"
+    )
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"training/global_step": 0, "val/test_score/all": 1.0}) + "\n"
+    )
     assert "step 0" in write_report(tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 0

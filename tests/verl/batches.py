@@ -4,16 +4,22 @@ import torch
 
 from verl.protocol import DataProto
 
-VOCAB, PROMPT, RESPONSE, ROWS = 50, 5, 9, 16
+VOCAB = 50
+PROMPT = 5
+RESPONSE = 9
+ROWS = 16
 
 
 def normal(seed: int) -> torch.Tensor:
     """Normally distributed numbers [ROWS, RESPONSE] in float64."""
-    return torch.randn(ROWS, RESPONSE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        ROWS, RESPONSE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def ragged_batch(dtype: torch.dtype) -> DataProto:
-    """Ragged prompts and responses with observation spans: one step of the actor, two of the critic."""
+    """Ragged prompts and responses with observation spans: one step of the actor, two of the
+    critic."""
     g = torch.Generator().manual_seed(1)
     prompt_lens = torch.randint(1, PROMPT + 1, (ROWS,), generator=g)
     response_lens = torch.randint(2, RESPONSE + 1, (ROWS,), generator=g)
@@ -23,7 +29,10 @@ def ragged_batch(dtype: torch.dtype) -> DataProto:
         attention[row, PROMPT - prompt_lens[row] : PROMPT + response_lens[row]] = 1
         mask[row, : response_lens[row]] = 1
         mask[row, 1 : 1 + int(response_lens[row]) // 3] = 0
-    real = {k: torch.randn(ROWS, RESPONSE, generator=g, dtype=dtype) for k in ("advantages", "noise", "ref_noise")}
+    real = {
+        k: torch.randn(ROWS, RESPONSE, generator=g, dtype=dtype)
+        for k in ("advantages", "noise", "ref_noise")
+    }
     return DataProto.from_dict(
         {
             "prompts": torch.randint(0, VOCAB, (ROWS, PROMPT), generator=g),

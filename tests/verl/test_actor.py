@@ -41,7 +41,11 @@ def loss_of(rows: DataProto | None = None, **settings) -> tuple[float, dict]:
 
 def aggregated(values: torch.Tensor, mode: str) -> float:
     mask = ragged_batch(torch.float64).batch["response_mask"]
-    counts = {"num_tokens": COUNTS.num_tokens, "num_seqs": COUNTS.num_seqs, "loss_scale_factor": DIVISOR}
+    counts = {
+        "num_tokens": COUNTS.num_tokens,
+        "num_seqs": COUNTS.num_seqs,
+        "loss_scale_factor": DIVISOR,
+    }
     return agg_loss(values, mask, mode, **counts).item()
 
 
@@ -55,12 +59,24 @@ def test_the_loss_of_the_policy_is_the_configured_one(loss_mode, mode):
     policy = PolicyLossConfig(loss_mode=loss_mode)
     loss, metrics = loss_of(rows, loss_agg_mode=mode, policy_loss=policy, **clip)
     expected, counted = compute_policy_loss(
-        columns["old_log_probs"], log_probs(), columns["advantages"], columns["response_mask"],
-        cliprange_low=0.1, cliprange_high=0.3, clip_ratio_c=1.5, loss_agg_mode=mode, loss_mode=loss_mode,
-        num_tokens=COUNTS.num_tokens, num_seqs=COUNTS.num_seqs, loss_scale_factor=DIVISOR, rollout_is_weights=weights,
-    )  # fmt: skip
+        columns["old_log_probs"],
+        log_probs(),
+        columns["advantages"],
+        columns["response_mask"],
+        cliprange_low=0.1,
+        cliprange_high=0.3,
+        clip_ratio_c=1.5,
+        loss_agg_mode=mode,
+        loss_mode=loss_mode,
+        num_tokens=COUNTS.num_tokens,
+        num_seqs=COUNTS.num_seqs,
+        loss_scale_factor=DIVISOR,
+        rollout_is_weights=weights,
+    )
     assert loss == pytest.approx(expected.item()) and metrics["pg_loss"] == pytest.approx(loss)
-    assert {name: metrics[name] for name in counted} == pytest.approx({k: v.item() for k, v in counted.items()})
+    assert {name: metrics[name] for name in counted} == pytest.approx(
+        {k: v.item() for k, v in counted.items()}
+    )
 
 
 def test_one_clip_ratio_is_both_sides():
@@ -72,15 +88,21 @@ def test_one_clip_ratio_is_both_sides():
 def test_each_term_is_added_with_its_coefficient_and_told_as_a_mean_over_tokens(mode):
     columns = ragged_batch(torch.float64).batch
     divergence = kl_penalty(log_probs(), columns["ref_log_prob"], "low_var_kl")
-    lost = likelihood_losses(columns["old_log_probs"], log_probs(), columns["advantages"], columns["response_mask"])
+    lost = likelihood_losses(
+        columns["old_log_probs"], log_probs(), columns["advantages"], columns["response_mask"]
+    )
     alone, metrics = loss_of(loss_agg_mode=mode)
     assert metrics["entropy"] == pytest.approx(aggregated(entropy(), "token-mean"))
     with_entropy, _ = loss_of(loss_agg_mode=mode, entropy_coeff=0.5)
     assert with_entropy == pytest.approx(alone - 0.5 * aggregated(entropy(), mode))
-    with_kl, metrics = loss_of(loss_agg_mode=mode, use_kl_loss=True, kl_loss_coef=0.25, kl_loss_type="low_var_kl")
+    with_kl, metrics = loss_of(
+        loss_agg_mode=mode, use_kl_loss=True, kl_loss_coef=0.25, kl_loss_type="low_var_kl"
+    )
     assert with_kl == pytest.approx(alone + 0.25 * aggregated(divergence, mode))
     assert metrics["kl_loss"] == pytest.approx(aggregated(divergence, "token-mean"))
-    with_likelihood, metrics = loss_of(loss_agg_mode=mode, policy_loss=PolicyLossConfig(llds_coef=0.75))
+    with_likelihood, metrics = loss_of(
+        loss_agg_mode=mode, policy_loss=PolicyLossConfig(llds_coef=0.75)
+    )
     assert with_likelihood == pytest.approx(alone + 0.75 * aggregated(lost, mode))
     assert metrics["likelihood_loss"] == pytest.approx(aggregated(lost, "token-mean"))
 
@@ -98,7 +120,8 @@ def test_engines_are_sent_what_they_compute_with(monkeypatch):
 
     monkeypatch.setattr(actor, "WeightSender", Sender)
     worker = ActorWorker.__new__(ActorWorker)
-    worker.state, worker.senders = SimpleNamespace(model="model"), {}
+    worker.state = SimpleNamespace(model="model")
+    worker.senders = {}
     worker.rollout = SimpleNamespace(dtype="bfloat16", tensor_model_parallel_size=2)
     worker.device = torch.device("cpu")
     worker.connect_engines("rollout", ["server"], colocated=False)
@@ -113,8 +136,10 @@ def test_engines_are_sent_what_they_compute_with(monkeypatch):
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.5, 1.0])
 def test_an_update_is_given_what_is_configured(monkeypatch, coefficient):
-    """Entropy has a gradient where it is in the loss, and costs no memory for one where it is not."""
-    asked, updated = [], []
+    """Entropy has a gradient where it is in the loss, and costs no memory for one where it is
+    not."""
+    asked = []
+    updated = []
 
     def forward(model, rows, temperature, with_entropy, entropy_grad):
         asked.append((model, temperature, with_entropy, entropy_grad))
@@ -128,7 +153,8 @@ def test_an_update_is_given_what_is_configured(monkeypatch, coefficient):
     monkeypatch.setattr(actor, "forward_log_probs", forward)
     monkeypatch.setattr(actor, "update_mini_batches", update)
     worker = ActorWorker.__new__(ActorWorker)
-    worker.state, worker.device = SimpleNamespace(model="model"), torch.device("cpu")
+    worker.state = SimpleNamespace(model="model")
+    worker.device = torch.device("cpu")
     worker.rollout = SimpleNamespace(temperature=0.8)
     worker.config = ActorConfig(
         ppo_epochs=3,
@@ -143,7 +169,8 @@ def test_an_update_is_given_what_is_configured(monkeypatch, coefficient):
 
 
 def recorded(monkeypatch, module) -> list:
-    """What a worker of `module` asks of the forward pass: its budget, then its model and temperature."""
+    """What a worker of `module` asks of the forward pass: its budget, then its model and
+    temperature."""
     asked = []
 
     def forward(model, rows, temperature):
@@ -162,7 +189,8 @@ def recorded(monkeypatch, module) -> list:
 def test_log_probs_are_those_at_the_temperature_of_sampling(monkeypatch):
     asked = recorded(monkeypatch, actor)
     worker = ActorWorker.__new__(ActorWorker)
-    worker.state, worker.device = SimpleNamespace(model="model"), torch.device("cpu")
+    worker.state = SimpleNamespace(model="model")
+    worker.device = torch.device("cpu")
     worker.rollout = SimpleNamespace(
         temperature=0.8, log_prob_max_token_len_per_gpu=123, log_prob_micro_batch_size_per_gpu=5
     )
@@ -174,8 +202,12 @@ def test_log_probs_are_those_at_the_temperature_of_sampling(monkeypatch):
 def test_log_probs_of_the_reference_are_at_the_same_temperature(monkeypatch):
     asked = recorded(monkeypatch, reference)
     worker = ReferenceWorker.__new__(ReferenceWorker)
-    worker.model, worker.device, worker.temperature = "model", torch.device("cpu"), 0.8
-    worker.config = SimpleNamespace(log_prob_max_token_len_per_gpu=123, log_prob_micro_batch_size_per_gpu=5)
+    worker.model = "model"
+    worker.device = torch.device("cpu")
+    worker.temperature = 0.8
+    worker.config = SimpleNamespace(
+        log_prob_max_token_len_per_gpu=123, log_prob_micro_batch_size_per_gpu=5
+    )
     found = worker.compute_ref_log_prob(ragged_batch(torch.float64))
     assert torch.equal(found.batch["ref_log_prob"], log_probs())
     assert asked == [(123, 5), ("model", 0.8)]

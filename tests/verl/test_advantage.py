@@ -1,4 +1,5 @@
-"""The configuration reaches the functions that make advantages; each of those is tested in test_core_algos.py."""
+"""The configuration reaches the functions that make advantages; each of those is tested in
+test_core_algos.py."""
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from verl.trainer.config import AlgorithmConfig
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
 
-ROWS, RESPONSE = 4, 5
-GAMMA, LAM = 0.9, 0.7
+ROWS = 4
+RESPONSE = 5
+GAMMA = 0.9
+LAM = 0.7
 MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
 TURNS = torch.where(MASK.bool(), torch.tensor([0, 0, 0, 1, 1]), -1)
 GROUPS = np.array(["a", "a", "b", "b"], dtype=object)
@@ -36,16 +39,20 @@ def batch() -> DataProto:
 
 
 EXPECTED = {
-    "gae": lambda: core_algos.compute_gae_advantage_return(rewards(), rewards().flip(0), MASK, GAMMA, LAM),
+    "gae": lambda: core_algos.compute_gae_advantage_return(
+        rewards(), rewards().flip(0), MASK, GAMMA, LAM
+    ),
     "grpo": lambda: core_algos.compute_grpo_outcome_advantage(rewards(), MASK, GROUPS),
     "dr_grpo": lambda: core_algos.compute_grpo_outcome_advantage(
         rewards(), MASK, GROUPS, norm_adv_by_std_in_grpo=False
     ),
     "rloo": lambda: core_algos.compute_rloo_outcome_advantage(rewards(), MASK, GROUPS),
     "reinforce": lambda: core_algos.compute_reinforce_advantage(rewards(), MASK, GAMMA),
-    "reinforce_plus_plus": lambda: core_algos.compute_reinforce_plus_plus_outcome_advantage(rewards(), MASK, GAMMA),
-    "reinforce_plus_plus_baseline": lambda: core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(
-        rewards(), MASK, GROUPS
+    "reinforce_plus_plus": lambda: core_algos.compute_reinforce_plus_plus_outcome_advantage(
+        rewards(), MASK, GAMMA
+    ),
+    "reinforce_plus_plus_baseline": lambda: (
+        core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(rewards(), MASK, GROUPS)
     ),
     "turn_level": lambda: core_algos.compute_turn_level_advantage(rewards(), MASK, GROUPS, TURNS),
 }
@@ -67,7 +74,9 @@ def test_the_estimators_tell_each_other_apart():
 
 
 def test_grpo_without_the_standard_deviation_is_dr_grpo():
-    data, _ = compute_advantage(batch(), AlgorithmConfig(adv_estimator="grpo", norm_adv_by_std_in_grpo=False))
+    data, _ = compute_advantage(
+        batch(), AlgorithmConfig(adv_estimator="grpo", norm_adv_by_std_in_grpo=False)
+    )
     assert torch.equal(data.batch["advantages"], EXPECTED["dr_grpo"]()[0])
 
 
@@ -76,14 +85,19 @@ def test_the_share_of_trajectories_that_teach():
     same = data.batch["token_level_rewards"].clone()
     same[1] = 0
     same[1, 0] = same[0].sum()
-    _, shares = compute_advantage(data.with_tensors(token_level_rewards=same), AlgorithmConfig(adv_estimator="rloo"))
+    _, shares = compute_advantage(
+        data.with_tensors(token_level_rewards=same), AlgorithmConfig(adv_estimator="rloo")
+    )
     assert shares == {"critic/advantages/nonzero_share": 0.5}
 
 
 def test_without_kl_in_the_reward_the_scores_are_the_rewards():
     config = AlgorithmConfig()
     data, metrics = apply_kl_penalty(batch(), config, build_kl_controller(config))
-    assert torch.equal(data.batch["token_level_rewards"], batch().batch["token_level_scores"]) and metrics == {}
+    assert (
+        torch.equal(data.batch["token_level_rewards"], batch().batch["token_level_scores"])
+        and metrics == {}
+    )
 
 
 @pytest.mark.parametrize(("kind", "kl"), [("kl", 0.5), ("mse", 0.125)])

@@ -1,4 +1,5 @@
-"""Failures of the environment: a trajectory is run twice, then given up; nothing of it reaches the policy."""
+"""Failures of the environment: a trajectory is run twice, then given up; nothing of it reaches the
+policy."""
 
 import asyncio
 
@@ -24,7 +25,8 @@ class Breaking:
     """Fails the first `failures` runs of each question, in its second environment call."""
 
     def __init__(self, failures: int) -> None:
-        self.failures, self.runs = failures, {}
+        self.failures = failures
+        self.runs = {}
 
     async def run(self, prompt_ids, row, generate):
         name = row["name"]
@@ -38,7 +40,8 @@ class Breaking:
 
 def worker(tmp_path, failures: int, max_under_way: int = 8) -> AgentLoopWorker:
     made = AgentLoopWorker.__new__(AgentLoopWorker)
-    made.agent, made.engines = Breaking(failures), Router([Engine()])
+    made.agent = Breaking(failures)
+    made.engines = Router([Engine()])
     made.tokenizer = make_tokenizer(tmp_path)
     made.reward = lambda trajectory, row: {"score": 1.0}
     made.limit(max_under_way)
@@ -50,7 +53,11 @@ SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "log_probs": True}
 
 async def test_one_failure_is_repeated_from_the_start(tmp_path):
     (result,) = await worker(tmp_path, 1).run([Job("u", "s", {"name": "a"}, [7])], SAMPLING)
-    assert isinstance(result, Trajectory) and result.token_ids == [7, 1, 2] and result.reward == {"score": 1.0}
+    assert (
+        isinstance(result, Trajectory)
+        and result.token_ids == [7, 1, 2]
+        and result.reward == {"score": 1.0}
+    )
     assert result.context_violations == 0
 
 
@@ -62,7 +69,8 @@ async def test_two_failures_give_it_up_with_the_number_of_searches(tmp_path):
 
 
 class Broken:
-    """Fails in a way that no environment does, while the others wait for ever; counts those that were cancelled."""
+    """Fails in a way that no environment does, while the others wait for ever; counts those that
+    were cancelled."""
 
     cancelled = 0
 
@@ -87,10 +95,14 @@ async def test_an_unforeseen_exception_ends_the_batch_and_leaves_nothing_behind(
 
 
 class Counting:
-    """Counts how many trajectories are under way, and in which order they began; each ends when it is told to."""
+    """Counts how many trajectories are under way, and in which order they began; each ends when it
+    is told to."""
 
     def __init__(self) -> None:
-        self.began, self.ends, self.under_way, self.most = [], asyncio.Queue(), 0, 0
+        self.began = []
+        self.ends = asyncio.Queue()
+        self.under_way = 0
+        self.most = 0
 
     async def run(self, prompt_ids, row, generate):
         self.began.append(row["name"])
@@ -101,13 +113,18 @@ class Counting:
         return Trajectory(prompt_ids)
 
 
-async def test_batches_share_the_places_first_come_first_served_and_their_progress_is_known(tmp_path):
-    """A batch that came first is never overtaken, so one that is waited for cannot starve behind a later one."""
+async def test_batches_share_the_places_first_come_first_served_and_their_progress_is_known(
+    tmp_path,
+):
+    """A batch that came first is never overtaken, so one that is waited for cannot starve behind a
+    later one."""
     made = worker(tmp_path, 0, max_under_way=2)
     made.agent = agent = Counting()
     names = {"train": [f"t{i}" for i in range(5)], "val": [f"v{i}" for i in range(4)]}
     calls = [
-        asyncio.create_task(made.run([Job("u", name, {"name": name}, [7]) for name in batch], SAMPLING))
+        asyncio.create_task(
+            made.run([Job("u", name, {"name": name}, [7]) for name in batch], SAMPLING)
+        )
         for batch in names.values()
     ]
 
@@ -120,9 +137,20 @@ async def test_batches_share_the_places_first_come_first_served_and_their_progre
     await end(0)
     assert agent.began == ["t0", "t1"] and await made.progress() == {"t0": 0, "v0": 0}
     await end(3)
-    assert agent.began == ["t0", "t1", "t2", "t3", "t4"] and await made.progress() == {"t0": 3, "v0": 0}
+    assert agent.began == ["t0", "t1", "t2", "t3", "t4"] and await made.progress() == {
+        "t0": 3,
+        "v0": 0,
+    }
     await end(3)
-    assert calls[0].done() and agent.began[5:] == ["v0", "v1", "v2"] and await made.progress() == {"v0": 1}
+    assert (
+        calls[0].done()
+        and agent.began[5:] == ["v0", "v1", "v2"]
+        and await made.progress() == {"v0": 1}
+    )
     await end(3)
     assert [len(await call) for call in calls] == [5, 4]
-    assert agent.most == 2 and agent.began == names["train"] + names["val"] and await made.progress() == {}
+    assert (
+        agent.most == 2
+        and agent.began == names["train"] + names["val"]
+        and await made.progress() == {}
+    )

@@ -1,4 +1,5 @@
-"""Rolling ahead: order, age, what is under way and what a checkpoint resumes with, over a rollout that writes down."""
+"""Rolling ahead: order, age, what is under way and what a checkpoint resumes with, over a rollout
+that writes down."""
 
 from itertools import islice
 from types import SimpleNamespace
@@ -10,14 +11,19 @@ from hypothesis import strategies as st
 from verl.trainer.ppo.ahead import RolloutAhead
 from verl.utils.dataset import ResumableSampler
 
-ROWS, BATCH, SEED = 7, 3, 5
+ROWS = 7
+BATCH = 3
+SEED = 5
 
 
 class Rollout:
     """A batch is (row numbers, seed, version of the weights when it was submitted)."""
 
     def __init__(self) -> None:
-        self.version, self.submitted, self.under_way, self.drained = 0, [], [], []
+        self.version = 0
+        self.submitted = []
+        self.under_way = []
+        self.drained = []
 
     def submit(self, rows, prompts, sampling, seed):
         assert prompts == [[row] for row in rows]
@@ -61,7 +67,8 @@ def expected(count: int) -> list[tuple[list[int], int]]:
 
 def train(source: RolloutAhead, rollout: Rollout, steps: int, total: int, done: int = 0):
     """(rows, seed) of the batches that `steps` steps train on, and their ages."""
-    batches, ages = [], []
+    batches = []
+    ages = []
     for step in range(done, done + steps):
         (rows, seed, version), _ = source.next(total - step)
         batches.append((rows, seed))
@@ -80,10 +87,14 @@ def test_order_age_and_number_under_way(staleness, total):
         assert batch == expected(step + 1)[-1]
         assert ages == [min(step, staleness)], "as old as allowed, never older"
         assert rollout.seen_under_way == min(staleness + 1, total - step)
-    assert len(rollout.submitted) == total and rollout.under_way == [], "nothing is rolled out that no step will see"
+    assert len(rollout.submitted) == total and rollout.under_way == [], (
+        "nothing is rolled out that no step will see"
+    )
 
 
-@given(staleness=st.integers(0, 4), after=st.integers(0, 4), total=st.integers(1, 10), data=st.data())
+@given(
+    staleness=st.integers(0, 4), after=st.integers(0, 4), total=st.integers(1, 10), data=st.data()
+)
 @settings(deadline=None)
 def test_a_resumed_run_sees_exactly_the_batches_not_yet_returned(staleness, after, total, data):
     done = data.draw(st.integers(0, total))
@@ -99,7 +110,12 @@ def test_a_resumed_run_sees_exactly_the_batches_not_yet_returned(staleness, afte
     assert train(source, source.rollout, total - done, total, done)[0] == rest
 
 
-@given(before=st.integers(1, 9), after=st.integers(1, 9), drawn=st.integers(0, 12), shuffle=st.booleans())
+@given(
+    before=st.integers(1, 9),
+    after=st.integers(1, 9),
+    drawn=st.integers(0, 12),
+    shuffle=st.booleans(),
+)
 @settings(deadline=None)
 def test_another_batch_size_goes_on_with_the_next_question(before, after, drawn, shuffle):
     """Row after row as if nothing had changed, and seeds of rollouts that were not used yet."""
@@ -112,7 +128,8 @@ def test_another_batch_size_goes_on_with_the_next_question(before, after, drawn,
 
 
 def test_several_batches_in_a_step_keep_order_and_age():
-    """algorithm.filter_groups draws again within a step: the first is 2 versions old, what follows is younger."""
+    """algorithm.filter_groups draws again within a step: the first is 2 versions old, what follows
+    is younger."""
     source, rollout = ahead(2)
     train(source, rollout, 2, 10)
     taken = [source.next(8)[0] for _ in range(4)]

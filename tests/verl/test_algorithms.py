@@ -1,4 +1,5 @@
-"""Estimators and losses beside PPO's and GRPO's: against twins in loops over plain floats, by hand, by enumeration."""
+"""Estimators and losses beside PPO's and GRPO's: against twins in loops over plain floats, by hand,
+by enumeration."""
 
 import math
 from itertools import product
@@ -28,7 +29,10 @@ SIDES = {"cliprange_low": 0.2, "cliprange_high": 0.3}
 def lists(mask, *tensors):
     """Rows of plain floats where the mask is on."""
     return [
-        [[x for x, m in zip(row, bits, strict=True) if m] for row, bits in zip(t.tolist(), mask.tolist(), strict=True)]
+        [
+            [x for x, m in zip(row, bits, strict=True) if m]
+            for row, bits in zip(t.tolist(), mask.tolist(), strict=True)
+        ]
         for t in tensors
     ]
 
@@ -67,7 +71,8 @@ def test_outcome_estimators_twin(case, seed, junk):
     rewards = normal(mask, seed)
     (rows,) = lists(mask, rewards)
     totals = [sum(row) for row in rows]
-    rloo, centred = [], []
+    rloo = []
+    centred = []
     for i, total in enumerate(totals):
         rest = [totals[j] for j in others(index, i)]
         rloo.append(total - sum(rest) / len(rest) if rest else total)
@@ -75,8 +80,12 @@ def test_outcome_estimators_twin(case, seed, junk):
         centred.append(total - sum(group) / len(group) if rest else total)
     dirty = with_junk(rewards, mask, junk)
     expected = spread(mask, [[a] * len(row) for a, row in zip(rloo, rows, strict=True)])
-    torch.testing.assert_close(compute_rloo_outcome_advantage(dirty, mask, index)[0], expected, atol=1e-9, rtol=0)
-    expected = spread(mask, whitened([[a] * len(row) for a, row in zip(centred, rows, strict=True)]))
+    torch.testing.assert_close(
+        compute_rloo_outcome_advantage(dirty, mask, index)[0], expected, atol=1e-9, rtol=0
+    )
+    expected = spread(
+        mask, whitened([[a] * len(row) for a, row in zip(centred, rows, strict=True)])
+    )
     found, _ = compute_reinforce_plus_plus_baseline_outcome_advantage(dirty, mask, index)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
@@ -86,7 +95,10 @@ def test_outcome_estimators_twin(case, seed, junk):
 def test_returns_twin(mask, seed, gamma, junk):
     rewards = normal(mask, seed)
     (rows,) = lists(mask, rewards)
-    returns = [[sum(gamma ** (k - t) * row[k] for k in range(t, len(row))) for t in range(len(row))] for row in rows]
+    returns = [
+        [sum(gamma ** (k - t) * row[k] for k in range(t, len(row))) for t in range(len(row))]
+        for row in rows
+    ]
     dirty = with_junk(rewards, mask, junk)
     advantages, found = compute_reinforce_advantage(dirty, mask, gamma)
     torch.testing.assert_close(found, spread(mask, returns), atol=1e-9, rtol=0)
@@ -97,14 +109,19 @@ def test_returns_twin(mask, seed, gamma, junk):
 
 
 def test_equal_scores_give_no_advantage():
-    rewards, mask, index = torch.full((3, 1), 0.9), torch.ones(3, 1), np.zeros(3, dtype=int)
+    rewards = torch.full((3, 1), 0.9)
+    mask = torch.ones(3, 1)
+    index = np.zeros(3, dtype=int)
     assert (compute_rloo_outcome_advantage(rewards, mask, index)[0] == 0).all()
-    assert (compute_reinforce_plus_plus_baseline_outcome_advantage(rewards, mask, index)[0] == 0).all()
+    assert (
+        compute_reinforce_plus_plus_baseline_outcome_advantage(rewards, mask, index)[0] == 0
+    ).all()
     assert (compute_turn_level_advantage(rewards, mask, index, torch.zeros(3, 1))[0] == 0).all()
 
 
 def test_turn_level_by_hand():
-    # one group of three: a earns 1 in turn 0 and 2 in turn 1; b only turn 0, 4; c 0 and 3. An observation in between.
+    # one group of three: a earns 1 in turn 0 and 2 in turn 1; b only turn 0, 4; c 0 and 3. An
+    # observation in between.
     rewards = torch.tensor([[1.0, 9.0, 2.0], [4.0, 9.0, 0.0], [0.0, 9.0, 3.0]])
     mask = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 0, 1]])
     turns = torch.tensor([[0, -1, 1], [0, -1, -1], [0, -1, 1]])
@@ -112,22 +129,32 @@ def test_turn_level_by_hand():
     assert returns.tolist() == [[3.0, 0.0, 2.0], [4.0, 0.0, 0.0], [3.0, 0.0, 3.0]]
     # turn 0: 3 - (4 + 3) / 2, 4 - 3, 3 - 3.5; turn 1: of a against c alone, and the reverse
     assert advantages.tolist() == [[-0.5, 0.0, -1.0], [1.0, 0.0, 0.0], [-0.5, 0.0, 1.0]]
-    alone, _ = compute_turn_level_advantage(rewards[:2], mask[:2], np.zeros(2, dtype=int), turns[:2])
-    assert alone[0, 2].item() == 2 - 4, "no other row has a turn 1: against all that the others earned"
+    alone, _ = compute_turn_level_advantage(
+        rewards[:2], mask[:2], np.zeros(2, dtype=int), turns[:2]
+    )
+    assert alone[0, 2].item() == 2 - 4, (
+        "no other row has a turn 1: against all that the others earned"
+    )
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_turn_level_credit_is_unbiased_when_the_policy_decides_to_stop(size):
-    """All outcomes of a group, weighted by their probability: the mean estimate is the gradient of the expected reward.
+    """All outcomes of a group, weighted by their probability: the mean estimate is the gradient of
+    the expected reward.
 
-    Turn 0 goes on with probability p (reward .3 for stopping); turn 1 is right with probability q (reward 1).
+    Turn 0 goes on with probability p (reward .3 for stopping); turn 1 is right with probability q
+    (reward 1).
     """
-    p, q, stop = 0.6, 0.25, 0.3
+    p = 0.6
+    q = 0.25
+    stop = 0.3
     outcomes = {"stop": (1 - p, stop), "right": (p * q, 1.0), "wrong": (p * (1 - q), 0.0)}
     true = {"p": q - stop, "q": p}  # of J = (1 - p) stop + p q
     score = {  # d log-probability of turn 0 by p, of turn 1 by q
-        "stop": (-1 / (1 - p), 0.0), "right": (1 / p, 1 / q), "wrong": (1 / p, -1 / (1 - q)),
-    }  # fmt: skip
+        "stop": (-1 / (1 - p), 0.0),
+        "right": (1 / p, 1 / q),
+        "wrong": (1 / p, -1 / (1 - q)),
+    }
     found = {"p": 0.0, "q": 0.0}
     for group in product(outcomes, repeat=size):
         mask = torch.tensor([[1, int(o != "stop")] for o in group])
@@ -135,7 +162,9 @@ def test_turn_level_credit_is_unbiased_when_the_policy_decides_to_stop(size):
         rewards = torch.zeros(size, 2, dtype=torch.float64)
         for row, outcome in enumerate(group):
             rewards[row, int(outcome != "stop")] = outcomes[outcome][1]
-        advantages, _ = compute_turn_level_advantage(rewards, mask, np.zeros(size, dtype=int), turns)
+        advantages, _ = compute_turn_level_advantage(
+            rewards, mask, np.zeros(size, dtype=int), turns
+        )
         weight = math.prod(outcomes[o][0] for o in group)
         for row, outcome in enumerate(group):
             found["p"] += weight * advantages[row, 0].item() * score[outcome][0] / size
@@ -164,7 +193,9 @@ def twin_loss(mode, ratios, log_probs, advantages, low, high):
 @given(mask=masks(), seed=st.integers(0, 99), junk=st.sampled_from(JUNK))
 @settings(max_examples=40, deadline=None)
 def test_policy_losses_twin(mode, mask, seed, junk):
-    old, advantages, weights = normal(mask, seed) - 2, normal(mask, seed + 1), normal(mask, seed + 2).exp()
+    old = normal(mask, seed) - 2
+    advantages = normal(mask, seed + 1)
+    weights = normal(mask, seed + 2).exp()
     new = old + 0.5 * normal(mask, seed + 3)
     rows = lists(mask, (new - old).exp(), new, advantages)
     losses = [twin_loss(mode, *row, 0.2, 0.3) for row in zip(*rows, strict=True)]
@@ -173,7 +204,9 @@ def test_policy_losses_twin(mode, mask, seed, junk):
     found, _ = compute_policy_loss(*dirty, mask, **agg)
     expected = agg_loss(spread(mask, losses), mask, "token-mean")
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
-    found, _ = compute_policy_loss(*dirty, mask, rollout_is_weights=with_junk(weights, mask, junk), **agg)
+    found, _ = compute_policy_loss(
+        *dirty, mask, rollout_is_weights=with_junk(weights, mask, junk), **agg
+    )
     expected = agg_loss(spread(mask, losses) * weights, mask, "token-mean")
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
 
@@ -193,7 +226,8 @@ def test_extreme_and_masked_tokens_bring_no_nan(mode, dtype):
 
 
 def test_what_a_clip_holds_still_learns_with_cispo_only():
-    old, mask = torch.zeros(1, 1), torch.ones(1, 1)
+    old = torch.zeros(1, 1)
+    mask = torch.ones(1, 1)
     slopes = {}
     for mode in POLICY_LOSSES:
         new = torch.full((1, 1), 1.0, requires_grad=True)  # ratio e, far above 1.3
@@ -203,15 +237,19 @@ def test_what_a_clip_holds_still_learns_with_cispo_only():
 
 
 def test_what_no_clip_holds_learns_by_its_ratio():
-    """No gradient flows through the weight of CISPO: or a token would learn by its own log-prob once more."""
-    old, one = torch.zeros(1, 1), torch.ones(1, 1)
+    """No gradient flows through the weight of CISPO: or a token would learn by its own log-prob
+    once more."""
+    old = torch.zeros(1, 1)
+    one = torch.ones(1, 1)
     slopes = {}
     for mode in POLICY_LOSSES:
         new = torch.full((1, 1), math.log(1.1), requires_grad=True)
         loss, _ = compute_policy_loss(old, new, one, one, loss_mode=mode, **SIDES)
         loss.backward()
         slopes[mode] = new.grad.item()
-    assert slopes == pytest.approx({"vanilla": -1.1, "gspo": -1.1, "cispo": -1.1, "reinforce": -1.0})
+    assert slopes == pytest.approx(
+        {"vanilla": -1.1, "gspo": -1.1, "cispo": -1.1, "reinforce": -1.0}
+    )
 
 
 def test_gspo_gives_every_token_of_a_sequence_the_same_gradient():
@@ -219,7 +257,13 @@ def test_gspo_gives_every_token_of_a_sequence_the_same_gradient():
     new = torch.tensor([[0.1, -0.2, 0.15]], dtype=torch.float64, requires_grad=True)
     mask = torch.ones(1, 3)
     loss, _ = compute_policy_loss(
-        old, new, torch.ones(1, 3), mask, loss_mode="gspo", loss_agg_mode="seq-mean-token-mean", **SIDES
+        old,
+        new,
+        torch.ones(1, 3),
+        mask,
+        loss_mode="gspo",
+        loss_agg_mode="seq-mean-token-mean",
+        **SIDES,
     )
     loss.backward()
     ratio = math.exp(0.05 / 3)  # the gradient of the sequence's ratio by a token is ratio / 3
@@ -241,7 +285,8 @@ def test_likelihood_regulariser_by_hand():
 def test_constant_divisors(mask, seed, junk):
     x = normal(mask, seed)
     (rows,) = lists(mask, x)
-    dirty, kept = with_junk(x, mask, junk), [row for row in rows if row]
+    dirty = with_junk(x, mask, junk)
+    kept = [row for row in rows if row]
     total = math.fsum(map(math.fsum, kept))
     assert agg_loss(dirty, mask, "token-sum").item() == pytest.approx(total, abs=1e-9)
     norm = agg_loss(dirty, mask, "seq-mean-token-sum-norm", loss_scale_factor=7.0).item()

@@ -21,7 +21,9 @@ def job(uid: str) -> Job:
 
 
 def done(length: int = 3, score: float = 1.0) -> Trajectory:
-    return Trajectory([1, 2], [Segment(Source.MODEL, [5] * length, [-1.0] * length)], reward={"score": score})
+    return Trajectory(
+        [1, 2], [Segment(Source.MODEL, [5] * length, [-1.0] * length)], reward={"score": score}
+    )
 
 
 def test_groups_left_with_one_member_are_dropped_and_counted():
@@ -43,19 +45,31 @@ def test_failures_are_reported_by_number_of_searches():
 def test_too_many_failures_stop_training_with_their_cause():
     results = [done()] * 8 + [Failure("http://x: connection refused", 1)] * 2
     check_failures(results, 0.2)
-    with pytest.raises(RolloutFailed, match=r"2 of 10 .*max_failed_share=0\.1.*\n.*2 x http://x: connection refused"):
+    with pytest.raises(
+        RolloutFailed,
+        match=r"2 of 10 .*max_failed_share=0\.1.*\n.*2 x http://x: connection refused",
+    ):
         check_failures(results, 0.1)
 
 
-@pytest.mark.parametrize(("rows", "world_size", "mini"), [(10, 2, 2), (7, 2, 2), (5, 3, 1), (240, 1, 1), (3, 2, 3)])
+@pytest.mark.parametrize(
+    ("rows", "world_size", "mini"), [(10, 2, 2), (7, 2, 2), (5, 3, 1), (240, 1, 1), (3, 2, 3)]
+)
 def test_every_row_lands_once_and_optimizer_steps_stay_as_configured(rows, world_size, mini):
     trajectories = [done(length=1 + i % 5, score=float(i)) for i in range(rows)]
     batch = build_batch(
-        [job(str(i)) for i in range(rows)], trajectories,
-        pad_token_id=0, num_mini_batches={"mini_batch": mini}, world_size=world_size, state_masking=True,
-    )  # fmt: skip
+        [job(str(i)) for i in range(rows)],
+        trajectories,
+        pad_token_id=0,
+        num_mini_batches={"mini_batch": mini},
+        world_size=world_size,
+        state_masking=True,
+    )
     assert sorted(batch.non_tensor_batch["uid"].tolist(), key=int) == [str(i) for i in range(rows)]
-    assert sum(batch.meta_info["rank_sizes"]) == rows and len(batch.meta_info["rank_sizes"]) == world_size
+    assert (
+        sum(batch.meta_info["rank_sizes"]) == rows
+        and len(batch.meta_info["rank_sizes"]) == world_size
+    )
     assert set(batch.batch["mini_batch"].tolist()) == set(range(mini))
     scores = batch.batch["token_level_scores"].sum(1).tolist()
     assert scores == [float(u) for u in batch.non_tensor_batch["uid"]]
@@ -72,7 +86,8 @@ def test_state_masking_off_trains_on_observations():
 
 
 def test_actor_and_critic_have_optimizer_steps_of_their_own():
-    """Rows 0 to 11 in their order: the actor takes 2 steps on them, the critic 3; both are spread over the ranks."""
+    """Rows 0 to 11 in their order: the actor takes 2 steps on them, the critic 3; both are spread
+    over the ranks."""
     trajectories = [done(length=1 + i % 5, score=float(i)) for i in range(12)]
     batch = build_batch(
         [job(str(i)) for i in range(12)],
@@ -94,7 +109,11 @@ def test_actor_and_critic_have_optimizer_steps_of_their_own():
 def test_ranks_share_prompts_and_responses_alike():
     """Only together do prompts and responses say that one row is as long as two others."""
     trajectories = [
-        Trajectory([1] * prompt, [Segment(Source.MODEL, [5] * length, [-1.0] * length)], reward={"score": 0.0})
+        Trajectory(
+            [1] * prompt,
+            [Segment(Source.MODEL, [5] * length, [-1.0] * length)],
+            reward={"score": 0.0},
+        )
         for prompt, length in ((40, 2), (2, 40), (2, 2), (2, 2), (40, 40), (2, 2))
     ]
     batch = build_batch(
@@ -105,7 +124,10 @@ def test_ranks_share_prompts_and_responses_alike():
         world_size=2,
         state_masking=True,
     )
-    tokens = [int(rank.batch["attention_mask"].sum()) for rank in batch.split(batch.meta_info["rank_sizes"])]
+    tokens = [
+        int(rank.batch["attention_mask"].sum())
+        for rank in batch.split(batch.meta_info["rank_sizes"])
+    ]
     assert tokens == [88, 88]
 
 
@@ -117,8 +139,16 @@ def test_what_does_not_divide_evenly_goes_to_another_rank_each_time():
 
 def test_figures_of_a_step_count_all_its_batches_of_prompts():
     drawn = Drawn()
-    drawn.add([done(), Failure("down", 2)], [], {"rollout/dropped_empty": 0, "rollout/dropped_small_group": 1})
-    drawn.add([done(), done()], [done(), done()], {"rollout/dropped_empty": 1, "rollout/dropped_small_group": 0})
+    drawn.add(
+        [done(), Failure("down", 2)],
+        [],
+        {"rollout/dropped_empty": 0, "rollout/dropped_small_group": 1},
+    )
+    drawn.add(
+        [done(), done()],
+        [done(), done()],
+        {"rollout/dropped_empty": 1, "rollout/dropped_small_group": 0},
+    )
     assert drawn.metrics() == {
         "rollout/failed_share": 0.25,
         "rollout/failed": 1.0,
@@ -132,8 +162,14 @@ def test_figures_of_a_step_count_all_its_batches_of_prompts():
 
 def test_a_step_without_anything_to_train_on_says_why():
     drawn = Drawn()
-    drawn.add([done(), Failure("down", 2)], [], {"rollout/dropped_empty": 0, "rollout/dropped_small_group": 1})
-    assert "rollout/dropped_small_group 1, rollout/failed 1" in drawn.nothing_left(FilterGroupsConfig())
+    drawn.add(
+        [done(), Failure("down", 2)],
+        [],
+        {"rollout/dropped_empty": 0, "rollout/dropped_small_group": 1},
+    )
+    assert "rollout/dropped_small_group 1, rollout/failed 1" in drawn.nothing_left(
+        FilterGroupsConfig()
+    )
     drawn.add([done(), done()], [done(), done()], {})
     reason = drawn.nothing_left(FilterGroupsConfig(enable=True, metric="em"))
     assert reason.startswith("none of 2 trajectories is in a group that differs in em")

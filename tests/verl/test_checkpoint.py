@@ -1,4 +1,5 @@
-"""Sharded checkpoints: exact, of the moment of the call, on any number of ranks, and on a disk that is full."""
+"""Sharded checkpoints: exact, of the moment of the call, on any number of ranks, and on a disk that
+is full."""
 
 import math
 import os
@@ -34,10 +35,14 @@ Workers = tuple[ActorWorker, CriticWorker]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(make_tiny_qwen2(tmp_path_factory.mktemp("model"), layers=1, width=32, vocab=300, tied=True))
+    return str(
+        make_tiny_qwen2(tmp_path_factory.mktemp("model"), layers=1, width=32, vocab=300, tied=True)
+    )
 
 
-def build(path: str, lora_rank: int = 0, offload: bool = False, optim: OptimConfig = OPTIM) -> Workers:
+def build(
+    path: str, lora_rank: int = 0, offload: bool = False, optim: OptimConfig = OPTIM
+) -> Workers:
     model = ModelConfig(path=path, lora_rank=lora_rank, enable_gradient_checkpointing=False)
     fsdp = FSDPConfig(dtype="float32", optimizer_offload=offload)
     actor = ActorWorker(model, ActorConfig(optim=optim, fsdp_config=fsdp), RolloutConfig(), 10)
@@ -66,7 +71,9 @@ def whole(values):
 
 def everything(workers: Workers) -> dict:
     states = [w.state for w in workers]
-    return {i: whole(training_state(s)) | {"ticks": s.ticks, "lr": s.lr} for i, s in enumerate(states)}
+    return {
+        i: whole(training_state(s)) | {"ticks": s.ticks, "lr": s.lr} for i, s in enumerate(states)
+    }
 
 
 def save(workers: Sequence[Any], root: str, asynchronous: bool = False) -> None:
@@ -88,14 +95,20 @@ def different(a, b, where: str = "") -> list[str]:
     """Places where two nested states are not the same to the last bit."""
     if isinstance(a, dict):
         keys = a.keys() | b.keys()
-        return [p for k in keys for p in (different(a[k], b[k], f"{where}.{k}") if k in a and k in b else [where])]
+        return [
+            p
+            for k in keys
+            for p in (different(a[k], b[k], f"{where}.{k}") if k in a and k in b else [where])
+        ]
     same = torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
     return [] if same else [where]
 
 
 def trained_on(model: str, root: str, options: dict) -> dict:
-    """Two steps, an asynchronous save of both roles, two steps before a byte is written; then the last two again."""
-    gate, write_data = threading.Event(), FileSystemWriter.write_data
+    """Two steps, an asynchronous save of both roles, two steps before a byte is written; then the
+    last two again."""
+    gate = threading.Event()
+    write_data = FileSystemWriter.write_data
 
     def held_up(self: FileSystemWriter, *args):
         gate.wait()
@@ -120,7 +133,9 @@ def trained_on(model: str, root: str, options: dict) -> dict:
     return {"save": at_save, "end": at_end, "loaded": loaded, "again": everything(resumed)}
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "offload": True}], ids=["plain", "LoRA, optimizer offloaded"])
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_rank": 2, "offload": True}], ids=["plain", "LoRA, optimizer offloaded"]
+)
 def test_resuming_is_exact_and_what_trains_on_does_not_leak_into_the_file(tmp_path, model, options):
     for found in run_ranks(2, trained_on, model, str(tmp_path), options):
         assert different(found["save"], found["loaded"]) == []
@@ -152,12 +167,15 @@ def test_another_number_of_ranks_loads_the_same_state(tmp_path, model, before, a
         assert state[0]["ticks"] == 2
     assert torch.equal(saved[0][1], loaded[0][1])
     torch.manual_seed(99)
-    assert all(torch.equal(drawn, torch.rand(2)) for _, drawn in loaded[1:])  # a new rank keeps its own random state
+    # a new rank keeps its own random state
+    assert all(torch.equal(drawn, torch.rand(2)) for _, drawn in loaded[1:])
 
 
 def lowered(model: str, root: str) -> list[tuple[float, ...]]:
-    """Learning rates of both roles, one step of training apart; lowered after the first, saved after the second."""
-    workers, restored = build(model), build(model)
+    """Learning rates of both roles, one step of training apart; lowered after the first, saved
+    after the second."""
+    workers = build(model)
+    restored = build(model)
     seen = []
 
     def look(at: Workers) -> None:
@@ -187,33 +205,47 @@ def test_a_lowered_learning_rate_stays_lowered(tmp_path, model):
 
 OTHER_OPTIM = OptimConfig(
     lr=1e-3, betas=(0.5, 0.6), weight_decay=0.25, lr_scheduler_type="cosine", min_lr_ratio=0.1
-)  # fmt: skip
+)
 """Without warm-up, over 10 steps."""
 
 
 def loaded_with_other_settings(model: str, root: str) -> tuple[list[str], list[dict], list[float]]:
-    """Differences of the state; settings of the optimizers after the load; the rates of two steps."""
-    workers, changed = build(model), build(model, optim=OTHER_OPTIM)
+    """Differences of the state; settings of the optimizers after the load; the rates of two
+    steps."""
+    workers = build(model)
+    changed = build(model, optim=OTHER_OPTIM)
     train(workers, 2)
     for worker in workers:
         worker.scale_lr(0.5)
     save(workers, root)
     load(changed, root)
     saved, loaded = ([whole(training_state(w.state)) for w in some] for some in (workers, changed))
-    found = [different(a[part], b[part]) for a, b in zip(saved, loaded, strict=True) for part in ("model",)]
-    found += [different(a["optimizer"]["state"], b["optimizer"]["state"]) for a, b in zip(saved, loaded, strict=True)]
-    settings = [{k: v for k, v in w.state.optimizer.param_groups[0].items() if k != "params"} for w in changed]
+    found = [
+        different(a[part], b[part])
+        for a, b in zip(saved, loaded, strict=True)
+        for part in ("model",)
+    ]
+    found += [
+        different(a["optimizer"]["state"], b["optimizer"]["state"])
+        for a, b in zip(saved, loaded, strict=True)
+    ]
+    settings = [
+        {k: v for k, v in w.state.optimizer.param_groups[0].items() if k != "params"}
+        for w in changed
+    ]
     rates = [changed[0].state.lr]
     train(changed)
     return [place for places in found for place in places], settings, [*rates, changed[1].state.lr]
 
 
 def test_settings_of_the_optimizer_are_those_of_the_configuration(tmp_path, model):
-    """Moments and steps are the checkpoint's, all settings the configuration's; what a roll back lowered stays lowered,
-    by its factor of the configured rate."""
+    """Moments and steps are the checkpoint's, all settings the configuration's; what a roll back
+    lowered stays lowered, by its factor of the configured rate."""
     ((places, settings, rates),) = run_ranks(1, loaded_with_other_settings, model, str(tmp_path))
     assert places == []
-    expected = [0.5 * 1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 10))) for step in (2, 3)]
+    expected = [
+        0.5 * 1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 10))) for step in (2, 3)
+    ]
     for group in settings:
         assert group["betas"] == (0.5, 0.6) and group["weight_decay"] == 0.25 and group["fused"]
         assert group["lr"] == pytest.approx(expected[0], rel=1e-12)
@@ -221,7 +253,8 @@ def test_settings_of_the_optimizer_are_those_of_the_configuration(tmp_path, mode
 
 
 def saved_before_and_after_a_step(model: str, root: str) -> tuple[dict, dict, list[set[float]]]:
-    plain, saving = build(model), build(model)
+    plain = build(model)
+    saving = build(model)
     random = torch.get_rng_state()
     train(plain, 2)
     torch.set_rng_state(random)
@@ -241,7 +274,8 @@ def test_saving_before_the_first_step_and_after_it_changes_nothing(tmp_path, mod
 
 def one_rank_fails(model: str, root: str) -> list[str]:
     """Messages of a failed save at once, a failed save in the background, and a success."""
-    workers, messages = build(model), []
+    workers = build(model)
+    messages = []
     obstacle = Path(root) / "actor" / "__1_0.distcp"
     on_driver(lambda: obstacle.mkdir(parents=True))
     for asynchronous in (False, True):
@@ -276,12 +310,21 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_the_next_save_succeeds(tmp_p
 
 
 def full_disk(model: str, root: str) -> tuple[str, list[str], list[str]]:
-    """What a save with 100 kB left says; how what loads then, and after the next save, differs from what was saved."""
-    workers, restored, filler = build(model), build(model), Path(root) / "filler"
+    """What a save with 100 kB left says; how what loads then, and after the next save, differs from
+    what was saved."""
+    workers = build(model)
+    restored = build(model)
+    filler = Path(root) / "filler"
     train(workers)
-    first, message = everything(workers), ""
+    first = everything(workers)
+    message = ""
     save(workers, str(pending_folder(root, 1)))
-    on_driver(lambda: (complete(root, 1), filler.write_bytes(bytes(shutil.disk_usage(root).free - 100_000))))
+    on_driver(
+        lambda: (
+            complete(root, 1),
+            filler.write_bytes(bytes(shutil.disk_usage(root).free - 100_000)),
+        )
+    )
     train(workers)
     second = everything(workers)
     save(workers[:1], str(pending_folder(root, 2)), asynchronous=True)
@@ -313,19 +356,40 @@ def on_a_small_disk(model: str, root: str) -> None:
     for message, before, after in run_ranks(2, full_disk, model, root):
         sys.stdout.write(f"{message}\n")
         assert f"{root}/global_step_2.tmp/actor" in message and "No space left on device" in message
-        # 20,032 parameters of 4 bytes, twice more for Adam, and the tied head of 300 x 32 under its second name
+        # 20,032 parameters of 4 bytes, twice more for Adam, and the tied head of 300 x 32 under its
+        # second name
         assert "it takes 0.3 MB and has room for 0.1" in message
         assert before == after == []
     assert find_latest(root) == Path(root) / "global_step_2"
 
 
 def test_a_full_disk_costs_one_checkpoint(tmp_path, model):
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+    ):
         pytest.skip("unshare -rm is not permitted here, so no disk of a few MB can be mounted")
-    code = f"from tests.verl.test_checkpoint import on_a_small_disk as f; f({model!r}, {str(tmp_path)!r})"
+    code = (
+        f"from tests.verl.test_checkpoint import on_a_small_disk as f; f({model!r}, "
+        f"{str(tmp_path)!r})"
+    )
     script = 'mount -t tmpfs -o size=4m tmpfs "$1" && cd "$2" && exec "$3" -c "$4"'
     done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", str(tmp_path), str(ROOT), sys.executable, code],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [
+            "unshare",
+            "-rm",
+            "sh",
+            "-c",
+            script,
+            "sh",
+            str(tmp_path),
+            str(ROOT),
+            sys.executable,
+            code,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

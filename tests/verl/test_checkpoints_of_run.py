@@ -1,4 +1,5 @@
-"""The driver's side of checkpoints, with roles that only write down what they are asked: failures, best, roll-backs."""
+"""The driver's side of checkpoints, with roles that only write down what they are asked: failures,
+best, roll-backs."""
 
 import json
 from pathlib import Path
@@ -14,10 +15,12 @@ from verl.utils.run_folder import best, find_latest, steps
 
 
 class Role:
-    """A learning rate, and the calls; `fails` when it starts to write, or when it ends (`finishes_badly`)."""
+    """A learning rate, and the calls; `fails` when it starts to write, or when it ends
+    (`finishes_badly`)."""
 
     def __init__(self) -> None:
-        self.lr, self.calls = 1.0, []
+        self.lr = 1.0
+        self.calls = []
         self.fails = self.finishes_badly = False
 
     def save_checkpoint(self, path, asynchronous):
@@ -43,9 +46,13 @@ class Run:
     """What one start of the driver has; another one on the same folder is what follows a crash."""
 
     def __init__(self, root: Path, **config) -> None:
-        self.actor, self.critic, self.said = Role(), Role(), []
+        self.actor = Role()
+        self.critic = Role()
+        self.said = []
         settings = TrainerConfig(default_local_dir=str(root), best_metric="em", **config)
-        self.checkpoints = Checkpoints(settings, {"actor": self.actor, "critic": self.critic}, self.said.append)
+        self.checkpoints = Checkpoints(
+            settings, {"actor": self.actor, "critic": self.critic}, self.said.append
+        )
 
     def save(self, *numbers: int) -> "Run":
         for step in numbers:
@@ -77,7 +84,11 @@ def test_a_failure_waits_for_the_other_writers_and_keeps_the_one_before(tmp_path
     setattr(run.critic if trouble == "fails" else run.actor, trouble, True)
     run.save(2)
     assert run.actor.calls == ["save", "finish"] and run.critic.calls == ["save", "finish"]
-    assert steps(tmp_path) == [1] and run.checkpoints.newest == 1 and not (tmp_path / "global_step_2.tmp").exists()
+    assert (
+        steps(tmp_path) == [1]
+        and run.checkpoints.newest == 1
+        and not (tmp_path / "global_step_2.tmp").exists()
+    )
     assert "step 2 FAILED" in run.said[0] and "no room at the" in run.said[0]
     setattr(run.critic if trouble == "fails" else run.actor, trouble, False)
     assert find_latest(tmp_path) == tmp_path / "global_step_1"
@@ -137,7 +148,10 @@ def test_old_checkpoints_that_cannot_be_deleted_stop_nothing(tmp_path, monkeypat
 
     monkeypatch.setattr(run_folder, "delete_folder", busy)
     run = Run(tmp_path, max_ckpt_to_keep=1).save(1, 2)
-    assert run.said == ["old checkpoints could not be deleted: device busy"] and run.checkpoints.newest == 2
+    assert (
+        run.said == ["old checkpoints could not be deleted: device busy"]
+        and run.checkpoints.newest == 2
+    )
 
 
 def test_a_best_checkpoint_that_is_replaced_loses_its_value(tmp_path):
@@ -153,7 +167,8 @@ def test_a_best_checkpoint_that_is_replaced_loses_its_value(tmp_path):
 
 @pytest.mark.parametrize("crash", [False, True], ids=["same driver", "new driver"])
 def test_a_roll_back_lowers_learning_rates_once(tmp_path, crash):
-    """The learning rate after each load and in what is saved then: 1, 1/2 after one roll-back, 1/4 after two."""
+    """The learning rate after each load and in what is saved then: 1, 1/2 after one roll-back, 1/4
+    after two."""
 
     def again(run: Run) -> Run:
         return Run(tmp_path) if crash else run
@@ -172,7 +187,10 @@ def test_a_roll_back_lowers_learning_rates_once(tmp_path, crash):
     run = again(run)
     run.checkpoints.load(20)
     assert run.actor.lr == 0.25, "both roll-backs are in that checkpoint already"
-    assert [entry["to"] for entry in json.loads((tmp_path / "roll_backs.json").read_text())] == [30, 10]
+    assert [entry["to"] for entry in json.loads((tmp_path / "roll_backs.json").read_text())] == [
+        30,
+        10,
+    ]
 
 
 def test_no_roll_back_to_what_an_earlier_one_gave_up(tmp_path):

@@ -1,4 +1,5 @@
-"""Hand-made curves for every rule of the collapse watch; steady curves and saved states from hypothesis."""
+"""Hand-made curves for every rule of the collapse watch; steady curves and saved states from
+hypothesis."""
 
 import json
 import math
@@ -13,20 +14,30 @@ from verl.trainer.config import validate
 from verl.trainer.ppo.collapse import Bound, CollapseWatch, CollapseWatchConfig, replay
 from verl.utils.errors import ConfigError
 
-SIGNALS = {"entropy": {"rises_to": 2.0}, "finished": {"falls_to": 0.7}, "log_prob": {"falls_by": 0.5}}
+SIGNALS = {
+    "entropy": {"rises_to": 2.0},
+    "finished": {"falls_to": 0.7},
+    "log_prob": {"falls_by": 0.5},
+}
 RECIPE = "experiment=nq_hotpotqa/qwen2.5-3b-grpo"
 SHIPPED = composed("grpo", RECIPE)["trainer"]["collapse_watch"]
 
 
 def config(**changes) -> CollapseWatchConfig:
-    return CollapseWatchConfig.model_validate({"signals": SIGNALS, "min_signals": 2, "patience": 2} | changes)
+    return CollapseWatchConfig.model_validate(
+        {"signals": SIGNALS, "min_signals": 2, "patience": 2} | changes
+    )
 
 
 def alarms(watch, curves, start=1):
     """Alarms over curves of equal length, in which None is a step without the metric."""
-    steps = [dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)]
+    steps = [
+        dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)
+    ]
     seen = ({k: v for k, v in step.items() if v is not None} for step in steps)
-    return [a for a in (watch.observe(i, step) for i, step in enumerate(seen, start)) if a is not None]
+    return [
+        a for a in (watch.observe(i, step) for i, step in enumerate(seen, start)) if a is not None
+    ]
 
 
 def alarm_steps(watch, curves, start=1):
@@ -56,14 +67,20 @@ def test_bounds(bound, value, reference, text):
     assert Bound(**bound).broken(value, reference) == text
 
 
-@pytest.mark.parametrize("bound", [{}, {"falls_to": 1.0}, {"rises_to": 1.0}, {"falls_by": 0.0}, {"under": 1.0}])
+@pytest.mark.parametrize(
+    "bound", [{}, {"falls_to": 1.0}, {"rises_to": 1.0}, {"falls_by": 0.0}, {"under": 1.0}]
+)
 def test_bounds_that_mean_nothing_are_refused(bound):
     with pytest.raises(ValidationError):
         Bound.model_validate(bound)
 
 
 def test_alarm_names_what_moved_first():
-    curves = {"entropy": [1, 1, 1, 1, 3, 3], "finished": [1, 1, 0.5, 0.4, 0.3, 0.2], "log_prob": [-1] * 6}
+    curves = {
+        "entropy": [1, 1, 1, 1, 3, 3],
+        "finished": [1, 1, 0.5, 0.4, 0.3, 0.2],
+        "log_prob": [-1] * 6,
+    }
     (alarm,) = alarms(CollapseWatch(config()), curves)
     assert (alarm.step, alarm.since) == (6, 3)
     assert [(s.name, s.since, s.value, s.reference) for s in alarm.signals] == [
@@ -78,13 +95,18 @@ def test_alarm_names_what_moved_first():
 
 
 def test_of_signals_that_moved_together_the_first_configured_leads():
-    (alarm,) = alarms(CollapseWatch(config()), {"finished": [1, 0, 0], "log_prob": [-1, -2, -2], "entropy": [1, 3, 3]})
+    (alarm,) = alarms(
+        CollapseWatch(config()),
+        {"finished": [1, 0, 0], "log_prob": [-1, -2, -2], "entropy": [1, 3, 3]},
+    )
     assert [s.name for s in alarm.signals] == list(SIGNALS)
 
 
 def test_one_signal_alone_or_for_too_short_raises_nothing():
     assert not alarms(CollapseWatch(config()), {"entropy": [1, 3, 3, 3, 3], "finished": [1] * 5})
-    assert not alarms(CollapseWatch(config()), {"entropy": [1, 3, 1, 3, 1], "finished": [1, 0, 1, 0, 1]})
+    assert not alarms(
+        CollapseWatch(config()), {"entropy": [1, 3, 1, 3, 1], "finished": [1, 0, 1, 0, 1]}
+    )
     assert alarm_steps(CollapseWatch(config(min_signals=1)), {"entropy": [1, 3, 3]}) == [3]
 
 
@@ -104,10 +126,14 @@ def test_history_needed():
 
 
 def test_a_collapse_is_reported_once_until_it_was_healthy_again():
-    # ill from 2 (alarm at 3), healthy for one step only, ill, healthy for two, ill from 10 (alarm at 11)
+    # ill from 2 (alarm at 3), healthy for one step only, ill, healthy for two, ill from 10 (alarm
+    # at 11)
     entropy = [1, 3, 3, 3, 1, 3, 3, 1, 1, 3, 3]
     finished = [1, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0]
-    assert alarm_steps(CollapseWatch(config()), {"entropy": entropy, "finished": finished}) == [3, 11]
+    assert alarm_steps(CollapseWatch(config()), {"entropy": entropy, "finished": finished}) == [
+        3,
+        11,
+    ]
 
 
 def test_after_an_alarm_steps_count_as_reference_only_once_it_is_armed_again():
@@ -117,10 +143,14 @@ def test_after_an_alarm_steps_count_as_reference_only_once_it_is_armed_again():
 
 
 def test_not_a_number_is_out_of_bounds_and_never_a_reference():
-    nan, watch = math.nan, CollapseWatch(config())
+    nan = math.nan
+    watch = CollapseWatch(config())
     assert not alarms(watch, {"entropy": [1, nan, nan, 1, nan], "finished": [1, 1, nan, nan, 1]})
     (alarm,) = alarms(watch, {"entropy": [nan, nan], "log_prob": [nan, nan]}, start=6)
-    assert [(s.reference, s.violation) for s in alarm.signals] == [(1, "is not finite"), (None, "is not finite")]
+    assert [(s.reference, s.violation) for s in alarm.signals] == [
+        (1, "is not finite"),
+        (None, "is not finite"),
+    ]
     assert "entropy = nan (reference 1) is not finite, since step 5" in alarm.message()
 
 
@@ -129,7 +159,10 @@ def test_a_missing_metric_is_not_observed():
     entropy = [None, None, 1, 3, None, 3]
     finished = [1, 1, 1, 0, 0, 0]
     (alarm,) = alarms(CollapseWatch(config()), {"entropy": entropy, "finished": finished})
-    assert (alarm.step, [(s.name, s.since) for s in alarm.signals]) == (6, [("entropy", 4), ("finished", 4)])
+    assert (alarm.step, [(s.name, s.since) for s in alarm.signals]) == (
+        6,
+        [("entropy", 4), ("finished", 4)],
+    )
 
 
 def test_validation_metrics_alone_change_nothing():
@@ -150,7 +183,9 @@ def test_constant_metrics_never_leave_relative_bounds(values, steps):
         for name, bound in SHIPPED["signals"].items()
         if set(bound) - {"below", "above"}
     }
-    watch = CollapseWatch(CollapseWatchConfig.model_validate(SHIPPED | {"signals": relative, "min_signals": 1}))
+    watch = CollapseWatch(
+        CollapseWatchConfig.model_validate(SHIPPED | {"signals": relative, "min_signals": 1})
+    )
     assert not any(watch.observe(i, values) for i in range(steps))
 
 
@@ -163,8 +198,12 @@ STEPS = st.lists(st.fixed_dictionaries(dict.fromkeys(SIGNALS, METRIC)), min_size
 def test_a_saved_state_decides_as_the_watch_that_went_on(steps, data):
     cut = data.draw(st.integers(0, len(steps)))
     curves = {name: [step[name] for step in steps] for name in SIGNALS}
-    head, tail = ({name: curve[part] for name, curve in curves.items()} for part in (slice(cut), slice(cut, None)))
-    watch, resumed = CollapseWatch(config()), CollapseWatch(config())
+    head, tail = (
+        {name: curve[part] for name, curve in curves.items()}
+        for part in (slice(cut), slice(cut, None))
+    )
+    watch = CollapseWatch(config())
+    resumed = CollapseWatch(config())
     alarms(watch, head)
     resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
     before, after = (map(str, alarms(w, tail, start=cut + 1)) for w in (watch, resumed))
@@ -183,7 +222,8 @@ def test_a_saved_state_is_not_written_to():
 
 
 def test_replay(tmp_path):
-    """A validation before training, a step that a resumed run wrote again, and null for what was not finite."""
+    """A validation before training, a step that a resumed run wrote again, and null for what was
+    not finite."""
     rows = [
         {"training/global_step": 0, "val/test_score": 0.2},
         {"training/global_step": 1, "entropy": 1.0, "finished": 1.0},
@@ -209,6 +249,16 @@ def test_shipped_signals():
 def test_what_could_never_answer_is_refused():
     with pytest.raises(ConfigError) as error:
         key = "trainer.collapse_watch"
-        validate(composed("grpo", RECIPE, f"{key}.min_signals=20", f"{key}.response=roll_back",
-                          "trainer.save_freq=-1"))  # fmt: skip
-    assert [p.split()[0] for p in error.value.problems] == [f"{key}.min_signals=20", f"{key}.response=roll_back"]
+        validate(
+            composed(
+                "grpo",
+                RECIPE,
+                f"{key}.min_signals=20",
+                f"{key}.response=roll_back",
+                "trainer.save_freq=-1",
+            )
+        )
+    assert [p.split()[0] for p in error.value.problems] == [
+        f"{key}.min_signals=20",
+        f"{key}.response=roll_back",
+    ]

@@ -1,4 +1,5 @@
-"""Real ranks are given what the driver sends them, and nothing else: the columns that each method declares."""
+"""Real ranks are given what the driver sends them, and nothing else: the columns that each method
+declares."""
 
 import pickle
 from typing import Any
@@ -47,12 +48,18 @@ def every_method(model_path: str) -> dict[str, Any]:
     ones = torch.ones_like(batch.batch["advantages"])
     more = {"turns": ones.int(), "values": ones, "returns": 2 * ones, "rollout_is_weights": ones}
     batch = batch.with_tensors(**more)
-    whole = dispatch(registered(ActorWorker)["compute_log_prob"].mode, actor.world_size, (batch,))[actor.rank][0]
+    whole = dispatch(registered(ActorWorker)["compute_log_prob"].mode, actor.world_size, (batch,))[
+        actor.rank
+    ][0]
     return {
         "columns": sorted(sent(actor, "compute_log_prob", batch).batch),
         "of all columns": actor.compute_log_prob(whole).batch["old_log_probs"],
-        "log_prob": actor.compute_log_prob(sent(actor, "compute_log_prob", batch)).batch["old_log_probs"],
-        "ref": reference.compute_ref_log_prob(sent(reference, "compute_ref_log_prob", batch)).batch["ref_log_prob"],
+        "log_prob": actor.compute_log_prob(sent(actor, "compute_log_prob", batch)).batch[
+            "old_log_probs"
+        ],
+        "ref": reference.compute_ref_log_prob(sent(reference, "compute_ref_log_prob", batch)).batch[
+            "ref_log_prob"
+        ],
         "values": critic.compute_values(sent(critic, "compute_values", batch)).batch["values"],
         "actor": actor.update_actor(sent(actor, "update_actor", batch)),
         "critic": critic.update_critic(sent(critic, "update_critic", batch)),

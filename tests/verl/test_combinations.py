@@ -1,4 +1,5 @@
-"""Every advantage with every loss, aggregation and correction, on tensors; and which the configuration refuses."""
+"""Every advantage with every loss, aggregation and correction, on tensors; and which the
+configuration refuses."""
 
 from itertools import product
 from typing import get_args
@@ -24,13 +25,19 @@ MODES = get_args(LossAggMode)
 CORRECTIONS = [
     RolloutCorrectionConfig(),
     *(RolloutCorrectionConfig(rollout_is=level) for level in ("token", "sequence", "geometric")),
-    *(RolloutCorrectionConfig(rollout_rs=s, rollout_rs_threshold=1.1) for s in ("token", "sequence", "geometric")),
-    RolloutCorrectionConfig(rollout_is="token", rollout_rs="geometric", rollout_token_veto_threshold=0.7),
-]  # fmt: skip
+    *(
+        RolloutCorrectionConfig(rollout_rs=s, rollout_rs_threshold=1.1)
+        for s in ("token", "sequence", "geometric")
+    ),
+    RolloutCorrectionConfig(
+        rollout_is="token", rollout_rs="geometric", rollout_token_veto_threshold=0.7
+    ),
+]
 
 
 def batch() -> DataProto:
-    """Ragged trajectories in groups of four with a reward each, one row without a token of the policy."""
+    """Ragged trajectories in groups of four with a reward each, one row without a token of the
+    policy."""
     data = ragged_batch(torch.float64)
     g = torch.Generator().manual_seed(3)
     mask = data.batch["response_mask"].clone()
@@ -45,38 +52,54 @@ def batch() -> DataProto:
     noise = 0.1 * torch.randn(ROWS, RESPONSE, generator=g, dtype=torch.float64)
     return DataProto.from_dict(
         {
-            **data.batch, "response_mask": mask, "token_level_scores": rewards + junk,
-            "token_level_rewards": rewards + junk, "values": noise + junk,
-            "rollout_log_probs": data.batch["old_log_probs"] + noise + junk, "turns": turns,
-            "truncated": torch.arange(ROWS) == 3, "void_turns": torch.zeros(ROWS, dtype=torch.long),
+            **data.batch,
+            "response_mask": mask,
+            "token_level_scores": rewards + junk,
+            "token_level_rewards": rewards + junk,
+            "values": noise + junk,
+            "rollout_log_probs": data.batch["old_log_probs"] + noise + junk,
+            "turns": turns,
+            "truncated": torch.arange(ROWS) == 3,
+            "void_turns": torch.zeros(ROWS, dtype=torch.long),
         },
         {"uid": np.repeat(np.arange(ROWS // 4), 4).astype(object)},
         {"num_mini_batches": {"mini_batch": 1}},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_finite_losses_and_no_gradient_where_masked(estimator):
     data, _ = compute_advantage(batch(), AlgorithmConfig(adv_estimator=estimator))
     policy = data.batch["response_mask"].bool()
-    assert data.batch["advantages"].isfinite().all() and (data.batch["advantages"][~policy] == 0).all()
+    assert (
+        data.batch["advantages"].isfinite().all() and (data.batch["advantages"][~policy] == 0).all()
+    )
     data, _ = filter_loss(data, list(FILTERS))
-    moved = torch.randn(ROWS, RESPONSE, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    moved = torch.randn(
+        ROWS, RESPONSE, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
     for mode, agg, correction in product(POLICY_LOSSES, MODES, CORRECTIONS):
         rows, metrics = correct_rollout(data, correction)
         log_probs = (data.batch["old_log_probs"] + 0.1 * moved).requires_grad_()
         config = ActorConfig(
-            policy_loss=PolicyLossConfig(loss_mode=mode, llds_coef=0.1), loss_agg_mode=agg, loss_scale_factor=10,
-            use_kl_loss=True, entropy_coeff=0.01,
-        )  # fmt: skip
+            policy_loss=PolicyLossConfig(loss_mode=mode, llds_coef=0.1),
+            loss_agg_mode=agg,
+            loss_scale_factor=10,
+            use_kl_loss=True,
+            entropy_coeff=0.01,
+        )
         mask = rows.batch["response_mask"].bool()
         counts = Counts(int(mask.sum()), int(mask.any(1).sum()))
         loss, figures = policy_loss(config, log_probs, torch.ones_like(moved), rows, counts)
         loss.backward()
         what = (estimator, mode, agg, correction)
-        assert loss.isfinite() and log_probs.grad is not None and log_probs.grad.isfinite().all(), what
+        assert loss.isfinite() and log_probs.grad is not None and log_probs.grad.isfinite().all(), (
+            what
+        )
         assert (log_probs.grad[~mask] == 0).all() and mask.any(), what
-        assert all(torch.as_tensor(x).isfinite().all() for x in [*figures.values(), *metrics.values()]), what
+        assert all(
+            torch.as_tensor(x).isfinite().all() for x in [*figures.values(), *metrics.values()]
+        ), what
 
 
 def test_the_configuration_says_why_it_refuses():
@@ -86,13 +109,16 @@ def test_the_configuration_says_why_it_refuses():
     for estimator, mode, agg in product(ESTIMATORS, POLICY_LOSSES, MODES):
         raw["algorithm"]["adv_estimator"] = estimator
         actor = raw["actor_rollout_ref"]["actor"]
-        actor["policy_loss"]["loss_mode"], actor["loss_agg_mode"] = mode, agg
+        actor["policy_loss"]["loss_mode"] = mode
+        actor["loss_agg_mode"] = agg
         actor["loss_scale_factor"] = 100 if agg == "seq-mean-token-sum-norm" else None
         raw["critic"]["loss_agg_mode"] = "token-mean"
         problems = combination_problems(PPOConfig.model_validate(raw))
         wrong = (mode == "gspo" and agg != "seq-mean-token-mean") + (
             estimator == "dr_grpo" and agg not in ("token-sum", "seq-mean-token-sum-norm")
         )
-        assert len(problems) == wrong and all(agg in problem and ":" in problem for problem in problems)
+        assert len(problems) == wrong and all(
+            agg in problem and ":" in problem for problem in problems
+        )
         refused += bool(problems)
     assert 0 < refused < len(ESTIMATORS) * len(POLICY_LOSSES) * len(MODES)

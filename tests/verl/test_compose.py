@@ -30,10 +30,20 @@ def invalid(*overrides):
 
 
 def test_all_wrong_overrides_are_listed_at_once():
-    found = problems("data.nope=1", "experiment=closed_world/grpoo", "max_turn=3", "a=[", "+trainer.val_only=true")
+    found = problems(
+        "data.nope=1",
+        "experiment=closed_world/grpoo",
+        "max_turn=3",
+        "a=[",
+        "+trainer.val_only=true",
+    )
     assert [line.partition(":")[0] for line in sorted(found)] == [
-        "+trainer.val_only", "a=[", "data.nope", "experiment=closed_world/grpoo", "max_turn",
-    ]  # fmt: skip
+        "+trainer.val_only",
+        "a=[",
+        "data.nope",
+        "experiment=closed_world/grpoo",
+        "max_turn",
+    ]
     assert all("\n" not in line for line in found)
 
 
@@ -74,9 +84,17 @@ def test_mistakes_that_hydra_explains_to_its_developers(override, said):
 
 
 def test_what_is_right_passes():
-    check_overrides("grpo", ["+mode=deterministic", "method=rag", "trainer.seed=1", "~trainer.panels", "++a.b=1"])
-    check_overrides("grpo", ["+data.apply_chat_template_kwargs.enable_thinking=false", "trainer.logger=[console]"])
-    check_overrides("ppo", ["trainer.seed=0,1", "experiment=closed_world/ppo,closed_world/grpo"], sweeps=True)
+    check_overrides(
+        "grpo",
+        ["+mode=deterministic", "method=rag", "trainer.seed=1", "~trainer.panels", "++a.b=1"],
+    )
+    check_overrides(
+        "grpo",
+        ["+data.apply_chat_template_kwargs.enable_thinking=false", "trainer.logger=[console]"],
+    )
+    check_overrides(
+        "ppo", ["trainer.seed=0,1", "experiment=closed_world/ppo,closed_world/grpo"], sweeps=True
+    )
 
 
 def test_a_configuration_that_does_not_exist():
@@ -86,7 +104,9 @@ def test_a_configuration_that_does_not_exist():
 
 def test_values_that_are_required_are_named():
     config = composed("grpo", ["experiment=nq_hotpotqa/grpo"])
-    with pytest.raises(ConfigError, match=r"actor_rollout_ref\.model\.path: required, and not given"):
+    with pytest.raises(
+        ConfigError, match=r"actor_rollout_ref\.model\.path: required, and not given"
+    ):
         as_plain(config)
 
 
@@ -105,7 +125,7 @@ def test_values_that_are_required_are_named():
         ("reward.f1=no", "reward.f1=no: expected a number or a list"),
         ("+trainer.seeed=1", "trainer.seeed: there is no such key; did you mean trainer.seed?"),
     ],
-)  # fmt: skip
+)
 def test_wrong_values_name_key_value_and_what_was_expected(override, line):
     assert line in invalid(override)
 
@@ -113,7 +133,8 @@ def test_wrong_values_name_key_value_and_what_was_expected(override, line):
 def test_a_class_without_a_model_of_its_section():
     (line,) = invalid("agent._target_=search_r1.prompts.build_prompt")
     assert line == (
-        "agent._target_=search_r1.prompts.build_prompt: expected a class with `Config`, the pydantic model of agent"
+        "agent._target_=search_r1.prompts.build_prompt: expected a class with `Config`, the "
+        "pydantic model of agent"
     )
 
 
@@ -172,16 +193,35 @@ def test_a_configuration_of_another_project_is_not_looked_for():
 
 def test_paths_are_relative_to_where_the_user_stands(tmp_path):
     (tmp_path / "model").mkdir()
-    given = ["p=a.parquet", "p=[a.parquet,/b.parquet]", "p=null", "m=model", "m=Qwen/Qwen2.5-3B", "p=${x}/a", "q=a"]
-    found = absolute([*given, "p='it is, a = b'", "p='~/a'", "p=hf:a/b:train"], tmp_path, ["p"], ["m"])
+    given = [
+        "p=a.parquet",
+        "p=[a.parquet,/b.parquet]",
+        "p=null",
+        "m=model",
+        "m=Qwen/Qwen2.5-3B",
+        "p=${x}/a",
+        "q=a",
+    ]
+    found = absolute(
+        [*given, "p='it is, a = b'", "p='~/a'", "p=hf:a/b:train"], tmp_path, ["p"], ["m"]
+    )
     assert found == [
-        f"p={tmp_path}/a.parquet", f"p=[{tmp_path}/a.parquet,/b.parquet]", "p=null", f"m={tmp_path}/model",
-        "m=Qwen/Qwen2.5-3B", "p=${x}/a", "q=a", f"p='{tmp_path}/it is, a = b'", f"p={Path.home()}/a",
+        f"p={tmp_path}/a.parquet",
+        f"p=[{tmp_path}/a.parquet,/b.parquet]",
+        "p=null",
+        f"m={tmp_path}/model",
+        "m=Qwen/Qwen2.5-3B",
+        "p=${x}/a",
+        "q=a",
+        f"p='{tmp_path}/it is, a = b'",
+        f"p={Path.home()}/a",
         "p=hf:a/b:train",
-    ]  # fmt: skip
+    ]
 
 
-@pytest.mark.parametrize("text", ["a b", "it's", "x,y", "[a]", "12", "null", "a=b", "{a}", "C:\\d", "ö", " a ", "(a)"])
+@pytest.mark.parametrize(
+    "text", ["a b", "it's", "x,y", "[a]", "12", "null", "a=b", "{a}", "C:\\d", "ö", " a ", "(a)"]
+)
 def test_texts_are_read_as_they_were_written(text):
     config = composed("grpo", [f"trainer.experiment_name={quoted(text)}"])
     assert config.trainer.experiment_name == text

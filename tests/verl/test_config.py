@@ -1,4 +1,5 @@
-"""Every YAML composes and validates; what cannot work is refused before anything starts, all of it at once."""
+"""Every YAML composes and validates; what cannot work is refused before anything starts, all of it
+at once."""
 
 import json
 import subprocess
@@ -32,9 +33,18 @@ def test_paper_recipes(recipe):
     """arXiv 2503.09516, appendix B.2, and the released scripts."""
     algorithm = recipe.rsplit("-", 1)[1]
     config = validate(composed(algorithm, f"experiment=nq_hotpotqa/{recipe}"))
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    assert (actor.optim.lr, actor.optim.lr_warmup_steps_ratio, actor.clip_ratio) == (1e-6, 0.285, 0.2)
-    assert (config.data.train_batch_size, actor.ppo_mini_batch_size, config.trainer.n_gpus_per_node) == (512, 256, 8)
+    actor = config.actor_rollout_ref.actor
+    rollout = config.actor_rollout_ref.rollout
+    assert (actor.optim.lr, actor.optim.lr_warmup_steps_ratio, actor.clip_ratio) == (
+        1e-6,
+        0.285,
+        0.2,
+    )
+    assert (
+        config.data.train_batch_size,
+        actor.ppo_mini_batch_size,
+        config.trainer.n_gpus_per_node,
+    ) == (512, 256, 8)
     assert (rollout.temperature, rollout.top_p) == (1.0, 1.0)
     if algorithm == "ppo":
         assert config.use_critic and config.algorithm.use_kl_in_reward and not actor.use_kl_loss
@@ -42,17 +52,29 @@ def test_paper_recipes(recipe):
         assert config.num_mini_batches == {"mini_batch": 2, "critic_mini_batch": 2}
     else:
         assert not config.use_critic and actor.use_kl_loss and not config.algorithm.use_kl_in_reward
-        assert (rollout.n, actor.kl_loss_coef, config.num_mini_batches) == (5, 0.001, {"mini_batch": 10})
+        assert (rollout.n, actor.kl_loss_coef, config.num_mini_batches) == (
+            5,
+            0.001,
+            {"mini_batch": 10},
+        )
 
 
 def test_there_is_a_recipe_for_every_model_and_algorithm():
-    models = ["qwen2.5-3b", "qwen2.5-3b-instruct", "qwen2.5-7b", "qwen2.5-7b-instruct", "llama3.2-3b"]
+    models = [
+        "qwen2.5-3b",
+        "qwen2.5-3b-instruct",
+        "qwen2.5-7b",
+        "qwen2.5-7b-instruct",
+        "llama3.2-3b",
+    ]
     models += ["qwen3-1.7b", "qwen3-4b", "qwen3-8b", "llama3.1-8b", "llama3.1-8b-instruct"]
     both = {f"{m}-{a}" for m in models for a in ("ppo", "grpo")}
     assert {r.stem for r in RECIPES} == both | {"qwen3.5-4b-grpo", "qwen3.5-9b-grpo"}
 
 
-@pytest.mark.parametrize(("config", "overrides"), [("ppo", []), ("grpo", []), ("grpo", OWN), ("ppo", OWN)])
+@pytest.mark.parametrize(
+    ("config", "overrides"), [("ppo", []), ("grpo", []), ("grpo", OWN), ("ppo", OWN)]
+)
 def test_defaults_and_own_data(config, overrides):
     assert validate(composed(config, *overrides))
 
@@ -75,7 +97,13 @@ def test_wrong_keys_and_types_in_every_section():
     raw["surprise"] = 1
     with pytest.raises(ConfigError) as caught:
         validate(raw)
-    for key in ("trainer.seeed", "data.train_batch_size", "agent.retriever.adress", "reward.emm", "surprise"):
+    for key in (
+        "trainer.seeed",
+        "data.train_batch_size",
+        "agent.retriever.adress",
+        "reward.emm",
+        "surprise",
+    ):
         assert key in str(caught.value)
 
 
@@ -103,9 +131,15 @@ def test_help_needs_no_heavy_import(flag):
 def test_missing_files_and_retriever_end_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "grpo"]
     done = subprocess.run(
-        [*command, f"data.train_files={tmp_path}/no.parquet", "actor_rollout_ref.model.path=/nowhere"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            *command,
+            f"data.train_files={tmp_path}/no.parquet",
+            "actor_rollout_ref.model.path=/nowhere",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "actor_rollout_ref.model.path=/nowhere" in done.stderr
 
@@ -128,7 +162,9 @@ def test_a_critic_without_a_value_head_is_refused(tmp_path):
     def problems(model_config, use_critic=True):
         model_config.save_pretrained(tmp_path)
         model = ModelConfig(path=str(tmp_path))
-        return critic_problems(SimpleNamespace(critic=SimpleNamespace(model=model), use_critic=use_critic))
+        return critic_problems(
+            SimpleNamespace(critic=SimpleNamespace(model=model), use_critic=use_critic)
+        )
 
     assert problems(Qwen2Config()) == [] and problems(Gemma3TextConfig(), use_critic=False) == []
     (problem,) = problems(Gemma3TextConfig())
@@ -136,10 +172,15 @@ def test_a_critic_without_a_value_head_is_refused(tmp_path):
 
 
 CORRECTION = "algorithm.rollout_correction"
-STALE, BYPASS = "async_training.max_staleness=1", f"{CORRECTION}.bypass_mode=true"
+STALE = "async_training.max_staleness=1"
+BYPASS = f"{CORRECTION}.bypass_mode=true"
 CORRECTED = f"{CORRECTION}.rollout_is=token"
 ACTOR = "actor_rollout_ref.actor"
-ONE_STEP = [f"{ACTOR}.ppo_mini_batch_size=240", "data.train_batch_size=48", "actor_rollout_ref.rollout.n=5"]
+ONE_STEP = [
+    f"{ACTOR}.ppo_mini_batch_size=240",
+    "data.train_batch_size=48",
+    "actor_rollout_ref.rollout.n=5",
+]
 ALONE = ["actor_rollout_ref.rollout.n=1", f"{ACTOR}.ppo_mini_batch_size=48"]
 REINFORCE = f"{ACTOR}.policy_loss.loss_mode=reinforce"
 NORM = [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_factor=300"]
@@ -148,16 +189,22 @@ NORM = [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_f
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["algorithm.adv_estimator=dr_grpo", *NORM], ["algorithm.adv_estimator=rloo"],
+        ["algorithm.adv_estimator=dr_grpo", *NORM],
+        ["algorithm.adv_estimator=rloo"],
         ["algorithm.adv_estimator=reinforce", REINFORCE, *ONE_STEP],
         ["algorithm.adv_estimator=reinforce_plus_plus", *ALONE],
         ["actor_rollout_ref.rollout.top_p=0.95", "algorithm.rollout_correction.rollout_is=token"],
-        ["algorithm.adv_estimator=reinforce_plus_plus_baseline"], ["algorithm.adv_estimator=turn_level"],
+        ["algorithm.adv_estimator=reinforce_plus_plus_baseline"],
+        ["algorithm.adv_estimator=turn_level"],
         [f"{ACTOR}.policy_loss.loss_mode=gspo", f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"],
-        [f"{ACTOR}.policy_loss.loss_mode=cispo", f"{ACTOR}.policy_loss.llds_coef=0.1", f"{ACTOR}.ppo_epochs=2"],
+        [
+            f"{ACTOR}.policy_loss.loss_mode=cispo",
+            f"{ACTOR}.policy_loss.llds_coef=0.1",
+            f"{ACTOR}.ppo_epochs=2",
+        ],
         [f"{ACTOR}.policy_loss.llds_coef=0.1", BYPASS],
     ],
-)  # fmt: skip
+)
 def test_algorithms_are_one_switch_each(overrides):
     config = validate(composed("grpo", *overrides))
     assert not config.use_critic
@@ -167,48 +214,102 @@ def test_algorithms_are_one_switch_each(overrides):
     ("overrides", "reason"),
     [
         ([NORM[0]], "loss_scale_factor: name the divisor"),
-        (["algorithm.adv_estimator=dr_grpo"], "divides by lengths, which algorithm.adv_estimator=dr_grpo is to avoid"),
-        ([f"{ACTOR}.policy_loss.loss_mode=gspo"], "loss_mode=gspo is defined for seq-mean-token-mean"),
+        (
+            ["algorithm.adv_estimator=dr_grpo"],
+            "divides by lengths, which algorithm.adv_estimator=dr_grpo is to avoid",
+        ),
+        (
+            [f"{ACTOR}.policy_loss.loss_mode=gspo"],
+            "loss_mode=gspo is defined for seq-mean-token-mean",
+        ),
         ([REINFORCE, *ONE_STEP, f"{ACTOR}.ppo_epochs=2"], "would take 2 optimizer steps"),
         ([REINFORCE, f"{ACTOR}.ppo_mini_batch_size=80"], "would take 3 optimizer steps"),
-        (["algorithm.adv_estimator=rloo", *ALONE], "adv_estimator=rloo needs actor_rollout_ref.rollout.n >= 2"),
-        (["algorithm.adv_estimator=turn_level", f"{ACTOR}.state_masking=false"], "trains on tokens of no turn"),
-        (["actor_rollout_ref.rollout.top_p=0.95"], "sampled from another distribution than the one that is trained"),
-        (["actor_rollout_ref.rollout.top_k=50"], "set algorithm.rollout_correction.rollout_is or rollout_rs"),
-        (["algorithm.adv_estimator=gae", *NORM], "critic.loss_agg_mode=seq-mean-token-sum-norm has no divisor"),
+        (
+            ["algorithm.adv_estimator=rloo", *ALONE],
+            "adv_estimator=rloo needs actor_rollout_ref.rollout.n >= 2",
+        ),
+        (
+            ["algorithm.adv_estimator=turn_level", f"{ACTOR}.state_masking=false"],
+            "trains on tokens of no turn",
+        ),
+        (
+            ["actor_rollout_ref.rollout.top_p=0.95"],
+            "sampled from another distribution than the one that is trained",
+        ),
+        (
+            ["actor_rollout_ref.rollout.top_k=50"],
+            "set algorithm.rollout_correction.rollout_is or rollout_rs",
+        ),
+        (
+            ["algorithm.adv_estimator=gae", *NORM],
+            "critic.loss_agg_mode=seq-mean-token-sum-norm has no divisor",
+        ),
         ([NORM[1]], "loss_scale_factor=300.0 has no effect with loss_agg_mode=token-mean"),
-        ([f"{ACTOR}.policy_loss.llds_coef=0.1"], "llds_coef=0.1 has no effect with one optimizer step"),
-        (["algorithm.adv_estimator=reinforce", "algorithm.filter_groups.enable=true", *ALONE], "filter_groups.enable"),
-        (["algorithm.adv_estimator=reinforce", "algorithm.loss_filters=[zero_variance]", *ALONE], "never differs from"),
-        (["trainer.critic_warmup=1"], "adv_estimator=grpo has no critic, so nothing would learn in these steps"),
-        (["algorithm.kl_ctrl.type=adaptive"], "has no effect with algorithm.use_kl_in_reward=false"),
-        (["algorithm.adv_estimator=gae", "trainer.critic_warmup=45"], "leaves none of the 45 training steps"),
-        ([BYPASS, REINFORCE, *ONE_STEP], "bypass_mode has no effect with actor.policy_loss.loss_mode=reinforce"),
-        ([f"{CORRECTION}.rollout_rs=token", f"{CORRECTION}.rollout_rs_threshold=0.9"], "no ratio is above 1.11"),
-        ([f"{CORRECTION}.rollout_rs=token", f"{CORRECTION}.rollout_rs_threshold_lower=2"], "and below"),
+        (
+            [f"{ACTOR}.policy_loss.llds_coef=0.1"],
+            "llds_coef=0.1 has no effect with one optimizer step",
+        ),
+        (
+            ["algorithm.adv_estimator=reinforce", "algorithm.filter_groups.enable=true", *ALONE],
+            "filter_groups.enable",
+        ),
+        (
+            ["algorithm.adv_estimator=reinforce", "algorithm.loss_filters=[zero_variance]", *ALONE],
+            "never differs from",
+        ),
+        (
+            ["trainer.critic_warmup=1"],
+            "adv_estimator=grpo has no critic, so nothing would learn in these steps",
+        ),
+        (
+            ["algorithm.kl_ctrl.type=adaptive"],
+            "has no effect with algorithm.use_kl_in_reward=false",
+        ),
+        (
+            ["algorithm.adv_estimator=gae", "trainer.critic_warmup=45"],
+            "leaves none of the 45 training steps",
+        ),
+        (
+            [BYPASS, REINFORCE, *ONE_STEP],
+            "bypass_mode has no effect with actor.policy_loss.loss_mode=reinforce",
+        ),
+        (
+            [f"{CORRECTION}.rollout_rs=token", f"{CORRECTION}.rollout_rs_threshold=0.9"],
+            "no ratio is above 1.11",
+        ),
+        (
+            [f"{CORRECTION}.rollout_rs=token", f"{CORRECTION}.rollout_rs_threshold_lower=2"],
+            "and below",
+        ),
         ([f"{CORRECTION}.rollout_token_veto_threshold=1.0"], "rollout_token_veto_threshold"),
     ],
-)  # fmt: skip
+)
 def test_combinations_that_would_be_something_else_are_refused(overrides, reason):
     with pytest.raises(ConfigError) as caught:
         validate(composed("grpo", *overrides))
     assert reason in str(caught.value)
 
 
-CUDA, APART = "trainer.device=cuda", "actor_rollout_ref.hybrid_engine=false"
+CUDA = "trainer.device=cuda"
+APART = "actor_rollout_ref.hybrid_engine=false"
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        [STALE, CORRECTED], [STALE, "algorithm.rollout_correction.rollout_rs=sequence"],
-        [STALE, BYPASS], [STALE, BYPASS, f"{ACTOR}.policy_loss.loss_mode=cispo"],
-        [STALE, CORRECTED, CUDA, APART], [BYPASS], [BYPASS, f"{CORRECTION}.rollout_rs=geometric"],
+        [STALE, CORRECTED],
+        [STALE, "algorithm.rollout_correction.rollout_rs=sequence"],
+        [STALE, BYPASS],
+        [STALE, BYPASS, f"{ACTOR}.policy_loss.loss_mode=cispo"],
+        [STALE, CORRECTED, CUDA, APART],
+        [BYPASS],
+        [BYPASS, f"{CORRECTION}.rollout_rs=geometric"],
         [CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=1"],
-        [f"{ROLLOUT}.num_val_replicas=1"], [STALE, CORRECTED, "async_training.partial_rollout=false"],
+        [f"{ROLLOUT}.num_val_replicas=1"],
+        [STALE, CORRECTED, "async_training.partial_rollout=false"],
     ],
-)  # fmt: skip
+)
 def test_asynchrony_with_what_allows_for_it(overrides):
     assert validate(composed("grpo", "trainer.device=cpu", *overrides))
 
@@ -219,19 +320,40 @@ def test_asynchrony_with_what_allows_for_it(overrides):
         ([STALE], "async_training.max_staleness=1: tokens are sampled from older weights"),
         ([STALE, BYPASS, REINFORCE, *ONE_STEP], "bypass_mode has no effect with"),
         ([BYPASS, CORRECTED], "the ratio to the sampler is in the loss already"),
-        ([STALE, CORRECTED, CUDA], "max_staleness=1: engines roll out while the weights are updated"),
-        ([CUDA, f"{ROLLOUT}.num_val_replicas=1"], "num_val_replicas=1: engines that validate during training need"),
-        ([CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=2"], "do not hold 3 engines"),
-        ([CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=1",
-          f"{ROLLOUT}.tensor_model_parallel_size=2"], "2 GPUs do not hold 2 engines of"),
-        ([CUDA, f"{ROLLOUT}.num_replicas=2"], "1 GPUs do not hold 2 engines of tensor_model_parallel_size=1"),
-
+        (
+            [STALE, CORRECTED, CUDA],
+            "max_staleness=1: engines roll out while the weights are updated",
+        ),
+        (
+            [CUDA, f"{ROLLOUT}.num_val_replicas=1"],
+            "num_val_replicas=1: engines that validate during training need",
+        ),
+        (
+            [CUDA, APART, f"{ROLLOUT}.n_gpus_per_node=2", f"{ROLLOUT}.num_val_replicas=2"],
+            "do not hold 3 engines",
+        ),
+        (
+            [
+                CUDA,
+                APART,
+                f"{ROLLOUT}.n_gpus_per_node=2",
+                f"{ROLLOUT}.num_val_replicas=1",
+                f"{ROLLOUT}.tensor_model_parallel_size=2",
+            ],
+            "2 GPUs do not hold 2 engines of",
+        ),
+        (
+            [CUDA, f"{ROLLOUT}.num_replicas=2"],
+            "1 GPUs do not hold 2 engines of tensor_model_parallel_size=1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_asynchrony_that_nothing_allows_for_is_refused(overrides, reason):
     with pytest.raises(ConfigError) as caught:
         validate(composed("grpo", "trainer.device=cpu", *overrides))
-    assert reason in str(caught.value) and str(caught.value).count("\n") <= 1, "that and nothing else"
+    assert reason in str(caught.value) and str(caught.value).count("\n") <= 1, (
+        "that and nothing else"
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
@@ -255,11 +377,18 @@ def test_one_switch_makes_runs_deterministic(algorithm):
 def test_what_would_not_be_deterministic_is_refused_with_its_cure(override, cure):
     with pytest.raises(ConfigError) as caught:
         validate(composed("grpo", "trainer.device=cpu", "+mode=deterministic", CORRECTED, override))
-    assert f"trainer.deterministic=true needs {cure} (+mode=deterministic sets all)" in str(caught.value)
+    assert f"trainer.deterministic=true needs {cure} (+mode=deterministic sets all)" in str(
+        caught.value
+    )
 
 
 def test_all_that_deterministic_runs_lack_is_listed():
     with pytest.raises(ConfigError) as caught:
         validate(composed("grpo", "trainer.deterministic=true"))
-    for key in ("max_num_seqs=1", "enable_prefix_caching=false", "per_request_seed=true", "threads_per_rank=1"):
+    for key in (
+        "max_num_seqs=1",
+        "enable_prefix_caching=false",
+        "per_request_seed=true",
+        "threads_per_rank=1",
+    ):
         assert key in str(caught.value)

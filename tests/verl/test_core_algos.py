@@ -1,4 +1,5 @@
-"""Every algorithm against an independent twin in loops over plain floats, and against figures worked out by hand."""
+"""Every algorithm against an independent twin in loops over plain floats, and against figures
+worked out by hand."""
 
 import math
 
@@ -29,14 +30,21 @@ JUNK = [math.nan, math.inf, -math.inf, 1e4, -1e4]
 @st.composite
 def masks(draw, max_rows=6, max_cols=9):
     """[B, R] of 0 / 1 with at least one 1; rows may be fully masked."""
-    rows, cols = draw(st.integers(1, max_rows)), draw(st.integers(1, max_cols))
-    bits = draw(st.lists(st.lists(st.integers(0, 1), min_size=cols, max_size=cols), min_size=rows, max_size=rows))
+    rows = draw(st.integers(1, max_rows))
+    cols = draw(st.integers(1, max_cols))
+    bits = draw(
+        st.lists(
+            st.lists(st.integers(0, 1), min_size=cols, max_size=cols), min_size=rows, max_size=rows
+        )
+    )
     bits[draw(st.integers(0, rows - 1))][draw(st.integers(0, cols - 1))] = 1
     return torch.tensor(bits)
 
 
 def normal(mask, seed, *tail):
-    return torch.randn(*mask.shape, *tail, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        *mask.shape, *tail, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def with_junk(x, mask, junk):
@@ -44,7 +52,10 @@ def with_junk(x, mask, junk):
 
 
 def twin_agg(rows, mask, mode, num_tokens=None, num_seqs=None):
-    kept = [[x for x, m in zip(row, bits, strict=True) if m] for row, bits in zip(rows, mask, strict=True)]
+    kept = [
+        [x for x, m in zip(row, bits, strict=True) if m]
+        for row, bits in zip(rows, mask, strict=True)
+    ]
     kept = [row for row in kept if row]
     if mode == "token-mean":
         return math.fsum(map(math.fsum, kept)) / (num_tokens or sum(map(len, kept)))
@@ -53,34 +64,52 @@ def twin_agg(rows, mask, mode, num_tokens=None, num_seqs=None):
 
 
 def twin_gae(rewards, values, gamma, lam):
-    """(raw advantages, returns) of one sequence of policy tokens, from the defining sum of discounted TD errors."""
+    """(raw advantages, returns) of one sequence of policy tokens, from the defining sum of
+    discounted TD errors."""
     size = len(rewards)
-    deltas = [rewards[t] + gamma * (values[t + 1] if t + 1 < size else 0.0) - values[t] for t in range(size)]
-    advantages = [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, size)) for t in range(size)]
+    deltas = [
+        rewards[t] + gamma * (values[t + 1] if t + 1 < size else 0.0) - values[t]
+        for t in range(size)
+    ]
+    advantages = [
+        sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, size)) for t in range(size)
+    ]
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 
 
 def test_gae_by_hand():
     # gamma = lam = 0.5, two policy tokens around an observation: V = 1, 2; reward 4 on the last
-    # last:  delta = 4 - 2 = 2, A = 2, return 4;  first: delta = 0 + .5*2 - 1 = 0, A = 0 + .25*2 = .5, return 1.5
-    rewards, values = torch.tensor([[0.0, 0.0, 4.0]]), torch.tensor([[1.0, 9.0, 2.0]])
-    advantages, returns = compute_gae_advantage_return(rewards, values, torch.tensor([[1, 0, 1]]), 0.5, 0.5)
+    # last:  delta = 4 - 2 = 2, A = 2, return 4;  first: delta = 0 + .5*2 - 1 = 0, A = 0 + .25*2 =
+    # .5, return 1.5
+    rewards = torch.tensor([[0.0, 0.0, 4.0]])
+    values = torch.tensor([[1.0, 9.0, 2.0]])
+    advantages, returns = compute_gae_advantage_return(
+        rewards, values, torch.tensor([[1, 0, 1]]), 0.5, 0.5
+    )
     assert returns.tolist() == [[1.5, 0.0, 4.0]]
-    # whitened: mean 1.25, deviations -/+ .75, unbiased variance 2 * .75^2 = 1.125, .75 / sqrt(1.125) = .70711
-    torch.testing.assert_close(advantages, torch.tensor([[-0.70711, 0.0, 0.70711]]), atol=1e-5, rtol=0)
+    # whitened: mean 1.25, deviations -/+ .75, unbiased variance 2 * .75^2 = 1.125, .75 /
+    # sqrt(1.125) = .70711
+    torch.testing.assert_close(
+        advantages, torch.tensor([[-0.70711, 0.0, 0.70711]]), atol=1e-5, rtol=0
+    )
 
 
 @given(masks(), st.integers(0, 99), st.floats(0, 1), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
 def test_gae_is_that_of_the_sequence_without_observations(mask, seed, gamma, lam):
-    rewards, values = normal(mask, seed), normal(mask, seed + 1)
+    rewards = normal(mask, seed)
+    values = normal(mask, seed + 1)
     advantages, returns = compute_gae_advantage_return(rewards, values, mask, gamma, lam)
-    raw, expected_returns = torch.zeros_like(values), torch.zeros_like(values)
+    raw = torch.zeros_like(values)
+    expected_returns = torch.zeros_like(values)
     for b, bits in enumerate(mask.tolist()):
         at = [t for t, m in enumerate(bits) if m]
-        row = twin_gae([rewards[b, t].item() for t in at], [values[b, t].item() for t in at], gamma, lam)
+        row = twin_gae(
+            [rewards[b, t].item() for t in at], [values[b, t].item() for t in at], gamma, lam
+        )
         for t, a, g in zip(at, *row, strict=True):
-            raw[b, t], expected_returns[b, t] = a, g
+            raw[b, t] = a
+            expected_returns[b, t] = g
     flat = raw[mask.bool()].numpy()
     spread = math.sqrt((flat.var(ddof=1) if len(flat) > 1 else 0.0) + 1e-8)
     expected = torch.where(mask.bool(), (raw - flat.mean()) / spread, 0.0)
@@ -89,12 +118,14 @@ def test_gae_is_that_of_the_sequence_without_observations(mask, seed, gamma, lam
 
 
 def test_grpo_by_hand():
-    # group a: scores 1, 0, 0 -> mean 1/3, unbiased variance (4/9 + 1/9 + 1/9) / 2 = 1/3; group b: one row
+    # group a: scores 1, 0, 0 -> mean 1/3, unbiased variance (4/9 + 1/9 + 1/9) / 2 = 1/3; group b:
+    # one row
     rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.5], [0.0, 0.0]])
     mask = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1]])
     index = np.array(["a", "a", "b", "a"], dtype=object)
     advantages, returns = compute_grpo_outcome_advantage(rewards, mask, index)
-    high, low = 2 / 3 / math.sqrt(1 / 3), -1 / 3 / math.sqrt(1 / 3)
+    high = 2 / 3 / math.sqrt(1 / 3)
+    low = -1 / 3 / math.sqrt(1 / 3)
     expected = torch.tensor([[high, high], [low, 0.0], [0.0, 0.5], [low, low]])
     torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=0)
     assert torch.equal(advantages, returns)
@@ -106,40 +137,63 @@ def test_grpo_by_hand():
 @settings(max_examples=60, deadline=None)
 def test_grpo_twin(mask, data):
     size = len(mask)
-    index = np.array(data.draw(st.lists(st.sampled_from("wxyz"), min_size=size, max_size=size)), dtype=object)
+    index = np.array(
+        data.draw(st.lists(st.sampled_from("wxyz"), min_size=size, max_size=size)), dtype=object
+    )
     rewards = normal(mask, data.draw(st.integers(0, 99)))
     by_std = data.draw(st.booleans())
-    advantages, _ = compute_grpo_outcome_advantage(rewards, mask, index, norm_adv_by_std_in_grpo=by_std)
+    advantages, _ = compute_grpo_outcome_advantage(
+        rewards, mask, index, norm_adv_by_std_in_grpo=by_std
+    )
     scores = [
-        sum(r for r, m in zip(*row, strict=True) if m) for row in zip(rewards.tolist(), mask.tolist(), strict=True)
+        sum(r for r, m in zip(*row, strict=True) if m)
+        for row in zip(rewards.tolist(), mask.tolist(), strict=True)
     ]
     for b in range(size):
         group = [s for s, g in zip(scores, index, strict=True) if g == index[b]]
         mean = sum(group) / len(group) if len(group) > 1 else 0.0
-        std = math.sqrt(sum((s - mean) ** 2 for s in group) / (len(group) - 1)) if len(group) > 1 else 1.0
+        std = (
+            math.sqrt(sum((s - mean) ** 2 for s in group) / (len(group) - 1))
+            if len(group) > 1
+            else 1.0
+        )
         expected = (scores[b] - mean) / (std + 1e-6 if by_std else 1.0)
         for t in range(mask.shape[1]):
-            assert advantages[b, t].item() == pytest.approx(expected if mask[b, t] else 0.0, abs=1e-9)
+            assert advantages[b, t].item() == pytest.approx(
+                expected if mask[b, t] else 0.0, abs=1e-9
+            )
 
 
 def test_grpo_group_of_equal_scores_has_no_advantage():
-    rewards = torch.full((3, 1), 0.9)  # in float32 their mean is off by 6e-8: over a std of 1e-6 an advantage of .06
-    advantages, _ = compute_grpo_outcome_advantage(rewards, torch.ones(3, 1), np.zeros(3, dtype=int))
+    # in float32 their mean is off by 6e-8: over a std of 1e-6 an advantage of .06
+    rewards = torch.full((3, 1), 0.9)
+    advantages, _ = compute_grpo_outcome_advantage(
+        rewards, torch.ones(3, 1), np.zeros(3, dtype=int)
+    )
     assert (advantages == 0).all()
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     # log-ratio -0.5 and 0.5: k3 is e^.5 - .5 - 1 = .148721 and e^-.5 + .5 - 1 = .106531
-    [("kl", [-0.5, 0.5]), ("abs", [0.5, 0.5]), ("mse", [0.125, 0.125]), ("low_var_kl", [0.148721, 0.106531])],
+    [
+        ("kl", [-0.5, 0.5]),
+        ("abs", [0.5, 0.5]),
+        ("mse", [0.125, 0.125]),
+        ("low_var_kl", [0.148721, 0.106531]),
+    ],
 )
 def test_kl_penalty_by_hand(kind, expected):
-    logprob, ref = torch.tensor([-1.5, -1.0]), torch.tensor([-1.0, -1.5])
-    torch.testing.assert_close(kl_penalty(logprob, ref, kind), torch.tensor(expected), atol=1e-6, rtol=0)
+    logprob = torch.tensor([-1.5, -1.0])
+    ref = torch.tensor([-1.0, -1.5])
+    torch.testing.assert_close(
+        kl_penalty(logprob, ref, kind), torch.tensor(expected), atol=1e-6, rtol=0
+    )
 
 
 def test_kl_penalty_aliases_and_unknown_name():
-    logprob, ref = torch.randn(2, 5), torch.randn(2, 5)
+    logprob = torch.randn(2, 5)
+    ref = torch.randn(2, 5)
     for one, other in [("kl", "k1"), ("mse", "k2"), ("low_var_kl", "k3")]:
         assert torch.equal(kl_penalty(logprob, ref, one), kl_penalty(logprob, ref, other))
     with pytest.raises(ValueError, match="'full'"):
@@ -160,11 +214,17 @@ def test_low_var_kl_is_capped_at_ten():
 
 
 def test_rewards_by_hand():
-    scores, mask = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[1, 0, 1]])
-    old, ref = torch.tensor([[-1.0, math.nan, -2.0]]), torch.tensor([[-1.5, -1.0, -1.0]])
+    scores = torch.tensor([[0.0, 0.0, 1.0]])
+    mask = torch.tensor([[1, 0, 1]])
+    old = torch.tensor([[-1.0, math.nan, -2.0]])
+    ref = torch.tensor([[-1.5, -1.0, -1.0]])
     # 0 - .1 * .5;  masked;  1 - .1 * -1
-    torch.testing.assert_close(compute_rewards(scores, old, ref, 0.1, mask), torch.tensor([[-0.05, 0.0, 1.1]]))
-    torch.testing.assert_close(compute_rewards(scores, old, ref, 0.1, mask, "abs"), torch.tensor([[-0.05, 0.0, 0.9]]))
+    torch.testing.assert_close(
+        compute_rewards(scores, old, ref, 0.1, mask), torch.tensor([[-0.05, 0.0, 1.1]])
+    )
+    torch.testing.assert_close(
+        compute_rewards(scores, old, ref, 0.1, mask, "abs"), torch.tensor([[-0.05, 0.0, 0.9]])
+    )
 
 
 def test_kl_controllers():
@@ -184,7 +244,9 @@ def test_agg_loss_by_hand():
     loss = torch.tensor([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
     # 7 / 3 tokens;  (3 + 4) / 2 rows;  (1.5 + 4) / 2 rows
-    assert [agg_loss(loss, mask, mode).item() for mode in MODES] == pytest.approx([7 / 3, 3.5, 2.75])
+    assert [agg_loss(loss, mask, mode).item() for mode in MODES] == pytest.approx(
+        [7 / 3, 3.5, 2.75]
+    )
     assert agg_loss(loss, mask, "token-mean", num_tokens=14).item() == 0.5
     assert agg_loss(loss, mask, "seq-mean-token-sum", num_seqs=torch.tensor(7)).item() == 1.0
     assert [agg_loss(loss, torch.zeros_like(mask), mode).item() for mode in MODES] == [0, 0, 0]
@@ -204,9 +266,13 @@ def test_gradient_does_not_depend_on_the_micro_batches(mode, chunks):
 
     def gradient(parts, **given_counts):
         w = weight.clone().requires_grad_()
-        total, figures = torch.zeros((), dtype=torch.float64), {}
+        total = torch.zeros((), dtype=torch.float64)
+        figures = {}
         for rows in torch.arange(16).chunk(parts):
-            o, a, g, m = old[rows], advantages[rows], target[rows], mask[rows]
+            o = old[rows]
+            a = advantages[rows]
+            g = target[rows]
+            m = mask[rows]
             new = o + w[0] * g + w[1]
             pg, policy = compute_policy_loss(o, new, a, m, 0.2, loss_agg_mode=mode, **given_counts)
             vf, critic = compute_value_loss(new, g, o, m, 0.1, mode, **given_counts)
@@ -219,14 +285,16 @@ def test_gradient_does_not_depend_on_the_micro_batches(mode, chunks):
                 figures[name] = figures.get(name, 0.0) + value.item()
         return w.grad, total, figures
 
-    whole, parts = gradient(1), gradient(chunks, **counts)
+    whole = gradient(1)
+    parts = gradient(chunks, **counts)
     torch.testing.assert_close(parts[0], whole[0], atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(parts[1], whole[1], atol=1e-10, rtol=1e-10)
     assert parts[2] == pytest.approx(whole[2], abs=1e-6)
 
 
 def twin_policy(old, new, advantage, low, high, c):
-    """(loss, held by the clip, held by the dual clip) of one token, by cases on the side of the clip range."""
+    """(loss, held by the clip, held by the dual clip) of one token, by cases on the side of the
+    clip range."""
     ratio = math.exp(min(max(new - old, -20.0), 20.0))
     if advantage >= 0:
         return -advantage * min(ratio, 1 + high), ratio > 1 + high and advantage > 0, False
@@ -238,7 +306,9 @@ def twin_policy(old, new, advantage, low, high, c):
 @given(masks(), st.integers(0, 99), st.sampled_from(MODES), st.sampled_from([0.3, 3.0, 1e4]))
 @settings(max_examples=60, deadline=None)
 def test_policy_loss_twin(mask, seed, mode, scale):
-    old, new, advantages = normal(mask, seed), scale * normal(mask, seed + 1), normal(mask, seed + 2)
+    old = normal(mask, seed)
+    new = scale * normal(mask, seed + 1)
+    advantages = normal(mask, seed + 2)
     loss, metrics = compute_policy_loss(
         old, new, advantages, mask, cliprange_low=0.2, cliprange_high=0.28, loss_agg_mode=mode
     )
@@ -250,7 +320,9 @@ def test_policy_loss_twin(mask, seed, mode, scale):
     def mean(values, how):
         return twin_agg(values, mask.tolist(), how)
 
-    assert loss.item() == pytest.approx(mean([[t[0] for t in row] for row in tokens], mode), rel=1e-9)
+    assert loss.item() == pytest.approx(
+        mean([[t[0] for t in row] for row in tokens], mode), rel=1e-9
+    )
     shares = [mean([[float(t[i]) for t in row] for row in tokens], "token-mean") for i in (1, 2)]
     kl = [
         [-min(max(n - o, -20.0), 20.0) for o, n in zip(*row, strict=True)]
@@ -262,7 +334,8 @@ def test_policy_loss_twin(mask, seed, mode, scale):
 
 
 def test_policy_loss_by_hand():
-    # ratios 1.5, 0.5, 4: A = 1 held at 1.2 -> -1.2;  A = -1 held at .8 -> .8;  A = -1 held at 3 -> 3
+    # ratios 1.5, 0.5, 4: A = 1 held at 1.2 -> -1.2;  A = -1 held at .8 -> .8;  A = -1 held at 3 ->
+    # 3
     new = torch.tensor([[1.5, 0.5, 4.0]]).log().requires_grad_()
     loss, metrics = compute_policy_loss(
         torch.zeros(1, 3), new, torch.tensor([[1.0, -1.0, -1.0]]), torch.ones(1, 3), cliprange=0.2
@@ -281,14 +354,22 @@ def test_policy_loss_by_hand():
 def test_value_loss_twin(mask, seed, mode):
     vpreds, returns, values = (normal(mask, seed + k) for k in range(3))
     loss, metrics = compute_value_loss(vpreds, returns, values, mask, 0.5, mode)
-    squares, held = [], []
+    squares = []
+    held = []
     for v, g, o in zip(vpreds.tolist(), returns.tolist(), values.tolist(), strict=True):
-        pairs = [((a - b) ** 2, (min(max(a, c - 0.5), c + 0.5) - b) ** 2) for a, b, c in zip(v, g, o, strict=True)]
+        pairs = [
+            ((a - b) ** 2, (min(max(a, c - 0.5), c + 0.5) - b) ** 2)
+            for a, b, c in zip(v, g, o, strict=True)
+        ]
         squares.append([0.5 * max(pair) for pair in pairs])
         held.append([float(h > f) for f, h in pairs])
     assert loss.item() == pytest.approx(twin_agg(squares, mask.tolist(), mode), rel=1e-9)
-    assert metrics["vf_clipfrac"].item() == pytest.approx(twin_agg(held, mask.tolist(), "token-mean"), abs=1e-6)
-    assert metrics["vpred_mean"].item() == pytest.approx(twin_agg(vpreds.tolist(), mask.tolist(), "token-mean"))
+    assert metrics["vf_clipfrac"].item() == pytest.approx(
+        twin_agg(held, mask.tolist(), "token-mean"), abs=1e-6
+    )
+    assert metrics["vpred_mean"].item() == pytest.approx(
+        twin_agg(vpreds.tolist(), mask.tolist(), "token-mean")
+    )
 
 
 def test_entropy_loss_by_hand():
@@ -297,15 +378,20 @@ def test_entropy_loss_by_hand():
     loss = compute_entropy_loss(logits, torch.tensor([[1, 1, 0]]))
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2) / 2)
-    assert logits.grad is not None and logits.grad.isfinite().all() and (logits.grad[0, 2] == 0).all()
+    assert (
+        logits.grad is not None and logits.grad.isfinite().all() and (logits.grad[0, 2] == 0).all()
+    )
     of_four_tokens = compute_entropy_loss(logits, torch.tensor([[1, 1, 0]]), num_tokens=4)
-    of_two_rows = compute_entropy_loss(logits, torch.tensor([[1, 1, 0]]), "seq-mean-token-sum", num_seqs=2)
+    of_two_rows = compute_entropy_loss(
+        logits, torch.tensor([[1, 1, 0]]), "seq-mean-token-sum", num_seqs=2
+    )
     assert of_four_tokens.item() == pytest.approx(math.log(2) / 4)
     assert of_two_rows.item() == pytest.approx(math.log(2) / 2)
 
 
 def losses_and_gradients(mask, junk, mode, kind, seed):
-    """Everything a training step computes, with the entries of `junk` in the masked positions of the six inputs."""
+    """Everything a training step computes, with the entries of `junk` in the masked positions of
+    the six inputs."""
     old, ref, advantages, rewards, values, new = (
         with_junk(normal(mask, seed + k), mask, x) for k, x in enumerate(junk)
     )

@@ -30,13 +30,23 @@ def test_an_update_is_given_what_is_configured(monkeypatch, mode):
     monkeypatch.setattr(critic, "forward_values", lambda model, rows: normal(3))
     monkeypatch.setattr(critic, "update_mini_batches", update)
     worker = CriticWorker.__new__(CriticWorker)
-    worker.state, worker.device, worker.budget = SimpleNamespace(model="model"), torch.device("cpu"), "budget"
+    worker.state = SimpleNamespace(model="model")
+    worker.device = torch.device("cpu")
+    worker.budget = "budget"
     settings = {"ppo_epochs": 3, "grad_clip": 0.7, "cliprange_value": 0.3, "loss_agg_mode": mode}
     worker.config = CriticConfig.model_construct(**settings)
     found = worker.update_critic(rows)
     loss, metrics = compute_value_loss(
-        normal(3), normal(1), normal(2), rows.batch["response_mask"], 0.3, mode,
-        num_tokens=COUNTS.num_tokens, num_seqs=COUNTS.num_seqs,
-    )  # fmt: skip
+        normal(3),
+        normal(1),
+        normal(2),
+        rows.batch["response_mask"],
+        0.3,
+        mode,
+        num_tokens=COUNTS.num_tokens,
+        num_seqs=COUNTS.num_seqs,
+    )
     assert updated == [(3, "budget", 0.7, CRITIC_MINI_BATCH)]
-    assert found == pytest.approx({"loss": loss.item(), **{name: float(value) for name, value in metrics.items()}})
+    assert found == pytest.approx(
+        {"loss": loss.item(), **{name: float(value) for name, value in metrics.items()}}
+    )

@@ -1,4 +1,5 @@
-"""Question files: what is wrong is named with file and row; a fixed sample is the same whatever stands beside it."""
+"""Question files: what is wrong is named with file and row; a fixed sample is the same whatever
+stands beside it."""
 
 from types import SimpleNamespace
 
@@ -11,15 +12,22 @@ from tests.models import make_tokenizer
 from tests.templates import make_family_tokenizer
 from verl.trainer.main_ppo import load_dataset
 from verl.utils.answers import answers_of
-from verl.utils.dataset import RLHFDataset, read_questions, read_row, sample_per_source, sample_spread
+from verl.utils.dataset import (
+    RLHFDataset,
+    read_questions,
+    read_row,
+    sample_per_source,
+    sample_spread,
+)
 from verl.utils.errors import DataError
 
 
 def row(source="set", text="Who?", target=("A",)):
     return {
-        "data_source": source, "prompt": [{"role": "user", "content": text}],
+        "data_source": source,
+        "prompt": [{"role": "user", "content": text}],
         "reward_model": {"ground_truth": {"target": list(target)}},
-    }  # fmt: skip
+    }
 
 
 def dataset(folder, rows, limit=50):
@@ -33,7 +41,10 @@ def dataset(folder, rows, limit=50):
         (row(target=()), "row 1: reward_model.ground_truth holds no answer"),
         (row(target=(" ",)), "row 1: reward_model.ground_truth holds no answer"),
         (row(text=" "), "row 1: prompt is empty"),
-        (row(text="word " * 60), r"row 1: the prompt has \d+ tokens, more than data.max_start_length=50"),
+        (
+            row(text="word " * 60),
+            r"row 1: the prompt has \d+ tokens, more than data.max_start_length=50",
+        ),
     ],
 )
 def test_bad_rows_are_named(tmp_path, bad, message):
@@ -46,9 +57,12 @@ def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path):
     refused["prompt"].insert(0, {"role": "system", "content": "Be brief."})
     pq.write_table(pa.Table.from_pylist([row(), refused]), tmp_path / "q.parquet")
     with pytest.raises(
-        DataError, match=r"q.parquet, row 1: prompt: .*roles system, user \(System role not supported\)"
+        DataError,
+        match=r"q.parquet, row 1: prompt: .*roles system, user \(System role not supported\)",
     ):
-        RLHFDataset([str(tmp_path / "q.parquet")], make_family_tokenizer(tmp_path, "gemma-instruct"), 50)
+        RLHFDataset(
+            [str(tmp_path / "q.parquet")], make_family_tokenizer(tmp_path, "gemma-instruct"), 50
+        )
 
 
 def with_truth(truth):
@@ -86,7 +100,11 @@ SQUAD = {"text": ["A"], "answer_start": [3]}
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (with_truth(SQUAD), r"reward_model\.ground_truth: expected a text, .*got a dict \(keys: text, answer_start\)"),
+        (
+            with_truth(SQUAD),
+            r"reward_model\.ground_truth: expected a text, .*got a dict \(keys: text, "
+            r"answer_start\)",
+        ),
         (
             with_truth({"target": SQUAD}),
             r"reward_model\.ground_truth\.target: expected .*got a dict \(keys: text",
@@ -97,11 +115,20 @@ SQUAD = {"text": ["A"], "answer_start": [3]}
         ),
         (with_truth({"target": None}), r"reward_model\.ground_truth holds no answer"),
         (with_truth(None), r"reward_model\.ground_truth holds no answer"),
-        ({**row(), "reward_model": "A"}, "reward_model: expected an object with ground_truth, got str '"),
+        (
+            {**row(), "reward_model": "A"},
+            "reward_model: expected an object with ground_truth, got str '",
+        ),
         ({**row(), "reward_model": None}, r"reward_model\.ground_truth holds no answer"),
         ({**row(), "prompt": 3}, "prompt: expected a text, or a list of messages .*got int"),
-        ({**row(), "prompt": ["Who?"]}, "prompt: expected a text, or a list of messages .*got a list that holds str"),
-        ({**row(), "prompt": [{"content": "Who?"}]}, r"prompt\[0\]\.role: expected a text, got None"),
+        (
+            {**row(), "prompt": ["Who?"]},
+            "prompt: expected a text, or a list of messages .*got a list that holds str",
+        ),
+        (
+            {**row(), "prompt": [{"content": "Who?"}]},
+            r"prompt\[0\]\.role: expected a text, got None",
+        ),
         (
             {**row(), "prompt": [{"role": "user", "content": [{"type": "text"}]}]},
             r"prompt\[0\]\.content: expected a text, got a list that holds a dict",
@@ -126,21 +153,33 @@ def test_answers_that_are_nested_are_refused_wherever_they_are_read():
 
 def test_bad_files_are_named(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
-    cases = {"none.parquet": "no such file", "text.parquet": "not a readable parquet", "empty.parquet": "no rows",
-             "columns.parquet": r"missing column\(s\) \['reward_model'\]"}  # fmt: skip
+    cases = {
+        "none.parquet": "no such file",
+        "text.parquet": "not a readable parquet",
+        "empty.parquet": "no rows",
+        "columns.parquet": r"missing column\(s\) \['reward_model'\]",
+    }
     (tmp_path / "text.parquet").write_text("hello")
     pq.write_table(pa.Table.from_pylist([row()]).slice(0, 0), tmp_path / "empty.parquet")
-    pq.write_table(pa.Table.from_pylist([{"data_source": "x", "prompt": []}]), tmp_path / "columns.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{"data_source": "x", "prompt": []}]), tmp_path / "columns.parquet"
+    )
     for name, message in cases.items():
         with pytest.raises(DataError, match=f"{name}: {message}"):
             RLHFDataset([str(tmp_path / name)], tokenizer, 50)
 
 
 def test_missing_files_name_the_command_that_makes_them(tmp_path):
-    data = SimpleNamespace(made_by="python make.py", max_start_length=50, apply_chat_template_kwargs={})
+    data = SimpleNamespace(
+        made_by="python make.py", max_start_length=50, apply_chat_template_kwargs={}
+    )
     path = str(tmp_path / "train.parquet")
     with pytest.raises(
-        DataError, match=r"train.parquet: no such file. The files of this configuration are made by: python make.py"
+        DataError,
+        match=(
+            r"train.parquet: no such file. The files of this configuration are made by: python "
+            r"make.py"
+        ),
     ):
         load_dataset(SimpleNamespace(data=data), None, [path], None, 0)
     data.made_by = None
@@ -151,10 +190,17 @@ def test_missing_files_name_the_command_that_makes_them(tmp_path):
 def test_a_sample_is_fixed_by_its_seed_and_does_not_depend_on_other_sets(tmp_path):
     rows = [row("a" if i % 3 else "b", f"Who is {i}?") for i in range(300)]
     chosen = sample_per_source(rows, 40, seed=1)
-    assert chosen == sorted(set(chosen)) == sample_per_source(rows, 40, seed=1) != sample_per_source(rows, 40, seed=2)
+    assert (
+        chosen
+        == sorted(set(chosen))
+        == sample_per_source(rows, 40, seed=1)
+        != sample_per_source(rows, 40, seed=2)
+    )
     assert [sum(rows[i]["data_source"] == s for i in chosen) for s in "ab"] == [40, 40]
     alone = [r for r in rows if r["data_source"] == "b"]
-    assert [alone[i] for i in sample_per_source(alone, 40, seed=1)] == [r for i in chosen if (r := rows[i]) in alone]
+    assert [alone[i] for i in sample_per_source(alone, 40, seed=1)] == [
+        r for i in chosen if (r := rows[i]) in alone
+    ]
     assert sample_per_source(rows, 1000, seed=0) == list(range(300))
     found = dataset(tmp_path, rows)
     found.keep(chosen)
@@ -165,14 +211,21 @@ def test_a_sample_is_spread_over_the_sources_in_their_shares_and_part_of_every_l
     sizes = {"nq": 60, "hotpotqa": 30, "rare": 2}
     rows = [row(source, f"Who is {i}?") for source, size in sizes.items() for i in range(size)]
     chosen = sample_spread(rows, 46, seed=1)
-    assert chosen == sorted(set(chosen)) == sample_spread(rows, 46, seed=1) != sample_spread(rows, 46, seed=2)
+    assert (
+        chosen
+        == sorted(set(chosen))
+        == sample_spread(rows, 46, seed=1)
+        != sample_spread(rows, 46, seed=2)
+    )
     counts = {source: sum(rows[i]["data_source"] == source for i in chosen) for source in sizes}
     assert counts == {"nq": 30, "hotpotqa": 15, "rare": 1}
     assert len({rows[i]["data_source"] for i in sample_spread(rows, 3, seed=1)}) == 3
     assert set(sample_spread(rows, 20, seed=1)) < set(chosen)
     assert sample_spread(rows, 1000, seed=1) == list(range(92))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
-    data = RLHFDataset([str(tmp_path / "q.parquet")], make_tokenizer(tmp_path), 50, max_samples=46, sample_seed=1)
+    data = RLHFDataset(
+        [str(tmp_path / "q.parquet")], make_tokenizer(tmp_path), 50, max_samples=46, sample_seed=1
+    )
     assert data.rows == [rows[i] for i in chosen] and len(data.prompt_ids) == 46
     places, sampled = read_questions([str(tmp_path / "q.parquet")], 46, 1)
     assert sampled == data.rows and places[0].endswith(f"row {chosen[0]}")

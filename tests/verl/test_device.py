@@ -41,7 +41,8 @@ def node(tmp_path, monkeypatch):
         program = tmp_path / "nvidia-smi"
         listing = "GPU 0: NVIDIA H100 (UUID: GPU-a)\\nGPU 1: NVIDIA H100 (UUID: GPU-b)\\n"
         program.write_text(
-            f'#!/bin/sh\ncase "$1" in -L) printf "{listing}" ;; *) printf "{driver}\\n{driver}\\n" ;; esac\n'
+            f'#!/bin/sh\ncase "$1" in -L) printf "{listing}" ;; '
+            f'*) printf "{driver}\\n{driver}\\n" ;; esac\n'
         )
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -58,7 +59,9 @@ def usable(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 def configured(*overrides: str) -> PPOConfig:
     with initialize_config_dir(CONFIGS, version_base=None):
-        raw = OmegaConf.to_container(compose("grpo", ["trainer.n_gpus_per_node=2", *overrides]), resolve=True)
+        raw = OmegaConf.to_container(
+            compose("grpo", ["trainer.n_gpus_per_node=2", *overrides]), resolve=True
+        )
     return validate(raw)  # pyright: ignore[reportArgumentType]
 
 
@@ -83,15 +86,29 @@ def test_a_gpu_is_never_left_idle_unasked(node):
 def test_an_old_driver_is_named_with_the_one_that_is_needed(cuda_packages, node, asked):
     node("550.54.15")
     (problem,) = problems(f"trainer.device={asked}")
-    assert f"trainer.device={asked}: the NVIDIA driver is 550.54.15, and CUDA 13.0 needs 580" in problem
-    assert "update the driver" in problem and "cuda-compat-13-0" in problem and "trainer.device=cpu" not in problem
+    assert (
+        f"trainer.device={asked}: the NVIDIA driver is 550.54.15, and CUDA 13.0 needs 580"
+        in problem
+    )
+    assert (
+        "update the driver" in problem
+        and "cuda-compat-13-0" in problem
+        and "trainer.device=cpu" not in problem
+    )
 
 
 def test_packages_for_gpus_on_a_machine_without_one(cuda_packages):
     (problem,) = problems()
-    assert "nvidia-smi lists no GPU" in problem and "--gpus all" in problem and device.CPU_ENVIRONMENT in problem
+    assert (
+        "nvidia-smi lists no GPU" in problem
+        and "--gpus all" in problem
+        and device.CPU_ENVIRONMENT in problem
+    )
     (problem,) = problems("trainer.device=cpu")
-    assert "build for CUDA, which cannot run on the CPU" in problem and device.CPU_ENVIRONMENT in problem
+    assert (
+        "build for CUDA, which cannot run on the CPU" in problem
+        and device.CPU_ENVIRONMENT in problem
+    )
 
 
 def test_hidden_gpus_are_told_from_absent_ones(cuda_packages, node, monkeypatch):
@@ -114,12 +131,17 @@ def test_torch_gives_the_reason_that_nothing_else_explains(cuda_packages, node, 
 def test_fewer_gpus_than_the_run_needs(cuda_packages, monkeypatch):
     usable(monkeypatch, 2)
     apart = ["actor_rollout_ref.hybrid_engine=false", "actor_rollout_ref.rollout.n_gpus_per_node=1"]
-    assert problems() == [] and "3 GPUs are asked for, and this machine shows 2" in problems(*apart)[0]
-    assert problems("trainer.n_gpus_per_node=8", "trainer.ray_address=auto") == [], "a cluster has them"
+    assert (
+        problems() == [] and "3 GPUs are asked for, and this machine shows 2" in problems(*apart)[0]
+    )
+    assert problems("trainer.n_gpus_per_node=8", "trainer.ray_address=auto") == [], (
+        "a cluster has them"
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     (problem,) = problems("trainer.n_gpus_per_node=8")
     assert problem == (
-        "trainer.n_gpus_per_node=8: 8 GPUs are asked for, and this machine shows 2 (CUDA_VISIBLE_DEVICES=0,1)"
+        "trainer.n_gpus_per_node=8: 8 GPUs are asked for, and this machine shows 2 "
+        "(CUDA_VISIBLE_DEVICES=0,1)"
     )
 
 

@@ -1,4 +1,5 @@
-"""The driver's order of calls when engines die: memory first, all of a broken NCCL group, none left asleep."""
+"""The driver's order of calls when engines die: memory first, all of a broken NCCL group, none left
+asleep."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -19,7 +20,9 @@ class Engine:
     """An engine's handle: notes its calls, and fails them once it is dead."""
 
     def __init__(self, name: str, log: Log) -> None:
-        self.name, self.log, self.dead = name, log, False
+        self.name = name
+        self.log = log
+        self.dead = False
 
     def __getattr__(self, method: str) -> Any:
         def remote(*args: Any) -> Any:
@@ -35,7 +38,8 @@ class Actor:
     """The trainer's side; a transfer kills the engines of `kills` when its turn comes."""
 
     def __init__(self, log: Log) -> None:
-        self.log, self.kills = log, []
+        self.log = log
+        self.kills = []
 
     def connect_engines(self, name: str, servers: Sequence[Engine], colocated: bool) -> None:
         self.log.append("actor connect " + " ".join(server.name for server in servers))
@@ -61,17 +65,25 @@ def get(refs: Any) -> Any:
 
 @pytest.fixture
 def make(monkeypatch):
-    """Makes a manager of two engines, `a0` and `b0`; those that take their places are `a1`, `b1` and so on."""
+    """Makes a manager of two engines, `a0` and `b0`; those that take their places are `a1`, `b1`
+    and so on."""
     monkeypatch.setattr(module, "get", get)
     monkeypatch.setattr(module, "kill", lambda handle: handle.log.append(f"{handle.name} kill"))
-    monkeypatch.setattr(module, "first_ready", lambda refs, timeout_s=None: 0 if refs[0].dead else None)
+    monkeypatch.setattr(
+        module, "first_ready", lambda refs, timeout_s=None: 0 if refs[0].dead else None
+    )
 
     def build(colocated: bool) -> Any:
         manager: Any = object.__new__(RolloutManager)
         manager.log = log = []
-        manager.device, manager.colocated, manager.sleeps = "cuda", colocated, colocated
+        manager.device = "cuda"
+        manager.colocated = colocated
+        manager.sleeps = colocated
         manager.sleep_level = sleep_level(RolloutConfig())
-        manager.name, manager.replicas, manager.restarts, manager.workers = "rollout", 2, 0, []
+        manager.name = "rollout"
+        manager.replicas = 2
+        manager.restarts = 0
+        manager.workers = []
         manager.servers = [Engine(name, log) for name in ("a0", "b0")]
         manager.lifelines = list(manager.servers)
         manager.actor = Actor(log)

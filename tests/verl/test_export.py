@@ -1,4 +1,5 @@
-"""Exports: what one process makes of a checkpoint is what its ranks held, and is told as their source was."""
+"""Exports: what one process makes of a checkpoint is what its ranks held, and is told as their
+source was."""
 
 import json
 import shutil
@@ -44,13 +45,17 @@ def make_source(folder: Path, dtype: torch.dtype, **shape: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of all weights of a tied model in bfloat16, and one of adapters over float32; log-probs at their ends."""
+    """A run of all weights of a tied model in bfloat16, and one of adapters over float32; log-probs
+    at their ends."""
     root = tmp_path_factory.mktemp("runs")
     published = make_source(root / "published", torch.bfloat16, tied=True)
     exact = make_source(root / "exact", torch.float32)
     plain = ModelConfig(path=str(published))
     adapters = ModelConfig(path=str(exact), lora_rank=4, lora_alpha=8)
-    log_probs = {name: make_run(root / name, model) for name, model in (("plain", plain), ("adapters", adapters))}
+    log_probs = {
+        name: make_run(root / name, model)
+        for name, model in (("plain", plain), ("adapters", adapters))
+    }
     return root, log_probs
 
 
@@ -60,7 +65,9 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def log_probs_of(folder: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return forward_log_probs(model, ragged_batch(torch.float32), 1.0, with_entropy=False)[0].detach()
+    return forward_log_probs(model, ragged_batch(torch.float32), 1.0, with_entropy=False)[
+        0
+    ].detach()
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -74,7 +81,8 @@ def test_one_process_exports_what_two_ranks_trained(tmp_path, runs, run, source)
     export(root / run / "alarms" / "step_2", tmp_path / "alarm")
     export(root / run / "global_step_1", tmp_path / "first")
     expected = weights_of(root / run / "hf")
-    initial, first = weights_of(root / source), weights_of(tmp_path / "first")
+    initial = weights_of(root / source)
+    first = weights_of(tmp_path / "first")
     for folder in ("last", "alarm"):
         found = weights_of(tmp_path / folder)
         assert found.keys() == expected.keys() == initial.keys()
@@ -84,12 +92,15 @@ def test_one_process_exports_what_two_ranks_trained(tmp_path, runs, run, source)
     assert not torch.equal(first[f"model.{trained}"], initial[f"model.{trained}"])
     rounding = 1e-4 if source == "exact" else 0.2
     assert (log_probs_of(tmp_path / "last") - log_probs[run]).abs().max() < rounding
-    assert (log_probs_of(root / source) - log_probs[run]).abs().max() > 5 * rounding, "training moves it further"
+    assert (log_probs_of(root / source) - log_probs[run]).abs().max() > 5 * rounding, (
+        "training moves it further"
+    )
 
 
 @pytest.mark.parametrize(("run", "source"), [("plain", "published"), ("adapters", "exact")])
 def test_an_export_is_told_as_its_source_is(tmp_path, runs, run, source):
-    """The dtype of the weights, every entry of the config, what ends a turn, the tokenizer and its chat template."""
+    """The dtype of the weights, every entry of the config, what ends a turn, the tokenizer and its
+    chat template."""
     root, _ = runs
     export(root / run / "global_step_2", tmp_path / "model")
     for folder in (tmp_path / "model", root / run / "hf"):
@@ -101,7 +112,9 @@ def test_an_export_is_told_as_its_source_is(tmp_path, runs, run, source):
         ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (folder, root / source))
         messages = [{"role": "user", "content": "Where was Ada Marin born"}]
         assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages)
-        assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+        assert (folder / "model.safetensors").stat().st_mode == (
+            folder / "config.json"
+        ).stat().st_mode
         origin = json.loads((folder / "training.json").read_text())
         assert origin == {"base_model": str(root / source), "checkpoint": "global_step_2"}
 
@@ -118,18 +131,24 @@ def test_the_dtype_is_what_the_config_states_or_else_what_the_weights_have(tmp_p
 
 def test_the_weights_of_the_source_are_not_needed_and_it_may_have_moved(tmp_path, runs):
     root, _ = runs
-    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run = tmp_path / "run"
+    elsewhere = tmp_path / "elsewhere"
     shutil.copytree(root / "plain" / "global_step_2", run / "global_step_2")
     shutil.copy(root / "plain" / "config.yaml", run)
-    text = (run / "config.yaml").read_text().replace(str(root / "published"), str(tmp_path / "gone"))
+    text = (
+        (run / "config.yaml").read_text().replace(str(root / "published"), str(tmp_path / "gone"))
+    )
     (run / "config.yaml").write_text(text)
-    with pytest.raises(ModelError, match=rf"(?s){tmp_path}/gone: the model that {run}/global_step_2 .*--base"):
+    with pytest.raises(
+        ModelError, match=rf"(?s){tmp_path}/gone: the model that {run}/global_step_2 .*--base"
+    ):
         export(run / "global_step_2", tmp_path / "out")
     shutil.copytree(root / "published", elsewhere)
     (elsewhere / "model.safetensors").unlink()
     edit_json(elsewhere / "config.json", tie_word_embeddings=True)
     export(run / "global_step_2", tmp_path / "out", base=str(elsewhere))
-    expected, found = weights_of(root / "plain" / "hf"), weights_of(tmp_path / "out")
+    expected = weights_of(root / "plain" / "hf")
+    found = weights_of(tmp_path / "out")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -138,7 +157,8 @@ def test_what_does_not_belong_together_is_named(tmp_path, runs):
     wider = make_tiny_qwen2(tmp_path / "wider", layers=2, width=64, vocab=300, tied=True)
     checkpoint = root / "plain" / "global_step_2"
     with pytest.raises(
-        ModelError, match=r"global_step_2: was not trained from .*wider \(model.embed_tokens.weight: \("
+        ModelError,
+        match=r"global_step_2: was not trained from .*wider \(model.embed_tokens.weight: \(",
     ):
         export(checkpoint, tmp_path / "out", base=str(wider))
     alone = shutil.copytree(checkpoint, tmp_path / "alone")
@@ -150,7 +170,10 @@ def test_what_does_not_belong_together_is_named(tmp_path, runs):
     adapters = (root / "adapters" / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(adapters.replace("lora_rank: 4", "lora_rank: 0"))
     with pytest.raises(ModelError, match=r"adapters, and .*lora_rank is 0|was not trained from"):
-        export(shutil.copytree(root / "adapters" / "global_step_1", tmp_path / "adapted"), tmp_path / "out")
+        export(
+            shutil.copytree(root / "adapters" / "global_step_1", tmp_path / "adapted"),
+            tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -160,13 +183,21 @@ def test_a_damaged_checkpoint_is_named_and_leaves_no_model(tmp_path, runs):
     shutil.copytree(root / "plain" / "global_step_2", run / "global_step_2")
     shutil.copy(root / "plain" / "config.yaml", run)
     next((run / "global_step_2" / "actor").glob("*.distcp")).unlink()
-    with pytest.raises(CheckpointError, match=r"global_step_2/actor: the checkpoint could not be read"):
+    with pytest.raises(
+        CheckpointError, match=r"global_step_2/actor: the checkpoint could not be read"
+    ):
         export(run / "global_step_2", tmp_path / "out")
     (run / "global_step_2" / "actor" / INDEX).write_bytes(b"\x80")
-    with pytest.raises(CheckpointError, match=r"global_step_2/actor/index.json: not the index of a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"global_step_2/actor/index.json: not the index of a checkpoint"
+    ):
         export(run / "global_step_2", tmp_path / "out")
-    (run / "global_step_2" / "actor" / INDEX).rename(run / "global_step_2" / "actor" / PICKLED_INDEX)
-    with pytest.raises(CheckpointError, match=r"actor/.metadata: a pickle, from a version that saved"):
+    (run / "global_step_2" / "actor" / INDEX).rename(
+        run / "global_step_2" / "actor" / PICKLED_INDEX
+    )
+    with pytest.raises(
+        CheckpointError, match=r"actor/.metadata: a pickle, from a version that saved"
+    ):
         export(find_checkpoint(str(run)), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -177,31 +208,55 @@ def written(model: ModelConfig, out: Path) -> None:
         model.path, dtype=torch.float32, trust_remote_code=model.trust_remote_code
     )
     skeleton = skeleton_of(model)
-    weights = exported_weights(skeleton, saved_tensors(loaded), lambda tensor: tensor, source_dtype(model))
+    weights = exported_weights(
+        skeleton, saved_tensors(loaded), lambda tensor: tensor, source_dtype(model)
+    )
     write_folder(skeleton, dict(on_host(weights)), model, out, {})
 
 
 def test_the_language_model_of_a_model_for_images_becomes_one_of_its_own(tmp_path):
-    """Its config is nested in that of the whole, which alone says the dtype, and its weights have a prefix there."""
-    source, out = tmp_path / "source", tmp_path / "out"
+    """Its config is nested in that of the whole, which alone says the dtype, and its weights have a
+    prefix there."""
+    source = tmp_path / "source"
+    out = tmp_path / "out"
     make_tiny_qwen2(source, vocab=300)  # its tokenizer
     text = {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    }  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+    }
     config = transformers.Qwen3_5Config(text_config=text, vision_config=vision)
     whole: Any = transformers.Qwen3_5ForConditionalGeneration(config)
     perturb(whole, seed=0, scale=0.1)
     whole.to(torch.bfloat16).save_pretrained(source)
     written(ModelConfig(path=str(source)), out)
-    assert all(name.startswith(("model.layers.", "model.embed", "model.norm", "lm_head")) for name in weights_of(out))
-    assert settings_of(out)["model_type"] == "qwen3_5_text" and settings_of(out)["dtype"] == "bfloat16"
+    assert all(
+        name.startswith(("model.layers.", "model.embed", "model.norm", "lm_head"))
+        for name in weights_of(out)
+    )
+    assert (
+        settings_of(out)["model_type"] == "qwen3_5_text" and settings_of(out)["dtype"] == "bfloat16"
+    )
     assert settings_of(out)["architectures"] == ["Qwen3_5ForCausalLM"]
     ids = torch.arange(5, 25)[None]
     before, after = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits for path in (source, out)
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
+        for path in (source, out)
     )
     assert torch.equal(before, after)
 
@@ -214,13 +269,23 @@ class {name}(Base):
 
 
 def test_code_of_its_own_travels_with_a_model(tmp_path):
-    source, out = make_tiny_qwen2(tmp_path / "source", layers=1, vocab=300), tmp_path / "out"
+    source = make_tiny_qwen2(tmp_path / "source", layers=1, vocab=300)
+    out = tmp_path / "out"
     body = 'model_type = "tiny_own"'
-    (source / "configuration_own.py").write_text(OWN_CODE.format(base="Qwen2Config", name="OwnConfig", body=body))
+    (source / "configuration_own.py").write_text(
+        OWN_CODE.format(base="Qwen2Config", name="OwnConfig", body=body)
+    )
     body = "from .configuration_own import OwnConfig as config_class"
-    (source / "modeling_own.py").write_text(OWN_CODE.format(base="Qwen2ForCausalLM", name="OwnModel", body=body))
-    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
-    edit_json(source / "config.json", model_type="tiny_own", architectures=["OwnModel"], auto_map=auto_map)
+    (source / "modeling_own.py").write_text(
+        OWN_CODE.format(base="Qwen2ForCausalLM", name="OwnModel", body=body)
+    )
+    auto_map = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnModel",
+    }
+    edit_json(
+        source / "config.json", model_type="tiny_own", architectures=["OwnModel"], auto_map=auto_map
+    )
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast"}
     edit_json(source / "tokenizer_config.json", **tokenizer)
     written(ModelConfig(path=str(source), trust_remote_code=True), out)
@@ -237,13 +302,17 @@ class Routed(Qwen2ForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model.layers[0].register_buffer("correction_bias", torch.full((3,), 0.1), persistent=True)
+        self.model.layers[0].register_buffer(
+            "correction_bias", torch.full((3,), 0.1), persistent=True
+        )
         self.model.layers[0].register_buffer("scratch", torch.zeros(3), persistent=False)
 
 
 def test_buffers_of_a_checkpoint_are_exported_and_keep_their_dtype(tmp_path):
     model = Routed.from_pretrained(make_tiny_qwen2(tmp_path, layers=1, vocab=300))
-    weights = dict(exported_weights(model, saved_tensors(model), lambda tensor: tensor, torch.bfloat16))
+    weights = dict(
+        exported_weights(model, saved_tensors(model), lambda tensor: tensor, torch.bfloat16)
+    )
     assert weights["model.layers.0.correction_bias"].dtype == torch.float32
     assert weights["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert not any("scratch" in name for name in weights)

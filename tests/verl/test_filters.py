@@ -17,9 +17,13 @@ from verl.workers.rollout.agent_worker import Job
 
 def rolled(scores):
     """Jobs and trajectories of groups with these scores."""
-    jobs = [Job(uid, f"{uid}{i}", {}, [1]) for uid, values in scores.items() for i in range(len(values))]
+    jobs = [
+        Job(uid, f"{uid}{i}", {}, [1]) for uid, values in scores.items() for i in range(len(values))
+    ]
     trajectories = [
-        Trajectory([1], reward={"score": v, "em": float(v > 0)}) for values in scores.values() for v in values
+        Trajectory([1], reward={"score": v, "em": float(v > 0)})
+        for values in scores.values()
+        for v in values
     ]
     return jobs, trajectories
 
@@ -31,7 +35,12 @@ def test_groups_that_all_score_the_same_are_dropped():
     assert [job.session for job in differing_groups(jobs, trajectories, "em")[0]] == ["a0", "a1"]
     with pytest.raises(RewardError, match=r"metric=f1: the reward of 7 of 7 .* only em, score"):
         differing_groups(jobs, trajectories, "f1")
-    assert [job.session for job in first_groups(jobs, trajectories, 2)[0]] == ["a0", "a1", "b0", "b1"]
+    assert [job.session for job in first_groups(jobs, trajectories, 2)[0]] == [
+        "a0",
+        "a1",
+        "b0",
+        "b1",
+    ]
 
 
 def test_filtered_rows_are_neither_trained_on_nor_counted():
@@ -48,11 +57,18 @@ def test_filtered_rows_are_neither_trained_on_nor_counted():
     kept, shares = filter_loss(data, ["zero_variance", "void_turn"])
     assert kept.batch["response_mask"].tolist() == [[0, 0], [0, 0], [0, 0], [1, 0]]
     assert shares == {"rollout/filtered/zero_variance": 0.5, "rollout/filtered/void_turn": 0.25}
-    assert filter_loss(data, ["truncated"])[0].batch["response_mask"].sum(1).tolist() == [2, 1, 2, 0]
+    assert filter_loss(data, ["truncated"])[0].batch["response_mask"].sum(1).tolist() == [
+        2,
+        1,
+        2,
+        0,
+    ]
     assert torch.equal(filter_loss(data, [])[0].batch["response_mask"], data.batch["response_mask"])
 
 
-@pytest.mark.parametrize("estimator", get_args(AlgorithmConfig.model_fields["adv_estimator"].annotation))
+@pytest.mark.parametrize(
+    "estimator", get_args(AlgorithmConfig.model_fields["adv_estimator"].annotation)
+)
 def test_groups_without_variance_are_told_by_their_scores_whatever_the_estimator(estimator):
     """Rewards with a KL in them differ where scores do not, and whitened advantages are never 0."""
     scores = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
@@ -75,7 +91,8 @@ def test_turns_and_limits_travel_with_the_batch():
     def said(ids, reason):
         return Completion(ids, [0.0] * len(ids), reason, None, 0, context_digest([]))
 
-    cut, whole = Trajectory([1], reward={"score": 1.0}), Trajectory([1], reward={"score": 0.0}, void_turns=1)
+    cut = Trajectory([1], reward={"score": 1.0})
+    whole = Trajectory([1], reward={"score": 0.0}, void_turns=1)
     cut.add_completion(said([5, 6], "stop"))
     cut.add_observation([7])
     cut.add_completion(said([8], "length"))
@@ -98,7 +115,15 @@ def test_bypassing_takes_the_samplers_log_probs_on_tokens_of_the_policy(trains_o
     )
     plain, expected = correct_rollout(data, RolloutCorrectionConfig())
     bypassed, metrics = correct_rollout(data, RolloutCorrectionConfig(bypass_mode=True))
-    assert bypassed.batch["old_log_probs"].tolist() == [[-1.5, -2.0, -2.5, -4.0], [-5.5, -6.0, -7.0, -8.0]]
-    assert metrics == expected and metrics["rollout_corr/diff_mean"] == 0.5, "of the trainer's log-probs"
+    assert bypassed.batch["old_log_probs"].tolist() == [
+        [-1.5, -2.0, -2.5, -4.0],
+        [-5.5, -6.0, -7.0, -8.0],
+    ]
+    assert metrics == expected and metrics["rollout_corr/diff_mean"] == 0.5, (
+        "of the trainer's log-probs"
+    )
     assert torch.equal(plain.batch["old_log_probs"], data.batch["old_log_probs"])
-    assert torch.equal(bypassed.batch["response_mask"], mask) and "rollout_is_weights" not in bypassed.batch
+    assert (
+        torch.equal(bypassed.batch["response_mask"], mask)
+        and "rollout_is_weights" not in bypassed.batch
+    )

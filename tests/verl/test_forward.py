@@ -1,4 +1,5 @@
-"""Packed rows give what the plain Hugging Face model gives row by row, whatever the attention; gradients too."""
+"""Packed rows give what the plain Hugging Face model gives row by row, whatever the attention;
+gradients too."""
 
 from pathlib import Path
 
@@ -6,7 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from tests.distributed import run_ranks
 from tests.models import perturb
@@ -19,9 +26,14 @@ from verl.workers.fsdp_model import build_model, build_train_state
 from verl.workers.update import Budget, empty_rows, micro_batches
 
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
 FLOAT32 = FSDPConfig(model_dtype="float32", dtype="float32")
 
 
@@ -55,17 +67,22 @@ def by_hand(path: Path, data: DataProto, temperature: float) -> torch.Tensor:
 
 def packed_log_probs(path: str, attention: str | None) -> torch.Tensor:
     overrides = {"attn_implementation": attention} if attention else {}
-    model = build_model(ModelConfig(path=path, override_config=overrides), "lm", FLOAT32, Worker().mesh)
+    model = build_model(
+        ModelConfig(path=path, override_config=overrides), "lm", FLOAT32, Worker().mesh
+    )
     return forward_log_probs(model, ragged_batch(torch.float32), 0.7, with_entropy=True)[0].detach()
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [("qwen2", None), ("qwen2", "sdpa"), ("qwen2", "eager"), ("window", None)]
+    ("name", "attention"),
+    [("qwen2", None), ("qwen2", "sdpa"), ("qwen2", "eager"), ("window", None)],
 )
 def test_packed_rows_equal_rows_alone(models, name, attention):
     path = models / name
     (found,) = run_ranks(1, packed_log_probs, str(path), attention)
-    torch.testing.assert_close(found, by_hand(path, ragged_batch(torch.float32), 0.7), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        found, by_hand(path, ragged_batch(torch.float32), 0.7), atol=2e-5, rtol=1e-5
+    )
 
 
 def test_attention_that_cannot_be_packed_says_so(models):
@@ -77,13 +94,16 @@ def test_attention_that_cannot_be_packed_says_so(models):
 
 
 def variants(path: str, kinds: list[str]) -> list[tuple[list[torch.Tensor], int]]:
-    """Whole gradients of a batch, and numbers kept for the backward pass, with each option of the model."""
+    """Whole gradients of a batch, and numbers kept for the backward pass, with each option of the
+    model."""
     return [gradient(path, kind) for kind in kinds]
 
 
 def gradient(path: str, kind: str) -> tuple[list[torch.Tensor], int]:
     config = ModelConfig(
-        path=path, enable_gradient_checkpointing=kind == "checkpointing", use_torch_compile=kind == "compile"
+        path=path,
+        enable_gradient_checkpointing=kind == "checkpointing",
+        use_torch_compile=kind == "compile",
     )
     model = build_model(config, "lm", FLOAT32, Worker().mesh)
     kept: dict[int, int] = {}
@@ -93,7 +113,9 @@ def gradient(path: str, kind: str) -> tuple[list[torch.Tensor], int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        log_probs, entropy = forward_log_probs(model, ragged_batch(torch.float32), 0.7, with_entropy=True)
+        log_probs, entropy = forward_log_probs(
+            model, ragged_batch(torch.float32), 0.7, with_entropy=True
+        )
     assert entropy is not None
     (log_probs.sum() + entropy.sum()).backward()
     return [p.grad.full_tensor() for p in model.parameters()], sum(kept.values())
@@ -127,13 +149,19 @@ def test_values_and_rows_without_a_trained_token(models):
 
 def half_precision(path: str) -> tuple[list[str], list[str]]:
     fsdp = FSDPConfig(model_dtype="float32", dtype="bfloat16", optimizer_offload=True)
-    state = build_train_state(build_model(ModelConfig(path=path), "lm", fsdp, Worker().mesh), OptimConfig(), 1, fsdp)
-    log_probs, _ = forward_log_probs(state.model, ragged_batch(torch.float32), 1.0, with_entropy=False)
+    state = build_train_state(
+        build_model(ModelConfig(path=path), "lm", fsdp, Worker().mesh), OptimConfig(), 1, fsdp
+    )
+    log_probs, _ = forward_log_probs(
+        state.model, ragged_batch(torch.float32), 1.0, with_entropy=False
+    )
     log_probs.sum().backward()
     state.optimizer.step()
     state.rest_optimizer()
     moments = [v for s in state.optimizer.state.values() for v in s.values()]
-    return [str(log_probs.dtype), *(str(p.dtype) for p in state.model.parameters())], [str(m.dtype) for m in moments]
+    return [str(log_probs.dtype), *(str(p.dtype) for p in state.model.parameters())], [
+        str(m.dtype) for m in moments
+    ]
 
 
 def test_half_precision_keeps_masters_and_moments_in_float32(models):
@@ -142,9 +170,11 @@ def test_half_precision_keeps_masters_and_moments_in_float32(models):
 
 
 @given(
-    st.lists(st.integers(1, 60), min_size=0, max_size=40), st.integers(1, 100), st.none() | st.integers(1, 9),
+    st.lists(st.integers(1, 60), min_size=0, max_size=40),
+    st.integers(1, 100),
+    st.none() | st.integers(1, 9),
     st.integers(1, 50),
-)  # fmt: skip
+)
 def test_micro_batches_hold_every_row_once_within_the_budget(lengths, tokens, rows, at_least):
     parts = micro_batches(lengths, Budget(tokens, rows), at_least)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
@@ -163,7 +193,8 @@ def test_micro_batches_are_no_more_than_needed():
 
 
 def test_positions_begin_at_zero_in_every_row():
-    """Families with learned positions would see it; a shift of all of them is nothing to rotary ones."""
+    """Families with learned positions would see it; a shift of all of them is nothing to rotary
+    ones."""
     batch = ragged_batch(torch.float32)
     lengths = batch.batch["attention_mask"].sum(1).tolist()
     expected = [position for length in lengths for position in range(length)]

@@ -1,4 +1,5 @@
-"""Five PPO steps on a fixed batch: their losses, committed. A change of them is a change of the training."""
+"""Five PPO steps on a fixed batch: their losses, committed. A change of them is a change of the
+training."""
 
 import json
 from pathlib import Path
@@ -24,7 +25,9 @@ ACTOR = ActorConfig(use_kl_loss=True, kl_loss_coef=0.1, entropy_coeff=0.01)
 def five_steps(model_path: str) -> list[dict[str, float]]:
     worker = Worker()
     fsdp = FSDPConfig(dtype="float32")
-    model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh)
+    model = build_model(
+        ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh
+    )
     state = build_train_state(model, OptimConfig(lr=1e-2, lr_warmup_steps_ratio=0.4), total_steps=5)
     batch = ragged_batch(torch.float32)
     batch = batch.with_tensors(mini_batch=torch.arange(len(batch)) % 2)
@@ -37,10 +40,15 @@ def five_steps(model_path: str) -> list[dict[str, float]]:
     trace = []
     for _ in range(5):
         old = map_micro_batches(
-            batch, Budget(1000, 4), worker.device, lambda rows: forward_log_probs(model, rows, 0.7, False)[0]
+            batch,
+            Budget(1000, 4),
+            worker.device,
+            lambda rows: forward_log_probs(model, rows, 0.7, False)[0],
         )
         data = batch.with_tensors(old_log_probs=old)
-        metrics = update_mini_batches(state, data, loss_fn, epochs=1, budget=Budget(1000, 4), grad_clip=1.0)
+        metrics = update_mini_batches(
+            state, data, loss_fn, epochs=1, budget=Budget(1000, 4), grad_clip=1.0
+        )
         trace.append({key: metrics[key] for key in KEYS})
     return trace
 

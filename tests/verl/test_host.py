@@ -27,12 +27,21 @@ from verl.workers.rollout.weight_sync import MEMORY_FILES, own_prefix
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """A machine that has everything: the config of a run on it."""
-    for name in ("RAY_TMPDIR", "TMPDIR", "HF_HOME", "HF_HUB_CACHE", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"):
+    for name in (
+        "RAY_TMPDIR",
+        "TMPDIR",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "VLLM_CACHE_ROOT",
+        "TRITON_CACHE_DIR",
+    ):
         monkeypatch.delenv(name, raising=False)
     make_tiny_qwen2(tmp_path / "model")
     rollout = SimpleNamespace(name="vllm", num_replicas=None)
     config = SimpleNamespace(
-        actor_rollout_ref=SimpleNamespace(model=ModelConfig(path=str(tmp_path / "model")), rollout=rollout),
+        actor_rollout_ref=SimpleNamespace(
+            model=ModelConfig(path=str(tmp_path / "model")), rollout=rollout
+        ),
         device="cpu",
         num_gpus=1,
     )
@@ -43,7 +52,9 @@ def test_a_machine_that_has_everything(config):
     assert host_problems(config) == []
 
 
-@pytest.mark.parametrize(("variable", "name"), [("RAY_TMPDIR", RAY_SOCKET), ("TMPDIR", ENGINE_SOCKET)])
+@pytest.mark.parametrize(
+    ("variable", "name"), [("RAY_TMPDIR", RAY_SOCKET), ("TMPDIR", ENGINE_SOCKET)]
+)
 def test_temporary_folders_leave_room_for_sockets(config, monkeypatch, tmp_path, variable, name):
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     longest = "/tmp/" + "x" * (SOCKET_PATH_BYTES - len("/tmp/") - len(name))
@@ -57,11 +68,15 @@ def test_temporary_folders_leave_room_for_sockets(config, monkeypatch, tmp_path,
 
 def test_a_long_folder_of_temporary_files_is_rays_too(config, monkeypatch):
     monkeypatch.setenv("TMPDIR", "/scratch/" + "x" * 90)
-    assert [problem.partition("would")[0].split()[-1] for problem in socket_problems()] == ["Ray", "vLLM"]
+    assert [problem.partition("would")[0].split()[-1] for problem in socket_problems()] == [
+        "Ray",
+        "vLLM",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("variable", "cure"), [("RAY_TMPDIR", "set RAY_TMPDIR"), ("TMPDIR", "set TMPDIR"), ("HF_HOME", "set HF_HOME")]
+    ("variable", "cure"),
+    [("RAY_TMPDIR", "set RAY_TMPDIR"), ("TMPDIR", "set TMPDIR"), ("HF_HOME", "set HF_HOME")],
 )
 def test_folders_that_cannot_be_written_are_named(config, monkeypatch, variable, cure):
     """/proc refuses new files to everybody."""
@@ -79,7 +94,10 @@ def test_a_run_folder_below_a_file(tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "run"
     (problem,) = run_folder_problems(str(folder))
-    assert problem == f"trainer.default_local_dir={folder} cannot be written (Not a directory): name another folder"
+    assert problem == (
+        f"trainer.default_local_dir={folder} cannot be written (Not a directory): name another "
+        "folder"
+    )
     assert run_folder_problems(str(tmp_path / "runs" / "a")) == []
 
 
@@ -105,8 +123,9 @@ def test_caches_of_compiled_code_matter_on_a_gpu(config, monkeypatch):
     assert host_problems(config) == []
     config.device = "cuda"
     assert [problem.rpartition(": ")[2] for problem in host_problems(config)] == [
-        "set VLLM_CACHE_ROOT", "set TRITON_CACHE_DIR",
-    ]  # fmt: skip
+        "set VLLM_CACHE_ROOT",
+        "set TRITON_CACHE_DIR",
+    ]
 
 
 def test_nothing_is_left_where_something_was_tried(tmp_path):
@@ -123,4 +142,7 @@ def test_weights_on_their_way_need_memory_files(config, monkeypatch):
 
 def test_the_message_says_how_much_is_missing():
     (problem,) = shared_memory_problems("/dev/shm", 2**60, "they take")
-    assert "they take 1,099,511,627,776: " in problem and shared_memory_problems("/dev/shm", 1, "") == []
+    assert (
+        "they take 1,099,511,627,776: " in problem
+        and shared_memory_problems("/dev/shm", 1, "") == []
+    )

@@ -33,10 +33,13 @@ from verl.utils.errors import ConfigError, DataError
 from verl.utils.run_folder import best, steps
 from verl.workers.rollout.vllm_server import VLLMServer
 
-GRPO, PPO = ("grpo", *SMALL), ("ppo", *SMALL)
+GRPO = ("grpo", *SMALL)
+PPO = ("ppo", *SMALL)
 DETERMINISTIC = (*GRPO, "+mode=deterministic")
-TRAIN, OTHER_TRAIN = "train.parquet", "other_train.parquet"
-VAL, OTHER_VAL = "val.parquet", "other_val.parquet"
+TRAIN = "train.parquet"
+OTHER_TRAIN = "other_train.parquet"
+VAL = "val.parquet"
+OTHER_VAL = "other_val.parquet"
 BENCH = Bench(
     defaults=defaults_of(DataConfig, "data") | defaults_of(TrainerConfig, "trainer"),
     recipe=GRPO,
@@ -204,7 +207,8 @@ class Finished:
 
 def run(setting: Setting, scores: dict | None = None, skipped_steps: float = 0.0) -> Finished:
     """A whole run over roles and engines that write down what they are asked."""
-    config, patch = setting.config, setting.patch
+    config = setting.config
+    patch = setting.patch
     processes = make_processes(config, scores)
     for role in processes.roles.values():
         role.skipped_steps = skipped_steps

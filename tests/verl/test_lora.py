@@ -1,4 +1,5 @@
-"""Adapters: only they learn, and what is exported and synced is the merged policy under plain names."""
+"""Adapters: only they learn, and what is exported and synced is the merged policy under plain
+names."""
 
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def two_steps(path: str, out: str) -> dict:
     actor = ActorWorker(model, ActorConfig(optim=OPTIM, fsdp_config=FLOAT32), RolloutConfig(), 10)
     critic = CriticWorker(CriticConfig(model=model, optim=OPTIM, fsdp_config=FLOAT32), 10)
     batch = ragged_batch(torch.float32)
-    batch = batch.with_tensors(returns=batch.batch["advantages"], values=torch.zeros_like(batch.batch["advantages"]))
+    batch = batch.with_tensors(
+        returns=batch.batch["advantages"], values=torch.zeros_like(batch.batch["advantages"])
+    )
     (mine,) = dispatch(Dispatch.DP_COMPUTE_PROTO, actor.world_size, (batch,))[actor.rank]
     values = [critic.update_critic(mine)["loss"] for _ in range(3)]
     before = actor.compute_log_prob(batch).batch["old_log_probs"]
@@ -39,18 +42,29 @@ def two_steps(path: str, out: str) -> dict:
     actor.save_checkpoint(out + "/checkpoint")
     trained = {n.split(".")[-3] for n, p in actor.state.model.named_parameters() if p.requires_grad}
     log_probs = forward_log_probs(actor.state.model, batch, 1.0, with_entropy=False)[0].detach()
-    restored = ActorWorker(model, ActorConfig(optim=OPTIM, fsdp_config=FLOAT32), RolloutConfig(), 10)
+    restored = ActorWorker(
+        model, ActorConfig(optim=OPTIM, fsdp_config=FLOAT32), RolloutConfig(), 10
+    )
     restored.load_checkpoint(out + "/checkpoint")
     return {
-        "before": before, "after": log_probs, "trained": trained, "values": values, "describe": actor.describe(),
-        "plain": dict(full_parameters(actor.state.model)), "restored": dict(full_parameters(restored.state.model)),
-    }  # fmt: skip
+        "before": before,
+        "after": log_probs,
+        "trained": trained,
+        "values": values,
+        "describe": actor.describe(),
+        "plain": dict(full_parameters(actor.state.model)),
+        "restored": dict(full_parameters(restored.state.model)),
+    }
 
 
 def test_only_adapters_learn_and_the_merged_policy_is_exported(tmp_path):
-    path, out = make_tiny_qwen2(tmp_path / "model", tied=True, vocab=300), tmp_path / "out"
+    path = make_tiny_qwen2(tmp_path / "model", tied=True, vocab=300)
+    out = tmp_path / "out"
     found, _ = run_ranks(2, two_steps, str(path), str(out))
-    assert found["trained"] == {"lora_A", "lora_B"} and "trained, attention packed" in found["describe"]
+    assert (
+        found["trained"] == {"lora_A", "lora_B"}
+        and "trained, attention packed" in found["describe"]
+    )
     assert found["values"][-1] < found["values"][0]
     assert (found["after"] - found["before"]).abs().max() > 0.01
 
@@ -79,7 +93,9 @@ def test_merging_is_what_peft_merges(tmp_path: Path):
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             torch.nn.init.normal_(parameter)
-    ours = {k: v.clone() for k, v in merged(dict(model.named_parameters()), 3.0, lambda x: x.detach())}
+    ours = {
+        k: v.clone() for k, v in merged(dict(model.named_parameters()), 3.0, lambda x: x.detach())
+    }
     theirs = dict(model.merge_and_unload().named_parameters())
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():

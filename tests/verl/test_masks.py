@@ -1,4 +1,5 @@
-"""Retrieved tokens get no gradient anywhere: not in policy loss, entropy, KL, advantages, nor the value loss."""
+"""Retrieved tokens get no gradient anywhere: not in policy loss, entropy, KL, advantages, nor the
+value loss."""
 
 import torch
 
@@ -17,7 +18,8 @@ GAE = AlgorithmConfig(adv_estimator="gae", gamma=0.97, lam=0.9, use_kl_in_reward
 
 
 def everything(data: DataProto, logits: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-    """All that training derives from logits [B, R, V] (each predicts the token at its place) and values [B, R]."""
+    """All that training derives from logits [B, R, V] (each predicts the token at its place) and
+    values [B, R]."""
     log_probs = logprobs_from_logits(logits, data.batch["responses"])
     data = data.with_tensors(old_log_probs=log_probs - 0.1, values=values)
     data, _ = apply_kl_penalty(data, GAE, build_kl_controller(GAE))
@@ -25,9 +27,19 @@ def everything(data: DataProto, logits: torch.Tensor, values: torch.Tensor) -> l
     counts = Counts(int(data.batch["response_mask"].sum()), len(data))
     loss, metrics = policy_loss(ACTOR, log_probs, entropy_from_logits(logits), data, counts)
     value_loss, value_metrics = compute_value_loss(
-        values + 0.05, data.batch["returns"], values, data.batch["response_mask"], cliprange_value=0.5
+        values + 0.05,
+        data.batch["returns"],
+        values,
+        data.batch["response_mask"],
+        cliprange_value=0.5,
     )
-    tensors = [loss, value_loss, data.batch["advantages"], data.batch["returns"], data.batch["token_level_rewards"]]
+    tensors = [
+        loss,
+        value_loss,
+        data.batch["advantages"],
+        data.batch["returns"],
+        data.batch["token_level_rewards"],
+    ]
     return tensors + [x for m in (metrics, value_metrics) for _, x in sorted(m.items())]
 
 
@@ -43,7 +55,11 @@ def setup() -> tuple[DataProto, torch.Tensor, torch.Tensor]:
         scores[row, mask.nonzero()[-1]] = float(row % 2)
     g = torch.Generator().manual_seed(5)
     logits = torch.randn(*scores.shape, 50, generator=g)
-    return data.with_tensors(token_level_scores=scores), logits, torch.randn(scores.shape, generator=g)
+    return (
+        data.with_tensors(token_level_scores=scores),
+        logits,
+        torch.randn(scores.shape, generator=g),
+    )
 
 
 def test_masked_targets_change_nothing_by_a_single_bit():
@@ -77,5 +93,9 @@ def test_the_rewards_of_a_row_sum_to_its_score_on_policy_tokens():
     data, logits, _ = setup()
     data = data.with_tensors(old_log_probs=logprobs_from_logits(logits, data.batch["responses"]))
     plain, _ = apply_kl_penalty(data, AlgorithmConfig(), build_kl_controller(GAE))
-    rewards, scores = plain.batch["token_level_rewards"], data.batch["token_level_scores"]
-    assert torch.equal(rewards.sum(1), scores.sum(1)) and not rewards[data.batch["response_mask"] == 0].any()
+    rewards = plain.batch["token_level_rewards"]
+    scores = data.batch["token_level_scores"]
+    assert (
+        torch.equal(rewards.sum(1), scores.sum(1))
+        and not rewards[data.batch["response_mask"] == 0].any()
+    )

@@ -15,7 +15,8 @@ NAN = math.nan
 
 
 def batch(critic=True):
-    """Two trajectories, P = 2, R = 4: `. p | m o m .` with score 1 and `p p | m m o m` with score 0."""
+    """Two trajectories, P = 2, R = 4: `. p | m o m .` with score 1 and `p p | m m o m` with score
+    0."""
     tensors = {
         "prompts": torch.zeros(2, 2, dtype=torch.long),
         "responses": torch.zeros(2, 4, dtype=torch.long),
@@ -73,7 +74,8 @@ def test_without_critic():
 
 
 def test_explained_variance_bounds():
-    returns, mask = torch.tensor([1.0, 2.0, 3.0, NAN]), torch.tensor([1, 1, 1, 0])
+    returns = torch.tensor([1.0, 2.0, 3.0, NAN])
+    mask = torch.tensor([1, 1, 1, 0])
     assert explained_variance(returns, returns, mask) == 1
     assert explained_variance(torch.full((4,), 2.0), returns, mask) == pytest.approx(0, abs=1e-4)
 
@@ -91,13 +93,19 @@ def test_throughput():
 def test_observations_are_not_sampled_even_where_they_are_trained_on():
     everything = batch()
     everything = everything.with_tensors(response_mask=everything.batch["attention_mask"][:, 2:])
-    for name in ("response_length_model/mean", "response_length_observation/mean", "rollout/logprob_diff_max"):
+    for name in (
+        "response_length_model/mean",
+        "response_length_observation/mean",
+        "rollout/logprob_diff_max",
+    ):
         assert compute_data_metrics(everything, 4)[name] == compute_data_metrics(batch(), 4)[name]
 
 
 def test_staleness_counts_tokens_of_the_policy_by_their_age():
-    """Ages at version 7: 0, 0, 2 and 3; what the observation and the padding carry does not count."""
-    turns, versions = torch.tensor([[0, -1, 1], [0, 0, -1]]), torch.tensor([[7, 0, 5], [7, 4, -1]])
+    """Ages at version 7: 0, 0, 2 and 3; what the observation and the padding carry does not
+    count."""
+    turns = torch.tensor([[0, -1, 1], [0, 0, -1]])
+    versions = torch.tensor([[7, 0, 5], [7, 4, -1]])
     found = staleness_metrics(DataProto.from_dict({"turns": turns, "policy_versions": versions}), 7)
     assert found == pytest.approx(
         {

@@ -1,4 +1,5 @@
-"""What a model may be called, and what is said where there is none; folders here hold the names alone."""
+"""What a model may be called, and what is said where there is none; folders here hold the names
+alone."""
 
 import json
 from pathlib import Path
@@ -59,7 +60,10 @@ def test_names_may_be_relative(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     assert find_checkpoint("run/best") == run / "global_step_20"
     monkeypatch.chdir(run)
-    assert find_checkpoint("best") == run / "global_step_20" and find_checkpoint(".") == run / "global_step_30"
+    assert (
+        find_checkpoint("best") == run / "global_step_20"
+        and find_checkpoint(".") == run / "global_step_30"
+    )
 
 
 def test_an_exported_checkpoint_is_ready(run):
@@ -79,7 +83,9 @@ def test_a_run_is_ready_when_its_model_is_that_of_its_newest_checkpoint(run):
 
 def test_a_run_without_checkpoints_is_its_model(tmp_path):
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ModelError, match=r"a run folder without a checkpoint.*has no checkpoint and no hf folder"):
+    with pytest.raises(
+        ModelError, match=r"a run folder without a checkpoint.*has no checkpoint and no hf folder"
+    ):
         ready_model(str(tmp_path))
     write_model(tmp_path / "hf")
     assert ready_model(str(tmp_path)) == str(tmp_path / "hf")
@@ -97,10 +103,17 @@ def test_what_may_be_on_the_hub_is_left_to_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("run/global_step_40", r"global_step_40: unfinished.*run has global_step_10, .*global_step_30, best"),
+        (
+            "run/global_step_40",
+            r"global_step_40: unfinished.*run has global_step_10, .*global_step_30, best",
+        ),
         ("run/global_step_40.tmp", r"global_step_40.tmp: unfinished"),
         ("run/global_step_50", r"no such checkpoint. .*run has global_step_10"),
-        ("run/alarms", r"alarms: holds step_12; expected a Hugging Face folder \(with config.json\), a run folder"),
+        (
+            "run/alarms",
+            r"alarms: holds step_12; expected a Hugging Face folder \(with config.json\), a run "
+            r"folder",
+        ),
         ("broken", rf"broken/actor: has no {INDEX}, so this checkpoint is not complete"),
         ("empty", r"empty: holds nothing; expected"),
         ("file", r"file: a file; expected"),
@@ -121,13 +134,18 @@ def test_what_is_no_model_is_named(run, name, message):
 def test_a_run_that_never_validated_has_no_best(tmp_path):
     save(tmp_path, 10)
     with pytest.raises(
-        ModelError, match=r"no best checkpoint \(best_checkpoint.json\).*best_metric.* has global_step_10"
+        ModelError,
+        match=r"no best checkpoint \(best_checkpoint.json\).*best_metric.* has global_step_10",
     ):
         find_checkpoint(f"{tmp_path}/best")
 
 
 def test_the_run_folder_of_a_checkpoint_holds_its_configuration(run):
-    assert run_folder_of(run / "alarms" / "step_12") == run == run_folder_of(run / "global_step_10" / "hf")
+    assert (
+        run_folder_of(run / "alarms" / "step_12")
+        == run
+        == run_folder_of(run / "global_step_10" / "hf")
+    )
     assert run_folder_of(run.parent / "elsewhere") is None
 
 
@@ -136,7 +154,8 @@ def test_a_training_from_a_checkpoint_is_told_to_export_it(run):
     section = SimpleNamespace(model=model, rollout=RolloutConfig())
     config: Any = SimpleNamespace(actor_rollout_ref=section)
     with pytest.raises(
-        ConfigError, match=r"actor_rollout_ref.model.path=.*run: a checkpoint, not a Hugging Face model"
+        ConfigError,
+        match=r"actor_rollout_ref.model.path=.*run: a checkpoint, not a Hugging Face model",
     ):
         build_tokenizer(config)
 

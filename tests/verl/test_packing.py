@@ -53,7 +53,9 @@ LONGROPE = DYNAMIC | {
         (transformers.Qwen2Config(**SHAPE, rope_parameters=dict(LONGROPE)), "packed", False),
         (transformers.GptOssConfig(**SHAPE, num_local_experts=4), "eager", False),
     ],
-    ids=lambda value: value.model_type if isinstance(value, transformers.PreTrainedConfig) else str(value),
+    ids=lambda value: (
+        value.model_type if isinstance(value, transformers.PreTrainedConfig) else str(value)
+    ),
 )
 def test_what_leaks_between_rows_passes_alone(config, attention, packs):
     found = Probe(config, "lm").decide("packed")
@@ -73,7 +75,9 @@ def test_what_is_as_long_as_there_are_layers_stays_a_word(layers):
 
 
 def test_an_encoder_is_refused():
-    config = transformers.BertConfig(hidden_size=64, num_attention_heads=2, intermediate_size=96, vocab_size=300)
+    config = transformers.BertConfig(
+        hidden_size=64, num_attention_heads=2, intermediate_size=96, vocab_size=300
+    )
     found = Probe(config, "lm").decide("packed")
     assert isinstance(found, str) and "not causal" in found
 
@@ -84,7 +88,11 @@ def run_config(path: str, longest: int, **override: Any) -> Any:
     section = SimpleNamespace(model=model, actor=SimpleNamespace(fsdp_config=FLOAT32))
     section.model_copy = lambda update: SimpleNamespace(**vars(section) | update)
     config = SimpleNamespace(
-        actor_rollout_ref=section, use_critic=False, critic=None, device="cpu", max_model_len=longest
+        actor_rollout_ref=section,
+        use_critic=False,
+        critic=None,
+        device="cpu",
+        max_model_len=longest,
     )
     config.model_copy = lambda update: SimpleNamespace(**vars(config) | update)
     return config
@@ -113,11 +121,16 @@ def test_what_an_engine_on_the_cpu_gets_wrong_is_refused(tmp_path, config, reaso
 
 
 def scored_twice(path: str) -> tuple[float, float]:
-    """How far two calls on the same batch differ, and a batch from its rows alone, with gradient checkpointing."""
-    actor = ActorWorker(ModelConfig(path=path), ActorConfig(fsdp_config=FLOAT32), RolloutConfig(dtype="float32"), 10)
+    """How far two calls on the same batch differ, and a batch from its rows alone, with gradient
+    checkpointing."""
+    actor = ActorWorker(
+        ModelConfig(path=path), ActorConfig(fsdp_config=FLOAT32), RolloutConfig(dtype="float32"), 10
+    )
     batch = ragged_batch(torch.float32)
     first, again = (actor.compute_log_prob(batch).batch["old_log_probs"] for _ in range(2))
-    alone = torch.cat([actor.compute_log_prob(batch[[row]]).batch["old_log_probs"] for row in range(len(batch))])
+    alone = torch.cat(
+        [actor.compute_log_prob(batch[[row]]).batch["old_log_probs"] for row in range(len(batch))]
+    )
     return float((first - again).abs().max()), float((first - alone).abs().max())
 
 
@@ -161,7 +174,8 @@ def test_log_probs_depend_neither_on_dropout_nor_on_neighbours(tmp_path, family)
 def test_experts_travel_as_in_a_checkpoint(tmp_path, config, name):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    written, sent = load_file(tmp_path / "model.safetensors"), dict(full_parameters(model))
+    written = load_file(tmp_path / "model.safetensors")
+    sent = dict(full_parameters(model))
     assert written.keys() == sent.keys() and name in sent
     assert all(torch.equal(written[name], sent[name]) for name in written)
     assert full_shapes(model) == [(name, value.shape) for name, value in sent.items()]
@@ -171,9 +185,14 @@ def test_experts_travel_as_in_a_checkpoint(tmp_path, config, name):
 def mismatched(gap: float, corrected: bool = False, dtype: str = "bfloat16") -> str:
     ones = torch.ones(2, 3)
     batch = SimpleNamespace(
-        batch={"response_mask": ones, "turns": ones, "old_log_probs": -ones, "rollout_log_probs": -ones - gap}
+        batch={
+            "response_mask": ones,
+            "turns": ones,
+            "old_log_probs": -ones,
+            "rollout_log_probs": -ones - gap,
+        }
     )
-    return mismatch_warning(batch, dtype, dtype, corrected) or ""  # pyright: ignore[reportArgumentType]
+    return mismatch_warning(batch, dtype, dtype, corrected) or ""  # pyright: ignore
 
 
 def test_a_mismatch_is_named_with_its_cure():

@@ -21,7 +21,9 @@ def trajectory(score: float = 1.0) -> Trajectory:
 
 
 def test_collate_draws_the_masks():
-    short = Trajectory([9], [Segment(Source.MODEL, [6], [-0.6], policy_version=4)], reward={"score": 0.25})
+    short = Trajectory(
+        [9], [Segment(Source.MODEL, [6], [-0.6], policy_version=4)], reward={"score": 0.25}
+    )
     batch = collate_trajectories([trajectory(), short], pad_token_id=0).batch
     assert batch["prompts"].tolist() == [[7, 8], [0, 9]]
     assert batch["responses"].tolist() == [[1, 2, 3, 4, 5], [6, 0, 0, 0, 0]]
@@ -29,7 +31,9 @@ def test_collate_draws_the_masks():
     assert batch["response_mask"].tolist() == [[1, 1, 0, 0, 1], [1, 0, 0, 0, 0]]
     assert batch["policy_versions"].tolist() == [[3, 3, -1, -1, 4], [4, -1, -1, -1, -1]]
     assert batch["token_level_scores"].tolist() == [[0, 0, 0, 0, 1.0], [0.25, 0, 0, 0, 0]]
-    torch.testing.assert_close(batch["rollout_log_probs"][0], torch.tensor([-0.1, -0.2, 0, 0, -0.5]))
+    torch.testing.assert_close(
+        batch["rollout_log_probs"][0], torch.tensor([-0.1, -0.2, 0, 0, -0.5])
+    )
 
 
 def test_score_sits_on_the_last_sampled_token_even_if_the_environment_spoke_last():
@@ -49,7 +53,9 @@ def test_pad_id_in_the_text_stays_a_token():
 
 def test_a_trajectory_without_policy_tokens_is_refused():
     with pytest.raises(ValueError, match="no token of the policy"):
-        collate_trajectories([Trajectory([1], [Segment(Source.OBSERVATION, [2])], reward={"score": 0.0})], 0)
+        collate_trajectories(
+            [Trajectory([1], [Segment(Source.OBSERVATION, [2])], reward={"score": 0.0})], 0
+        )
 
 
 def test_context_that_is_not_a_prefix_is_counted():
@@ -57,18 +63,23 @@ def test_context_that_is_not_a_prefix_is_counted():
     good = Completion([1], [-0.1], "stop", None, 0, context_digest([7, 8]))
     t.add_completion(good)
     assert t.context_violations == 0
-    t.add_completion(Completion([2], [-0.1], "stop", None, 0, context_digest([7, 8])))  # misses token 1
+    # misses token 1
+    t.add_completion(Completion([2], [-0.1], "stop", None, 0, context_digest([7, 8])))
     assert t.context_violations == 1
 
 
 def test_dispatch_round_trip_with_unequal_ranks():
-    data = DataProto.from_dict({"x": torch.arange(7)}, {"uid": np.array(list("abcdefg"), dtype=object)})
+    data = DataProto.from_dict(
+        {"x": torch.arange(7)}, {"uid": np.array(list("abcdefg"), dtype=object)}
+    )
     for sizes in ([4, 3], [7, 0], [1, 6]):
         data.meta_info["rank_sizes"] = sizes
         parts = dispatch(Dispatch.DP_COMPUTE_PROTO, 2, (data, "other"))
         assert [len(p[0]) for p in parts] == sizes and parts[1][1] == "other"
         whole = collect(Dispatch.DP_COMPUTE_PROTO, [p[0] for p in parts])
-        assert whole.batch["x"].tolist() == list(range(7)) and whole.non_tensor_batch["uid"].tolist() == list("abcdefg")
+        assert whole.batch["x"].tolist() == list(range(7)) and whole.non_tensor_batch[
+            "uid"
+        ].tolist() == list("abcdefg")
 
 
 def test_operations_return_new_objects():
@@ -84,7 +95,9 @@ def test_operations_return_new_objects():
 
 def test_a_part_is_pickled_alone():
     """A slice of a tensor shares the storage of the whole, which torch pickles all of."""
-    data = DataProto.from_dict({"x": torch.arange(80_000).view(8, -1), "y": torch.zeros(8, 5, dtype=torch.bool)})
+    data = DataProto.from_dict(
+        {"x": torch.arange(80_000).view(8, -1), "y": torch.zeros(8, 5, dtype=torch.bool)}
+    )
     parts = data.split([2, 6])
     sizes = [len(pickle.dumps(part)) for part in parts]
     assert sizes[0] < 1.02 * data.batch["x"].nbytes / 4
@@ -97,7 +110,8 @@ def test_what_shared_memory_brings_can_be_written():
     data = DataProto.from_dict({"x": torch.arange(4)})
     buffers: list[pickle.PickleBuffer] = []
     stream = pickle.dumps(data, protocol=5, buffer_callback=buffers.append)
-    copy = pickle.loads(stream, buffers=[bytes(buffer) for buffer in buffers])  # read-only, as Ray's are
+    # read-only, as Ray's are
+    copy = pickle.loads(stream, buffers=[bytes(buffer) for buffer in buffers])
     copy.batch["x"] += 1
     assert copy.batch["x"].tolist() == [1, 2, 3, 4] and data.batch["x"].tolist() == [0, 1, 2, 3]
 
@@ -105,10 +119,17 @@ def test_what_shared_memory_brings_can_be_written():
 def test_a_method_is_sent_the_columns_that_it_reads():
     call = Registered(Dispatch.DP_COMPUTE_PROTO, columns=("x",), optional=("y",))
     data = DataProto.from_dict(
-        {"x": torch.zeros(2), "z": torch.zeros(2)}, {"uid": np.array(["a", "b"], dtype=object)}, {"rank_sizes": [2, 0]}
+        {"x": torch.zeros(2), "z": torch.zeros(2)},
+        {"uid": np.array(["a", "b"], dtype=object)},
+        {"rank_sizes": [2, 0]},
     )
     (sent, other) = call.select("actor.update_actor", (data, 7))
-    assert set(sent.batch) == {"x"} and not sent.non_tensor_batch and sent.meta_info == data.meta_info and other == 7
+    assert (
+        set(sent.batch) == {"x"}
+        and not sent.non_tensor_batch
+        and sent.meta_info == data.meta_info
+        and other == 7
+    )
     (sent,) = call.select("actor.update_actor", (data.with_tensors(y=torch.zeros(2)),))
     assert set(sent.batch) == {"x", "y"}
     with pytest.raises(KeyError, match=r"actor\.update_actor reads the column\(s\) x,"):
@@ -135,7 +156,12 @@ def test_a_batch_in_a_file_is_the_same_when_it_is_read(tmp_path):
     )
     data.save(tmp_path / "batch.pt")
     read = DataProto.load(tmp_path / "batch.pt")
-    assert read.batch["x"].dtype == torch.float32 and torch.equal(read.batch["mask"], data.batch["mask"])
+    assert read.batch["x"].dtype == torch.float32 and torch.equal(
+        read.batch["mask"], data.batch["mask"]
+    )
     assert torch.equal(read.batch["x"].view(torch.int32), data.batch["x"].view(torch.int32))
-    assert {k: v.tolist() for k, v in read.non_tensor_batch.items()} == {"uid": ["a", "b"], "lists": [[1, 2], [3]]}
+    assert {k: v.tolist() for k, v in read.non_tensor_batch.items()} == {
+        "uid": ["a", "b"],
+        "lists": [[1, 2], [3]],
+    }
     assert read.non_tensor_batch["uid"].dtype == object and read.meta_info == data.meta_info

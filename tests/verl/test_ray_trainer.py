@@ -1,4 +1,5 @@
-"""What the trainer does at the end of a run and on an alarm, with roles and engines that only write down."""
+"""What the trainer does at the end of a run and on an alarm, with roles and engines that only write
+down."""
 
 import json
 from pathlib import Path
@@ -28,7 +29,8 @@ def trainer(tmp_path, monkeypatch):
     made = RayPPOTrainer.__new__(RayPPOTrainer)
     watch = CollapseWatchConfig()
     made.config = SimpleNamespace(trainer=SimpleNamespace(val_only=False, collapse_watch=watch))
-    made.timers, made.tracking = Timers(), Tracking(str(tmp_path), [], "project", "run", {}, {})
+    made.timers = Timers()
+    made.tracking = Tracking(str(tmp_path), [], "project", "run", {}, {})
     made.run = Run(tmp_path)
     made.checkpoints = made.run.checkpoints
     made.rollout = SimpleNamespace()
@@ -36,7 +38,8 @@ def trainer(tmp_path, monkeypatch):
     made.stop = SimpleNamespace(requested=0)
     made.agent = made.tokenizer = made.validating = None
     made.state_dict = lambda: {"step": made.step}
-    made.step, made.metrics = 4, {}
+    made.step = 4
+    made.metrics = {}
     return made
 
 
@@ -54,13 +57,15 @@ def test_a_validation_that_outlives_the_last_step_is_written(trainer, tmp_path):
 
 
 def test_a_stop_leaves_the_validation_to_the_resumed_run(trainer, tmp_path):
-    trainer.validating, trainer.stop.requested = (4, "under way"), 15
+    trainer.validating = (4, "under way")
+    trainer.stop.requested = 15
     trainer.finish()
     assert lines(tmp_path) == [] and steps(tmp_path) == [4]
 
 
 def test_a_validation_goes_into_the_line_of_its_step_while_that_is_not_written(trainer, tmp_path):
-    trainer.metrics, trainer.validating = {"loss": 1.0}, (4, "of this step")
+    trainer.metrics = {"loss": 1.0}
+    trainer.validating = (4, "of this step")
     trainer.finish_validation()
     assert trainer.metrics == {"loss": 1.0, "em": 0.5} and lines(tmp_path) == []
     trainer.validating = (3, "of the step before")
@@ -79,14 +84,22 @@ def test_a_checkpoint_waits_for_a_validation_of_weights_that_it_does_not_hold(tr
 
 @pytest.mark.parametrize("written", [False, True])
 def test_a_resumed_run_repeats_a_validation_unless_it_was_written(trainer, tmp_path, written):
-    trainer.state_dict = lambda: {"sampler": {}, "kl": 0.0, "watch": {}, "version": 4, "config": SAVED, **STATE}
+    trainer.state_dict = lambda: {
+        "sampler": {},
+        "kl": 0.0,
+        "watch": {},
+        "version": 4,
+        "config": SAVED,
+        **STATE,
+    }
     trainer.save_checkpoint()
     trainer.checkpoints.complete()
     if written:
         trainer.tracking.log({"val/em": 0.5, "val/odd": float("nan")}, 4)
     trainer.tracking.log({"loss": 1.0}, 4)
     trainer.ahead = trainer.collapse_watch = SimpleNamespace(load_state_dict=lambda state: None)
-    trainer.kl_ctrl, trainer.config.algorithm = SimpleNamespace(), SimpleNamespace(kl_ctrl=KL_CTRL)
+    trainer.kl_ctrl = SimpleNamespace()
+    trainer.config.algorithm = SimpleNamespace(kl_ctrl=KL_CTRL)
     trainer.load_checkpoint(4)
     assert trainer.validating_again is not written
 
@@ -100,7 +113,8 @@ def test_a_step_whose_alarm_is_to_be_answered_is_not_saved(trainer, tmp_path):
 
 
 def test_skipped_steps_of_either_role_count_and_only_in_a_row(trainer):
-    trainer.skipped_in_a_row, trainer.config.trainer.max_skipped_steps = 0, 2
+    trainer.skipped_in_a_row = 0
+    trainer.config.trainer.max_skipped_steps = 2
     for role, skipped in (("actor", 1.0), ("actor", 0.0), ("critic", 2.0)):
         trainer.metrics = {f"{role}/skipped_steps": skipped}
         trainer.check_finite()
@@ -113,7 +127,8 @@ def test_the_last_checkpoint_is_written_once_and_again_if_it_failed(trainer, tmp
     trainer.save_checkpoint()
     trainer.finish()
     assert trainer.run.actor.calls.count("save") == 1 and steps(tmp_path) == [4]
-    trainer.step, trainer.run.actor.finishes_badly = 5, True
+    trainer.step = 5
+    trainer.run.actor.finishes_badly = True
     trainer.save_checkpoint()
     trainer.checkpoints.complete()
     trainer.run.actor.finishes_badly = False

@@ -1,7 +1,8 @@
 """A training step of the paper's recipes on eight cards that are not there (`tests/fake_card`).
 
-Real: the composed configuration, the driver, the trainer's ranks on fake CUDA tensors of real widths, `VLLMServer`,
-vLLM's weight transfer. Not there: numbers, kernels, NCCL, CUDA IPC, the engine's model.
+Real: the composed configuration, the driver, the trainer's ranks on fake CUDA tensors of real
+widths, `VLLMServer`, vLLM's weight transfer. Not there: numbers, kernels, NCCL, CUDA IPC, the
+engine's model.
 """
 
 import json
@@ -34,11 +35,15 @@ CASES: dict[str, dict[str, Any]] = {
     "own GPUs, offload, TP 2": {
         "recipe": "qwen2.5-3b-grpo",
         "separate": True,
-        "overrides": [*OFFLOAD, TENSOR_PARALLEL, "actor_rollout_ref.hybrid_engine=false",
-                      f"{ROLLOUT}.n_gpus_per_node={WORLD}"],
+        "overrides": [
+            *OFFLOAD,
+            TENSOR_PARALLEL,
+            "actor_rollout_ref.hybrid_engine=false",
+            f"{ROLLOUT}.n_gpus_per_node={WORLD}",
+        ],
     },
     "an engine dies": {"recipe": "qwen2.5-3b-grpo", "dies_at": [1, "update"]},
-}  # fmt: skip
+}
 RECIPES = ["3b-ppo", "3b-grpo, TP 2", "7b-ppo, TP 2", "7b-grpo"]
 COLOCATED = [*RECIPES, "offload"]
 pytestmark = pytest.mark.skipif(
@@ -51,12 +56,20 @@ pytestmark = pytest.mark.skipif(
 def found(tmp_path_factory) -> dict[str, Any]:
     """What happened in each case."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    command = [sys.executable, str(ROOT / "tests/fake_card/rehearse.py"), str(card.build(folder)), str(folder)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/fake_card/rehearse.py"),
+        str(card.build(folder)),
+        str(folder),
+    ]
     command += [json.dumps({"layers": LAYERS, **case}) for case in CASES.values()]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {name: json.loads((folder / f"{number}.json").read_text()) for number, name in enumerate(CASES)}
+    return {
+        name: json.loads((folder / f"{number}.json").read_text())
+        for number, name in enumerate(CASES)
+    }
 
 
 @pytest.fixture
@@ -73,9 +86,20 @@ def of(case: Any, *who: str) -> list[str]:
 @pytest.mark.parametrize("case", COLOCATED, indirect=True)
 def test_the_calls_of_a_step_are_in_order(case):
     happened = of(case, "rank", "engine 0")
-    calls = [what for what in happened if not what.endswith(" done") and what not in ("barrier", "all_gather_object")]
+    calls = [
+        what
+        for what in happened
+        if not what.endswith(" done") and what not in ("barrier", "all_gather_object")
+    ]
     chunks = calls[calls.index("start_update") : calls.index("finish_update")].count("update")
-    sync = ["actor.free_cached_memory", "empty_cache", "wake weights", "pause", "actor.send_weights", "start_update"]
+    sync = [
+        "actor.free_cached_memory",
+        "empty_cache",
+        "wake weights",
+        "pause",
+        "actor.send_weights",
+        "start_update",
+    ]
     sync += ["update"] * chunks
     sync += ["finish_update", "actor.free_cached_memory", "empty_cache", "wake kv_cache"]
     sync += ["reset_prefix_cache", "resume"]
@@ -96,12 +120,17 @@ def test_all_engines_do_the_same(case):
 
 @pytest.mark.parametrize("case", COLOCATED, indirect=True)
 def test_every_message_of_the_training_is_on_the_card(case):
-    """And of the dtypes that were meant. With offload the norm of the gradient is summed on the host: some bytes."""
+    """And of the dtypes that were meant. With offload the norm of the gradient is summed on the
+    host: some bytes."""
     host = {key: size for key, size in case.collectives.items() if " cpu " in key}
     assert all(size < 2**20 for size in host.values()), host
     assert bool(host) == (case.name == "offload")
-    gathered = {key.split()[2] for key in case.collectives if key.startswith("c10d::_allgather_base_")}
-    reduced = {key.split()[2] for key in case.collectives if key.startswith("c10d::_reduce_scatter_base_")}
+    gathered = {
+        key.split()[2] for key in case.collectives if key.startswith("c10d::_allgather_base_")
+    }
+    reduced = {
+        key.split()[2] for key in case.collectives if key.startswith("c10d::_reduce_scatter_base_")
+    }
     assert gathered == {"bfloat16"} and reduced == {"float32"}
 
 
@@ -109,29 +138,41 @@ def test_every_message_of_the_training_is_on_the_card(case):
 def test_masters_are_float32_and_lie_where_the_recipe_says(case):
     place = "cpu" if case.name == "offload" else "cuda"
     trained = ["actor", *["critic"] * ("ppo" in case.name)]
-    assert case.parameters == {"ref": [f"{place} bfloat16"]} | {role: [f"{place} float32"] for role in trained}
-    rests = "cpu" if case.name in ("offload", "7b-ppo, TP 2") else "cuda"  # the recipe's optimizer_offload
+    assert case.parameters == {"ref": [f"{place} bfloat16"]} | {
+        role: [f"{place} float32"] for role in trained
+    }
+    # the recipe's optimizer_offload
+    rests = "cpu" if case.name in ("offload", "7b-ppo, TP 2") else "cuda"
     assert case.moments == {role: [f"{rests} float32"] for role in trained}
 
 
 def published(size: str) -> list[list[Any]]:
     """Names and shapes of the checkpoint of that size, as Qwen publishes it."""
     s = SHAPES[size]
-    hidden, wide, vocabulary = s["hidden_size"], s["intermediate_size"], s["vocab_size"]
+    hidden = s["hidden_size"]
+    wide = s["intermediate_size"]
+    vocabulary = s["vocab_size"]
     keys = hidden // s["num_attention_heads"] * s["num_key_value_heads"]
     layer = {
-        "input_layernorm.weight": [hidden], "post_attention_layernorm.weight": [hidden],
-        "mlp.gate_proj.weight": [wide, hidden], "mlp.up_proj.weight": [wide, hidden],
+        "input_layernorm.weight": [hidden],
+        "post_attention_layernorm.weight": [hidden],
+        "mlp.gate_proj.weight": [wide, hidden],
+        "mlp.up_proj.weight": [wide, hidden],
         "mlp.down_proj.weight": [hidden, wide],
-        "self_attn.q_proj.weight": [hidden, hidden], "self_attn.q_proj.bias": [hidden],
-        "self_attn.k_proj.weight": [keys, hidden], "self_attn.k_proj.bias": [keys],
-        "self_attn.v_proj.weight": [keys, hidden], "self_attn.v_proj.bias": [keys],
+        "self_attn.q_proj.weight": [hidden, hidden],
+        "self_attn.q_proj.bias": [hidden],
+        "self_attn.k_proj.weight": [keys, hidden],
+        "self_attn.k_proj.bias": [keys],
+        "self_attn.v_proj.weight": [keys, hidden],
+        "self_attn.v_proj.bias": [keys],
         "self_attn.o_proj.weight": [hidden, hidden],
-    }  # fmt: skip
+    }
     whole = {"model.embed_tokens.weight": [vocabulary, hidden], "model.norm.weight": [hidden]}
     if not s["tie_word_embeddings"]:
         whole["lm_head.weight"] = [vocabulary, hidden]
-    whole |= {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()}
+    whole |= {
+        f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()
+    }
     return sorted([name, shape, "torch.bfloat16"] for name, shape in whole.items())
 
 
@@ -145,19 +186,29 @@ def test_every_engine_process_receives_every_weight_once(case):
 
 @pytest.mark.parametrize("case", RECIPES, indirect=True)
 def test_the_card_holds_what_the_estimate_says(case):
-    """Peaks of the first rank, in GiB; the rehearsal raises where trainer, its cache and the engine exceed the card."""
-    peaks = {what.removeprefix("rank ").removesuffix(" done"): peak for what, _, _, peak, _ in case.timeline}
+    """Peaks of the first rank, in GiB; the rehearsal raises where trainer, its cache and the engine
+    exceed the card."""
+    peaks = {
+        what.removeprefix("rank ").removesuffix(" done"): peak
+        for what, _, _, peak, _ in case.timeline
+    }
     log_probs = max(value for name, value in peaks.items() if ".compute_" in name)
     assert 0.75 < log_probs / case.estimate["log-probs"] < 1.05
     for role in ("actor", *["critic"] * ("ppo" in case.name)):
-        assert peaks[f"{role}.update_{role}"] == pytest.approx(case.estimate[f"{role} update"], rel=0.1)
+        assert peaks[f"{role}.update_{role}"] == pytest.approx(
+            case.estimate[f"{role} update"], rel=0.1
+        )
     what, allocated, _, _, engine = case.timeline[-1]
-    assert what.endswith("resume") and allocated + engine == pytest.approx(case.estimate["rollout"], rel=0.01)
+    assert what.endswith("resume") and allocated + engine == pytest.approx(
+        case.estimate["rollout"], rel=0.01
+    )
 
 
 @pytest.mark.parametrize("case", COLOCATED, indirect=True)
 def test_engines_have_memory_only_while_they_are_awake(case):
-    asleep = [engine for what, *_, engine in case.timeline if "compute_" in what or "update_" in what]
+    asleep = [
+        engine for what, *_, engine in case.timeline if "compute_" in what or "update_" in what
+    ]
     assert asleep and set(asleep) == {0.0}
     (start,) = (engine for what, *_, engine in case.timeline if what == "engine 0 start")
     assert start == pytest.approx(0.6 * 80, abs=0.01)
@@ -167,13 +218,17 @@ def test_engines_have_memory_only_while_they_are_awake(case):
 def test_an_engine_that_dies_in_a_transfer_is_replaced_and_takes_the_weights(case):
     died = of(case, "engine 1").index("update")
     after = of(case, "engine 1")[died + 1 :]
-    assert after[0] == "start" and after.index("pause") < after.index("start_update") < after.index("resume")
+    assert after[0] == "start" and after.index("pause") < after.index("start_update") < after.index(
+        "resume"
+    )
     assert of(case, "engine 0")[-1] == of(case, "engine 1")[-1] == "resume"
 
 
 def test_what_torch_freed_is_not_an_engines_before_the_cache_is_emptied():
     memory = card.Memory(10, 1)
-    memory.sizes, memory.allocated, memory.reserved = {1: 6}, 6, 6
+    memory.sizes = {1: 6}
+    memory.allocated = 6
+    memory.reserved = 6
     memory._forget(1)
     assert memory.allocated == 0 and memory.free == 3
     with pytest.raises(card.OutOfMemory, match="weights"):

@@ -1,5 +1,5 @@
-"""What a resumed run has from its checkpoint, and what it may change: every key is decided on, told where it takes
-effect, refused where it cannot."""
+"""What a resumed run has from its checkpoint, and what it may change: every key is decided on, told
+where it takes effect, refused where it cannot."""
 
 import json
 from collections.abc import Iterator
@@ -70,20 +70,32 @@ def sections(model: type[Config] = PPOConfig) -> Iterator[type[Config]]:
 @pytest.mark.parametrize("section", dict.fromkeys(sections()), ids=lambda section: section.__name__)
 def test_every_field_is_decided_on_once(section):
     fields = section.model_fields.items()
-    own = [name for name, f in fields if not (isinstance(f.annotation, type) and issubclass(f.annotation, Config))]
+    own = [
+        name
+        for name, f in fields
+        if not (isinstance(f.annotation, type) and issubclass(f.annotation, Config))
+    ]
     tables = (FIXED, WITHOUT_MEANING, TAKES_EFFECT)
     decided = [name for table in tables for name in table.get(section, []) if "." not in name]
-    assert sorted(decided) == sorted(own), "decide in verl/trainer/resume.py what a change means for a resumed run"
+    assert sorted(decided) == sorted(own), (
+        "decide in verl/trainer/resume.py what a change means for a resumed run"
+    )
 
 
 def test_what_may_change_takes_effect_and_is_told(tmp_path):
     saved_with(tmp_path, configured())
     now = configured(
-        "actor_rollout_ref.actor.optim.lr=1e-7", "critic.optim.betas=[0.9,0.95]", "trainer.n_gpus_per_node=4",
-        "algorithm.kl_ctrl.kl_coef=0.05", "reward.f1=0.5", "data.train_batch_size=480", "trainer.save_freq=7",
-        "trainer.collapse_watch.signals={actor/entropy: null}", "retriever.topk=5",
+        "actor_rollout_ref.actor.optim.lr=1e-7",
+        "critic.optim.betas=[0.9,0.95]",
+        "trainer.n_gpus_per_node=4",
+        "algorithm.kl_ctrl.kl_coef=0.05",
+        "reward.f1=0.5",
+        "data.train_batch_size=480",
+        "trainer.save_freq=7",
+        "trainer.collapse_watch.signals={actor/entropy: null}",
+        "retriever.topk=5",
         "++actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-    )  # fmt: skip
+    )
     assert {str(change) for change in check_resume(tmp_path, now, QUESTIONS)} == {
         "actor_rollout_ref.actor.optim.lr: 1e-06 -> 1e-07",
         "critic.optim.betas: [0.9, 0.999] -> [0.9, 0.95]",
@@ -92,8 +104,8 @@ def test_what_may_change_takes_effect_and_is_told(tmp_path):
         "reward.f1: 0.0 -> 0.5",
         "data.train_batch_size: 240 -> 480",
         "trainer.save_freq: -1 -> 7",
-        'trainer.collapse_watch.signals.actor/entropy: {"below": 0.005, "above": null, "falls_to": 0.1, '
-        '"rises_to": 2.5, "falls_by": null} -> null',
+        'trainer.collapse_watch.signals.actor/entropy: {"below": 0.005, "above": null, '
+        '"falls_to": 0.1, "rises_to": 2.5, "falls_by": null} -> null',
         "agent.retriever.topk: 3 -> 5",
         'actor_rollout_ref.model.override_config.attn_implementation: null -> "sdpa"',
         'critic.model.override_config.attn_implementation: null -> "sdpa"',
@@ -103,7 +115,11 @@ def test_what_may_change_takes_effect_and_is_told(tmp_path):
 def test_nothing_is_told_of_the_same_configuration_or_of_what_is_about_this_start_alone(tmp_path):
     saved_with(tmp_path, configured())
     assert check_resume(tmp_path, configured(), QUESTIONS) == []
-    moved = configured("data.train_files=elsewhere/a.parquet", "trainer.default_local_dir=/moved", "data.made_by=make")
+    moved = configured(
+        "data.train_files=elsewhere/a.parquet",
+        "trainer.default_local_dir=/moved",
+        "data.made_by=make",
+    )
     assert check_resume(tmp_path, moved, QUESTIONS) == []
 
 
@@ -111,7 +127,12 @@ def test_a_model_may_be_named_by_its_relative_or_its_full_path(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     saved_with(tmp_path, configured("actor_rollout_ref.model.path=model"))
-    assert check_resume(tmp_path, configured(f"actor_rollout_ref.model.path={tmp_path}/model"), QUESTIONS) == []
+    assert (
+        check_resume(
+            tmp_path, configured(f"actor_rollout_ref.model.path={tmp_path}/model"), QUESTIONS
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,31 +140,55 @@ def test_a_model_may_be_named_by_its_relative_or_its_full_path(tmp_path, monkeyp
     [
         ("data.shuffle_train_dataloader=false", "saved with true, and the place in the data"),
         ("trainer.seed=1", "saved with 0, and the place in the data"),
-        ("actor_rollout_ref.model.path=/models/b", "saved with \"/models/a\", and its weights are those of that model"),
+        (
+            "actor_rollout_ref.model.path=/models/b",
+            'saved with "/models/a", and its weights are those of that model',
+        ),
         ("actor_rollout_ref.model.tokenizer_path=/models/b", "tokens of that tokenizer"),
         ("actor_rollout_ref.model.lora_rank=4", "saved with 8, and its adapters are of that shape"),
-        ("actor_rollout_ref.model.lora_alpha=32", "saved with 16, and its adapters were trained at that scale"),
+        (
+            "actor_rollout_ref.model.lora_alpha=32",
+            "saved with 16, and its adapters were trained at that scale",
+        ),
         ("actor_rollout_ref.model.target_modules=[q_proj]", "its adapters are of that shape"),
-        ("++actor_rollout_ref.model.override_config.rope_theta=1e6", "its weights are those of that model"),
+        (
+            "++actor_rollout_ref.model.override_config.rope_theta=1e6",
+            "its weights are those of that model",
+        ),
         ("critic.model.path=/models/b", "its weights are those of that model"),
     ],
-)  # fmt: skip
+)
 def test_what_would_change_the_meaning_of_the_state_is_refused(tmp_path, override, told):
     saved_with(tmp_path, configured(ADAPTERS))
     with pytest.raises(ConfigError) as refused:
-        check_resume(tmp_path, configured(ADAPTERS, override, "actor_rollout_ref.actor.optim.lr=1e-7"), QUESTIONS)
+        check_resume(
+            tmp_path,
+            configured(ADAPTERS, override, "actor_rollout_ref.actor.optim.lr=1e-7"),
+            QUESTIONS,
+        )
     key = override.partition("=")[0].lstrip("+")
-    assert any(problem.startswith(f"{key}=") and told in problem for problem in refused.value.problems)
-    assert "optim.lr" not in str(refused.value) and "put back what was changed" in refused.value.problems[-1]
+    assert any(
+        problem.startswith(f"{key}=") and told in problem for problem in refused.value.problems
+    )
+    assert (
+        "optim.lr" not in str(refused.value)
+        and "put back what was changed" in refused.value.problems[-1]
+    )
 
 
 def test_every_fixed_key_is_refused_by_name():
     """The cases above are all of them."""
     names = {name for fields in FIXED.values() for name in fields}
     assert names == {
-        "shuffle_train_dataloader", "seed", "path", "tokenizer_path", "lora_rank", "lora_alpha", "target_modules",
+        "shuffle_train_dataloader",
+        "seed",
+        "path",
+        "tokenizer_path",
+        "lora_rank",
+        "lora_alpha",
+        "target_modules",
         "override_config",
-    }  # fmt: skip
+    }
 
 
 def test_a_critic_can_be_left_and_not_made_up(tmp_path):
@@ -179,13 +224,18 @@ def test_the_place_in_the_data_is_one_among_the_same_questions(tmp_path, questio
 def test_a_key_of_another_version_is_no_change(tmp_path):
     saved_with(tmp_path, configured())
     state = json.loads((tmp_path / TRAINER).read_text())
-    del state["config"]["trainer"]["save_hf"], state["config"]["actor_rollout_ref"]["model"]["lora_alpha"]
+    del (
+        state["config"]["trainer"]["save_hf"],
+        state["config"]["actor_rollout_ref"]["model"]["lora_alpha"],
+    )
     state["config"]["trainer"]["gone"] = 1
     (tmp_path / TRAINER).write_text(json.dumps(state))
     assert check_resume(tmp_path, configured(), QUESTIONS) == []
 
 
-def test_what_cannot_be_resumed_ends_the_command_before_anything_is_written(tmp_path, caplog, capsys):
+def test_what_cannot_be_resumed_ends_the_command_before_anything_is_written(
+    tmp_path, caplog, capsys
+):
     """And what can be says what has changed."""
     run = [f"trainer.default_local_dir={tmp_path}"]
     questions = SimpleNamespace(rows=QUESTIONS)
@@ -202,7 +252,10 @@ def test_what_cannot_be_resumed_ends_the_command_before_anything_is_written(tmp_
     (folder / TRAINER).rename(folder / "trainer.pt")
     with pytest.raises(CheckpointError, match=r"trainer\.pt: a pickle") as refused:
         checkpoint_to_resume(configured(*run), questions)
-    assert status_of(refused.value) == 1 and "Finish the run with the version" in capsys.readouterr().err
+    assert (
+        status_of(refused.value) == 1
+        and "Finish the run with the version" in capsys.readouterr().err
+    )
     assert not (tmp_path / "config.yaml").exists()
 
 
@@ -227,30 +280,36 @@ class Rollout:
 
 
 def trainer_in(folder: Path, *overrides: str) -> RayPPOTrainer:
-    """All that the driver keeps itself, as at the start of a run; actor and critic only write down."""
+    """All that the driver keeps itself, as at the start of a run; actor and critic only write
+    down."""
     made: Any = RayPPOTrainer.__new__(RayPPOTrainer)
     made.config = configured("algorithm.kl_ctrl.type=adaptive", *overrides)
     made.questions = questions_digest(QUESTIONS)
     made.rollout = Rollout()
-    made.ahead = RolloutAhead(made.config, Questions(), made.rollout)  # pyright: ignore[reportArgumentType]
+    made.ahead = RolloutAhead(made.config, Questions(), made.rollout)  # pyright: ignore
     made.kl_ctrl = build_kl_controller(made.config.algorithm)
     made.collapse_watch = CollapseWatch(made.config.trainer.collapse_watch)
     made.checkpoints = Run(folder).checkpoints
-    made.timers, made.tracking = Timers(), Tracking(str(folder), [], "project", "run", {}, {})
+    made.timers = Timers()
+    made.tracking = Tracking(str(folder), [], "project", "run", {}, {})
     made.step = made.skipped_in_a_row = 0
-    made.metrics, made.validating, made.validating_again = {}, None, False
+    made.metrics = {}
+    made.validating = None
+    made.validating_again = False
     return made
 
 
 def trained(folder: Path, *overrides: str, steps: int = 4) -> RayPPOTrainer:
-    """A trainer after `steps` steps, with a checkpoint of the last; nothing of it is as at the start."""
+    """A trainer after `steps` steps, with a checkpoint of the last; nothing of it is as at the
+    start."""
     made: Any = trainer_in(folder, *overrides)
     for _ in range(steps):
         made.step += 1
         made.ahead.next(10)
         made.rollout.version += 1
         made.collapse_watch.observe(made.step, {"actor/entropy": 0.5, "actor/grad_norm": 1.0})
-    made.kl_ctrl.value, made.skipped_in_a_row = 0.0625, 1
+    made.kl_ctrl.value = 0.0625
+    made.skipped_in_a_row = 1
     made.validating = (made.step, "under way")
     made.checkpoints.save(made.step, made.state_dict())
     made.checkpoints.complete()
@@ -258,7 +317,8 @@ def trained(folder: Path, *overrides: str, steps: int = 4) -> RayPPOTrainer:
 
 
 def test_everything_that_the_driver_has_become_is_restored(tmp_path):
-    fresh, before = trainer_in(tmp_path).state_dict(), trained(tmp_path)
+    fresh = trainer_in(tmp_path).state_dict()
+    before = trained(tmp_path)
     resumed = trainer_in(tmp_path)
     resumed.load_checkpoint(4)
     assert resumed.validating_again
@@ -266,7 +326,9 @@ def test_everything_that_the_driver_has_become_is_restored(tmp_path):
     saved, restored = ({**t.state_dict(), "validating": None} for t in (before, resumed))
     assert restored == saved
     same = {key for key, value in fresh.items() if saved[key] == value}
-    assert same == {"config", "questions", "wandb"}, "all else had changed, so that a default would be seen"
+    assert same == {"config", "questions", "wandb"}, (
+        "all else had changed, so that a default would be seen"
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,9 +339,20 @@ def test_everything_that_the_driver_has_become_is_restored(tmp_path):
         ([], ["algorithm.kl_ctrl.kl_coef=0.05"], 0.05),
         ([], ["algorithm.kl_ctrl.type=fixed"], 0.001),
         (["algorithm.kl_ctrl.type=fixed"], [], 0.001),
-        (["algorithm.kl_ctrl.type=fixed"], ["algorithm.kl_ctrl.type=fixed", "algorithm.kl_ctrl.kl_coef=0.05"], 0.05),
+        (
+            ["algorithm.kl_ctrl.type=fixed"],
+            ["algorithm.kl_ctrl.type=fixed", "algorithm.kl_ctrl.kl_coef=0.05"],
+            0.05,
+        ),
     ],
-    ids=["adaptive", "other dynamics", "other start", "fixed from now on", "adaptive from now on", "fixed and changed"],
+    ids=[
+        "adaptive",
+        "other dynamics",
+        "other start",
+        "fixed from now on",
+        "adaptive from now on",
+        "fixed and changed",
+    ],
 )
 def test_the_kl_coefficient_goes_on_where_it_is_a_state_and_follows_the_configuration_otherwise(
     tmp_path, before, after, coefficient
@@ -292,14 +365,19 @@ def test_the_kl_coefficient_goes_on_where_it_is_a_state_and_follows_the_configur
 
 @pytest.mark.parametrize(("step", "learned"), [(1, False), (2, False), (3, True)])
 def test_the_critics_warm_up_ends_where_it_would_have(tmp_path, step, learned):
-    """Three steps of warm-up, resumed after `step` of them: the actor learns in the next one from step 4 on."""
+    """Three steps of warm-up, resumed after `step` of them: the actor learns in the next one from
+    step 4 on."""
     trained(tmp_path, steps=step)
-    resumed, taken = trainer_in(tmp_path, "trainer.critic_warmup=3"), []
-    resumed.actor = SimpleNamespace(update_actor=lambda batch: taken.append(batch) or {"skipped_steps": 0.0})
+    resumed = trainer_in(tmp_path, "trainer.critic_warmup=3")
+    taken = []
+    resumed.actor = SimpleNamespace(
+        update_actor=lambda batch: taken.append(batch) or {"skipped_steps": 0.0}
+    )
     resumed.load_checkpoint(step)
     resumed.step += 1
     batch = ragged_batch(torch.float32)
-    mask, old = batch.batch["response_mask"], batch.batch["old_log_probs"]
+    mask = batch.batch["response_mask"]
+    old = batch.batch["old_log_probs"]
     resumed.update_actor(batch.with_tensors(turns=mask - 1, rollout_log_probs=old))
     assert bool(taken) is learned
 
@@ -311,24 +389,40 @@ def test_signals_that_are_not_watched_any_more_are_forgotten(tmp_path):
         before.collapse_watch.observe(step, {"actor/entropy": entropy, "actor/grad_norm": 1.0})
     assert before.collapse_watch.since == {"actor/entropy": 3}
     after = trainer_in(
-        tmp_path, "trainer.collapse_watch.signals={actor/entropy: null}", "trainer.collapse_watch.window=1"
+        tmp_path,
+        "trainer.collapse_watch.signals={actor/entropy: null}",
+        "trainer.collapse_watch.window=1",
     )
     after.collapse_watch.load_state_dict(before.collapse_watch.state_dict())
-    assert after.collapse_watch.since == {} and after.collapse_watch.history == {"actor/grad_norm": [1.0]}
+    assert after.collapse_watch.since == {} and after.collapse_watch.history == {
+        "actor/grad_norm": [1.0]
+    }
 
 
 def test_a_run_is_compared_as_it_will_train_with_its_packing_decided(tmp_path, monkeypatch):
-    """The saved configuration has it decided; compared before that, every resume would tell of a change."""
+    """The saved configuration has it decided; compared before that, every resume would tell of a
+    change."""
     undecided, decided = (
         SimpleNamespace(trainer=SimpleNamespace(default_local_dir=str(tmp_path)), pack_rows=pack)
         for pack in (None, True)
     )
     compared = []
-    for name in ("check_trainable", "load_train_set", "load_val_set", "check_environment", "write_config", "train"):
+    for name in (
+        "check_trainable",
+        "load_train_set",
+        "load_val_set",
+        "check_environment",
+        "write_config",
+        "train",
+    ):
         monkeypatch.setattr(main_ppo, name, lambda *_: None)
     monkeypatch.setattr(main_ppo, "gpus_here", lambda config: 0)
     monkeypatch.setattr(main_ppo, "prepare", lambda raw: (undecided, None, None, None))
     monkeypatch.setattr(packing, "decide_packing", lambda config: decided)
-    monkeypatch.setattr(main_ppo, "checkpoint_to_resume", lambda config, train_set: compared.append(config.pack_rows))
+    monkeypatch.setattr(
+        main_ppo,
+        "checkpoint_to_resume",
+        lambda config, train_set: compared.append(config.pack_rows),
+    )
     main_ppo.run_ppo({}, Stop())
     assert compared == [True]

@@ -1,4 +1,5 @@
-"""What rewards of users return, and what becomes of it: scores, components, facts, failures, errors."""
+"""What rewards of users return, and what becomes of it: scores, components, facts, failures,
+errors."""
 
 import asyncio
 import json
@@ -13,16 +14,24 @@ from tests.models import make_tokenizer
 from tests.verl.test_agent_worker import SAMPLING, Breaking
 from tests.verl.test_agent_worker import worker as make_worker
 from verl.agent import Segment, Source, Trajectory, TrajectoryFailed
-from verl.trainer.ppo.batching import RolloutFailed, check_failures, failure_metrics, rollout_metrics, score_groups
+from verl.trainer.ppo.batching import (
+    RolloutFailed,
+    check_failures,
+    failure_metrics,
+    rollout_metrics,
+    score_groups,
+)
 from verl.utils.errors import ConfigError, RewardError
 from verl.utils.loading import load_function
 from verl.utils.reward import FunctionReward, check_signature, score
 from verl.workers.rollout.agent_worker import Failure, Job
 
 ROW = {
-    "data_source": "nq", "prompt": [{"role": "user", "content": "Who?"}],
-    "reward_model": {"ground_truth": {"target": ["A"]}}, "extra_info": {"question": "Who?"},
-}  # fmt: skip
+    "data_source": "nq",
+    "prompt": [{"role": "user", "content": "Who?"}],
+    "reward_model": {"ground_truth": {"target": ["A"]}},
+    "extra_info": {"question": "Who?"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +40,9 @@ def tokenizer(tmp_path_factory):
 
 
 def finished() -> Trajectory:
-    return Trajectory([1, 2], [Segment(Source.MODEL, [5, 6], [-1.0, -1.0]), Segment(Source.OBSERVATION, [7])])
+    return Trajectory(
+        [1, 2], [Segment(Source.MODEL, [5, 6], [-1.0, -1.0]), Segment(Source.OBSERVATION, [7])]
+    )
 
 
 def scored(function, tokenizer) -> Trajectory:
@@ -48,7 +59,16 @@ def returning(result):
     return compute_score
 
 
-NUMBERS = [1, 1.0, True, np.float32(1), np.bool_(True), np.ones(1), torch.tensor(1.0), torch.ones(1, dtype=torch.bool)]
+NUMBERS = [
+    1,
+    1.0,
+    True,
+    np.float32(1),
+    np.bool_(True),
+    np.ones(1),
+    torch.tensor(1.0),
+    torch.ones(1, dtype=torch.bool),
+]
 
 
 @pytest.mark.parametrize("value", NUMBERS)
@@ -67,12 +87,23 @@ def test_a_coroutine_function_is_awaited(tokenizer):
 
 def test_numbers_are_components_and_all_else_is_kept_in_a_form_that_json_has(tokenizer):
     result = {
-        "score": 1.0, "acc": True, "pred": "42", "vector": np.arange(3), "odd": object, "gap": math.nan, "none": None,
-    }  # fmt: skip
+        "score": 1.0,
+        "acc": True,
+        "pred": "42",
+        "vector": np.arange(3),
+        "odd": object,
+        "gap": math.nan,
+        "none": None,
+    }
     trajectory = scored(returning(result), tokenizer)
     assert trajectory.reward == {"score": 1.0, "acc": 1.0}
     kept = trajectory.info["reward"]
-    assert kept["pred"] == "42" and kept["vector"] == [0, 1, 2] and kept["none"] is None and "object" in kept["odd"]
+    assert (
+        kept["pred"] == "42"
+        and kept["vector"] == [0, 1, 2]
+        and kept["none"] is None
+        and "object" in kept["odd"]
+    )
     assert math.isnan(kept["gap"])
     json.dumps(trajectory.info)
 
@@ -93,37 +124,54 @@ def test_numbers_are_components_and_all_else_is_kept_in_a_form_that_json_has(tok
         ({}, r"returned a dict without 'score' \(keys: none\)"),
     ],
 )
-def test_without_a_finite_score_the_trajectory_fails_and_the_function_is_named(tokenizer, result, said):
-    expected = rf"returning.*compute_score of .*test_reward\.py {said}: expected a finite number, or a dict"
+def test_without_a_finite_score_the_trajectory_fails_and_the_function_is_named(
+    tokenizer, result, said
+):
+    expected = (
+        rf"returning.*compute_score of .*test_reward\.py {said}: expected a finite number, or a "
+        r"dict"
+    )
     with pytest.raises(TrajectoryFailed, match=expected) as caught:
         scored(returning(result), tokenizer)
     assert caught.value.num_calls == 1
 
 
-async def test_such_failures_are_counted_with_their_cause_and_the_others_are_trained_on(tmp_path, tokenizer):
+async def test_such_failures_are_counted_with_their_cause_and_the_others_are_trained_on(
+    tmp_path, tokenizer
+):
     def compute_score(ground_truth, **kwargs):
         return math.nan if ground_truth == "bad" else 1.0
 
     made = make_worker(tmp_path, failures=0)
     made.reward = FunctionReward(compute_score, tokenizer)
-    rows = [{**ROW, "name": str(i), "reward_model": {"ground_truth": "bad" if i == 2 else "A"}} for i in range(4)]
+    rows = [
+        {**ROW, "name": str(i), "reward_model": {"ground_truth": "bad" if i == 2 else "A"}}
+        for i in range(4)
+    ]
     results = await made.run([Job("u", f"s{i}", row, [7]) for i, row in enumerate(rows)], SAMPLING)
     assert [isinstance(result, Failure) for result in results] == [False, False, True, False]
     assert failure_metrics(results)["rollout/failed"] == 1.0
-    with pytest.raises(RolloutFailed, match=r"1 x .*compute_score of .*test_reward\.py returned nan"):
+    with pytest.raises(
+        RolloutFailed, match=r"1 x .*compute_score of .*test_reward\.py returned nan"
+    ):
         check_failures(results, 0.1)
 
 
-async def test_a_reward_that_raises_ends_the_batch_and_names_function_line_and_question(tmp_path, tokenizer):
+async def test_a_reward_that_raises_ends_the_batch_and_names_function_line_and_question(
+    tmp_path, tokenizer
+):
     def compute_score(**kwargs):
         return 1 / 0
 
     made = make_worker(tmp_path, failures=0)
-    made.agent, made.reward = Breaking(0), FunctionReward(compute_score, tokenizer)
+    made.agent = Breaking(0)
+    made.reward = FunctionReward(compute_score, tokenizer)
     with pytest.raises(RewardError) as caught:
         await made.run([Job("u", "s", {**ROW, "name": "a"}, [7])], SAMPLING)
     message = str(pickle.loads(pickle.dumps(caught.value)))
-    assert "compute_score of" in message and "raised ZeroDivisionError: division by zero at" in message
+    assert (
+        "compute_score of" in message and "raised ZeroDivisionError: division by zero at" in message
+    )
     assert f"line {compute_score.__code__.co_firstlineno + 1} (`return 1 / 0`)" in message
     assert "for nq, question 'Who?', ground truth {'target': ['A']}" in message
 
@@ -155,13 +203,18 @@ def test_a_comparison_passes_the_same_boundary():
     jobs, results = results_of([1.0, 1.0, 1.0])
     first, second, third = score_groups(Comparing(change), jobs, results, min_group=2)
     assert first.reward == {"score": 0.5} and first.info["reward"] == {"why": "first"}
-    assert isinstance(second, Failure) and "Comparing, score_groups returned score nan" in second.message
+    assert (
+        isinstance(second, Failure)
+        and "Comparing, score_groups returned score nan" in second.message
+    )
     assert third is results[2]
 
 
 def test_a_comparison_that_raises_is_named_and_groups_too_small_to_compare_are_not_given():
     jobs, results = results_of([1.0, 1.0])
-    with pytest.raises(RewardError, match=r"Comparing, score_groups raised KeyError: 'em' at .*test_reward\.py"):
+    with pytest.raises(
+        RewardError, match=r"Comparing, score_groups raised KeyError: 'em' at .*test_reward\.py"
+    ):
         score_groups(Comparing(lambda group: group[0].reward["em"]), jobs, results, min_group=2)
     results[1] = Failure("down", 1)
     assert score_groups(Comparing(lambda group: 1 / 0), jobs, results, min_group=2) == results
@@ -179,7 +232,8 @@ def test_a_function_that_cannot_be_called_by_these_names_is_refused(tmp_path):
     path.write_text("def compute_score(prediction, gold):\n    return 1.0\n\n\nNUMBER = 3\n")
     function = load_function(str(path), "compute_score", "custom_reward_function")
     expected = (
-        r"\.name=compute_score: compute_score of .*reward\.py is declared with \(prediction, gold\).*add \*\*kwargs"
+        r"\.name=compute_score: compute_score of .*reward\.py is declared with \(prediction, "
+        r"gold\).*add \*\*kwargs"
     )
     with pytest.raises(ConfigError, match=expected):
         check_signature(function, "custom_reward_function.name=compute_score")
@@ -187,12 +241,17 @@ def test_a_function_that_cannot_be_called_by_these_names_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected a function, got a int"):
         check_signature(number, "custom_reward_function.name=NUMBER")
     check_signature(lambda solution_str, **kwargs: 1.0, "key")
-    check_signature(lambda data_source, solution_str, ground_truth, extra_info=None, scale=2.0: 1.0, "key")
+    check_signature(
+        lambda data_source, solution_str, ground_truth, extra_info=None, scale=2.0: 1.0, "key"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("import nothing_of_this_name\n", "ModuleNotFoundError.*, line 1"), ("x = 1\ndef f(:\n", "SyntaxError")],
+    [
+        ("import nothing_of_this_name\n", "ModuleNotFoundError.*, line 1"),
+        ("x = 1\ndef f(:\n", "SyntaxError"),
+    ],
 )
 def test_a_reward_file_that_cannot_be_read_is_named(tmp_path, text, said):
     (tmp_path / "reward.py").write_text(text)

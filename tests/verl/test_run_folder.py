@@ -1,4 +1,5 @@
-"""Bookkeeping of checkpoints: what is complete, newest, best; what a crash at any point leaves behind."""
+"""Bookkeeping of checkpoints: what is complete, newest, best; what a crash at any point leaves
+behind."""
 
 import json
 import logging
@@ -53,7 +54,10 @@ def test_a_checkpoint_counts_once_it_is_complete(tmp_path):
     assert find_latest(tmp_path) == tmp_path / "global_step_3"
     with pytest.raises(FileNotFoundError, match=r"global_step_9\.tmp"):
         complete(tmp_path, 9)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step_3", "latest_checkpointed_iteration.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "global_step_3",
+        "latest_checkpointed_iteration.txt",
+    ]
 
 
 def test_a_step_reached_again_replaces_its_checkpoint(tmp_path):
@@ -104,7 +108,11 @@ def test_the_best_is_the_highest_of_one_metric(tmp_path):
     assert not mark_best(tmp_path, 1, "em", float("nan"))
     assert mark_best(tmp_path, 1, "em", -1.5)
     assert mark_best(tmp_path, 2, "em", 0.5) and not mark_best(tmp_path, 3, "em", 0.5)
-    assert json.loads((tmp_path / "best_checkpoint.json").read_text()) == {"step": 2, "metric": "em", "value": 0.5}
+    assert json.loads((tmp_path / "best_checkpoint.json").read_text()) == {
+        "step": 2,
+        "metric": "em",
+        "value": 0.5,
+    }
     assert mark_best(tmp_path, 3, "f1", 0.1) and best(tmp_path)["step"] == 3  # pyright: ignore
     with pytest.raises(FileNotFoundError, match="global_step_4"):
         mark_best(tmp_path, 4, "f1", 0.9)
@@ -127,7 +135,9 @@ def test_results_of_something_else_are_not_added_to(tmp_path):
     path = tmp_path / "run" / "made_of.json"
     claim(path, {"model": "a", "topk": (1, 2)}, "evaluation")
     claim(path, {"model": "a", "topk": (1, 2)}, "evaluation")
-    with pytest.raises(DataError, match=r"made_of.json: .* of another evaluation \(not the same: topk, reward\)"):
+    with pytest.raises(
+        DataError, match=r"made_of.json: .* of another evaluation \(not the same: topk, reward\)"
+    ):
         claim(path, {"model": "a", "topk": (1, 3), "reward": "f1"}, "evaluation")
     assert json.loads(path.read_text()) == {"model": "a", "topk": [1, 2]}
 
@@ -162,7 +172,9 @@ def test_a_kill_between_any_two_operations_leaves_a_checkpoint(tmp_path, monkeyp
     found = find_latest(tmp_path)
     assert found is not None and (found / "actor/0.distcp").is_file()
     assert found.name == ("global_step_1" if after == 1 else "global_step_2")
-    assert all((run_folder.folder_of(tmp_path, s) / "actor/0.distcp").is_file() for s in steps(tmp_path))
+    assert all(
+        (run_folder.folder_of(tmp_path, s) / "actor/0.distcp").is_file() for s in steps(tmp_path)
+    )
 
 
 def test_an_export_replaces_weights_and_keeps_other_files(tmp_path):
@@ -174,7 +186,10 @@ def test_an_export_replaces_weights_and_keeps_other_files(tmp_path):
         for file in files:
             (tmp_path / name / file).write_text(name)
     replace_folder(tmp_path / "hf.tmp", tmp_path / "hf", carry_over=True)
-    assert {p.name: p.read_text() for p in (tmp_path / "hf").iterdir()} == {"notes.md": "hf", "config.json": "hf.tmp"}
+    assert {p.name: p.read_text() for p in (tmp_path / "hf").iterdir()} == {
+        "notes.md": "hf",
+        "config.json": "hf.tmp",
+    }
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
@@ -190,10 +205,14 @@ with held(sys.argv[1]):
 
 def test_a_run_folder_has_one_run_and_whoever_is_killed_lets_go_of_it(tmp_path):
     command = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    other = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        refused = pytest.raises(ConfigError, match=r"default_local_dir=.*run: another run is using this folder")
+        refused = pytest.raises(
+            ConfigError, match=r"default_local_dir=.*run: another run is using this folder"
+        )
         with refused, held(tmp_path / "run", patience_s=0):
             pass
     finally:

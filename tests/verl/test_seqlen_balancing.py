@@ -46,5 +46,8 @@ def test_sums_differ_by_no_more_than_the_longest_row(lengths, num_parts, equal_s
 @given(st.lists(st.integers(1, 50), min_size=6, max_size=6))
 @settings(deadline=None, max_examples=50)
 def test_close_to_the_best_division(lengths):
-    best = min(max(sum(half), sum(lengths) - sum(half)) for half in itertools.combinations(lengths, 3))
-    assert max(sums(lengths, balance(lengths, 2))) <= 4 / 3 * best  # 48, 16, 16, 16, 1, 1 comes to 1.3
+    best = min(
+        max(sum(half), sum(lengths) - sum(half)) for half in itertools.combinations(lengths, 3)
+    )
+    # 48, 16, 16, 16, 1, 1 comes to 1.3
+    assert max(sums(lengths, balance(lengths, 2))) <= 4 / 3 * best

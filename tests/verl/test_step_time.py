@@ -24,13 +24,16 @@ from verl.trainer.step_time import (
 from verl.workers.config import FSDPConfig, RolloutConfig
 
 SHAPES = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "model_shapes.json"
-SIZES = Sizes(params=1_000, layer=200, layers=3, hidden=4, queries=4, keys=2, intermediate=8, vocab=50)
+SIZES = Sizes(
+    params=1_000, layer=200, layers=3, hidden=4, queries=4, keys=2, intermediate=8, vocab=50
+)
 ROLE = Role("actor", SIZES, 1_000, FSDPConfig(), 2, Pass(30, 10, ""), Pass(20, 10, ""))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flops_as_torch_counts_them(checkpointing):
-    """Torch counts the masked half of the attention too, which kernels for causal attention leave out."""
+    """Torch counts the masked half of the attention too, which kernels for causal attention leave
+    out."""
     config = Qwen3Config(
         hidden_size=64,
         intermediate_size=96,
@@ -41,7 +44,9 @@ def test_flops_as_torch_counts_them(checkpointing):
         vocab_size=500,
         attn_implementation="eager",
     )
-    rows, length, trained = 2, 40, 10
+    rows = 2
+    length = 40
+    trained = 10
     tokens = rows * length
     sizes = Sizes(0, 0, 3, hidden=64, queries=128, keys=64, intermediate=96, vocab=500)
     model = Qwen3ForCausalLM(config)
@@ -52,7 +57,10 @@ def test_flops_as_torch_counts_them(checkpointing):
     with FlopCounterMode(display=False) as forward:
         logits = model(ids, use_cache=False, logits_to_keep=trained).logits
     masked_half = tokens * 3 * 2 * sizes.queries * length
-    assert forward.get_total_flops() == forward_flops(sizes, tokens, rows * trained, length) + masked_half
+    assert (
+        forward.get_total_flops()
+        == forward_flops(sizes, tokens, rows * trained, length) + masked_half
+    )
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     role = replace(ROLE, sizes=sizes, trained=0, checkpointing=checkpointing)
@@ -68,7 +76,9 @@ def test_adapters_need_no_gradient_of_the_weights():
 
 
 def config(**trainer):
-    actor = SimpleNamespace(state_masking=True, ppo_epochs=1, ppo_mini_batch_size=8, ppo_max_token_len_per_gpu=2_000)
+    actor = SimpleNamespace(
+        state_masking=True, ppo_epochs=1, ppo_mini_batch_size=8, ppo_max_token_len_per_gpu=2_000
+    )
     rollout = RolloutConfig(n=4, gpu_memory_utilization=0.5)
     return SimpleNamespace(
         data=SimpleNamespace(train_batch_size=4),
@@ -96,7 +106,8 @@ def test_a_forward_verb_by_hand():
 
 
 def test_offload_by_hand():
-    """16 trajectories on 2 ranks in 2 mini-batches: 5,200 tokens of a rank in each, so 3 micro-batches of 2,000."""
+    """16 trajectories on 2 ranks in 2 mini-batches: 5,200 tokens of a rank in each, so 3
+    micro-batches of 2,000."""
     offloaded = replace(ROLE, fsdp=FSDPConfig(param_offload=True))
     found = step(offloaded, pcie_gb_per_s=1e-6, host_adamw_gb_per_s=1e-6)
     flops = found.computing(update_flops(ROLE, 16 * 1_300, 16 * 250, 1_300))[0]
@@ -116,21 +127,28 @@ def test_a_sync_by_hand():
 
 
 def test_the_retriever_bounds_the_rollout():
-    fast, slow = (step(retriever_queries_per_s=rate).rollout_seconds(Batch(16, 4))[0] for rate in (1e9, 1.0))
-    (decoding, faster) = (step(engine_tokens_per_s=rate).engine_rate(8, 1_300) for rate in (100.0, 200.0))
+    fast, slow = (
+        step(retriever_queries_per_s=rate).rollout_seconds(Batch(16, 4))[0] for rate in (1e9, 1.0)
+    )
+    (decoding, faster) = (
+        step(engine_tokens_per_s=rate).engine_rate(8, 1_300) for rate in (100.0, 200.0)
+    )
     assert slow > 32 > fast and (decoding, faster) == (100.0, 200.0)
 
 
 def test_an_engine_is_bound_by_memory_or_by_its_products():
     """A trajectory reads 2,000 bytes of weights and 24 bytes a token of its context in a step."""
-    rate = step(bandwidth_efficiency=0.5, prefill_efficiency=1e3, engine_step_ms=0.0).engine_rate(4, 100)
+    rate = step(bandwidth_efficiency=0.5, prefill_efficiency=1e3, engine_step_ms=0.0).engine_rate(
+        4, 100
+    )
     assert rate == pytest.approx(4 / ((2_000 + 4 * 100 * 24) / 5e8))
     rate = step(prefill_efficiency=1e-3, engine_step_ms=0.0).engine_rate(4, 100)
     assert rate == pytest.approx(4 / (forward_flops(SIZES, 4, 4, 100) / 1e6))
 
 
 @pytest.mark.parametrize(
-    ("test_freq", "before", "expected"), [(50, True, 22), (50, False, 21), (-1, True, 2), (201, True, 6)]
+    ("test_freq", "before", "expected"),
+    [(50, True, 22), (50, False, 21), (-1, True, 2), (201, True, 6)],
 )
 def test_validations_of_a_run(test_freq, before, expected):
     trainer = {"total_training_steps": 1_005, "test_freq": test_freq, "val_before_train": before}
@@ -138,15 +156,34 @@ def test_validations_of_a_run(test_freq, before, expected):
 
 
 def test_the_command(capsys):
-    arguments = ["--config-name", "ppo", "experiment=nq_hotpotqa/qwen2.5-3b-ppo", "--shapes", str(SHAPES)]
+    arguments = [
+        "--config-name",
+        "ppo",
+        "experiment=nq_hotpotqa/qwen2.5-3b-ppo",
+        "--shapes",
+        str(SHAPES),
+    ]
     assert main([*arguments, "--gpu", "h200", "--val-questions", "3125"]) == 0
     lines = capsys.readouterr().out.splitlines()
     seconds = {line[:16].strip(): float(line[16:24]) for line in lines[1:-1]}
-    verbs = ["gen", "old_log_prob", "ref", "values", "update_critic", "update_actor", "update_weights", "sleep"]
+    verbs = [
+        "gen",
+        "old_log_prob",
+        "ref",
+        "values",
+        "update_critic",
+        "update_actor",
+        "update_weights",
+        "sleep",
+    ]
     assert list(seconds) == [*verbs, "prepare, adv", "step", "testing"]
     testing = seconds.pop("testing")
-    assert 2 * seconds.pop("step") == pytest.approx(sum(seconds.values()) * 2, abs=1.0) and testing > 0
-    assert lines[0].startswith("Qwen/Qwen2.5-3B on 8 GPUs: 512 trajectories of 1,300 tokens, 19% of them trained")
+    assert (
+        2 * seconds.pop("step") == pytest.approx(sum(seconds.values()) * 2, abs=1.0) and testing > 0
+    )
+    assert lines[0].startswith(
+        "Qwen/Qwen2.5-3B on 8 GPUs: 512 trajectories of 1,300 tokens, 19% of them trained"
+    )
     assert "1,005 steps" in lines[-1] and "22 validations" in lines[-1]
 
 

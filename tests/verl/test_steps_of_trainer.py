@@ -1,4 +1,5 @@
-"""The order of a training step and what each verb is given, over roles and engines that write down what they are asked.
+"""The order of a training step and what each verb is given, over roles and engines that write down
+what they are asked.
 
 The configuration, the batches and everything that the driver computes are real.
 """
@@ -21,14 +22,27 @@ from verl.trainer.ppo.rollout import make_jobs
 from verl.utils.tracking import Timers, Tracking
 from verl.workers.rollout.agent_worker import Failure
 
-ROWS, PROMPTS, GROUP = 6, 2, 4
-ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+ROWS = 6
+PROMPTS = 2
+GROUP = 4
+ACTOR = "actor_rollout_ref.actor"
+ROLLOUT = "actor_rollout_ref.rollout"
 SMALL = [
-    f"data.train_batch_size={PROMPTS}", f"{ROLLOUT}.n={GROUP}", f"{ACTOR}.ppo_mini_batch_size={PROMPTS * GROUP}",
-    "trainer.device=cpu", "trainer.n_gpus_per_node=1", "trainer.total_training_steps=3", "trainer.test_freq=-1",
-    "trainer.save_freq=-1", "trainer.val_before_train=false", "trainer.best_metric=null", "trainer.logger=[]",
-    "data.shuffle_train_dataloader=false", "trainer.critic_warmup=0", "trainer.rollout_data_freq=-1",
-]  # fmt: skip
+    f"data.train_batch_size={PROMPTS}",
+    f"{ROLLOUT}.n={GROUP}",
+    f"{ACTOR}.ppo_mini_batch_size={PROMPTS * GROUP}",
+    "trainer.device=cpu",
+    "trainer.n_gpus_per_node=1",
+    "trainer.total_training_steps=3",
+    "trainer.test_freq=-1",
+    "trainer.save_freq=-1",
+    "trainer.val_before_train=false",
+    "trainer.best_metric=null",
+    "trainer.logger=[]",
+    "data.shuffle_train_dataloader=false",
+    "trainer.critic_warmup=0",
+    "trainer.rollout_data_freq=-1",
+]
 
 
 def question(number: int) -> dict:
@@ -45,10 +59,13 @@ class Questions:
 
 
 class Rollout:
-    """Engines whose trajectories of a prompt score `scores[prompt]`; None fails. Four tokens each."""
+    """Engines whose trajectories of a prompt score `scores[prompt]`; None fails. Four tokens
+    each."""
 
     def __init__(self, said: list, scores: dict) -> None:
-        self.said, self.scores, self.version = said, scores, -1
+        self.said = said
+        self.scores = scores
+        self.version = -1
 
     def submit(self, rows, prompts, sampling, seed, name="rollout"):
         self.said.append((f"submit {name}", tuple(row["number"] for row in rows), self.version))
@@ -85,7 +102,9 @@ class Role:
     """A worker group: log-probs of -1 for the actor, of -1.5 for the reference, values of 0."""
 
     def __init__(self, name: str, said: list) -> None:
-        self.name, self.said, self.batches = name, said, []
+        self.name = name
+        self.said = said
+        self.batches = []
         self.skipped_steps = 0.0
         self.checkpoints: list[tuple[str, bool]] = []
         """The folder of each one written, and whether in the background."""
@@ -133,7 +152,9 @@ class Role:
 @pytest.fixture(autouse=True)
 def validation(monkeypatch):
     """Finds the same whatever it is given."""
-    monkeypatch.setattr(ray_trainer.validation, "score", lambda *_: ({"val/test_score/all": 0.5}, []))
+    monkeypatch.setattr(
+        ray_trainer.validation, "score", lambda *_: ({"val/test_score/all": 0.5}, [])
+    )
 
 
 def make_processes(config: PPOConfig, scores: dict | None = None) -> SimpleNamespace:
@@ -158,17 +179,29 @@ def trainer_over(config: PPOConfig, processes: SimpleNamespace) -> RayPPOTrainer
     agent = SimpleNamespace(reduce_metrics=lambda trajectories: {})
     tracking = Tracking(config.trainer.default_local_dir, [], "project", "run", {}, {})
     made = RayPPOTrainer(
-        config, SimpleNamespace(pad_token_id=0), agent, None, Questions(), Questions(), processes,
-        tracking, Timers(), SimpleNamespace(requested=0),
-    )  # fmt: skip
+        config,
+        SimpleNamespace(pad_token_id=0),
+        agent,
+        None,
+        Questions(),
+        Questions(),
+        processes,
+        tracking,
+        Timers(),
+        SimpleNamespace(requested=0),
+    )
     made.logged = []
     made.tracking.log = lambda metrics, step: made.logged.append(metrics)
     return made
 
 
-def make_trainer(folder, algorithm: str, *overrides: str, scores: dict | None = None) -> RayPPOTrainer:
+def make_trainer(
+    folder, algorithm: str, *overrides: str, scores: dict | None = None
+) -> RayPPOTrainer:
     """A trainer whose `said` is what its roles and engines were asked, in that order."""
-    config = validate(composed(algorithm, *SMALL, f"trainer.default_local_dir={folder}", *overrides))
+    config = validate(
+        composed(algorithm, *SMALL, f"trainer.default_local_dir={folder}", *overrides)
+    )
     processes = make_processes(config, scores)
     made = trainer_over(config, processes)
     made.said = processes.said
@@ -184,18 +217,34 @@ def test_a_step_of_ppo_in_its_order(tmp_path):
     trainer = make_trainer(tmp_path, "ppo", "trainer.total_training_steps=2")
     trainer.fit()
     step = [
-        "submit rollout", "collect", "sleep", "old_log_probs", "ref_log_prob", "values", "update critic",
-        "update actor", "update_weights",
-    ]  # fmt: skip
+        "submit rollout",
+        "collect",
+        "sleep",
+        "old_log_probs",
+        "ref_log_prob",
+        "values",
+        "update critic",
+        "update actor",
+        "update_weights",
+    ]
     assert verbs(trainer) == ["update_weights", *step, *step]
     assert [event[1] for event in trainer.said if event[0] == "update_weights"] == [0, 1, 2]
-    assert [event[1:] for event in trainer.said if event[0] == "submit rollout"] == [((0, 1), 0), ((2, 3), 1)]
+    assert [event[1:] for event in trainer.said if event[0] == "submit rollout"] == [
+        ((0, 1), 0),
+        ((2, 3), 1),
+    ]
 
 
 def test_a_step_of_grpo_has_neither_critic_nor_values(tmp_path):
     trainer = make_trainer(tmp_path, "grpo", "trainer.total_training_steps=1")
     trainer.fit()
-    assert verbs(trainer)[3:] == ["sleep", "old_log_probs", "ref_log_prob", "update actor", "update_weights"]
+    assert verbs(trainer)[3:] == [
+        "sleep",
+        "old_log_probs",
+        "ref_log_prob",
+        "update actor",
+        "update_weights",
+    ]
 
 
 def test_only_the_critic_learns_up_to_the_last_step_of_its_warm_up(tmp_path):
@@ -218,13 +267,18 @@ def test_the_kl_is_in_the_rewards_before_advantages_are_made_of_them(tmp_path):
 
 
 def test_the_adaptive_coefficient_moves_by_the_trajectories_of_each_step(tmp_path):
-    """KL .5 is far above its target: the coefficient rises by 20 % of 8 of 100 trajectories, once a step."""
+    """KL .5 is far above its target: the coefficient rises by 20 % of 8 of 100 trajectories, once a
+    step."""
     control = ["type=adaptive", "kl_coef=0.1", "target_kl=0.1", "horizon=100"]
-    trainer = make_trainer(tmp_path, "ppo", *[f"algorithm.kl_ctrl.{setting}" for setting in control])
+    trainer = make_trainer(
+        tmp_path, "ppo", *[f"algorithm.kl_ctrl.{setting}" for setting in control]
+    )
     trainer.fit()
     growth = 1 + 0.2 * PROMPTS * GROUP / 100
     assert [line["critic/kl"] for line in trainer.logged] == pytest.approx([0.5] * 3)
-    assert [line["critic/kl_coeff"] for line in trainer.logged] == pytest.approx([0.1, 0.1 * growth, 0.1 * growth**2])
+    assert [line["critic/kl_coeff"] for line in trainer.logged] == pytest.approx(
+        [0.1, 0.1 * growth, 0.1 * growth**2]
+    )
     assert trainer.state_dict()["kl"] == pytest.approx(0.1 * growth**3)
 
 
@@ -233,21 +287,43 @@ def test_trajectories_under_way_settle_before_the_weights_change_unless_they_may
     stale = ["async_training.max_staleness=1", "algorithm.rollout_correction.rollout_is=token"]
     trainer = make_trainer(tmp_path, "grpo", *stale, f"async_training.partial_rollout={partial}")
     trainer.fit()
-    events = [event[0] for event in trainer.said if event[0] in ("drain", "update_weights", "submit rollout")]
+    events = [
+        event[0]
+        for event in trainer.said
+        if event[0] in ("drain", "update_weights", "submit rollout")
+    ]
     settles = [] if partial else ["drain"]
     under_way = ["submit rollout", "submit rollout"]
-    expected = [*settles, "update_weights", *under_way, *settles, "update_weights", "submit rollout"]
+    expected = [
+        *settles,
+        "update_weights",
+        *under_way,
+        *settles,
+        "update_weights",
+        "submit rollout",
+    ]
     assert events[: len(expected)] == expected
-    # An engine that is replaced while others settle takes the new weights, so the version rises first.
-    drained = [] if partial else [("drain", 0, 0), ("drain", 1, 1), ("drain", 1, 2), ("drain", 0, 3)]
+    # An engine that is replaced while others settle takes the new weights, so the version rises
+    # first.
+    drained = (
+        [] if partial else [("drain", 0, 0), ("drain", 1, 1), ("drain", 1, 2), ("drain", 0, 3)]
+    )
     assert [event for event in trainer.said if event[0] == "drain"] == drained
 
 
 def test_dynamic_sampling_keeps_the_first_groups_that_differ_and_counts_everything(tmp_path):
-    """Prompt 0 teaches nothing, prompt 4 fails once: the step trains on 1 and 2, and tells of all four prompts."""
-    scores = {0: [1.0] * 4, 1: [0.0, 1.0, 0.0, 1.0], 2: [0.0, 1.0, None, 1.0], 3: [0.0, 0.0, 0.0, 1.0]}
+    """Prompt 0 teaches nothing, prompt 4 fails once: the step trains on 1 and 2, and tells of all
+    four prompts."""
+    scores = {
+        0: [1.0] * 4,
+        1: [0.0, 1.0, 0.0, 1.0],
+        2: [0.0, 1.0, None, 1.0],
+        3: [0.0, 0.0, 0.0, 1.0],
+    }
     sampling = ["algorithm.filter_groups.enable=true", "trainer.max_failed_share=0.5"]
-    trainer = make_trainer(tmp_path, "grpo", *sampling, "trainer.total_training_steps=1", scores=scores)
+    trainer = make_trainer(
+        tmp_path, "grpo", *sampling, "trainer.total_training_steps=1", scores=scores
+    )
     trainer.fit()
     (batch,) = trainer.actor.batches
     assert sorted(batch.batch["prompts"].flatten().tolist()) == [2] * 4 + [3] * 3
@@ -259,10 +335,14 @@ def test_dynamic_sampling_keeps_the_first_groups_that_differ_and_counts_everythi
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_dynamic_sampling_ends_after_its_largest_number_of_batches(tmp_path, most):
     alike = {number: [1.0] * 4 for number in range(ROWS)}
-    settings = ["algorithm.filter_groups.enable=true", f"algorithm.filter_groups.max_num_gen_batches={most}"]
+    settings = [
+        "algorithm.filter_groups.enable=true",
+        f"algorithm.filter_groups.max_num_gen_batches={most}",
+    ]
     trainer = make_trainer(tmp_path, "grpo", *settings, scores=alike)
     with pytest.raises(
-        NothingToLearn, match=f"none of {most * PROMPTS * GROUP} trajectories is in a group that differs"
+        NothingToLearn,
+        match=f"none of {most * PROMPTS * GROUP} trajectories is in a group that differs",
     ):
         trainer.fit()
     assert verbs(trainer).count("collect") == most
@@ -290,7 +370,9 @@ def test_validation_and_checkpoints_come_every_so_many_steps_and_at_the_end(tmp_
 
 def test_a_step_that_is_asked_to_stop_is_finished_and_saved(tmp_path):
     trainer = make_trainer(tmp_path, "grpo")
-    trainer.actor.update_actor = lambda batch: setattr(trainer.stop, "requested", 15) or trainer.actor._update(batch)
+    trainer.actor.update_actor = lambda batch: (
+        setattr(trainer.stop, "requested", 15) or trainer.actor._update(batch)
+    )
     trainer.fit()
     assert trainer.step == 1 and verbs(trainer)[-1] == "update_weights"
     assert (tmp_path / "global_step_1").is_dir()
@@ -307,11 +389,16 @@ def test_one_survivor_of_a_group_is_not_compared_with_itself(tmp_path):
 
 
 def test_the_console_says_how_long_it_will_take(tmp_path, monkeypatch):
-    """By a clock that the run reads once when it begins and once at the end of each step, a minute later each time."""
+    """By a clock that the run reads once when it begins and once at the end of each step, a minute
+    later each time."""
     minutes = itertools.count()
-    monkeypatch.setattr(ray_trainer, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
+    monkeypatch.setattr(
+        ray_trainer, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes))
+    )
     etas = []
-    monkeypatch.setattr(ray_trainer, "console_line", lambda metrics, step, total, eta_s: etas.append(eta_s) or "")
+    monkeypatch.setattr(
+        ray_trainer, "console_line", lambda metrics, step, total, eta_s: etas.append(eta_s) or ""
+    )
     trainer = make_trainer(tmp_path, "grpo")
     trainer.fit()
     assert etas == [120.0, 60.0, 0.0]

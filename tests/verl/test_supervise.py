@@ -1,4 +1,5 @@
-"""The supervisor around small scripts: what is restarted, what is not, where signals go, and that nothing is left."""
+"""The supervisor around small scripts: what is restarted, what is not, where signals go, and that
+nothing is left."""
 
 import json
 import signal
@@ -29,7 +30,8 @@ SUPERVISE = """
 import logging, sys
 from verl.trainer.supervise import supervise
 logging.basicConfig(format="%(message)s")
-sys.exit(supervise([sys.executable, "-c", sys.argv[1]], sys.argv[2], int(sys.argv[3]), pause_s=0.01, grace_s=2.0))
+command = [sys.executable, "-c", sys.argv[1]]
+sys.exit(supervise(command, sys.argv[2], int(sys.argv[3]), pause_s=0.01, grace_s=2.0))
 """
 DESCENDANT = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
 
@@ -41,10 +43,22 @@ def start(tmp_path):
 
         def begin(body: str, max_restarts: int = 3) -> "subprocess.Popen[str]":
             env.update(RUN=str(tmp_path), PYTHONPATH=str(ROOT))
-            command = [sys.executable, "-c", SUPERVISE, HEAD + body, str(tmp_path), str(max_restarts)]
+            command = [
+                sys.executable,
+                "-c",
+                SUPERVISE,
+                HEAD + body,
+                str(tmp_path),
+                str(max_restarts),
+            ]
             begin.alive = alive
             return subprocess.Popen(
-                command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
         yield begin
@@ -64,11 +78,16 @@ def restarts(folder: Path) -> list[dict]:
 
 
 def test_a_killed_driver_continues_from_its_checkpoint(tmp_path, start):
-    status, output = end(start("if start == 1: checkpoint(7); os.kill(os.getpid(), signal.SIGKILL)"))
+    status, output = end(
+        start("if start == 1: checkpoint(7); os.kill(os.getpid(), signal.SIGKILL)")
+    )
     assert status == 0
     assert starts(tmp_path) == ["False", "True"]
     assert [(r["signal"], r["step"]) for r in restarts(tmp_path)] == [("SIGKILL", 7)]
-    assert "the run ended by SIGKILL: restart 1 of 3 in 0.01 s, from the checkpoint of step 7" in output
+    assert (
+        "the run ended by SIGKILL: restart 1 of 3 in 0.01 s, from the checkpoint of step 7"
+        in output
+    )
 
 
 def test_a_restart_before_the_first_own_checkpoint_is_told_so(tmp_path, start):
@@ -76,7 +95,11 @@ def test_a_restart_before_the_first_own_checkpoint_is_told_so(tmp_path, start):
     status, _ = end(start("if start < 3: os.abort()\nif start == 3: checkpoint(2); os.abort()"))
     assert status == 0
     assert starts(tmp_path) == ["False", "False", "False", "True"]
-    assert [(r["signal"], r["step"]) for r in restarts(tmp_path)] == [("SIGABRT", 40), ("SIGABRT", 40), ("SIGABRT", 2)]
+    assert [(r["signal"], r["step"]) for r in restarts(tmp_path)] == [
+        ("SIGABRT", 40),
+        ("SIGABRT", 40),
+        ("SIGABRT", 2),
+    ]
 
 
 def test_what_is_lost_again_and_again_ends_with_what_to_do(tmp_path, start):
@@ -84,12 +107,17 @@ def test_what_is_lost_again_and_again_ends_with_what_to_do(tmp_path, start):
     assert status == 75
     assert len(starts(tmp_path)) == 3
     assert [r["status"] for r in restarts(tmp_path)] == [75, 75]
-    assert "given up after 2 restarts without a new checkpoint in between (trainer.max_restarts)" in output
+    assert (
+        "given up after 2 restarts without a new checkpoint in between (trainer.max_restarts)"
+        in output
+    )
     assert "run the same command: it continues from the beginning" in output
 
 
 def test_progress_begins_the_count_anew(tmp_path, start):
-    status, output = end(start("if start < 6: checkpoint(start // 2); sys.exit(75)", max_restarts=2))
+    status, output = end(
+        start("if start < 6: checkpoint(start // 2); sys.exit(75)", max_restarts=2)
+    )
     assert status == 0 and len(starts(tmp_path)) == 6
     assert "restart 2 of" not in output  # even the same step, when it was written again
 
@@ -129,7 +157,10 @@ def test_one_signal_is_passed_on_once_and_the_status_comes_back(tmp_path, start,
     status, output = end(supervisor)
     assert status == 128 + number and len(starts(tmp_path)) == 1
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
-    assert output.count("finishing the step under way, then a checkpoint; Ctrl-C again to exit now") == 1
+    assert (
+        output.count("finishing the step under way, then a checkpoint; Ctrl-C again to exit now")
+        == 1
+    )
 
 
 def test_the_second_signal_ends_the_driver_at_once(tmp_path, start):
@@ -144,12 +175,17 @@ def test_the_second_signal_ends_the_driver_at_once(tmp_path, start):
 
 
 def test_a_driver_that_ignores_the_second_signal_is_killed_with_its_session(tmp_path, start):
-    ignores = "[signal.signal(n, lambda *a: (run / 'got').open('a').write('x')) for n in (2, 15)]; ready()\n"
+    ignores = (
+        "[signal.signal(n, lambda *a: (run / 'got').open('a').write('x')) for n in (2, 15)]; "
+        "ready()\n"
+    )
     supervisor = start(f"{DESCENDANT} {ignores}while True: time.sleep(1)")
     wait_for((tmp_path / "ready").exists)
     for got in ("x", "xx"):
         supervisor.send_signal(signal.SIGINT)
-        wait_for(lambda got=got: (tmp_path / "got").exists() and (tmp_path / "got").read_text() == got)
+        wait_for(
+            lambda got=got: (tmp_path / "got").exists() and (tmp_path / "got").read_text() == got
+        )
     assert end(supervisor)[0] == 137
     assert len(starts(tmp_path)) == 1
 

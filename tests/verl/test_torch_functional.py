@@ -10,15 +10,20 @@ from verl.utils import torch_functional as F
 
 
 def test_masked_statistics_by_hand():
-    values, mask = torch.tensor([[1.0, math.nan], [3.0, math.inf]]), torch.tensor([[1, 0], [1, 0]])
+    values = torch.tensor([[1.0, math.nan], [3.0, math.inf]])
+    mask = torch.tensor([[1, 0], [1, 0]])
     assert F.masked_sum(values, mask).item() == 4.0
     assert F.masked_mean(values, mask).item() == 2.0
     assert F.masked_mean(values, mask, axis=0).tolist() == [2.0, 0.0]
     assert F.masked_var(values, mask).item() == 2.0  # (1 + 1) / (2 - 1)
     assert F.masked_var(values, mask, unbiased=False).item() == 1.0
     # deviations of 1 over a standard deviation of 1.41421
-    torch.testing.assert_close(F.masked_whiten(values, mask), torch.tensor([[-0.70711, 0], [0.70711, 0]]))
-    torch.testing.assert_close(F.masked_whiten(values, mask, False), torch.tensor([[1.29289, 0], [2.70711, 0]]))
+    torch.testing.assert_close(
+        F.masked_whiten(values, mask), torch.tensor([[-0.70711, 0], [0.70711, 0]])
+    )
+    torch.testing.assert_close(
+        F.masked_whiten(values, mask, False), torch.tensor([[1.29289, 0], [2.70711, 0]])
+    )
 
 
 @pytest.mark.parametrize("mask", [[0, 0, 0], [0, 1, 0]])
@@ -48,7 +53,8 @@ def test_logprobs_and_entropy_do_not_depend_on_the_chunks(monkeypatch, chunk_ele
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(7, (3, 5), generator=generator)
-    logprobs, entropy = F.logprobs_from_logits(logits, labels), F.entropy_from_logits(logits)
+    logprobs = F.logprobs_from_logits(logits, labels)
+    entropy = F.entropy_from_logits(logits)
     for b in range(3):
         for t in range(5):
             weights = [math.exp(x) for x in logits[b, t].tolist()]
@@ -64,7 +70,9 @@ def test_logprobs_and_entropy_do_not_depend_on_the_chunks(monkeypatch, chunk_ele
 
 def test_low_precision_logits_give_float32():
     logits = torch.tensor([[2.0, 2.0, 2.0, 2.0]], dtype=torch.bfloat16)
-    assert F.logprobs_from_logits(logits, torch.tensor([1])).item() == pytest.approx(-math.log(4), abs=1e-6)
+    assert F.logprobs_from_logits(logits, torch.tensor([1])).item() == pytest.approx(
+        -math.log(4), abs=1e-6
+    )
     assert F.entropy_from_logits(logits).dtype == torch.float32
 
 
@@ -77,7 +85,9 @@ def test_impossible_tokens_leave_entropy_and_gradient_finite():
 
 
 def test_no_rows():
-    assert F.logprobs_from_logits(torch.zeros(0, 5, 7), torch.zeros(0, 5, dtype=torch.long)).shape == (0, 5)
+    assert F.logprobs_from_logits(
+        torch.zeros(0, 5, 7), torch.zeros(0, 5, dtype=torch.long)
+    ).shape == (0, 5)
 
 
 class _LargestFloat32(TorchDispatchMode):
@@ -118,5 +128,7 @@ def test_one_pass_gives_log_probs_and_entropy_at_the_temperature(monkeypatch, ch
     alone = F.logprobs_from_logits(logits, labels, temperature)
     torch.testing.assert_close(log_probs, alone)
     (found,) = torch.autograd.grad((log_probs.sum() + entropy.sum()), logits)
-    (wanted,) = torch.autograd.grad((expected.log_prob(labels).sum() + expected.entropy().sum()), logits)
+    (wanted,) = torch.autograd.grad(
+        (expected.log_prob(labels).sum() + expected.entropy().sum()), logits
+    )
     torch.testing.assert_close(found, wanted)

@@ -24,14 +24,19 @@ def rows(path) -> list[dict]:
 
 
 def test_a_line_per_step(tmp_path):
-    tracking(tmp_path, panel="loss").log({"loss": 0.5, "bad": float("nan"), "worse": float("inf")}, 3)
-    assert rows(tmp_path / "metrics.jsonl") == [{STEP: 3, "loss": 0.5, "panel": 0.5, "bad": None, "worse": None}]
+    tracking(tmp_path, panel="loss").log(
+        {"loss": 0.5, "bad": float("nan"), "worse": float("inf")}, 3
+    )
+    assert rows(tmp_path / "metrics.jsonl") == [
+        {STEP: 3, "loss": 0.5, "panel": 0.5, "bad": None, "worse": None}
+    ]
 
 
 @pytest.mark.parametrize("room", [0, 1, 50])
 def test_metrics_wait_for_room(tmp_path, room, caplog):
     """`room`: bytes of the disk that are left, less than a line takes."""
-    writer, path = tracking(tmp_path), tmp_path / "metrics.jsonl"
+    writer = tracking(tmp_path)
+    path = tmp_path / "metrics.jsonl"
     writer.log({"padding" * 20: 0.0}, 0)
     with file_limit(path.stat().st_size + room):
         for step in (1, 2, 3):
@@ -44,7 +49,8 @@ def test_metrics_wait_for_room(tmp_path, room, caplog):
 
 
 def test_the_first_line_and_the_last_one_wait_as_well(tmp_path):
-    writer, path = tracking(tmp_path), tmp_path / "metrics.jsonl"
+    writer = tracking(tmp_path)
+    path = tmp_path / "metrics.jsonl"
     with file_limit(10):
         writer.log({"loss": 1.0}, 1)
         assert rows(path) == []
@@ -66,10 +72,12 @@ def line(step: int, **values) -> str:
 
 
 def test_lines_after_the_checkpoint_go(tmp_path):
-    path, moved = tmp_path / "metrics.jsonl", tmp_path / "moved.jsonl"
+    path = tmp_path / "metrics.jsonl"
+    moved = tmp_path / "moved.jsonl"
     truncate_metrics(str(tmp_path), 2)
     assert not path.exists()
-    # a validation of step 2 was written after the line of step 3; the last line was cut off by a kill
+    # a validation of step 2 was written after the line of step 3; the last line was cut off by a
+    # kill
     lines = [line(0), line(1), line(2, loss=1), line(3), line(2, val=1), line(4)]
     path.write_text("".join(lines) + line(5)[:-4])
     truncate_metrics(str(tmp_path), 4)
@@ -111,5 +119,8 @@ def test_a_batch_is_kept_or_told_that_it_cannot_be(tmp_path):
     batch = DataProto.from_dict({"x": torch.zeros(100_000)})
     with file_limit(1000):
         assert "could not be written" in run.keep(batch, "nonfinite/actor_000001.pt")
-    assert run.keep(batch, "nonfinite/actor_000002.pt") == f"is in {tmp_path}/nonfinite/actor_000002.pt"
+    assert (
+        run.keep(batch, "nonfinite/actor_000002.pt")
+        == f"is in {tmp_path}/nonfinite/actor_000002.pt"
+    )
     assert len(DataProto.load(tmp_path / "nonfinite/actor_000002.pt")) == 100_000

@@ -42,7 +42,9 @@ def marker(tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """(model, folder with the checkpoints of an actor and a critic)"""
-    model = make_tiny_qwen2(tmp_path_factory.mktemp("model"), layers=1, width=32, vocab=300, tied=True)
+    model = make_tiny_qwen2(
+        tmp_path_factory.mktemp("model"), layers=1, width=32, vocab=300, tied=True
+    )
     folder = tmp_path_factory.mktemp("saved")
     run_ranks(1, saved, str(model), str(folder))
     return str(model), folder
@@ -54,7 +56,8 @@ def saved(model: str, root: str) -> None:
 
 def refusals(model: str, folders: list[str]) -> list[str]:
     """What an actor says to each checkpoint."""
-    actor, said = build(model)[0], []
+    actor = build(model)[0]
+    said = []
     for folder in folders:
         try:
             actor.load_checkpoint(folder)
@@ -67,7 +70,9 @@ def test_a_checkpoint_has_no_pickle_to_read(checkpoint):
     names = {path.name for path in checkpoint[1].rglob("*") if path.is_file()}
     assert names == {INDEX, "__0_0.distcp"}
     for folder in (checkpoint[1] / "actor", checkpoint[1] / "critic"):
-        for chunk in (chunk for tensor in read_index(folder).tensors.values() for chunk in tensor.chunks):
+        for chunk in (
+            chunk for tensor in read_index(folder).tensors.values() for chunk in tensor.chunks
+        ):
             stored = (folder / chunk.file).read_bytes()[chunk.start : chunk.start + chunk.length]
             assert list(torch.load(io.BytesIO(stored), weights_only=True).shape) == chunk.sizes
 
@@ -81,7 +86,8 @@ def rewritten(folder: Path, tensors: dict[str, StoredTensor], **changes: Any) ->
 
 
 def test_checkpoints_of_ranks(tmp_path, checkpoint, marker):
-    """A payload in place of the index, beside none, of a tensor, of a rank's own entry; in a file elsewhere."""
+    """A payload in place of the index, beside none, of a tensor, of a rank's own entry; in a file
+    elsewhere."""
     model, good = checkpoint
     cases = ("index", "old", "tensor", "rank", "elsewhere", "entry")
     for case in cases:
@@ -105,7 +111,10 @@ def test_checkpoints_of_ranks(tmp_path, checkpoint, marker):
     (said,) = run_ranks(1, refusals, model, [str(tmp_path / case) for case in cases])
     told = dict(zip(cases, said, strict=True))
     assert "not the index of a checkpoint" in told["index"]
-    assert "a pickle, from a version" in told["old"] and "Finish the run with the version" in told["old"]
+    assert (
+        "a pickle, from a version" in told["old"]
+        and "Finish the run with the version" in told["old"]
+    )
     assert "could not be read" in told["tensor"] and "Weights only load failed" in told["tensor"]
     assert "could not be read" in told["rank"] and "Weights only load failed" in told["rank"]
     assert "not the index of a checkpoint" in told["elsewhere"] and "pattern" in told["elsewhere"]
@@ -114,10 +123,15 @@ def test_checkpoints_of_ranks(tmp_path, checkpoint, marker):
 
 def test_the_drivers_part_of_a_checkpoint(tmp_path, marker):
     torch.save({"step": 1, "more": Payload(marker)}, tmp_path / "trainer.pt")
-    with pytest.raises(CheckpointError, match=r"trainer\.pt: a pickle, from a version that saved its checkpoints so"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"trainer\.pt: a pickle, from a version that saved its checkpoints so",
+    ):
         read_state(tmp_path)
     (tmp_path / "trainer.json").write_bytes(pickle.dumps(Payload(marker)))
-    with pytest.raises(CheckpointError, match=r"trainer\.json: the driver's part of the checkpoint cannot be read"):
+    with pytest.raises(
+        CheckpointError, match=r"trainer\.json: the driver's part of the checkpoint cannot be read"
+    ):
         read_state(tmp_path)
 
 

@@ -1,4 +1,5 @@
-"""The gradient of a mini-batch depends on neither micro-batch size nor the number of ranks, nor on who holds what."""
+"""The gradient of a mini-batch depends on neither micro-batch size nor the number of ranks, nor on
+who holds what."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +27,15 @@ def make_model(path: Path) -> str:
     """Folder of a random Qwen2 with a tied head."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
     Qwen2ForCausalLM(config).save_pretrained(path)
     return str(path)
 
@@ -49,10 +56,16 @@ def gradients(model_path: str, cases: list[tuple]) -> list[tuple[list[torch.Tens
     return [gradient(model_path, *case) for case in cases]
 
 
-def gradient(model_path: str, dtype: str, micro: int, sizes: list[int] | None) -> tuple[list[torch.Tensor], dict]:
+def gradient(
+    model_path: str, dtype: str, micro: int, sizes: list[int] | None
+) -> tuple[list[torch.Tensor], dict]:
     worker = Worker()
-    fsdp = FSDPConfig.model_construct(model_dtype=dtype, dtype=dtype, param_offload=False, reshard_after_forward=True)
-    model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh)
+    fsdp = FSDPConfig.model_construct(
+        model_dtype=dtype, dtype=dtype, param_offload=False, reshard_after_forward=True
+    )
+    model = build_model(
+        ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh
+    )
     optimizer = Recorder(model.parameters(), lr=1.0)
     state = TrainState(model, optimizer, peak_lr=1.0, schedule=lambda ticks: 1.0)
     batch = ragged_batch(getattr(torch, dtype))
@@ -64,20 +77,29 @@ def gradient(model_path: str, dtype: str, micro: int, sizes: list[int] | None) -
         log_probs, entropy = forward_log_probs(model, rows, 1.0, with_entropy=True)
         return policy_loss(ACTOR, log_probs, entropy, rows, counts)
 
-    metrics = update_mini_batches(state, mine, loss_fn, epochs=1, budget=Budget(1000, micro), grad_clip=1e9)
+    metrics = update_mini_batches(
+        state, mine, loss_fn, epochs=1, budget=Budget(1000, micro), grad_clip=1e9
+    )
     return optimizer.seen, metrics
 
 
 @pytest.fixture(scope="module")
 def all_gradients(model_path):
-    """By dtype: one rank with micro-batches of 16, 4, 1; two ranks with equal and unequal shares."""
-    one, two = [(16, None), (4, None), (1, None)], [(4, None), (4, [11, 5]), (1, [15, 1])]
+    """By dtype: one rank with micro-batches of 16, 4, 1; two ranks with equal and unequal
+    shares."""
+    one = [(16, None), (4, None), (1, None)]
+    two = [(4, None), (4, [11, 5]), (1, [15, 1])]
     dtypes = ("float32", "float64")
     results = [
-        run_ranks(ranks, gradients, model_path, [(dtype, *case) for dtype in dtypes for case in cases])[0]
+        run_ranks(
+            ranks, gradients, model_path, [(dtype, *case) for dtype in dtypes for case in cases]
+        )[0]
         for ranks, cases in ((1, one), (2, two))
     ]
-    return {dtype: [r for result in results for r in result[3 * i : 3 * i + 3]] for i, dtype in enumerate(dtypes)}
+    return {
+        dtype: [r for result in results for r in result[3 * i : 3 * i + 3]]
+        for i, dtype in enumerate(dtypes)
+    }
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
@@ -94,7 +116,9 @@ def test_gradient_ignores_micro_batches_and_ranks(all_gradients, dtype, toleranc
 def diverging_step(model_path: str) -> tuple[float, bool]:
     worker = Worker()
     fsdp = FSDPConfig(model_dtype="float32", dtype="float32")
-    model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=True), "lm", fsdp, worker.mesh)
+    model = build_model(
+        ModelConfig(path=model_path, enable_gradient_checkpointing=True), "lm", fsdp, worker.mesh
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     state = TrainState(model, optimizer, peak_lr=1.0, schedule=lambda ticks: 1.0)
     before = [p.full_tensor().clone() for p in model.parameters()]
@@ -107,7 +131,9 @@ def diverging_step(model_path: str) -> tuple[float, bool]:
         return policy_loss(ACTOR, log_probs, entropy, rows, counts)
 
     metrics = update_mini_batches(state, mine, loss_fn, epochs=1, budget=Budget(24), grad_clip=1.0)
-    same = all(torch.equal(a, p.full_tensor()) for a, p in zip(before, model.parameters(), strict=True))
+    same = all(
+        torch.equal(a, p.full_tensor()) for a, p in zip(before, model.parameters(), strict=True)
+    )
     return metrics["skipped_steps"], same
 
 
@@ -125,11 +151,16 @@ class CountingSGD(torch.optim.SGD):
         return super().step(closure)
 
 
-def update(model_path: str, batch: DataProto, config: ActorConfig) -> tuple[dict, int, list[torch.Tensor]]:
-    """Metrics, optimizer steps taken, and the weights after `update_mini_batches` on one of the ranks."""
+def update(
+    model_path: str, batch: DataProto, config: ActorConfig
+) -> tuple[dict, int, list[torch.Tensor]]:
+    """Metrics, optimizer steps taken, and the weights after `update_mini_batches` on one of the
+    ranks."""
     worker = Worker()
     fsdp = FSDPConfig(model_dtype="float32", dtype="float32")
-    model = build_model(ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh)
+    model = build_model(
+        ModelConfig(path=model_path, enable_gradient_checkpointing=False), "lm", fsdp, worker.mesh
+    )
     optimizer = CountingSGD(model.parameters(), lr=0.1)
     state = TrainState(model, optimizer, peak_lr=0.1, schedule=lambda ticks: 0.5**ticks)
     (mine,) = dispatch(Dispatch.DP_COMPUTE_PROTO, worker.world_size, (batch,))[worker.rank]
@@ -138,7 +169,9 @@ def update(model_path: str, batch: DataProto, config: ActorConfig) -> tuple[dict
         log_probs, entropy = forward_log_probs(model, rows, 1.0, with_entropy=True)
         return policy_loss(config, log_probs, entropy, rows, counts)
 
-    metrics = update_mini_batches(state, mine, loss_fn, epochs=1, budget=Budget(1000, 2), grad_clip=1e9)
+    metrics = update_mini_batches(
+        state, mine, loss_fn, epochs=1, budget=Budget(1000, 2), grad_clip=1e9
+    )
     return metrics, optimizer.taken, [p.full_tensor().detach().clone() for p in model.parameters()]
 
 
@@ -154,11 +187,18 @@ def emptied(rows: torch.Tensor) -> DataProto:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_emptied_rows_are_no_trajectories(model_path, ranks):
-    """Half of the rows filtered is the same step as those rows never there, under every aggregation."""
+    """Half of the rows filtered is the same step as those rows never there, under every
+    aggregation."""
     out = torch.arange(len(ragged_batch(torch.float32))) % 2 == 0
     filtered = emptied(out)
     cases = []
-    for mode in ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
+    for mode in (
+        "token-mean",
+        "token-sum",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-sum-norm",
+    ):
         config = ActorConfig(loss_agg_mode=mode, loss_scale_factor=9, use_kl_loss=True)
         cases += [(filtered, config), (filtered[~out], config)]
     found = run_ranks(ranks, updates, model_path, cases)[0]
@@ -210,22 +250,37 @@ def test_the_optimizer_is_awake_while_it_steps_and_no_longer(monkeypatch):
         column="critic_mini_batch",
     )
     assert said == ["wake", *["step on 8 rows", "step on 7 rows"] * 2, "rest", "tick"]
-    assert metrics == {"loss": (2 + 3 + 4 + 5) / 4, "skipped_steps": 0, "optimizer_steps": 4, "lr": 0.1}
+    assert metrics == {
+        "loss": (2 + 3 + 4 + 5) / 4,
+        "skipped_steps": 0,
+        "optimizer_steps": 4,
+        "lr": 0.1,
+    }
 
 
-@pytest.mark.parametrize(("model", "rows"), [({}, 5), ({"packs_rows": True}, 5), ({"packs_rows": False}, 1)])
+@pytest.mark.parametrize(
+    ("model", "rows"), [({}, 5), ({"packs_rows": True}, 5), ({"packs_rows": False}, 1)]
+)
 def test_rows_that_would_not_stay_apart_pass_alone(model, rows):
     assert Budget.of(SimpleNamespace(**model), 100, 5) == Budget(100, rows)
 
 
 def test_the_rate_that_is_logged_is_that_of_the_steps(model_path):
-    ((metrics, _, _),) = run_ranks(1, updates, model_path, [(ragged_batch(torch.float32), ActorConfig())])[0]
+    ((metrics, _, _),) = run_ranks(
+        1, updates, model_path, [(ragged_batch(torch.float32), ActorConfig())]
+    )[0]
     assert metrics["lr"] == 0.1, "the schedule has halved it since"
 
 
 def test_entropy_and_kl_are_means_over_tokens_whatever_the_aggregation(model_path):
     """Bounds of the collapse watch must mean the same in every run."""
-    modes = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+    modes = (
+        "token-mean",
+        "token-sum",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-sum-norm",
+    )
     configs = [
         ActorConfig(
             loss_agg_mode=mode,
@@ -240,4 +295,6 @@ def test_entropy_and_kl_are_means_over_tokens_whatever_the_aggregation(model_pat
     per_token = ("entropy", "kl_loss", "likelihood_loss", "ppo_kl", "pg_clipfrac")
     means = [{name: metrics[name] for name in per_token} for metrics, _, _ in found]
     assert all(mean == pytest.approx(means[0], rel=1e-5) for mean in means)
-    assert len({round(metrics["pg_loss"], 4) for metrics, _, _ in found}) > 1, "the loss is aggregated as configured"
+    assert len({round(metrics["pg_loss"], 4) for metrics, _, _ in found}) > 1, (
+        "the loss is aggregated as configured"
+    )

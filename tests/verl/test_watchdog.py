@@ -24,7 +24,9 @@ def hang(folder, stacks, **more):
 
 def test_the_stacks_of_all_processes_are_written(tmp_path):
     text = hang(tmp_path, lambda: {"rank 0": "in all_reduce", "engine 1": "idle"})
-    assert re.match(r"'gen' made no progress for \d+ s \(trainer.hang_timeout_s=0.2\)\n\n== driver\n", text)
+    assert re.match(
+        r"'gen' made no progress for \d+ s \(trainer.hang_timeout_s=0.2\)\n\n== driver\n", text
+    )
     assert "test_watchdog.py" in text and "in hang" in text  # this thread, waiting
     assert text.endswith("\n== rank 0\nin all_reduce\n\n== engine 1\nidle\n")
 

@@ -1,4 +1,5 @@
-"""How a method of a worker is called on all ranks: what each rank gets, and what the driver gets back."""
+"""How a method of a worker is called on all ranks: what each rank gets, and what the driver gets
+back."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ class Dispatch(StrEnum):
 
     ONE_TO_ALL = "one_to_all"  # the same arguments to every rank; a list of results
     DP_COMPUTE_PROTO = "dp_compute_proto"  # rows split over the ranks; their rows concatenated
-    DP_COMPUTE_METRIC = "dp_compute_metric"  # rows split over the ranks; the result of rank 0, already reduced there
+    # rows split over the ranks; the result of rank 0, already reduced there
+    DP_COMPUTE_METRIC = "dp_compute_metric"
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,21 @@ class Registered:
     """Columns that are sent where the batch has them."""
 
     def select(self, method: str, args: Sequence[Any]) -> tuple[Any, ...]:
-        """The arguments, each batch among them with the columns that the method reads and no others.
+        """The arguments, each batch among them with the columns that the method reads and no
+        others.
 
         Raises KeyError naming `method` and the columns that a batch lacks.
         """
-        return tuple(self._select(method, arg) if isinstance(arg, DataProto) else arg for arg in args)
+        return tuple(
+            self._select(method, arg) if isinstance(arg, DataProto) else arg for arg in args
+        )
 
     def _select(self, method: str, data: DataProto) -> DataProto:
         missing = [name for name in self.columns if name not in data.batch]
         if missing:
             raise KeyError(
-                f"{method} reads the column(s) {', '.join(missing)}, which the batch does not have; "
+                f"{method} reads the column(s) {', '.join(missing)}, which the batch does not "
+                "have; "
                 f"it has {', '.join(data.batch)}"
             )
         present = [name for name in self.optional if name in data.batch]
@@ -51,11 +57,14 @@ def register(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Marks a method of a Worker as callable from the driver through a RayWorkerGroup.
 
-    A method that gets rows names the tensor columns that it reads; nothing else of the batch is sent to the ranks.
-    `optional` columns may be missing. Raises TypeError for a method that gets rows and names no column.
+    A method that gets rows names the tensor columns that it reads; nothing else of the batch is
+    sent to the ranks. `optional` columns may be missing. Raises TypeError for a method that gets
+    rows and names no column.
     """
     if dispatch_mode is not Dispatch.ONE_TO_ALL and not columns:
-        raise TypeError(f"a method registered as {dispatch_mode} must name the columns that it reads")
+        raise TypeError(
+            f"a method registered as {dispatch_mode} must name the columns that it reads"
+        )
 
     def mark(method: Callable[..., Any]) -> Callable[..., Any]:
         setattr(method, ATTRIBUTE, Registered(dispatch_mode, tuple(columns), tuple(optional)))
@@ -67,24 +76,35 @@ def register(
 def registered(cls: type) -> dict[str, Registered]:
     """The registered methods of a class, by name."""
     members = {name: getattr(cls, name) for name in dir(cls)}
-    return {name: getattr(member, ATTRIBUTE) for name, member in members.items() if hasattr(member, ATTRIBUTE)}
+    return {
+        name: getattr(member, ATTRIBUTE)
+        for name, member in members.items()
+        if hasattr(member, ATTRIBUTE)
+    }
 
 
 def dispatch(mode: Dispatch, world_size: int, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """The arguments of each rank.
 
-    A DataProto is split by `meta_info["rank_sizes"]` if present (rows are ordered by rank), else as evenly as possible;
-    ranks may get unequal numbers of rows, also none.
+    A DataProto is split by `meta_info["rank_sizes"]` if present (rows are ordered by rank), else as
+    evenly as possible; ranks may get unequal numbers of rows, also none.
     """
     if mode is Dispatch.ONE_TO_ALL:
         return [args] * world_size
-    split = [_split(arg, world_size) if isinstance(arg, DataProto) else [arg] * world_size for arg in args]
+    split = [
+        _split(arg, world_size) if isinstance(arg, DataProto) else [arg] * world_size
+        for arg in args
+    ]
     return list(zip(*split, strict=True))
 
 
 def _split(data: DataProto, world_size: int) -> list[DataProto]:
     sizes = data.meta_info.get("rank_sizes")
-    return data.split(sizes) if sizes is not None and len(sizes) == world_size else data.chunk(world_size)
+    return (
+        data.split(sizes)
+        if sizes is not None and len(sizes) == world_size
+        else data.chunk(world_size)
+    )
 
 
 def collect(mode: Dispatch, results: list[Any]) -> Any:

@@ -1,4 +1,5 @@
-"""The driver's side of the accelerator processes: where they are placed, and how their methods are called."""
+"""The driver's side of the accelerator processes: where they are placed, and how their methods are
+called."""
 
 import logging
 import os
@@ -11,32 +12,45 @@ import ray
 from ray.exceptions import ActorUnavailableError as ActorUnavailableError
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers.utils.logging import disable_progress_bar
 
 from verl.single_controller.decorator import Registered, collect, dispatch, registered
-from verl.single_controller.worker import Worker, init_process_group, make_deterministic, seed_everything, stacks
+from verl.single_controller.worker import (
+    Worker,
+    init_process_group,
+    make_deterministic,
+    seed_everything,
+    stacks,
+)
 from verl.utils.errors import ConfigError, DataError, RewardError
 
 logger = logging.getLogger(__name__)
 SOON_S = 10
 """How long a place for the processes is waited for in silence."""
 ActorDied = (RayActorError, OutOfMemoryError, NodeDiedError)
-"""What a call raises whose process died; of a process that Ray ended for want of memory it is no RayActorError."""
+"""What a call raises whose process died; of a process that Ray ended for want of memory it is no
+RayActorError."""
 LIVENESS_S = 30
 """How long a process that answers nothing is waited for before it counts as lost."""
 
 
 class WorkerLost(RuntimeError):
-    """A process of the run died, or no longer answers: what it held is gone, and the run must start again."""
+    """A process of the run died, or no longer answers: what it held is gone, and the run must start
+    again."""
 
 
 class RayClassWithInitArgs:
     """A worker class and the arguments to build it with, on every rank alike."""
 
     def __init__(self, cls: type[Worker], *args: Any, **kwargs: Any) -> None:
-        self.cls, self.args, self.kwargs = cls, args, kwargs
+        self.cls = cls
+        self.args = args
+        self.kwargs = kwargs
 
 
 @dataclass
@@ -64,11 +78,15 @@ class RayResourcePool:
             self.group = placement_group(bundles, strategy="STRICT_SPREAD")
             soon = min(SOON_S, self.timeout_s)
             if not self.group.wait(soon):
-                logger.warning("%s; waiting %g s for that", no_place(bundles), self.timeout_s - soon)
+                logger.warning(
+                    "%s; waiting %g s for that", no_place(bundles), self.timeout_s - soon
+                )
                 if not self.group.wait(self.timeout_s - soon):
                     raise RuntimeError(
-                        f"{no_place(bundles)}: lower trainer.nnodes / trainer.n_gpus_per_node (or actor_rollout_ref."
-                        "rollout.nnodes / n_gpus_per_node), add nodes, or end what holds them (`ray status` shows it)"
+                        f"{no_place(bundles)}: lower trainer.nnodes / trainer.n_gpus_per_node (or "
+                        "actor_rollout_ref."
+                        "rollout.nnodes / n_gpus_per_node), add nodes, or end what holds them "
+                        "(`ray status` shows it)"
                     )
         return self.group
 
@@ -76,11 +94,13 @@ class RayResourcePool:
         """A process in every place of the pool, and their locations, in the order of the ranks."""
         group = self.get_placement_group()
         hosts = [
-            ray.remote(concurrency_groups={WATCH: 1})(WorkerHost)  # pyright: ignore[reportCallIssue]
+            ray.remote(concurrency_groups={WATCH: 1})(WorkerHost)  # pyright: ignore
             .options(
                 num_cpus=1,
                 num_gpus=int(self.use_gpu),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=node
+                ),
             )
             .remote()
             for node, size in enumerate(self.process_on_nodes)
@@ -92,7 +112,8 @@ class RayResourcePool:
 def no_place(bundles: list[dict[str, float]]) -> str:
     """What was asked of the cluster, and what each of its nodes has, in use or not."""
     has = [
-        f"{node['NodeManagerAddress']} { ({k: node['Resources'].get(k, 0) for k in ('CPU', 'GPU')}) }"
+        f"{node['NodeManagerAddress']} "
+        f"{ ({k: node['Resources'].get(k, 0) for k in ('CPU', 'GPU')}) }"
         for node in ray.nodes()
         if node["Alive"]
     ]
@@ -102,11 +123,12 @@ def no_place(bundles: list[dict[str, float]]) -> str:
 def placement(locations: Sequence[dict[str, Any]]) -> str:
     """Which ranks are on which node.
 
-    >>> places = [{"ip": "10.0.0.1", "node_id": "4fd9f15d43"}] * 2 + [{"ip": "10.0.0.2", "node_id": "7c84312646"}]
-    >>> placement(places)
+    >>> first = {"ip": "10.0.0.1", "node_id": "4fd9f15d43"}
+    >>> placement([first, first, {"ip": "10.0.0.2", "node_id": "7c84312646"}])
     'ranks 0-1 on 10.0.0.1 (node 4fd9f15d), ranks 2-2 on 10.0.0.2 (node 7c843126)'
     """
-    texts, first = [], 0
+    texts = []
+    first = 0
     for (node, ip), ranks in groupby(locations, key=lambda place: (place["node_id"], place["ip"])):
         last = first + len(list(ranks)) - 1
         texts.append(f"ranks {first}-{last} on {ip} (node {node[:8]})")
@@ -119,7 +141,8 @@ WATCH = "watch"
 
 
 class WorkerHost:
-    """The process of one rank: it holds the roles that share the rank (actor, reference, critic)."""
+    """The process of one rank: it holds the roles that share the rank (actor, reference,
+    critic)."""
 
     def __init__(self) -> None:
         self.roles: dict[str, Worker] = {}
@@ -137,7 +160,16 @@ class WorkerHost:
         self.store = store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return store.port
 
-    def setup(self, seed: int, deterministic: bool, rank: int, size: int, address: str, port: int, *on: Any) -> None:
+    def setup(
+        self,
+        seed: int,
+        deterministic: bool,
+        rank: int,
+        size: int,
+        address: str,
+        port: int,
+        *on: Any,
+    ) -> None:
         disable_progress_bar()  # the driver has the console
         os.environ["MASTER_ADDR"] = address
         if deterministic:
@@ -158,10 +190,16 @@ class WorkerHost:
 
 
 class RayWorkerGroup:
-    """All ranks of a pool. `group["actor"].update_actor(batch)` calls a registered method on every rank."""
+    """All ranks of a pool. `group["actor"].update_actor(batch)` calls a registered method on every
+    rank."""
 
     def __init__(
-        self, pool: RayResourcePool, device: str, seed: int, threads: int | None = None, deterministic: bool = False
+        self,
+        pool: RayResourcePool,
+        device: str,
+        seed: int,
+        threads: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.world_size = pool.world_size
         self.hosts, self.locations = pool.spawn_hosts()
@@ -169,7 +207,10 @@ class RayWorkerGroup:
         address = self.locations[0]["ip"]
         (port,) = self._wait("open_store", [self.hosts[0].open_store.remote(address)])
         group = (self.world_size, address, port, device, threads)
-        setup = [h.setup.remote(seed + rank, deterministic, rank, *group) for rank, h in enumerate(self.hosts)]
+        setup = [
+            h.setup.remote(seed + rank, deterministic, rank, *group)
+            for rank, h in enumerate(self.hosts)
+        ]
         self._wait("setup", setup)
         self.methods: dict[str, dict[str, Registered]] = {}
 
@@ -187,13 +228,17 @@ class RayWorkerGroup:
 
         Raises KeyError when a batch lacks a column that the method reads, else what `_wait` does.
         """
-        name, call = f"{role}.{method}", self.methods[role][method]
+        name = f"{role}.{method}"
+        call = self.methods[role][method]
         per_rank = dispatch(call.mode, self.world_size, call.select(name, args))
-        calls = [host.call.remote(role, method, *a) for host, a in zip(self.hosts, per_rank, strict=True)]
+        calls = [
+            host.call.remote(role, method, *a) for host, a in zip(self.hosts, per_rank, strict=True)
+        ]
         return collect(call.mode, self._wait(name, calls))
 
     def _wait(self, name: str, calls: list[Any]) -> list[Any]:
-        """Results of the ranks. Raises WorkerLost if a rank died, else what the first failing rank raised."""
+        """Results of the ranks. Raises WorkerLost if a rank died, else what the first failing rank
+        raised."""
         try:
             return as_they_end(calls)
         except RayError as error:
@@ -202,7 +247,8 @@ class RayWorkerGroup:
             raise
 
     def lost_ranks(self) -> list[str]:
-        """The ranks that do not answer, with their places. The others fail in a collective when one is lost."""
+        """The ranks that do not answer, with their places. The others fail in a collective when one
+        is lost."""
         pings = [host.stacks.remote() for host in self.hosts]
         answered, _ = ray.wait(pings, num_returns=len(pings), timeout=LIVENESS_S)
         return [
@@ -224,7 +270,8 @@ class RoleView:
     """The registered methods of one role, as plain calls."""
 
     def __init__(self, group: RayWorkerGroup, role: str) -> None:
-        self.group, self.role = group, role
+        self.group = group
+        self.role = role
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         if method not in self.group.methods[self.role]:
@@ -233,11 +280,17 @@ class RoleView:
 
 
 def spawn(
-    cls: type, *args: Any, node_id: str | None = None, num_cpus: float = 1, env: dict[str, str] | None = None, **kw: Any
+    cls: type,
+    *args: Any,
+    node_id: str | None = None,
+    num_cpus: float = 1,
+    env: dict[str, str] | None = None,
+    **kw: Any,
 ) -> Any:
     """The handle of a Ray actor made from the plain class `cls`, on `node_id` if given."""
     options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": env or {}}}
-    options["max_concurrency"] = 10_000  # asyncio actors: thousands of trajectories wait in one process
+    # asyncio actors: thousands of trajectories wait in one process
+    options["max_concurrency"] = 10_000
     options["enable_task_events"] = False  # a call of the engine each: Ray would keep 100,000
     if node_id:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -245,7 +298,8 @@ def spawn(
 
 
 def as_they_end(calls: Sequence[Any]) -> list[Any]:
-    """Results in the order of the calls. Raises what the first to fail raised, while others may still hang."""
+    """Results in the order of the calls. Raises what the first to fail raised, while others may
+    still hang."""
     results: dict[Any, Any] = {}
     while waiting := [call for call in calls if call not in results]:
         (done,), _ = ray.wait(waiting)
@@ -263,14 +317,16 @@ def died(call: Any) -> bool:
 
 
 def ready(handle: Any) -> Any:
-    """A call that ends when the actor has been built; getting it raises what its constructor raised."""
+    """A call that ends when the actor has been built; getting it raises what its constructor
+    raised."""
     return handle.__ray_ready__.remote()
 
 
 def get(refs: Any) -> Any:
     """Waits for the results of actor calls. Raises what the call raised.
 
-    An error that a user can act on comes as it was raised, without the traceback of the other process.
+    An error that a user can act on comes as it was raised, without the traceback of the other
+    process.
     """
     try:
         return ray.get(refs)

@@ -1,4 +1,5 @@
-"""What is wrong with a configuration whose keys and types are right; each problem with its key and its reason."""
+"""What is wrong with a configuration whose keys and types are right; each problem with its key and
+its reason."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 def combination_problems(config: "PPOConfig") -> list[str]:
     """Settings that are valid alone and cannot work together."""
-    rollout, actor, critic = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor, config.critic
+    rollout = config.actor_rollout_ref.rollout
+    actor = config.actor_rollout_ref.actor
+    critic = config.critic
     batch = config.data.train_batch_size * rollout.n
     processes = config.trainer.nnodes * config.trainer.n_gpus_per_node
     problems: list[str] = []
@@ -24,13 +27,17 @@ def combination_problems(config: "PPOConfig") -> list[str]:
     for name, mini in sections:
         if batch % mini:
             problems.append(
-                f"{name}.ppo_mini_batch_size={mini} does not divide data.train_batch_size * rollout.n = {batch}"
+                f"{name}.ppo_mini_batch_size={mini} does not divide data.train_batch_size * "
+                f"rollout.n = {batch}"
             )
         if mini < processes:
-            problems.append(f"{name}.ppo_mini_batch_size={mini} is less than the {processes} training processes")
+            problems.append(
+                f"{name}.ppo_mini_batch_size={mini} is less than the {processes} training processes"
+            )
     if config.compares and rollout.n < 2:
         problems.append(
-            f"algorithm.adv_estimator={config.algorithm.adv_estimator} needs actor_rollout_ref.rollout.n >= 2: it "
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator} needs "
+            "actor_rollout_ref.rollout.n >= 2: it "
             "compares trajectories of one prompt"
         )
     if rollout.temperature == 0:
@@ -38,8 +45,9 @@ def combination_problems(config: "PPOConfig") -> list[str]:
     pool, section = engine_pool(config)
     if pool.n_gpus_per_node % rollout.tensor_model_parallel_size:
         problems.append(
-            f"actor_rollout_ref.rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not "
-            f"divide {section}.n_gpus_per_node={pool.n_gpus_per_node}: an engine lives on one node"
+            "actor_rollout_ref.rollout.tensor_model_parallel_size="
+            f"{rollout.tensor_model_parallel_size} does not divide "
+            f"{section}.n_gpus_per_node={pool.n_gpus_per_node}: an engine lives on one node"
         )
     if config.max_model_len < config.data.max_start_length + config.data.max_response_length:
         problems.append(
@@ -47,7 +55,9 @@ def combination_problems(config: "PPOConfig") -> list[str]:
             "data.max_start_length + data.max_response_length"
         )
     if config.data.max_start_length > config.data.max_prompt_length:
-        problems.append("data.max_start_length is more than data.max_prompt_length, which bounds every context")
+        problems.append(
+            "data.max_start_length is more than data.max_prompt_length, which bounds every context"
+        )
     rules = (
         loss_problems,
         sampling_problems,
@@ -64,47 +74,66 @@ def combination_problems(config: "PPOConfig") -> list[str]:
 
 def loss_problems(config: "PPOConfig") -> list[str]:
     """Losses that their aggregation, or the number of optimizer steps, makes something else."""
-    actor, estimator = config.actor_rollout_ref.actor, config.algorithm.adv_estimator
-    rollout, correction = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction
-    agg, mode, key = actor.loss_agg_mode, actor.policy_loss.loss_mode, "actor_rollout_ref.actor"
+    actor = config.actor_rollout_ref.actor
+    estimator = config.algorithm.adv_estimator
+    rollout = config.actor_rollout_ref.rollout
+    correction = config.algorithm.rollout_correction
+    agg = actor.loss_agg_mode
+    mode = actor.policy_loss.loss_mode
+    key = "actor_rollout_ref.actor"
     steps = config.num_mini_batches[ACTOR_MINI_BATCH] * actor.ppo_epochs
     norm = "seq-mean-token-sum-norm"
     cuts_sampling = rollout.top_p < 1 or rollout.top_k > 0
     problems: list[str] = []
     if cuts_sampling and not correction.corrects:
         problems.append(
-            f"actor_rollout_ref.rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: tokens are sampled from another "
-            "distribution than the one that is trained: set algorithm.rollout_correction.rollout_is or rollout_rs"
+            f"actor_rollout_ref.rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: tokens are "
+            "sampled from another "
+            "distribution than the one that is trained: set "
+            "algorithm.rollout_correction.rollout_is or rollout_rs"
         )
     if agg == norm and actor.loss_scale_factor is None:
         problems.append(f"{key}.loss_scale_factor: name the divisor of loss_agg_mode={norm}")
     if agg != norm and actor.loss_scale_factor is not None:
         problems.append(
-            f"{key}.loss_scale_factor={actor.loss_scale_factor} has no effect with loss_agg_mode={agg}: it is the "
+            f"{key}.loss_scale_factor={actor.loss_scale_factor} has no effect with "
+            f"loss_agg_mode={agg}: it is the "
             f"divisor of {norm}"
         )
     if config.use_critic and config.critic.loss_agg_mode == norm:
-        problems.append(f"critic.loss_agg_mode={norm} has no divisor: set it on its own, for instance to token-mean")
+        problems.append(
+            f"critic.loss_agg_mode={norm} has no divisor: set it on its own, for instance to "
+            "token-mean"
+        )
     if estimator == "dr_grpo" and agg not in (norm, "token-sum"):
         problems.append(
-            f"{key}.loss_agg_mode={agg} divides by lengths, which algorithm.adv_estimator=dr_grpo is to avoid: use "
+            f"{key}.loss_agg_mode={agg} divides by lengths, which algorithm.adv_estimator=dr_grpo "
+            "is to avoid: use "
             f"{norm} (with loss_scale_factor) or token-sum"
         )
     if mode == "gspo" and agg != "seq-mean-token-mean":
-        problems.append(f"{key}.loss_agg_mode={agg}: policy_loss.loss_mode=gspo is defined for seq-mean-token-mean")
+        problems.append(
+            f"{key}.loss_agg_mode={agg}: policy_loss.loss_mode=gspo is defined for "
+            "seq-mean-token-mean"
+        )
     if mode == "reinforce" and steps > 1:
         problems.append(
-            f"{key}.policy_loss.loss_mode=reinforce has no trust region and would take {steps} optimizer steps on one "
-            "rollout batch: set ppo_mini_batch_size to train_batch_size * rollout.n, and ppo_epochs to 1"
+            f"{key}.policy_loss.loss_mode=reinforce has no trust region and would take {steps} "
+            "optimizer steps on one "
+            "rollout batch: set ppo_mini_batch_size to train_batch_size * rollout.n, and "
+            "ppo_epochs to 1"
         )
     if estimator == "turn_level" and not actor.state_masking:
         problems.append(
-            f"{key}.state_masking=false trains on tokens of no turn, which adv_estimator=turn_level cannot credit"
+            f"{key}.state_masking=false trains on tokens of no turn, which "
+            "adv_estimator=turn_level cannot credit"
         )
     if actor.policy_loss.llds_coef and steps == 1 and not correction.bypass_mode:
         problems.append(
-            f"{key}.policy_loss.llds_coef={actor.policy_loss.llds_coef:g} has no effect with one optimizer step on a "
-            "rollout batch: log-probs cannot have fallen before it. Set ppo_mini_batch_size to less than "
+            f"{key}.policy_loss.llds_coef={actor.policy_loss.llds_coef:g} has no effect with one "
+            "optimizer step on a "
+            "rollout batch: log-probs cannot have fallen before it. Set ppo_mini_batch_size to "
+            "less than "
             "train_batch_size * rollout.n, or ppo_epochs to 2"
         )
     return problems
@@ -112,13 +141,15 @@ def loss_problems(config: "PPOConfig") -> list[str]:
 
 def sampling_problems(config: "PPOConfig") -> list[str]:
     """Filters of groups where there are none."""
-    algorithm, n = config.algorithm, config.actor_rollout_ref.rollout.n
+    algorithm = config.algorithm
+    n = config.actor_rollout_ref.rollout.n
     needs_groups = {
         "algorithm.filter_groups.enable=true": algorithm.filter_groups.enable,
         "algorithm.loss_filters=[zero_variance]": "zero_variance" in algorithm.loss_filters,
     }
     return [
-        f"{setting} needs actor_rollout_ref.rollout.n >= 2: the one trajectory of a prompt never differs from itself, "
+        f"{setting} needs actor_rollout_ref.rollout.n >= 2: the one trajectory of a prompt never "
+        "differs from itself, "
         "so all of them would be left out"
         for setting, is_set in needs_groups.items()
         if is_set and n < 2
@@ -127,78 +158,96 @@ def sampling_problems(config: "PPOConfig") -> list[str]:
 
 def correction_problems(config: "PPOConfig") -> list[str]:
     """Corrections that correct twice, that correct nothing, or that leave everything out."""
-    correction, mode = config.algorithm.rollout_correction, config.actor_rollout_ref.actor.policy_loss.loss_mode
+    correction = config.algorithm.rollout_correction
+    mode = config.actor_rollout_ref.actor.policy_loss.loss_mode
     key = "algorithm.rollout_correction"
     problems: list[str] = []
     if correction.bypass_mode and mode == "reinforce":
         problems.append(
-            f"{key}.bypass_mode has no effect with actor.policy_loss.loss_mode=reinforce, whose loss has no ratio: set "
+            f"{key}.bypass_mode has no effect with actor.policy_loss.loss_mode=reinforce, whose "
+            "loss has no ratio: set "
             "rollout_is instead"
         )
     elif correction.bypass_mode and correction.rollout_is is not None:
         problems.append(
-            f"{key}.bypass_mode with rollout_is={correction.rollout_is}: the ratio to the sampler is in the loss "
-            "already and would be multiplied a second time: set rollout_is to null (rollout_rs may stay: it leaves "
+            f"{key}.bypass_mode with rollout_is={correction.rollout_is}: the ratio to the sampler "
+            "is in the loss "
+            "already and would be multiplied a second time: set rollout_is to null (rollout_rs may "
+            "stay: it leaves "
             "tokens out, and weighs none)"
         )
     lowest = correction.lowest_ratio
     if correction.rollout_rs is not None and lowest >= correction.rollout_rs_threshold:
         problems.append(
-            f"{key}: no ratio is above {lowest:g} (rollout_rs_threshold_lower, by default 1 / rollout_rs_threshold) "
-            f"and below rollout_rs_threshold={correction.rollout_rs_threshold:g}: every token would be left out"
+            f"{key}: no ratio is above {lowest:g} (rollout_rs_threshold_lower, by default 1 / "
+            "rollout_rs_threshold) "
+            f"and below rollout_rs_threshold={correction.rollout_rs_threshold:g}: every token "
+            "would be left out"
         )
     return problems
 
 
 def schedule_problems(config: "PPOConfig") -> list[str]:
     """Steps in which nothing would learn, and a coefficient that nothing reads."""
-    trainer, control = config.trainer, config.algorithm.kl_ctrl
+    trainer = config.trainer
+    control = config.algorithm.kl_ctrl
     problems: list[str] = []
     if trainer.critic_warmup and not config.use_critic:
         problems.append(
-            f"trainer.critic_warmup={trainer.critic_warmup}: algorithm.adv_estimator={config.algorithm.adv_estimator} "
+            f"trainer.critic_warmup={trainer.critic_warmup}: "
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator} "
             "has no critic, so nothing would learn in these steps"
         )
     total = trainer.total_training_steps
     if config.use_critic and total is not None and trainer.critic_warmup >= total:
         problems.append(
-            f"trainer.critic_warmup={trainer.critic_warmup} leaves none of the {total} training steps to the policy"
+            f"trainer.critic_warmup={trainer.critic_warmup} leaves none of the {total} training "
+            "steps to the policy"
         )
     if control.type == "adaptive" and not config.algorithm.use_kl_in_reward:
         problems.append(
-            "algorithm.kl_ctrl.type=adaptive has no effect with algorithm.use_kl_in_reward=false: the KL of the loss "
+            "algorithm.kl_ctrl.type=adaptive has no effect with algorithm.use_kl_in_reward=false: "
+            "the KL of the loss "
             "(actor.use_kl_loss) has the constant weight actor.kl_loss_coef"
         )
     return problems
 
 
 def async_problems(config: "PPOConfig") -> list[str]:
-    """Stale data without anything that allows for it, and engines that could not roll out while weights change."""
+    """Stale data without anything that allows for it, and engines that could not roll out while
+    weights change."""
     correction = config.algorithm.rollout_correction
-    rollout, staleness = config.actor_rollout_ref.rollout, config.async_training.max_staleness
-    on_gpus, hybrid = config.device == "cuda", config.actor_rollout_ref.hybrid_engine
+    rollout = config.actor_rollout_ref.rollout
+    staleness = config.async_training.max_staleness
+    on_gpus = config.device == "cuda"
+    hybrid = config.actor_rollout_ref.hybrid_engine
     problems: list[str] = []
     if staleness > 0 and not correction.corrects and not correction.bypass_mode:
         problems.append(
-            f"async_training.max_staleness={staleness}: tokens are sampled from older weights than those that are "
-            "trained: set algorithm.rollout_correction.rollout_is or rollout_rs, or bypass_mode with a loss that clips "
+            f"async_training.max_staleness={staleness}: tokens are sampled from older weights than "
+            "those that are "
+            "trained: set algorithm.rollout_correction.rollout_is or rollout_rs, or bypass_mode "
+            "with a loss that clips "
             "(not actor.policy_loss.loss_mode=reinforce)"
         )
     if staleness > 0 and on_gpus and hybrid:
         problems.append(
-            f"async_training.max_staleness={staleness}: engines roll out while the weights are updated, so they need "
+            f"async_training.max_staleness={staleness}: engines roll out while the weights are "
+            "updated, so they need "
             "GPUs of their own: actor_rollout_ref.hybrid_engine=false"
         )
     if rollout.num_val_replicas > 0 and on_gpus and hybrid:
         problems.append(
-            f"actor_rollout_ref.rollout.num_val_replicas={rollout.num_val_replicas}: engines that validate during "
+            f"actor_rollout_ref.rollout.num_val_replicas={rollout.num_val_replicas}: engines that "
+            "validate during "
             "training need GPUs of their own: actor_rollout_ref.hybrid_engine=false"
         )
     return problems
 
 
 def engine_pool(config: "PPOConfig") -> tuple[Any, str]:
-    """The section that counts the GPUs of the engines (`nnodes`, `n_gpus_per_node`), and its name."""
+    """The section that counts the GPUs of the engines (`nnodes`, `n_gpus_per_node`), and its
+    name."""
     if config.actor_rollout_ref.hybrid_engine:
         return config.trainer, "trainer"
     return config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
@@ -225,8 +274,10 @@ def engine_problems(config: "PPOConfig") -> list[str]:
 
 
 def deterministic_problems(config: "PPOConfig") -> list[str]:
-    """What makes two runs of the same configuration differ in their last bits: timing, batches, threads."""
-    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    """What makes two runs of the same configuration differ in their last bits: timing, batches,
+    threads."""
+    rollout = config.actor_rollout_ref.rollout
+    trainer = config.trainer
     found = {
         "actor_rollout_ref.rollout.num_replicas=1": rollout.num_replicas == 1,
         "actor_rollout_ref.rollout.max_num_seqs=1": rollout.max_num_seqs == 1,
@@ -237,43 +288,54 @@ def deterministic_problems(config: "PPOConfig") -> list[str]:
         "async_training.max_staleness=0": config.async_training.max_staleness == 0,
     }
     missing = [setting for setting, holds in found.items() if trainer.deterministic and not holds]
-    return [f"trainer.deterministic=true needs {' '.join(missing)} (+mode=deterministic sets all)"] if missing else []
+    return (
+        [f"trainer.deterministic=true needs {' '.join(missing)} (+mode=deterministic sets all)"]
+        if missing
+        else []
+    )
 
 
 def collapse_problems(config: "PPOConfig") -> list[str]:
     """A collapse watch that could never raise an alarm, or has nothing to answer it with."""
-    watch, problems = config.trainer.collapse_watch, list[str]()
+    watch = config.trainer.collapse_watch
+    problems = list[str]()
     if 0 < len(watch.active) < watch.min_signals:
         problems.append(
-            f"trainer.collapse_watch.min_signals={watch.min_signals} is more than the {len(watch.active)} of "
+            f"trainer.collapse_watch.min_signals={watch.min_signals} is more than the "
+            f"{len(watch.active)} of "
             "trainer.collapse_watch.signals"
         )
     if watch.response == "roll_back" and config.trainer.save_freq <= 0:
         problems.append(
-            "trainer.collapse_watch.response=roll_back needs checkpoints to roll back to: set trainer.save_freq"
+            "trainer.collapse_watch.response=roll_back needs checkpoints to roll back to: set "
+            "trainer.save_freq"
         )
     return problems
 
 
 def endpoint_problems(config: "PPOConfig") -> list[str]:
     """What an endpoint in the place of an engine lacks."""
-    rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
+    rollout = config.actor_rollout_ref.rollout
+    model = config.actor_rollout_ref.model
     problems: list[str] = []
     if rollout.name != "openai":
         return problems
     if not rollout.endpoint.url:
-        problems.append("actor_rollout_ref.rollout.endpoint.url: name the endpoint of rollout.name=openai")
+        problems.append(
+            "actor_rollout_ref.rollout.endpoint.url: name the endpoint of rollout.name=openai"
+        )
     if model.tokenizer_path is None:
         problems.append(
-            "actor_rollout_ref.model.tokenizer_path: an endpoint needs a tokenizer here, in whose tokens the budgets "
+            "actor_rollout_ref.model.tokenizer_path: an endpoint needs a tokenizer here, in whose "
+            "tokens the budgets "
             "(data.max_*_length) are counted; any that is close to the model's own will do"
         )
     return problems
 
 
 def environment_problems(config: "PPOConfig", agent: Any, gpus: int) -> list[str]:
-    """GPUs that cannot be used, a model that cannot hold a trajectory, an endpoint or a retriever that does not answer,
-    folders that cannot be written, shared memory that is too small.
+    """GPUs that cannot be used, a model that cannot hold a trajectory, an endpoint or a retriever
+    that does not answer, folders that cannot be written, shared memory that is too small.
 
     `gpus`: how many a run on CUDA needs on this machine, 0 if they are elsewhere.
     """
@@ -290,7 +352,8 @@ def environment_problems(config: "PPOConfig", agent: Any, gpus: int) -> list[str
 
 
 def device_problems(config: "PPOConfig", gpus: int) -> list[str]:
-    """Whether this machine can run what trainer.device asks for; `auto` never means the CPU where a GPU is meant."""
+    """Whether this machine can run what trainer.device asks for; `auto` never means the CPU where a
+    GPU is meant."""
     wanted = config.trainer.device
     if wanted == "cpu":
         return [cpu_problem()] if device.has_cuda_engine() else []
@@ -312,7 +375,8 @@ def device_problems(config: "PPOConfig", gpus: int) -> list[str]:
 def cpu_problem() -> str:
     """What is wrong with a run on the CPU where the packages are those for GPUs."""
     return (
-        "trainer.device=cpu: the installed vLLM is the build for CUDA, which cannot run on the CPU: make an "
+        "trainer.device=cpu: the installed vLLM is the build for CUDA, which cannot run on the "
+        "CPU: make an "
         f"environment for the CPU ({device.CPU_ENVIRONMENT})"
     )
 
@@ -321,7 +385,9 @@ def hf_config_of(model: ModelConfig) -> Any:
     """The Hugging Face config of a model, as training and engine will see it."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, **model.architecture)
+    return AutoConfig.from_pretrained(
+        model.path, trust_remote_code=model.trust_remote_code, **model.architecture
+    )
 
 
 def critic_problems(config: "PPOConfig") -> list[str]:
@@ -336,20 +402,25 @@ def critic_problems(config: "PPOConfig") -> list[str]:
     if mapped or "AutoModelForTokenClassification" in getattr(hf_config, "auto_map", {}):
         return []
     return [
-        f"critic.model.path={model.path}: transformers has no value head (token classification) for "
+        f"critic.model.path={model.path}: transformers has no value head (token classification) "
+        "for "
         f"{hf_config.model_type}: use an algorithm.adv_estimator without a critic, such as grpo"
     ]
 
 
 def context_problems(config: "PPOConfig") -> list[str]:
-    """Whether the model can hold a whole trajectory: the engine would refuse it only after everything has started."""
+    """Whether the model can hold a whole trajectory: the engine would refuse it only after
+    everything has started."""
     model = config.actor_rollout_ref.model
     text = hf_config_of(model).get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
-    is_scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    is_scaled = (getattr(text, "rope_parameters", None) or {}).get(
+        "rope_type", "default"
+    ) != "default"
     if limit is None or is_scaled or config.max_model_len <= limit:
         return []
     return [
-        f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than the {limit} tokens "
+        f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than "
+        f"the {limit} tokens "
         f"that {model.path} can hold (max_position_embeddings)"
     ]

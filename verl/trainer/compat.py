@@ -1,8 +1,9 @@
 """Command lines of other projects: what became of their keys.
 
-`compat=verl` takes a command line of verl whole, `compat=search_r1` one of the original Search-R1. What has an equal is
-translated, what cannot change the training is ignored, what would silently train something else is refused; all of it
-is listed with its reason. docs/migration.md has the tables.
+`compat=verl` takes a command line of verl whole, `compat=search_r1` one of the original Search-R1.
+What has an equal is translated, what cannot change the training is ignored, what would silently
+train something else is refused; all of it is listed with its reason. docs/migration.md has the
+tables.
 """
 
 import logging
@@ -17,8 +18,15 @@ from verl.utils.loading import load_class
 
 logger = logging.getLogger(__name__)
 PROJECTS = {"search_r1": "search_r1.compat.SEARCH_R1", "verl": "verl.trainer.compat.VERL"}
-"""By the value of `compat`: where its project is described. A task's is loaded by name, as its classes are."""
-OPEN_SECTIONS = ("apply_chat_template_kwargs", "override_config", "engine_kwargs", "extra_body", "panels")
+"""By the value of `compat`: where its project is described. A task's is loaded by name, as its
+classes are."""
+OPEN_SECTIONS = (
+    "apply_chat_template_kwargs",
+    "override_config",
+    "engine_kwargs",
+    "extra_body",
+    "panels",
+)
 """Sections whose keys this project does not know beforehand."""
 OWN_GROUPS = ("experiment", "method", "mode")
 """What chooses a file of configs/."""
@@ -63,7 +71,8 @@ class Project:
     """Another project's command line."""
 
     keys: Mapping[str, Fate]
-    """What became of its keys; one that is absent here and exists in this project means the same in both."""
+    """What became of its keys; one that is absent here and exists in this project means the same in
+    both."""
     defaults: Mapping[str, Any]
     """Keys here, with the values that are in force there when a command line does not name them."""
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -76,7 +85,8 @@ def ignored(note: str) -> Fate:
 
 
 def ignored_if(allowed: Sequence[Any], note: str) -> Fate:
-    """A key of which only some values can be ignored; another one is refused with the same reason."""
+    """A key of which only some values can be ignored; another one is refused with the same
+    reason."""
 
     def check(value: Any, given: Given) -> None:
         if value not in allowed:
@@ -100,10 +110,14 @@ def all_if_negative(value: Any, given: Given) -> int | None:
     return None if value is None or value < 0 else value
 
 
-def translate(project_name: str, overrides: Sequence[str], config_name: str, known: frozenset[str]) -> list[str]:
-    """The overrides in this project's keys; says what became of each. Raises ConfigError listing what is refused.
+def translate(
+    project_name: str, overrides: Sequence[str], config_name: str, known: frozenset[str]
+) -> list[str]:
+    """The overrides in this project's keys; says what became of each. Raises ConfigError listing
+    what is refused.
 
-    `config_name`: the configuration file that the command line names. `known`: all keys of this project.
+    `config_name`: the configuration file that the command line names. `known`: all keys of this
+    project.
     """
     project: Project = load_class(PROJECTS[project_name], "compat")
     given, problems = read_keys(overrides)
@@ -137,7 +151,10 @@ def translate(project_name: str, overrides: Sequence[str], config_name: str, kno
             found[key] = value
     title = f"compat={project_name}: {same} keys mean the same here; of the others:"
     logger.warning("%s", "\n  ".join([title, *lines]))
-    return ["~experiment", *(f"{'' if key in known else '++'}{key}={written(found[key])}" for key in found)]
+    return [
+        "~experiment",
+        *(f"{'' if key in known else '++'}{key}={written(found[key])}" for key in found),
+    ]
 
 
 def describe(fate: Fate, became: Mapping[str, Any]) -> str:
@@ -149,14 +166,18 @@ def describe(fate: Fate, became: Mapping[str, Any]) -> str:
 
 
 def read_keys(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Keys and values, the last one where a key comes twice; and what is wrong with arguments that are neither."""
+    """Keys and values, the last one where a key comes twice; and what is wrong with arguments that
+    are neither."""
     parsed, problems = parse(overrides)
     given: dict[str, Any] = {}
     for override in parsed:
         if override.is_delete() or override.is_sweep_override():
             problems.append(f"{override.input_line}: compat= takes keys with one value each")
         elif override.key_or_group in OWN_GROUPS:
-            problems.append(f"{override.input_line}: compat= takes another project's keys, which this is none of")
+            problems.append(
+                f"{override.input_line}: compat= takes another project's keys, which this is none "
+                "of"
+            )
         else:
             given[override.key_or_group] = override.value()
     return given, problems
@@ -169,13 +190,20 @@ def is_open(key: str) -> bool:
 
 def fates_of(key: str) -> dict[str, Fate]:
     """What became of a key, by the projects that have it; the original Search-R1 first."""
-    projects: dict[str, Project] = {name: load_class(path, "compat") for name, path in PROJECTS.items()}
+    projects: dict[str, Project] = {
+        name: load_class(path, "compat") for name, path in PROJECTS.items()
+    }
     return {name: project.keys[key] for name, project in projects.items() if key in project.keys}
 
 
-MODEL, ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{section}" for section in ("model", "actor", "ref", "rollout"))
+MODEL, ACTOR, REF, ROLLOUT = (
+    f"actor_rollout_ref.{section}" for section in ("model", "actor", "ref", "rollout")
+)
 PACKED = "rows are always packed, without padding, up to a number of tokens"
-PLACEMENT = "how the work is spread changes no result; memory is a matter of *_max_token_len_per_gpu and *_offload"
+PLACEMENT = (
+    "how the work is spread changes no result; memory is a matter of *_max_token_len_per_gpu and "
+    "*_offload"
+)
 ONE_ENGINE = "vLLM is the one engine"
 WITH_PARAMETERS = "gradients are where the parameters are (param_offload)"
 AS_SAMPLED = "the sampled ids are kept"
@@ -203,20 +231,29 @@ def warm_up_share(value: Any, given: Given) -> float:
     if value is None or value <= 0:
         return given.get(f"{ACTOR}.optim.lr_warmup_steps_ratio", 0.0)
     if not given.get("trainer.total_training_steps"):
-        raise Refused("give lr_warmup_steps_ratio, a share: the number of steps is not known from the command line")
+        raise Refused(
+            "give lr_warmup_steps_ratio, a share: the number of steps is not known from the "
+            "command line"
+        )
     return value / given["trainer.total_training_steps"]
 
 
 def loggers(value: Any, given: Given) -> list[str]:
     """Those of the loggers that there are here."""
-    return [name for name in ([value] if isinstance(value, str) else value) if name in ("console", "wandb")]
+    return [
+        name
+        for name in ([value] if isinstance(value, str) else value)
+        if name in ("console", "wandb")
+    ]
 
 
 def common_model(section: str) -> dict[str, Fate]:
     """Keys of a model that the projects have in common."""
     return {
         f"{section}.use_remove_padding": ignored(PACKED),
-        f"{section}.external_lib": ignored_if([None], "classes are named by agent._target_ and reward._target_"),
+        f"{section}.external_lib": ignored_if(
+            [None], "classes are named by agent._target_ and reward._target_"
+        ),
     }
 
 
@@ -233,10 +270,14 @@ COMMON: dict[str, Fate] = {
     "data.prompt_key": ignored_if(["prompt"], "the column is `prompt`"),
     "data.tokenizer": ignored_if([None], "name it by actor_rollout_ref.model.tokenizer_path"),
     f"{ACTOR}.ppo_micro_batch_size": Fate(
-        f"{ACTOR}.ppo_micro_batch_size_per_gpu", "divided by the GPUs; the gradient does not depend on it", per_gpu
+        f"{ACTOR}.ppo_micro_batch_size_per_gpu",
+        "divided by the GPUs; the gradient does not depend on it",
+        per_gpu,
     ),
     "critic.ppo_micro_batch_size": Fate(
-        "critic.ppo_micro_batch_size_per_gpu", "divided by the GPUs; the gradient does not depend on it", per_gpu
+        "critic.ppo_micro_batch_size_per_gpu",
+        "divided by the GPUs; the gradient does not depend on it",
+        per_gpu,
     ),
     f"{ROLLOUT}.log_prob_micro_batch_size": Fate(
         f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu", "divided by the GPUs", per_gpu
@@ -270,9 +311,13 @@ COMMON: dict[str, Fate] = {
     f"{ROLLOUT}.disable_log_stats": ignored("a matter of the console"),
     f"{ROLLOUT}.prompt_length": ignored("as data.max_prompt_length"),
     f"{ROLLOUT}.response_length": ignored("as data.max_response_length"),
-    "reward_model.enable": ignored_if([False], "there is no reward model; reward.judge asks one behind an endpoint"),
+    "reward_model.enable": ignored_if(
+        [False], "there is no reward model; reward.judge asks one behind an endpoint"
+    ),
     "trainer.logger": Fate("trainer.logger", "console and wandb; metrics.jsonl always", loggers),
-    "trainer.default_hdfs_dir": ignored_if([None], "nothing is copied to HDFS: name a mounted folder"),
+    "trainer.default_hdfs_dir": ignored_if(
+        [None], "nothing is copied to HDFS: name a mounted folder"
+    ),
 }
 """Keys of verl 0.1, which the original Search-R1 contains, and of later verl."""
 
@@ -284,28 +329,46 @@ VERL = Project(
             "bounds every context; the first prompt by max_start_length",
             also=lambda value: {"data.max_start_length": value},
         ),
-        "data.max_response_length": Fate("data.max_response_length", "of one turn, there of all turns together"),
-        "data.train_max_samples": Fate("data.train_data_num", "a fixed random sample", all_if_negative),
+        "data.max_response_length": Fate(
+            "data.max_response_length", "of one turn, there of all turns together"
+        ),
+        "data.train_max_samples": Fate(
+            "data.train_data_num", "a fixed random sample", all_if_negative
+        ),
         "data.val_max_samples": Fate("data.val_data_num", "a fixed random sample", all_if_negative),
         "data.shuffle": Fate("data.shuffle_train_dataloader"),
         "data.seed": Fate("trainer.seed", "", lambda value, given: 0 if value is None else value),
-        "data.filter_overlong_prompts": ignored("a prompt longer than data.max_start_length is an error, with its row"),
+        "data.filter_overlong_prompts": ignored(
+            "a prompt longer than data.max_start_length is an error, with its row"
+        ),
         "data.filter_overlong_prompts_workers": ignored("there is nothing to filter"),
-        "data.truncation": ignored_if(["error"], "no prompt is cut: a longer one is an error, with its row"),
+        "data.truncation": ignored_if(
+            ["error"], "no prompt is cut: a longer one is an error, with its row"
+        ),
         "data.dataloader_num_workers": ignored("prompts are read once, at the start"),
         "data.reward_fn_key": ignored_if(["data_source"], "the column is `data_source`"),
         "data.trust_remote_code": Fate(f"{MODEL}.trust_remote_code"),
         f"{ACTOR}.ppo_mini_batch_size": Fate(
-            f"{ACTOR}.ppo_mini_batch_size", "counts trajectories, there prompts: times rollout.n", trajectories
+            f"{ACTOR}.ppo_mini_batch_size",
+            "counts trajectories, there prompts: times rollout.n",
+            trajectories,
         ),
         "critic.ppo_mini_batch_size": Fate(
-            "critic.ppo_mini_batch_size", "counts trajectories, there prompts: times rollout.n", trajectories
+            "critic.ppo_mini_batch_size",
+            "counts trajectories, there prompts: times rollout.n",
+            trajectories,
         ),
-        f"{ACTOR}.optim.lr_warmup_steps": Fate(f"{ACTOR}.optim.lr_warmup_steps_ratio", "a share", warm_up_share),
+        f"{ACTOR}.optim.lr_warmup_steps": Fate(
+            f"{ACTOR}.optim.lr_warmup_steps_ratio", "a share", warm_up_share
+        ),
         f"{ACTOR}.optim.warmup_style": Fate(f"{ACTOR}.optim.lr_scheduler_type"),
-        f"{ACTOR}.optim.total_training_steps": ignored("trainer.total_training_steps, or what the epochs amount to"),
+        f"{ACTOR}.optim.total_training_steps": ignored(
+            "trainer.total_training_steps, or what the epochs amount to"
+        ),
         f"{ACTOR}.use_torch_compile": ignored("model.use_torch_compile compiles whole layers"),
-        f"{ACTOR}.checkpoint.save_contents": ignored("checkpoints hold everything, trainer.save_hf writes the model"),
+        f"{ACTOR}.checkpoint.save_contents": ignored(
+            "checkpoints hold everything, trainer.save_hf writes the model"
+        ),
         f"{ACTOR}.fsdp_config.forward_prefetch": ignored(PLACEMENT),
         f"{MODEL}.use_shm": ignored("a matter of speed"),
         f"{MODEL}.use_liger": ignored("a matter of speed"),
@@ -316,8 +379,12 @@ VERL = Project(
         f"{ROLLOUT}.layered_summon": ignored("weights travel tensor by tensor"),
         f"{ROLLOUT}.val_kwargs.do_sample": ignored("val_kwargs.temperature=0 is greedy"),
         f"{ROLLOUT}.agent.num_workers": Fate(f"{ROLLOUT}.num_agent_workers"),
-        f"{ROLLOUT}.multi_turn.enable": ignored_if([True], "max_turns and do_search say so: do_search=false"),
-        f"{ROLLOUT}.multi_turn.format": ignored("searches are written in the tags of the method (method=NAME)"),
+        f"{ROLLOUT}.multi_turn.enable": ignored_if(
+            [True], "max_turns and do_search say so: do_search=false"
+        ),
+        f"{ROLLOUT}.multi_turn.format": ignored(
+            "searches are written in the tags of the method (method=NAME)"
+        ),
         f"{ROLLOUT}.multi_turn.max_assistant_turns": Fate(
             "max_turns", "the most searches: one less, as the last turn answers", searches
         ),
@@ -326,17 +393,27 @@ VERL = Project(
         ),
         f"{ROLLOUT}.multi_turn.max_user_turns": ignored("max_turns bounds them"),
         f"{ROLLOUT}.multi_turn.tool_config_path": ignored(
-            "the file is not read: name the server by retriever.url and retriever.topk. Searches are written as "
-            "<search>, not as function calls: prompts come from scripts/data_process, or from template="
+            "the file is not read: name the server by retriever.url and retriever.topk. Searches "
+            "are written as "
+            "<search>, not as function calls: prompts come from scripts/data_process, or from "
+            "template="
         ),
-        "reward_model.reward_manager": ignored_if(["naive"], "name a function by custom_reward_function.path"),
-        "reward_model.launch_reward_fn_async": ignored("rewards are always computed as trajectories end"),
-        "trainer.resume_from_path": ignored_if([None, False], "name the run by trainer.default_local_dir"),
+        "reward_model.reward_manager": ignored_if(
+            ["naive"], "name a function by custom_reward_function.path"
+        ),
+        "reward_model.launch_reward_fn_async": ignored(
+            "rewards are always computed as trajectories end"
+        ),
+        "trainer.resume_from_path": ignored_if(
+            [None, False], "name the run by trainer.default_local_dir"
+        ),
         "trainer.max_actor_ckpt_to_keep": Fate("trainer.max_ckpt_to_keep"),
         "trainer.max_critic_ckpt_to_keep": ignored("as trainer.max_ckpt_to_keep"),
         "trainer.balance_batch": ignored("ranks always get nearly equal numbers of tokens"),
         "trainer.log_val_generations": ignored("validations are always written to the run folder"),
-        "trainer.rollout_data_dir": ignored("trajectories are in the run folder (trainer.rollout_data_freq)"),
+        "trainer.rollout_data_dir": ignored(
+            "trajectories are in the run folder (trainer.rollout_data_freq)"
+        ),
         "trainer.validation_data_dir": ignored("validations are in the run folder"),
         "trainer.ray_wait_register_center_timeout": ignored("there is no such wait"),
     },

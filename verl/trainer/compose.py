@@ -1,4 +1,5 @@
-"""From a command line to a configuration. All wrong overrides are found together, before anything starts."""
+"""From a command line to a configuration. All wrong overrides are found together, before anything
+starts."""
 
 import argparse
 import sys
@@ -34,7 +35,8 @@ class CommandLine(NamedTuple):
     multirun: bool
     """Whether each combination of values is a run."""
     is_foreign: bool
-    """Whether the configuration is elsewhere than in configs/, where nothing can be checked beforehand."""
+    """Whether the configuration is elsewhere than in configs/, where nothing can be checked
+    beforehand."""
 
     @property
     def only_shows(self) -> bool:
@@ -43,7 +45,8 @@ class CommandLine(NamedTuple):
 
 
 def read_command_line(argv: Sequence[str], default_config: str) -> CommandLine:
-    """Reads the arguments of a program that Hydra starts, with `compat=` translated. Raises ConfigError."""
+    """Reads the arguments of a program that Hydra starts, with `compat=` translated. Raises
+    ConfigError."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-name", "-cn", default=default_config)
     parser.add_argument("--config-path", "--config-dir", "-cp", "-cd")
@@ -51,7 +54,13 @@ def read_command_line(argv: Sequence[str], default_config: str) -> CommandLine:
     parser.add_argument("--cfg", "-c")
     parser.add_argument("--package", "-p")
     parser.add_argument("--info", "-i", nargs="?")
-    for switch in (("--resolve",), ("--run", "-r"), ("--hydra-help",), ("--version",), ("--help", "-h")):
+    for switch in (
+        ("--resolve",),
+        ("--run", "-r"),
+        ("--hydra-help",),
+        ("--version",),
+        ("--help", "-h"),
+    ):
         parser.add_argument(*switch, action="store_true")
     known, overrides = parser.parse_known_args(argv)
     flags = without(argv, overrides)
@@ -82,7 +91,8 @@ def without(argv: Sequence[str], taken: Sequence[str]) -> list[str]:
     >>> without(["-m", "a=1", "--cfg", "job", "b=2"], ["a=1", "b=2"])
     ['-m', '--cfg', 'job']
     """
-    rest, left = list(taken), list[str]()
+    rest = list(taken)
+    left = list[str]()
     for argument in argv:
         if rest and argument == rest[0]:
             rest.pop(0)
@@ -92,7 +102,8 @@ def without(argv: Sequence[str], taken: Sequence[str]) -> list[str]:
 
 
 def take_compat(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The project that `compat=` names, and the other overrides. Raises ConfigError for one that is not known."""
+    """The project that `compat=` names, and the other overrides. Raises ConfigError for one that is
+    not known."""
     named = [override.partition("=")[2] for override in overrides if override.startswith("compat=")]
     others = [override for override in overrides if not override.startswith("compat=")]
     if not named or named[-1] == "null":
@@ -103,7 +114,8 @@ def take_compat(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def own_config(name: str, default: str, flags: Sequence[str]) -> tuple[str, list[str]]:
-    """The configuration to start from, and the flags for Hydra without those that name another project's own."""
+    """The configuration to start from, and the flags for Hydra without those that name another
+    project's own."""
     foreign = ("--config-name", "--config-path", "--config-dir", "-cn", "-cp", "-cd")
     kept: list[str] = []
     skips_value = False
@@ -126,7 +138,8 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def as_plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration as dicts and lists. Raises ConfigError naming every value that is required and not given."""
+    """The configuration as dicts and lists. Raises ConfigError naming every value that is required
+    and not given."""
     if missing := missing_keys(config):
         raise ConfigError([f"{key}: required, and not given: add {key}=..." for key in missing])
     try:
@@ -143,7 +156,9 @@ def missing_keys(config: DictConfig, prefix: str = "") -> list[str]:
         path = f"{prefix}{key}"
         if OmegaConf.is_missing(config, key):
             found.append(path)
-        elif not OmegaConf.is_interpolation(config, key) and isinstance(section := config[key], DictConfig):
+        elif not OmegaConf.is_interpolation(config, key) and isinstance(
+            section := config[key], DictConfig
+        ):
             found += missing_keys(section, f"{path}.")
     return found
 
@@ -155,7 +170,9 @@ def check_overrides(config_name: str, overrides: Sequence[str], *, sweeps: bool 
     """
     if not (CONFIGS / f"{config_name}.yaml").exists():
         there = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-        raise ConfigError([f"--config-name {config_name}: there is none such; expected one of {', '.join(there)}"])
+        raise ConfigError(
+            [f"--config-name {config_name}: there is none such; expected one of {', '.join(there)}"]
+        )
     parsed, problems = parse(overrides)
     choices = [override for override in parsed if is_group(override)]
     values = [override for override in parsed if not is_group(override)]
@@ -181,14 +198,24 @@ def is_group(override: Override) -> bool:
 
 def choice_problems(override: Override) -> list[str]:
     """What is wrong with the choice of a file: `experiment=NAME`."""
-    group, chosen = override.key_or_group, override.value()
-    if override.is_delete() or override.is_sweep_override() or group.startswith("hydra") or chosen is None:
+    group = override.key_or_group
+    chosen = override.value()
+    if (
+        override.is_delete()
+        or override.is_sweep_override()
+        or group.startswith("hydra")
+        or chosen is None
+    ):
         return []
     folder = CONFIGS / group
     there = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-    names = [str(name).removesuffix(".yaml") for name in (chosen if isinstance(chosen, list) else [chosen])]
+    names = [
+        str(name).removesuffix(".yaml")
+        for name in (chosen if isinstance(chosen, list) else [chosen])
+    ]
     return [
-        f"{group}={name}: configs/{group} has no such file{did_you_mean(name, there) or f': expected one of {there}'}"
+        f"{group}={name}: configs/{group} has no such "
+        f"file{did_you_mean(name, there) or f': expected one of {there}'}"
         for name in names
         if name not in there
     ]
@@ -221,7 +248,8 @@ def replaces_section(override: Override, known: Iterable[str]) -> bool:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """What is said of a key that does not exist: what became of another project's, or the nearest of our own."""
+    """What is said of a key that does not exist: what became of another project's, or the nearest
+    of our own."""
     for project, became in fates_of(key).items():
         return f"{key}: {became} (compat={project} translates a whole command line)"
     return f"{key}: there is no such key{did_you_mean(key, known)}"
@@ -256,29 +284,37 @@ def dotted(section: Mapping[str, Any], prefix: str) -> Iterable[str]:
             yield from dotted(value, f"{prefix}{name}.")
 
 
-def absolute(overrides: Sequence[str], folder: Path, paths: Iterable[str], models: Iterable[str]) -> list[str]:
-    """The overrides with paths that do not depend on the working directory: they are relative to `folder`.
+def absolute(
+    overrides: Sequence[str], folder: Path, paths: Iterable[str], models: Iterable[str]
+) -> list[str]:
+    """The overrides with paths that do not depend on the working directory: they are relative to
+    `folder`.
 
-    `paths`: the keys of paths. `models`: the keys of paths that may also be names of a hub; such a one is a path where
-    there is something in `folder`.
+    `paths`: the keys of paths. `models`: the keys of paths that may also be names of a hub; such a
+    one is a path where there is something in `folder`.
     """
     return [with_full_path(text, folder, frozenset(paths), frozenset(models)) for text in overrides]
 
 
 def with_full_path(text: str, folder: Path, paths: frozenset[str], models: frozenset[str]) -> str:
-    """An override whose path, if its key has one, is relative to `folder`, with the path complete."""
+    """An override whose path, if its key has one, is relative to `folder`, with the path
+    complete."""
     parsed, _ = parse([text])
     if not parsed or parsed[0].is_delete() or parsed[0].is_sweep_override():
         return text
-    key, value = parsed[0].key_or_group, parsed[0].value()
-    is_local = isinstance(value, str) and value != "" and (folder / Path(value).expanduser()).exists()
+    key = parsed[0].key_or_group
+    value = parsed[0].value()
+    is_local = (
+        isinstance(value, str) and value != "" and (folder / Path(value).expanduser()).exists()
+    )
     if (key in paths and value) or (key in models and is_local):
         return f"{text.partition('=')[0]}={resolved(value, folder)}"
     return text
 
 
 def resolved(value: Any, folder: Path) -> str:
-    """A path, or a list of paths, as the value of an override. What is interpolated, and a name of the hub, stays."""
+    """A path, or a list of paths, as the value of an override. What is interpolated, and a name of
+    the hub, stays."""
     if isinstance(value, list):
         return f"[{','.join(resolved(entry, folder) for entry in value)}]"
     text = str(value)

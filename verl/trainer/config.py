@@ -1,4 +1,5 @@
-"""Configuration of a run, and its validation: once, at the boundary, problems of a kind together."""
+"""Configuration of a run, and its validation: once, at the boundary, problems of a kind
+together."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,8 @@ class DataConfig(Config):
     val_files: list[str]
     """Parquet files of held-out questions."""
     made_by: str | None = None
-    """Command that makes these files, named by the error where one is missing; null: nobody knows."""
+    """Command that makes these files, named by the error where one is missing; null: nobody
+    knows."""
     train_batch_size: PositiveInt = 512
     """Prompts per training step."""
     max_start_length: PositiveInt = 2048
@@ -44,11 +46,13 @@ class DataConfig(Config):
     max_obs_length: PositiveInt = 500
     """Most tokens of one observation."""
     train_data_num: PositiveInt | None = None
-    """Use a fixed random sample of so many training questions, every data_source with its share; null: all."""
+    """Use a fixed random sample of so many training questions, every data_source with its share;
+    null: all."""
     train_sample_seed: int = 0
     """What that sample is drawn with."""
     val_data_num: PositiveInt | None = None
-    """Use a fixed random sample of so many validation questions, every data_source with its share; null: all."""
+    """Use a fixed random sample of so many validation questions, every data_source with its share;
+    null: all."""
     val_sample_per_source: PositiveInt | None = None
     """Use a fixed random sample of so many validation questions of every data_source; null: all."""
     val_sample_seed: int = 0
@@ -76,7 +80,8 @@ class KLControlConfig(Config):
 
 
 class FilterGroupsConfig(Config):
-    """Dynamic sampling (DAPO, arXiv 2503.14476): groups whose trajectories all score the same are replaced."""
+    """Dynamic sampling (DAPO, arXiv 2503.14476): groups whose trajectories all score the same are
+    replaced."""
 
     enable: bool = False
     """Roll out further prompts until data.train_batch_size groups differ within."""
@@ -93,11 +98,13 @@ class RolloutCorrectionConfig(Config):
     """For tokens that were sampled from another distribution than the trained policy's."""
 
     rollout_is: Level | None = None
-    """Weigh the loss by truncated importance weights of tokens, sequences, or their geometric mean; null: do not."""
+    """Weigh the loss by truncated importance weights of tokens, sequences, or their geometric mean;
+    null: do not."""
     rollout_is_threshold: PositiveFloat = 2.0
     """Largest weight."""
     rollout_rs: Level | None = None
-    """Leave tokens, or whole sequences, out of the loss whose ratio is outside of the thresholds; null: do not."""
+    """Leave tokens, or whole sequences, out of the loss whose ratio is outside of the thresholds;
+    null: do not."""
     rollout_rs_threshold: PositiveFloat = 2.0
     """Largest ratio that stays."""
     rollout_rs_threshold_lower: PositiveFloat | None = None
@@ -105,8 +112,9 @@ class RolloutCorrectionConfig(Config):
     rollout_token_veto_threshold: float | None = Field(default=None, gt=0, lt=1)
     """Leave a sequence out in which some token's ratio is below this, such as 1e-4; null: none."""
     bypass_mode: bool = False
-    """Take the sampler's log-probs for the old ones: the clip is then a trust region around the policy that sampled,
-    stale as it may be. False: the old log-probs are the present weights' (decoupled PPO, arXiv 2505.24298)."""
+    """Take the sampler's log-probs for the old ones: the clip is then a trust region around the
+    policy that sampled, stale as it may be. False: the old log-probs are the present weights'
+    (decoupled PPO, arXiv 2505.24298)."""
 
     @property
     def corrects(self) -> bool:
@@ -124,11 +132,18 @@ LossFilter = Literal["zero_variance", "void_turn", "truncated"]
 
 class AlgorithmConfig(Config):
     adv_estimator: Literal[
-        "gae", "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_plus_plus", "reinforce_plus_plus_baseline",
+        "gae",
+        "grpo",
+        "dr_grpo",
+        "rloo",
+        "reinforce",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
         "turn_level",
-    ] = "gae"  # fmt: skip
-    """gae is PPO with a critic. grpo, dr_grpo (no std), rloo, reinforce_plus_plus_baseline and turn_level compare the
-    trajectories of one prompt; reinforce and reinforce_plus_plus take the returns as they are, the latter whitened."""
+    ] = "gae"
+    """gae is PPO with a critic. grpo, dr_grpo (no std), rloo, reinforce_plus_plus_baseline and
+    turn_level compare the trajectories of one prompt; reinforce and reinforce_plus_plus take the
+    returns as they are, the latter whitened."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token of the policy."""
     lam: float = Field(default=1.0, ge=0, le=1)
@@ -137,8 +152,9 @@ class AlgorithmConfig(Config):
     """Divide by the group's standard deviation; false is Dr. GRPO's numerator."""
     filter_groups: FilterGroupsConfig = FilterGroupsConfig()
     loss_filters: list[LossFilter] = []
-    """Trajectories left out of the policy loss, after their group's advantages were computed: of groups that all
-    score the same; with a turn that neither acts nor answers (SimpleTIR, arXiv 2509.02479); cut off by a limit."""
+    """Trajectories left out of the policy loss, after their group's advantages were computed: of
+    groups that all score the same; with a turn that neither acts nor answers (SimpleTIR, arXiv
+    2509.02479); cut off by a limit."""
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
     use_kl_in_reward: bool = False
     """Subtract the KL to the reference from the rewards (PPO)."""
@@ -151,10 +167,11 @@ class AsyncTrainingConfig(Config):
     """Rolling out while the weights are updated."""
 
     max_staleness: NonNegativeInt = 0
-    """Batches of prompts that are rolled out ahead: tokens are at most so many weight versions old when they are
-    trained on. 0: synchronous; 1 with partial_rollout=false: one step off."""
+    """Batches of prompts that are rolled out ahead: tokens are at most so many weight versions old
+    when they are trained on. 0: synchronous; 1 with partial_rollout=false: one step off."""
     partial_rollout: bool = True
-    """New weights reach trajectories under way between two of their turns; false: they wait until all have ended."""
+    """New weights reach trajectories under way between two of their turns; false: they wait until
+    all have ended."""
 
 
 class TrainerConfig(Config):
@@ -195,29 +212,33 @@ class TrainerConfig(Config):
     save_freq: int = -1
     """Checkpoint every so many steps, and at the end; -1: only at the end."""
     max_ckpt_to_keep: PositiveInt | None = None
-    """So many newest checkpoints stay, the best, and the one that a roll-back would need; null: all."""
+    """So many newest checkpoints stay, the best, and the one that a roll-back would need; null:
+    all."""
     best_metric: str | None = "val/test_score/all"
     """Also keep the checkpoint of the step with the highest value of this metric; null: do not."""
     async_save: bool = True
     """Write checkpoints in the background, from a copy in host memory."""
     deterministic: bool = False
-    """The same bits in every run of the same configuration; `+mode=deterministic` sets what that needs."""
+    """The same bits in every run of the same configuration; `+mode=deterministic` sets what that
+    needs."""
     resume_mode: Literal["auto", "disable"] = "auto"
     """auto continues from the newest checkpoint in default_local_dir."""
     save_hf: bool = True
     """Write the final policy in Hugging Face format to default_local_dir/hf."""
     rollout_data_freq: int = 10
-    """Write the trajectories of every so many training steps; -1: never. Validations are always written."""
+    """Write the trajectories of every so many training steps; -1: never. Validations are always
+    written."""
     max_failed_share: float = Field(default=0.1, ge=0, le=1)
     """Stop when a larger share of a batch's trajectories failed (environment, not policy)."""
     max_skipped_steps: PositiveInt = 3
     """Stop after so many training steps in a row with a loss or gradient that is not finite."""
     max_restarts: NonNegativeInt = 3
-    """Start the driver again so many times in a row, without a new checkpoint in between, after it was lost: killed, or
-    a rank or an engine was, or it hung."""
+    """Start the driver again so many times in a row, without a new checkpoint in between, after it
+    was lost: killed, or a rank or an engine was, or it hung."""
     hang_timeout_s: PositiveFloat = 3600.0
-    """Longest time without progress, in seconds: none of the verbs of a training step begins, and no trajectory that is
-    waited for finishes. Then all stacks are written to the run folder and the driver is started again."""
+    """Longest time without progress, in seconds: none of the verbs of a training step begins, and
+    no trajectory that is waited for finishes. Then all stacks are written to the run folder and the
+    driver is started again."""
     collapse_watch: CollapseWatchConfig = CollapseWatchConfig()
 
 
@@ -225,12 +246,13 @@ class CustomRewardConfig(Config):
     path: str | None = None
     """Python file."""
     name: str = "compute_score"
-    """Function in it: compute_score(data_source, solution_str, ground_truth, extra_info), called by these names. It
-    returns a number, or a dict with one under `score`."""
+    """Function in it: compute_score(data_source, solution_str, ground_truth, extra_info), called by
+    these names. It returns a number, or a dict with one under `score`."""
 
 
 class PPOConfig(Config):
-    """Everything the library reads. `agent` and `reward` belong to the classes that their `_target_` names."""
+    """Everything the library reads. `agent` and `reward` belong to the classes that their
+    `_target_` names."""
 
     data: DataConfig
     actor_rollout_ref: ActorRolloutRefConfig
@@ -265,7 +287,8 @@ class PPOConfig(Config):
 
     @property
     def num_gpus(self) -> int:
-        """GPUs of the training and of engines that have their own; on the CPU the training processes."""
+        """GPUs of the training and of engines that have their own; on the CPU the training
+        processes."""
         training = self.trainer.nnodes * self.trainer.n_gpus_per_node
         if self.actor_rollout_ref.hybrid_engine or self.device == "cpu":
             return training
@@ -281,9 +304,12 @@ class PPOConfig(Config):
 
     @property
     def num_mini_batches(self) -> dict[str, int]:
-        """Optimizer steps per rollout batch and epoch: the actor's, and the critic's where there is one."""
+        """Optimizer steps per rollout batch and epoch: the actor's, and the critic's where there is
+        one."""
         rollout_batch = self.data.train_batch_size * self.actor_rollout_ref.rollout.n
-        steps = {ACTOR_MINI_BATCH: rollout_batch // self.actor_rollout_ref.actor.ppo_mini_batch_size}
+        steps = {
+            ACTOR_MINI_BATCH: rollout_batch // self.actor_rollout_ref.actor.ppo_mini_batch_size
+        }
         if self.use_critic:
             steps[CRITIC_MINI_BATCH] = rollout_batch // self.critic.ppo_mini_batch_size
         return steps
@@ -291,13 +317,16 @@ class PPOConfig(Config):
     def total_training_steps(self, num_rows: int) -> int:
         """trainer.total_training_steps, or what trainer.total_epochs amounts to."""
         trainer = self.trainer
-        return trainer.total_training_steps or max(1, trainer.total_epochs * num_rows // self.data.train_batch_size)
+        return trainer.total_training_steps or max(
+            1, trainer.total_epochs * num_rows // self.data.train_batch_size
+        )
 
 
 def validate(raw: dict[str, Any]) -> PPOConfig:
     """The typed configuration of a composed one.
 
-    Raises ConfigError listing every wrong key and value; where there is none, every combination that cannot work.
+    Raises ConfigError listing every wrong key and value; where there is none, every combination
+    that cannot work.
     """
     problems: list[str] = []
     of_task: set[str] = set()
@@ -321,14 +350,20 @@ def validate(raw: dict[str, Any]) -> PPOConfig:
 
 
 def section_class(name: str, section: Any) -> Any:
-    """The class that a section names. Raises ConfigError where there is none, or none with a model of the section."""
+    """The class that a section names. Raises ConfigError where there is none, or none with a model
+    of the section."""
     target = section.get("_target_") if isinstance(section, dict) else None
     if not isinstance(target, str):
         raise ConfigError([f"{name}._target_: name the class to use"])
     cls = load_class(target, f"{name}._target_")
     model = getattr(cls, "Config", None)
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
-        raise ConfigError([f"{name}._target_={target}: expected a class with `Config`, the pydantic model of {name}"])
+        raise ConfigError(
+            [
+                f"{name}._target_={target}: expected a class with `Config`, the pydantic model of "
+                f"{name}"
+            ]
+        )
     return cls
 
 
@@ -345,14 +380,15 @@ def _without_target(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_tokenizer(config: PPOConfig) -> Any:
-    """The tokenizer of the policy. Raises ConfigError when there is none at the configured path, or for arguments that
-    its chat template does not read.
+    """The tokenizer of the policy. Raises ConfigError when there is none at the configured path, or
+    for arguments that its chat template does not read.
 
     Of a chat endpoint it only counts and cuts: the endpoint applies its own template.
     """
     from transformers import AutoTokenizer
 
-    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    model = config.actor_rollout_ref.model
+    rollout = config.actor_rollout_ref.rollout
     path = model.tokenizer_path or model.path
     key = "actor_rollout_ref.model." + ("tokenizer_path" if model.tokenizer_path else "path")
     if is_place(path) and not Path(path).exists():
@@ -380,7 +416,8 @@ def build_agent(config: PPOConfig, tokenizer: Any) -> Any:
 
 
 def build_reward(config: PPOConfig, tokenizer: Any) -> Any:
-    """The reward: `custom_reward_function` where given, else the class that `reward._target_` names."""
+    """The reward: `custom_reward_function` where given, else the class that `reward._target_`
+    names."""
     custom = config.custom_reward_function
     if custom.path is not None:
         function = load_function(custom.path, custom.name, "custom_reward_function")

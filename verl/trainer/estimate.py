@@ -1,7 +1,9 @@
-"""GPU memory of a configuration, before it runs: what is alive on one GPU at the peak of each phase, in GiB.
+"""GPU memory of a configuration, before it runs: what is alive on one GPU at the peak of each
+phase, in GiB.
 
-Needs no GPU, and of the model only its Hugging Face config. Exit status: 0 if it fits, 1 if it does not (the largest
-entries are named, and the keys that shrink them), 2 if the configuration cannot work. Formulas: docs/memory.md.
+Needs no GPU, and of the model only its Hugging Face config. Exit status: 0 if it fits, 1 if it does
+not (the largest entries are named, and the keys that shrink them), 2 if the configuration cannot
+work. Formulas: docs/memory.md.
 """
 
 import argparse
@@ -27,7 +29,9 @@ from verl.trainer.sizing import (
 
 Peaks = Mapping[str, tuple[Entries, str]]
 """By phase what is alive at its peak, and where in it that is."""
-NO_RETRIEVER = "; no retriever on these GPUs is counted (--retriever-passages N counts an exact E5 index of N)"
+NO_RETRIEVER = (
+    "; no retriever on these GPUs is counted (--retriever-passages N counts an exact E5 index of N)"
+)
 OWNERS = ["actor", "ref", "critic", "engine", "retriever", ""]
 """Whose entries there are, in the order of the table."""
 
@@ -59,7 +63,8 @@ class Estimate:
 
     @property
     def free_at_start(self) -> float:
-        """Bytes that an engine finds free when it starts: the ranks have their weights, the optimizer has no state."""
+        """Bytes that an engine finds free when it starts: the ranks have their weights, the
+        optimizer has no state."""
         if not self.shares_gpus:
             return self.limit - memory.CONTEXTS_GIB * GIB - self.retriever
         weights = sum(resident(role, updates=False).get(memory.WEIGHTS, 0.0) for role in self.roles)
@@ -74,14 +79,17 @@ class Estimate:
         if self.engine.share > self.free_at_start:
             beside = "trainer and retriever" if self.retriever else "trainer"
             found.append(
-                f"the engine refuses to start: it asks for {gib(self.engine.share)} GiB, and the {beside} "
+                f"the engine refuses to start: it asks for {gib(self.engine.share)} GiB, and the "
+                f"{beside} "
                 f"leave{'' if self.retriever else 's'} {gib(self.free_at_start)}: "
                 "lower actor_rollout_ref.rollout.gpu_memory_utilization"
             )
         if self.engine.kv_tokens < self.config.max_model_len:
             found.append(
-                f"the engine's KV cache has room for {self.engine.kv_tokens:,} tokens and not for one sequence of "
-                f"{self.config.max_model_len:,}: raise actor_rollout_ref.rollout.gpu_memory_utilization, or "
+                f"the engine's KV cache has room for {self.engine.kv_tokens:,} tokens and not for "
+                "one sequence of "
+                f"{self.config.max_model_len:,}: raise "
+                "actor_rollout_ref.rollout.gpu_memory_utilization, or "
                 "lower max_num_batched_tokens and max_num_seqs"
             )
         return found
@@ -91,10 +99,17 @@ class Estimate:
         return self.left >= 0 and not self.problems
 
 
-def estimate(config: PPOConfig, roles: Sequence[Role], longest: Longest, limit: float, retriever: float) -> Estimate:
-    """Computes the memory of every phase on a GPU of `limit` bytes, of which a retriever has `retriever`."""
+def estimate(
+    config: PPOConfig, roles: Sequence[Role], longest: Longest, limit: float, retriever: float
+) -> Estimate:
+    """Computes the memory of every phase on a GPU of `limit` bytes, of which a retriever has
+    `retriever`."""
     rollout = config.actor_rollout_ref.rollout
-    engine = engine_memory.engine_memory(roles[0].sizes, rollout, limit) if rollout.name == "vllm" else None
+    engine = (
+        engine_memory.engine_memory(roles[0].sizes, rollout, limit)
+        if rollout.name == "vllm"
+        else None
+    )
     awake = engine.entries() if engine and config.actor_rollout_ref.hybrid_engine else {}
     always: Entries = {("retriever", engine_memory.INDEX): retriever}
     phases = ["rollout", "log-probs", *["critic update"] * config.use_critic, "actor update"]
@@ -121,8 +136,13 @@ def table(peaks: Peaks) -> str:
     lines = [f"{'GiB per GPU at the peak of':42}" + "".join(f"{phase:>15}" for phase in peaks)]
     for key in order:
         cells = [entries.get(key, 0.0) / GIB for entries, _ in peaks.values()]
-        lines.append(f"{label(*key):42}" + "".join(f"{cell:15.2f}" if cell else f"{'-':>15}" for cell in cells))
-    lines.append(f"{'total':42}" + "".join(f"{total(entries) / GIB:15.2f}" for entries, _ in peaks.values()))
+        lines.append(
+            f"{label(*key):42}"
+            + "".join(f"{cell:15.2f}" if cell else f"{'-':>15}" for cell in cells)
+        )
+    lines.append(
+        f"{'total':42}" + "".join(f"{total(entries) / GIB:15.2f}" for entries, _ in peaks.values())
+    )
     moments = [f"peak of the {phase}: {moment}" for phase, (_, moment) in peaks.items() if moment]
     return "\n".join(lines + moments)
 
@@ -138,23 +158,32 @@ def engine_text(found: Estimate, mean_tokens: int) -> str:
     at_mean = engine.kv_tokens // mean_tokens
     where = "" if found.shares_gpus else " (engines have GPUs of their own)"
     return (
-        f"KV cache{where}: {gib(engine.kv_cache)} GiB / {engine.kv_bytes_per_token:,.0f} bytes a token = "
-        f"{engine.kv_tokens:,} tokens: {at_longest:,} trajectories of {found.longest.tokens:,} tokens at once, "
+        f"KV cache{where}: {gib(engine.kv_cache)} GiB / {engine.kv_bytes_per_token:,.0f} bytes a "
+        "token = "
+        f"{engine.kv_tokens:,} tokens: {at_longest:,} trajectories of {found.longest.tokens:,} "
+        "tokens at once, "
         f"{at_mean:,} of {mean_tokens:,};\n"
-        f"  an engine's part of a batch is {rows:,.0f} trajectories, of which max_num_seqs={rollout.max_num_seqs} "
+        f"  an engine's part of a batch is {rows:,.0f} trajectories, of which "
+        f"max_num_seqs={rollout.max_num_seqs} "
         "decode at once\n"
         f"engine start: asks for {gib(engine.share)} GiB, finds {gib(found.free_at_start)} free"
     )
 
 
 def verdict(peaks: Peaks, roles: Sequence[Role], limit: float, retriever: float = 0.0) -> str:
-    """What is left of `limit` bytes; or of every phase that exceeds them the three largest entries that keys shrink."""
+    """What is left of `limit` bytes; or of every phase that exceeds them the three largest entries
+    that keys shrink."""
     over = {phase: entries for phase, (entries, _) in peaks.items() if total(entries) > limit}
     beside = f", with {gib(retriever)} GiB of a retriever on each GPU" if retriever else ""
     if not over:
-        phase, most = max(((phase, total(entries)) for phase, (entries, _) in peaks.items()), key=lambda p: p[1])
+        phase, most = max(
+            ((phase, total(entries)) for phase, (entries, _) in peaks.items()), key=lambda p: p[1]
+        )
         beside = beside or NO_RETRIEVER
-        return f"fits: {gib(limit - most)} of {limit / GIB:g} GiB are left at the peak ({phase}){beside}"
+        return (
+            f"fits: {gib(limit - most)} of {limit / GIB:g} GiB are left at the peak "
+            f"({phase}){beside}"
+        )
     by_name: dict[str, Role] = {role.name: role for role in roles}
     found: dict[tuple[str, str], tuple[float, list[str]]] = {}
     for phase, entries in over.items():
@@ -211,8 +240,10 @@ def report(found: Estimate, gpu_memory_gb: float, mean_tokens: int) -> str:
     assert actor.update is not None
     sizes = f"{actor.sizes.params / 1e6:,.1f} M parameters, {actor.trained / 1e6:,.1f} M trained"
     lines = [
-        f"{found.config.actor_rollout_ref.model.path}: {sizes}; {actor.world} GPUs of {gpu_memory_gb:g} GiB",
-        f"longest trajectory: {longest.tokens:,} tokens, of which at most {longest.trained_share:.0%} are trained "
+        f"{found.config.actor_rollout_ref.model.path}: {sizes}; {actor.world} GPUs of "
+        f"{gpu_memory_gb:g} GiB",
+        f"longest trajectory: {longest.tokens:,} tokens, of which at most "
+        f"{longest.trained_share:.0%} are trained "
         f"({longest.keys})",
         f"micro-batch: {actor.update.tokens:,.0f} tokens in the actor's update",
         "",
@@ -228,17 +259,30 @@ def report(found: Estimate, gpu_memory_gb: float, mean_tokens: int) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m verl.trainer.estimate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m verl.trainer.estimate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    parser.add_argument("--trained-share", type=float, help="share of the tokens that the policy writes, where known")
-    parser.add_argument("--mean-tokens", type=int, default=1300, help="of a trajectory, expected (default: 1300)")
+    parser.add_argument(
+        "--trained-share",
+        type=float,
+        help="share of the tokens that the policy writes, where known",
+    )
+    parser.add_argument(
+        "--mean-tokens", type=int, default=1300, help="of a trajectory, expected (default: 1300)"
+    )
     retriever = parser.add_mutually_exclusive_group()
-    retriever.add_argument("--retriever-gb-per-gpu", type=float, help="GiB of a retriever on every GPU of the trainer")
+    retriever.add_argument(
+        "--retriever-gb-per-gpu", type=float, help="GiB of a retriever on every GPU of the trainer"
+    )
     retriever.add_argument(
         "--retriever-passages",
         type=int,
-        help="passages of an exact E5 index over all GPUs of a node (--faiss_gpu); wiki-18 has 21015324",
+        help=(
+            "passages of an exact E5 index over all GPUs of a node (--faiss_gpu); wiki-18 has "
+            "21015324"
+        ),
     )
     return parser
 
@@ -248,7 +292,9 @@ def estimate_arguments(args: argparse.Namespace) -> Estimate:
     config = load_config(args.config_name, args.overrides)
     longest = longest_trajectory(config)
     if args.trained_share is not None:
-        longest = longest._replace(trained_share=args.trained_share, keys=f"{longest.keys}; --trained-share")
+        longest = longest._replace(
+            trained_share=args.trained_share, keys=f"{longest.keys}; --trained-share"
+        )
     roles = roles_of(config, longest, load_shapes(args.shapes))
     retriever = (args.retriever_gb_per_gpu or 0.0) * GIB
     if args.retriever_passages:

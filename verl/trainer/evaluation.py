@@ -1,7 +1,7 @@
 """Rolling out held-out questions with the engines alone: no training worker is started.
 
-The same agent loop, reward and engines as in training. Finished questions are written as they come, so that an
-interrupted evaluation goes on where it was.
+The same agent loop, reward and engines as in training. Finished questions are written as they come,
+so that an interrupted evaluation goes on where it was.
 """
 
 import json
@@ -28,18 +28,24 @@ MIN_RESULTS = 20
 """Trajectories to see before a share of failures means something."""
 
 
-def evaluate(config: PPOConfig, val_set: RLHFDataset, rollout: Any, tokenizer: Any, path: Path) -> None:
-    """Appends the records of the questions that `path` lacks, `val_kwargs.n` per question, under their `row`.
+def evaluate(
+    config: PPOConfig, val_set: RLHFDataset, rollout: Any, tokenizer: Any, path: Path
+) -> None:
+    """Appends the records of the questions that `path` lacks, `val_kwargs.n` per question, under
+    their `row`.
 
-    `rollout` is a RolloutManager or a LocalRollout. A question of which the environment broke a trajectory twice is not
-    written: the next call asks it again. Raises RolloutFailed when more than `trainer.max_failed_share` of the
-    trajectories failed; what has finished is kept.
+    `rollout` is a RolloutManager or a LocalRollout. A question of which the environment broke a
+    trajectory twice is not written: the next call asks it again. Raises RolloutFailed when more
+    than `trainer.max_failed_share` of the trajectories failed; what has finished is kept.
     """
     done, scores = finished(path, config.actor_rollout_ref.rollout.val_kwargs.n)
     todo = [row for row in range(len(val_set)) if row not in done]
     recent: list[Trajectory | Failure] = []
     failed = 0
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(val_set), initial=len(done), unit="questions") as bar:
+    with (
+        path.open("a", encoding="utf-8") as file,
+        tqdm(total=len(val_set), initial=len(done), unit="questions") as bar,
+    ):
         for row, jobs, results in stream(todo, val_set, rollout, config):
             recent = (recent + results)[-max(MIN_RESULTS, rollout.capacity) :]
             trajectories = [r for r in results if isinstance(r, Trajectory)]
@@ -54,10 +60,14 @@ def evaluate(config: PPOConfig, val_set: RLHFDataset, rollout: Any, tokenizer: A
         if recent:
             check_failures(recent, config.trainer.max_failed_share)
     if failed:
-        logger.warning("%d questions failed and were left out; run again to ask them once more", failed)
+        logger.warning(
+            "%d questions failed and were left out; run again to ask them once more", failed
+        )
 
 
-def write(file: Any, row: int, jobs: list[Job], trajectories: list[Trajectory], tokenizer: Any) -> list[float]:
+def write(
+    file: Any, row: int, jobs: list[Job], trajectories: list[Trajectory], tokenizer: Any
+) -> list[float]:
     """Appends the records of a question; their scores."""
     for trajectory in trajectories:
         trajectory.reward = trajectory.reward or {"score": 0.0}
@@ -70,15 +80,22 @@ def write(file: Any, row: int, jobs: list[Job], trajectories: list[Trajectory], 
 def stream(
     todo: list[int], val_set: RLHFDataset, rollout: Any, config: PPOConfig
 ) -> Iterator[tuple[int, list[Job], list[Trajectory | Failure]]]:
-    """(row, its jobs, their results) as questions finish; `rollout.capacity` trajectories are always under way."""
-    sampling, seed = config.actor_rollout_ref.rollout.val_kwargs, config.trainer.seed
+    """(row, its jobs, their results) as questions finish; `rollout.capacity` trajectories are
+    always under way."""
+    sampling = config.actor_rollout_ref.rollout.val_kwargs
+    seed = config.trainer.seed
     rows: list[int] = []
     pending: list[Any] = []
     waiting = iter(todo)
     while True:
-        while len(pending) * sampling.n < rollout.capacity and (row := next(waiting, None)) is not None:
+        while (
+            len(pending) * sampling.n < rollout.capacity
+            and (row := next(waiting, None)) is not None
+        ):
             rows.append(row)
-            pending.append(rollout.submit([val_set.rows[row]], [val_set.prompt_ids[row]], sampling, seed + row))
+            pending.append(
+                rollout.submit([val_set.rows[row]], [val_set.prompt_ids[row]], sampling, seed + row)
+            )
         if not pending:
             return
         place = rollout.first_done(pending)
@@ -86,9 +103,12 @@ def stream(
 
 
 def identify(config: PPOConfig, val_set: RLHFDataset, path: Path) -> None:
-    """Writes down what is evaluated on what. Raises DataError when another evaluation already stands there."""
+    """Writes down what is evaluated on what. Raises DataError when another evaluation already
+    stands there."""
     questions = [[row["data_source"], row["prompt"], row["reward_model"]] for row in val_set.rows]
-    rollout, model, reward = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model, config.reward
+    rollout = config.actor_rollout_ref.rollout
+    model = config.actor_rollout_ref.model
+    reward = config.reward
     made_of = {
         "model": model.path,
         "weights": weights_of(model.path),
@@ -106,10 +126,13 @@ def identify(config: PPOConfig, val_set: RLHFDataset, path: Path) -> None:
 
 
 def finished(path: Path, samples: int) -> tuple[set[int], list[float]]:
-    """Rows that `path` has all samples of, and their scores; what a kill cut off is removed from the file."""
+    """Rows that `path` has all samples of, and their scores; what a kill cut off is removed from
+    the file."""
     if not path.exists():
         return set(), []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one is empty, or was cut off
+    lines = path.read_text(encoding="utf-8").split("\n")[
+        :-1
+    ]  # the last one is empty, or was cut off
     records = [json.loads(line) for line in lines]
     counts = Counter(record["row"] for record in records)
     whole = [i for i, record in enumerate(records) if counts[record["row"]] == samples]

@@ -1,7 +1,9 @@
-"""A checkpoint's policy as a Hugging Face folder: in one process, without a GPU, whatever number of ranks wrote it.
+"""A checkpoint's policy as a Hugging Face folder: in one process, without a GPU, whatever number of
+ranks wrote it.
 
-Weights are read one by one, so that about the exported model fits in memory, not the checkpoint. Names, shapes, config,
-tokenizer and generation settings are those of the model that the run began with.
+Weights are read one by one, so that about the exported model fits in memory, not the checkpoint.
+Names, shapes, config, tokenizer and generation settings are those of the model that the run began
+with.
 """
 
 from pathlib import Path
@@ -20,17 +22,28 @@ from verl.utils.config import problems_of
 from verl.utils.errors import ConfigError, ModelError
 from verl.utils.model_names import RUN_CONFIG, run_folder_of
 from verl.workers.config import ModelConfig
-from verl.workers.hf_folder import exported_weights, on_host, saved_tensors, skeleton_of, source_dtype, write_folder
+from verl.workers.hf_folder import (
+    exported_weights,
+    on_host,
+    saved_tensors,
+    skeleton_of,
+    source_dtype,
+    write_folder,
+)
 
 SECTION = "actor_rollout_ref.model"
 
 
-def export(checkpoint: Path, out: Path, base: str | None = None, tokenizer: str | None = None) -> None:
-    """Writes the policy of a checkpoint to the Hugging Face folder `out`, whole or not at all, adapters merged.
+def export(
+    checkpoint: Path, out: Path, base: str | None = None, tokenizer: str | None = None
+) -> None:
+    """Writes the policy of a checkpoint to the Hugging Face folder `out`, whole or not at all,
+    adapters merged.
 
-    checkpoint: the folder that has `actor` in it, somewhere below the run's config.yaml. base, tokenizer: where the
-    model that the run began with and its tokenizer are, if not where config.yaml says.
-    Raises ModelError, ConfigError for a config.yaml that cannot be read, CheckpointError for damaged parts, OSError.
+    checkpoint: the folder that has `actor` in it, somewhere below the run's config.yaml. base,
+    tokenizer: where the model that the run began with and its tokenizer are, if not where
+    config.yaml says. Raises ModelError, ConfigError for a config.yaml that cannot be read,
+    CheckpointError for damaged parts, OSError.
     """
     config = model_config_of(checkpoint, base, tokenizer)
     skeleton = skeleton_or_error(checkpoint, config)
@@ -49,12 +62,16 @@ def export(checkpoint: Path, out: Path, base: str | None = None, tokenizer: str 
     write_folder(skeleton, weights, config, out, {"checkpoint": checkpoint.name})
 
 
-def model_config_of(checkpoint: Path, base: str | None = None, tokenizer: str | None = None) -> ModelConfig:
-    """The model section of the run that a checkpoint belongs to, `base` and `tokenizer` in the place of its paths."""
+def model_config_of(
+    checkpoint: Path, base: str | None = None, tokenizer: str | None = None
+) -> ModelConfig:
+    """The model section of the run that a checkpoint belongs to, `base` and `tokenizer` in the
+    place of its paths."""
     run = run_folder_of(checkpoint)
     if run is None:
         raise ModelError(
-            f"{checkpoint}: no {RUN_CONFIG} in the folders above it. It says what the run began with and is in the run "
+            f"{checkpoint}: no {RUN_CONFIG} in the folders above it. It says what the run began "
+            "with and is in the run "
             "folder: copy it along with the checkpoint"
         )
     path = run / RUN_CONFIG
@@ -63,29 +80,42 @@ def model_config_of(checkpoint: Path, base: str | None = None, tokenizer: str | 
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError([f"{path}: {error}"]) from error
     if section is None:
-        raise ConfigError([f"{path}: no section {SECTION}; expected the configuration of a training run"])
+        raise ConfigError(
+            [f"{path}: no section {SECTION}; expected the configuration of a training run"]
+        )
     entries: Any = OmegaConf.to_container(section)
     try:
         config = ModelConfig.model_validate(entries)
     except ValidationError as error:
-        raise ConfigError([f"{path}: {problem}" for problem in problems_of(error, f"{SECTION}.")]) from error
-    changes = {key: value for key, value in (("path", base), ("tokenizer_path", tokenizer)) if value is not None}
+        raise ConfigError(
+            [f"{path}: {problem}" for problem in problems_of(error, f"{SECTION}.")]
+        ) from error
+    changes = {
+        key: value
+        for key, value in (("path", base), ("tokenizer_path", tokenizer))
+        if value is not None
+    }
     return config.model_copy(update=changes)
 
 
 def skeleton_or_error(checkpoint: Path, config: ModelConfig) -> PreTrainedModel:
-    """`skeleton_of(config)`. Raises ModelError where the model that the run began with cannot be read."""
+    """`skeleton_of(config)`. Raises ModelError where the model that the run began with cannot be
+    read."""
     try:
         return skeleton_of(config)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{config.path}: the model that {checkpoint} was trained from ({SECTION}.path) cannot be read here: "
+            f"{config.path}: the model that {checkpoint} was trained from ({SECTION}.path) cannot "
+            "be read here: "
             f"{error}\nName where it is by --base; of its files the weights are not needed"
         ) from error
 
 
-def check_fit(skeleton: PreTrainedModel, saved: dict[str, torch.Tensor], checkpoint: Path, config: ModelConfig) -> None:
-    """Raises ModelError when a checkpoint does not hold the weights of `skeleton`, naming the first that differ."""
+def check_fit(
+    skeleton: PreTrainedModel, saved: dict[str, torch.Tensor], checkpoint: Path, config: ModelConfig
+) -> None:
+    """Raises ModelError when a checkpoint does not hold the weights of `skeleton`, naming the first
+    that differ."""
     differing: list[str] = []
     for name, tensor in saved_tensors(skeleton).items():
         there = tuple(saved[name].shape) if name in saved else None
@@ -95,4 +125,6 @@ def check_fit(skeleton: PreTrainedModel, saved: dict[str, torch.Tensor], checkpo
         differing.append(f"adapters, and {SECTION}.lora_rank is 0")
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise ModelError(f"{checkpoint}: was not trained from {config.path} ({'; '.join(differing[:3])}{more})")
+        raise ModelError(
+            f"{checkpoint}: was not trained from {config.path} ({'; '.join(differing[:3])}{more})"
+        )

@@ -1,4 +1,5 @@
-"""What a run needs of the machine it is started on: folders that can be written, short socket paths, shared memory."""
+"""What a run needs of the machine it is started on: folders that can be written, short socket
+paths, shared memory."""
 
 import errno
 import os
@@ -17,7 +18,8 @@ ENGINE_SOCKET = "/00000000-0000-0000-0000-000000000000"
 """What vLLM adds to the temporary folder: a UUID."""
 SHORT = "it to a short folder that can be written, such as /tmp"
 NCCL_BYTES = 128 * 2**20
-"""Shared memory below which GPUs cannot be expected to talk: Docker's default of 64 MiB is known to be too little."""
+"""Shared memory below which GPUs cannot be expected to talk: Docker's default of 64 MiB is known to
+be too little."""
 FLOAT32_BYTES = 4
 
 
@@ -39,10 +41,17 @@ def folder_problems(config: "PPOConfig") -> list[str]:
     if not Path(path).exists() and not has_weights(path):
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         cache = os.environ.get("HF_HUB_CACHE", f"{home}/hub")
-        folders[f"the cache of the Hugging Face hub, where {path} is to be kept"] = (cache, "set HF_HOME")
+        folders[f"the cache of the Hugging Face hub, where {path} is to be kept"] = (
+            cache,
+            "set HF_HOME",
+        )
     if config.device == "cuda" and config.actor_rollout_ref.rollout.name == "vllm":
-        vllm = os.environ.get("VLLM_CACHE_ROOT", f"{os.environ.get('XDG_CACHE_HOME', '~/.cache')}/vllm")
-        triton = os.environ.get("TRITON_CACHE_DIR", f"{os.environ.get('TRITON_HOME', '~')}/.triton/cache")
+        vllm = os.environ.get(
+            "VLLM_CACHE_ROOT", f"{os.environ.get('XDG_CACHE_HOME', '~/.cache')}/vllm"
+        )
+        triton = os.environ.get(
+            "TRITON_CACHE_DIR", f"{os.environ.get('TRITON_HOME', '~')}/.triton/cache"
+        )
         folders["vLLM's cache of compiled code"] = (vllm, "set VLLM_CACHE_ROOT")
         folders["Triton's cache of compiled code"] = (triton, "set TRITON_CACHE_DIR")
     return [
@@ -53,21 +62,32 @@ def folder_problems(config: "PPOConfig") -> list[str]:
 
 
 def run_folder_problems(run_folder: str) -> list[str]:
-    """Whether the run folder can be written. A full disk is no reason to end a run, which goes on without writing."""
+    """Whether the run folder can be written. A full disk is no reason to end a run, which goes on
+    without writing."""
     problem = write_problem(Path(run_folder), full_is_fine=True)
-    return [f"trainer.default_local_dir={run_folder} {problem}: name another folder"] if problem else []
+    return (
+        [f"trainer.default_local_dir={run_folder} {problem}: name another folder"]
+        if problem
+        else []
+    )
 
 
 def has_weights(name: str) -> bool:
     """Whether the weights of a model of the hub are on this machine already."""
     from huggingface_hub import try_to_load_from_cache
 
-    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    files = (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    )
     return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
 
 
 def write_problem(folder: Path, full_is_fine: bool = False) -> str | None:
-    """Why nothing can be written to a folder, or to the first one above it that is there; None if something can."""
+    """Why nothing can be written to a folder, or to the first one above it that is there; None if
+    something can."""
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     try:
         with tempfile.TemporaryFile(dir=there) as file:
@@ -83,11 +103,18 @@ def write_problem(folder: Path, full_is_fine: bool = False) -> str | None:
 def socket_problems() -> list[str]:
     """Temporary folders in which the path of a socket would be too long."""
     needs = [
-        ("RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR", ray_folder(), RAY_SOCKET, "Ray", "RAY_TMPDIR"),
+        (
+            "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR",
+            ray_folder(),
+            RAY_SOCKET,
+            "Ray",
+            "RAY_TMPDIR",
+        ),
         ("TMPDIR", temporary_folder(), ENGINE_SOCKET, "vLLM", "TMPDIR"),
     ]
     return [
-        f"{given}={folder}: the sockets of {owner} would have paths of {len(os.fsencode(folder + name))} bytes, and "
+        f"{given}={folder}: the sockets of {owner} would have paths of "
+        f"{len(os.fsencode(folder + name))} bytes, and "
         f"{SOCKET_PATH_BYTES} is the most: set {variable}: {SHORT}"
         for given, folder, name, owner, variable in needs
         if len(os.fsencode(folder + name)) > SOCKET_PATH_BYTES
@@ -105,7 +132,8 @@ def temporary_folder() -> str:
 
 
 def weight_problems(config: "PPOConfig") -> list[str]:
-    """Whether the memory file system holds the weights of the policy in float32, as engines on the CPU read them.
+    """Whether the memory file system holds the weights of the policy in float32, as engines on the
+    CPU read them.
 
     What processes that were killed have left there is removed first.
     """
@@ -115,20 +143,25 @@ def weight_problems(config: "PPOConfig") -> list[str]:
     if problem := write_problem(Path(MEMORY_FILES)):
         return [f"{MEMORY_FILES} {problem}: weights travel through it to engines on the CPU"]
     remove_dead_folders()
-    merged = config.actor_rollout_ref.model.model_copy(update={"lora_rank": 0})  # adapters do not travel
+    # adapters do not travel
+    merged = config.actor_rollout_ref.model.model_copy(update={"lora_rank": 0})
     policy: Any = skeleton_of(merged)
     tied = policy.config.get_text_config().tie_word_embeddings
     head = policy.get_output_embeddings().weight.numel() if tied else 0
     engines = config.actor_rollout_ref.rollout.num_replicas or 1
     needed = FLOAT32_BYTES * (sum(p.numel() for p in policy.parameters()) + head) * engines
-    return shared_memory_problems(MEMORY_FILES, needed, "the weights on their way to engines on the CPU take")
+    return shared_memory_problems(
+        MEMORY_FILES, needed, "the weights on their way to engines on the CPU take"
+    )
 
 
 def nccl_problems(config: "PPOConfig") -> list[str]:
     """Whether processes of several GPUs can talk through shared memory."""
     if config.num_gpus == 1:
         return []
-    return shared_memory_problems("/dev/shm", NCCL_BYTES, "processes of several GPUs talk through it and take")
+    return shared_memory_problems(
+        "/dev/shm", NCCL_BYTES, "processes of several GPUs talk through it and take"
+    )
 
 
 def shared_memory_problems(folder: str, needed: int, why: str) -> list[str]:
@@ -138,6 +171,7 @@ def shared_memory_problems(folder: str, needed: int, why: str) -> list[str]:
     if free >= needed:
         return []
     return [
-        f"{folder} has {free / 2**20:,.0f} MiB left; {why} {needed / 2**20:,.0f}: remove what others left there, or "
+        f"{folder} has {free / 2**20:,.0f} MiB left; {why} {needed / 2**20:,.0f}: remove what "
+        "others left there, or "
         f"make it larger (docker run --shm-size=16g, or mount -o remount,size=16G {folder})"
     ]

@@ -1,4 +1,5 @@
-"""Rollouts from a thread of this process, on engines that are elsewhere (an endpoint): no Ray is started."""
+"""Rollouts from a thread of this process, on engines that are elsewhere (an endpoint): no Ray is
+started."""
 
 import asyncio
 import threading
@@ -29,7 +30,9 @@ class LocalRollout:
 
     async def _build(self, config: PPOConfig) -> tuple[OpenAIEngine, AgentLoopWorker]:
         model = config.actor_rollout_ref.model.path
-        engine = OpenAIEngine(config.actor_rollout_ref.rollout.endpoint, model, build_tokenizer(config))
+        engine = OpenAIEngine(
+            config.actor_rollout_ref.rollout.endpoint, model, build_tokenizer(config)
+        )
         return engine, AgentLoopWorker(config, engine, self.capacity)
 
     def submit(

@@ -1,8 +1,10 @@
-"""`python -m verl.trainer.main_eval --config-name CONFIG [key=value ...]`: evaluates a Hugging Face model.
+"""`python -m verl.trainer.main_eval --config-name CONFIG [key=value ...]`: evaluates a Hugging Face
+model.
 
-The configuration is that of training; `actor_rollout_ref.model.path` is evaluated on `data.val_files` as
-`actor_rollout_ref.rollout.val_kwargs` say, and `trainer.default_local_dir`/evaluation.jsonl gets the trajectories. An
-interrupted evaluation goes on where it was.
+The configuration is that of training; `actor_rollout_ref.model.path` is evaluated on
+`data.val_files` as `actor_rollout_ref.rollout.val_kwargs` say, and
+`trainer.default_local_dir`/evaluation.jsonl gets the trajectories. An interrupted evaluation goes
+on where it was.
 """
 
 import signal
@@ -24,7 +26,8 @@ RESULT = "evaluation.jsonl"
 
 @hydra.main(version_base=None, config_path=CONFIGS, config_name="grpo")
 def main(cfg: DictConfig) -> None:
-    """Composes the configuration, evaluates, and turns errors of the user's making into plain messages."""
+    """Composes the configuration, evaluates, and turns errors of the user's making into plain
+    messages."""
     from verl.trainer.ppo.batching import RolloutFailed
     from verl.utils.errors import ConfigError, DataError, RewardError
 
@@ -38,10 +41,12 @@ def main(cfg: DictConfig) -> None:
 
 
 def run_eval(raw: dict[str, Any]) -> Path:
-    """The file of trajectories. Raises ConfigError or DataError before anything is started, RolloutFailed after."""
+    """The file of trajectories. Raises ConfigError or DataError before anything is started,
+    RolloutFailed after."""
     from verl.trainer.evaluation import evaluate, identify
 
-    raw["actor_rollout_ref"]["rollout"]["load_format"] = "auto"  # no weight sync will bring the weights
+    # no weight sync will bring the weights
+    raw["actor_rollout_ref"]["rollout"]["load_format"] = "auto"
     config, tokenizer, agent, _ = prepare(raw)
     val_set = load_val_set(config, tokenizer)
     check_environment(config, agent, gpus_of_engines(config))
@@ -55,7 +60,8 @@ def run_eval(raw: dict[str, Any]) -> Path:
 
 def gpus_of_engines(config: Any) -> int:
     """How many GPUs the engines take on a node: all, unless their number is given."""
-    rollout, all_of_them = config.actor_rollout_ref.rollout, config.trainer.n_gpus_per_node
+    rollout = config.actor_rollout_ref.rollout
+    all_of_them = config.trainer.n_gpus_per_node
     if rollout.num_replicas is None:
         return all_of_them
     return min(all_of_them, rollout.num_replicas * rollout.tensor_model_parallel_size)
@@ -67,11 +73,17 @@ def rollout_of(config: Any) -> Iterator[Any]:
     from verl.trainer.local_rollout import LocalRollout
     from verl.trainer.ppo.rollout import RolloutManager
 
-    rollout, on_ray, device = None, config.actor_rollout_ref.rollout.name == "vllm", config.device
+    rollout = None
+    on_ray = config.actor_rollout_ref.rollout.name == "vllm"
+    device = config.device
     if on_ray:
         start_ray(config)
     try:
-        rollout = RolloutManager(config, device, engine_locations(config, device)) if on_ray else LocalRollout(config)
+        rollout = (
+            RolloutManager(config, device, engine_locations(config, device))
+            if on_ray
+            else LocalRollout(config)
+        )
         yield rollout
     finally:
         if rollout is not None:

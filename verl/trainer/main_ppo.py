@@ -1,4 +1,5 @@
-"""`python -m verl.trainer.main_ppo key=value ...`: composes, validates, builds the processes, trains.
+"""`python -m verl.trainer.main_ppo key=value ...`: composes, validates, builds the processes,
+trains.
 
 Everything that can be wrong with a run is found before the first process starts.
 """
@@ -22,7 +23,8 @@ CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
 
 @hydra.main(config_path=CONFIGS, config_name="ppo", version_base=None)
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry point: the supervisor, or under it the driver. A job of a multirun is its own driver."""
+    """Hydra's entry point: the supervisor, or under it the driver. A job of a multirun is its own
+    driver."""
     set_up_logging()
     own = follow_supervisor()
     raw = plain_or_exit(cfg)
@@ -37,7 +39,8 @@ def main(cfg: DictConfig) -> None:
 
 
 def plain_or_exit(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as dicts and lists. Exits naming every value that is required and not given."""
+    """The configuration as dicts and lists. Exits naming every value that is required and not
+    given."""
     from verl.utils.errors import ConfigError
 
     try:
@@ -58,7 +61,8 @@ def supervised(raw: dict[str, Any]) -> int:
 
 
 def drive(raw: dict[str, Any]) -> int:
-    """Exit status of a run within this process. Errors that a user can act on end it without a traceback."""
+    """Exit status of a run within this process. Errors that a user can act on end it without a
+    traceback."""
     with Stop() as stop:
         try:
             run_ppo(raw, stop)
@@ -73,7 +77,8 @@ def drive(raw: dict[str, Any]) -> int:
 
 
 def status_of(error: Exception) -> int | None:
-    """Exit status for an error that is known, after saying what it is; None for one whose traceback is needed."""
+    """Exit status for an error that is known, after saying what it is; None for one whose traceback
+    is needed."""
     from verl.utils.checkpoint_storage import CheckpointError
     from verl.utils.errors import ConfigError, DataError
 
@@ -85,7 +90,9 @@ def status_of(error: Exception) -> int | None:
     from verl.single_controller.worker_group import WorkerLost
     from verl.trainer.ppo.ray_trainer import ENDINGS
 
-    if isinstance(error, (WorkerLost, RayError)) and not isinstance(error, RayTaskError):  # that is our code's own
+    if isinstance(error, (WorkerLost, RayError)) and not isinstance(
+        error, RayTaskError
+    ):  # that is our code's own
         logging.getLogger(__name__).error("lost: %s", error)
         return LOST
     if isinstance(error, ENDINGS):
@@ -95,7 +102,8 @@ def status_of(error: Exception) -> int | None:
 
 
 def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
-    """Validates the composed configuration, then trains. Raises ConfigError or DataError before anything is started."""
+    """Validates the composed configuration, then trains. Raises ConfigError or DataError before
+    anything is started."""
     from verl.trainer.packing import decide_packing
     from verl.utils.run_folder import held
 
@@ -113,7 +121,9 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
 
 def set_up_logging() -> None:
     """Times and messages on the console."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
@@ -130,11 +140,14 @@ def prepare(raw: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
 def load_train_set(config: Any, tokenizer: Any) -> Any:
     """The training questions: all, or a fixed sample of `train_data_num`."""
     data = config.data
-    return load_dataset(config, tokenizer, data.train_files, data.train_data_num, data.train_sample_seed)
+    return load_dataset(
+        config, tokenizer, data.train_files, data.train_data_num, data.train_sample_seed
+    )
 
 
 def load_dataset(config: Any, tokenizer: Any, files: Any, limit: int | None, seed: int) -> Any:
-    """The questions of `files`, a sample of `limit` if it is given. Raises DataError naming file and row.
+    """The questions of `files`, a sample of `limit` if it is given. Raises DataError naming file
+    and row.
 
     For a missing file it names the command that makes it, if the configuration knows one.
     """
@@ -144,18 +157,28 @@ def load_dataset(config: Any, tokenizer: Any, files: Any, limit: int | None, see
     data = config.data
     missing = [path for path in files if not Path(path).is_file()]
     if missing and data.made_by:
-        raise DataError(f"{missing[0]}: no such file. The files of this configuration are made by: {data.made_by}")
-    return RLHFDataset(files, tokenizer, data.max_start_length, limit, data.apply_chat_template_kwargs, seed)
+        raise DataError(
+            f"{missing[0]}: no such file. The files of this configuration are made by: "
+            f"{data.made_by}"
+        )
+    return RLHFDataset(
+        files, tokenizer, data.max_start_length, limit, data.apply_chat_template_kwargs, seed
+    )
 
 
 def load_val_set(config: Any, tokenizer: Any) -> Any:
-    """The held-out questions: all, a fixed sample of `val_data_num`, or one of every data source."""
+    """The held-out questions: all, a fixed sample of `val_data_num`, or one of every data
+    source."""
     from verl.utils.dataset import sample_per_source
 
     data = config.data
-    val_set = load_dataset(config, tokenizer, data.val_files, data.val_data_num, data.val_sample_seed)
+    val_set = load_dataset(
+        config, tokenizer, data.val_files, data.val_data_num, data.val_sample_seed
+    )
     if data.val_sample_per_source is not None:
-        val_set.keep(sample_per_source(val_set.rows, data.val_sample_per_source, data.val_sample_seed))
+        val_set.keep(
+            sample_per_source(val_set.rows, data.val_sample_per_source, data.val_sample_seed)
+        )
     return val_set
 
 
@@ -165,7 +188,8 @@ def gpus_here(config: Any) -> int:
 
 
 def check_environment(config: Any, agent: Any, gpus: int) -> None:
-    """Raises ConfigError when what the run needs beside its configuration is not there, such as `gpus` GPUs."""
+    """Raises ConfigError when what the run needs beside its configuration is not there, such as
+    `gpus` GPUs."""
     from verl.trainer.checks import environment_problems
     from verl.trainer.host import run_folder_problems
     from verl.utils.errors import ConfigError
@@ -185,10 +209,16 @@ def check_trainable(config: Any, agent: Any, reward: Any) -> None:
 
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
-        problems.append("actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train")
+        problems.append(
+            "actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train"
+        )
     if not getattr(agent, "trainable", True):
-        problems.append(f"agent._target_={config.agent['_target_']}: its contexts are rewritten, for evaluation only")
-    filters, entries = config.algorithm.filter_groups, getattr(reward, "entries", None)
+        problems.append(
+            f"agent._target_={config.agent['_target_']}: its contexts are rewritten, for "
+            "evaluation only"
+        )
+    filters = config.algorithm.filter_groups
+    entries = getattr(reward, "entries", None)
     if filters.enable and entries is not None and filters.metric not in entries:
         problems.append(
             f"algorithm.filter_groups.metric={filters.metric}: the reward has no such number, only "
@@ -199,7 +229,8 @@ def check_trainable(config: Any, agent: Any, reward: Any) -> None:
 
 
 def checkpoint_to_resume(config: Any, train_set: Any) -> Path | None:
-    """The checkpoint that the run goes on from, None if it begins anew. Says what the configuration changes since then.
+    """The checkpoint that the run goes on from, None if it begins anew. Says what the configuration
+    changes since then.
 
     Raises ConfigError when the run must not go on from it, CheckpointError when it cannot be read.
     """
@@ -214,7 +245,8 @@ def checkpoint_to_resume(config: Any, train_set: Any) -> Path | None:
     if config.trainer.resume_mode == "disable":
         raise ConfigError(
             [
-                f"trainer.resume_mode=disable, but {root} holds checkpoints of an earlier run: name another folder by "
+                f"trainer.resume_mode=disable, but {root} holds checkpoints of an earlier run: "
+                "name another folder by "
                 "trainer.default_local_dir, or delete them"
             ]
         )
@@ -236,9 +268,17 @@ def write_config(raw: dict[str, Any], config: Any) -> None:
 
 
 def train(
-    config: Any, tokenizer: Any, agent: Any, reward: Any, train_set: Any, val_set: Any, stop: Stop, resume: Path | None
+    config: Any,
+    tokenizer: Any,
+    agent: Any,
+    reward: Any,
+    train_set: Any,
+    val_set: Any,
+    stop: Stop,
+    resume: Path | None,
 ) -> None:
-    """Starts Ray and all processes, trains from `resume` on, writes the final policy, and ends them all."""
+    """Starts Ray and all processes, trains from `resume` on, writes the final policy, and ends them
+    all."""
     import ray
 
     from verl.trainer.ppo.processes import start_processes
@@ -256,14 +296,25 @@ def train(
     tracking = None
     try:
         with Watchdog(trainer_cfg.hang_timeout_s, root) as watchdog:
-            processes = start_processes(config, config.device, config.total_training_steps(len(train_set)))
+            processes = start_processes(
+                config, config.device, config.total_training_steps(len(train_set))
+            )
             watchdog.stacks = processes.stacks
             for rollout in processes.rollouts:
                 rollout.on_progress = watchdog.progress
             logging.getLogger(__name__).info("policy: %s", processes.roles["actor"].describe()[0])
             tracking = start_tracking(config, resume)
             trainer = RayPPOTrainer(
-                config, tokenizer, agent, reward, train_set, val_set, processes, tracking, Timers(watchdog.beat), stop
+                config,
+                tokenizer,
+                agent,
+                reward,
+                train_set,
+                val_set,
+                processes,
+                tracking,
+                Timers(watchdog.beat),
+                stop,
             )
             if resume:
                 trainer.load_checkpoint(step_of(resume))
@@ -275,7 +326,9 @@ def train(
             ended = not trainer_cfg.val_only and not stop.requested
             trained = resume is None or step_of(resume) < trainer.step
             if trainer_cfg.save_hf and ended and (trained or not has_policy_of(root, trainer.step)):
-                processes.roles["actor"].save_pretrained(str(Path(root) / HF), folder_of(root, trainer.step).name)
+                processes.roles["actor"].save_pretrained(
+                    str(Path(root) / HF), folder_of(root, trainer.step).name
+                )
             processes.shutdown()
     finally:
         if tracking is not None:
@@ -284,7 +337,8 @@ def train(
 
 
 def has_policy_of(root: str, step: int) -> bool:
-    """Whether the run folder holds the final policy, made of the checkpoint of `step`, its newest."""
+    """Whether the run folder holds the final policy, made of the checkpoint of `step`, its
+    newest."""
     from verl.utils.model_names import finished_model
     from verl.utils.run_folder import find_latest, folder_of
 
@@ -294,8 +348,8 @@ def has_policy_of(root: str, step: int) -> bool:
 
 
 def start_tracking(config: Any, resume: Path | None) -> Any:
-    """Where metrics go. Those after the checkpoint that the run starts from, or all without one, are dropped: they are
-    written again. The wandb run of a checkpoint goes on."""
+    """Where metrics go. Those after the checkpoint that the run starts from, or all without one,
+    are dropped: they are written again. The wandb run of a checkpoint goes on."""
     from verl.trainer.ppo.checkpoints import read_state
     from verl.utils.run_folder import step_of
     from verl.utils.tracking import Tracking, truncate_metrics
@@ -319,7 +373,8 @@ def start_ray(config: Any) -> None:
 
     address = config.trainer.ray_address
     ray.init(
-        address=address or "local",  # not given, Ray would join RAY_ADDRESS or whatever runs on this machine
+        address=address
+        or "local",  # not given, Ray would join RAY_ADDRESS or whatever runs on this machine
         include_dashboard=False if address is None else None,
         log_to_driver=True,
         logging_level=logging.WARNING,

@@ -1,4 +1,5 @@
-"""Overrides as text: read, and written so that Hydra's grammar reads them again as they are meant."""
+"""Overrides as text: read, and written so that Hydra's grammar reads them again as they are
+meant."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,9 @@ def parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
         try:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
-            problems.append(f"{text}: expected key=value, with what is special in quotes ({first_line(error)})")
+            problems.append(
+                f"{text}: expected key=value, with what is special in quotes ({first_line(error)})"
+            )
     return parsed, problems
 
 
@@ -44,7 +47,8 @@ def written(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    r"""A text as the value of an override, in quotes where Hydra would not read it as that text without them.
+    r"""A text as the value of an override, in quotes where Hydra would not read it as that text
+    without them.
 
     >>> quoted("data/a.parquet"), quoted("it's, or = not"), quoted("12"), quoted("${trainer.seed}")
     ('data/a.parquet', "'it\\'s, or = not'", "'12'", '${trainer.seed}')

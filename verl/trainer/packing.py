@@ -1,4 +1,5 @@
-"""How the rows of a run go through its models: decided once, in the driver, before anything is started."""
+"""How the rows of a run go through its models: decided once, in the driver, before anything is
+started."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,12 @@ def decide_packing(config: "PPOConfig") -> "PPOConfig":
 
     Raises ConfigError, with the key of the model, for one that cannot be trained here.
     """
-    section, critic = config.actor_rollout_ref, config.critic
+    section = config.actor_rollout_ref
+    critic = config.critic
     problems = rope_problems(config) + cpu_engine_problems(config)
-    policy = _decide(config, "actor_rollout_ref.model", section.model, section.actor.fsdp_config, problems)
+    policy = _decide(
+        config, "actor_rollout_ref.model", section.model, section.actor.fsdp_config, problems
+    )
     update: dict[str, Any] = {"actor_rollout_ref": section.model_copy(update={"model": policy})}
     if config.use_critic:
         model = _decide(config, "critic.model", critic.model, critic.fsdp_config, problems)
@@ -39,8 +43,8 @@ def decide_packing(config: "PPOConfig") -> "PPOConfig":
 def rope_problems(config: "PPOConfig") -> list[str]:
     """Contexts so long that trainer and engine would stretch RoPE differently.
 
-    For longrope and dynamic RoPE transformers chooses the frequencies by the length of each row, vLLM once for all by
-    the longest context that it is told of.
+    For longrope and dynamic RoPE transformers chooses the frequencies by the length of each row,
+    vLLM once for all by the longest context that it is told of.
     """
     model = config.actor_rollout_ref.model
     hf_config = hf_config_of(model)
@@ -48,18 +52,23 @@ def rope_problems(config: "PPOConfig") -> list[str]:
     if not kinds or config.max_model_len <= rope_limit(hf_config):
         return []
     return [
-        f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than the "
-        f"{rope_limit(hf_config)} tokens up to which RoPE of type {'/'.join(sorted(kinds))} is not stretched "
-        f"({model.path}): beyond, engine and trainer choose its frequencies differently. Shorten the contexts, or set "
-        "++actor_rollout_ref.model.override_config.rope_parameters to a type without that choice, such as yarn"
+        f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than "
+        "the "
+        f"{rope_limit(hf_config)} tokens up to which RoPE of type {'/'.join(sorted(kinds))} is not "
+        "stretched "
+        f"({model.path}): beyond, engine and trainer choose its frequencies differently. Shorten "
+        "the contexts, or set "
+        "++actor_rollout_ref.model.override_config.rope_parameters to a type without that choice, "
+        "such as yarn"
     ]
 
 
 def cpu_engine_problems(config: "PPOConfig") -> list[str]:
     """Families that vLLM computes wrongly on the CPU (docs/results/families.md has the figures).
 
-    Mixtures of experts: its CPU kernels keep experts in a packed form that its reload leaves wrong, so that engine and
-    trainer differ by 2.7 nats and more after a sync. Short convolutions of LFM2: they differ by 1 from the start.
+    Mixtures of experts: its CPU kernels keep experts in a packed form that its reload leaves wrong,
+    so that engine and trainer differ by 2.7 nats and more after a sync. Short convolutions of LFM2:
+    they differ by 1 from the start.
     """
     model = config.actor_rollout_ref.model
     text = hf_config_of(model).get_text_config()
@@ -69,18 +78,25 @@ def cpu_engine_problems(config: "PPOConfig") -> list[str]:
     where = f"actor_rollout_ref.model.path={model.path}: {text.model_type}"
     if experts > 1:
         return [
-            f"{where} has {experts} experts, which an engine on the CPU does not take over in a weight sync: train it "
+            f"{where} has {experts} experts, which an engine on the CPU does not take over in a "
+            "weight sync: train it "
             "on GPUs, or take a dense model"
         ]
     if text.model_type in WRONG_ON_CPU:
-        return [f"{where} is computed wrongly by an engine on the CPU: train it on GPUs, or take another family"]
+        return [
+            f"{where} is computed wrongly by an engine on the CPU: train it on GPUs, or take "
+            "another family"
+        ]
     return []
 
 
-def _decide(config: "PPOConfig", key: str, model: ModelConfig, fsdp: FSDPConfig, problems: list[str]) -> ModelConfig:
+def _decide(
+    config: "PPOConfig", key: str, model: ModelConfig, fsdp: FSDPConfig, problems: list[str]
+) -> ModelConfig:
     """`model` with the verdict; what stands against the model is added to `problems`."""
     head: Head = "value" if key.startswith("critic") else "lm"
-    on_gpu, dtype = config.device == "cuda", getattr(torch, fsdp.dtype)
+    on_gpu = config.device == "cuda"
+    dtype = getattr(torch, fsdp.dtype)
     try:
         packing = packing_of(model, head, on_gpu, dtype, longest=config.max_model_len)
     except ConfigError as error:
@@ -95,8 +111,14 @@ def in_words(packing: Packing) -> str:
     if packing.packs and packing.reason:
         return f"rows share forward passes, because {packing.reason}"
     if packing.packs:
-        return f"rows share forward passes (a random copy gives each what it gets alone, to {packing.gap:.0e})"
-    return f"one row a forward pass, attention {packing.attention}, which is exact and slower, because {packing.reason}"
+        return (
+            "rows share forward passes (a random copy gives each what it gets alone, to "
+            f"{packing.gap:.0e})"
+        )
+    return (
+        f"one row a forward pass, attention {packing.attention}, which is exact and slower, "
+        f"because {packing.reason}"
+    )
 
 
 def decided(model: ModelConfig, packing: Packing) -> ModelConfig:

@@ -1,8 +1,9 @@
 """What a run may change of its configuration when it is resumed.
 
-A checkpoint holds what a run has become: weights, moments of the optimizer, steps, the place in the data. All else
-comes from the configuration, so a changed key takes effect by itself, and is told. Refused is what would silently give
-a saved number another meaning. Every field of every section is decided on here; a test finds one that is not.
+A checkpoint holds what a run has become: weights, moments of the optimizer, steps, the place in the
+data. All else comes from the configuration, so a changed key takes effect by itself, and is told.
+Refused is what would silently give a saved number another meaning. Every field of every section is
+decided on here; a test finds one that is not.
 """
 
 import json
@@ -45,7 +46,13 @@ FIXED: dict[type[Config], dict[str, str]] = {
 WITHOUT_MEANING: dict[type[Config], list[str]] = {
     # The training questions are compared themselves, wherever they are read from.
     trainer_config.DataConfig: ["train_files", "train_data_num", "train_sample_seed", "made_by"],
-    trainer_config.TrainerConfig: ["project_name", "experiment_name", "default_local_dir", "logger", "resume_mode"],
+    trainer_config.TrainerConfig: [
+        "project_name",
+        "experiment_name",
+        "default_local_dir",
+        "logger",
+        "resume_mode",
+    ],
     # An endpoint is evaluated, never trained.
     workers_config.OpenAIConfig: [
         "url",
@@ -74,7 +81,12 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "max_obs_length",
         "apply_chat_template_kwargs",
     ],
-    trainer_config.KLControlConfig: ["type", "kl_coef", "horizon", "target_kl"],  # see advantage.restore_kl
+    trainer_config.KLControlConfig: [
+        "type",
+        "kl_coef",
+        "horizon",
+        "target_kl",
+    ],  # see advantage.restore_kl
     trainer_config.FilterGroupsConfig: ["enable", "metric", "max_num_gen_batches"],
     trainer_config.RolloutCorrectionConfig: [
         "rollout_is",
@@ -147,7 +159,13 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "lr_scheduler_type",
         "min_lr_ratio",
     ],
-    workers_config.FSDPConfig: ["param_offload", "optimizer_offload", "reshard_after_forward", "model_dtype", "dtype"],
+    workers_config.FSDPConfig: [
+        "param_offload",
+        "optimizer_offload",
+        "reshard_after_forward",
+        "model_dtype",
+        "dtype",
+    ],
     workers_config.PolicyLossConfig: ["loss_mode", "llds_coef"],
     workers_config.ActorConfig: [
         "ppo_mini_batch_size",
@@ -167,7 +185,10 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "grad_clip",
         "state_masking",
     ],
-    workers_config.RefConfig: ["log_prob_micro_batch_size_per_gpu", "log_prob_max_token_len_per_gpu"],
+    workers_config.RefConfig: [
+        "log_prob_micro_batch_size_per_gpu",
+        "log_prob_max_token_len_per_gpu",
+    ],
     workers_config.CriticConfig: [
         "ppo_mini_batch_size",
         "ppo_micro_batch_size_per_gpu",
@@ -239,27 +260,34 @@ class Change:
 def check_resume(folder: Path, config: PPOConfig, questions: Sequence[Row]) -> list[Change]:
     """What `config` changes since the checkpoint in `folder`: all of it takes effect.
 
-    Raises ConfigError listing what must not have changed, and CheckpointError when the checkpoint cannot be read.
+    Raises ConfigError listing what must not have changed, and CheckpointError when the checkpoint
+    cannot be read.
     """
     saved = read_state(folder)
     changes = changes_since(saved["config"], config)
     problems = [
-        f"{change.key}={json.dumps(change.new)}: {folder} was saved with {json.dumps(change.old)}, and {change.refusal}"
+        f"{change.key}={json.dumps(change.new)}: {folder} was saved with {json.dumps(change.old)}, "
+        f"and {change.refusal}"
         for change in changes
         if change.refusal
     ]
     estimator = saved["config"]["algorithm"]["adv_estimator"]
     if config.use_critic and not had_critic(saved["config"]):
-        problems.append(f"algorithm.adv_estimator=gae: {folder} was saved with {estimator}, and holds no critic")
+        problems.append(
+            f"algorithm.adv_estimator=gae: {folder} was saved with {estimator}, and holds no critic"
+        )
     if questions_digest(questions) != saved["questions"]:
         problems.append(
-            f"data.train_files, data.train_data_num: {folder} was saved with other training questions (or the same in "
+            f"data.train_files, data.train_data_num: {folder} was saved with other training "
+            "questions (or the same in "
             "another order), and the place in the data that it holds is one among them"
         )
     if problems:
         cure = (
-            "put back what was changed, or begin a run in another folder (trainer.default_local_dir), from an export "
-            "of this one's policy if it is to go on from there (actor_rollout_ref.model.path=.../hf)"
+            "put back what was changed, or begin a run in another folder "
+            "(trainer.default_local_dir), from an export "
+            "of this one's policy if it is to go on from there "
+            "(actor_rollout_ref.model.path=.../hf)"
         )
         raise ConfigError([*problems, cure])
     return [change for change in changes if change.is_told]
@@ -268,8 +296,8 @@ def check_resume(folder: Path, config: PPOConfig, questions: Sequence[Row]) -> l
 def changes_since(saved: dict[str, Any], config: PPOConfig) -> list[Change]:
     """Every value of `config` that is another one in `saved`, the configuration of a checkpoint.
 
-    A key that only one of them knows belongs to another version, and is no change. The critic's section counts where
-    both have a critic.
+    A key that only one of them knows belongs to another version, and is no change. The critic's
+    section counts where both have a critic.
     """
     present = config.model_dump(mode="json")
     with_critic = config.use_critic and had_critic(saved)
@@ -281,7 +309,9 @@ def had_critic(saved: dict[str, Any]) -> bool:
     return saved["algorithm"]["adv_estimator"] == "gae"
 
 
-def _changes(section: type[Config], old: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[Change]:
+def _changes(
+    section: type[Config], old: dict[str, Any], new: dict[str, Any], prefix: str
+) -> Iterator[Change]:
     for name, field in section.model_fields.items():
         if name not in old:
             continue
@@ -294,7 +324,8 @@ def _changes(section: type[Config], old: dict[str, Any], new: dict[str, Any], pr
 
 
 def unequal(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """(path, old, new) of the values that differ, entry by entry in mappings; a missing entry counts as null."""
+    """(path, old, new) of the values that differ, entry by entry in mappings; a missing entry
+    counts as null."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from unequal(old.get(key), new.get(key), f"{path}.{key}")
@@ -303,5 +334,6 @@ def unequal(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def same_place(old: Any, new: Any) -> bool:
-    """Whether both are names of one file or folder that is there, such as a relative path and its full one."""
+    """Whether both are names of one file or folder that is there, such as a relative path and its
+    full one."""
     return isinstance(old, str) and isinstance(new, str) and full_path(old) == full_path(new)

@@ -1,9 +1,11 @@
-"""Supervised fine-tuning on token rows with a loss mask: the SFT baseline, and the warm start of small models.
+"""Supervised fine-tuning on token rows with a loss mask: the SFT baseline, and the warm start of
+small models.
 
-    python -m verl.trainer.sft model.path=DIR train_files=[rows.jsonl] output=DIR total_training_steps=500
-    torchrun --nproc-per-node 8 -m verl.trainer.sft ...
+    python -m verl.trainer.sft model.path=DIR train_files=[rows.jsonl] output=DIR
+    total_training_steps=500 torchrun --nproc-per-node 8 -m verl.trainer.sft ...
 
-A row is `input_ids` and `loss_mask` (1 = trained). It uses the sharded model and the optimizer step of the actor.
+A row is `input_ids` and `loss_mask` (1 = trained). It uses the sharded model and the optimizer step
+of the actor.
 """
 
 import json
@@ -43,7 +45,8 @@ from verl.workers.update import Budget, Counts, Metrics, reduce_sum, update_mini
 logger = logging.getLogger(__name__)
 
 Example = dict[str, list[int]]
-"""`input_ids` and `loss_mask`; optionally `watch_mask`: trained tokens whose accuracy is reported (default: all)."""
+"""`input_ids` and `loss_mask`; optionally `watch_mask`: trained tokens whose accuracy is reported
+(default: all)."""
 
 
 class SFTConfig(Config):
@@ -69,7 +72,8 @@ class SFTConfig(Config):
 
 
 class SFTTrainer:
-    """Steps on examples. The process group must exist; every rank passes the same examples and trains on its share."""
+    """Steps on examples. The process group must exist; every rank passes the same examples and
+    trains on its share."""
 
     def __init__(self, config: SFTConfig) -> None:
         self.config = config
@@ -81,26 +85,33 @@ class SFTTrainer:
         if dist.get_rank() == 0:
             logger.info("model: %s", in_words(packing))
         model = build_model(decided(config.model, packing), "lm", config.fsdp, mesh)
-        self.state = build_train_state(model, config.optim, config.total_training_steps, config.fsdp)
+        self.state = build_train_state(
+            model, config.optim, config.total_training_steps, config.fsdp
+        )
 
     def step(self, examples: Sequence[Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the trained tokens of all `examples`.
 
-        Returns `loss`, `grad_norm`, `lr`, `skipped_steps` and `watched`: the share of watched tokens that the model
-        gave more than half of the probability to (a lower bound of greedy accuracy).
+        Returns `loss`, `grad_norm`, `lr`, `skipped_steps` and `watched`: the share of watched
+        tokens that the model gave more than half of the probability to (a lower bound of greedy
+        accuracy).
         """
         mine = examples[dist.get_rank() :: dist.get_world_size()]
         rows = collate(mine, self.config.max_length).to(self.device)
         watched = max(1.0, reduce_sum([float(rows.batch["watch_mask"].sum())], self.device)[0])
 
         def loss_fn(rows: DataProto, counts: Counts) -> tuple[torch.Tensor, Metrics]:
-            log_probs, _ = forward_log_probs(self.state.model, rows, temperature=1.0, with_entropy=False)
+            log_probs, _ = forward_log_probs(
+                self.state.model, rows, temperature=1.0, with_entropy=False
+            )
             trained = torch.where(rows.batch["response_mask"].bool(), log_probs, 0.0)
             right = (log_probs > -0.6931) & rows.batch["watch_mask"].bool()
             return -trained.sum() / counts.num_tokens, {"watched": right.sum() / watched}
 
         budget = Budget.of(self.state.model, self.config.max_token_len_per_gpu)
-        return update_mini_batches(self.state, rows, loss_fn, epochs=1, budget=budget, grad_clip=self.config.grad_clip)
+        return update_mini_batches(
+            self.state, rows, loss_fn, epochs=1, budget=budget, grad_clip=self.config.grad_clip
+        )
 
     def save(self, path: str) -> None:
         """Writes model and tokenizer in Hugging Face format. A collective."""
@@ -114,17 +125,24 @@ def collate(examples: Sequence[Example], max_length: int) -> DataProto:
     """
     for number, example in enumerate(examples):
         size = len(example["input_ids"])
-        if len(example["loss_mask"]) != size or size > max_length or not any(example["loss_mask"][1:]):
+        if (
+            len(example["loss_mask"]) != size
+            or size > max_length
+            or not any(example["loss_mask"][1:])
+        ):
             raise DataError(
-                f"row {number}: {size} input_ids and {len(example['loss_mask'])} loss_mask values with "
-                f"{sum(example['loss_mask'])} ones; expected equal lengths of at most {max_length} and a one"
+                f"row {number}: {size} input_ids and {len(example['loss_mask'])} loss_mask values "
+                "with "
+                f"{sum(example['loss_mask'])} ones; expected equal lengths of at most {max_length} "
+                "and a one"
             )
     width = max(len(e["input_ids"]) for e in examples)
 
     def column(values: list[list[int]]) -> torch.Tensor:
         return torch.tensor([v + [0] * (width - len(v)) for v in values])
 
-    ids, trained = column([e["input_ids"] for e in examples]), column([e["loss_mask"] for e in examples])
+    ids = column([e["input_ids"] for e in examples])
+    trained = column([e["loss_mask"] for e in examples])
     watched = column([e.get("watch_mask") or e["loss_mask"] for e in examples])
     return DataProto.from_dict(
         {
@@ -140,17 +158,25 @@ def collate(examples: Sequence[Example], max_length: int) -> DataProto:
 
 
 def read_examples(files: Sequence[str]) -> list[Example]:
-    """Rows of JSONL or parquet files. Raises DataError naming file and row for one without its two lists."""
+    """Rows of JSONL or parquet files. Raises DataError naming file and row for one without its two
+    lists."""
     examples: list[Example] = []
     for path in files:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such file")
-        rows: list[Any] = pq.read_table(path).to_pylist() if path.endswith(".parquet") else read_lines(path)
+        rows: list[Any] = (
+            pq.read_table(path).to_pylist() if path.endswith(".parquet") else read_lines(path)
+        )
         for number, row in enumerate(rows):
             keys = ("input_ids", "loss_mask")
-            has_lists = isinstance(row, dict) and all(isinstance(row.get(key), list) for key in keys)
+            has_lists = isinstance(row, dict) and all(
+                isinstance(row.get(key), list) for key in keys
+            )
             if not has_lists:
-                raise DataError(f"{path}, row {number}: expected the lists input_ids and loss_mask, got {kind_of(row)}")
+                raise DataError(
+                    f"{path}, row {number}: expected the lists input_ids and loss_mask, got "
+                    f"{kind_of(row)}"
+                )
         examples += rows
     if not examples:
         raise DataError(f"train_files={list(files)}: no rows")
@@ -158,7 +184,8 @@ def read_examples(files: Sequence[str]) -> list[Example]:
 
 
 def read_lines(path: str) -> list[Any]:
-    """The values of a JSONL file, blank lines aside. Raises DataError naming the line that is no JSON."""
+    """The values of a JSONL file, blank lines aside. Raises DataError naming the line that is no
+    JSON."""
     values: list[Any] = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         try:
@@ -176,13 +203,17 @@ def batches(examples: Sequence[Example], config: SFTConfig) -> Iterator[list[Exa
 
 def start_process_group(threads: int | None = None) -> None:
     """The group that torchrun's environment describes; without it, this process alone."""
-    rank, size = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
+    rank = int(os.getenv("RANK", "0"))
+    size = int(os.getenv("WORLD_SIZE", "1"))
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    init_process_group(rank, size, None if "MASTER_ADDR" in os.environ else HashStore(), kind, threads=threads)
+    init_process_group(
+        rank, size, None if "MASTER_ADDR" in os.environ else HashStore(), kind, threads=threads
+    )
 
 
 def read_config(overrides: Sequence[str]) -> SFTConfig:
-    """The configuration of key=value arguments. Raises ConfigError listing everything that is wrong with them."""
+    """The configuration of key=value arguments. Raises ConfigError listing everything that is wrong
+    with them."""
     if bad := [f"{text}: expected key=value" for text in overrides if "=" not in text]:
         raise ConfigError(bad)
     given = OmegaConf.create()

@@ -1,7 +1,8 @@
-"""What estimates of memory and time start from: the configuration, the sizes of its models, its longest trajectory.
+"""What estimates of memory and time start from: the configuration, the sizes of its models, its
+longest trajectory.
 
-Nothing here needs a GPU or weights. Of a model its Hugging Face config is enough; where that cannot be downloaded, a
-file of such configs stands in for the hub (`--shapes`).
+Nothing here needs a GPU or weights. Of a model its Hugging Face config is enough; where that cannot
+be downloaded, a file of such configs stands in for the hub (`--shapes`).
 """
 
 import argparse
@@ -23,10 +24,10 @@ SECTIONS = {"actor": "actor_rollout_ref.actor", "ref": "actor_rollout_ref.ref", 
 Shapes = Mapping[str, Mapping[str, Any]]
 """By `model.path`: the content of the model's `config.json`."""
 REFUSED = {
-    "attn_logit_softcapping": "its attention scores are capped, which takes other kernels with other activations",
+    "attn_logit_softcapping": "its attention scores are capped, which takes other kernels",
     "num_experts": "it has experts, whose activations depend on the routing",
     "num_local_experts": "it has experts, whose activations depend on the routing",
-    "linear_num_value_heads": "it has layers of linear attention, whose states and kernels are not accounted for",
+    "linear_num_value_heads": "it has layers of linear attention, whose states are not counted",
 }
 """Entries of a model's config, and why a model that has one cannot be estimated."""
 
@@ -47,14 +48,29 @@ class Longest(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that every estimate takes."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in training, experiment=... among them")
-    parser.add_argument("--config-name", default="grpo", help="as in training: grpo (default) or ppo")
-    parser.add_argument("--gpu-memory-gb", type=float, default=80.0, help="memory of a GPU in GiB (default: 80)")
-    parser.add_argument("--shapes", metavar="FILE", help="JSON: configs of models by model.path, instead of the hub's")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="as in training, experiment=... among them",
+    )
+    parser.add_argument(
+        "--config-name", default="grpo", help="as in training: grpo (default) or ppo"
+    )
+    parser.add_argument(
+        "--gpu-memory-gb", type=float, default=80.0, help="memory of a GPU in GiB (default: 80)"
+    )
+    parser.add_argument(
+        "--shapes",
+        metavar="FILE",
+        help="JSON: configs of models by model.path, instead of the hub's",
+    )
 
 
 def answer(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, compute: Callable[[argparse.Namespace], Found]
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    compute: Callable[[argparse.Namespace], Found],
 ) -> tuple[argparse.Namespace, Found]:
     """Reads a command line and returns it with what `compute` makes of it.
 
@@ -68,7 +84,8 @@ def answer(
 
 
 def load_config(config_name: str, overrides: Sequence[str]) -> PPOConfig:
-    """Returns the configuration of a training. Raises ConfigError listing everything that is wrong with it."""
+    """Returns the configuration of a training. Raises ConfigError listing everything that is wrong
+    with it."""
     return validate(as_plain(composed(config_name, overrides)))
 
 
@@ -79,7 +96,9 @@ def load_shapes(path: str | None) -> Shapes:
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError([f"--shapes {path}: no JSON of models' configs could be read there ({error})"]) from error
+        raise ConfigError(
+            [f"--shapes {path}: no JSON of models' configs could be read there ({error})"]
+        ) from error
 
 
 def longest_trajectory(config: Any) -> Longest:
@@ -95,7 +114,9 @@ def longest_trajectory(config: Any) -> Longest:
     tokens = min(tokens, data.max_start_length + turns * turn + data.max_response_length)
     written = min(tokens, (turns + 1) * data.max_response_length)
     if not config.actor_rollout_ref.actor.state_masking:
-        return Longest(tokens, 1.0, f"{keys}, agent.max_turns, actor.state_masking=false", turns, written)
+        return Longest(
+            tokens, 1.0, f"{keys}, agent.max_turns, actor.state_masking=false", turns, written
+        )
     return Longest(tokens, written / tokens, f"{keys}, agent.max_turns", turns, written)
 
 
@@ -112,7 +133,9 @@ def num_replicas(config: PPOConfig) -> int:
     return rollout.num_replicas or max(1, gpus // rollout.tensor_model_parallel_size)
 
 
-def largest_pass(config: PPOConfig, name: str, section: Any, what: str, rows: int, longest: Longest) -> Pass:
+def largest_pass(
+    config: PPOConfig, name: str, section: Any, what: str, rows: int, longest: Longest
+) -> Pass:
     """Returns the largest micro-batch of `rows` rows over all ranks; `what`: ppo or log_prob."""
     limit = getattr(section, f"{what}_max_token_len_per_gpu")
     most_rows = getattr(section, f"{what}_micro_batch_size_per_gpu")
@@ -124,17 +147,22 @@ def largest_pass(config: PPOConfig, name: str, section: Any, what: str, rows: in
 
 
 def roles_of(config: PPOConfig, longest: Longest, shapes: Shapes) -> list[Role]:
-    """Returns the models that training keeps on a rank. Raises ConfigError where a model's config cannot be used."""
+    """Returns the models that training keeps on a rank. Raises ConfigError where a model's config
+    cannot be used."""
     main = config.actor_rollout_ref
     critic = config.critic
     world = world_size(config)
     batch = config.data.train_batch_size * main.rollout.n
 
     def trained(name: Any, section: Any, model: ModelConfig, infer: Pass) -> Role:
-        update = largest_pass(config, SECTIONS[name], section, "ppo", section.ppo_mini_batch_size, longest)
+        update = largest_pass(
+            config, SECTIONS[name], section, "ppo", section.ppo_mini_batch_size, longest
+        )
         sizes, parameters = read_model(model, "value" if name == "critic" else "lm", shapes)
         checkpointing = model.enable_gradient_checkpointing
-        return Role(name, sizes, parameters, section.fsdp_config, world, infer, update, checkpointing)
+        return Role(
+            name, sizes, parameters, section.fsdp_config, world, infer, update, checkpointing
+        )
 
     rollout = "actor_rollout_ref.rollout"
     log_probs = largest_pass(config, rollout, main.rollout, "log_prob", batch, longest)
@@ -149,18 +177,24 @@ def roles_of(config: PPOConfig, longest: Longest, shapes: Shapes) -> list[Role]:
 
 
 def hf_config(config: ModelConfig, overrides: Mapping[str, Any], shapes: Shapes) -> Any:
-    """Returns the Hugging Face config of a model. Raises OSError or ValueError where there is none."""
+    """Returns the Hugging Face config of a model. Raises OSError or ValueError where there is
+    none."""
     from transformers import AutoConfig
 
     if config.path in shapes:
         return AutoConfig.for_model(**{**shapes[config.path], **overrides})
-    return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **overrides)
+    return AutoConfig.from_pretrained(
+        config.path, trust_remote_code=config.trust_remote_code, **overrides
+    )
 
 
-def read_model(config: ModelConfig, head: Literal["lm", "value"], shapes: Shapes) -> tuple[Sizes, int]:
+def read_model(
+    config: ModelConfig, head: Literal["lm", "value"], shapes: Shapes
+) -> tuple[Sizes, int]:
     """Returns the sizes of a model and the number of its trained parameters, without its weights.
 
-    Raises ConfigError where the config cannot be read, or where the formulas do not hold for the model.
+    Raises ConfigError where the config cannot be read, or where the formulas do not hold for the
+    model.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
@@ -198,7 +232,8 @@ def read_model(config: ModelConfig, head: Literal["lm", "value"], shapes: Shapes
 
 
 def refuse_unknown(path: str, text: Any) -> None:
-    """Raises ConfigError for a model whose layers are not those of the formulas, with the reason."""
+    """Raises ConfigError for a model whose layers are not those of the formulas, with the
+    reason."""
     for key, reason in REFUSED.items():
         if getattr(text, key, None):
             raise ConfigError(

@@ -1,10 +1,11 @@
 """Seconds of a training step, verb by verb, from stated assumptions: to judge a first run by.
 
-    python -m verl.trainer.step_time --config-name grpo experiment=nq_hotpotqa/qwen2.5-3b-grpo --gpu h100
+    python -m verl.trainer.step_time --config-name grpo experiment=nq_hotpotqa/qwen2.5-3b-grpo --gpu
+    h100
 
-Every verb is printed with its formula; every assumption is a flag. The figures are computed and not measured: a run
-that is several times slower than this has something to look for, and the timer `timing_s/...` of the verb says where.
-Needs no GPU, and of the model only its Hugging Face config.
+Every verb is printed with its formula; every assumption is a flag. The figures are computed and not
+measured: a run that is several times slower than this has something to look for, and the timer
+`timing_s/...` of the verb says where. Needs no GPU, and of the model only its Hugging Face config.
 """
 
 import argparse
@@ -31,24 +32,40 @@ from verl.trainer.sizing import (
 from verl.utils.errors import ConfigError
 
 GPUS = {"a100": (312.0, 2.0), "h100": (989.0, 3.35), "h200": (989.0, 4.8)}
-"""Published peak of dense bfloat16 products in TFLOP/s, and memory bandwidth in TB/s (SXM cards)."""
+"""Published peak of dense bfloat16 products in TFLOP/s, and memory bandwidth in TB/s (SXM
+cards)."""
 ASSUMPTIONS = {
     "prompt_tokens": (250.0, "tokens of a prompt: template and question"),
     "searches": (2.0, "searches of a trajectory"),
     "observed_tokens": (400.0, "tokens of the passages that a search brings into the context"),
     "written_tokens": (250.0, "tokens that the policy writes in a trajectory, all turns"),
-    "train_efficiency": (0.40, "share of peak FLOP/s in passes of the trainer, communication included"),
+    "train_efficiency": (
+        0.40,
+        "share of peak FLOP/s in passes of the trainer, communication included",
+    ),
     "prefill_efficiency": (0.40, "share of peak FLOP/s in the engine's prefill"),
     "bandwidth_efficiency": (0.60, "share of the memory bandwidth in the engine's decoding"),
-    "engine_step_ms": (3.0, "ms of an engine step beside reading memory: launches, sampler, scheduler"),
-    "engine_tokens_per_s": (0.0, "decoded tokens/s of a GPU where known; 0: from the memory bandwidth"),
+    "engine_step_ms": (
+        3.0,
+        "ms of an engine step beside reading memory: launches, sampler, scheduler",
+    ),
+    "engine_tokens_per_s": (
+        0.0,
+        "decoded tokens/s of a GPU where known; 0: from the memory bandwidth",
+    ),
     "search_latency_s": (0.5, "seconds of one search"),
     "retriever_queries_per_s": (200.0, "queries/s of the retriever"),
     "pcie_gb_per_s": (25.0, "GB/s of a GPU from and to pinned host memory"),
-    "pageable_gb_per_s": (6.0, "GB/s of a GPU from and to host memory that is not pinned (optimizer_offload)"),
+    "pageable_gb_per_s": (
+        6.0,
+        "GB/s of a GPU from and to host memory that is not pinned (optimizer_offload)",
+    ),
     "nvlink_gb_per_s": (150.0, "GB/s of an all-gather between the GPUs"),
     "host_adamw_gb_per_s": (5.0, "GB/s of host memory for AdamW of a rank (param_offload)"),
-    "sync_overhead_s": (1.5, "seconds of a weight sync beside moving bytes: pause, reload of layers, resume"),
+    "sync_overhead_s": (
+        1.5,
+        "seconds of a weight sync beside moving bytes: pause, reload of layers, resume",
+    ),
     "sleep_wake_s": (3.0, "seconds to put the engines to sleep and to wake them"),
     "driver_s": (3.0, "seconds of the driver: building the batch, advantages, records"),
 }
@@ -94,7 +111,8 @@ def default_assumptions() -> SimpleNamespace:
 
 
 def layer_flops(sizes: Sizes, tokens: float, length: float) -> float:
-    """FLOPs of all layers in a forward pass over `tokens` in rows of `length`: products and causal attention."""
+    """FLOPs of all layers in a forward pass over `tokens` in rows of `length`: products and causal
+    attention."""
     attention = sizes.hidden * 2 * (sizes.queries + sizes.keys)
     products = attention + 3 * sizes.hidden * sizes.intermediate
     scores = 2 * sizes.queries * length  # two products with half of the row
@@ -114,8 +132,9 @@ def forward_flops(sizes: Sizes, tokens: float, trained: float, length: float) ->
 def update_flops(role: Role, tokens: float, trained: float, length: float) -> float:
     """FLOPs of a forward and a backward pass.
 
-    A backward pass costs two forward passes, or one where only adapters have gradients. With checkpointing a layer runs
-    forward again, but for its last product, whose result no gradient needs.
+    A backward pass costs two forward passes, or one where only adapters have gradients. With
+    checkpointing a layer runs forward again, but for its last product, whose result no gradient
+    needs.
     """
     sizes = role.sizes
     backward = 2 if role.whole else 1
@@ -142,7 +161,9 @@ class StepTime:
     @property
     def mean_tokens(self) -> float:
         """Of a trajectory."""
-        return self.a.prompt_tokens + self.a.written_tokens + self.a.searches * self.a.observed_tokens
+        return (
+            self.a.prompt_tokens + self.a.written_tokens + self.a.searches * self.a.observed_tokens
+        )
 
     @property
     def batch(self) -> Batch:
@@ -163,7 +184,8 @@ class StepTime:
     def engine_rate(self, running: float, context: float) -> float:
         """Decoded tokens/s of one engine with `running` trajectories of `context` tokens.
 
-        A step reads the weights and the running contexts' keys and values, or is bound by its products.
+        A step reads the weights and the running contexts' keys and values, or is bound by its
+        products.
         """
         rollout = self.config.actor_rollout_ref.rollout
         tp = rollout.tensor_model_parallel_size
@@ -178,7 +200,8 @@ class StepTime:
         return running / (max(reading, computing) + self.a.engine_step_ms / 1000)
 
     def rollout_seconds(self, batch: Batch) -> tuple[float, str]:
-        """Seconds to roll out a batch, from below by engines and retriever, and the longest trajectory at the end."""
+        """Seconds to roll out a batch, from below by engines and retriever, and the longest
+        trajectory at the end."""
         rollout = self.config.actor_rollout_ref.rollout
         replicas = num_replicas(self.config)
         tp = rollout.tensor_model_parallel_size
@@ -188,7 +211,10 @@ class StepTime:
         running = max(1.0, min(batch.trajectories / replicas, rollout.max_num_seqs, room))
         rate = self.engine_rate(running, self.mean_tokens)
         decode = batch.trajectories * self.a.written_tokens / (replicas * rate)
-        read = self.a.searches * self.a.observed_tokens * batch.trajectories + self.a.prompt_tokens * batch.prompts
+        read = (
+            self.a.searches * self.a.observed_tokens * batch.trajectories
+            + self.a.prompt_tokens * batch.prompts
+        )
         flops = layer_flops(sizes, read, self.mean_tokens)
         prefill = flops / (replicas * tp * self.gpu.flops * self.a.prefill_efficiency)
         searching = batch.trajectories * self.a.searches / self.a.retriever_queries_per_s
@@ -197,8 +223,10 @@ class StepTime:
         last = self.longest.written / alone + turns * self.a.search_latency_s
         seconds = max(decode + prefill, searching) + last
         formula = (
-            f"max(decode {decode:.1f} [{running:.0f} at once, {rate / tp:,.0f} tokens/s a GPU] + prefill "
-            f"{prefill:.1f}, searches {searching:.1f} [{batch.trajectories * self.a.searches:,.0f} at "
+            f"max(decode {decode:.1f} [{running:.0f} at once, {rate / tp:,.0f} tokens/s a GPU] + "
+            "prefill "
+            f"{prefill:.1f}, searches {searching:.1f} [{batch.trajectories * self.a.searches:,.0f} "
+            "at "
             f"{self.a.retriever_queries_per_s:g}/s]) + longest trajectory alone {last:.1f} "
             f"[{self.longest.written:,} tokens at {alone:,.0f}/s]"
         )
@@ -212,7 +240,10 @@ class StepTime:
     def computing(self, flops: float) -> tuple[float, str]:
         seconds = flops / (self.world * self.gpu.flops * self.a.train_efficiency)
         peak = self.gpu.flops / 1e12
-        return seconds, f"{flops:.2e} FLOP / ({self.world} x {peak:g} TFLOP/s x {self.a.train_efficiency:g})"
+        return (
+            seconds,
+            f"{flops:.2e} FLOP / ({self.world} x {peak:g} TFLOP/s x {self.a.train_efficiency:g})",
+        )
 
     def forward(self, name: str, role: Role, limit: int) -> Verb:
         """A verb that is one forward pass over the batch."""
@@ -238,7 +269,9 @@ class StepTime:
             gathers = 2 if fsdp.reshard_after_forward else 1
             moved = count * (gathers * shard_bytes(role) + state) / (self.a.pcie_gb_per_s * 1e9)
             adamw = steps * 7 * state / (self.a.host_adamw_gb_per_s * 1e9)
-            formula += f" + to and from the host {moved:.1f} + {steps} AdamW on the host {adamw:.1f}"
+            formula += (
+                f" + to and from the host {moved:.1f} + {steps} AdamW on the host {adamw:.1f}"
+            )
         else:
             moved = 0.0
             adamw = steps * 7 * state / (self.gpu.bandwidth * self.a.bandwidth_efficiency)
@@ -249,11 +282,14 @@ class StepTime:
         return Verb(name, seconds + moved + adamw, formula)
 
     def sync(self) -> Verb:
-        """The weights' way to the engines: gathered in the masters' dtype, then handed over on the same GPU."""
+        """The weights' way to the engines: gathered in the masters' dtype, then handed over on the
+        same GPU."""
         actor = self.roles[0]
         size = actor.sizes.params * WIDTH[actor.fsdp.model_dtype] * (self.world - 1) / self.world
         seconds = size / (self.a.nvlink_gb_per_s * 1e9) + self.a.sync_overhead_s
-        formula = f"{size / 1e9:.1f} GB / {self.a.nvlink_gb_per_s:g} GB/s + {self.a.sync_overhead_s:g}"
+        formula = (
+            f"{size / 1e9:.1f} GB / {self.a.nvlink_gb_per_s:g} GB/s + {self.a.sync_overhead_s:g}"
+        )
         if actor.fsdp.param_offload:
             moved = shard_bytes(actor) / (self.a.pcie_gb_per_s * 1e9)
             seconds += moved
@@ -270,10 +306,14 @@ class StepTime:
             self.forward("old_log_prob", actor, main.rollout.log_prob_max_token_len_per_gpu),
         ]
         if "ref" in by_name:
-            found.append(self.forward("ref", by_name["ref"], main.ref.log_prob_max_token_len_per_gpu))
+            found.append(
+                self.forward("ref", by_name["ref"], main.ref.log_prob_max_token_len_per_gpu)
+            )
         if "critic" in by_name:
             critic = by_name["critic"]
-            found.append(self.forward("values", critic, self.config.critic.ppo_max_token_len_per_gpu))
+            found.append(
+                self.forward("values", critic, self.config.critic.ppo_max_token_len_per_gpu)
+            )
             found.append(self.update("update_critic", critic, self.config.critic))
         found += [
             self.update("update_actor", actor, main.actor),
@@ -284,7 +324,8 @@ class StepTime:
         return found
 
     def validation(self, questions: int) -> Verb:
-        """One validation; an answer is greedy, so nothing but the number of trajectories differs."""
+        """One validation; an answer is greedy, so nothing but the number of trajectories
+        differs."""
         rows = questions * self.config.actor_rollout_ref.rollout.val_kwargs.n
         return Verb("testing", *self.rollout_seconds(Batch(rows, questions)))
 
@@ -309,7 +350,8 @@ def refuse_other_schedules(config: PPOConfig) -> None:
     if not config.actor_rollout_ref.hybrid_engine or rollout.name != "vllm":
         raise ConfigError(
             [
-                "step time is computed for engines on the trainer's GPUs alone (actor_rollout_ref.hybrid_engine=true, "
+                "step time is computed for engines on the trainer's GPUs alone "
+                "(actor_rollout_ref.hybrid_engine=true, "
                 "rollout.name=vllm): elsewhere rollout and update overlap"
             ]
         )
@@ -321,36 +363,57 @@ def report(found: StepTime, questions: int | None) -> str:
     step = sum(verb.seconds for verb in verbs)
     config = found.config
     lines = [
-        f"{config.actor_rollout_ref.model.path} on {found.world} GPUs: {found.batch.trajectories:,} trajectories of "
-        f"{found.mean_tokens:,.0f} tokens, {found.trained_tokens / found.tokens:.0%} of them trained; computed, "
+        f"{config.actor_rollout_ref.model.path} on {found.world} GPUs: "
+        f"{found.batch.trajectories:,} trajectories of "
+        f"{found.mean_tokens:,.0f} tokens, {found.trained_tokens / found.tokens:.0%} of them "
+        "trained; computed, "
         "not measured",
         *(f"{verb.name:16}{verb.seconds:8.1f} s  {verb.formula}" for verb in verbs),
-        f"{'step':16}{step:8.1f} s  {found.tokens / step / found.world:,.0f} tokens/s a GPU (perf/throughput)",
+        f"{'step':16}{step:8.1f} s  {found.tokens / step / found.world:,.0f} tokens/s a GPU "
+        "(perf/throughput)",
     ]
     questions = config.data.val_data_num if questions is None else questions
     validation = found.validation(questions) if questions else None
     if validation is not None:
-        lines.append(f"{validation.name:16}{validation.seconds:8.1f} s  {questions:,} questions: {validation.formula}")
+        lines.append(
+            f"{validation.name:16}{validation.seconds:8.1f} s  {questions:,} questions: "
+            f"{validation.formula}"
+        )
     steps = config.trainer.total_training_steps
     if steps:
         count = num_validations(config)
         training = steps * step / 3600
         testing = count * validation.seconds / 3600 if validation else 0.0
-        what = f"{count} validations {testing:.1f} h" if validation else "validations not counted (--val-questions)"
-        lines.append(f"{steps:,} steps {training:.1f} h, {what}: {training + testing:.1f} h; checkpoints not counted")
+        what = (
+            f"{count} validations {testing:.1f} h"
+            if validation
+            else "validations not counted (--val-questions)"
+        )
+        lines.append(
+            f"{steps:,} steps {training:.1f} h, {what}: {training + testing:.1f} h; checkpoints "
+            "not counted"
+        )
     return "\n".join(lines) + "\n"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m verl.trainer.step_time", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m verl.trainer.step_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="card, for peak FLOP/s and memory bandwidth")
-    parser.add_argument("--val-questions", type=int, help="questions of a validation (default: data.val_data_num)")
+    parser.add_argument(
+        "--gpu", choices=GPUS, default="h100", help="card, for peak FLOP/s and memory bandwidth"
+    )
+    parser.add_argument(
+        "--val-questions", type=int, help="questions of a validation (default: data.val_data_num)"
+    )
     for name, (default, meaning) in ASSUMPTIONS.items():
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=float, default=default, help=f"{meaning} (default: {default:g})")
+        parser.add_argument(
+            flag, type=float, default=default, help=f"{meaning} (default: {default:g})"
+        )
     return parser
 
 

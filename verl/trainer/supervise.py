@@ -1,4 +1,5 @@
-"""Who starts, stops and restarts a run: the supervisor around the driver, and the request to stop within it."""
+"""Who starts, stops and restarts a run: the supervisor around the driver, and the request to stop
+within it."""
 
 import json
 import logging
@@ -10,12 +11,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from verl.utils.processes import STOP_SIGNALS, Forward, ended, exit_status, follow, kill_session, session_over
+from verl.utils.processes import (
+    STOP_SIGNALS,
+    Forward,
+    ended,
+    exit_status,
+    follow,
+    kill_session,
+    session_over,
+)
 from verl.utils.run_folder import LATEST
 
 logger = logging.getLogger(__name__)
 LOST = 75
-"""Exit status of a driver that lost what it cannot replace: a rank, an engine, the patience for a hang. EX_TEMPFAIL."""
+"""Exit status of a driver that lost what it cannot replace: a rank, an engine, the patience for a
+hang. EX_TEMPFAIL."""
 RESTARTS = "restarts.jsonl"
 SUPERVISED = "VERL_SUPERVISED"
 MAX_PAUSE_S = 60.0
@@ -31,9 +41,9 @@ def supervise(
 ) -> int:
     """The exit status of a run: of `command`, started again while it ends by a signal or with LOST.
 
-    At most `max_restarts` times in a row without a new checkpoint in `run_dir` in between; `pause_s` seconds before the
-    first, twice as many before each further one. SIGINT and SIGTERM are passed on, and end it; `grace_s` seconds after
-    the second its session is killed.
+    At most `max_restarts` times in a row without a new checkpoint in `run_dir` in between;
+    `pause_s` seconds before the first, twice as many before each further one. SIGINT and SIGTERM
+    are passed on, and end it; `grace_s` seconds after the second its session is killed.
     """
     latest = Path(run_dir) / LATEST
     first = seen = checkpoint(latest)
@@ -54,8 +64,12 @@ def supervise(
             pause = min(MAX_PAUSE_S, pause_s * 2 ** (attempts - 1))
             logger.warning(
                 "the run ended by %s: restart %d of %d in %g s, from %s",
-                cause(returncode), attempts, max_restarts, pause, where(now[0]),
-            )  # fmt: skip
+                cause(returncode),
+                attempts,
+                max_restarts,
+                pause,
+                where(now[0]),
+            )
             rest(pause, signals)
             if signals.received:
                 return 128 + signals.received[0]
@@ -70,7 +84,8 @@ def checkpoint(latest: Path) -> tuple[int, int]:
 
 
 def run_once(command: list[str], own: bool, signals: Forward, grace_s: float) -> int:
-    """Return code of one start of the command, nothing of its session left. `own`: this run has written checkpoints."""
+    """Return code of one start of the command, nothing of its session left. `own`: this run has
+    written checkpoints."""
     child = signals.start(command, env={**os.environ, SUPERVISED: f"{os.getpid()} {int(own)}"})
     deadline = None
     while not ended(child, 1.0):
@@ -79,7 +94,8 @@ def run_once(command: list[str], own: bool, signals: Forward, grace_s: float) ->
         if deadline is not None and time.monotonic() > deadline:
             break
     else:
-        session_over(child, min(SETTLE_S, grace_s))  # who follows the driver tidies up first: shared memory, locks
+        # who follows the driver tidies up first: shared memory, locks
+        session_over(child, min(SETTLE_S, grace_s))
     if left := kill_session(child):
         logger.warning("processes of the run that could not be killed: %s", left)
     return signals.reap()
@@ -111,9 +127,12 @@ def rest(seconds: float, signals: Forward) -> None:
 
 
 def record(run_dir: str, returncode: int, step: int) -> None:
-    """Appends a restart to restarts.jsonl: when (UTC), what ended the run, the step it continues after."""
+    """Appends a restart to restarts.jsonl: when (UTC), what ended the run, the step it continues
+    after."""
     how = {"signal": signal.Signals(-returncode).name} if returncode < 0 else {"status": returncode}
-    line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **how, "step": step})
+    line = json.dumps(
+        {"time": datetime.now(UTC).isoformat(timespec="seconds"), **how, "step": step}
+    )
     try:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         with (Path(run_dir) / RESTARTS).open("a") as file:
@@ -124,20 +143,29 @@ def record(run_dir: str, returncode: int, step: int) -> None:
 
 def given_up(run_dir: str, max_restarts: int, returncode: int, step: int) -> str:
     """What is said when a run is not started again."""
-    times = f"{max_restarts} restarts without a new checkpoint in between" if max_restarts else "no restart"
+    times = (
+        f"{max_restarts} restarts without a new checkpoint in between"
+        if max_restarts
+        else "no restart"
+    )
     return (
-        f"the run ended by {cause(returncode)}; given up after {times} (trainer.max_restarts). The cause is above, in "
-        f"Ray's logs (/tmp/ray/session_latest/logs), after a hang in {run_dir}/stacks; restarts are listed in "
-        f"{run_dir}/{RESTARTS}. SIGKILL that nobody sent is the kernel's answer to a lack of memory (dmesg). Repair "
-        f"it and run the same command: it continues from {where(step)} unless trainer.resume_mode=disable."
+        f"the run ended by {cause(returncode)}; given up after {times} (trainer.max_restarts). The "
+        "cause is above, in "
+        f"Ray's logs (/tmp/ray/session_latest/logs), after a hang in {run_dir}/stacks; restarts "
+        "are listed in "
+        f"{run_dir}/{RESTARTS}. SIGKILL that nobody sent is the kernel's answer to a lack of "
+        "memory (dmesg). Repair "
+        f"it and run the same command: it continues from {where(step)} unless "
+        "trainer.resume_mode=disable."
     )
 
 
 def follow_supervisor() -> bool | None:
-    """Within the driver: whether this run has written checkpoints before this start; None: there is no supervisor.
+    """Within the driver: whether this run has written checkpoints before this start; None: there is
+    no supervisor.
 
-    From here on the driver and its session end with the supervisor. The mark is taken out of the environment, so that
-    no other program takes itself for the driver.
+    From here on the driver and its session end with the supervisor. The mark is taken out of the
+    environment, so that no other program takes itself for the driver.
     """
     mark = os.environ.pop(SUPERVISED, None)
     if mark is None:
@@ -162,15 +190,17 @@ def end_session() -> None:
 class Stop:
     """A request to end the run: `requested` is the signal's number, 0 before there is one.
 
-    The first SIGTERM or SIGINT is noted; a SIGINT after that raises KeyboardInterrupt in the main thread. A further
-    SIGTERM does not: who sends it to all processes of a job reaches the driver twice.
+    The first SIGTERM or SIGINT is noted; a SIGINT after that raises KeyboardInterrupt in the main
+    thread. A further SIGTERM does not: who sends it to all processes of a job reaches the driver
+    twice.
     """
 
     def __init__(self) -> None:
         self.requested = 0
 
     def listen(self) -> None:
-        """Installs the handlers. To be called again after `ray.init`, which takes SIGTERM for itself."""
+        """Installs the handlers. To be called again after `ray.init`, which takes SIGTERM for
+        itself."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
@@ -181,14 +211,22 @@ class Stop:
             return
         self.requested = signum
         name = signal.Signals(signum).name
-        text = f"{name}: finishing the step under way, then a checkpoint; Ctrl-C again to exit now\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())  # logging is not for handlers
+        text = (
+            f"{name}: finishing the step under way, then a checkpoint; Ctrl-C again to exit now\n"
+        )
+        # logging is not for handlers
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
     def __enter__(self) -> "Stop":
         self._previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self.listen()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,5 @@
-"""The end of a run that hangs: where every process stands is written down, then the driver leaves with LOST."""
+"""The end of a run that hangs: where every process stands is written down, then the driver leaves
+with LOST."""
 
 import faulthandler
 import logging
@@ -21,12 +22,14 @@ def leave() -> None:
 
 
 class Watchdog:
-    """Calls `on_hang` when nothing was heard for `timeout_s` seconds, after writing all stacks to `folder`/stacks.
+    """Calls `on_hang` when nothing was heard for `timeout_s` seconds, after writing all stacks to
+    `folder`/stacks.
 
-    What counts is a verb that begins, and a trajectory that finishes within one (`RolloutManager.on_progress`): a
-    validation may take hours as long as it gets on.
+    What counts is a verb that begins, and a trajectory that finishes within one
+    (`RolloutManager.on_progress`): a validation may take hours as long as it gets on.
 
-    `stacks()` gives those of the other processes by their name, and has `stacks_timeout_s` seconds for it.
+    `stacks()` gives those of the other processes by their name, and has `stacks_timeout_s` seconds
+    for it.
     """
 
     def __init__(
@@ -37,8 +40,11 @@ class Watchdog:
         on_hang: Callable[[], object] = leave,
         stacks_timeout_s: float = 30.0,
     ) -> None:
-        self.timeout_s, self.stacks, self.folder = timeout_s, stacks, Path(folder) / "stacks"
-        self.on_hang, self.stacks_timeout_s = on_hang, stacks_timeout_s
+        self.timeout_s = timeout_s
+        self.stacks = stacks
+        self.folder = Path(folder) / "stacks"
+        self.on_hang = on_hang
+        self.stacks_timeout_s = stacks_timeout_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._last = ("start", time.monotonic())
@@ -59,7 +65,10 @@ class Watchdog:
                 return
 
     def _hang(self, verb: str, seconds: float) -> None:
-        what = f"'{verb}' made no progress for {seconds:.0f} s (trainer.hang_timeout_s={self.timeout_s:g})"
+        what = (
+            f"'{verb}' made no progress for {seconds:.0f} s "
+            f"(trainer.hang_timeout_s={self.timeout_s:g})"
+        )
         try:
             path = self._write(what)
             logger.error("%s: the stacks of all processes are in %s", what, path)
@@ -69,7 +78,8 @@ class Watchdog:
             self.on_hang()
 
     def _write(self, what: str) -> Path:
-        """The file of stacks: the driver's first, so that they are there whatever becomes of the others."""
+        """The file of stacks: the driver's first, so that they are there whatever becomes of the
+        others."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.txt"
         with path.open("w") as file:
@@ -101,6 +111,11 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._ended.set()
         self._thread.join()

@@ -5,7 +5,8 @@ from typing import Any
 
 
 def answers_of(value: Any) -> list[str]:
-    """The texts of a value or a list of values, numbers as they are written; blank texts, None and NaN are none.
+    """The texts of a value or a list of values, numbers as they are written; blank texts, None and
+    NaN are none.
 
     Raises ValueError saying what was found instead of a text or a number.
 
@@ -18,10 +19,13 @@ def answers_of(value: Any) -> list[str]:
 
 
 def text_of(value: Any) -> str:
-    """One value as a text, "" for None and NaN. Raises ValueError for anything that is no text, number or bool."""
+    """One value as a text, "" for None and NaN. Raises ValueError for anything that is no text,
+    number or bool."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if isinstance(value, float) and value.is_integer():  # a column of integers in which some are missing
+    if (
+        isinstance(value, float) and value.is_integer()
+    ):  # a column of integers in which some are missing
         return str(int(value))
     if isinstance(value, str | int | float):
         return str(value)

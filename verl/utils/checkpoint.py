@@ -24,8 +24,8 @@ from verl.utils.checkpoint_storage import CheckpointError, TensorReader, TensorW
 class Checkpointer:
     """Saves and loads one training state. Every method is a collective, the constructor too.
 
-    Ranks agree over a gloo group of their own: the background thread's messages cannot mix with those of training, nor
-    with another role's.
+    Ranks agree over a gloo group of their own: the background thread's messages cannot mix with
+    those of training, nor with another role's.
     """
 
     def __init__(self, state: Any) -> None:
@@ -34,10 +34,12 @@ class Checkpointer:
         self.pending: tuple[str, int, Future[Any]] | None = None
 
     def save(self, path: str, asynchronous: bool = False) -> None:
-        """Writes model, optimizer, place in the schedule and each rank's random state, as they are, under `path`.
+        """Writes model, optimizer, place in the schedule and each rank's random state, as they are,
+        under `path`.
 
-        With `asynchronous` it returns once they are copied to host memory (as much again as the rank's share of them),
-        and `finish` must be called. Raises CheckpointError, also for an earlier save that was not finished.
+        With `asynchronous` it returns once they are copied to host memory (as much again as the
+        rank's share of them), and `finish` must be called. Raises CheckpointError, also for an
+        earlier save that was not finished.
         """
         self.finish()
         content = tensors_of(training_state(self.state))
@@ -52,21 +54,27 @@ class Checkpointer:
                 save(content, **where)
 
     def finish(self) -> None:
-        """Waits until an asynchronous save is on the disk. Raises CheckpointError on every rank if it failed on any."""
+        """Waits until an asynchronous save is on the disk. Raises CheckpointError on every rank if
+        it failed on any."""
         if self.pending is None:
             return
-        (path, size, future), self.pending = self.pending, None
+        (path, size, future) = self.pending
+        self.pending = None
         with _explained("written", path, size):
             future.result()
 
     def load(self, path: str) -> None:
-        """Restores what `save` wrote, on any number of ranks. Learning rate, betas and weight decay stay as they are.
+        """Restores what `save` wrote, on any number of ranks. Learning rate, betas and weight decay
+        stay as they are.
 
-        A rank that was not there when it was saved takes rank 0's place in the schedule and keeps the random state it
-        was seeded with. Raises CheckpointError when it cannot be read, FileNotFoundError when it is not there.
+        A rank that was not there when it was saved takes rank 0's place in the schedule and keeps
+        the random state it was seeded with. Raises CheckpointError when it cannot be read,
+        FileNotFoundError when it is not there.
         """
         self.finish()
-        stored, key, state = read_index(path).tensors, _own_key(), self.state
+        stored = read_index(path).tensors
+        key = _own_key()
+        state = self.state
         known = key in stored
         key = key if known else "rank_0"
         if key not in stored:
@@ -89,10 +97,11 @@ class Checkpointer:
 
 
 def training_state(state: Any) -> dict[str, Any]:
-    """`model` and `optimizer` under names that do not depend on ranks; the tensors are those that train.
+    """`model` and `optimizer` under names that do not depend on ranks; the tensors are those that
+    train.
 
-    Reading the state of an optimizer that has not stepped makes torch take one step with a gradient and a learning rate
-    of zero; it is not counted.
+    Reading the state of an optimizer that has not stepped makes torch take one step with a gradient
+    and a learning rate of zero; it is not counted.
     """
     fresh = not state.optimizer.state
     model, optimizer = get_state_dict(state.model, state.optimizer)
@@ -104,18 +113,22 @@ def training_state(state: Any) -> dict[str, Any]:
 
 
 def tensors_of(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds of a `training_state`: all but the optimizer's settings, which the configuration has."""
+    """What a checkpoint holds of a `training_state`: all but the optimizer's settings, which the
+    configuration has."""
     return {"model": content["model"], "optimizer": content["optimizer"]["state"]}
 
 
 def saved_weights(path: str) -> dict[str, torch.Tensor]:
-    """Tensors of the model in a checkpoint by name, on the meta device: shapes and dtypes without the values.
+    """Tensors of the model in a checkpoint by name, on the meta device: shapes and dtypes without
+    the values.
 
     In this process alone. Raises as `read_index` does.
     """
     prefix = "model."
     return {
-        name.removeprefix(prefix): torch.empty(stored.size, dtype=getattr(torch, stored.dtype), device="meta")
+        name.removeprefix(prefix): torch.empty(
+            stored.size, dtype=getattr(torch, stored.dtype), device="meta"
+        )
         for name, stored in read_index(path).tensors.items()
         if name.startswith(prefix)
     }
@@ -128,7 +141,8 @@ def read_weight(path: str, name: str, like: torch.Tensor) -> torch.Tensor:
     """
     tensor = torch.empty_like(like, device="cpu")
     with _explained("read", path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is meant
+        # that is what is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load({"model": {name: tensor}}, storage_reader=TensorReader(path), no_dist=True)
     return tensor
 
@@ -152,13 +166,23 @@ def from_json_tensor(tensor: torch.Tensor) -> Any:
 
 @contextmanager
 def _explained(done: str, path: str, size: int | None = None) -> Iterator[None]:
-    """Turns torch's report of the ranks that failed, which is no Exception, into a CheckpointError."""
+    """Turns torch's report of the ranks that failed, which is no Exception, into a
+    CheckpointError."""
     try:
         yield
     except CheckpointException as error:
-        causes = [f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(error.failures.items())]
-        room = "" if size is None else f"; it takes {size / 1e6:.1f} MB and has room for {_room(Path(path)) / 1e6:.1f}"
-        raise CheckpointError(f"{path}: the checkpoint could not be {done}{room} ({'; '.join(causes)})") from error
+        causes = [
+            f"rank {rank}: {type(e).__name__}: {e}"
+            for rank, (e, _) in sorted(error.failures.items())
+        ]
+        room = (
+            ""
+            if size is None
+            else f"; it takes {size / 1e6:.1f} MB and has room for {_room(Path(path)) / 1e6:.1f}"
+        )
+        raise CheckpointError(
+            f"{path}: the checkpoint could not be {done}{room} ({'; '.join(causes)})"
+        ) from error
 
 
 def _room(path: Path) -> int:
@@ -173,7 +197,8 @@ def _own_key() -> str:
 
 
 def rng_state() -> dict[str, Any]:
-    """Random state of python, numpy, torch and the accelerator of this process, as JSON can hold it."""
+    """Random state of python, numpy, torch and the accelerator of this process, as JSON can hold
+    it."""
     name, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),

@@ -1,8 +1,9 @@
 """How a checkpoint's tensors lie on the disk: torch's sharded files beside an index in JSON.
 
-torch.distributed.checkpoint pickles its own index (`.metadata`) and every entry that is no tensor, and whoever reads a
-pickle runs what its writer put there. Here there is no pickle to read: the index is JSON, which is checked entry by
-entry, every entry is a tensor, and torch reads tensors with `weights_only=True`.
+torch.distributed.checkpoint pickles its own index (`.metadata`) and every entry that is no tensor,
+and whoever reads a pickle runs what its writer put there. Here there is no pickle to read: the
+index is JSON, which is checked entry by entry, every entry is a tensor, and torch reads tensors
+with `weights_only=True`.
 """
 
 import os
@@ -35,7 +36,8 @@ Shape = list[NonNegativeInt]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read. The message names the folder, the ranks and what stopped them."""
+    """A checkpoint could not be written or read. The message names the folder, the ranks and what
+    stopped them."""
 
 
 class Chunk(Config):
@@ -49,7 +51,18 @@ class Chunk(Config):
 
 
 class StoredTensor(Config):
-    dtype: Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+    dtype: Literal[
+        "float64",
+        "float32",
+        "bfloat16",
+        "float16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+    ]
     size: Shape
     chunks: list[Chunk]
 
@@ -64,9 +77,13 @@ class TensorWriter(FileSystemWriter):
     """Writes the files as torch does, and the index as JSON."""
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Writes the index, on one rank, once the files of all are written. Raises TypeError for what is no tensor."""
+        """Writes the index, on one rank, once the files of all are written. Raises TypeError for
+        what is no tensor."""
         places = {result.index: result.storage_data for written in results for result in written}
-        tensors = {name: _stored(name, entry, places) for name, entry in metadata.state_dict_metadata.items()}
+        tensors = {
+            name: _stored(name, entry, places)
+            for name, entry in metadata.state_dict_metadata.items()
+        }
         write_atomically(Path(self.path) / INDEX, Index(tensors=tensors).model_dump_json())
 
 
@@ -77,9 +94,14 @@ class TensorReader(FileSystemReader):
         """The index as torch wants it. Raises as `read_index` does."""
         metadata = Metadata({}, storage_data={}, storage_meta=StorageMeta(load_id=self.load_id))
         for name, tensor in read_index(self.path).tensors.items():
-            chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks]
+            chunks = [
+                ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes))
+                for c in tensor.chunks
+            ]
             properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
-            metadata.state_dict_metadata[name] = TensorStorageMetadata(properties, torch.Size(tensor.size), chunks)
+            metadata.state_dict_metadata[name] = TensorStorageMetadata(
+                properties, torch.Size(tensor.size), chunks
+            )
             for chunk in tensor.chunks:
                 place = _StorageInfo(chunk.file, chunk.start, chunk.length)
                 metadata.storage_data[MetadataIndex(name, chunk.offsets)] = place
@@ -98,14 +120,18 @@ def read_index(folder: str | os.PathLike[str]) -> Index:
         return Index.model_validate_json(path.read_bytes())
     except ValidationError as error:
         problems = problems_of(error, "")
-        raise CheckpointError(f"{path}: not the index of a checkpoint: {'; '.join(problems[:3])}") from error
+        raise CheckpointError(
+            f"{path}: not the index of a checkpoint: {'; '.join(problems[:3])}"
+        ) from error
 
 
 def old_format(file: Path) -> str:
     """What is wrong with a checkpoint that has a pickle where JSON is expected, and what to do."""
     return (
-        f"{file}: a pickle, from a version that saved its checkpoints so. Reading it would run whatever it holds, so "
-        "it is not read. Finish the run with the version that began it, or begin a new one, in another folder, from an "
+        f"{file}: a pickle, from a version that saved its checkpoints so. Reading it would run "
+        "whatever it holds, so "
+        "it is not read. Finish the run with the version that began it, or begin a new one, in "
+        "another folder, from an "
         "export of its policy (actor_rollout_ref.model.path=.../hf)"
     )
 

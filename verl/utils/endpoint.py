@@ -1,4 +1,5 @@
-"""A client of OpenAI-compatible HTTP endpoints: retries, time-outs, a bound on what is under way."""
+"""A client of OpenAI-compatible HTTP endpoints: retries, time-outs, a bound on what is under
+way."""
 
 import asyncio
 import os
@@ -27,7 +28,8 @@ class EndpointConfig(Config):
     max_retries: NonNegativeInt = 4
     """Further attempts after errors, time-outs and replies that cannot be read."""
     backoff_s: PositiveFloat = 0.5
-    """Wait before the first further attempt; doubled each time, with jitter. A server's Retry-After goes first."""
+    """Wait before the first further attempt; doubled each time, with jitter. A server's Retry-After
+    goes first."""
     max_concurrent: PositiveInt = 32
     """Requests at a time, per process."""
 
@@ -41,11 +43,14 @@ class Endpoint:
 
     def __init__(self, config: EndpointConfig) -> None:
         self.config = config
-        self.http = httpx.AsyncClient(timeout=config.timeout_s, headers=headers(config), mounts=direct(config.url))
+        self.http = httpx.AsyncClient(
+            timeout=config.timeout_s, headers=headers(config), mounts=direct(config.url)
+        )
         self.slots = asyncio.Semaphore(config.max_concurrent)
 
     async def post(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """`read` of the JSON reply. A ValueError, KeyError, IndexError or TypeError of `read` is an unusable reply.
+        """`read` of the JSON reply. A ValueError, KeyError, IndexError or TypeError of `read` is an
+        unusable reply.
 
         Raises EndpointFailed.
         """

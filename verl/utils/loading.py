@@ -19,7 +19,8 @@ def load_class(target: str, key: str) -> Any:
 
 
 def load_function(path: str, name: str, key: str) -> Any:
-    """The function `name` of the Python file `path`. Raises ConfigError naming `key`, also when the file raises."""
+    """The function `name` of the Python file `path`. Raises ConfigError naming `key`, also when the
+    file raises."""
     if not Path(path).is_file():
         raise ConfigError([f"{key}.path={path}: no such file"])
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -37,6 +38,10 @@ def load_function(path: str, name: str, key: str) -> Any:
 
 def place_of(error: Exception, path: str) -> str:
     """The exception that a user's file raised, and the last of its lines on the way there."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == path
+    ]
     where = f", line {lines[-1]}" if lines else ""
     return f"{type(error).__name__}: {error}{where}"

@@ -1,8 +1,9 @@
-"""What a user may call a model: a Hugging Face folder or hub name, a run folder, or one of its checkpoints.
+"""What a user may call a model: a Hugging Face folder or hub name, a run folder, a checkpoint.
 
 runs/grpo                   a run folder: its finished model, or else its newest checkpoint
-runs/grpo/global_step_20    a checkpoint, as is the state that an alarm left: runs/grpo/alarms/step_12
-runs/grpo/best, .../latest  the checkpoints that the run calls so; no folders of these names are needed
+runs/grpo/global_step_20    a checkpoint
+runs/grpo/alarms/step_12    the state that an alarm left, a checkpoint too
+runs/grpo/best, .../latest  the checkpoints that the run calls so; there need be no such folders
 runs/grpo/hf                a Hugging Face folder, which has a config.json
 """
 
@@ -10,7 +11,16 @@ import json
 from pathlib import Path
 
 from verl.utils.errors import ModelError
-from verl.utils.run_folder import BEST, INDEX, PENDING, PICKLED_INDEX, best, find_latest, folder_of, steps
+from verl.utils.run_folder import (
+    BEST,
+    INDEX,
+    PENDING,
+    PICKLED_INDEX,
+    best,
+    find_latest,
+    folder_of,
+    steps,
+)
 
 RUN_CONFIG = "config.yaml"
 HF = "hf"
@@ -18,16 +28,18 @@ HF = "hf"
 ORIGIN = "training.json"
 """File in a Hugging Face folder that says what it was made of: `base_model`, `checkpoint`."""
 EXPECTED = (
-    "expected a Hugging Face folder (with config.json), a run folder, its best, latest or global_step_N, or a folder "
+    "expected a Hugging Face folder (with config.json), a run folder, its best, latest or "
+    "global_step_N, or a folder "
     "in its alarms"
 )
 
 
 def ready_model(name: str) -> str | None:
-    """The Hugging Face folder (by its full path) or the hub name that `name` means; None for a checkpoint to export.
+    """The Hugging Face folder (by its full path) or the hub name that `name` means; None for a
+    checkpoint to export.
 
-    What is not there and not the name of a checkpoint may be on the hub, unless it can only be a place on this machine.
-    Raises ModelError as `find_checkpoint` does.
+    What is not there and not the name of a checkpoint may be on the hub, unless it can only be a
+    place on this machine. Raises ModelError as `find_checkpoint` does.
     """
     path = Path(name)
     if is_model(path) and not path.name.endswith(PENDING):
@@ -41,25 +53,29 @@ def ready_model(name: str) -> str | None:
 
 
 def is_place(name: str) -> bool:
-    """Whether a name is a path whatever stands there, not one of the hub: it begins as paths do, has more than one
-    slash, or would lie among runs, as `runs/typo` does."""
+    """Whether a name is a path whatever stands there, not one of the hub: it begins as paths do,
+    has more than one slash, or would lie among runs, as `runs/typo` does."""
     beginning, slash, rest = name.partition("/")
     if not slash:
         return False
     if beginning in ("", ".", "..", "~") or "/" in rest:
         return True
     folder = Path(beginning)
-    return folder.is_dir() and any(is_run(entry) and not is_model(entry) for entry in folder.iterdir())
+    return folder.is_dir() and any(
+        is_run(entry) and not is_model(entry) for entry in folder.iterdir()
+    )
 
 
 def full_path(name: str) -> str:
-    """The full path of a file or folder that is there; anything else, such as the name of a hub, as it is."""
+    """The full path of a file or folder that is there; anything else, such as the name of a hub, as
+    it is."""
     path = Path(name)
     return str(path.resolve()) if path.exists() else name
 
 
 def weights_of(model: str) -> list[list[str | int]]:
-    """Name, size and time of each file of weights in a model's folder: what tells the model from its next version."""
+    """Name, size and time of each file of weights in a model's folder: what tells the model from
+    its next version."""
     files = sorted(Path(model).glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
@@ -71,7 +87,9 @@ def find_checkpoint(name: str) -> Path:
     """
     path = Path(name).resolve()
     if path.name.endswith(PENDING) and path.exists():
-        raise ModelError(f"{path}: unfinished, it is being written or a crash left it. {_present(path.parent)}")
+        raise ModelError(
+            f"{path}: unfinished, it is being written or a crash left it. {_present(path.parent)}"
+        )
     if path.is_dir():
         return _checkpoint_in(path)
     run = path.parent
@@ -83,12 +101,15 @@ def find_checkpoint(name: str) -> Path:
     if path.name == "best":
         return _best(run)
     if path.with_name(path.name + PENDING).exists():
-        raise ModelError(f"{path}: unfinished, it is being written or a crash left it. {_present(run)}")
+        raise ModelError(
+            f"{path}: unfinished, it is being written or a crash left it. {_present(run)}"
+        )
     raise ModelError(f"{path}: no such checkpoint. {_present(run)}")
 
 
 def finished_model(run: Path) -> Path | None:
-    """The Hugging Face folder of a run that has ended: made of its newest checkpoint, or all that the run left.
+    """The Hugging Face folder of a run that has ended: made of its newest checkpoint, or all that
+    the run left.
 
     One that an earlier end of the run left is not it.
     """
@@ -142,7 +163,8 @@ def _best(run: Path) -> Path:
     record = best(run)
     if record is None:
         raise ModelError(
-            f"{run}: has no best checkpoint ({BEST}): none was saved at a step whose validation gave "
+            f"{run}: has no best checkpoint ({BEST}): none was saved at a step whose validation "
+            "gave "
             f"trainer.best_metric. {_present(run)}"
         )
     return _checkpoint_in(folder_of(run, record["step"]))
@@ -155,4 +177,6 @@ def _present(run: Path) -> str:
         names.append("best")
     if is_model(run / HF):
         names.append(HF)
-    return f"{run} has {', '.join(names)}" if names else f"{run} has no checkpoint and no {HF} folder"
+    return (
+        f"{run} has {', '.join(names)}" if names else f"{run} has no checkpoint and no {HF} folder"
+    )

@@ -18,7 +18,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def ended(pid: int, timeout_s: float | None = None) -> bool:
-    """Whether the process has ended within `timeout_s` seconds (None: waits for it). Does not reap a child."""
+    """Whether the process has ended within `timeout_s` seconds (None: waits for it). Does not reap
+    a child."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -36,7 +37,8 @@ def _ended(process: int, timeout_s: float | None = None) -> bool:
 
 
 def follow(pid: int, action: Callable[[], object]) -> None:
-    """Calls `action` from a thread of its own when the process `pid` ends. Raises ProcessLookupError if it has."""
+    """Calls `action` from a thread of its own when the process `pid` ends. Raises
+    ProcessLookupError if it has."""
     process = os.pidfd_open(pid)
 
     def watch() -> None:
@@ -47,7 +49,8 @@ def follow(pid: int, action: Callable[[], object]) -> None:
 
 
 def dying_with_this() -> Callable[[], None]:
-    """A `preexec_fn`: the kernel kills the new process when the thread that starts it ends. Linux, prctl(2)."""
+    """A `preexec_fn`: the kernel kills the new process when the thread that starts it ends. Linux,
+    prctl(2)."""
     parent = os.getpid()
 
     def die_with_parent() -> None:
@@ -81,12 +84,15 @@ def session_over(session: int, timeout_s: float) -> bool:
 
 
 def kill_session(session: int, timeout_s: float = 10.0) -> list[int]:
-    """The processes of a session that are left after all were killed for `timeout_s` seconds; not the calling one.
+    """The processes of a session that are left after all were killed for `timeout_s` seconds; not
+    the calling one.
 
     The session's leader must not have been reaped, or its number may be another's by now.
     """
     deadline = time.monotonic() + timeout_s
-    while (members := [pid for pid in session_members(session) if pid != os.getpid()]) and time.monotonic() < deadline:
+    while (
+        members := [pid for pid in session_members(session) if pid != os.getpid()]
+    ) and time.monotonic() < deadline:
         for pid in members:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -104,7 +110,8 @@ def exit_status(returncode: int) -> int:
 
 
 class Forward:
-    """Passes SIGINT and SIGTERM on to the processes it starts, one for one. `received`: their numbers, in order."""
+    """Passes SIGINT and SIGTERM on to the processes it starts, one for one. `received`: their
+    numbers, in order."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -112,10 +119,16 @@ class Forward:
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(
-        self, command: list[str], env: dict[str, str] | None = None, preexec_fn: Callable[[], object] | None = None
+        self,
+        command: list[str],
+        env: dict[str, str] | None = None,
+        preexec_fn: Callable[[], object] | None = None,
     ) -> int:
-        """The command's process, running in a session of its own: a terminal's Ctrl-C reaches it by this way only."""
-        self._child = subprocess.Popen(command, start_new_session=True, env=env, preexec_fn=preexec_fn)
+        """The command's process, running in a session of its own: a terminal's Ctrl-C reaches it by
+        this way only."""
+        self._child = subprocess.Popen(
+            command, start_new_session=True, env=env, preexec_fn=preexec_fn
+        )
         self._flush()  # what came while it was started
         return self._child.pid
 
@@ -139,7 +152,12 @@ class Forward:
         self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._child is not None:  # an exception passes by

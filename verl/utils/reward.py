@@ -1,4 +1,5 @@
-"""The one boundary that every reward passes: what it returned becomes a score, components to log, and facts to keep."""
+"""The one boundary that every reward passes: what it returned becomes a score, components to log,
+and facts to keep."""
 
 import inspect
 import json
@@ -24,17 +25,19 @@ MAX_SHOWN = 120
 
 
 class FunctionReward:
-    """Calls `compute_score(data_source, solution_str, ground_truth, extra_info)`; it may also be a coroutine function.
+    """Calls `compute_score(data_source, solution_str, ground_truth, extra_info)`; it may also be a
+    coroutine function.
 
-    `solution_str` is the text of the policy's own tokens: neither the prompt nor anything the environment wrote, so
-    without the `<think>` that some chat templates open.
+    `solution_str` is the text of the policy's own tokens: neither the prompt nor anything the
+    environment wrote, so without the `<think>` that some chat templates open.
     """
 
     class Config(Config):
         pass
 
     def __init__(self, compute_score: ComputeScore, tokenizer: Any) -> None:
-        self.compute_score, self.tokenizer = compute_score, tokenizer
+        self.compute_score = compute_score
+        self.tokenizer = tokenizer
 
     def __call__(self, trajectory: Trajectory, row: Row) -> Any:
         return self.compute_score(
@@ -52,7 +55,8 @@ def policy_text(trajectory: Trajectory, tokenizer: Any) -> str:
 
 
 def check_signature(function: Any, key: str) -> None:
-    """Raises ConfigError naming `key` unless `function` can be called as FunctionReward calls it."""
+    """Raises ConfigError naming `key` unless `function` can be called as FunctionReward calls
+    it."""
     if not callable(function):
         raise ConfigError([f"{key}: expected a function, got a {type(function).__name__}"])
     try:
@@ -64,7 +68,8 @@ def check_signature(function: Any, key: str) -> None:
     except TypeError as error:
         raise ConfigError(
             [
-                f"{key}: {name_of(function)} is declared with {signature}, and is called with {', '.join(ARGUMENTS)} "
+                f"{key}: {name_of(function)} is declared with {signature}, and is called with "
+                f"{', '.join(ARGUMENTS)} "
                 f"by name ({error}): name its parameters so, or add **kwargs"
             ]
         ) from error
@@ -82,7 +87,8 @@ def name_of(reward: Any) -> str:
 async def score(reward: Any, trajectory: Trajectory, row: Row) -> None:
     """Writes what `reward` says to `trajectory`: numbers to `reward`, all else to `info["reward"]`.
 
-    Raises TrajectoryFailed when that holds no finite score, and RewardError when the reward raises anything else.
+    Raises TrajectoryFailed when that holds no finite score, and RewardError when the reward raises
+    anything else.
     """
     try:
         result = reward(trajectory, row)
@@ -98,14 +104,16 @@ async def score(reward: Any, trajectory: Trajectory, row: Row) -> None:
 def compare(reward: Any, groups: Sequence[Sequence[Trajectory]]) -> dict[int, TrajectoryFailed]:
     """Lets `reward.score_groups` change the rewards of `groups` in place.
 
-    Returns the failures of those that are then without a finite score, by the `id` of their trajectory. Raises
-    RewardError when it raises.
+    Returns the failures of those that are then without a finite score, by the `id` of their
+    trajectory. Raises RewardError when it raises.
     """
     name = f"{name_of(reward)}, score_groups"
     try:
         reward.score_groups(groups)
     except Exception as error:
-        raise RewardError(f"{raised_by(name, error)}, for {len(groups)} groups of trajectories") from error
+        raise RewardError(
+            f"{raised_by(name, error)}, for {len(groups)} groups of trajectories"
+        ) from error
     failures: dict[int, TrajectoryFailed] = {}
     for trajectory in (trajectory for group in groups for trajectory in group):
         try:
@@ -116,16 +124,25 @@ def compare(reward: Any, groups: Sequence[Sequence[Trajectory]]) -> dict[int, Tr
 
 
 def take(result: Any, trajectory: Trajectory, name: str) -> None:
-    """Writes the `result` of the reward called `name` to `trajectory`. Raises TrajectoryFailed without a finite score.
+    """Writes the `result` of the reward called `name` to `trajectory`. Raises TrajectoryFailed
+    without a finite score.
 
-    A result is a number or a mapping with one under `score`; a bool, a NumPy or a torch value with one element is one.
-    Other entries that are finite numbers are components; what else the mapping holds is kept in `info["reward"]`.
+    A result is a number or a mapping with one under `score`; a bool, a NumPy or a torch value with
+    one element is one. Other entries that are finite numbers are components; what else the mapping
+    holds is kept in `info["reward"]`.
     """
-    entries = {str(key): value for key, value in result.items()} if isinstance(result, Mapping) else {"score": result}
-    numbers = {key: number for key, value in entries.items() if (number := number_of(value)) is not None}
+    entries = (
+        {str(key): value for key, value in result.items()}
+        if isinstance(result, Mapping)
+        else {"score": result}
+    )
+    numbers = {
+        key: number for key, value in entries.items() if (number := number_of(value)) is not None
+    }
     if not abs(numbers.get("score", math.nan)) <= LARGEST_SCORE:  # NaN is not, either
         raise TrajectoryFailed(
-            f"{name} returned {outline(result)}: expected a finite number, or a dict with one under 'score'",
+            f"{name} returned {outline(result)}: expected a finite number, or a dict with one "
+            "under 'score'",
             num_calls=sum(s.source is Source.OBSERVATION for s in trajectory.segments),
         )
     trajectory.reward = {key: number for key, number in numbers.items() if math.isfinite(number)}
@@ -135,7 +152,8 @@ def take(result: Any, trajectory: Trajectory, name: str) -> None:
 
 
 def number_of(value: Any) -> float | None:
-    """A number as a float, also a bool or an array or a tensor of one element; None for anything else."""
+    """A number as a float, also a bool or an array or a tensor of one element; None for anything
+    else."""
     if callable(getattr(value, "item", None)):
         try:
             value = value.item()
@@ -145,10 +163,15 @@ def number_of(value: Any) -> float | None:
 
 
 def outline(result: Any) -> str:
-    """What was returned, so that the same mistake reads the same for every trajectory and can be counted."""
+    """What was returned, so that the same mistake reads the same for every trajectory and can be
+    counted."""
     if isinstance(result, Mapping):
         keys = ", ".join(str(key) for key in result) or "none"
-        return f"score {outline(result['score'])}" if "score" in result else f"a dict without 'score' (keys: {keys})"
+        return (
+            f"score {outline(result['score'])}"
+            if "score" in result
+            else f"a dict without 'score' (keys: {keys})"
+        )
     number = number_of(result)
     if number is not None or result is None:
         return str(number)
@@ -156,7 +179,8 @@ def outline(result: Any) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """`value` if JSON has a form for it, else its elements, else its text: it goes into trajectory files."""
+    """`value` if JSON has a form for it, else its elements, else its text: it goes into trajectory
+    files."""
     value = plain(value)
     try:
         json.dumps(value)
@@ -169,15 +193,21 @@ def raised_by(name: str, error: Exception) -> str:
     """The exception of a reward, and the line of its code that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return f"the reward {name} raised {what} at {frame.filename}, line {frame.lineno} (`{frame.line}`)"
+    return (
+        f"the reward {name} raised {what} at {frame.filename}, line {frame.lineno} (`{frame.line}`)"
+    )
 
 
 def described(row: Row) -> str:
     """The row that a message is about: its source, its question, its ground truth."""
     prompt = row.get("prompt")
-    question = (row.get("extra_info") or {}).get("question") or (prompt[-1]["content"] if prompt else "")
+    question = (row.get("extra_info") or {}).get("question") or (
+        prompt[-1]["content"] if prompt else ""
+    )
     truth = (row.get("reward_model") or {}).get("ground_truth")
-    return f"{row.get('data_source')}, question {shortened(question)}, ground truth {shortened(truth)}"
+    return (
+        f"{row.get('data_source')}, question {shortened(question)}, ground truth {shortened(truth)}"
+    )
 
 
 def shortened(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""The checkpoints of a run folder: which are complete, which is the newest, the best, and which may go.
+"""The checkpoints of a run folder: which are complete, the newest, the best, and which may go.
 
-global_step_20/                       complete: it got this name by one rename, its bytes on the disk before that
+global_step_20/                       complete: renamed to this once its bytes were on the disk
 global_step_30.tmp/                   being written, or left behind by a crash
 latest_checkpointed_iteration.txt     the step to resume from
 best_checkpoint.json                  {"step": 20, "metric": "val/em", "value": 0.41}
@@ -22,9 +22,12 @@ from verl.utils.errors import ConfigError, DataError
 
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpoint.json"
-INDEX, PICKLED_INDEX = "index.json", ".metadata"
-"""The list of the tensors in a folder of a checkpoint, which is written last; and what torch calls its own."""
-PREFIX, PENDING = "global_step_", ".tmp"
+INDEX = "index.json"
+PICKLED_INDEX = ".metadata"
+"""The list of the tensors in a folder of a checkpoint, which is written last; and what torch calls
+its own."""
+PREFIX = "global_step_"
+PENDING = ".tmp"
 LOCK = ".lock"
 """A file that the run that is using the folder has locked. It stays: what counts is the lock."""
 
@@ -33,10 +36,12 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def held(root: str | Path, patience_s: float = 60.0) -> Iterator[None]:
-    """Keeps other runs out of the run folder, which is made if need be. Whoever is killed lets go of it.
+    """Keeps other runs out of the run folder, which is made if need be. Whoever is killed lets go
+    of it.
 
-    Waits `patience_s` for a run that is just ending, or whose machine a file system still takes for alive. Raises
-    ConfigError when another run keeps the folder. Where files cannot be locked, it is not kept.
+    Waits `patience_s` for a run that is just ending, or whose machine a file system still takes for
+    alive. Raises ConfigError when another run keeps the folder. Where files cannot be locked, it is
+    not kept.
     """
     folder = Path(root)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,8 +59,10 @@ def held(root: str | Path, patience_s: float = 60.0) -> Iterator[None]:
 
 
 def _take(lock: IO[str], patience_s: float, folder: Path) -> bool:
-    """Whether the file could be locked in that time. Raises OSError where files cannot be locked."""
-    deadline, told = time.monotonic() + patience_s, False
+    """Whether the file could be locked in that time. Raises OSError where files cannot be
+    locked."""
+    deadline = time.monotonic() + patience_s
+    told = False
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,7 +71,9 @@ def _take(lock: IO[str], patience_s: float, folder: Path) -> bool:
             if time.monotonic() >= deadline:
                 return False
         if not told:
-            logger.info("another run is using %s: waiting up to %g s for its end", folder, patience_s)
+            logger.info(
+                "another run is using %s: waiting up to %g s for its end", folder, patience_s
+            )
             told = True
         time.sleep(0.5)
 
@@ -85,11 +94,13 @@ def step_of(folder: Path) -> int:
 
 
 def complete(root: str | Path, step: int) -> Path:
-    """The folder of the checkpoint of `step`, which is complete from now on and the one to resume from.
+    """The folder of the checkpoint of `step`, which is complete from now on and the one to resume
+    from.
 
     Raises FileNotFoundError when nothing was written for that step.
     """
-    folder, record = folder_of(root, step), best(root)
+    folder = folder_of(root, step)
+    record = best(root)
     if record and record["step"] == step:
         (Path(root) / BEST).unlink()  # other weights had that value
     replace_folder(pending_folder(root, step), folder)
@@ -98,19 +109,22 @@ def complete(root: str | Path, step: int) -> Path:
 
 
 def name_latest(root: str | Path, step: int) -> None:
-    """Makes `step` the one to resume from. After a roll back, newer folders stay until training comes by again."""
+    """Makes `step` the one to resume from. After a roll back, newer folders stay until training
+    comes by again."""
     write_atomically(Path(root) / LATEST, str(step))
 
 
 def discard(root: str | Path, step: int) -> None:
-    """Deletes what was written of a checkpoint that did not become complete; nothing may be there."""
+    """Deletes what was written of a checkpoint that did not become complete; nothing may be
+    there."""
     pending = pending_folder(root, step)
     if pending.exists():
         shutil.rmtree(pending)
 
 
 def remove_leftovers(root: str | Path) -> list[str]:
-    """Names of the folders deleted because a crash left them unfinished. No writer may be at work."""
+    """Names of the folders deleted because a crash left them unfinished. No writer may be at
+    work."""
     leftovers = [p for p in sorted(Path(root).glob(f"*{PENDING}")) if p.is_dir()]
     for path in leftovers:
         shutil.rmtree(path)
@@ -126,20 +140,27 @@ def steps(root: str | Path) -> list[int]:
 def find_latest(root: str | Path) -> Path | None:
     """Folder of the checkpoint to resume from, None if there is none.
 
-    That is the one the marker names. Without it, the newest before it (a newer one was given up by a roll back), or the
-    newest of all; a warning says so.
+    That is the one the marker names. Without it, the newest before it (a newer one was given up by
+    a roll back), or the newest of all; a warning says so.
     """
-    marker, found = Path(root) / LATEST, steps(root)
+    marker = Path(root) / LATEST
+    found = steps(root)
     text = marker.read_text().strip() if marker.exists() else ""
     named = int(text) if text.isdigit() else None
     if named is not None and named in found:
         return folder_of(root, named)
-    step = max((s for s in found if named is not None and s < named), default=max(found, default=None))
+    step = max(
+        (s for s in found if named is not None and s < named), default=max(found, default=None)
+    )
     if step is None:
         if text:
-            logger.warning("%s names %r, but there is no complete checkpoint: starting afresh", marker, text)
+            logger.warning(
+                "%s names %r, but there is no complete checkpoint: starting afresh", marker, text
+            )
         return None
-    logger.warning("%s names %s: taking %s", marker, repr(text) if text else "nothing", folder_of(root, step))
+    logger.warning(
+        "%s names %s: taking %s", marker, repr(text) if text else "nothing", folder_of(root, step)
+    )
     return folder_of(root, step)
 
 
@@ -152,25 +173,35 @@ def best(root: str | Path) -> dict[str, Any] | None:
 def mark_best(root: str | Path, step: int, metric: str, value: float) -> bool:
     """Whether `step` is now the best checkpoint: its `value` is above that of the best so far.
 
-    The first one is, and the first under another `metric`; NaN is never better. The checkpoint must be complete, else
-    FileNotFoundError.
+    The first one is, and the first under another `metric`; NaN is never better. The checkpoint must
+    be complete, else FileNotFoundError.
     """
     if not folder_of(root, step).is_dir():
-        raise FileNotFoundError(f"{folder_of(root, step)}: no complete checkpoint to call the best one")
+        raise FileNotFoundError(
+            f"{folder_of(root, step)}: no complete checkpoint to call the best one"
+        )
     record = best(root)
-    bar = record["value"] if record and record["metric"] == metric and record["step"] in steps(root) else float("-inf")
+    bar = (
+        record["value"]
+        if record and record["metric"] == metric and record["step"] in steps(root)
+        else float("-inf")
+    )
     if not value > bar:
         return False
-    write_atomically(Path(root) / BEST, json.dumps({"step": step, "metric": metric, "value": value}))
+    write_atomically(
+        Path(root) / BEST, json.dumps({"step": step, "metric": metric, "value": value})
+    )
     return True
 
 
 def prune(root: str | Path, keep: int | None, protected: Collection[int] = ()) -> list[int]:
-    """Steps whose checkpoints were deleted: all but the newest `keep`, the best, the latest and the `protected`.
+    """Steps whose checkpoints were deleted: all but the newest `keep`, the best, the latest and the
+    `protected`.
 
     Nothing is deleted without `keep`, nor what is newer than the latest (a roll back gave it up).
     """
-    latest, record = find_latest(root), best(root)
+    latest = find_latest(root)
+    record = best(root)
     if not keep or latest is None:
         return []
     spared = {*protected, step_of(latest), *([record["step"]] if record else [])}
@@ -182,23 +213,28 @@ def prune(root: str | Path, keep: int | None, protected: Collection[int] = ()) -
 
 
 def claim(path: Path, made_of: dict[str, Any], what: str) -> None:
-    """Writes to `path` what the results beside it are made of, so that a later start does not add others to them.
+    """Writes to `path` what the results beside it are made of, so that a later start does not add
+    others to them.
 
-    Raises DataError, naming what differs, when they are made of something else. `what` says what the results are.
+    Raises DataError, naming what differs, when they are made of something else. `what` says what
+    the results are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(made_of, indent=1)
-    mine, theirs = json.loads(text), json.loads(path.read_text() if path.exists() else text)
+    mine = json.loads(text)
+    theirs = json.loads(path.read_text() if path.exists() else text)
     if different := [key for key in mine if theirs.get(key) != mine[key]]:
         raise DataError(
-            f"{path}: what lies beside it is of another {what} (not the same: {', '.join(different)}): name another "
+            f"{path}: what lies beside it is of another {what} (not the same: "
+            f"{', '.join(different)}): name another "
             "place, or delete both"
         )
     write_atomically(path, text)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file at once: a reader sees the old text or the new, after a power failure as well."""
+    """Replaces the file at once: a reader sees the old text or the new, after a power failure as
+    well."""
     pending = path.with_name(path.name + PENDING)
     with pending.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -219,7 +255,8 @@ def pending_place(path: Path) -> Path:
 def replace_folder(new: Path, path: Path, carry_over: bool = False) -> None:
     """Renames the folder `new` to `path`, its content on the disk before that.
 
-    What was at `path` is deleted; with `carry_over` the files in it that `new` lacks stay, except weights.
+    What was at `path` is deleted; with `carry_over` the files in it that `new` lacks stay, except
+    weights.
     """
     for file in [new, *new.rglob("*")]:
         _sync(file)
@@ -247,7 +284,8 @@ def delete_folder(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the file, or the list of a folder's files, is on the disk. FileNotFoundError if it is missing."""
+    """Waits until the file, or the list of a folder's files, is on the disk. FileNotFoundError if
+    it is missing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,12 +8,14 @@ Part = tuple[int, list[int]]
 
 
 def balance(lengths: Sequence[int], num_parts: int, equal_size: bool = True) -> list[list[int]]:
-    """Positions of `lengths` in `num_parts` parts with nearly equal sums, parts with more rows first.
+    """Positions of `lengths` in `num_parts` parts with nearly equal sums, parts with more rows
+    first.
 
-    With `equal_size` the numbers of rows differ by at most one: `DataProto.chunk` of the concatenated parts gives them
-    back. Deterministic. Parts are empty only with fewer rows than parts. Raises ValueError for `num_parts` < 1. Largest
-    differencing (Karmarkar and Karp 1982): start from many divisions of few rows each, and keep merging the two most
-    uneven ones, the heavy parts of one with the light parts of the other.
+    With `equal_size` the numbers of rows differ by at most one: `DataProto.chunk` of the
+    concatenated parts gives them back. Deterministic. Parts are empty only with fewer rows than
+    parts. Raises ValueError for `num_parts` < 1. Largest differencing (Karmarkar and Karp 1982):
+    start from many divisions of few rows each, and keep merging the two most uneven ones, the heavy
+    parts of one with the light parts of the other.
 
     >>> balance([8, 1, 7, 2], 2)
     [[0, 1], [2, 3]]
@@ -26,14 +28,18 @@ def balance(lengths: Sequence[int], num_parts: int, equal_size: bool = True) -> 
     heap = [_division([(lengths[row], [row]) for row in rows], num_parts) for rows in blocks]
     heapq.heapify(heap)
     while len(heap) > 1:
-        one, two = heapq.heappop(heap)[1], heapq.heappop(heap)[1]
+        one = heapq.heappop(heap)[1]
+        two = heapq.heappop(heap)[1]
         pairs = zip(one, reversed(two), strict=True)
-        heapq.heappush(heap, _division([(a + b, rows + more) for (a, rows), (b, more) in pairs], num_parts))
+        heapq.heappush(
+            heap, _division([(a + b, rows + more) for (a, rows), (b, more) in pairs], num_parts)
+        )
     return sorted((sorted(rows) for _, rows in heap[0][1]), key=lambda rows: (-len(rows), rows))
 
 
 def _division(parts: Iterable[Part], num_parts: int) -> tuple[int, list[Part]]:
-    """(minus its spread, `parts` with empty ones added, light to heavy): a heap pops the most uneven division first."""
+    """(minus its spread, `parts` with empty ones added, light to heavy): a heap pops the most
+    uneven division first."""
     filled = list(parts)
     filled = sorted([(0, []) for _ in range(num_parts - len(filled))] + filled)
     return filled[0][0] - filled[-1][0], filled

@@ -1,7 +1,7 @@
 """Text to ids with one rule: text from outside (questions, passages) never becomes a control token.
 
-What a chat template puts around messages is always read off the template itself. docs/templates.md shows the result
-for each family of models.
+What a chat template puts around messages is always read off the template itself. docs/templates.md
+shows the result for each family of models.
 """
 
 import re
@@ -22,19 +22,23 @@ OWN_ARGUMENTS = frozenset({"messages", "tokenize", "add_generation_prompt"})
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of plain `text`: a special token spelled in it (`<|im_end|>`) is split into ordinary pieces."""
+    """Ids of plain `text`: a special token spelled in it (`<|im_end|>`) is split into ordinary
+    pieces."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) -> list[int]:
-    """Ids of `messages` with the generation prompt. `kwargs` are further arguments of the chat template.
+    """Ids of `messages` with the generation prompt. `kwargs` are further arguments of the chat
+    template.
 
-    The template alone decides about BOS. Without a template: the bare contents, behind what the tokenizer puts before
-    every text (`leading_ids`). Special tokens are those of the template only. Raises DataError where the template
-    refuses the messages.
+    The template alone decides about BOS. Without a template: the bare contents, behind what the
+    tokenizer puts before every text (`leading_ids`). Special tokens are those of the template only.
+    Raises DataError where the template refuses the messages.
     """
     if not has_template(tokenizer):
-        return leading_ids(tokenizer) + encode_text(tokenizer, "".join(m["content"] for m in messages))
+        return leading_ids(tokenizer) + encode_text(
+            tokenizer, "".join(m["content"] for m in messages)
+        )
     controls = control_tokens(tokenizer)
     if any(token in message["content"] for message in messages for token in controls):
         return _encode_around_controls(tokenizer, messages, controls, kwargs)
@@ -46,14 +50,19 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def template_problems(tokenizer: Any, kwargs: Mapping[str, Any]) -> list[str]:
-    """What is wrong with further arguments of the chat template, one line each, beginning with the argument's name."""
+    """What is wrong with further arguments of the chat template, one line each, beginning with the
+    argument's name."""
     template = tokenizer.get_chat_template() if has_template(tokenizer) else ""
     problems: list[str] = []
     for name in kwargs:
         if name in OWN_ARGUMENTS:
             problems.append(f"{name}: set by this program; remove it")
         elif not re.search(rf"\b{re.escape(name)}\b", template):
-            which = "the chat template does not read it" if template else "no chat template is applied here"
+            which = (
+                "the chat template does not read it"
+                if template
+                else "no chat template is applied here"
+            )
             problems.append(f"{name}: {which}, so it would have no effect; remove it")
     return problems
 
@@ -67,7 +76,8 @@ def leading_ids(tokenizer: Any) -> list[int]:
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
-    """Texts of all special tokens, the longest first: also those that have no role (`<|start_header_id|>`)."""
+    """Texts of all special tokens, the longest first: also those that have no role
+    (`<|start_header_id|>`)."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
 
@@ -77,12 +87,14 @@ class UserTurn:
     """What a chat template writes around a user's message that follows an assistant's."""
 
     before: list[int]
-    """From the assistant's last word to the user's first: the end of the turn, then the opening of the user's."""
+    """From the assistant's last word to the user's first: the end of the turn, then the opening of
+    the user's."""
     after: list[int]
     """From the user's last word to the assistant's first: ends with the generation prompt."""
 
     def following(self, end: int, message: list[int]) -> list[int]:
-        """What stands behind the token `end`, sampled to end a turn, up to the next turn of the policy.
+        """What stands behind the token `end`, sampled to end a turn, up to the next turn of the
+        policy.
 
         Raises ValueError for a token by which the template does not end a turn.
         """
@@ -101,7 +113,8 @@ def user_turn(tokenizer: Any, **kwargs: Any) -> UserTurn:
     rendered = _render(tokenizer, messages, kwargs)
     if MARK.findall(rendered) != ["0", "1", "2"]:
         raise DataError(
-            f"the chat template of the tokenizer does not write messages of the roles {', '.join(roles)} once each and "
+            "the chat template of the tokenizer does not write messages of the roles "
+            f"{', '.join(roles)} once each and "
             f"in this order, but: {rendered!r}"
         )
     *_, before, _, after = MARK.split(rendered)
@@ -110,7 +123,8 @@ def user_turn(tokenizer: Any, **kwargs: Any) -> UserTurn:
 
 
 def end_of_turn(tokenizer: Any, **kwargs: Any) -> int:
-    """The token by which an assistant's turn ends: the template's (`<|im_end|>`), without a template EOS.
+    """The token by which an assistant's turn ends: the template's (`<|im_end|>`), without a
+    template EOS.
 
     Raises DataError for a tokenizer that has neither.
     """
@@ -119,17 +133,23 @@ def end_of_turn(tokenizer: Any, **kwargs: Any) -> int:
     if before and before[0] in special:
         return before[0]
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no EOS token, and no chat template that ends a turn with a special token")
+        raise DataError(
+            "the tokenizer has no EOS token, and no chat template that ends a turn with a special "
+            "token"
+        )
     return tokenizer.eos_token_id
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], kwargs: dict[str, Any]) -> str:
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **kwargs
+        )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
-            f"the chat template of the tokenizer refuses messages of the roles {roles} ({error}); where it knows no "
+            f"the chat template of the tokenizer refuses messages of the roles {roles} ({error}); "
+            "where it knows no "
             "system role, put the instructions at the beginning of the user's message"
         ) from error
 
@@ -137,11 +157,17 @@ def _render(tokenizer: Any, messages: Sequence[Message], kwargs: dict[str, Any])
 def _encode_around_controls(
     tokenizer: Any, messages: Sequence[Message], controls: Sequence[str], kwargs: dict[str, Any]
 ) -> list[int]:
-    """Ids of messages that spell special tokens: the template is rendered around marks, cut at its own special tokens,
-    and what stands between these is plain text. The white space around a message stays for the template to strip."""
+    """Ids of messages that spell special tokens: the template is rendered around marks, cut at its
+    own special tokens, and what stands between these is plain text. The white space around a
+    message stays for the template to strip."""
     cores = [message["content"].strip() for message in messages]
     marked = [
-        {**message, "content": message["content"].replace(core, f"\x00{number}\x00") if core else message["content"]}
+        {
+            **message,
+            "content": message["content"].replace(core, f"\x00{number}\x00")
+            if core
+            else message["content"],
+        }
         for number, (message, core) in enumerate(zip(messages, cores, strict=True))
     ]
     rendered = _render(tokenizer, marked, kwargs)

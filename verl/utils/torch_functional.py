@@ -1,4 +1,5 @@
-"""Masked statistics and log-probabilities. A masked entry never reaches a result, whatever it holds, NaN included."""
+"""Masked statistics and log-probabilities. A masked entry never reaches a result, whatever it
+holds, NaN included."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,30 +29,36 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """`values` with the mean (kept if not `shift_mean`) removed and unit variance over the mask; 0 outside it."""
+    """`values` with the mean (kept if not `shift_mean`) removed and unit variance over the mask; 0
+    outside it."""
     mean = masked_mean(values, mask)
     whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
     return torch.where(mask.bool(), whitened if shift_mean else whitened + mean, 0.0)
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of `labels` [...] under `logits` [..., vocab] / temperature, in float32 (float64 for float64)."""
+    """Log-probability of `labels` [...] under `logits` [..., vocab] / temperature, in float32
+    (float64 for float64)."""
     return _by_rows(partial(_label_logprobs, temperature=temperature), logits, labels)
 
 
 def logprobs_and_entropy(
     logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_grad: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """`logprobs_from_logits`, and the entropy of the same distributions, in one pass over the logits.
+    """`logprobs_from_logits`, and the entropy of the same distributions, in one pass over the
+    logits.
 
     Without `entropy_grad` the backward pass is spared the entropy.
     """
-    both = _by_rows(partial(_both, temperature=temperature, entropy_grad=entropy_grad), logits, labels)
+    both = _by_rows(
+        partial(_both, temperature=temperature, entropy_grad=entropy_grad), logits, labels
+    )
     return both[..., 0], both[..., 1]
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats of the distributions `logits` [..., vocab], in float32 (float64 for float64 logits)."""
+    """Entropy in nats of the distributions `logits` [..., vocab], in float32 (float64 for float64
+    logits)."""
     return _by_rows(_entropy, logits)
 
 
@@ -70,7 +77,9 @@ def _label_logprobs(logits: Tensor, labels: Tensor, temperature: float) -> Tenso
 
 def _both(logits: Tensor, labels: Tensor, temperature: float, entropy_grad: bool) -> Tensor:
     log_p = (_upcast(logits) / temperature).log_softmax(-1)
-    return torch.stack([_of_labels(log_p, labels), _entropy_of(log_p if entropy_grad else log_p.detach())], dim=-1)
+    return torch.stack(
+        [_of_labels(log_p, labels), _entropy_of(log_p if entropy_grad else log_p.detach())], dim=-1
+    )
 
 
 def _of_labels(log_p: Tensor, labels: Tensor) -> Tensor:
@@ -88,10 +97,13 @@ def _entropy_of(log_p: Tensor) -> Tensor:
 
 
 def _by_rows(fn: Callable[..., Tensor], logits: Tensor, *columns: Tensor) -> Tensor:
-    """`fn` over chunks of rows. With several chunks each is recomputed in the backward pass, so that the float32 copy
-    of one chunk at a time is alive."""
+    """`fn` over chunks of rows. With several chunks each is recomputed in the backward pass, so
+    that the float32 copy of one chunk at a time is alive."""
     rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    chunks = [logits.flatten(0, -2).split(rows), *(column.flatten().split(rows) for column in columns)]
+    chunks = [
+        logits.flatten(0, -2).split(rows),
+        *(column.flatten().split(rows) for column in columns),
+    ]
     if len(chunks[0]) > 1:
         fn = partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False)
     found = torch.cat([fn(*chunk) for chunk in zip(*chunks, strict=True)])

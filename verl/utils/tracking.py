@@ -33,7 +33,8 @@ class Timers:
 
     def pop(self) -> dict[str, float]:
         """`timing_s/<name>` of everything timed, and forgets it."""
-        seconds, self.seconds = self.seconds, {}
+        seconds = self.seconds
+        self.seconds = {}
         return {f"timing_s/{name}": value for name, value in seconds.items()}
 
 
@@ -50,22 +51,31 @@ class Tracking:
         panels: dict[str, str],
         resume_id: str | None = None,
     ) -> None:
-        self.run_dir, self.panels = Path(run_dir), panels
+        self.run_dir = Path(run_dir)
+        self.panels = panels
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.unwritten = ""
         self.console = "console" in loggers
-        self.wandb: Any = _start_wandb(run_dir, project, experiment, config, resume_id) if "wandb" in loggers else None
+        self.wandb: Any = (
+            _start_wandb(run_dir, project, experiment, config, resume_id)
+            if "wandb" in loggers
+            else None
+        )
 
     @property
     def wandb_id(self) -> str | None:
         return self.wandb.id if self.wandb else None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Appends one line to metrics.jsonl and sends the metrics on. Numbers that are not finite become null there.
+        """Appends one line to metrics.jsonl and sends the metrics on. Numbers that are not finite
+        become null there.
 
         Lines that cannot be written (a full disk) are told, kept, and written with the next one.
         """
-        metrics = {**metrics, **{panel: metrics[key] for panel, key in self.panels.items() if key in metrics}}
+        metrics = {
+            **metrics,
+            **{panel: metrics[key] for panel, key in self.panels.items() if key in metrics},
+        }
         line = {STEP: step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
         self.unwritten += json.dumps(line) + "\n"
         self._write()
@@ -89,7 +99,9 @@ class Tracking:
         if self.console:
             logger.info(text)
 
-    def log_trajectories(self, name: str, records: Sequence[dict[str, Any]], step: int, samples: int = 8) -> Path:
+    def log_trajectories(
+        self, name: str, records: Sequence[dict[str, Any]], step: int, samples: int = 8
+    ) -> Path:
         """Writes trajectories/<name>_<step>.jsonl, and the first ones as a wandb table."""
         path = self.run_dir / "trajectories" / f"{name}_{step:06d}.jsonl"
         try:
@@ -103,7 +115,12 @@ class Tracking:
             import wandb
 
             rows: list[Any] = [
-                [r["data_source"], r["prompt"], "".join(s["text"] for s in r["segments"]), r["reward"]["score"]]
+                [
+                    r["data_source"],
+                    r["prompt"],
+                    "".join(s["text"] for s in r["segments"]),
+                    r["reward"]["score"],
+                ]
                 for r in records[:samples]
             ]
             table = wandb.Table(columns=["data_source", "prompt", "response", "score"], data=rows)
@@ -111,7 +128,8 @@ class Tracking:
         return path
 
     def keep(self, batch: Any, name: str) -> str:
-        """Writes a DataProto to the file `name` of the run folder. Says where it is, or why it is not there."""
+        """Writes a DataProto to the file `name` of the run folder. Says where it is, or why it is
+        not there."""
         path = self.run_dir / name
         try:
             path.parent.mkdir(exist_ok=True)
@@ -128,7 +146,9 @@ class Tracking:
             self.wandb.finish()
 
 
-def _start_wandb(run_dir: str, project: str, name: str, config: dict[str, Any], resume_id: str | None) -> Any:
+def _start_wandb(
+    run_dir: str, project: str, name: str, config: dict[str, Any], resume_id: str | None
+) -> Any:
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
@@ -158,7 +178,8 @@ def _has_wandb_key() -> bool:
 
 
 def truncate_metrics(run_dir: str, step: int, moved_to: Path | None = None) -> None:
-    """Drops the lines of metrics.jsonl after `step`, or moves them: a resumed run writes them again.
+    """Drops the lines of metrics.jsonl after `step`, or moves them: a resumed run writes them
+    again.
 
     A last line that a kill cut off goes as well.
     """

@@ -15,19 +15,33 @@ from verl.workers.fsdp_model import build_model, build_train_state, describe
 from verl.workers.hf_folder import save_trained
 from verl.workers.rollout.weight_sync import WeightSender
 from verl.workers.trained import TrainedWorker
-from verl.workers.update import INPUTS, Budget, Counts, Metrics, map_micro_batches, update_mini_batches
+from verl.workers.update import (
+    INPUTS,
+    Budget,
+    Counts,
+    Metrics,
+    map_micro_batches,
+    update_mini_batches,
+)
 
 
 def policy_loss(
-    config: ActorConfig, log_probs: torch.Tensor, entropy: torch.Tensor, rows: DataProto, counts: Counts
+    config: ActorConfig,
+    log_probs: torch.Tensor,
+    entropy: torch.Tensor,
+    rows: DataProto,
+    counts: Counts,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Policy loss, minus the entropy bonus, plus the KL to the reference and the loss of likelihood where configured.
+    """Policy loss, minus the entropy bonus, plus the KL to the reference and the loss of likelihood
+    where configured.
 
-    log_probs, entropy: [b, R]. Returns this micro-batch's share of the loss and of each metric. `pg_loss` is the
-    policy's part of the loss, aggregated as the loss is; all other metrics are means over the trained tokens, whatever
-    `loss_agg_mode` says, so that a bound on one of them means the same in every run.
+    log_probs, entropy: [b, R]. Returns this micro-batch's share of the loss and of each metric.
+    `pg_loss` is the policy's part of the loss, aggregated as the loss is; all other metrics are
+    means over the trained tokens, whatever `loss_agg_mode` says, so that a bound on one of them
+    means the same in every run.
     """
-    batch, mask = rows.batch, rows.batch["response_mask"]
+    batch = rows.batch
+    mask = rows.batch["response_mask"]
     aggregate = partial(
         agg_loss,
         loss_mask=mask,
@@ -36,7 +50,9 @@ def policy_loss(
         num_seqs=counts.num_seqs,
         loss_scale_factor=config.loss_scale_factor,
     )
-    mean_of_tokens = partial(agg_loss, loss_mask=mask, loss_agg_mode="token-mean", num_tokens=counts.num_tokens)
+    mean_of_tokens = partial(
+        agg_loss, loss_mask=mask, loss_agg_mode="token-mean", num_tokens=counts.num_tokens
+    )
     loss, metrics = compute_policy_loss(
         old_log_prob=batch["old_log_probs"],
         log_prob=log_probs,
@@ -71,9 +87,13 @@ def policy_loss(
 class ActorWorker(TrainedWorker):
     """One rank of the policy."""
 
-    def __init__(self, model: ModelConfig, config: ActorConfig, rollout: RolloutConfig, total_steps: int) -> None:
+    def __init__(
+        self, model: ModelConfig, config: ActorConfig, rollout: RolloutConfig, total_steps: int
+    ) -> None:
         super().__init__()
-        self.model_config, self.config, self.rollout = model, config, rollout
+        self.model_config = model
+        self.config = config
+        self.rollout = rollout
         policy = build_model(model, "lm", config.fsdp_config, self.mesh)
         self.hold(build_train_state(policy, config.optim, total_steps, config.fsdp_config))
         self.senders: dict[str, WeightSender] = {}
@@ -83,7 +103,9 @@ class ActorWorker(TrainedWorker):
         """old_log_probs [B, R] under the present weights, at the sampling temperature."""
         rollout = self.rollout
         model = self.state.model
-        budget = Budget.of(model, rollout.log_prob_max_token_len_per_gpu, rollout.log_prob_micro_batch_size_per_gpu)
+        budget = Budget.of(
+            model, rollout.log_prob_max_token_len_per_gpu, rollout.log_prob_micro_batch_size_per_gpu
+        )
         forward = partial(log_probs_of_rows, model, temperature=rollout.temperature)
         return DataProto({"old_log_probs": map_micro_batches(data, budget, self.device, forward)})
 
@@ -115,7 +137,9 @@ class ActorWorker(TrainedWorker):
             loss_fn,
             epochs=self.config.ppo_epochs,
             budget=Budget.of(
-                self.state.model, self.config.ppo_max_token_len_per_gpu, self.config.ppo_micro_batch_size_per_gpu
+                self.state.model,
+                self.config.ppo_max_token_len_per_gpu,
+                self.config.ppo_micro_batch_size_per_gpu,
             ),
             grad_clip=self.config.grad_clip,
         )
@@ -127,7 +151,8 @@ class ActorWorker(TrainedWorker):
 
     @register(Dispatch.ONE_TO_ALL)
     def connect_engines(self, name: str, servers: Sequence[Any], colocated: bool) -> None:
-        """Names the engines that `send_weights(name)` serves, in the place of those of that name."""
+        """Names the engines that `send_weights(name)` serves, in the place of those of that
+        name."""
         if name in self.senders:
             self.senders.pop(name).close()
         self.senders[name] = WeightSender(
@@ -141,16 +166,19 @@ class ActorWorker(TrainedWorker):
 
     @register(Dispatch.ONE_TO_ALL)
     def free_cached_memory(self) -> None:
-        """Returns what torch has cached on the GPU of this process, which an engine is about to take."""
+        """Returns what torch has cached on the GPU of this process, which an engine is about to
+        take."""
         torch.cuda.empty_cache()
 
     @register(Dispatch.ONE_TO_ALL)
     def send_weights(self, name: str) -> None:
-        """Brings the present weights to the engines of that name, which must be waiting for them."""
+        """Brings the present weights to the engines of that name, which must be waiting for
+        them."""
         self.senders[name].send()
 
     @register(Dispatch.ONE_TO_ALL)
     def save_pretrained(self, path: str, checkpoint: str | None = None) -> None:
-        """Writes the policy in Hugging Face format, with its tokenizer. `checkpoint`: the name of the one it equals."""
+        """Writes the policy in Hugging Face format, with its tokenizer. `checkpoint`: the name of
+        the one it equals."""
         origin = {} if checkpoint is None else {"checkpoint": checkpoint}
         save_trained(self.state.model, self.model_config, path, origin)

@@ -1,6 +1,7 @@
 """Attention over packed sequences: no token attends across its own, and none is spent on padding.
 
-One row holds all sequences of a micro-batch, one after the other; `cu_seq_lens` [n + 1] says where each starts.
+One row holds all sequences of a micro-batch, one after the other; `cu_seq_lens` [n + 1] says where
+each starts.
 """
 
 from inspect import signature
@@ -16,16 +17,19 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 PACKED = "packed"
 """Name of `packed_attention` among the attention implementations of transformers."""
 NAMES_GROUPS = "enable_gqa" in signature(varlen.varlen_attn).parameters
-"""Whether torch's kernel wants to be told that heads share keys and values. That of 2.11 sees it from the shapes."""
+"""Whether torch's kernel wants to be told that heads share keys and values. That of 2.11 sees it
+from the shapes."""
 
 
 def choose_attention(config: PretrainedConfig, on_gpu: bool, dtype: torch.dtype) -> str:
-    """flash_attention_2 where it is installed and the dtype allows it, else torch's own attention, packed.
+    """flash_attention_2 where it is installed and the dtype allows it, else torch's own attention,
+    packed.
 
-    On a GPU the latter runs the same kernel, which torch carries. What counts as installed is said by transformers: its
-    flash_attention_2 does not work with other packages whose module is flash_attn, such as flash-attn-4.
-    Models that cap their attention scores (Gemma 2) get eager attention instead of the latter: torch's kernels cannot
-    do that. Its memory grows with the square of a micro-batch's tokens.
+    On a GPU the latter runs the same kernel, which torch carries. What counts as installed is said
+    by transformers: its flash_attention_2 does not work with other packages whose module is
+    flash_attn, such as flash-attn-4. Models that cap their attention scores (Gemma 2) get eager
+    attention instead of the latter: torch's kernels cannot do that. Its memory grows with the
+    square of a micro-batch's tokens.
     """
     if on_gpu and dtype != torch.float32 and is_flash_attn_2_available():
         return "flash_attention_2"
@@ -37,8 +41,11 @@ def packed_arguments(lengths: torch.Tensor) -> dict[str, Any]:
     starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max())
     return {
-        "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest
-    }  # fmt: skip
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def packed_attention(
@@ -55,10 +62,11 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of [1, H, T, D] within each sequence: [1, T, H, D]. An entry of transformers' interface.
+    """Causal attention of [1, H, T, D] within each sequence: [1, T, H, D]. An entry of
+    transformers' interface.
 
-    On a GPU in half precision torch's variable-length kernel, elsewhere its sdpa, a sequence at a time. Raises
-    ValueError for what neither can do.
+    On a GPU in half precision torch's variable-length kernel, elsewhere its sdpa, a sequence at a
+    time. Raises ValueError for what neither can do.
     """
     if softcap is not None or s_aux is not None or cu_seq_lens_q is None or max_length_q is None:
         raise ValueError(
@@ -71,13 +79,19 @@ def packed_attention(
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         grouped: Any = {"enable_gqa": q.shape[1] != k.shape[1]} if NAMES_GROUPS else {}
         out: Any = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            q,
+            k,
+            v,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
             scale=scaling,
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
             **grouped,
-        )  # fmt: skip
+        )
         return out[None], None
-    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None  # pyright: ignore[reportCallIssue]
+    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None  # pyright: ignore
 
 
 @torch.compiler.disable
@@ -96,7 +110,9 @@ def _one_by_one(
         size = q.shape[2]
         mask = None
         if sliding_window is not None and size > sliding_window:
-            distance = torch.arange(size, device=q.device)[:, None] - torch.arange(size, device=q.device)
+            distance = torch.arange(size, device=q.device)[:, None] - torch.arange(
+                size, device=q.device
+            )
             mask = (distance >= 0) & (distance < sliding_window)
         output = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped

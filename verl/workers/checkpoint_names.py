@@ -1,7 +1,8 @@
 """Weights under the names of their checkpoint, which every engine reads.
 
-transformers keeps some weights in another form than the checkpoints: the experts of a layer in one tensor, or a
-language model without the prefix that it has beside a vision tower. It knows the way back.
+transformers keeps some weights in another form than the checkpoints: the experts of a layer in one
+tensor, or a language model without the prefix that it has beside a vision tower. It knows the way
+back.
 """
 
 import re
@@ -18,7 +19,8 @@ BLOCK = re.compile(r"^.*?\.\d+\.")
 def checkpoint_format(
     model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """`weights` as the checkpoint of `model` has them, a decoder layer at a time; `weights` go layer by layer.
+    """`weights` as the checkpoint of `model` has them, a decoder layer at a time; `weights` go
+    layer by layer.
 
     What belongs together lies within one layer. Works on tensors of the meta device too.
     """

@@ -11,7 +11,13 @@ from verl.utils.config import Config
 from verl.utils.endpoint import EndpointConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+LossAggMode = Literal[
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+]
 KLPenalty = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
 
 
@@ -27,17 +33,19 @@ class ModelConfig(Config):
     use_torch_compile: bool = False
     """Compile every decoder layer of actor, reference and critic."""
     lora_rank: NonNegativeInt = 0
-    """Rank of trained adapters (LoRA, arXiv 2106.09685) over frozen weights; 0: train all weights."""
+    """Rank of trained adapters (LoRA, arXiv 2106.09685) over frozen weights; 0: train all
+    weights."""
     lora_alpha: PositiveInt = 16
     """Adapters are scaled by lora_alpha / lora_rank."""
     target_modules: str | list[str] = "all-linear"
     """Names of the linear layers that get adapters."""
     pack_rows: bool | None = None
-    """Whether trajectories share a forward pass. Null: if a probe on a shallow random copy of the model shows that they
-    stay apart; otherwise each passes alone, which is exact and slower. True: without a probe."""
+    """Whether trajectories share a forward pass. Null: if a probe on a shallow random copy of the
+    model shows that they stay apart; otherwise each passes alone, which is exact and slower. True:
+    without a probe."""
     override_config: dict[str, Any] = {}
-    """Entries of the Hugging Face config to replace, in training and in the engine (for instance rope_parameters);
-    attn_implementation chooses the attention of the training."""
+    """Entries of the Hugging Face config to replace, in training and in the engine (for instance
+    rope_parameters); attn_implementation chooses the attention of the training."""
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -62,7 +70,8 @@ class OptimConfig(Config):
 
 class FSDPConfig(Config):
     param_offload: bool = False
-    """Keep parameters and gradients on the CPU between uses (FSDP2 CPU offload; the optimizer then runs there too)."""
+    """Keep parameters and gradients on the CPU between uses (FSDP2 CPU offload; the optimizer then
+    runs there too)."""
     optimizer_offload: bool = False
     """Keep the optimizer's state on the CPU between updates; it steps on the GPU."""
     reshard_after_forward: bool = True
@@ -75,7 +84,8 @@ class FSDPConfig(Config):
 
 class PolicyLossConfig(Config):
     loss_mode: Literal["vanilla", "gspo", "cispo", "reinforce"] = "vanilla"
-    """vanilla is PPO's clip; gspo clips whole sequences (2507.18071), cispo the weight of REINFORCE (2506.13585)."""
+    """vanilla is PPO's clip; gspo clips whole sequences (2507.18071), cispo the weight of REINFORCE
+    (2506.13585)."""
     llds_coef: NonNegativeFloat = 0.0
     """Weight of the likelihood-preserving regulariser of LLDS (2512.04220), .1 to .2 there."""
 
@@ -85,10 +95,11 @@ class ActorConfig(Config):
     ppo_mini_batch_size: PositiveInt = 256
     """Trajectories per optimizer step."""
     ppo_micro_batch_size_per_gpu: PositiveInt | None = None
-    """Most trajectories in a forward-backward pass of one rank; null: as many as its tokens allow. The gradient does
-    not depend on it."""
+    """Most trajectories in a forward-backward pass of one rank; null: as many as its tokens allow.
+    The gradient does not depend on it."""
     ppo_max_token_len_per_gpu: PositiveInt = 16384
-    """Most tokens in such a pass: what its memory is proportional to. A longer trajectory passes alone."""
+    """Most tokens in such a pass: what its memory is proportional to. A longer trajectory passes
+    alone."""
     ppo_epochs: PositiveInt = 1
     """Passes over each rollout batch."""
     clip_ratio: PositiveFloat = 0.2
@@ -100,9 +111,11 @@ class ActorConfig(Config):
     clip_ratio_c: float = Field(default=3.0, gt=1)
     """Dual-clip bound for negative advantages (arXiv 1912.09729)."""
     loss_agg_mode: LossAggMode = "token-mean"
-    """token-mean is what the original's code does; seq-mean-token-mean is the paper's printed formula."""
+    """token-mean is what the original's code does; seq-mean-token-mean is the paper's printed
+    formula."""
     loss_scale_factor: PositiveFloat | None = None
-    """Constant divisor of loss_agg_mode=seq-mean-token-sum-norm (Dr. GRPO): most tokens that a policy may write."""
+    """Constant divisor of loss_agg_mode=seq-mean-token-sum-norm (Dr. GRPO): most tokens that a
+    policy may write."""
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus. The original's default is 0.001."""
     use_kl_loss: bool = False
@@ -161,7 +174,10 @@ class SamplingConfig(Config):
 
     def params(self) -> dict[str, Any]:
         """What an engine has to know."""
-        return {**self.model_dump(include={"temperature", "top_p", "top_k"}), "log_probs": self.trains}
+        return {
+            **self.model_dump(include={"temperature", "top_p", "top_k"}),
+            "log_probs": self.trains,
+        }
 
     @property
     def trains(self) -> bool:
@@ -186,7 +202,8 @@ class OpenAIConfig(EndpointConfig):
     """The endpoint of `rollout.name=openai`; `model.path` is the model's name there."""
 
     api: Literal["chat", "completions"] = "chat"
-    """chat: turns as messages. completions: one text, with the tokenizer's chat template where it has one."""
+    """chat: turns as messages. completions: one text, with the tokenizer's chat template where it
+    has one."""
     max_tokens_key: str = "max_tokens"
     """Name of the limit in a request; some models want max_completion_tokens."""
     extra_body: dict[str, Any] = {}
@@ -195,7 +212,8 @@ class OpenAIConfig(EndpointConfig):
 
 class RolloutConfig(SamplingConfig):
     name: Literal["vllm", "openai"] = "vllm"
-    """The rollout engine. openai: an OpenAI-compatible endpoint, text in and text out, for evaluation only."""
+    """The rollout engine. openai: an OpenAI-compatible endpoint, text in and text out, for
+    evaluation only."""
     endpoint: OpenAIConfig = OpenAIConfig()
     dtype: Dtype = "bfloat16"
     """Dtype of the engine's weights and KV cache."""
@@ -206,8 +224,9 @@ class RolloutConfig(SamplingConfig):
     num_replicas: PositiveInt | None = None
     """Engines; null: as many as their GPUs hold (GPUs / tensor_model_parallel_size), one on CPU."""
     num_val_replicas: NonNegativeInt = 0
-    """Further engines for validation alone, on GPUs of nnodes x n_gpus_per_node: they keep the weights with which a
-    validation began until it ends, while training goes on. 0: validation waits on the same engines."""
+    """Further engines for validation alone, on GPUs of nnodes x n_gpus_per_node: they keep the
+    weights with which a validation began until it ends, while training goes on. 0: validation waits
+    on the same engines."""
     tensor_model_parallel_size: PositiveInt = 1
     """GPUs per engine."""
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
@@ -237,14 +256,15 @@ class RolloutConfig(SamplingConfig):
     num_agent_workers: PositiveInt = 8
     """CPU processes that run agent loops, rewards included."""
     per_request_seed: bool = False
-    """Seed every engine call on its own: the same tokens whatever runs beside it, at some cost in speed."""
+    """Seed every engine call on its own: the same tokens whatever runs beside it, at some cost in
+    speed."""
     val_kwargs: ValSamplingConfig = ValSamplingConfig()
 
 
 class ActorRolloutRefConfig(Config):
     hybrid_engine: bool = True
-    """The engines share the GPUs with the training and sleep while it updates; false: they have GPUs of their own, as
-    training on stale data (async_training) needs."""
+    """The engines share the GPUs with the training and sleep while it updates; false: they have
+    GPUs of their own, as training on stale data (async_training) needs."""
     model: ModelConfig
     actor: ActorConfig = ActorConfig()
     ref: RefConfig = RefConfig()

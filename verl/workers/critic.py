@@ -11,7 +11,14 @@ from verl.workers.config import CriticConfig
 from verl.workers.forward import forward_values
 from verl.workers.fsdp_model import build_model, build_train_state
 from verl.workers.trained import TrainedWorker
-from verl.workers.update import INPUTS, Budget, Counts, Metrics, map_micro_batches, update_mini_batches
+from verl.workers.update import (
+    INPUTS,
+    Budget,
+    Counts,
+    Metrics,
+    map_micro_batches,
+    update_mini_batches,
+)
 
 
 class CriticWorker(TrainedWorker):
@@ -21,7 +28,9 @@ class CriticWorker(TrainedWorker):
         super().__init__()
         self.config = config
         model = build_model(config.model, "value", config.fsdp_config, self.mesh)
-        self.budget = Budget.of(model, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu)
+        self.budget = Budget.of(
+            model, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
+        )
         self.hold(build_train_state(model, config.optim, total_steps, config.fsdp_config))
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)

@@ -21,7 +21,8 @@ class Packed:
     inputs: dict[str, Any]
     """Arguments of the model: input_ids and position_ids [1, T], and what its attention needs."""
     chosen_at: torch.Tensor
-    """[n] positions of the states in which the n trained tokens were chosen: one before the tokens."""
+    """[n] positions of the states in which the n trained tokens were chosen: one before the
+    tokens."""
     labels: torch.Tensor
     """[n] the trained tokens."""
     response_mask: torch.Tensor
@@ -29,15 +30,17 @@ class Packed:
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """[n] to [b, R], 0 elsewhere."""
-        return torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
-            self.response_mask, values
-        )
+        return torch.zeros(
+            self.response_mask.shape, dtype=values.dtype, device=values.device
+        ).masked_scatter(self.response_mask, values)
 
 
 def pack(data: DataProto) -> Packed:
     """`data` without its padding. Rows need a token before their first trained one."""
-    prompts, responses = data.batch["prompts"], data.batch["responses"]
-    real, trained = data.batch["attention_mask"].bool(), data.batch["response_mask"].bool()
+    prompts = data.batch["prompts"]
+    responses = data.batch["responses"]
+    real = data.batch["attention_mask"].bool()
+    trained = data.batch["response_mask"].bool()
     whole = torch.cat([torch.zeros_like(prompts, dtype=torch.bool), trained], dim=1)[real]
     lengths = real.sum(1)
     return Packed(
@@ -54,9 +57,14 @@ def pack(data: DataProto) -> Packed:
 
 
 def forward_log_probs(
-    model: PreTrainedModel, data: DataProto, temperature: float, with_entropy: bool, entropy_grad: bool = True
+    model: PreTrainedModel,
+    data: DataProto,
+    temperature: float,
+    with_entropy: bool,
+    entropy_grad: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs [b, R] of the trained tokens under logits / temperature, and their entropy [b, R]; 0 elsewhere.
+    """Log-probs [b, R] of the trained tokens under logits / temperature, and their entropy [b, R];
+    0 elsewhere.
 
     Only states in which the policy chose a token go through the head: observations cost no logits.
     """

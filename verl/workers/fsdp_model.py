@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
@@ -26,8 +31,9 @@ from verl.workers.shallow import Head
 class TrainState:
     """A model with what trains it.
 
-    The learning rate is never stored: it follows from the configuration (`peak_lr`, `schedule`) and from what happened
-    in the run (`ticks`, `lr_factor`). So a resumed run has the rate that it is configured with.
+    The learning rate is never stored: it follows from the configuration (`peak_lr`, `schedule`) and
+    from what happened in the run (`ticks`, `lr_factor`). So a resumed run has the rate that it is
+    configured with.
     """
 
     model: PreTrainedModel
@@ -60,7 +66,8 @@ class TrainState:
 
     def go_to(self, ticks: int, lr_factor: float) -> None:
         """Takes this place in the schedule."""
-        self.ticks, self.lr_factor = ticks, lr_factor
+        self.ticks = ticks
+        self.lr_factor = lr_factor
         self._set_lr()
 
     def _set_lr(self) -> None:
@@ -78,15 +85,21 @@ class TrainState:
     def _move_optimizer(self, device: torch.device) -> None:
         if self.offload_optimizer:
             for state in self.optimizer.state.values():
-                state.update({k: v.to(device) for k, v in state.items() if isinstance(v, torch.Tensor)})
+                state.update(
+                    {k: v.to(device) for k, v in state.items() if isinstance(v, torch.Tensor)}
+                )
 
 
-def build_model(config: ModelConfig, head: Head, fsdp: FSDPConfig, mesh: DeviceMesh) -> PreTrainedModel:
-    """The sharded model, in evaluation mode (no dropout: log-probs before and after the update must agree).
+def build_model(
+    config: ModelConfig, head: Head, fsdp: FSDPConfig, mesh: DeviceMesh
+) -> PreTrainedModel:
+    """The sharded model, in evaluation mode (no dropout: log-probs before and after the update must
+    agree).
 
-    Every rank reads the weights to host memory and keeps its shard. A value head is a new linear layer, the same on all
-    ranks because rank 0's seed initialises it. `model.packs_rows` says whether rows may share a forward pass. Raises
-    ConfigError for a model that cannot be trained here.
+    Every rank reads the weights to host memory and keeps its shard. A value head is a new linear
+    layer, the same on all ranks because rank 0's seed initialises it. `model.packs_rows` says
+    whether rows may share a forward pass. Raises ConfigError for a model that cannot be trained
+    here.
     """
     dtype = getattr(torch, fsdp.model_dtype)
     packing = packing_of(config, head, mesh.device_type == "cuda", getattr(torch, fsdp.dtype))
@@ -97,7 +110,11 @@ def build_model(config: ModelConfig, head: Head, fsdp: FSDPConfig, mesh: DeviceM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = auto.from_pretrained(
-            config.path, dtype=dtype, trust_remote_code=config.trust_remote_code, **overrides, **extra
+            config.path,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            **overrides,
+            **extra,
         )
         if config.lora_rank:
             model = add_adapters(model, config)
@@ -107,20 +124,23 @@ def build_model(config: ModelConfig, head: Head, fsdp: FSDPConfig, mesh: DeviceM
     layers = decoder_layers(model)
     if config.use_torch_compile:
         for layer in layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)  # the hooks of FSDP stay outside
+            # the hooks of FSDP stay outside
+            layer.forward = torch.compile(layer.forward, dynamic=True)
     if config.enable_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:
             checkpoint_in_evaluation(layer)
     shard(model, layers, fsdp, mesh)
-    model.packs_rows = packing.packs  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    model.packs_rows = packing.packs  # pyright: ignore
     return model
 
 
 def checkpoint_in_evaluation(layer: torch.nn.Module) -> None:
-    """Lets a layer checkpoint, which transformers' layers do only while training, and compute as in evaluation.
+    """Lets a layer checkpoint, which transformers' layers do only while training, and compute as in
+    evaluation.
 
-    Some families ask the layer itself whether to drop out (OPT) or to add noise, so it says so only until it computes.
+    Some families ask the layer itself whether to drop out (OPT) or to add noise, so it says so only
+    until it computes.
     """
     compute = layer.forward
 
@@ -141,11 +161,15 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def shard(model: PreTrainedModel, layers: list[torch.nn.Module], fsdp: FSDPConfig, mesh: DeviceMesh) -> None:
+def shard(
+    model: PreTrainedModel, layers: list[torch.nn.Module], fsdp: FSDPConfig, mesh: DeviceMesh
+) -> None:
     """Shards every layer, then the rest, over `mesh`."""
     dtype = getattr(torch, fsdp.dtype)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=at_least_float32(dtype))
-    offload = CPUOffloadPolicy() if fsdp.param_offload and mesh.device_type == "cuda" else OffloadPolicy()
+    offload = (
+        CPUOffloadPolicy() if fsdp.param_offload and mesh.device_type == "cuda" else OffloadPolicy()
+    )
     kwargs: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     for layer in layers:
         fully_shard(layer, reshard_after_forward=fsdp.reshard_after_forward, **kwargs)
@@ -155,9 +179,12 @@ def shard(model: PreTrainedModel, layers: list[torch.nn.Module], fsdp: FSDPConfi
 def build_train_state(
     model: PreTrainedModel, optim: OptimConfig, total_steps: int, fsdp: FSDPConfig | None = None
 ) -> TrainState:
-    """Fused AdamW over the trained parameters, and its schedule; `total_steps` counts training steps (its ticks)."""
+    """Fused AdamW over the trained parameters, and its schedule; `total_steps` counts training
+    steps (its ticks)."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+    )
     warmup = int(optim.lr_warmup_steps_ratio * total_steps)
 
     def scale(step: int) -> float:
@@ -166,16 +193,21 @@ def build_train_state(
         if optim.lr_scheduler_type == "constant":
             return 1.0
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (
+            1 + math.cos(math.pi * progress)
+        )
 
-    moves = fsdp is not None and fsdp.optimizer_offload and not fsdp.param_offload  # the latter steps on the host
+    # the latter steps on the host
+    moves = fsdp is not None and fsdp.optimizer_offload and not fsdp.param_offload
     return TrainState(model, optimizer, optim.lr, scale, offload_optimizer=moves)
 
 
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and whole tensors as in a checkpoint, adapters merged, gathered one by one. A collective: every rank must
-    exhaust it."""
-    return checkpoint_format(base_model(model), merged(dict(model.named_parameters()), scaling(model), whole))
+    """Names and whole tensors as in a checkpoint, adapters merged, gathered one by one. A
+    collective: every rank must exhaust it."""
+    return checkpoint_format(
+        base_model(model), merged(dict(model.named_parameters()), scaling(model), whole)
+    )
 
 
 def full_shapes(model: PreTrainedModel) -> list[tuple[str, torch.Size]]:
@@ -200,6 +232,7 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 def describe(model: PreTrainedModel) -> str:
     """Size, trained share and attention in one line."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    total = sum(n for n, _ in sizes)
+    trained = sum(n for n, trains in sizes if trains)
     share = f", {trained / 1e6:,.1f} M trained" if trained < total else ""
     return f"{total / 1e6:,.1f} M parameters{share}, attention {model.config._attn_implementation}"

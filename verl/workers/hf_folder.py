@@ -1,6 +1,8 @@
-"""Trained weights as a Hugging Face folder: what anyone who loads the source of the training can load instead of it.
+"""Trained weights as a Hugging Face folder: what anyone who loads the source of the training can
+load instead of it.
 
-Everything but the weights comes from that source, not from the model in memory, whose config has settings of training.
+Everything but the weights comes from that source, not from the model in memory, whose config has
+settings of training.
 """
 
 import json
@@ -30,7 +32,8 @@ Read = Callable[[Any], torch.Tensor]
 def save_trained(
     model: PreTrainedModel, config: ModelConfig, path: str, origin: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a trained, possibly sharded model to the folder `path`, whole or not at all. Other files in it stay.
+    """Writes a trained, possibly sharded model to the folder `path`, whole or not at all. Other
+    files in it stay.
 
     A collective: all ranks gather, rank 0 writes. `origin` is written beside it.
     """
@@ -45,12 +48,15 @@ def save_trained(
 
 
 def skeleton_of(config: ModelConfig) -> PreTrainedModel:
-    """The policy without storage for its weights, adapters included: its names, shapes and unchanged config.
+    """The policy without storage for its weights, adapters included: its names, shapes and
+    unchanged config.
 
-    Of a checkpoint that has towers for images or sound beside a language model, it is the language model. Raises
-    OSError or ValueError where there is no such model.
+    Of a checkpoint that has towers for images or sound beside a language model, it is the language
+    model. Raises OSError or ValueError where there is no such model.
     """
-    source = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **config.architecture)
+    source = AutoConfig.from_pretrained(
+        config.path, trust_remote_code=config.trust_remote_code, **config.architecture
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(source, trust_remote_code=config.trust_remote_code)
         return add_adapters(model, config) if config.lora_rank else model
@@ -59,7 +65,11 @@ def skeleton_of(config: ModelConfig) -> PreTrainedModel:
 def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers, layer by layer, a tied one under its first name only."""
     first_names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-    return {name: value for name, value in model.state_dict(keep_vars=True).items() if name in first_names}
+    return {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name in first_names
+    }
 
 
 def exported_weights(
@@ -67,8 +77,8 @@ def exported_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and whole tensors as in a published checkpoint of `skeleton`, adapters merged.
 
-    `read` gives the tensor of a value of `tensors`, whose keys are those of `saved_tensors`. Parameters are rounded to
-    `dtype` where it is given; buffers stay as they are.
+    `read` gives the tensor of a value of `tensors`, whose keys are those of `saved_tensors`.
+    Parameters are rounded to `dtype` where it is given; buffers stay as they are.
     """
     plain = base_model(skeleton)
     buffers = {name for name, _ in plain.named_buffers()}
@@ -94,7 +104,8 @@ def write_folder(
     path: str | Path,
     origin: Mapping[str, str],
 ) -> None:
-    """Writes model, tokenizer and `origin` to the folder `path`, whole or not at all. Other files in it stay."""
+    """Writes model, tokenizer and `origin` to the folder `path`, whole or not at all. Other files
+    in it stay."""
     target = Path(path).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     pending = pending_place(target)
@@ -104,7 +115,9 @@ def write_folder(
     write_config(base_model(skeleton), dtype, pending)
     copy_companions(config, pending)
     source = config.tokenizer_path or config.path
-    AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code).save_pretrained(pending)
+    AutoTokenizer.from_pretrained(
+        source, trust_remote_code=config.trust_remote_code
+    ).save_pretrained(pending)
     record = {"base_model": config.path, **origin}
     (pending / ORIGIN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for file in pending.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
@@ -120,10 +133,12 @@ def write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> No
 
 
 def copy_companions(config: ModelConfig, folder: Path) -> None:
-    """Copies what belongs to a model beside weights, config and tokenizer into `folder`, which has a config.json.
+    """Copies what belongs to a model beside weights, config and tokenizer into `folder`, which has
+    a config.json.
 
-    That is generation_config.json (sampling, every id that ends a turn) byte for byte, because transformers refuses to
-    write some that it reads; and the Python files of a model with code of its own, to which the config then refers.
+    That is generation_config.json (sampling, every id that ends a turn) byte for byte, because
+    transformers refuses to write some that it reads; and the Python files of a model with code of
+    its own, to which the config then refers.
     """
     source = source_file(config, "config.json")
     assert source is not None, "the config was read from there"
@@ -142,14 +157,18 @@ def copy_companions(config: ModelConfig, folder: Path) -> None:
 
 
 def source_file(config: ModelConfig, name: str) -> Path | None:
-    """The file `name` of the source, from the hub's cache where it is no folder; None if it has no such file."""
+    """The file `name` of the source, from the hub's cache where it is no folder; None if it has no
+    such file."""
     found = cached_file(config.path, name, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 
 
 def source_dtype(config: ModelConfig) -> torch.dtype | None:
-    """The dtype of the source: what its config states, or else that of its first weights; None where neither says."""
-    source: Any = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    """The dtype of the source: what its config states, or else that of its first weights; None
+    where neither says."""
+    source: Any = AutoConfig.from_pretrained(
+        config.path, trust_remote_code=config.trust_remote_code
+    )
     stated = source.dtype or source.get_text_config().dtype
     if stated is not None:
         return stated

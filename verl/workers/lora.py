@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT, and the plain weights that they amount to."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT, and the plain weights that they amount
+to."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -16,9 +17,11 @@ VALUE_HEAD = "score"
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
-    """`model` frozen, with trained adapters at `target_modules`; a value head, being new, stays trained as well.
+    """`model` frozen, with trained adapters at `target_modules`; a value head, being new, stays
+    trained as well.
 
-    Raises ConfigError for adapters that could not be merged into plain weights, and for a value head of another name.
+    Raises ConfigError for adapters that could not be merged into plain weights, and for a value
+    head of another name.
     """
     lora = LoraConfig(
         r=config.lora_rank,
@@ -30,11 +33,21 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel
     adapted = get_peft_model(model, lora)
     names = [name for name, _ in adapted.named_parameters() if ".lora_" in name]
     if any(".lm_head." in name or ".embed_tokens." in name for name in names):
-        raise ConfigError([f"model.target_modules={config.target_modules}: not the embedding or the head, only layers"])
+        raise ConfigError(
+            [
+                f"model.target_modules={config.target_modules}: not the embedding or the head, "
+                "only layers"
+            ]
+        )
     if hasattr(model, VALUE_HEAD):
         getattr(model, VALUE_HEAD).requires_grad_(True)
     elif model.get_output_embeddings() is None:
-        raise ConfigError([f"model.lora_rank: the value head of {model.config.model_type} is not called {VALUE_HEAD}"])
+        raise ConfigError(
+            [
+                f"model.lora_rank: the value head of {model.config.model_type} is not called "
+                f"{VALUE_HEAD}"
+            ]
+        )
     return cast(PreTrainedModel, adapted)
 
 
@@ -63,7 +76,8 @@ def merged(
     for name, value in parameters.items():
         if (plain := plain_name(name)) is None:
             continue
-        tensor, (stem, found, _) = whole(value), name.partition(f"{BASE}.weight")
+        tensor = whole(value)
+        (stem, found, _) = name.partition(f"{BASE}.weight")
         if found:
             a, b = (whole(parameters[f"{stem}.lora_{x}.default.weight"]).float() for x in "AB")
             tensor = (tensor.float() + scale * (b @ a)).to(tensor.dtype)

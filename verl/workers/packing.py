@@ -1,7 +1,8 @@
 """Whether trajectories may share a forward pass of a model: decided by trying it.
 
-Most families keep packed rows apart. Recurrent layers carry one row's state into the next, some attention looks past
-the borders, some kinds of RoPE depend on the longest row; nothing in a configuration says so reliably.
+Most families keep packed rows apart. Recurrent layers carry one row's state into the next, some
+attention looks past the borders, some kinds of RoPE depend on the longest row; nothing in a
+configuration says so reliably.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,14 @@ from verl.utils.errors import ConfigError
 from verl.workers.attention import PACKED, choose_attention
 from verl.workers.config import ModelConfig
 from verl.workers.forward import forward_log_probs, forward_values
-from verl.workers.shallow import LENGTH_DEPENDENT, WINDOW, Head, rope_kinds, rope_limit, shallow_model
+from verl.workers.shallow import (
+    LENGTH_DEPENDENT,
+    WINDOW,
+    Head,
+    rope_kinds,
+    rope_limit,
+    shallow_model,
+)
 
 BOUND = 1e-3
 """Largest difference of a log-prob or value, in float32, that passes for rounding."""
@@ -24,7 +32,8 @@ LENGTHS = (11, 29, 17)
 """Tokens of the rows of a probe: the short ones stand before and behind a longer one."""
 PROMPT = 3
 OTHERS = ("sdpa", "eager")
-"""Implementations of transformers that are tried, a row at a time, where the chosen one does not do."""
+"""Implementations of transformers that are tried, a row at a time, where the chosen one does not
+do."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,8 @@ class Packing:
     packs: bool
     """Whether rows may share a forward pass; otherwise each passes alone."""
     gap: float = 0.0
-    """How far this way is from the model's plain forward pass of each row: nats, or units of the value."""
+    """How far this way is from the model's plain forward pass of each row: nats, or units of the
+    value."""
     reason: str = ""
     """What was tried before, and how far off it was."""
 
@@ -46,8 +56,8 @@ def packing_of(
 ) -> Packing:
     """How rows of this model go through it. `longest`: most tokens of a row, where that is known.
 
-    `pack_rows`, where it is set, is taken at its word. Raises ConfigError for a model that is not causal, or cannot be
-    run the way that training runs models.
+    `pack_rows`, where it is set, is taken at its word. Raises ConfigError for a model that is not
+    causal, or cannot be run the way that training runs models.
     """
     hf_config = AutoConfig.from_pretrained(
         config.path, trust_remote_code=config.trust_remote_code, **config.architecture
@@ -55,14 +65,18 @@ def packing_of(
     chosen = config.override_config.get("attn_implementation")
     attention = chosen or choose_attention(hf_config, on_gpu, dtype)
     if config.pack_rows is not None:
-        return Packing(attention, config.pack_rows, reason=f"model.pack_rows={str(config.pack_rows).lower()}")
+        return Packing(
+            attention, config.pack_rows, reason=f"model.pack_rows={str(config.pack_rows).lower()}"
+        )
     try:
         probe = Probe(hf_config, head, longest, config.trust_remote_code)
     except Exception as error:
         raise ConfigError(
             [
-                f"model.path={config.path}: no shallow copy of {hf_config.model_type} can be built, so that nothing is "
-                f"known of it ({_first_line(error)}); model.pack_rows=false trains it a row at a time without a probe"
+                f"model.path={config.path}: no shallow copy of {hf_config.model_type} can be "
+                "built, so that nothing is "
+                f"known of it ({_first_line(error)}); model.pack_rows=false trains it a row at a "
+                "time without a probe"
             ]
         ) from error
     on_cpu = _on_cpu(attention, hf_config)
@@ -73,21 +87,29 @@ def packing_of(
 
 
 class Probe:
-    """A shallow random copy of a model, rows for it, and what its plain forward pass makes of each row alone."""
+    """A shallow random copy of a model, rows for it, and what its plain forward pass makes of each
+    row alone."""
 
     def __init__(
-        self, hf_config: PretrainedConfig, head: Head, longest: int | None = None, trust_remote_code: bool = False
+        self,
+        hf_config: PretrainedConfig,
+        head: Head,
+        longest: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         kinds = rope_kinds(hf_config) & set(LENGTH_DEPENDENT)
         stretched = bool(kinds) and (longest is None or longest > rope_limit(hf_config))
         self.head: Head = head
-        self.model = shallow_model(hf_config, head, stretched_rope=stretched, trust_remote_code=trust_remote_code)
+        self.model = shallow_model(
+            hf_config, head, stretched_rope=stretched, trust_remote_code=trust_remote_code
+        )
         forget_lengths(self.model)
         self.rows = _ragged_rows(self.model.config.get_text_config().vocab_size)
 
     @torch.no_grad()
     def decide(self, attention: str, also: Sequence[str] = OTHERS) -> Packing | str:
-        """The first way that gives what the plain forward pass gives, packed before alone; or why there is none."""
+        """The first way that gives what the plain forward pass gives, packed before alone; or why
+        there is none."""
         try:
             if self.model._can_set_attn_implementation():
                 _use(self.model, "eager")  # it can do all that a family asks for
@@ -96,17 +118,25 @@ class Probe:
             truth = self._plain()
         except Exception as error:
             return (
-                f"does not run in a plain forward pass on the CPU: {_first_line(error)}. Where that is a kernel for "
-                "GPUs (flash-linear-attention, causal-conv1d), model.pack_rows=false trains a row at a time, unprobed"
+                f"does not run in a plain forward pass on the CPU: {_first_line(error)}. Where "
+                "that is a kernel for "
+                "GPUs (flash-linear-attention, causal-conv1d), model.pack_rows=false trains a row "
+                "at a time, unprobed"
             )
-        ways = [(attention, True), (attention, False), *((name, False) for name in also if name != attention)]
+        ways = [
+            (attention, True),
+            (attention, False),
+            *((name, False) for name in also if name != attention),
+        ]
         seen: list[str] = []
         for name, packs in ways:
             gap = self._gap(name, packs, truth)
             if isinstance(gap, float) and gap <= BOUND:
                 return Packing(name, packs, gap, "; ".join(seen))
             what = f"differs by {gap:.2g}" if isinstance(gap, float) else f"fails ({gap})"
-            seen.append(f"{'rows in one pass' if packs else 'a row alone'} with attention {name} {what}")
+            seen.append(
+                f"{'rows in one pass' if packs else 'a row alone'} with attention {name} {what}"
+            )
         return f"cannot be trained here: {'; '.join(seen)}, against its plain forward pass"
 
     def _gap(self, attention: str, packs: bool, truth: torch.Tensor) -> float | str:
@@ -127,10 +157,13 @@ class Probe:
         return forward_log_probs(self.model, rows, 1.0, with_entropy=False)[0]
 
     def _plain(self) -> torch.Tensor:
-        """[b, R] by the model's own forward pass, a row at a time, without any argument but its tokens."""
+        """[b, R] by the model's own forward pass, a row at a time, without any argument but its
+        tokens."""
         result = torch.zeros(self.rows.batch["responses"].shape)
         for place, length in enumerate(LENGTHS):
-            ids = torch.cat([self.rows.batch["prompts"][place], self.rows.batch["responses"][place]])[:length]
+            ids = torch.cat(
+                [self.rows.batch["prompts"][place], self.rows.batch["responses"][place]]
+            )[:length]
             states = self.model(input_ids=ids[None], use_cache=False).logits[0, PROMPT - 1 : -1]
             if self.head == "value":
                 values = states[:, 0]
@@ -145,13 +178,15 @@ class Probe:
         others = ids.clone()
         others[:, -WINDOW:] = ids[:, :WINDOW]
         states, changed = (
-            self.model(input_ids=tokens, use_cache=False).logits[0, :-WINDOW] for tokens in (ids, others)
+            self.model(input_ids=tokens, use_cache=False).logits[0, :-WINDOW]
+            for tokens in (ids, others)
         )
         return float((states - changed).abs().max()) <= BOUND
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
-    """Lets dynamic RoPE depend on the present rows alone; transformers keeps the frequencies of the longest so far."""
+    """Lets dynamic RoPE depend on the present rows alone; transformers keeps the frequencies of the
+    longest so far."""
 
     def reset(module: Any, _: Any) -> None:
         module.max_seq_len_cached = module.original_max_seq_len
@@ -166,13 +201,17 @@ def _ragged_rows(vocab: int) -> DataProto:
     """Rows of `LENGTHS` random tokens below `vocab`, trained on all but their prompts."""
     generator = torch.Generator().manual_seed(0)
     width = max(LENGTHS) - PROMPT
-    real = torch.tensor([[int(place < length - PROMPT) for place in range(width)] for length in LENGTHS])
+    real = torch.tensor(
+        [[int(place < length - PROMPT) for place in range(width)] for length in LENGTHS]
+    )
     tokens = torch.randint(2, vocab, (len(LENGTHS), PROMPT + width), generator=generator)
     return DataProto.from_dict(
         {
             "prompts": tokens[:, :PROMPT],
             "responses": tokens[:, PROMPT:],
-            "attention_mask": torch.cat([torch.ones(len(LENGTHS), PROMPT, dtype=torch.long), real], dim=1),
+            "attention_mask": torch.cat(
+                [torch.ones(len(LENGTHS), PROMPT, dtype=torch.long), real], dim=1
+            ),
             "response_mask": real,
         }
     )

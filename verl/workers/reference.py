@@ -16,14 +16,20 @@ class ReferenceWorker(Worker):
 
     def __init__(self, model: ModelConfig, config: RefConfig, temperature: float) -> None:
         super().__init__()
-        self.config, self.temperature = config, temperature
-        plain = model.model_copy(update={"lora_rank": 0})  # adapters begin as nothing: the weights below them are it
+        self.config = config
+        self.temperature = temperature
+        # adapters begin as nothing: the weights below them are it
+        plain = model.model_copy(update={"lora_rank": 0})
         self.model = build_model(plain, "lm", config.fsdp_config, self.mesh).requires_grad_(False)
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """ref_log_prob [B, R], at the sampling temperature."""
         config = self.config
-        budget = Budget.of(self.model, config.log_prob_max_token_len_per_gpu, config.log_prob_micro_batch_size_per_gpu)
+        budget = Budget.of(
+            self.model,
+            config.log_prob_max_token_len_per_gpu,
+            config.log_prob_micro_batch_size_per_gpu,
+        )
         forward = partial(log_probs_of_rows, self.model, temperature=self.temperature)
         return DataProto({"ref_log_prob": map_micro_batches(data, budget, self.device, forward)})

@@ -1,17 +1,25 @@
-"""A shallow random copy of a model: its real configuration with few layers and narrow MLPs, built in about a second.
+"""A shallow random copy of a model: its real configuration with few layers and narrow MLPs, built
+in about a second.
 
-What such a copy does is decided by structure alone: which layers there are, how they attend, which arguments reach
-them. Widths of attention stay real, because families derive other sizes from them.
+What such a copy does is decided by structure alone: which layers there are, how they attend, which
+arguments reach them. Widths of attention stay real, because families derive other sizes from them.
 """
 
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 Head = Literal["lm", "value"]
 MOST_LAYERS = 12
-VOCAB, MLP, EXPERTS = 128, 64, 8
+VOCAB = 128
+MLP = 64
+EXPERTS = 8
 WINDOW = 8
 """Window of sliding and chunked attention, in tokens."""
 ROPE_LIMIT = 14
@@ -34,12 +42,17 @@ Entries = dict[str, Any]
 
 
 def shallow_model(
-    config: PretrainedConfig, head: Head, *, stretched_rope: bool = True, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    head: Head,
+    *,
+    stretched_rope: bool = True,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A random float32 model on the CPU with the layer types of `config`. The same in every process.
+    """A random float32 model on the CPU with the layer types of `config`. The same in every
+    process.
 
-    `stretched_rope`: rows may be so long that RoPE of the kinds `LENGTH_DEPENDENT` is stretched. Raises whatever
-    transformers raises for a configuration that it cannot build.
+    `stretched_rope`: rows may be so long that RoPE of the kinds `LENGTH_DEPENDENT` is stretched.
+    Raises whatever transformers raises for a configuration that it cannot build.
     """
     kept = _layers_to_keep(config, head, trust_remote_code)
     shrunk = shallow_config(config, kept, stretched_rope)
@@ -50,15 +63,20 @@ def shallow_model(
     return model
 
 
-def shallow_config(config: PretrainedConfig, layers: int, stretched_rope: bool = True) -> PretrainedConfig:
-    """`config` with its first `layers` layers, small MLPs, few experts, a small vocabulary and short windows."""
+def shallow_config(
+    config: PretrainedConfig, layers: int, stretched_rope: bool = True
+) -> PretrainedConfig:
+    """`config` with its first `layers` layers, small MLPs, few experts, a small vocabulary and
+    short windows."""
     entries = config.to_dict()
     text = config.get_text_config()
     if text is config:
         _shrink(entries, config, layers)
     else:
         for key, sub in entries.items():
-            if not isinstance(sub, dict) or not isinstance(getattr(config, key, None), PretrainedConfig):
+            if not isinstance(sub, dict) or not isinstance(
+                getattr(config, key, None), PretrainedConfig
+            ):
                 continue
             if getattr(config, key) is text:
                 _shrink(sub, text, layers)
@@ -91,7 +109,9 @@ def rope_limit(config: PretrainedConfig) -> int:
 def _build(config: PretrainedConfig, head: Head, trust_remote_code: bool) -> PreTrainedModel:
     if head == "value":
         config.num_labels = 1
-        return AutoModelForTokenClassification.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForTokenClassification.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -117,13 +137,15 @@ def _layers_to_keep(config: PretrainedConfig, head: Head, trust_remote_code: boo
 
 
 def _kind(layer: torch.nn.Module) -> tuple[Any, ...]:
-    """What tells one layer from another: its modules, their shapes and their settings, but not its place."""
+    """What tells one layer from another: its modules, their shapes and their settings, but not its
+    place."""
     parts: list[Any] = []
     for name, module in layer.named_modules():
         settings = tuple(
             (key, value)
             for key, value in sorted(vars(module).items())
-            if isinstance(value, (bool, int, float, str)) and not any(part in key for part in ("idx", "layer_id"))
+            if isinstance(value, (bool, int, float, str))
+            and not any(part in key for part in ("idx", "layer_id"))
         )
         parts.append((name, type(module).__name__, settings))
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
@@ -138,7 +160,9 @@ def _shrink(entries: Entries, config: PretrainedConfig, layers: int) -> None:
 
     number = getattr(config, "num_hidden_layers", None)
     for key, value in entries.items():
-        one_per_layer = isinstance(value, list) or (isinstance(value, str) and key == "hybrid_override_pattern")
+        one_per_layer = isinstance(value, list) or (
+            isinstance(value, str) and key == "hybrid_override_pattern"
+        )
         if one_per_layer and number is not None and len(value) == number and number > layers:
             entries[key] = value[:layers]
     if isinstance(entries.get(key_of("num_hidden_layers")), int):
@@ -171,12 +195,14 @@ def _shorten_rope(text: PretrainedConfig) -> None:
 
 @torch.no_grad()
 def _randomize(model: torch.nn.Module) -> None:
-    """Weights that keep activations near 1, so that what leaks from one row into another is not lost in rounding."""
+    """Weights that keep activations near 1, so that what leaks from one row into another is not
+    lost in rounding."""
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
         if parameter.dim() >= 2:
-            spread, wanted = float(parameter.std()), parameter.shape[-1] ** -0.5
+            spread = float(parameter.std())
+            wanted = parameter.shape[-1] ** -0.5
             if 0 < spread < float("inf"):
                 parameter.mul_(wanted / spread)
             else:

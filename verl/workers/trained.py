@@ -11,7 +11,8 @@ class TrainedWorker(Worker):
 
     def hold(self, state: TrainState) -> None:
         """Takes what is trained. A collective."""
-        self.state, self.checkpointer = state, Checkpointer(state)
+        self.state = state
+        self.checkpointer = Checkpointer(state)
 
     @register(Dispatch.ONE_TO_ALL)
     def scale_lr(self, factor: float) -> None:
@@ -19,7 +20,8 @@ class TrainedWorker(Worker):
 
     @register(Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, path: str, asynchronous: bool = False) -> None:
-        """Writes the training state; with `asynchronous` in the background, until `finish_checkpoint`."""
+        """Writes the training state; with `asynchronous` in the background, until
+        `finish_checkpoint`."""
         self.checkpointer.save(path, asynchronous)
 
     @register(Dispatch.ONE_TO_ALL)

@@ -1,7 +1,8 @@
 """The optimizer steps that actor and critic share.
 
-Losses are divided by the counts of the whole mini-batch, over micro-batches and ranks, so the gradient depends on
-neither. Collectives must match, so ranks with fewer micro-batches run empty ones, and skipping is decided jointly.
+Losses are divided by the counts of the whole mini-batch, over micro-batches and ranks, so the
+gradient depends on neither. Collectives must match, so ranks with fewer micro-batches run empty
+ones, and skipping is decided jointly.
 """
 
 import math
@@ -32,7 +33,8 @@ class Counts:
 
 
 LossFn = Callable[[DataProto, Counts], tuple[torch.Tensor, Metrics]]
-"""Rows of a micro-batch -> its share of the mini-batch's loss, and its share of the metrics (both sum to the whole)."""
+"""Rows of a micro-batch -> its share of the mini-batch's loss, and its share of the metrics (both
+sum to the whole)."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,20 @@ class Budget:
 
 
 def micro_batches(lengths: list[int], budget: Budget, at_least: int = 1) -> list[list[int]]:
-    """Positions of `lengths` in the fewest parts of nearly equal sums that fit the budget, `at_least` so many.
+    """Positions of `lengths` in the fewest parts of nearly equal sums that fit the budget,
+    `at_least` so many.
 
     Fewer rows than parts leave the last parts empty.
     """
     max_rows = budget.max_rows or max(1, len(lengths))
-    number = max(at_least, math.ceil(sum(lengths) / budget.max_tokens), math.ceil(len(lengths) / max_rows))
+    number = max(
+        at_least, math.ceil(sum(lengths) / budget.max_tokens), math.ceil(len(lengths) / max_rows)
+    )
     while True:
         parts = balance(lengths, number, equal_size=False)
         if all(
-            len(part) <= max_rows and (len(part) <= 1 or sum(lengths[row] for row in part) <= budget.max_tokens)
+            len(part) <= max_rows
+            and (len(part) <= 1 or sum(lengths[row] for row in part) <= budget.max_tokens)
             for part in parts
         ):
             return parts
@@ -66,8 +72,12 @@ def micro_batches(lengths: list[int], budget: Budget, at_least: int = 1) -> list
 
 
 def empty_rows(data: DataProto) -> DataProto:
-    """One row without a trained token, of the columns of `data`: keeps a rank in step with the others."""
-    columns = {k: torch.zeros((1, *v.shape[1:]), dtype=v.dtype, device=v.device) for k, v in data.batch.items()}
+    """One row without a trained token, of the columns of `data`: keeps a rank in step with the
+    others."""
+    columns = {
+        k: torch.zeros((1, *v.shape[1:]), dtype=v.dtype, device=v.device)
+        for k, v in data.batch.items()
+    }
     mask = columns["attention_mask"]
     mask[:, columns["prompts"].shape[1] - 1 : columns["prompts"].shape[1] + 1] = 1
     return DataProto.from_dict(columns)
@@ -88,10 +98,14 @@ def reduce_max(value: float, device: torch.device) -> float:
 
 
 def run_micro_batches(data: DataProto, budget: Budget, device: torch.device) -> list[DataProto]:
-    """`micro_batches` of the rows, as many as on every other rank: some are empty rows where a rank has too few."""
+    """`micro_batches` of the rows, as many as on every other rank: some are empty rows where a rank
+    has too few."""
     lengths = data.batch["attention_mask"].sum(1).tolist()
-    parts, number = micro_batches(lengths, budget), 0
-    while (most := int(reduce_max(len(parts), device))) > number:  # again: there may be no `number` of parts that fit
+    parts = micro_batches(lengths, budget)
+    number = 0
+    while (
+        most := int(reduce_max(len(parts), device))
+    ) > number:  # again: there may be no `number` of parts that fit
         number = most
         if len(parts) < number:
             parts = micro_batches(lengths, budget, at_least=number)
@@ -99,9 +113,13 @@ def run_micro_batches(data: DataProto, budget: Budget, device: torch.device) -> 
 
 
 def map_micro_batches(
-    data: DataProto, budget: Budget, device: torch.device, forward: Callable[[DataProto], torch.Tensor]
+    data: DataProto,
+    budget: Budget,
+    device: torch.device,
+    forward: Callable[[DataProto], torch.Tensor],
 ) -> torch.Tensor:
-    """`forward` [b, R] without gradient over micro-batches: [B, R] on the CPU, in the order of `data`."""
+    """`forward` [b, R] without gradient over micro-batches: [B, R] on the CPU, in the order of
+    `data`."""
     rows = data.select(INPUTS).to(device)
     rows = rows.with_tensors(position=torch.arange(len(rows), device=device))
     result = torch.zeros(rows.batch["responses"].shape, dtype=torch.float32)
@@ -125,10 +143,11 @@ def update_mini_batches(
 ) -> dict[str, float]:
     """Takes one optimizer step per mini-batch and epoch; metrics are averaged over the steps.
 
-    `column` assigns the rows to mini-batches; `meta_info["num_mini_batches"][column]` says how many there are, because
-    a rank may hold no row of one. Rows without a trained token take no part, and a mini-batch without such a token
-    takes no step. `lr`: the learning rate of these steps. `optimizer_steps`: steps taken. `skipped_steps`: steps given
-    up because loss or gradient was not finite.
+    `column` assigns the rows to mini-batches; `meta_info["num_mini_batches"][column]` says how many
+    there are, because a rank may hold no row of one. Rows without a trained token take no part, and
+    a mini-batch without such a token takes no step. `lr`: the learning rate of these steps.
+    `optimizer_steps`: steps taken. `skipped_steps`: steps given up because loss or gradient was not
+    finite.
     """
     device = data.batch[column].device
     has_tokens = data.batch["response_mask"].bool().any(1)
@@ -140,7 +159,9 @@ def update_mini_batches(
             counts = count_trained(rows, device)
             if counts.num_tokens == 0:
                 continue
-            steps.append(_step(state, run_micro_batches(rows, budget, device), loss_fn, counts, grad_clip))
+            steps.append(
+                _step(state, run_micro_batches(rows, budget, device), loss_fn, counts, grad_clip)
+            )
     state.rest_optimizer()
     lr = state.lr
     state.tick()
@@ -165,14 +186,17 @@ def _step(
     totals: dict[str, float] = {}
     for rows in parts:
         loss, metrics = loss_fn(rows, counts)
-        (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks, the loss is already global
+        (
+            loss * dist.get_world_size()
+        ).backward()  # FSDP averages gradients over ranks, the loss is already global
         for key, value in {"loss": loss.detach(), **metrics}.items():
             totals[key] = totals.get(key, 0.0) + float(value)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     keys = sorted(totals)
     totals = dict(zip(keys, reduce_sum([totals[k] for k in keys], loss.device), strict=True))
-    finite = math.isfinite(norm) and math.isfinite(totals["loss"])  # both are the same number on every rank
+    # both are the same number on every rank
+    finite = math.isfinite(norm) and math.isfinite(totals["loss"])
     if finite:
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)

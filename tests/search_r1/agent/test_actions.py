@@ -8,8 +8,13 @@ from hypothesis import strategies as st
 
 from search_r1.agent.actions import Answer, Invalid, Search, parse_action
 
-TAGS = [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
-PIECES = st.lists(st.one_of(st.sampled_from([*TAGS, "\n", "<", ">", "é", "a b"]), st.text(max_size=5)), max_size=12)
+TAGS = [
+    f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")
+]
+PIECES = st.lists(
+    st.one_of(st.sampled_from([*TAGS, "\n", "<", ">", "é", "a b"]), st.text(max_size=5)),
+    max_size=12,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,13 +42,20 @@ def test_actions(text, action, rest):
 @settings(deadline=None)
 @given(PIECES.map("".join))
 def test_agrees_with_a_scan_for_the_first_closing_tag(text):
-    """The oracle reads prefixes, as the engine does: the first one that holds a whole pair decides."""
+    """The oracle reads prefixes, as the engine does: the first one that holds a whole pair
+    decides."""
     action, end = parse_action(text)
     for length in range(len(text) + 1):
         pair = re.search(r"<(search|answer)>((?:(?!</\1>).)*)</\1>$", text[:length], re.DOTALL)
         if pair:
             content = pair.group(2).strip()
-            expected = Answer(content) if pair.group(1) == "answer" else Search(content) if content else Invalid()
+            expected = (
+                Answer(content)
+                if pair.group(1) == "answer"
+                else Search(content)
+                if content
+                else Invalid()
+            )
             assert (action, end) == (expected, length)
             return
     assert (action, end) == (Invalid(), len(text))

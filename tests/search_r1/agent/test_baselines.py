@@ -1,4 +1,5 @@
-"""What the transcripts of tests/e2e/test_endpoint.py do not reach: budgets, rows without a question, training."""
+"""What the transcripts of tests/e2e/test_endpoint.py do not reach: budgets, rows without a
+question, training."""
 
 import asyncio
 
@@ -26,23 +27,40 @@ def roll(loop_class, tokenizer, turns, passages=(ADA,), row=ROW, **config):  # n
 
 def test_contexts_keep_to_their_budgets_whatever_is_found_and_thought(tokenizer):  # noqa: F811
     thought = "I wonder about many things. " * 40
-    o1, engine = roll(SearchO1Loop, tokenizer, [f"{thought}{ASK}", "found", f"{thought}{ASK}", "found", "x"], [LONG])
-    assert max(len(ids) for ids, _, _ in engine.calls) <= 1200 + 20, "the side call is cut like all others"
+    o1, engine = roll(
+        SearchO1Loop,
+        tokenizer,
+        [f"{thought}{ASK}", "found", f"{thought}{ASK}", "found", "x"],
+        [LONG],
+    )
+    assert max(len(ids) for ids, _, _ in engine.calls) <= 1200 + 20, (
+        "the side call is cut like all others"
+    )
     assert o1.stop_reason in ("context", "max_turns") and o1.context_violations == 0
     passages = [Passage(str(i), f'"T{i}"', LONG.text, 1.0) for i in range(9)]
     ircot, engine = roll(IRCoTLoop, tokenizer, ["Short thought. More."] * 5, passages)
     assert max(len(ids) for ids, _, _ in engine.calls) <= 1200 and ircot.stop_reason == "max_turns"
     rag, engine = roll(RagLoop, tokenizer, ["<answer> Torvel </answer>"], [LONG])
-    assert rag.segments[0].info["cut"] and len(engine.calls[0][0]) < 600 and rag.stop_reason == "answer"
-    crowded, engine = roll(IRCoTLoop, tokenizer, ["word " * 400] * 9, max_turns=8, max_response_length=500)
+    assert (
+        rag.segments[0].info["cut"]
+        and len(engine.calls[0][0]) < 600
+        and rag.stop_reason == "answer"
+    )
+    crowded, engine = roll(
+        IRCoTLoop, tokenizer, ["word " * 400] * 9, max_turns=8, max_response_length=500
+    )
     assert crowded.stop_reason == "context" and max(len(ids) for ids, _, _ in engine.calls) <= 1200
 
 
 @pytest.mark.parametrize("loop_class", [SearchO1Loop, RagLoop, ReActLoop])
 def test_own_tokens_alone_are_trained_and_contexts_are_prefixes(loop_class, tokenizer):  # noqa: F811
     turns = [f"t {ASK}\nAction: Search[Ada]", "a finding", "<answer> Torvel </answer>"]
-    trajectory, _ = roll(loop_class, tokenizer, turns if loop_class is SearchO1Loop else [turns[0], turns[2]])
-    own = [i for i, mask in zip(trajectory.response_ids, trajectory.response_mask, strict=True) if mask]
+    trajectory, _ = roll(
+        loop_class, tokenizer, turns if loop_class is SearchO1Loop else [turns[0], turns[2]]
+    )
+    own = [
+        i for i, mask in zip(trajectory.response_ids, trajectory.response_mask, strict=True) if mask
+    ]
     assert "finding" not in tokenizer.decode(own) and "was born" not in tokenizer.decode(own)
     assert trajectory.context_violations == 0
     assert any(s.source is Source.OBSERVATION for s in trajectory.segments)
@@ -51,7 +69,9 @@ def test_own_tokens_alone_are_trained_and_contexts_are_prefixes(loop_class, toke
 def test_a_template_needs_the_question(tokenizer):  # noqa: F811
     with pytest.raises(DataError, match=r"set row has no extra_info.question"):
         roll(RagLoop, tokenizer, [], row={"data_source": "set", "extra_info": None})
-    trajectory, engine = roll(SearchAgentLoop, tokenizer, ["<answer> x </answer>"], template="short")
+    trajectory, engine = roll(
+        SearchAgentLoop, tokenizer, ["<answer> x </answer>"], template="short"
+    )
     assert "Question: Where was Ada Marin born?" in tokenizer.decode(engine.calls[0][0])
     assert trajectory.prompt_ids == engine.calls[0][0]
     with pytest.raises(ValueError, match="expected null or one of search, fast"):
@@ -59,13 +79,20 @@ def test_a_template_needs_the_question(tokenizer):  # noqa: F811
 
 
 def test_ircot_searches_for_each_sentence_until_it_answers(tokenizer):  # noqa: F811
-    turns = ["Ada was born in Torvel. And more.", "So it is. <answer> Torvel </answer>", "<answer> Torvel </answer> x"]
+    turns = [
+        "Ada was born in Torvel. And more.",
+        "So it is. <answer> Torvel </answer>",
+        "<answer> Torvel </answer> x",
+    ]
     trajectory, _ = roll(IRCoTLoop, tokenizer, turns)
     queries = [s.info["query"] for s in trajectory.segments if s.source is Source.OBSERVATION]
     assert queries == [ROW["extra_info"]["question"], "Ada was born in Torvel.", "So it is."]
     own = [tokenizer.decode(s.token_ids) for s in trajectory.segments if s.source is Source.MODEL]
     assert own == ["Ada was born in Torvel. ", "So it is. ", "<answer> Torvel </answer> "]
-    assert trajectory.stop_reason == "answer" and trajectory.info["turns"] == trajectory.info["valid_actions"] == 3
+    assert (
+        trajectory.stop_reason == "answer"
+        and trajectory.info["turns"] == trajectory.info["valid_actions"] == 3
+    )
 
 
 def test_the_last_turn_of_ircot_is_whole(tokenizer):  # noqa: F811

@@ -9,14 +9,29 @@ from search_r1.prompts import INFORMATION_END, INFORMATION_START, OBSERVATION_TA
 from tests.models import make_tokenizer
 from verl.utils.tokenizer import encode_text
 
-PASSAGES = [('"Ada Marin"', "Ada Marin was born in Torvel."), ('"Torvel"', "A city.\nIt has a harbour.")]
+PASSAGES = [
+    ('"Ada Marin"', "Ada Marin was born in Torvel."),
+    ('"Torvel"', "A city.\nIt has a harbour."),
+]
 BLOCK = (
     '\n\n<information>Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.\n'
     'Doc 2(Title: "Torvel") A city.\nIt has a harbour.</information>\n\n'
 )
 NASTY = st.lists(
     st.one_of(
-        st.sampled_from(["</information>", "<answer>", "</answer>", "<", "/", ">", "information", "<|im_end|>", "\n"]),
+        st.sampled_from(
+            [
+                "</information>",
+                "<answer>",
+                "</answer>",
+                "<",
+                "/",
+                ">",
+                "information",
+                "<|im_end|>",
+                "\n",
+            ]
+        ),
         st.text(max_size=6),
     ),
     max_size=10,
@@ -29,21 +44,27 @@ def tokenizer(tmp_path_factory):
 
 
 def test_block_is_the_originals_text_in_the_originals_tokens(tokenizer):
-    """Encoded as one text, as the original does: `>Doc` and `.</` are single tokens here, as in Qwen's vocabulary."""
+    """Encoded as one text, as the original does: `>Doc` and `.</` are single tokens here, as in
+    Qwen's vocabulary."""
     ids, cut = encode_passages(PASSAGES, tokenizer, 500, emitted="")
     assert not cut and ids == encode_text(tokenizer, BLOCK) and tokenizer.decode(ids) == BLOCK
     tokens = [tokenizer.decode([i]) for i in ids]
     assert ">Doc" in tokens and ">\n\n" in tokens
 
 
-@pytest.mark.parametrize(("emitted", "head"), [("", "\n\n"), ("\n", "\n"), ("\n\n", ""), ("\n\n\n", ""), ("<", "\n\n")])
+@pytest.mark.parametrize(
+    ("emitted", "head"), [("", "\n\n"), ("\n", "\n"), ("\n\n", ""), ("\n\n\n", ""), ("<", "\n\n")]
+)
 def test_newlines_that_the_policy_wrote_are_not_added_again(tokenizer, emitted, head):
     ids, _ = encode_passages(PASSAGES, tokenizer, 500, emitted)
     assert tokenizer.decode(ids) == head + BLOCK.lstrip("\n")
 
 
 def test_no_passage_is_an_empty_block(tokenizer):
-    assert tokenizer.decode(encode_passages([], tokenizer, 500, "")[0]) == "\n\n<information></information>\n\n"
+    assert (
+        tokenizer.decode(encode_passages([], tokenizer, 500, "")[0])
+        == "\n\n<information></information>\n\n"
+    )
 
 
 def test_cut_inside_the_block_at_every_length(tokenizer):
@@ -58,7 +79,9 @@ def test_cut_inside_the_block_at_every_length(tokenizer):
 
 
 def test_tags_stay_visible_but_are_no_tags():
-    assert neutralise("</information><search>x</think> <b>") == "(/information)(search)x(/think) <b>"
+    assert (
+        neutralise("</information><search>x</think> <b>") == "(/information)(search)x(/think) <b>"
+    )
 
 
 @settings(deadline=None)

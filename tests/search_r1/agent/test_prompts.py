@@ -39,11 +39,16 @@ def test_information_blocks_of_real_rollouts_byte_for_byte(run):
     blocks = []
     for record in json.loads((ROLLOUTS / run / "intermediate_data.json").read_text()):
         text = record["output"]["final_response"]
-        blocks += re.findall(r"</search>(\n\n<information>Doc 1.*?)</information>\n\n", text, re.DOTALL)
+        blocks += re.findall(
+            r"</search>(\n\n<information>Doc 1.*?)</information>\n\n", text, re.DOTALL
+        )
     assert len(blocks) > 100
     for block in blocks:
         documents = re.split(r"\n(?=Doc \d+\(Title: )", block.removeprefix(OBSERVATION_HEAD))
-        pairs = [re.fullmatch(r'Doc \d+\(Title: ("[^\n]*?"|[^\n]*?)\) (.*)', d, re.DOTALL).groups() for d in documents]
+        pairs = [
+            re.fullmatch(r'Doc \d+\(Title: ("[^\n]*?"|[^\n]*?)\) (.*)', d, re.DOTALL).groups()
+            for d in documents
+        ]
         assert OBSERVATION_HEAD + format_passages(pairs) == block.rstrip(" ")
 
 

@@ -1,4 +1,5 @@
-"""Engines that are much faster than the retriever: everything real but the engine, which answers at once."""
+"""Engines that are much faster than the retriever: everything real but the engine, which answers at
+once."""
 
 import asyncio
 import time
@@ -47,7 +48,11 @@ class Engine:
     async def remote(self, request_id, prompt_ids, sampling):
         text = self.tokenizer.decode(prompt_ids)
         question = text.split("?")[0]
-        turn = "<answer> found </answer>" if "<information>" in text else f"<search> {question} </search>"
+        turn = (
+            "<answer> found </answer>"
+            if "<information>" in text
+            else f"<search> {question} </search>"
+        )
         ids = encode_text(self.tokenizer, turn)
         return Completion(ids, [-0.5] * len(ids), "stop", None, 1, context_digest(prompt_ids))
 
@@ -67,7 +72,10 @@ def make_worker(tokenizer, url, window):
 @pytest.mark.parametrize("window", [16, QUESTIONS])
 async def test_many_questions_at_once_and_no_trajectory_fails(tmp_path, window):
     tokenizer = make_tokenizer(tmp_path)
-    jobs = [Job(f"u{i}", f"s{i}", {}, encode_text(tokenizer, f"What is {i} ?")) for i in range(QUESTIONS)]
+    jobs = [
+        Job(f"u{i}", f"s{i}", {}, encode_text(tokenizer, f"What is {i} ?"))
+        for i in range(QUESTIONS)
+    ]
     server = app(SlowLibrary(), max_batch_size=BATCH, request_timeout_s=DEADLINE_S)
     with serving(server) as base:
         wait_until_ready(f"{base}/health")

@@ -1,4 +1,5 @@
-"""Whole trajectories of every family, and what becomes of a token that ends a turn. docs/templates.md is compared."""
+"""Whole trajectories of every family, and what becomes of a token that ends a turn.
+docs/templates.md is compared."""
 
 import asyncio
 import re
@@ -52,7 +53,10 @@ def lines_of(trajectory, tokenizer):
     lines = [f"prompt       {tokenizer.decode(trajectory.prompt_ids)}"]
     lines += [f"{s.source!s:<12} {tokenizer.decode(s.token_ids)}" for s in trajectory.segments]
     texts = [line.replace("\n", "\\n") for line in lines]
-    for name, text in {"INVALID_ACTION": INVALID_ACTION, "INVALID_MESSAGE": INVALID_MESSAGE}.items():
+    for name, text in {
+        "INVALID_ACTION": INVALID_ACTION,
+        "INVALID_MESSAGE": INVALID_MESSAGE,
+    }.items():
         texts = [line.replace(text.replace("\n", "\\n"), f"[{name}]") for line in texts]
     return "".join(f"{line}\n" for line in texts)
 
@@ -76,7 +80,9 @@ def test_the_page_shows_whole_trajectories_as_they_are(family, name):
     trajectory = roll(tokenizer, turns, apply_chat_template_kwargs=kwargs)
     assert lines_of(trajectory, tokenizer) == examples()[name]
     for segment in trajectory.segments:
-        written = tokenizer(tokenizer.decode(segment.token_ids), add_special_tokens=False)["input_ids"]
+        written = tokenizer(tokenizer.decode(segment.token_ids), add_special_tokens=False)[
+            "input_ids"
+        ]
         assert segment.token_ids == written, "a segment is encoded as its text would be as a whole"
 
 
@@ -86,17 +92,24 @@ def test_every_example_of_the_page_is_compared():
 
 @pytest.mark.parametrize("name", CHAT)
 def test_control_tokens_of_a_trajectory_are_those_of_the_rendered_conversation(family, name):
-    """The trajectory is the conversation that its template would write, with the thoughts of all turns left in."""
+    """The trajectory is the conversation that its template would write, with the thoughts of all
+    turns left in."""
     tokenizer = family(name)
-    trajectory = roll(tokenizer, [f"Torvel.{END[name]}", f"No idea.{END[name]}", f"Rome?{END[name]}"], max_turns=2)
+    trajectory = roll(
+        tokenizer, [f"Torvel.{END[name]}", f"No idea.{END[name]}", f"Rome?{END[name]}"], max_turns=2
+    )
     prompt = "Question: Where was Ada Marin born?\n"
     conversation = [{"role": "user", "content": prompt}]
     for said in ("Torvel.", "No idea.", "Rome?"):
-        conversation += [{"role": "assistant", "content": said}, {"role": "user", "content": INVALID_MESSAGE}]
+        conversation += [
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": INVALID_MESSAGE},
+        ]
     rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
     text = tokenizer.decode(trajectory.token_ids)
     if name == "qwen3-thinking":
-        text = text.replace("<think>\n", "")  # which the template opens for a turn that is to come alone
+        # which the template opens for a turn that is to come alone
+        text = text.replace("<think>\n", "")
     if name == "mistral-instruct":
         text = text.replace("[/INST]", "[/INST] ")  # a space before what an assistant has said
     assert rendered.startswith(text)
@@ -125,7 +138,8 @@ def test_the_template_ends_turns_with_a_token_that_stays_and_is_trained(family, 
     ],
 )
 def test_the_end_of_a_document_is_left_out_and_the_turn_goes_on(family, name, end):
-    """As in the original, whose contexts published checkpoints know: no such token, the sentence in the same turn."""
+    """As in the original, whose contexts published checkpoints know: no such token, the sentence in
+    the same turn."""
     tokenizer = family(name)
     trajectory = roll(tokenizer, [f"Torvel.{end}", end, ANSWER])
     assert shown(trajectory, tokenizer) == [
@@ -141,7 +155,8 @@ def test_the_end_of_a_document_is_left_out_and_the_turn_goes_on(family, name, en
 
 
 def test_a_token_that_only_the_engine_knows_as_an_end_is_left_out(family):
-    """One of several EOS of a generation configuration: the engine names it as the reason of its stop."""
+    """One of several EOS of a generation configuration: the engine names it as the reason of its
+    stop."""
     tokenizer = family("llama3-instruct")
     other = tokenizer.convert_tokens_to_ids("<|end_of_text|>")
 
@@ -150,10 +165,20 @@ def test_a_token_that_only_the_engine_knows_as_an_end_is_left_out(family):
             completion = await super().__call__(prompt_ids, max_tokens=max_tokens, stop=stop)
             last = completion.token_ids[-1]
             reason = last if last == other else None
-            return Completion(completion.token_ids, completion.log_probs, "stop", reason, 1, context_digest(prompt_ids))
+            return Completion(
+                completion.token_ids,
+                completion.log_probs,
+                "stop",
+                reason,
+                1,
+                context_digest(prompt_ids),
+            )
 
     trajectory = roll(tokenizer, [], engine=Stopping(tokenizer, ["Torvel.<|end_of_text|>", ANSWER]))
-    assert shown(trajectory, tokenizer)[:2] == [("model", "Torvel."), ("observation", INVALID_ACTION)]
+    assert shown(trajectory, tokenizer)[:2] == [
+        ("model", "Torvel."),
+        ("observation", INVALID_ACTION),
+    ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -166,7 +191,10 @@ def test_the_token_that_ends_a_trajectory_stays_and_is_trained(family, name):
     reasons = [trajectory.stop_reason for trajectory in (answered, forced, single)]
     assert reasons == ["answer", "max_turns", "max_turns"]
     for trajectory in (answered, forced, single):
-        assert trajectory.response_ids[-1] == tokenizer.eos_token_id and trajectory.response_mask[-1] == 1
+        assert (
+            trajectory.response_ids[-1] == tokenizer.eos_token_id
+            and trajectory.response_mask[-1] == 1
+        )
 
 
 @pytest.mark.parametrize("name", CHAT)
@@ -178,12 +206,15 @@ def test_passages_for_a_turn_that_ended_after_its_search_are_a_users_message(fam
     after = tokenizer.decode(trajectory.segments[1].token_ids)
     assert re.search(r"(user\n|user<\|end_header_id\|>\n\n|\[INST\] )Observation: Doc 1", after)
     prompt_end = tokenizer.decode(trajectory.prompt_ids).rpartition(END[name])[2]
-    assert prompt_end.endswith("[/INST]") or after.endswith(prompt_end), "the next turn begins as the first one did"
+    assert prompt_end.endswith("[/INST]") or after.endswith(prompt_end), (
+        "the next turn begins as the first one did"
+    )
     assert trajectory.info["searches"] == 1 and trajectory.stop_reason == "answer"
 
 
 def test_a_search_that_was_closed_before_the_turn_ended(family):
-    """An engine stops at `</search>`; one that ran on to the end of the turn is understood all the same."""
+    """An engine stops at `</search>`; one that ran on to the end of the turn is understood all the
+    same."""
     tokenizer = family("qwen2.5-instruct")
     trajectory = roll(tokenizer, [f"{SEARCH}<|im_end|>", ANSWER])
     assert shown(trajectory, tokenizer)[:2] == [
@@ -199,9 +230,13 @@ def test_a_search_that_was_closed_before_the_turn_ended(family):
 
 def test_the_dialects_correct_an_ended_turn_in_their_own_words(family):
     tokenizer = family("qwen2.5-instruct")
-    for loop_class, words in ((ReActLoop, "Write Action: Search[query]"), (SearchO1Loop, "Search with <|begin_search")):
+    for loop_class, words in (
+        (ReActLoop, "Write Action: Search[query]"),
+        (SearchO1Loop, "Search with <|begin_search"),
+    ):
         trajectory = roll(tokenizer, ["Torvel.<|im_end|>", ANSWER], loop_class)
-        assert f"<|im_start|>user\n{loop_class.dialect.invalid_message}<|im_end|>" in tokenizer.decode(
-            trajectory.segments[1].token_ids
+        assert (
+            f"<|im_start|>user\n{loop_class.dialect.invalid_message}<|im_end|>"
+            in tokenizer.decode(trajectory.segments[1].token_ids)
         )
         assert words in loop_class.dialect.invalid_message

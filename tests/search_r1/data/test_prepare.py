@@ -14,11 +14,16 @@ from tests.models import make_tokenizer
 from verl.utils.dataset import RLHFDataset
 from verl.utils.errors import DataError
 
-NATIVE = Path(__file__).resolve().parents[4] / "shared/data/searchr1_native_parquet/nq_search.test.parquet"
+NATIVE = (
+    Path(__file__).resolve().parents[4]
+    / "shared/data/searchr1_native_parquet/nq_search.test.parquet"
+)
 
 
 def write(path, *lines):
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
     return path
 
 
@@ -47,16 +52,26 @@ def test_row_in_the_training_schema(tmp_path):
         "prompt": [{"role": "user", "content": SEARCH_PROMPT.replace("{question}", "who {x}?")}],
         "ability": "fact-reasoning",
         "reward_model": {"style": "rule", "ground_truth": {"target": ["A", "B"]}},
-        "extra_info": {"question": "who {x}", "index": 0, "gold_ids": ["1", "2"], "hops": 2, "id": "7"},
+        "extra_info": {
+            "question": "who {x}",
+            "index": 0,
+            "gold_ids": ["1", "2"],
+            "hops": 2,
+            "id": "7",
+        },
     }
-    assert second["data_source"] == "nq" and second["reward_model"]["ground_truth"]["target"] == ["1947"]
+    assert second["data_source"] == "nq" and second["reward_model"]["ground_truth"]["target"] == [
+        "1947"
+    ]
     assert second["extra_info"] == {"question": "when?", "index": 1, "gold_titles": ["T"]}
 
 
 def test_csv_and_parquet_mean_the_same_as_jsonl(tmp_path):
     records = [{"question": "a, b", "answers": ["x", "y"]}, {"question": "c?", "answers": ["z"]}]
     expected = prepare.prepare(write(tmp_path / "q.jsonl", *records), "short")
-    csv = write(tmp_path / "q.csv", "\ufeffquestion,answers\n", '"a, b","[""x"", \'y\']"\n', "c?,z\n")
+    csv = write(
+        tmp_path / "q.csv", "\ufeffquestion,answers\n", '"a, b","[""x"", \'y\']"\n', "c?,z\n"
+    )
     assert prepare.prepare(csv, "short") == expected
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "q.parquet")
     assert prepare.prepare(tmp_path / "q.parquet", "short") == expected
@@ -70,11 +85,16 @@ def test_csv_and_parquet_mean_the_same_as_jsonl(tmp_path):
         ("q.tsv", "question\tanswers\na, b\t['x', 'y']\nc?\tz\n"),
         ("q.tsv", "a, b\t['x', 'y']\nc?\tz\n"),
         ("q.csv", "\n\nquestion|answers\na, b|['x', 'y']\n\nc?|z\n"),
-        ("q.json", '{"data": [{"question": "a, b", "answers": ["x", "y"]}, {"question": "c?", "answer": "z"}]}'),
+        (
+            "q.json",
+            '{"data": [{"question": "a, b", "answers": ["x", "y"]}, '
+            '{"question": "c?", "answer": "z"}]}',
+        ),
         (
             "q.json",
             '{"version": 1, "data": [{"title": "T", "paragraphs": [{"context": "x y z", "qas": [\n'
-            '{"question": "a, b", "answers": [{"text": "x", "answer_start": 0}, {"text": "y", "answer_start": 2}]},\n'
+            '{"question": "a, b", "answers": [{"text": "x", "answer_start": 0}, '
+            '{"text": "y", "answer_start": 2}]},\n'
             '{"question": "c?", "answers": [{"text": "z", "answer_start": 4}]}]}]}]}',
         ),
         (
@@ -86,16 +106,23 @@ def test_csv_and_parquet_mean_the_same_as_jsonl(tmp_path):
 )
 def test_tables_with_any_separator_and_whole_objects_mean_the_same(tmp_path, name, content):
     rows = prepare.prepare(write(tmp_path / name, content), "short")
-    found = [(row["extra_info"]["question"], row["reward_model"]["ground_truth"]["target"]) for row in rows]
+    found = [
+        (row["extra_info"]["question"], row["reward_model"]["ground_truth"]["target"])
+        for row in rows
+    ]
     assert found == [("a, b", ["x", "y"]), ("c?", ["z"])]
 
 
 def test_all_problems_of_a_file_are_listed_with_their_lines(tmp_path, monkeypatch):
     path = write(
         tmp_path / "bad.jsonl",
-        {"question": "ok", "answer": "x"}, {"question": " ", "answer": "x"}, "{broken\n", "[1]\n",
-        {"question": "q", "answers": []}, {"question": "q", "answer": "x", "hops": "many"},
-    )  # fmt: skip
+        {"question": "ok", "answer": "x"},
+        {"question": " ", "answer": "x"},
+        "{broken\n",
+        "[1]\n",
+        {"question": "q", "answers": []},
+        {"question": "q", "answer": "x", "hops": "many"},
+    )
     with pytest.raises(DataError) as error:
         prepare.prepare(path, "search")
     expected = [
@@ -107,7 +134,9 @@ def test_all_problems_of_a_file_are_listed_with_their_lines(tmp_path, monkeypatc
     ]
     lines = str(error.value).split("\n")
     assert len(lines) == len(expected)
-    assert all(line.startswith(f"{path}, line {what}") for line, what in zip(lines, expected, strict=True))
+    assert all(
+        line.startswith(f"{path}, line {what}") for line, what in zip(lines, expected, strict=True)
+    )
     with pytest.raises(SystemExit, match="no question"):
         run(monkeypatch, "--questions", path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -158,9 +187,16 @@ def test_missing_and_undecodable_file(tmp_path):
 
 
 def test_native_rows_pass_and_are_checked(tmp_path):
-    row = {"data_source": "nq", "prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "x"}}
+    row = {
+        "data_source": "nq",
+        "prompt": [{"role": "user", "content": "q"}],
+        "reward_model": {"ground_truth": "x"},
+    }
     assert prepare.prepare(write(tmp_path / "q.jsonl", row), "search") == [row]
-    for bad, message in (({"prompt": []}, "prompt is empty"), ({"reward_model": {"ground_truth": []}}, "no answer")):
+    for bad, message in (
+        ({"prompt": []}, "prompt is empty"),
+        ({"reward_model": {"ground_truth": []}}, "no answer"),
+    ):
         with pytest.raises(DataError, match=message):
             prepare.prepare(write(tmp_path / "q.jsonl", row | bad), "search")
 
@@ -169,14 +205,27 @@ def test_command_writes_what_the_trainer_reads(tmp_path, monkeypatch, capsys):
     """Five questions, one of them twice, of which one copy is held out."""
     names = ["a", "b", "c", "A?", "d"]
     path = write(tmp_path / "q.jsonl", *({"question": n, "answer": n, "hops": 1} for n in names))
-    run(monkeypatch, "--questions", path, "--out", tmp_path / "out", "--template", "short", "--test-size", 2)
+    run(
+        monkeypatch,
+        "--questions",
+        path,
+        "--out",
+        tmp_path / "out",
+        "--template",
+        "short",
+        "--test-size",
+        2,
+    )
     assert "3 training and 2 test questions; 1 duplicates, 1 of the test" in capsys.readouterr().out
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     test = RLHFDataset([str(tmp_path / "out" / "test.parquet")], tokenizer, 100)
     assert [r["extra_info"] for r in test.rows] == [
-        {"question": "A?", "index": 3, "hops": 1}, {"question": "d", "index": 4, "hops": 1},
-    ]  # fmt: skip
-    assert tokenizer.decode(test.prompt_ids[0]).endswith("Question: A?\n<|im_end|>\n<|im_start|>assistant\n")
+        {"question": "A?", "index": 3, "hops": 1},
+        {"question": "d", "index": 4, "hops": 1},
+    ]
+    assert tokenizer.decode(test.prompt_ids[0]).endswith(
+        "Question: A?\n<|im_end|>\n<|im_start|>assistant\n"
+    )
     with pytest.raises(SystemExit, match="expected 1 to 4 of the 5"):
         run(monkeypatch, "--questions", path, "--out", tmp_path / "out", "--test-size", 5)
 
@@ -188,5 +237,7 @@ def test_the_originals_parquet_loads_and_passes_unchanged(tmp_path):
     for row in rows:
         question = row["prompt"][0]["content"].split("Question: ")[-1].removesuffix("\n")
         assert row["prompt"][0]["content"] == SEARCH_PROMPT.replace("{question}", question)
-    data = RLHFDataset([str(NATIVE)], make_tokenizer(tmp_path), max_prompt_length=2048, max_samples=50)
+    data = RLHFDataset(
+        [str(NATIVE)], make_tokenizer(tmp_path), max_prompt_length=2048, max_samples=50
+    )
     assert len(data) == 50

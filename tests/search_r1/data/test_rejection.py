@@ -23,7 +23,8 @@ def write(path, records):
 def test_keeps_right_trajectories_and_trains_on_the_policys_tokens(tmp_path, capsys):
     scores = (1.0, 0.0, float("nan"))
     records = [{"prompt_ids": [1, 2], "segments": SEGMENTS, "reward": {"score": s}} for s in scores]
-    source, out = write(tmp_path / "t.jsonl", records), tmp_path / "rows.jsonl"
+    source = write(tmp_path / "t.jsonl", records)
+    out = tmp_path / "rows.jsonl"
     with open(source, "a") as file:
         file.write("\n")
     assert main(["--trajectories", source, "--out", str(out)]) == 0
@@ -39,9 +40,18 @@ def test_keeps_right_trajectories_and_trains_on_the_policys_tokens(tmp_path, cap
         ([{"prompt_ids": [1]}], "line 1"),
         ([], "none of 0"),
         (["x"], "line 1: not a trajectory"),
-        ([{"prompt_ids": [1], "segments": [{"token_ids": [2]}], "reward": {"score": 1}}], "line 1: not a trajectory"),
-        ([{"prompt_ids": ["1"], "segments": [], "reward": {"score": 1}}], "line 1: expected integers"),
-        ([{"prompt_ids": [1], "segments": [], "reward": {"score": "high"}}], "line 1: not a trajectory"),
+        (
+            [{"prompt_ids": [1], "segments": [{"token_ids": [2]}], "reward": {"score": 1}}],
+            "line 1: not a trajectory",
+        ),
+        (
+            [{"prompt_ids": ["1"], "segments": [], "reward": {"score": 1}}],
+            "line 1: expected integers",
+        ),
+        (
+            [{"prompt_ids": [1], "segments": [], "reward": {"score": "high"}}],
+            "line 1: not a trajectory",
+        ),
     ],
 )
 def test_names_what_is_wrong(tmp_path, records, message):
@@ -52,4 +62,11 @@ def test_names_what_is_wrong(tmp_path, records, message):
 
 def test_names_a_missing_file(tmp_path):
     with pytest.raises(SystemExit, match="absent"):
-        main(["--trajectories", str(tmp_path / "absent.jsonl"), "--out", str(tmp_path / "rows.jsonl")])
+        main(
+            [
+                "--trajectories",
+                str(tmp_path / "absent.jsonl"),
+                "--out",
+                str(tmp_path / "rows.jsonl"),
+            ]
+        )

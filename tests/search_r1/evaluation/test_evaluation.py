@@ -27,15 +27,27 @@ def test_a_course_by_hand(by_title):
     assert [s.new for s in course.searches] == [["1", "9"], ["8"], ["2"], []]
     assert [len(s.gold_seen) for s in course.searches] == [1, 1, 2, 2] and course.complete_at == 3
     assert [s.has_answer for s in course.searches] == [False, True, True, True]
-    assert behaviour.duplicates(course) == 1 and near_duplicates(course) == 1 and behaviour.superfluous(course) == 1
+    assert (
+        behaviour.duplicates(course) == 1
+        and near_duplicates(course) == 1
+        and behaviour.superfluous(course) == 1
+    )
 
 
 def test_nearly_the_same_query():
     def of(*queries):
         return read_course(record("q", [(query, []) for query in queries]))
 
-    assert near_duplicates(of("capital of the old country France", "old capital of country France now")) == 1
-    assert near_duplicates(of("capital of France", "capital of Spain")) == 0 and near_duplicates(of("", "")) == 1
+    assert (
+        near_duplicates(
+            of("capital of the old country France", "old capital of country France now")
+        )
+        == 1
+    )
+    assert (
+        near_duplicates(of("capital of France", "capital of Spain")) == 0
+        and near_duplicates(of("", "")) == 1
+    )
 
 
 def test_behaviour_by_hand():
@@ -48,13 +60,28 @@ def test_behaviour_by_hand():
     courses = [read_course(r) for r in records]
     found = behaviour.behaviour(courses)
     expected = {
-        "searches": 5 / 4, "no_search": 1 / 4, "answered": 3 / 4, "valid_actions": (1 + 1 + 0 + 1) / 4,
-        "duplicate_queries": 1 / 5, "near_duplicate_queries": 1 / 5, "new_passages": 4 / 5,
-        "own_tokens": (5 + 3 + 1 + 5) / 4, "retrieved_tokens": (10 + 5 + 0 + 10) / 4, "answer_in_information": 0.0,
-        "stop/answer": 3 / 4, "stop/max_turns": 1 / 4, "gold_retrieved": 1 / 3, "gold_recall": (1 + 0.5 + 0) / 3,
-        "right_if_gold_retrieved": 1.0, "premature_answers": 1 / 3, "searches_after_gold": 0.0,
-        "search_latency_s/p50": 0.5, "search_latency_s/p95": 0.5, "gold_recall/turn_1": 0.5, "gold_recall/turn_2": 1.0,
-    }  # fmt: skip
+        "searches": 5 / 4,
+        "no_search": 1 / 4,
+        "answered": 3 / 4,
+        "valid_actions": (1 + 1 + 0 + 1) / 4,
+        "duplicate_queries": 1 / 5,
+        "near_duplicate_queries": 1 / 5,
+        "new_passages": 4 / 5,
+        "own_tokens": (5 + 3 + 1 + 5) / 4,
+        "retrieved_tokens": (10 + 5 + 0 + 10) / 4,
+        "answer_in_information": 0.0,
+        "stop/answer": 3 / 4,
+        "stop/max_turns": 1 / 4,
+        "gold_retrieved": 1 / 3,
+        "gold_recall": (1 + 0.5 + 0) / 3,
+        "right_if_gold_retrieved": 1.0,
+        "premature_answers": 1 / 3,
+        "searches_after_gold": 0.0,
+        "search_latency_s/p50": 0.5,
+        "search_latency_s/p95": 0.5,
+        "gold_recall/turn_1": 0.5,
+        "gold_recall/turn_2": 1.0,
+    }
     assert found == pytest.approx(expected)
     assert search_counts(courses) == {0: 1, 1: 1, 2: 2}
 
@@ -93,7 +120,11 @@ def test_paired_comparison():
     b = {str(i): float(i < 60 and i != 3) for i in range(100)}
     found = scores.compare(a, b)
     assert found.difference == pytest.approx(0.09) and found.interval[0] < 0.09 < found.interval[1]
-    assert found.lost == ["3"] and len(found.gained) == 10 and found.p_value == pytest.approx(scores.mcnemar(10, 1))
+    assert (
+        found.lost == ["3"]
+        and len(found.gained) == 10
+        and found.p_value == pytest.approx(scores.mcnemar(10, 1))
+    )
     with pytest.raises(ValueError, match="1 are only in the first"):
         scores.compare(a, {k: v for k, v in b.items() if k != "7"})
 
@@ -101,17 +132,30 @@ def test_paired_comparison():
 def test_report_of_two_results(tmp_path, capsys):
     first = [record(q, [], em=0.0, source=s) for s in "AB" for q in ("x", "y")]
     second = [
-        record(q, [("x", [passage("1"), passage("2")])], em=float(s == "A"), source=s) for s in "AB" for q in ("x", "y")
+        record(q, [("x", [passage("1"), passage("2")])], em=float(s == "A"), source=s)
+        for s in "AB"
+        for q in ("x", "y")
     ]
     paths = [write_lines(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((first, second))]
     out = tmp_path / "out"
-    flags = [str(paths[1]), "--compare", str(paths[0]), "--closed-book", str(paths[0]), "--out", str(out)]
+    flags = [
+        str(paths[1]),
+        "--compare",
+        str(paths[0]),
+        "--closed-book",
+        str(paths[0]),
+        "--out",
+        str(out),
+    ]
     assert report.main(flags) == 0
     text = capsys.readouterr().out
     assert "| A | 2 | 1.000 | 1.000-1.000 |" in text and "| average |  | 0.500 |" in text
     assert "EM +0.500" in text and "2 gained, 0 lost" in text
     found = json.loads((out / "summary.json").read_text())
-    assert found["all"]["behaviour"]["under_search"] == 0 and found["comparison"]["gained"] == ["A: x", "A: y"]
+    assert found["all"]["behaviour"]["under_search"] == 0 and found["comparison"]["gained"] == [
+        "A: x",
+        "A: y",
+    ]
     assert text.startswith((out / "table.md").read_text()) and "page.html" in text
     assert (out / "page.html").read_text().startswith("<!DOCTYPE html>")
 
@@ -147,7 +191,9 @@ def test_sets_of_mixed_hops_are_split():
 def test_the_papers_table_has_published_rows_beside_ours(tmp_path, capsys):
     sets = ["nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle"]
     whole = summary.summarize([record(s, [], em=1.0, source=s) for s in sets])
-    part = summary.summarize([record("x", [], em=1.0, source="nq"), record("y", [], em=0.0, source="own")])
+    part = summary.summarize(
+        [record("x", [], em=1.0, source="nq"), record("y", [], em=0.0, source="own")]
+    )
     for name, found in {"whole": whole, "part": part}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(json.dumps(found))
@@ -155,9 +201,16 @@ def test_the_papers_table_has_published_rows_beside_ours(tmp_path, capsys):
     assert table.main([*runs, "--published", "Qwen2.5-7B", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     head, _, mine, other, *published = text.splitlines()
-    assert head == "| method | NQ | TriviaQA | PopQA | HotpotQA | 2Wiki | MuSiQue | Bamboogle | own | average |"
-    assert mine.startswith("| **mine** | 1.000 (1.000-1.000) |") and mine.endswith("| - | - |"), "it lacks own"
-    assert other.startswith("| **part** | 1.000 (1.000-1.000) | - |") and other.endswith("0.000 (0.000-0.000) | - |")
+    assert head == (
+        "| method | NQ | TriviaQA | PopQA | HotpotQA | 2Wiki | MuSiQue | Bamboogle | own | "
+        "average |"
+    )
+    assert mine.startswith("| **mine** | 1.000 (1.000-1.000) |") and mine.endswith("| - | - |"), (
+        "it lacks own"
+    )
+    assert other.startswith("| **part** | 1.000 (1.000-1.000) | - |") and other.endswith(
+        "0.000 (0.000-0.000) | - |"
+    )
     assert all("Qwen2.5-7B, " in line for line in published)
     assert any("Search-R1-base (PPO)" in line and "| 0.480 | 0.638 |" in line for line in published)
     assert (tmp_path / "out" / "table.md").read_text() == text
@@ -170,7 +223,11 @@ def test_the_papers_table_has_published_rows_beside_ours(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{broken", "line 1: not a traj"), ('{"reward": {}}', "lacks data_source"), ("", "no records")],
+    [
+        ("{broken", "line 1: not a traj"),
+        ('{"reward": {}}', "lacks data_source"),
+        ("", "no records"),
+    ],
 )
 def test_bad_files_are_named(tmp_path, text, message):
     path = tmp_path / "r.jsonl"

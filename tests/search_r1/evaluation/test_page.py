@@ -1,4 +1,5 @@
-"""The HTML page: whole, self-contained, with every name in it; and the published rows that stand beside ours."""
+"""The HTML page: whole, self-contained, with every name in it; and the published rows that stand
+beside ours."""
 
 import json
 import re
@@ -21,10 +22,16 @@ class Checker(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.text, self.resources, self.figures = "", [], 0
+        self.text = ""
+        self.resources = []
+        self.figures = 0
 
     def handle_starttag(self, tag, attrs):
-        self.resources += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v and not v.startswith("#")]
+        self.resources += [
+            v
+            for k, v in attrs
+            if k in ("src", "href", "xlink:href") and v and not v.startswith("#")
+        ]
         self.figures += tag == "svg"
         if tag not in VOID:
             self.open.append(tag)
@@ -47,7 +54,11 @@ def check(html: str) -> Checker:
 
 def test_a_page_of_several_results():
     one = summarize(
-        [record(str(i), [("x", [passage("1")])] * (i % 3), em=float(i % 2), source=s) for i in range(6) for s in "AB"]
+        [
+            record(str(i), [("x", [passage("1")])] * (i % 3), em=float(i % 2), source=s)
+            for i in range(6)
+            for s in "AB"
+        ]
     )
     two = summarize(
         [record("x", [], source="A"), record("y", [], em=1.0, source="only <here>")],
@@ -64,12 +75,17 @@ def test_a_page_of_several_results():
 def test_a_page_of_one_set_and_of_many_results():
     single = summarize([record("x", [], gold=())])
     assert check(page({"alone": single})).figures == 3
-    many = {f"method number {i}": summarize([record("x", [], source=f"set{s}") for s in range(8)]) for i in range(10)}
+    many = {
+        f"method number {i}": summarize([record("x", [], source=f"set{s}") for s in range(8)])
+        for i in range(10)
+    }
     assert check(page(many)).figures == 3
 
 
 @pytest.mark.parametrize(
-    "row", json.loads(Path(PUBLISHED).read_text()), ids=lambda row: f"{row['model']} {row['method']}"
+    "row",
+    json.loads(Path(PUBLISHED).read_text()),
+    ids=lambda row: f"{row['model']} {row['method']}",
 )
 def test_published_averages_are_those_of_their_sets(row):
     values = list(row["em"].values())

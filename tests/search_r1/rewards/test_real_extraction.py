@@ -1,4 +1,5 @@
-"""The answer that a reward reads, against the `pred` of real rollouts; and which other rules these would have told."""
+"""The answer that a reward reads, against the `pred` of real rollouts; and which other rules these
+would have told."""
 
 import json
 import re
@@ -15,25 +16,41 @@ from verl.agent import Segment, Source, Trajectory
 from verl.utils.tokenizer import encode_text
 
 ROLLOUTS = Path(__file__).resolve().parents[4] / "shared/data/searchr1_trajectories"
-NQ, BAMBOOGLE = "nq_qwen2.5-3b-base-grpo", "bamboogle_qwen2.5-3b-instruct-grpo"
+NQ = "nq_qwen2.5-3b-base-grpo"
+BAMBOOGLE = "bamboogle_qwen2.5-3b-instruct-grpo"
 BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 INFORMATION = re.compile(r"(\n\n<information>.*?</information>\n\n)", re.DOTALL)
 CLASSES = {
     "cut before any <answer>": lambda o, answer: (
-        answer is None and o["pred"] == "" and o["stop_reason"] == "length" and "<answer" not in o["final_response"]
+        answer is None
+        and o["pred"] == ""
+        and o["stop_reason"] == "length"
+        and "<answer" not in o["final_response"]
     ),
 }
-AGREE = {NQ: (999, {"cut before any <answer>": 1}, 0), BAMBOOGLE: (125, {"cut before any <answer>": 0}, 0)}
+AGREE = {
+    NQ: (999, {"cut before any <answer>": 1}, 0),
+    BAMBOOGLE: (125, {"cut before any <answer>": 0}, 0),
+}
 """Records that agree, that disagree by class, and how many of these change exact match."""
-RULES = {  # with (records that differ from pred, those whose exact match changes) of NQ and of Bamboogle
+# with (records that differ from pred, those whose exact match changes) of NQ and of Bamboogle
+RULES = {
     "last of the response": (lambda q, r: extract_answer(r), [(0, 0), (0, 0)]),
     "first of the response": (lambda q, r: "".join(BLOCK.findall(r)[:1]).strip(), [(0, 0), (0, 0)]),
-    "the engine's": (lambda q, r: getattr(parse_action(INFORMATION.split(r)[-1])[0], "text", ""), [(0, 0), (0, 0)]),
+    "the engine's": (
+        lambda q, r: getattr(parse_action(INFORMATION.split(r)[-1])[0], "text", ""),
+        [(0, 0), (0, 0)],
+    ),
     "with the prompt's example": (lambda q, r: extract_answer(q + r), [(1, 0), (0, 0)]),
-    "no < inside": (lambda q, r: "".join(re.findall("<answer>([^<]*)</answer>", r)).strip(), [(0, 0), (4, 1)]),
+    "no < inside": (
+        lambda q, r: "".join(re.findall("<answer>([^<]*)</answer>", r)).strip(),
+        [(0, 0), (4, 1)],
+    ),
     "not stripped": (lambda q, r: "".join(BLOCK.findall(r)), [(999, 0), (0, 0)]),
 }
-pytestmark = pytest.mark.skipif(not ROLLOUTS.is_dir(), reason="needs ../shared/data/searchr1_trajectories")
+pytestmark = pytest.mark.skipif(
+    not ROLLOUTS.is_dir(), reason="needs ../shared/data/searchr1_trajectories"
+)
 
 
 def records(run):
@@ -41,23 +58,41 @@ def records(run):
 
 
 def episode(record, tokenizer):
-    ids = [encode_text(tokenizer, part) for part in INFORMATION.split(record["output"]["final_response"])]
-    segments = [Segment(Source.OBSERVATION if i % 2 else Source.MODEL, part) for i, part in enumerate(ids)]
-    row = {"question": record["question"], "reward_model": {"ground_truth": {"target": record["golden_answers"]}}}
-    return read_episode(Trajectory(encode_text(tokenizer, record["output"]["query"]), segments), row, tokenizer)
+    ids = [
+        encode_text(tokenizer, part)
+        for part in INFORMATION.split(record["output"]["final_response"])
+    ]
+    segments = [
+        Segment(Source.OBSERVATION if i % 2 else Source.MODEL, part) for i, part in enumerate(ids)
+    ]
+    row = {
+        "question": record["question"],
+        "reward_model": {"ground_truth": {"target": record["golden_answers"]}},
+    }
+    return read_episode(
+        Trajectory(encode_text(tokenizer, record["output"]["query"]), segments), row, tokenizer
+    )
 
 
 @pytest.mark.parametrize("run", AGREE)
-def test_every_answer_is_pred_or_of_a_named_class_and_every_score_is_the_published_one(tmp_path, run):
-    """em and acc are equal, f1 but for the rounding of another order of operations; averages as they are printed."""
-    tokenizer, classes, changed, sums = make_tokenizer(tmp_path), dict.fromkeys(CLASSES, 0), 0, [0.0, 0.0, 0.0]
+def test_every_answer_is_pred_or_of_a_named_class_and_every_score_is_the_published_one(
+    tmp_path, run
+):
+    """em and acc are equal, f1 but for the rounding of another order of operations; averages as
+    they are printed."""
+    tokenizer = make_tokenizer(tmp_path)
+    classes = dict.fromkeys(CLASSES, 0)
+    changed = 0
+    sums = [0.0, 0.0, 0.0]
     for record in (data := records(run)):
-        e, output = episode(record, tokenizer), record["output"]
+        e = episode(record, tokenizer)
+        output = record["output"]
         if e.answer != output["pred"]:
             (name,) = [name for name, rule in CLASSES.items() if rule(output, e.answer)]
             classes[name] += 1
             changed += em(e) != exact_match(output["pred"], e.golds)
-        scores, published = [em(e), sub_em(e), token_f1(e)], output["metric_score"]
+        scores = [em(e), sub_em(e), token_f1(e)]
+        published = output["metric_score"]
         assert scores[:2] == [published["em"], published["acc"]]
         assert scores[2] == pytest.approx(published["f1"], rel=2**-51, abs=0)
         sums = [total + score for total, score in zip(sums, scores, strict=True)]
@@ -68,12 +103,17 @@ def test_every_answer_is_pred_or_of_a_named_class_and_every_score_is_the_publish
 
 @pytest.mark.parametrize("rule", RULES)
 def test_what_the_rollouts_tell_apart(rule):
-    """With one `<answer>` at most they cannot tell the first from the last; they rule out the last three."""
+    """With one `<answer>` at most they cannot tell the first from the last; they rule out the last
+    three."""
     extract, expected = RULES[rule]
     for run, differ in zip((NQ, BAMBOOGLE), expected, strict=True):
         changed = []
-        for golds, output in ((record["golden_answers"], record["output"]) for record in records(run)):
+        for golds, output in (
+            (record["golden_answers"], record["output"]) for record in records(run)
+        ):
             assert output["final_response"].count("<answer>") <= 1
-            if (answer := extract(output["query"], output["final_response"]) or "") != output["pred"]:
+            if (answer := extract(output["query"], output["final_response"]) or "") != output[
+                "pred"
+            ]:
                 changed.append(exact_match(answer, golds) != exact_match(output["pred"], golds))
         assert (len(changed), sum(changed)) == differ

@@ -26,7 +26,8 @@ ROWS = [
 
 
 def test_scores_are_lucenes_bm25(tmp_path):
-    """score = sum over query terms of log(1 + (N - n + .5) / (n + .5)) * tf / (tf + k1 (1 - b + b len / avg))."""
+    """score = sum over query terms of log(1 + (N - n + .5) / (n + .5)) * tf / (tf + k1 (1 - b + b
+    len / avg))."""
     analyze = Analyzer()
     tokens = [analyze(row["contents"]) for row in ROWS]
     average = sum(map(len, tokens)) / len(tokens)
@@ -37,7 +38,9 @@ def test_scores_are_lucenes_bm25(tmp_path):
             n = sum(term in d for d in tokens)
             tf = document.count(term)
             length = 1 - bm25.B + bm25.B * len(document) / average
-            score += math.log(1 + (len(tokens) - n + 0.5) / (n + 0.5)) * tf / (tf + bm25.K1 * length)
+            score += (
+                math.log(1 + (len(tokens) - n + 0.5) / (n + 0.5)) * tf / (tf + bm25.K1 * length)
+            )
         expected.append(score)
     path = write_corpus(tmp_path, ROWS)
     (hits,) = BM25Retriever(tmp_path / "bm25", path).search(["born Torvel born"], 4)
@@ -47,19 +50,30 @@ def test_scores_are_lucenes_bm25(tmp_path):
 
 def test_queries_without_a_known_word_find_nothing(tmp_path):
     path = write_corpus(tmp_path, ROWS)
-    assert BM25Retriever(tmp_path / "bm25", path).search(["the ?", "", "zyx", "Torvel"], 1)[:3] == [[], [], []]
+    assert BM25Retriever(tmp_path / "bm25", path).search(["the ?", "", "zyx", "Torvel"], 1)[:3] == [
+        [],
+        [],
+        [],
+    ]
 
 
 def test_analysis_is_anserinis():
     """What Anserini's DefaultEnglishAnalyzer makes of these, read off a run of it."""
     analyze = Analyzer()
-    text = "The U.S.A. won't stop John's 3.14 and 1,000 a_b foo:bar x-y naïve 東京タワー dogs' o’clock T's"
+    text = (
+        "The U.S.A. won't stop John's 3.14 and 1,000 a_b foo:bar x-y naïve 東京タワー "
+        "dogs' o’clock T's"
+    )
     expected = "u.s.a|won't|stop|john|3.14|1,000|a_b|foo:bar|x|y|naïv|東|京|タワー|dog|o’clock|t"
     assert "|".join(analyze(text)) == expected
-    text = "can't I'm e.g. i.e. user@site.com http://a.b/c?d=e 10:30 #1 C++ AT&T 5th 1990s rock'n'roll us"
+    text = (
+        "can't I'm e.g. i.e. user@site.com http://a.b/c?d=e 10:30 #1 C++ AT&T 5th 1990s "
+        "rock'n'roll us"
+    )
     expected = "can't|i'm|e.g|i.|user|site.com|http|a.b|c|d|e|10|30|1|c|t|5th|1990|rock'n'rol|us"
     assert "|".join(analyze(text)) == expected
-    text, expected = "漢's a.漢 漢.漢 東京’s rock ひ.b x.ひ 1.漢", "漢|s|漢|漢|漢|東|京|s|rock|ひ|b|x|ひ|1|漢"
+    text = "漢's a.漢 漢.漢 東京’s rock ひ.b x.ひ 1.漢"
+    expected = "漢|s|漢|漢|漢|東|京|s|rock|ひ|b|x|ひ|1|漢"
     assert "|".join(analyze(text)) == expected
     assert analyze("possibly assembly incredibly nobly technology apologies archaeology") == (
         ["possibl", "assembl", "incred", "nobli", "technolog", "apolog", "archaeolog"]
@@ -89,7 +103,11 @@ def test_lengths_are_kept_as_lucene_keeps_them():
 
 def words(seed, count):
     rng = random.Random(seed)
-    return " ".join(rng.choices([f"{rng.choice('bdfgklmnprstvz')}{v}{c}" for v in "aeiou" for c in "lmnrst"], k=count))
+    return " ".join(
+        rng.choices(
+            [f"{rng.choice('bdfgklmnprstvz')}{v}{c}" for v in "aeiou" for c in "lmnrst"], k=count
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +120,9 @@ def test_blocks_change_nothing(corpus, tmp_path, monkeypatch):
     bm25.build(corpus, tmp_path / "one")
     monkeypatch.setattr(bm25_postings, "BLOCK", 1000)
     bm25.build(corpus, tmp_path / "many")
-    one, many = ({p.name: p.read_bytes() for p in (tmp_path / kind).iterdir()} for kind in ("one", "many"))
+    one, many = (
+        {p.name: p.read_bytes() for p in (tmp_path / kind).iterdir()} for kind in ("one", "many")
+    )
     assert one == many
 
 
@@ -118,7 +138,9 @@ class Exhaustive:
             for stem, n in document.items():
                 self.occurrences[stem][i] = n
         kept = length_of_bytes()[length_bytes(lengths)]
-        one, k1, b = np.float32(1), np.float32(0.9), np.float32(0.4)
+        one = np.float32(1)
+        k1 = np.float32(0.9)
+        b = np.float32(0.4)
         average = np.float32(lengths.sum() / np.count_nonzero(lengths))
         self.inverse = one / (k1 * ((one - b) + b * kept / average))
         self.count = np.count_nonzero(lengths)
@@ -137,7 +159,8 @@ class Exhaustive:
 
 
 def texts(rng, count, vocabulary, longest):
-    """Documents and queries in which words are as unequal as in language, many documents being alike."""
+    """Documents and queries in which words are as unequal as in language, many documents being
+    alike."""
     weights = 1 / np.arange(1, vocabulary + 1)
     for _ in range(count):
         chosen = rng.choice(vocabulary, rng.integers(0, longest), p=weights / weights.sum())
@@ -146,18 +169,37 @@ def texts(rng, count, vocabulary, longest):
 
 @pytest.mark.parametrize(
     ("documents", "vocabulary", "longest", "one_in"),
-    [(1, 3, 4, 256), (40, 5, 6, 256), (700, 200, 12, 4), (700, 200, 12, 10**9), (5000, 2000, 30, 40)],
+    [
+        (1, 3, 4, 256),
+        (40, 5, 6, 256),
+        (700, 200, 12, 4),
+        (700, 200, 12, 10**9),
+        (5000, 2000, 30, 40),
+    ],
 )
 def test_skipping_changes_nothing(tmp_path, monkeypatch, documents, vocabulary, longest, one_in):
     """Ranking and scores are exactly those of scoring every document, whatever is skipped."""
     monkeypatch.setattr(bm25_index, "FREQUENT", one_in)
     rng = np.random.default_rng(documents + one_in)
-    rows = [{"id": i, "contents": text} for i, text in enumerate(texts(rng, documents, vocabulary, longest))]
-    rows[0]["contents"] = "w0 w1 w2 " + "w2 " * 300  # more occurrences than a posting's code can hold
+    rows = [
+        {"id": i, "contents": text}
+        for i, text in enumerate(texts(rng, documents, vocabulary, longest))
+    ]
+    # more occurrences than a posting's code can hold
+    rows[0]["contents"] = "w0 w1 w2 " + "w2 " * 300
     path = write_corpus(tmp_path, rows)
-    retriever, exhaustive = BM25Retriever(tmp_path / "bm25", path, threads=2), Exhaustive(path)
-    queries = [*texts(rng, 40, vocabulary, 9), "w0", "w2", f"w{vocabulary - 1}", "unknown", "w0 w0 w0 unknown w1"]
-    queries.append(" ".join(f"w{number}" for number in range(vocabulary)))  # more words than are bounded by range
+    retriever = BM25Retriever(tmp_path / "bm25", path, threads=2)
+    exhaustive = Exhaustive(path)
+    queries = [
+        *texts(rng, 40, vocabulary, 9),
+        "w0",
+        "w2",
+        f"w{vocabulary - 1}",
+        "unknown",
+        "w0 w0 w0 unknown w1",
+    ]
+    # more words than are bounded by range
+    queries.append(" ".join(f"w{number}" for number in range(vocabulary)))
     rankings = [exhaustive.rank(query, 1000) for query in queries]
     for topk in (1, 3, 50, 1000):
         expected = [ranking[:topk] for ranking in rankings]
@@ -170,7 +212,9 @@ def test_a_word_that_few_documents_have_looks_at_their_ranges_only(tmp_path):
     rows = [{"id": i, "contents": "common" if i else "rare common"} for i in range(5000)]
     path = write_corpus(tmp_path, rows)
     scorer = BM25Retriever(tmp_path / "bm25", path, threads=1).scorer
-    query = bm25_score.new_query(np.array([scorer.vocabulary["rare"]], np.int32), np.array([9.0], np.float32))
+    query = bm25_score.new_query(
+        np.array([scorer.vocabulary["rare"]], np.int32), np.array([9.0], np.float32)
+    )
     _, beyond = bm25_score.prepare(scorer.postings, query)
     bounds = scorer.rooms[0].bounds
     bm25_score.bound_ranges(scorer.postings, query, beyond, bounds)
@@ -182,7 +226,9 @@ def test_an_index_of_an_older_format_is_refused_and_built_again(tmp_path):
     manifest = tmp_path / "bm25" / "manifest.json"
     old = json.loads(manifest.read_text()) | {"parameters": {"k1": 0.9, "b": 0.4}}
     manifest.write_text(json.dumps(old))
-    with pytest.raises(CorpusError, match=r"older format; build it again: python -m .*index_builder"):
+    with pytest.raises(
+        CorpusError, match=r"older format; build it again: python -m .*index_builder"
+    ):
         BM25Retriever(tmp_path / "bm25", path)
     assert index_builder.main(["--corpus_path", str(path), "--save_dir", str(tmp_path)]) == 0
     assert len(BM25Retriever(tmp_path / "bm25", path)) == 4
@@ -205,7 +251,8 @@ def test_ranking_and_scores_agree_with_lucene(corpus, tmp_path):
     pytest.importorskip("pyserini", reason="the extra `lucene` is not installed")
     bm25.build(corpus, tmp_path / "bm25")
     lucene.build(CorpusReader(corpus), tmp_path / "lucene", threads=1)
-    ours, theirs = BM25Retriever(tmp_path / "bm25", corpus), lucene.LuceneRetriever(tmp_path / "lucene", None)
+    ours = BM25Retriever(tmp_path / "bm25", corpus)
+    theirs = lucene.LuceneRetriever(tmp_path / "lucene", None)
     assert len(theirs) == len(ours) == 400
     queries = [words(1000 + i, 1 + i % 6) for i in range(50)]
     for a, b in zip(ours.search(queries, 10), theirs.search(queries, 10), strict=True):
@@ -214,7 +261,8 @@ def test_ranking_and_scores_agree_with_lucene(corpus, tmp_path):
 
 
 def test_a_lucene_index_without_stored_passages_takes_them_from_the_corpus(corpus, tmp_path):
-    """As with the published wiki-18 index, whose ids are line numbers; `--retriever_name bm25` serves it."""
+    """As with the published wiki-18 index, whose ids are line numbers; `--retriever_name bm25`
+    serves it."""
     lucene = pytest.importorskip("search_r1.search.lucene")
     pytest.importorskip("pyserini", reason="the extra `lucene` is not installed")
     from search_r1.search.engines import load
@@ -223,7 +271,13 @@ def test_a_lucene_index_without_stored_passages_takes_them_from_the_corpus(corpu
     java = lucene.start_jvm()
     (tmp_path / "source").mkdir()
     write_lines(tmp_path / "source" / "c.jsonl", [eval(line) for line in corpus.open()])
-    flags = ["-collection", "JsonCollection", "-generator", "DefaultLuceneDocumentGenerator", "-quiet"]
+    flags = [
+        "-collection",
+        "JsonCollection",
+        "-generator",
+        "DefaultLuceneDocumentGenerator",
+        "-quiet",
+    ]
     places = ["-input", str(tmp_path / "source"), "-index", str(tmp_path / "bm25"), "-threads", "1"]
     java("io.anserini.index.IndexCollection").main([*flags, *places])
     command = ["--retriever_name", "bm25", "--index_path", str(tmp_path / "bm25"), "--corpus_path"]
@@ -231,6 +285,8 @@ def test_a_lucene_index_without_stored_passages_takes_them_from_the_corpus(corpu
     assert engine.name == "lucene"
     (hits,) = engine.search([words(7, 3)], 3)
     assert len(hits) == 3 and all(d["contents"].startswith(f'"T{d["id"]}"') for d, _ in hits)
-    other = write_lines(tmp_path / "other.jsonl", [{"id": f"x{i}", "contents": "y"} for i in range(400)])
+    other = write_lines(
+        tmp_path / "other.jsonl", [{"id": f"x{i}", "contents": "y"} for i in range(400)]
+    )
     with pytest.raises(CorpusError, match=r"holds document 'x\d+', not"):
         load(parse_arguments([*command, str(other)])).search([words(7, 3)], 3)

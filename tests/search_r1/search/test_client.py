@@ -8,7 +8,13 @@ import pytest
 from fastapi import FastAPI, Response
 
 from search_r1.launch import free_port
-from search_r1.search.client import RetrievalClient, SearchError, ServerBusy, check_server, encodable
+from search_r1.search.client import (
+    RetrievalClient,
+    SearchError,
+    ServerBusy,
+    check_server,
+    encodable,
+)
 from search_r1.search.config import RetrieverConfig
 from tests.retrieval import retrieval_server, serving, write_corpus
 from tests.search_r1.search.test_server import ROWS, Engine, app
@@ -32,8 +38,10 @@ def client(url, **kwargs):
 
 
 def scripted(*answers):
-    """A server that gives these answers in turn, the last one for ever; and the list of what it was asked."""
-    asked, scripted_app = [], FastAPI()
+    """A server that gives these answers in turn, the last one for ever; and the list of what it was
+    asked."""
+    asked = []
+    scripted_app = FastAPI()
 
     @scripted_app.post("/retrieve")
     async def retrieve(body: dict) -> Response:
@@ -48,7 +56,8 @@ GOOD = (200, '{"result": [[{"document": {"id": "7", "contents": "T\\nx"}, "score
 
 
 async def test_concurrent_searches_share_requests(url):
-    c, sent = client(url, batch_wait_s=0.05), []
+    c = client(url, batch_wait_s=0.05)
+    sent = []
     post = c.http.post
 
     async def counting(address, **kwargs):
@@ -90,7 +99,9 @@ async def test_a_dead_server_is_an_error_with_its_cause():
 
 
 async def test_the_deadline_ends_a_slow_search(folder):
-    with retrieval_server(folder, "--inject_latency_ms", "5000", "--inject_latency_p99_ms", "6000") as (slow, _):
+    with retrieval_server(
+        folder, "--inject_latency_ms", "5000", "--inject_latency_p99_ms", "6000"
+    ) as (slow, _):
         c = client(slow, timeout_s=0.5)
         with pytest.raises(SearchError, match=r"0\.5 s") as caught:
             await c.search("x")
@@ -110,7 +121,9 @@ async def test_the_deadline_ends_a_slow_search(folder):
         ((200, '{"result": [[]], "errors": {"0": "quota: all used"}}', {}), "engine", 1),
     ],
 )
-async def test_failures_are_typed_and_counted_and_retried_where_that_may_help(answer, kind, attempts):
+async def test_failures_are_typed_and_counted_and_retried_where_that_may_help(
+    answer, kind, attempts
+):
     scripted_app, asked = scripted(answer)
     with serving(scripted_app) as base:
         c = client(f"{base}/retrieve", max_retries=2, backoff_s=0.01)
@@ -130,7 +143,8 @@ async def test_a_retry_makes_good_and_is_counted():
 
 
 async def test_a_busy_server_is_asked_again_when_it_says():
-    c, two = client("http://a/retrieve"), client(["http://a/retrieve", "http://b/retrieve"])
+    c = client("http://a/retrieve")
+    two = client(["http://a/retrieve", "http://b/retrieve"])
     pauses = [c._busy_pause(ServerBusy("full", 10.0)) for _ in range(20)]
     assert all(10 <= pause <= 11 for pause in pauses) and len(set(pauses)) == 20
     assert two._busy_pause(ServerBusy("full", 10.0)) == 0, "another replica is awake"
@@ -170,7 +184,8 @@ async def test_a_dead_replica_beside_a_busy_one_fails_nothing():
 
 
 async def test_the_wait_for_a_connection_is_not_time_of_the_search():
-    """Two hundred requests, 64 at a time, over an engine that takes .03 s for each: 6 s, and a deadline of 4."""
+    """Two hundred requests, 64 at a time, over an engine that takes .03 s for each: 6 s, and a
+    deadline of 4."""
     with serving(app(Engine(lag=0.03), max_batch_size=1, cache_size=0)) as base:
         c = client(f"{base}/retrieve", max_batch_size=1, timeout_s=4.0)
         found = await asyncio.gather(*(c.search(f"q{i}") for i in range(200)))
@@ -181,21 +196,27 @@ async def test_the_wait_for_a_connection_is_not_time_of_the_search():
 async def test_only_the_failed_query_of_a_shared_request_fails():
     with serving(app(Engine())) as base:
         c = client(f"{base}/retrieve", batch_wait_s=0.05)
-        found = await asyncio.gather(*(c.search(q) for q in ["a", "poison", "b"]), return_exceptions=True)
+        found = await asyncio.gather(
+            *(c.search(q) for q in ["a", "poison", "b"]), return_exceptions=True
+        )
         assert isinstance(found[1], SearchError) and "bitter" in str(found[1])
         assert [found[0][0].text, found[2][0].text] == ["a", "b"]
         await c.close()
 
 
 async def test_half_a_surrogate_pair_is_searched_as_a_replacement_character():
-    """Models write broken text; JSON cannot carry it, and one such query must not cost its neighbours theirs."""
+    """Models write broken text; JSON cannot carry it, and one such query must not cost its
+    neighbours theirs."""
     with serving(app(Engine())) as base:
         c = client(f"{base}/retrieve", batch_wait_s=0.05)
         async with asyncio.timeout(60):
             found = await asyncio.gather(*(c.search(q) for q in ["a", "x\ud83d", "b"]))
         assert [hits[0].text for hits in found] == ["a", "x\ufffd", "b"]
         await c.close()
-    assert encodable("\ud83d\ude00") == "\U0001f600" and encodable("\udc00a\ud800b\ufeff") == "\ufffda\ufffdb\ufeff"
+    assert (
+        encodable("\ud83d\ude00") == "\U0001f600"
+        and encodable("\udc00a\ud800b\ufeff") == "\ufffda\ufffdb\ufeff"
+    )
 
 
 async def test_an_unexpected_error_fails_every_query_of_the_request_and_is_not_kept(caplog):
@@ -209,7 +230,9 @@ async def test_an_unexpected_error_fails_every_query_of_the_request_and_is_not_k
         c.http.post = broken
         async with asyncio.timeout(60):
             found = await asyncio.gather(*(c.search(q) for q in ["a", "b"]), return_exceptions=True)
-            assert all(isinstance(error, SearchError) and "not foreseen" in str(error) for error in found)
+            assert all(
+                isinstance(error, SearchError) and "not foreseen" in str(error) for error in found
+            )
             c.http.post = post
             assert (await c.search("a"))[0].text == "a"
         await c.close()
@@ -252,7 +275,9 @@ async def test_replicas_share_the_load_and_a_dead_one_is_left_alone():
     engines = [Engine(lag=0.02), Engine(lag=0.02)]
     dead = f"http://127.0.0.1:{free_port()}/retrieve"
     with serving(app(engines[0])) as a, serving(app(engines[1])) as b:
-        c = client([f"{a}/retrieve", dead, f"{b}/retrieve"], max_batch_size=1, max_retries=3, backoff_s=60)
+        c = client(
+            [f"{a}/retrieve", dead, f"{b}/retrieve"], max_batch_size=1, max_retries=3, backoff_s=60
+        )
         async with asyncio.timeout(30):  # the others answer at once: nobody waits for the dead one
             found = await asyncio.gather(*(c.search(f"q{i}") for i in range(40)))
         assert [hits[0].text for hits in found] == [f"q{i}" for i in range(40)]
@@ -262,7 +287,8 @@ async def test_replicas_share_the_load_and_a_dead_one_is_left_alone():
 
 
 async def test_a_killed_server_is_found_again_in_mid_load(folder):
-    """kill -9 while hundreds of searches run; the second server takes the port of the first. No passage is wrong."""
+    """kill -9 while hundreds of searches run; the second server takes the port of the first. No
+    passage is wrong."""
     wanted = {"harbour": "0", "hills": "3", "sails": "2", "Ada": "1"}
     latency = ["--inject_latency_ms", "50", "--inject_latency_p99_ms", "100", "--cache_size", "0"]
     with retrieval_server(folder, *latency) as (address, process):
@@ -278,7 +304,9 @@ async def test_a_killed_server_is_found_again_in_mid_load(folder):
         process.kill()
         process.wait()
         with ExitStack() as stack:  # searches go on while it starts, and find nobody
-            await asyncio.to_thread(stack.enter_context, retrieval_server(folder, port=httpx.URL(address).port))
+            await asyncio.to_thread(
+                stack.enter_context, retrieval_server(folder, port=httpx.URL(address).port)
+            )
             assert all(await asyncio.gather(*tasks))
         assert c.errors["connection"] > 0
         await c.close()

@@ -60,19 +60,28 @@ def write_source(folder, kind):
     else:
         path = folder / "c.parquet"
         titles = [row["contents"].split("\n") for row in ROWS]
-        table = [{"id": row["id"], "title": t, "text": x} for row, (t, x) in zip(ROWS, titles, strict=True)]
+        table = [
+            {"id": row["id"], "title": t, "text": x}
+            for row, (t, x) in zip(ROWS, titles, strict=True)
+        ]
         pq.write_table(pa.Table.from_pylist(table), path)
     return path
 
 
-def test_a_row_with_half_a_surrogate_pair_is_left_out_of_a_copied_corpus_and_a_whole_pair_is_not(tmp_path):
+def test_a_row_with_half_a_surrogate_pair_is_left_out_of_a_copied_corpus_and_a_whole_pair_is_not(
+    tmp_path,
+):
     path = tmp_path / "c.jsonl.gz"
     lines = [r'{"id": 0, "contents": "a \ud83d\ude00"}', r'{"id": 1, "contents": "a \ude00\ud83d"}']
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
     reader = CorpusReader(path, skip_bad=True)
-    assert list(reader.store(tmp_path)) == [{"id": 0, "contents": "a \U0001f600"}] and reader.bad == 1
+    assert (
+        list(reader.store(tmp_path)) == [{"id": 0, "contents": "a \U0001f600"}] and reader.bad == 1
+    )
     plain = tmp_path / "c.jsonl"
-    plain.write_bytes(b'{"id": 0, "contents": "\xed\xa0\xbd"}\n{"id": 1, "contents": "\xed\x95\x9c"}\n')
+    plain.write_bytes(
+        b'{"id": 0, "contents": "\xed\xa0\xbd"}\n{"id": 1, "contents": "\xed\x95\x9c"}\n'
+    )
     reader = CorpusReader(plain, skip_bad=True)
     assert list(reader.store(tmp_path)) == [{"id": 1, "contents": "\ud55c"}] and reader.bad == 1
 
@@ -116,15 +125,24 @@ def test_a_damaged_index_is_refused(tmp_path, name):
 
 
 def test_a_full_disk_leaves_the_old_index_and_nothing_else(tmp_path):
-    """A limit on the size of files stands for the full disk: writing beyond it fails in the same place."""
+    """A limit on the size of files stands for the full disk: writing beyond it fails in the same
+    place."""
     path = write_corpus(tmp_path, ROWS)
-    write_lines(path, [{"id": str(i), "contents": f'"T{i}"\nw{i} ' + "word " * 50} for i in range(2000)])
+    write_lines(
+        path, [{"id": str(i), "contents": f'"T{i}"\nw{i} ' + "word " * 50} for i in range(2000)]
+    )
     command = [sys.executable, "-m", "search_r1.search.index_builder", "--corpus_path", str(path)]
     done = subprocess.run(
-        [*command, "--save_dir", str(tmp_path)], capture_output=True, text=True,
+        [*command, "--save_dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)),
-    )  # fmt: skip
-    assert done.returncode == 1 and "the disk is full" in done.stderr and "Traceback" not in done.stderr
+    )
+    assert (
+        done.returncode == 1
+        and "the disk is full" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bm25", "corpus.jsonl"]
     assert json.loads((tmp_path / "bm25" / "manifest.json").read_text())["documents"] == 3
 
@@ -165,7 +183,8 @@ def test_line_offsets_are_kept_whole_or_not_at_all(tmp_path):
 
 def test_what_servers_that_start_together_read_is_whole(tmp_path, monkeypatch):
     """At no time is there a file of offsets that is still being written."""
-    path, seen = write_lines(tmp_path / "c.jsonl", ROWS), []
+    path = write_lines(tmp_path / "c.jsonl", ROWS)
+    seen = []
     save = np.save
 
     def watched(file, values):
@@ -205,7 +224,8 @@ def test_what_a_build_killed_at_its_end_left_is_removed(tmp_path, left):
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_an_index_of_others_is_only_replaced_when_told_to(tmp_path, kind):
-    path, index = write_lines(tmp_path / "c.jsonl", ROWS), tmp_path / "bm25"
+    path = write_lines(tmp_path / "c.jsonl", ROWS)
+    index = tmp_path / "bm25"
     precious = index / "segments_2" if kind == "folder" else index
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("precious")
@@ -245,9 +265,19 @@ def test_a_data_set_of_the_hub_is_read(tmp_path, monkeypatch):
 
 
 def test_blank_lines_are_no_documents(tmp_path):
-    """Neither where an index is built nor where lines are only counted, and offsets point at documents."""
+    """Neither where an index is built nor where lines are only counted, and offsets point at
+    documents."""
     path = tmp_path / "c.jsonl"
-    lines = ["", json.dumps(ROWS[0]), " \t", "\r", json.dumps(ROWS[1]), " " + json.dumps(ROWS[2]), "", " "]
+    lines = [
+        "",
+        json.dumps(ROWS[0]),
+        " \t",
+        "\r",
+        json.dumps(ROWS[1]),
+        " " + json.dumps(ROWS[2]),
+        "",
+        " ",
+    ]
     path.write_text("\n".join(lines), newline="")
     assert bm25.build(CorpusReader(path), tmp_path / "bm25") == 3
     manifest = read_manifest(tmp_path / "bm25")
@@ -262,8 +292,13 @@ def test_blank_lines_are_no_documents(tmp_path):
 
 @pytest.mark.parametrize("name", ["c.json", "c.jsonl", "c.json.gz"])
 def test_a_json_array_is_a_corpus(tmp_path, name):
-    path, text = tmp_path / name, "\ufeff\n" + json.dumps(ROWS, indent=1)
-    path.write_bytes(gzip.compress(text.removeprefix("\ufeff").encode()) if name.endswith("gz") else text.encode())
+    path = tmp_path / name
+    text = "\ufeff\n" + json.dumps(ROWS, indent=1)
+    path.write_bytes(
+        gzip.compress(text.removeprefix("\ufeff").encode())
+        if name.endswith("gz")
+        else text.encode()
+    )
     assert bm25.build(CorpusReader(path), tmp_path / "bm25") == 3
     for corpus in (path, None):
         (hits,) = BM25Retriever(tmp_path / "bm25", corpus).search(["Ada"], 1)
@@ -287,24 +322,38 @@ def test_bad_entries_of_an_array_are_named(tmp_path, text, message):
 
 
 def test_columns_of_dates_and_numbers_that_are_none_are_copied_in_a_form_that_json_has(tmp_path):
-    day, number = date(2024, 5, 17), UUID(int=7)
+    day = date(2024, 5, 17)
+    number = UUID(int=7)
     rows = [
         {
-            **row, "day": day, "at": datetime(2024, 5, 17, 12, 30), "for": timedelta(seconds=90),
-            "price": Decimal("1.50"), "rank": math.nan, "more": {"scores": [1.0, math.inf]},
+            **row,
+            "day": day,
+            "at": datetime(2024, 5, 17, 12, 30),
+            "for": timedelta(seconds=90),
+            "price": Decimal("1.50"),
+            "rank": math.nan,
+            "more": {"scores": [1.0, math.inf]},
         }
         for row in ROWS
-    ]  # fmt: skip
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
     assert bm25.build(CorpusReader(tmp_path / "c.parquet"), tmp_path / "bm25") == 3
     ((document, _),) = BM25Retriever(tmp_path / "bm25", None).search(["Ada"], 1)[0]
     assert document == {
-        **ROWS[1], "day": "2024-05-17", "at": "2024-05-17T12:30:00", "for": "0:01:30", "price": "1.50", "rank": None,
+        **ROWS[1],
+        "day": "2024-05-17",
+        "at": "2024-05-17T12:30:00",
+        "for": "0:01:30",
+        "price": "1.50",
+        "rank": None,
         "more": {"scores": [1.0, None]},
-    }  # fmt: skip
+    }
     assert json.loads(encoded({"id": number}, "here")) == {"id": str(number)}
     pq.write_table(pa.Table.from_pylist([{**ROWS[0], "image": b"x"}]), tmp_path / "b.parquet")
-    with pytest.raises(CorpusError, match=r"b\.parquet, row 1: JSON has no form for a value of type bytes: leave its"):
+    with pytest.raises(
+        CorpusError,
+        match=r"b\.parquet, row 1: JSON has no form for a value of type bytes: leave its",
+    ):
         bm25.build(CorpusReader(tmp_path / "b.parquet"), tmp_path / "other")
 
 
@@ -320,7 +369,11 @@ def test_an_older_file_in_the_place_of_a_corpus_is_seen(tmp_path):
     """Copies keep their time, so it does not tell whether the offsets beside a file are its own."""
     path = write_lines(tmp_path / "c.jsonl", ROWS)
     assert len(Corpus.of_lines(path)) == 3
-    for other in ([{"id": "9", "contents": "x" * 200}, *ROWS], ROWS[:2], [*ROWS, {"id": "9", "contents": "x"}]):
+    for other in (
+        [{"id": "9", "contents": "x" * 200}, *ROWS],
+        ROWS[:2],
+        [*ROWS, {"id": "9", "contents": "x"}],
+    ):
         write_lines(path, other)
         os.utime(path, (1, 1))
         corpus = Corpus.of_lines(path)

@@ -1,4 +1,5 @@
-"""Dense engines with a small real encoder: indexes of every type, resumed embedding, fusion, reranking."""
+"""Dense engines with a small real encoder: indexes of every type, resumed embedding, fusion,
+reranking."""
 
 import json
 import os
@@ -30,9 +31,18 @@ from search_r1.search.retrieval_server import parse_arguments  # noqa: E402
 from tests.retrieval import write_lines  # noqa: E402
 
 MODEL = str(Path(package.__file__).parent / "model")
-TOPICS = ["planets and stars", "bread and cake", "violin concertos", "rivers and lakes", "chess openings"]
+TOPICS = [
+    "planets and stars",
+    "bread and cake",
+    "violin concertos",
+    "rivers and lakes",
+    "chess openings",
+]
 ROWS = [
-    {"id": f"p{i}", "contents": f'"T{i}"\nThis is note {i}, which is about {TOPICS[i % 5]} and nothing else.'}
+    {
+        "id": f"p{i}",
+        "contents": f'"T{i}"\nThis is note {i}, which is about {TOPICS[i % 5]} and nothing else.',
+    }
     for i in range(300)
 ]
 
@@ -66,25 +76,33 @@ def built(tmp_path_factory, corpus):
 
 
 QUANTIZED = "IVF2,PQ48x4"
-"""IVF-PQ with 16 centroids a byte: FAISS takes over a minute to train its 256 on vectors that are hardly more."""
+"""IVF-PQ with 16 centroids a byte: FAISS takes over a minute to train its 256 on vectors that are
+hardly more."""
 
 
 @pytest.mark.parametrize("kind", [*(kind for kind in dense.TYPES if kind != "IVF-PQ"), QUANTIZED])
 def test_every_type_finds_the_topic(tmp_path, corpus, encoder, built, kind):
     index = tmp_path / "i.index"
-    dense.build(CorpusReader(corpus), index, encoder, dense.EmbeddingShards(built / "emb_dense", 16), kind)
+    dense.build(
+        CorpusReader(corpus), index, encoder, dense.EmbeddingShards(built / "emb_dense", 16), kind
+    )
     engine = dense.DenseRetriever(index, corpus, encoder, "dense")
-    for hits, topic in zip(engine.search([f"what about {t}?" for t in TOPICS], 3), TOPICS, strict=True):
+    for hits, topic in zip(
+        engine.search([f"what about {t}?" for t in TOPICS], 3), TOPICS, strict=True
+    ):
         assert len(hits) == 3 and all(topic in d["contents"] for d, _ in hits)
         assert hits[0][1] >= hits[1][1] >= hits[2][1]
-    assert len(engine.search(["x"], 500)[0]) <= 300  # places that FAISS leaves empty are no passages
+    # places that FAISS leaves empty are no passages
+    assert len(engine.search(["x"], 500)[0]) <= 300
 
 
 def test_scores_are_inner_products(corpus, encoder, built):
     engine = dense.DenseRetriever(built / "dense_Flat.index", corpus, encoder, "dense")
     (hits,) = engine.search(["chess"], 300)
     vectors = encoder.encode_passages([d["contents"] for d, _ in hits])
-    assert [s for _, s in hits] == pytest.approx((vectors @ encoder.encode_queries(["chess"])[0]).tolist(), abs=1e-5)
+    assert [s for _, s in hits] == pytest.approx(
+        (vectors @ encoder.encode_queries(["chess"])[0]).tolist(), abs=1e-5
+    )
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0, abs=1e-5)
 
 
@@ -102,7 +120,16 @@ def test_many_queries_at_once_find_what_each_finds_alone():
 
 def test_a_published_index_file_is_served_with_its_corpus(tmp_path, corpus, encoder, built):
     file = shutil.copy(built / "dense_Flat.index" / dense.INDEX, tmp_path / "e5_Flat.index")
-    flags = ["--retriever_name", "dense", "--retriever_model", MODEL, "--index_path", str(file), "--device", "cpu"]
+    flags = [
+        "--retriever_name",
+        "dense",
+        "--retriever_model",
+        MODEL,
+        "--index_path",
+        str(file),
+        "--device",
+        "cpu",
+    ]
     engine = load(parse_arguments([*flags, "--corpus_path", str(corpus)]))
     assert "chess" in engine.search(["chess"], 1)[0][0][0]["contents"]
     short = write_lines(tmp_path / "short.jsonl", ROWS[:-1])
@@ -140,12 +167,20 @@ def test_an_index_of_another_model_or_corpus_is_refused(tmp_path, corpus, encode
 def test_too_few_passages_for_a_type_is_said(tmp_path, encoder):
     few = write_lines(tmp_path / "c.jsonl", ROWS[:50])
     with pytest.raises(CorpusError, match="IVF-PQ cannot be trained on 50 passages: use Flat"):
-        dense.build(CorpusReader(few), tmp_path / "i", encoder, dense.EmbeddingShards(tmp_path / "emb"), "IVF-PQ")
+        dense.build(
+            CorpusReader(few),
+            tmp_path / "i",
+            encoder,
+            dense.EmbeddingShards(tmp_path / "emb"),
+            "IVF-PQ",
+        )
 
 
 @pytest.mark.parametrize("faiss_type", ["Flat", "IVF-Flat"])
 @pytest.mark.parametrize("missing", [200_000, 1])
-def test_a_full_disk_is_said_also_when_only_the_last_byte_has_no_room(tmp_path, faiss_type, missing):
+def test_a_full_disk_is_said_also_when_only_the_last_byte_has_no_room(
+    tmp_path, faiss_type, missing
+):
     """A limit on the size of files stands for the full disk."""
     vectors = np.random.default_rng(0).random((1000, 64), dtype=np.float32)
     index = dense.faiss.index_factory(64, dense.TYPES[faiss_type].format(nlist=4))
@@ -154,7 +189,10 @@ def test_a_full_disk_is_said_also_when_only_the_last_byte_has_no_room(tmp_path, 
     dense.write_index(index, tmp_path / "whole")
     room = (tmp_path / "whole").stat().st_size - missing
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(CorpusError, match=r"the disk is full.*make room"), building(tmp_path / "i") as folder:
+    with (
+        pytest.raises(CorpusError, match=r"the disk is full.*make room"),
+        building(tmp_path / "i") as folder,
+    ):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
             dense.write_index(index, folder / "cut")
@@ -171,30 +209,68 @@ def test_the_help_names_every_type(capsys):
 
 
 def test_builds_of_two_types_do_not_mix_their_embeddings(tmp_path, corpus):
-    flags = ["--retrieval_method", "dense", "--model_path", MODEL, "--corpus_path", str(corpus), "--device", "cpu"]
-    with locked(tmp_path / "emb_dense"), pytest.raises(SystemExit, match="emb_dense: another build of it is running"):
+    flags = [
+        "--retrieval_method",
+        "dense",
+        "--model_path",
+        MODEL,
+        "--corpus_path",
+        str(corpus),
+        "--device",
+        "cpu",
+    ]
+    with (
+        locked(tmp_path / "emb_dense"),
+        pytest.raises(SystemExit, match="emb_dense: another build of it is running"),
+    ):
         build_index([*flags, "--save_dir", str(tmp_path)])
 
 
 def test_unknown_type_model_and_missing_gpu_are_named(tmp_path, corpus, encoder, built):
     with pytest.raises(CorpusError, match=r"--faiss_type Best.*IVF-PQ"):
         dense.build(
-            CorpusReader(corpus), tmp_path / "i", encoder, dense.EmbeddingShards(built / "emb_dense", 16), "Best"
+            CorpusReader(corpus),
+            tmp_path / "i",
+            encoder,
+            dense.EmbeddingShards(built / "emb_dense", 16),
+            "Best",
         )
     with pytest.raises(CorpusError, match="needs --retriever_model"):
         Encoder("dense", None)
     if dense.faiss.get_num_gpus() == 0:
         for_gpus = hasattr(dense.faiss, "StandardGpuResources")
-        with pytest.raises(CorpusError, match="sees no GPU" if for_gpus else r"uninstall faiss-cpu.*\[dense-gpu\]"):
+        with pytest.raises(
+            CorpusError, match="sees no GPU" if for_gpus else r"uninstall faiss-cpu.*\[dense-gpu\]"
+        ):
             dense.DenseRetriever(built / "dense_Flat.index", corpus, encoder, "dense", gpu=True)
 
 
 def test_a_killed_build_goes_on_where_it_was(tmp_path, corpus, built):
-    """kill -9 while embedding; the second run embeds only what is missing, and the result is the same."""
-    rows = [{"id": f"p{i}", "contents": f'"T{i}"\nnote {i} ' + "about music " * 40} for i in range(1500)]
+    """kill -9 while embedding; the second run embeds only what is missing, and the result is the
+    same."""
+    rows = [
+        {"id": f"p{i}", "contents": f'"T{i}"\nnote {i} ' + "about music " * 40} for i in range(1500)
+    ]
     big = write_lines(tmp_path / "big.jsonl", rows)
-    command = [sys.executable, "-m", "search_r1.search.index_builder", "--retrieval_method", "dense", "--device", "cpu"]
-    command += ["--model_path", MODEL, "--corpus_path", str(big), "--save_dir", str(tmp_path), "--shard_size", "256"]
+    command = [
+        sys.executable,
+        "-m",
+        "search_r1.search.index_builder",
+        "--retrieval_method",
+        "dense",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--model_path",
+        MODEL,
+        "--corpus_path",
+        str(big),
+        "--save_dir",
+        str(tmp_path),
+        "--shard_size",
+        "256",
+    ]
     command += ["--batch_size", "32", "--save_embedding", "--max_length", "16"]
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     shards = tmp_path / "emb_dense"
@@ -210,7 +286,11 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, corpus, built):
     index = dense.read_index(tmp_path / "dense_Flat.index" / dense.INDEX)
     assert index.ntotal == 1500
     encoder = Encoder("dense", MODEL, device="cpu", max_length=16)
-    for i in (0, 800, 1499):  # of the first run, of the shard that was cut off, of the last and incomplete one
+    for i in (
+        0,
+        800,
+        1499,
+    ):  # of the first run, of the shard that was cut off, of the last and incomplete one
         vector = encoder.encode_passages([rows[i]["contents"]])[0]
         assert index.reconstruct(i) == pytest.approx(vector, abs=1e-5)
 
@@ -229,7 +309,10 @@ def test_prefixes_come_from_the_model_where_it_names_them_else_from_its_family()
     assert prefixes({}, "e5", "some/folder") == ("query: ", "passage: ")
     assert prefixes({}, "dense", "intfloat/e5-base-v2") == ("query: ", "passage: ")
     assert prefixes({}, "dense", "BAAI/bge-small-en-v1.5")[0].startswith("Represent this sentence")
-    assert prefixes({"query": "Q: ", "passage": "P: "}, "e5", "intfloat/e5-base-v2") == ("Q: ", "P: ")
+    assert prefixes({"query": "Q: ", "passage": "P: "}, "e5", "intfloat/e5-base-v2") == (
+        "Q: ",
+        "P: ",
+    )
     assert prefixes({"query": "", "document": ""}, "dense", "some/encoder") == ("", "")
 
 
@@ -259,7 +342,13 @@ def test_hybrid_by_flags(tmp_path, corpus, built):
         "--device",
         "cpu",
     ]
-    indexes = ["--index_path", str(tmp_path / "bm25"), str(built / "dense_Flat.index"), "--corpus_path", str(corpus)]
+    indexes = [
+        "--index_path",
+        str(tmp_path / "bm25"),
+        str(built / "dense_Flat.index"),
+        "--corpus_path",
+        str(corpus),
+    ]
     engine = load(parse_arguments([*flags, *indexes]))
     assert isinstance(engine, Hybrid)
     (hits,) = engine.search(["note 12 about violin concertos"], 3)
@@ -271,7 +360,8 @@ def test_reranker_orders_the_passages_of_its_own_query(tmp_path, corpus, built, 
     """A cross-encoder made here; the original mixed up the passages of different queries."""
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-    # At the default width of .02 all scores lie within rounding of each other, and their order is a matter of batching.
+    # At the default width of .02 all scores lie within rounding of each other, and their order is a
+    # matter of batching.
     torch.manual_seed(1)
     config = BertConfig(
         vocab_size=30522,
@@ -287,11 +377,14 @@ def test_reranker_orders_the_passages_of_its_own_query(tmp_path, corpus, built, 
     base = dense.DenseRetriever(built / "dense_Flat.index", corpus, encoder, "dense")
     engine = Reranker(base, str(tmp_path / "cross"), depth=5, device="cpu")
     queries = ["chess", "bread", "stars"]
-    together, alone = engine.search(queries, 3), [engine.search([q], 3)[0] for q in queries]
+    together = engine.search(queries, 3)
+    alone = [engine.search([q], 3)[0] for q in queries]
     for query, a, b, found in zip(queries, together, alone, base.search(queries, 5), strict=True):
         scores = engine.model.predict([(query, d["contents"]) for d, _ in found])
         best = sorted(zip(scores, [d["id"] for d, _ in found], strict=True), reverse=True)[:3]
-        assert min(-np.diff(sorted(scores, reverse=True))) > 1e-5, "the scores are too close to order"
+        assert min(-np.diff(sorted(scores, reverse=True))) > 1e-5, (
+            "the scores are too close to order"
+        )
         assert [d["id"] for d, _ in a] == [id for _, id in best] == [d["id"] for d, _ in b]
         assert [s for _, s in a] == pytest.approx([float(s) for s, _ in best], abs=1e-5)
 
@@ -337,10 +430,17 @@ class FakeGpus:
         return whole
 
 
-def test_a_flat_index_is_sharded_over_all_gpus_in_half_precision(tmp_path, corpus, encoder, built, monkeypatch):
+def test_a_flat_index_is_sharded_over_all_gpus_in_half_precision(
+    tmp_path, corpus, encoder, built, monkeypatch
+):
     """Also a published index, which is one file and is mapped rather than read."""
     gpus = FakeGpus()
-    names = ("StandardGpuResources", "get_num_gpus", "GpuMultipleClonerOptions", "index_cpu_to_all_gpus")
+    names = (
+        "StandardGpuResources",
+        "get_num_gpus",
+        "GpuMultipleClonerOptions",
+        "index_cpu_to_all_gpus",
+    )
     for name in names:
         monkeypatch.setattr(dense.faiss, name, getattr(gpus, name), raising=False)
     published = tmp_path / "published.index"
@@ -352,7 +452,9 @@ def test_a_flat_index_is_sharded_over_all_gpus_in_half_precision(tmp_path, corpu
         sharded = dense.DenseRetriever(index, corpus, encoder, "dense", gpu=True)
         assert gpus.calls.pop() == (True, True, -1)
         for found, hits in zip(sharded.search(queries, 20), expected, strict=True):
-            assert {document["id"] for document, _ in found[:5]} <= {document["id"] for document, _ in hits}
+            assert {document["id"] for document, _ in found[:5]} <= {
+                document["id"] for document, _ in hits
+            }
             scores = [score for _, score in found]
             assert scores == pytest.approx([score for _, score in hits], abs=1e-3)
 
@@ -365,10 +467,17 @@ def test_an_index_that_cannot_be_on_gpus_is_refused_by_name(monkeypatch, faiss_t
         raise RuntimeError("Error in GpuCloner.cpp:1:\nThis index type is not implemented on GPU.")
 
     gpus.index_cpu_to_all_gpus = unsupported
-    for name in ("StandardGpuResources", "get_num_gpus", "GpuMultipleClonerOptions", "index_cpu_to_all_gpus"):
+    for name in (
+        "StandardGpuResources",
+        "get_num_gpus",
+        "GpuMultipleClonerOptions",
+        "index_cpu_to_all_gpus",
+    ):
         monkeypatch.setattr(dense.faiss, name, getattr(gpus, name), raising=False)
     index = dense.faiss.index_factory(8, faiss_type, dense.faiss.METRIC_INNER_PRODUCT)
-    with pytest.raises(CorpusError, match=r"Index\w+ of 0 vectors.*not implemented on GPU.*Flat, IVF-Flat, IVF-SQ8"):
+    with pytest.raises(
+        CorpusError, match=r"Index\w+ of 0 vectors.*not implemented on GPU.*Flat, IVF-Flat, IVF-SQ8"
+    ):
         dense.to_gpus(index)
 
 

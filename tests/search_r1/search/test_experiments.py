@@ -17,15 +17,23 @@ from search_r1.search.manifest import CorpusError
 from search_r1.search.retrieval_server import parse_arguments
 from tests.retrieval import retrieval_server, write_corpus, write_lines
 
-ROWS = [{"id": str(i), "contents": f'"Name{i}"\nName{i} lives in Place{i % 10}, as others do.'} for i in range(100)]
+ROWS = [
+    {"id": str(i), "contents": f'"Name{i}"\nName{i} lives in Place{i % 10}, as others do.'}
+    for i in range(100)
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("index")
     write_corpus(path, ROWS)
-    infos = [{"question": "Where does Name3 live?", "gold_ids": ["3"]}, {"question": "Who?", "gold_ids": ["13", "5"]}]
-    pq.write_table(pa.Table.from_pylist([{"extra_info": info} for info in infos]), path / "q.parquet")
+    infos = [
+        {"question": "Where does Name3 live?", "gold_ids": ["3"]},
+        {"question": "Who?", "gold_ids": ["13", "5"]},
+    ]
+    pq.write_table(
+        pa.Table.from_pylist([{"extra_info": info} for info in infos]), path / "q.parquet"
+    )
     return path
 
 
@@ -44,8 +52,14 @@ def test_empty_finds_nothing(folder):
 def test_random_is_the_same_for_the_same_query(folder):
     e = engine(folder, "--retriever_name", "random")
     first, second = e.search(["a", "b"], 5)
-    assert ids(first) != ids(second) and ids(e.search(["b"], 5)[0]) == ids(second) and len(set(ids(first))) == 5
-    assert ids(engine(folder, "--retriever_name", "random", "--seed", 1).search(["a"], 5)[0]) != ids(first)
+    assert (
+        ids(first) != ids(second)
+        and ids(e.search(["b"], 5)[0]) == ids(second)
+        and len(set(ids(first))) == 5
+    )
+    assert ids(
+        engine(folder, "--retriever_name", "random", "--seed", 1).search(["a"], 5)[0]
+    ) != ids(first)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
@@ -62,7 +76,13 @@ def test_noisy_replaces_its_share(folder, noise):
 
 def test_oracle_gives_gold_passages_alone(folder):
     e = engine(
-        folder, "--retriever_name", "oracle", "--index_path", folder / "bm25", "--questions", folder / "q.parquet"
+        folder,
+        "--retriever_name",
+        "oracle",
+        "--index_path",
+        folder / "bm25",
+        "--questions",
+        folder / "q.parquet",
     )
     assert len(e) == 3
     found = e.search(["Where does Name3 live?", "Who?", "Name13", "Place3"], 3)
@@ -81,7 +101,10 @@ def test_oracle_of_other_passages_is_refused(folder, tmp_path):
 
 def test_a_replayed_run_gives_identical_passages(folder, tmp_path):
     record = tmp_path / "runs" / "record.jsonl"
-    bodies = [{"queries": [f"Place{i}", f"Name{i}"], "topk": 2 + i % 2, "return_scores": True} for i in range(10)]
+    bodies = [
+        {"queries": [f"Place{i}", f"Name{i}"], "topk": 2 + i % 2, "return_scores": True}
+        for i in range(10)
+    ]
     with retrieval_server(folder, "--record", str(record)) as (url, _):
         recorded = [httpx.post(url, json=body).json() for body in bodies]
     flags = ["--retriever_name", "replay", "--index_path", str(record)]
@@ -94,17 +117,26 @@ def test_a_replayed_run_gives_identical_passages(folder, tmp_path):
 
 
 def test_replay_names_a_bad_line(tmp_path, folder):
-    path = write_lines(tmp_path / "r.jsonl", [{"query": "a", "topk": 1, "hits": []}, {"query": "b"}])
+    path = write_lines(
+        tmp_path / "r.jsonl", [{"query": "a", "topk": 1, "hits": []}, {"query": "b"}]
+    )
     with pytest.raises(CorpusError, match="line 2: not a recorded search"):
         engine(folder, "--retriever_name", "replay", "--index_path", path)
-    good = write_lines(tmp_path / "g.jsonl", [{"query": "a", "topk": 1, "hits": [[{"id": 1, "contents": "x"}, 0.5]]}])
+    good = write_lines(
+        tmp_path / "g.jsonl",
+        [{"query": "a", "topk": 1, "hits": [[{"id": 1, "contents": "x"}, 0.5]]}],
+    )
     e = engine(folder, "--retriever_name", "replay", "--index_path", good)
     found = e.search(["a", "b"], 1)
-    assert json.dumps(found[0]) == '[[{"id": 1, "contents": "x"}, 0.5]]' and isinstance(found[1], EngineError)
+    assert json.dumps(found[0]) == '[[{"id": 1, "contents": "x"}, 0.5]]' and isinstance(
+        found[1], EngineError
+    )
 
 
 def test_injected_latency_has_its_quantiles():
     latency = Latency(200, 2000)
     draws = sorted(latency.draw() for _ in range(20000))
-    assert draws[10000] == pytest.approx(0.2, rel=0.05) and draws[19800] == pytest.approx(2.0, rel=0.1)
+    assert draws[10000] == pytest.approx(0.2, rel=0.05) and draws[19800] == pytest.approx(
+        2.0, rel=0.1
+    )
     assert math.isclose(latency.mu, math.log(0.2))

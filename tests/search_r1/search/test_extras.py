@@ -10,7 +10,10 @@ from search_r1.search.retrieval_server import parse_arguments
 
 @pytest.mark.parametrize(
     ("flags", "extra"),
-    [(["--retriever_name", "e5"], "dense"), (["--retriever_name", "empty", "--reranker", "x"], "dense")],
+    [
+        (["--retriever_name", "e5"], "dense"),
+        (["--retriever_name", "empty", "--reranker", "x"], "dense"),
+    ],
 )
 def test_the_extra_is_named(flags, extra, monkeypatch, tmp_path):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)

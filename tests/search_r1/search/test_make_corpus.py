@@ -14,7 +14,8 @@ def folder(tmp_path):
     (files / "deep").mkdir(parents=True)
     (files / "plain_note.txt").write_text("The harbour of Torvel is old. " * 40)
     (files / "deep" / "guide.md").write_text(
-        "---\ntags: [x]\n---\n# The Guide\n\nSome **bold** and a [link](http://x).\n\n```\ncode here\n```\n"
+        "---\ntags: [x]\n---\n# The Guide\n\nSome **bold** and a [link](http://x).\n\n```\ncode "
+        "here\n```\n"
     )
     (files / "page.html").write_text(
         "<html><head><title>A Page</title></head><body><p>Marna is hilly.</p></body></html>"
@@ -36,14 +37,18 @@ def test_files_become_titled_passages(folder, tmp_path, capsys):
     title, text = rows["plain_note.txt#1"].split("\n")
     assert title == '"plain note"' and len(text.split()) == 100
     bm25.build(tmp_path / "c.jsonl", tmp_path / "bm25")
-    (hits,) = bm25.BM25Retriever(tmp_path / "bm25", tmp_path / "c.jsonl").search(["Is Marna hilly?"], 1)
+    (hits,) = bm25.BM25Retriever(tmp_path / "bm25", tmp_path / "c.jsonl").search(
+        ["Is Marna hilly?"], 1
+    )
     assert hits[0][0]["id"] == "page.html#0"
 
 
 def test_a_short_rest_joins_the_passage_before_it():
     assert [len(p.split()) for p in passages("w " * 210, 100)] == [100, 110]
     assert [len(p.split()) for p in passages("w " * 230, 100)] == [100, 100, 30]
-    assert [len(p.split()) for p in passages("w " * 5, 100)] == [5] and list(passages("", 100)) == []
+    assert [len(p.split()) for p in passages("w " * 5, 100)] == [5] and list(
+        passages("", 100)
+    ) == []
 
 
 def test_unreadable_files_are_named_or_left_out(folder, tmp_path, capsys):

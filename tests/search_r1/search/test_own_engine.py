@@ -19,7 +19,15 @@ def test_the_engine_of_the_documentation_serves(tmp_path, monkeypatch):
     script.write_text(code)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
     for workers in ("1", "2"):
-        with server_process([sys.executable, str(script), "--topk", "1", "--workers", workers]) as (url, _):
-            while (answer := httpx.post(url, json={"queries": ["Is Mars red?", "venus"]})).status_code == 503:
+        with server_process([sys.executable, str(script), "--topk", "1", "--workers", workers]) as (
+            url,
+            _,
+        ):
+            while (
+                answer := httpx.post(url, json={"queries": ["Is Mars red?", "venus"]})
+            ).status_code == 503:
                 time.sleep(0.1)  # the other worker is still loading
-            assert answer.json()["result"] == [[{"id": "mars", "contents": '"Mars"\nMars is red.'}], []]
+            assert answer.json()["result"] == [
+                [{"id": "mars", "contents": '"Mars"\nMars is red.'}],
+                [],
+            ]

@@ -51,12 +51,15 @@ IMPATIENT = httpx.Timeout(60, read=0.2)
 
 
 class Engine:
-    """An engine for tests: echoes the query; `lag` seconds a call; words that break it or fail alone."""
+    """An engine for tests: echoes the query; `lag` seconds a call; words that break it or fail
+    alone."""
 
     name = "echo"
 
     def __init__(self, lag=0.0):
-        self.lag, self.calls, self.threads = lag, [], set()
+        self.lag = lag
+        self.calls = []
+        self.threads = set()
 
     def __len__(self):
         return 1
@@ -69,7 +72,8 @@ class Engine:
             raise RuntimeError("bitter")
         echo = [({"id": "0", "contents": f'"T"\n{q}'}, float(topk)) for q in queries]
         return [
-            EngineError("not this one") if q == "sour" else [hit] * topk for q, hit in zip(queries, echo, strict=True)
+            EngineError("not this one") if q == "sour" else [hit] * topk
+            for q, hit in zip(queries, echo, strict=True)
         ]
 
 
@@ -98,7 +102,9 @@ def ask(base, *queries, **body):
 def test_contract_with_and_without_scores(url, num_queries):
     """Two queries without scores broke the original: it took the second list for the scores."""
     queries = ["born in Torvel", "hills", "sails", "harbour", "the ?"][:num_queries]
-    scored = httpx.post(url, json={"queries": queries, "topk": 3, "return_scores": True}).json()["result"]
+    scored = httpx.post(url, json={"queries": queries, "topk": 3, "return_scores": True}).json()[
+        "result"
+    ]
     plain = httpx.post(url, json={"queries": queries, "topk": 3}).json()
     assert plain.keys() == {"result"} and len(scored) == len(plain["result"]) == num_queries
     assert [[hit["document"] for hit in hits] for hits in scored] == plain["result"]
@@ -109,20 +115,34 @@ def test_contract_with_and_without_scores(url, num_queries):
 
 
 def test_topk_of_server_and_validation_naming_the_field(url):
-    assert len(httpx.post(url, json={"queries": ["Torvel Marin Keld born"]}).json()["result"][0]) == 2
+    assert (
+        len(httpx.post(url, json={"queries": ["Torvel Marin Keld born"]}).json()["result"][0]) == 2
+    )
     for body, field in [
-        ({"queries": "not a list"}, "queries"), ({"queries": ["a", 1]}, "1"), ({"queries": [], "topk": 0}, "topk"),
-        ({}, "queries"), ({"queries": ["a"], "return_scores": "x"}, "return_scores"),
-    ]:  # fmt: skip
+        ({"queries": "not a list"}, "queries"),
+        ({"queries": ["a", 1]}, "1"),
+        ({"queries": [], "topk": 0}, "topk"),
+        ({}, "queries"),
+        ({"queries": ["a"], "return_scores": "x"}, "return_scores"),
+    ]:
         answer = httpx.post(url, json=body)
         assert answer.status_code == 422 and field in answer.json()["detail"][0]["loc"]
-    assert httpx.post(url, content=b"{broken", headers={"content-type": "application/json"}).status_code == 422
+    assert (
+        httpx.post(
+            url, content=b"{broken", headers={"content-type": "application/json"}
+        ).status_code
+        == 422
+    )
     assert httpx.post(url, content=b'{"queries": ["\\ud800"]}').status_code == 422
 
 
 def test_health_and_metrics(url):
     base = url.removesuffix("/retrieve")
-    assert httpx.get(f"{base}/health").json() == {"status": "ok", "retriever": "bm25", "num_documents": 4}
+    assert httpx.get(f"{base}/health").json() == {
+        "status": "ok",
+        "retriever": "bm25",
+        "num_documents": 4,
+    }
     ask(base, "harbour"), ask(base, "harbour")
     text = httpx.get(f"{base}/metrics").text
     for name in (
@@ -152,9 +172,18 @@ def test_a_token_is_asked_for():
     with serving(app(Engine(), token="secret")) as base:
         wait_until_ready(f"{base}/health")
         body = {"queries": ["a"]}
-        wrong = [httpx.post(f"{base}/retrieve", json=body, headers=h) for h in ({}, {"Authorization": "Bearer no"})]
-        right = httpx.post(f"{base}/retrieve", json=body, headers={"Authorization": "Bearer secret"})
-        assert [a.status_code for a in [*wrong, right]] == [401, 401, 200] and "secret" not in wrong[0].text
+        wrong = [
+            httpx.post(f"{base}/retrieve", json=body, headers=h)
+            for h in ({}, {"Authorization": "Bearer no"})
+        ]
+        right = httpx.post(
+            f"{base}/retrieve", json=body, headers={"Authorization": "Bearer secret"}
+        )
+        assert [a.status_code for a in [*wrong, right]] == [
+            401,
+            401,
+            200,
+        ] and "secret" not in wrong[0].text
 
 
 def test_not_ready_before_the_engine_is_loaded():
@@ -178,7 +207,9 @@ def test_requests_share_engine_calls_from_one_thread():
     with serving(app(engine, max_batch_size=50)) as base, ThreadPoolExecutor(32) as pool:
         wait_until_ready(f"{base}/health")
         answers = list(pool.map(lambda i: ask(base, f"q{i % 20}", topk=1 + i % 2), range(40)))
-        assert [a.json()["result"][0][0]["contents"] for a in answers] == [f'"T"\nq{i % 20}' for i in range(40)]
+        assert [a.json()["result"][0][0]["contents"] for a in answers] == [
+            f'"T"\nq{i % 20}' for i in range(40)
+        ]
         assert [len(a.json()["result"][0]) for a in answers] == [1 + i % 2 for i in range(40)]
     assert len(engine.calls) < 20 and len(engine.threads) == 1
     assert all(len(set(queries)) == len(queries) for queries, _ in engine.calls)
@@ -186,7 +217,10 @@ def test_requests_share_engine_calls_from_one_thread():
 
 def test_a_full_queue_answers_429_and_loses_nothing():
     engine = Engine(lag=0.3)
-    with serving(app(engine, max_batch_size=3, max_queue=3)) as base, ThreadPoolExecutor(16) as pool:
+    with (
+        serving(app(engine, max_batch_size=3, max_queue=3)) as base,
+        ThreadPoolExecutor(16) as pool,
+    ):
         wait_until_ready(f"{base}/health")
         answers = list(pool.map(lambda i: ask(base, f"q{i}"), range(12)))
         busy = [a for a in answers if a.status_code == 429]
@@ -195,18 +229,25 @@ def test_a_full_queue_answers_429_and_loses_nothing():
 
 
 async def test_a_refusal_costs_no_reading():
-    """A body that cannot be decoded is refused like any other, and after the rush it is an error again."""
-    engine, broken = Gate(), b'{"queries": ["'
+    """A body that cannot be decoded is refused like any other, and after the rush it is an error
+    again."""
+    engine = Gate()
+    broken = b'{"queries": ["'
     with serving(app(engine, max_batch_size=2, max_queue=2)) as base:
         wait_until_ready(f"{base}/health")
         async with httpx.AsyncClient(timeout=60) as http:
             let_in = [asyncio.create_task(http.post(f"{base}/retrieve", json={"queries": ["a"]}))]
             while not engine.calls:
                 await asyncio.sleep(0.01)
-            let_in += [asyncio.create_task(http.post(f"{base}/retrieve", json={"queries": [q]})) for q in "bc"]
+            let_in += [
+                asyncio.create_task(http.post(f"{base}/retrieve", json={"queries": [q]}))
+                for q in "bc"
+            ]
             while (await queue_depth(http, base)) < 2:
                 await asyncio.sleep(0.01)
-            refused = await asyncio.gather(*(http.post(f"{base}/retrieve", content=broken) for _ in range(50)))
+            refused = await asyncio.gather(
+                *(http.post(f"{base}/retrieve", content=broken) for _ in range(50))
+            )
             assert {answer.status_code for answer in refused} == {429}
             assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
             engine.opened.set()
@@ -222,7 +263,7 @@ async def queue_depth(http, base):
     return float(text.split("\nretrieval_queue_depth ")[1].split("\n")[0])
 
 
-async def test_the_queue_is_full_when_it_would_take_too_long_and_callers_return_at_different_times():
+async def test_the_queue_is_full_when_it_would_take_too_long_and_callers_return_one_by_one():
     engine = BatchingEngine(Engine(), ServerMetrics(), max_wait_s=20.0, cache_size=0)
     under_way = [asyncio.create_task(engine.search([f"q{i}" for i in range(30)], 3))]
     await asyncio.sleep(0)
@@ -249,8 +290,11 @@ async def test_the_queue_is_full_when_it_would_take_too_long_and_callers_return_
 
 
 async def test_a_full_batch_tells_the_pace_also_when_nobody_else_waits():
-    """Else a fast engine, whose queue is empty after every batch, would refuse as if nothing were known of it."""
-    engine = BatchingEngine(Engine(), ServerMetrics(), max_batch_size=4, max_wait_s=20.0, cache_size=0)
+    """Else a fast engine, whose queue is empty after every batch, would refuse as if nothing were
+    known of it."""
+    engine = BatchingEngine(
+        Engine(), ServerMetrics(), max_batch_size=4, max_wait_s=20.0, cache_size=0
+    )
     serving_task = asyncio.create_task(engine.run())
     await engine.search(["a", "b"], 3)
     assert not engine.pace.is_known
@@ -262,7 +306,8 @@ async def test_a_full_batch_tells_the_pace_also_when_nobody_else_waits():
 
 async def test_who_finds_room_when_it_is_his_turn_is_let_in(monkeypatch):
     monkeypatch.setattr(limits, "MAX_TURN_S", 0.0)
-    reasons, entered = [Overloaded(3.0), Overloaded(2.0), Overloaded(3.0), None, None], []
+    reasons = [Overloaded(3.0), Overloaded(2.0), Overloaded(3.0), None, None]
+    entered = []
 
     async def inside(scope, receive, send):
         entered.append(scope)
@@ -309,9 +354,15 @@ def test_a_query_that_breaks_the_engine_fails_alone():
         whole = ask(base, "a", "poison", "b", "sour")
         assert whole.status_code == 500 and "query 1" in whole.text and "query 3" in whole.text
         part = ask(base, "a", "poison", "b", "sour", allow_partial=True).json()
-        assert [len(hits) for hits in part["result"]] == [3, 0, 3, 0] and part["errors"].keys() == {"1", "3"}
+        assert [len(hits) for hits in part["result"]] == [3, 0, 3, 0] and part["errors"].keys() == {
+            "1",
+            "3",
+        }
         text = httpx.get(f"{base}/metrics").text
-        assert 'retrieval_errors_total{kind="crash"}' in text and 'retrieval_errors_total{kind="engine"}' in text
+        assert (
+            'retrieval_errors_total{kind="crash"}' in text
+            and 'retrieval_errors_total{kind="engine"}' in text
+        )
 
 
 def test_a_slow_engine_meets_the_deadline_and_lives_on():
@@ -352,15 +403,25 @@ async def test_hundreds_of_clients_that_give_up_cost_no_search(latency):
             async def give_up(i):
                 queries = [f"{i} {j}" for j in range(5)]
                 with pytest.raises(httpx.ReadTimeout):
-                    await http.post(f"{base}/retrieve", json={"queries": queries}, timeout=IMPATIENT)
+                    await http.post(
+                        f"{base}/retrieve", json={"queries": queries}, timeout=IMPATIENT
+                    )
 
             await asyncio.gather(*(give_up(i) for i in range(150)))
-            while 'retrieval_requests_total{status="499"} 150.0' not in (await http.get(f"{base}/metrics")).text:
+            while (
+                'retrieval_requests_total{status="499"} 150.0'
+                not in (await http.get(f"{base}/metrics")).text
+            ):
                 await asyncio.sleep(0.01)
             assert await queue_depth(http, base) == 0
-            following = asyncio.create_task(http.post(f"{base}/retrieve", json={"queries": ["next"]}))
+            following = asyncio.create_task(
+                http.post(f"{base}/retrieve", json={"queries": ["next"]})
+            )
             engine.opened.set()
-            assert [answer.status_code for answer in await asyncio.gather(long, following)] == [200, 200]
+            assert [answer.status_code for answer in await asyncio.gather(long, following)] == [
+                200,
+                200,
+            ]
     assert [queries for queries, _ in engine.calls] == [["long"], ["next"]]
 
 
@@ -399,7 +460,9 @@ def test_workers_share_the_index_and_sum_their_metrics(folder):
         base = address.removesuffix("/retrieve")
 
         def patient(i):
-            while (answer := ask(base, f"harbour {i}")).status_code == 503:  # the other worker is still loading
+            while (
+                answer := ask(base, f"harbour {i}")
+            ).status_code == 503:  # the other worker is still loading
                 time.sleep(0.05)
             return answer
 
@@ -412,21 +475,37 @@ def test_workers_share_the_index_and_sum_their_metrics(folder):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_what_cannot_be_loaded_ends_the_server_with_its_cause(tmp_path, workers):
-    command = [sys.executable, str(SERVER), "--index_path", str(tmp_path / "none"), "--corpus_path", "c.jsonl"]
+    command = [
+        sys.executable,
+        str(SERVER),
+        "--index_path",
+        str(tmp_path / "none"),
+        "--corpus_path",
+        "c.jsonl",
+    ]
     done = subprocess.run(
-        [*command, "--port", str(free_port()), "--workers", workers], capture_output=True, text=True, timeout=60
+        [*command, "--port", str(free_port()), "--workers", workers],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert done.returncode == 1 and "no index here" in done.stderr and "index_builder" in done.stderr
+    assert (
+        done.returncode == 1 and "no index here" in done.stderr and "index_builder" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
 def test_an_unexpected_failure_to_load_ends_the_server_with_its_traceback(tmp_path):
     """A server of a module of its own, whose engine breaks; it must not say "loading" for ever."""
     engine = (
-        "from search_r1.search.retrieval_server import parse_arguments\ndef load(args): raise RuntimeError('bitter')\n"
+        "from search_r1.search.retrieval_server import parse_arguments\ndef load(args): raise "
+        "RuntimeError('bitter')\n"
     )
     (tmp_path / "broken_engine.py").write_text(engine)
-    start = f"import sys; sys.path.append({str(tmp_path)!r})\nfrom search_r1.search.serve import serve\n"
+    start = (
+        f"import sys; sys.path.append({str(tmp_path)!r})\nfrom search_r1.search.serve import "
+        "serve\n"
+    )
     start += f"sys.exit(serve('broken_engine', ['--port', '{free_port()}']))"
     done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=60)
     line = json.loads(done.stderr.splitlines()[0])
@@ -441,7 +520,8 @@ async def test_an_unexpected_failure_of_the_queue_ends_the_server(monkeypatch, c
         raise RuntimeError("bitter")
 
     monkeypatch.setattr(BatchingEngine, "run", broken)
-    service, stops = Service(Engine, ServerSettings()), []
+    service = Service(Engine, ServerSettings())
+    stops = []
     service.stop = lambda: stops.append("stopped")
     await asyncio.wait_for(service.run(), 60)
     assert service.failed and stops == ["stopped"] and "bitter" in caplog.text
@@ -449,7 +529,14 @@ async def test_an_unexpected_failure_of_the_queue_ends_the_server(monkeypatch, c
 
 def test_logs_are_json_lines_without_queries(folder):
     port = free_port()
-    command = [sys.executable, str(SERVER), "--index_path", str(folder / "bm25"), "--port", str(port)]
+    command = [
+        sys.executable,
+        str(SERVER),
+        "--index_path",
+        str(folder / "bm25"),
+        "--port",
+        str(port),
+    ]
     server = subprocess.Popen(
         [*command, "--corpus_path", str(folder / "corpus.jsonl")], stderr=subprocess.PIPE, text=True
     )
@@ -464,7 +551,10 @@ def test_logs_are_json_lines_without_queries(folder):
 
 def test_malformed_http_is_refused_and_the_server_lives_on(url):
     host, port = url.removeprefix("http://").removesuffix("/retrieve").split(":")
-    for garbage in (b"\x00\xff garbage\r\n\r\n", b"POST /retrieve HTTP/1.1\r\nContent-Length: -5\r\n\r\n"):
+    for garbage in (
+        b"\x00\xff garbage\r\n\r\n",
+        b"POST /retrieve HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+    ):
         with socket.create_connection((host, int(port)), timeout=5) as s:
             s.sendall(garbage)
             assert b"400" in s.recv(4096).split(b"\r\n")[0]

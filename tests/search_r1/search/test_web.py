@@ -1,4 +1,5 @@
-"""Web search against local servers that speak each provider's documented protocol, errors included."""
+"""Web search against local servers that speak each provider's documented protocol, errors
+included."""
 
 import time
 
@@ -12,17 +13,28 @@ from search_r1.search.engine import EngineError
 from search_r1.search.html import title_and_text
 from search_r1.search.manifest import CorpusError
 from search_r1.search.serp_search_server import load, parse_arguments
-from search_r1.search.web import MAX_QUERY_CHARS, Pace, WebRetriever, brave, google, serpapi, shorten
+from search_r1.search.web import (
+    MAX_QUERY_CHARS,
+    Pace,
+    WebRetriever,
+    brave,
+    google,
+    serpapi,
+    shorten,
+)
 from tests.retrieval import serving, wait_until_ready
 
 KEY = "the-secret-key"
 
 
 class Web:
-    """The three providers and a web site. `answers`: what to say instead, in turn; `asked`: (parameters, headers)."""
+    """The three providers and a web site. `answers`: what to say instead, in turn; `asked`:
+    (parameters, headers)."""
 
     def __init__(self):
-        self.answers, self.asked, self.app = [], [], FastAPI()
+        self.answers = []
+        self.asked = []
+        self.app = FastAPI()
         self.app.add_api_route("/search", self.serpapi)
         self.app.add_api_route("/customsearch/v1", self.google)
         self.app.add_api_route("/res/v1/web/search", self.brave)
@@ -41,14 +53,27 @@ class Web:
             return answer
         if request.query_params.get("api_key") != KEY:
             return JSONResponse(
-                {"error": "Invalid API key. Your API key should be here: https://serpapi.com/manage-api-key"}, 401
+                {
+                    "error": "Invalid API key. Your API key should be here: https://serpapi.com/manage-api-key"
+                },
+                401,
             )
         query = request.query_params.get("q") or request.query_params.get("p")
         return {
             "search_metadata": {"status": "Success"},
-            "answer_box": {"type": "organic_result", "title": "Box", "answer": f"about {query}", "link": "http://box"},
+            "answer_box": {
+                "type": "organic_result",
+                "title": "Box",
+                "answer": f"about {query}",
+                "link": "http://box",
+            },
             "organic_results": [
-                {"position": i, "title": f"<b>R{i}</b>", "link": f"http://r{i}", "snippet": f"result {i}"}
+                {
+                    "position": i,
+                    "title": f"<b>R{i}</b>",
+                    "link": f"http://r{i}",
+                    "snippet": f"result {i}",
+                }
                 for i in range(1, 6)
             ],
             "related_questions": [{"question": "Why?", "snippet": "because", "link": "http://why"}],
@@ -68,7 +93,8 @@ class Web:
         count = int(request.query_params["num"])
         return {
             "items": [
-                {"title": f"G{i}", "link": f"{request.base_url}page?{i}", "snippet": f"g {i}"} for i in range(count)
+                {"title": f"G{i}", "link": f"{request.base_url}page?{i}", "snippet": f"g {i}"}
+                for i in range(count)
             ]
         }
 
@@ -94,8 +120,10 @@ class Web:
 
     def page(self):
         return HTMLResponse(
-            "<html><head><title>A page</title><style>p {}</style></head><body><nav>Home</nav><script>x()</script>"
-            "<h1>Head</h1><p>First&nbsp;line of <i>text</i>.</p><p>Second.</p><footer>Legal</footer></body></html>"
+            "<html><head><title>A page</title><style>p "
+            "{}</style></head><body><nav>Home</nav><script>x()</script>"
+            "<h1>Head</h1><p>First&nbsp;line of "
+            "<i>text</i>.</p><p>Second.</p><footer>Legal</footer></body></html>"
         )
 
     def broken(self):
@@ -137,13 +165,23 @@ def test_google_and_brave(web):
 
 
 def test_pages_become_text_and_unreachable_ones_keep_their_snippet(web):
-    (hits,) = retriever(google(KEY, "cse", f"{web.base}/customsearch/v1"), fetch_pages=True).search(["x"], 1)
+    (hits,) = retriever(google(KEY, "cse", f"{web.base}/customsearch/v1"), fetch_pages=True).search(
+        ["x"], 1
+    )
     assert hits[0][0]["contents"] == '"G0"\nHead\nFirst line of text.\nSecond.'
-    (hits,) = retriever(brave(KEY, f"{web.base}/res/v1/web/search"), fetch_pages=True).search(["x"], 1)
+    (hits,) = retriever(brave(KEY, f"{web.base}/res/v1/web/search"), fetch_pages=True).search(
+        ["x"], 1
+    )
     assert hits[0][0]["contents"].startswith('"B"\nthe best')
 
 
-QUOTA = {"error": {"code": 403, "message": "Daily limit exceeded", "errors": [{"reason": "dailyLimitExceeded"}]}}
+QUOTA = {
+    "error": {
+        "code": 403,
+        "message": "Daily limit exceeded",
+        "errors": [{"reason": "dailyLimitExceeded"}],
+    }
+}
 PER_DAY = {
     "error": {
         "code": 429,
@@ -171,7 +209,9 @@ BRAVE_BUSY = {
 )
 def test_errors_are_typed_and_retried_where_that_may_help(web, answer, kind, attempts):
     web.answers = [answer] * attempts
-    found = retriever(serpapi(KEY, "google", f"{web.base}/search"), max_retries=2).search(["x"], 3)[0]
+    found = retriever(serpapi(KEY, "google", f"{web.base}/search"), max_retries=2).search(["x"], 3)[
+        0
+    ]
     assert isinstance(found, EngineError) and found.kind == kind and len(web.asked) == attempts
     assert KEY not in str(found)
 
@@ -189,7 +229,9 @@ def test_a_rate_limit_is_waited_for(web):
 
 
 def test_an_unreachable_provider_is_an_error_without_the_key():
-    engine = retriever(serpapi(KEY, "google", f"http://127.0.0.1:{free_port()}/search"), max_retries=1)
+    engine = retriever(
+        serpapi(KEY, "google", f"http://127.0.0.1:{free_port()}/search"), max_retries=1
+    )
     found = engine.search(["x"], 3)[0]
     assert isinstance(found, EngineError) and "ConnectError" in str(found) and KEY not in str(found)
     assert KEY not in repr(brave(KEY))
@@ -197,7 +239,9 @@ def test_an_unreachable_provider_is_an_error_without_the_key():
 
 def test_the_cache_outlives_the_process_and_holds_no_key(web, tmp_path):
     def fresh():
-        return retriever(serpapi(KEY, "google", f"{web.base}/search"), cache=tmp_path / "cache.sqlite")
+        return retriever(
+            serpapi(KEY, "google", f"{web.base}/search"), cache=tmp_path / "cache.sqlite"
+        )
 
     first = fresh().search(["x"], 3)
     assert fresh().search(["x"], 3) == first and len(web.asked) == 1
@@ -206,9 +250,13 @@ def test_the_cache_outlives_the_process_and_holds_no_key(web, tmp_path):
 
 
 def test_failures_are_not_cached(web, tmp_path):
-    engine = retriever(serpapi(KEY, "google", f"{web.base}/search"), cache=tmp_path / "c.sqlite", max_retries=0)
+    engine = retriever(
+        serpapi(KEY, "google", f"{web.base}/search"), cache=tmp_path / "c.sqlite", max_retries=0
+    )
     web.answers = [(500, {}, {})]
-    assert isinstance(engine.search(["x"], 3)[0], EngineError) and len(engine.search(["x"], 3)[0]) == 3
+    assert (
+        isinstance(engine.search(["x"], 3)[0], EngineError) and len(engine.search(["x"], 3)[0]) == 3
+    )
 
 
 def test_queries_are_cut():
@@ -217,7 +265,8 @@ def test_queries_are_cut():
 
 
 def test_requests_keep_the_pace():
-    pace, began = Pace(50), time.monotonic()
+    pace = Pace(50)
+    began = time.monotonic()
     for _ in range(6):
         pace.wait()
     assert time.monotonic() - began >= 0.1
@@ -240,14 +289,27 @@ def test_the_published_command_line(web):
 
     script = Path(__file__).parents[3] / "search_r1" / "search" / "serp_search_server.py"
     port = free_port()
-    command = [sys.executable, str(script), "--search_url", f"{web.base}/search", "--topk", "3", "--serp_api_key", KEY]
+    command = [
+        sys.executable,
+        str(script),
+        "--search_url",
+        f"{web.base}/search",
+        "--topk",
+        "3",
+        "--serp_api_key",
+        KEY,
+    ]
     server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE, text=True)
     try:
         wait_until_ready(f"http://127.0.0.1:{port}/health", server)
-        answer = httpx.post(f"http://127.0.0.1:{port}/retrieve", json={"queries": ["one", "two"]}, timeout=20)
+        answer = httpx.post(
+            f"http://127.0.0.1:{port}/retrieve", json={"queries": ["one", "two"]}, timeout=20
+        )
         assert [len(hits) for hits in answer.json()["result"]] == [3, 3]
         web.answers = [(401, {"error": "Invalid API key."}, {})]
-        refused = httpx.post(f"http://127.0.0.1:{port}/retrieve", json={"queries": ["three"]}, timeout=20)
+        refused = httpx.post(
+            f"http://127.0.0.1:{port}/retrieve", json={"queries": ["three"]}, timeout=20
+        )
         assert refused.status_code == 500 and "Invalid API key" in refused.text
     finally:
         server.terminate()

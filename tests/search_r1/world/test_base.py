@@ -10,7 +10,14 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search_r1.agent.actions import Invalid, parse_action
-from search_r1.world.base import POOR_STAGES, READING_STAGES, SETTLED_STAGES, answered, build, examples
+from search_r1.world.base import (
+    POOR_STAGES,
+    READING_STAGES,
+    SETTLED_STAGES,
+    answered,
+    build,
+    examples,
+)
 from search_r1.world.generate import WorldConfig, make_world
 from search_r1.world.model import LOOK_BACK, random_model
 from search_r1.world.traces import PolicyMix, TraceWriter, encode_trace
@@ -39,7 +46,9 @@ def test_first_turns_are_valid_actions(base):
     small = WorldConfig(train_people=20, test_people=20, train_questions=20, test_questions=20)
     for row in make_world(small).rows["test"][:10]:
         ids = torch.tensor([encode_text(tokenizer, row["prompt"][0]["content"])])
-        out = model.generate(ids, max_new_tokens=32, do_sample=False, eos_token_id=ends, pad_token_id=0)
+        out = model.generate(
+            ids, max_new_tokens=32, do_sample=False, eos_token_id=ends, pad_token_id=0
+        )
         action, _ = parse_action(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
         assert not isinstance(action, Invalid)
 
@@ -50,9 +59,11 @@ def test_it_reads_about_names_it_has_never_seen_at_any_rank(base):
     right = total = 0
     for _ in range(60):
         row = encode_trace(writer(), tokenizer)
-        ids, read = torch.tensor([row["input_ids"]]), torch.tensor(row["read_mask"])[1:].bool()
+        ids = torch.tensor([row["input_ids"]])
+        read = torch.tensor(row["read_mask"])[1:].bool()
         guessed = model(ids).logits[0, :-1].argmax(-1)
-        right, total = right + int((guessed == ids[0, 1:])[read].sum()), total + int(read.sum())
+        right = right + int((guessed == ids[0, 1:])[read].sum())
+        total = total + int(read.sum())
     assert right / total > 0.97
 
 
@@ -75,10 +86,20 @@ def test_first_layer_looks_back_before_training(base):
 
 
 def test_builder_runs_end_to_end(tmp_path):
-    short = [dataclasses.replace(stage, max_steps=2) for stage in (*READING_STAGES, *SETTLED_STAGES, *POOR_STAGES)]
+    short = [
+        dataclasses.replace(stage, max_steps=2)
+        for stage in (*READING_STAGES, *SETTLED_STAGES, *POOR_STAGES)
+    ]
     start_process_group(1)
     try:
-        build(tmp_path / "base", seed=0, reading=short[:2], settled=short[2:3], poor=short[3:], asked=3)
+        build(
+            tmp_path / "base",
+            seed=0,
+            reading=short[:2],
+            settled=short[2:3],
+            poor=short[3:],
+            asked=3,
+        )
     finally:
         dist.destroy_process_group()
     assert answered(tmp_path / "base", count=3) == 0.0

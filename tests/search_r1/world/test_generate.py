@@ -7,9 +7,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from search_r1.world.__main__ import main
-from search_r1.world.generate import Question, WorldConfig, ask, common_island, make_world, relation_chains
+from search_r1.world.generate import (
+    Question,
+    WorldConfig,
+    ask,
+    common_island,
+    make_world,
+    relation_chains,
+)
 
-SMALL = WorldConfig(train_people=40, test_people=30, spare_people=10, train_questions=100, test_questions=60)
+SMALL = WorldConfig(
+    train_people=40, test_people=30, spare_people=10, train_questions=100, test_questions=60
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +27,8 @@ def world():
 
 
 def test_a_seed_is_a_world(world):
-    again, other = make_world(SMALL), make_world(SMALL.model_copy(update={"seed": 1}))
+    again = make_world(SMALL)
+    other = make_world(SMALL.model_copy(update={"seed": 1}))
     assert again.passages == world.passages and again.rows == world.rows
     assert other.passages != world.passages
 
@@ -37,14 +47,18 @@ def test_gold_passages_lead_from_the_subject_to_the_answer(world):
         extra = row["extra_info"]
         assert len(extra["gold_ids"]) == extra["hops"] == len(extra["path"]) - 1
         assert extra["path"][0] in row["prompt"][0]["content"]
-        for gold, subject, target in zip(extra["gold_ids"], extra["path"], extra["path"][1:], strict=False):
+        for gold, subject, target in zip(
+            extra["gold_ids"], extra["path"], extra["path"][1:], strict=False
+        ):
             title, text = contents[gold].split("\n")
             assert title == f'"{subject}"' and f" {target}." in text
         assert row["reward_model"]["ground_truth"]["target"] == [extra["path"][-1]]
 
 
 def test_questions_nest_from_the_last_relation_outwards():
-    question = Question(("employer", "founder", "residence"), ("Torvel", "Kalmen", "Binzor", "Zorbin"))
+    question = Question(
+        ("employer", "founder", "residence"), ("Torvel", "Kalmen", "Binzor", "Zorbin")
+    )
     assert question.text == "Where does the founder of the employer of Torvel live?"
     assert len(relation_chains(1)) == 7
 
@@ -67,9 +81,20 @@ def test_questions_are_different_and_spread_over_relations():
 
 
 def test_command_line_writes_the_files(tmp_path):
-    small = ["--train-people", "20", "--test-people", "20", "--train-questions", "20", "--test-questions", "10"]
+    small = [
+        "--train-people",
+        "20",
+        "--test-people",
+        "20",
+        "--train-questions",
+        "20",
+        "--test-questions",
+        "10",
+    ]
     assert main(["--out", str(tmp_path), *small]) == 0
     table = pq.read_table(tmp_path / "train.parquet")
-    assert {"data_source", "prompt", "ability", "reward_model", "extra_info"} == set(table.column_names)
+    assert {"data_source", "prompt", "ability", "reward_model", "extra_info"} == set(
+        table.column_names
+    )
     line = json.loads((tmp_path / "corpus.jsonl").read_text().splitlines()[0])
     assert set(line) == {"id", "contents"}

@@ -53,7 +53,8 @@ def test_clean_traces_search_every_hop_and_answer_right():
         queries = [p.text for p in pieces if "<search>" in p.text]
         reads = [p.text.strip() for p in pieces if p.kind == "read"]
         assert len(queries) == len(reads) == 2
-        bridge, answer = (read.split()[-1] for read in reads)  # a piece reads the relation and the name
+        # a piece reads the relation and the name
+        bridge, answer = (read.split()[-1] for read in reads)
         assert pieces[-1].text == f" <answer> {answer} </answer>"
         assert f"<search> {bridge} </search>" in queries[1]
 

@@ -1,4 +1,5 @@
-"""The engine follows its server, both played by plain processes, and the server its engine, both real."""
+"""The engine follows its server, both played by plain processes, and the server its engine, both
+real."""
 
 import os
 import subprocess
@@ -23,7 +24,12 @@ from verl.workers.rollout.vllm_server import VLLMServer
 async def main():
     config = RolloutConfig(dtype="float32", cpu_kvcache_gb=0.1)
     server = VLLMServer(
-        config, ModelConfig(path=sys.argv[1]), max_model_len=64, device="cpu", replica_rank=0, num_replicas=1
+        config,
+        ModelConfig(path=sys.argv[1]),
+        max_model_len=64,
+        device="cpu",
+        replica_rank=0,
+        num_replicas=1,
     )
     await server.start()
     (engine,) = [p for p in psutil.Process().children() if "EngineCore" in "".join(p.cmdline())]
@@ -36,14 +42,17 @@ if __name__ == "__main__":
 ENGINE = "import os, time; from verl.workers.rollout.engine_process import FollowServer; "
 FOLLOW = "FollowServer().follow({server}); print('ready', flush=True); time.sleep(60)"
 START = (
-    "import os, subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}.replace('SERVER', str(os.getpid()))])"
+    "import os, subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}.replace('SERVER', "
+    "str(os.getpid()))])"
 )
 
 
 def test_a_killed_engine_takes_its_server_along_when_nothing_is_generated(tmp_path):
     (tmp_path / "serve.py").write_text(SERVER)
     command = [sys.executable, str(tmp_path / "serve.py"), make_tiny_qwen2(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=240)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=240
+    )
     assert done.returncode == 1
 
 
@@ -52,7 +61,9 @@ def test_a_killed_server_takes_its_engine_along(levels):
     code = ENGINE + FOLLOW.format(server="SERVER")
     if levels == 2:
         code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
-    with subprocess.Popen([sys.executable, "-c", START.format(code=code)], stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [sys.executable, "-c", START.format(code=code)], stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdout is not None and server.stdout.readline() == "ready\n"
         family = psutil.Process(server.pid).children(recursive=True)
         assert len(family) == levels

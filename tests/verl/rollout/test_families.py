@@ -1,4 +1,5 @@
-"""Every model family goes the whole way: rollout, actor, reference, critic, update, weight sync, rollout again."""
+"""Every model family goes the whole way: rollout, actor, reference, critic, update, weight sync,
+rollout again."""
 
 import asyncio
 import tempfile
@@ -52,15 +53,21 @@ FAMILIES: dict[str, Family] = {
     "gemma3": (transformers.Gemma3TextConfig, SLIDING),
 }
 """Configuration class, and what is set beside `SHAPE`."""
-TEMPERATURE, FLOAT32 = 0.7, FSDPConfig(model_dtype="float32", dtype="float32")
+TEMPERATURE = 0.7
+FLOAT32 = FSDPConfig(model_dtype="float32", dtype="float32")
 ROLLOUT = RolloutConfig(
-    dtype="float32", enforce_eager=True, cpu_threads=1, cpu_kvcache_gb=0.1, max_num_batched_tokens=256,
+    dtype="float32",
+    enforce_eager=True,
+    cpu_threads=1,
+    cpu_kvcache_gb=0.1,
+    max_num_batched_tokens=256,
     temperature=TEMPERATURE,
-)  # fmt: skip
+)
 
 
 def make_model(folder: Path, family: Family) -> str:
-    """A random model of the family, its head tied where the family ties it, with a window shorter than its rows."""
+    """A random model of the family, its head tied where the family ties it, with a window shorter
+    than its rows."""
     tokenizer = make_tokenizer(folder, vocab=300)
     config_class, extra = family
     tokens: dict[str, Any] = {
@@ -88,7 +95,9 @@ def to_batch(prompts: list[list[int]], outs: list[Completion]) -> DataProto:
         {
             "prompts": torch.tensor(prompts),
             "responses": column([out.token_ids for out in outs]),
-            "attention_mask": torch.cat([torch.ones(len(prompts), len(prompts[0]), dtype=torch.long), mask], dim=1),
+            "attention_mask": torch.cat(
+                [torch.ones(len(prompts), len(prompts[0]), dtype=torch.long), mask], dim=1
+            ),
             "response_mask": mask,
             "rollout_log_probs": column([out.log_probs for out in outs]),
             "advantages": torch.linspace(-1, 1, len(outs))[:, None].expand(-1, width) * mask,
@@ -100,15 +109,22 @@ def to_batch(prompts: list[list[int]], outs: list[Completion]) -> DataProto:
 
 
 def train(path: str, batch: DataProto, folder: str) -> dict[str, Any]:
-    """One step of everything; the updated weights are in `folder`, as an engine reads them and as a model."""
-    model, optim = ModelConfig(path=path), OptimConfig(lr=1e-2)
+    """One step of everything; the updated weights are in `folder`, as an engine reads them and as a
+    model."""
+    model = ModelConfig(path=path)
+    optim = OptimConfig(lr=1e-2)
     actor = ActorWorker(model, ActorConfig(optim=optim, fsdp_config=FLOAT32), ROLLOUT, 10)
     reference = ReferenceWorker(model, RefConfig(fsdp_config=FLOAT32), TEMPERATURE)
     batch = batch.union(actor.compute_log_prob(batch)).union(reference.compute_ref_log_prob(batch))
     norms = [actor.update_actor(batch)["grad_norm"]]
-    if type(transformers.AutoConfig.from_pretrained(path)) in AutoModelForTokenClassification._model_mapping:
+    if (
+        type(transformers.AutoConfig.from_pretrained(path))
+        in AutoModelForTokenClassification._model_mapping
+    ):
         critic = CriticWorker(CriticConfig(model=model, optim=optim, fsdp_config=FLOAT32), 10)
-        batch = batch.union(critic.compute_values(batch)).with_tensors(returns=batch.batch["advantages"])
+        batch = batch.union(critic.compute_values(batch)).with_tensors(
+            returns=batch.batch["advantages"]
+        )
         assert batch.batch["values"].abs().max() > 0
         norms.append(critic.update_critic(batch)["grad_norm"])
     write_weights(full_parameters(actor.state.model), folder, has_head(actor.state.model.config))
@@ -123,20 +139,34 @@ def log_probs(path: str, batch: DataProto) -> torch.Tensor:
 
 async def sample(server: VLLMServer, prompts: list[list[int]]) -> DataProto:
     sampling = {
-        "temperature": TEMPERATURE, "top_p": 1.0, "top_k": -1, "max_tokens": 24, "stop": [], "seed": 5,
+        "temperature": TEMPERATURE,
+        "top_p": 1.0,
+        "top_k": -1,
+        "max_tokens": 24,
+        "stop": [],
+        "seed": 5,
         "log_probs": True,
-    }  # fmt: skip
-    requests = [server.generate(f"{server.version}-{i}", prompt, sampling) for i, prompt in enumerate(prompts)]
+    }
+    requests = [
+        server.generate(f"{server.version}-{i}", prompt, sampling)
+        for i, prompt in enumerate(prompts)
+    ]
     return to_batch(prompts, await asyncio.gather(*requests))
 
 
 async def whole_way(
     path: str, rollout: RolloutConfig = ROLLOUT
 ) -> tuple[DataProto, dict[str, Any], DataProto, torch.Tensor]:
-    """A batch and what training on it gave; a batch of the synced engine and the updated policy's log-probs of it."""
+    """A batch and what training on it gave; a batch of the synced engine and the updated policy's
+    log-probs of it."""
     prompts = torch.randint(5, 250, (4, 12), generator=torch.Generator().manual_seed(1)).tolist()
     server = VLLMServer(
-        rollout, ModelConfig(path=path), max_model_len=128, device="cpu", replica_rank=0, num_replicas=1
+        rollout,
+        ModelConfig(path=path),
+        max_model_len=128,
+        device="cpu",
+        replica_rank=0,
+        num_replicas=1,
     )
     await server.start()
     try:
@@ -161,8 +191,12 @@ def gap(batch: DataProto, log_probs: torch.Tensor) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(tmp_path, family):
     before, trained, after, scored = asyncio.run(whole_way(make_model(tmp_path, FAMILIES[family])))
-    assert gap(before, trained["old_log_probs"]) < 1e-3 and gap(before, trained["ref_log_prob"]) < 1e-3
+    assert (
+        gap(before, trained["old_log_probs"]) < 1e-3 and gap(before, trained["ref_log_prob"]) < 1e-3
+    )
     assert min(trained["grad_norms"]) > 0
     assert gap(after, scored) < 1e-3
     same = before.batch["responses"].shape == after.batch["responses"].shape
-    assert not same or not torch.equal(before.batch["responses"], after.batch["responses"]), "the policy has moved"
+    assert not same or not torch.equal(before.batch["responses"], after.batch["responses"]), (
+        "the policy has moved"
+    )

@@ -9,7 +9,8 @@ from verl.workers.config import ModelConfig, RolloutConfig
 from verl.workers.rollout import vllm_server
 from verl.workers.rollout.vllm_server import VLLMServer
 
-PICKLED, FLASHINFER = "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_USE_FLASHINFER_SAMPLER"
+PICKLED = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+FLASHINFER = "VLLM_USE_FLASHINFER_SAMPLER"
 
 
 def server(colocated: bool = True) -> VLLMServer:

@@ -1,4 +1,5 @@
-"""An engine is lost while weights travel: vLLM's own senders on gloo ranks, with stubs for what only a GPU has.
+"""An engine is lost while weights travel: vLLM's own senders on gloo ranks, with stubs for what
+only a GPU has.
 
 No rank may be left in a collective, and the next transfer must bring all weights.
 """
@@ -31,7 +32,8 @@ BUFFERS: dict[str, list[tuple[str, torch.Tensor]]] = {}
 
 
 class Call:
-    """A method of an engine's handle: `remote` answers at once, with an exception where it fails."""
+    """A method of an engine's handle: `remote` answers at once, with an exception where it
+    fails."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
@@ -44,10 +46,13 @@ class Call:
 
 
 class StubEngine:
-    """An engine's handle. It refuses a second update beside one, as vLLM's worker does, unless `VLLMServer` ends it."""
+    """An engine's handle. It refuses a second update beside one, as vLLM's worker does, unless
+    `VLLMServer` ends it."""
 
     def __init__(self, dies_at_chunk: int | None = None) -> None:
-        self.dies_at_chunk, self.chunks, self.calls = dies_at_chunk, 0, []
+        self.dies_at_chunk = dies_at_chunk
+        self.chunks = 0
+        self.calls = []
         self.weights: dict[str, torch.Tensor] = {}
 
     def __getattr__(self, name: str) -> Call:
@@ -80,7 +85,9 @@ def get(answers: list[Any]) -> list[Any]:
 
 def cpu_chunks(iterator: Iterator[Any], gpu_uuid: str, **_: Any) -> Iterator[PackedIpcChunk]:
     """vLLM's producer over CUDA IPC, with tensors of this process in place of the shared buffer."""
-    while (chunk := pack_tensors(recorded(iterator, gpu_uuid), lambda item: item[1], CHUNK_BYTES)) is not None:
+    while (
+        chunk := pack_tensors(recorded(iterator, gpu_uuid), lambda item: item[1], CHUNK_BYTES)
+    ) is not None:
         names = [str(dtype).removeprefix("torch.") for dtype in chunk.dtypes]
         yield PackedIpcChunk(chunk.names, chunk.shapes, names, chunk.tensor_sizes, {gpu_uuid: ()})
 
@@ -118,10 +125,12 @@ def failure_of(sender: WeightSender) -> str:
 
 
 def over_ipc(path: str) -> tuple[str, str, list[str], dict[str, torch.Tensor]]:
-    """What a rank saw of a transfer in which the second engine dies, and of the one that follows."""
+    """What a rank saw of a transfer in which the second engine dies, and of the one that
+    follows."""
     without_a_gpu()
     model = policy(path)
-    living, dying = StubEngine(), StubEngine(dies_at_chunk=2)
+    living = StubEngine()
+    dying = StubEngine(dies_at_chunk=2)
     first = failure_of(WeightSender(model, [living, dying], "cuda"))
     second = failure_of(WeightSender(model, [living, StubEngine()], "cuda"))
     return first, second, living.calls, living.weights
@@ -136,17 +145,22 @@ def test_an_engine_lost_during_a_transfer_over_ipc_leaves_no_rank_behind(tmp_pat
     (first, second, calls, weights), (other, nothing, none, _) = run_ranks(2, over_ipc, str(path))
     assert (first, second) == ("RayActorError", "") and (other, nothing, none) == ("", "", [])
     again = calls.index("init", 1)
-    assert calls[:again] == ["init", "start", "update", "update"], "nothing is sent once one is lost"
+    assert calls[:again] == ["init", "start", "update", "update"], (
+        "nothing is sent once one is lost"
+    )
     assert calls[again : again + 2] == ["init", "start"] and calls[-1] == "finish"
     for name, tensor in expected_weights(path).items():
         torch.testing.assert_close(weights[name], tensor)
 
 
 class StubGroup:
-    """vLLM's communicator: a broadcast returns when the engines have it, or never if one is gone."""
+    """vLLM's communicator: a broadcast returns when the engines have it, or never if one is
+    gone."""
 
     def __init__(self) -> None:
-        self.lost, self.destroyed, self.disabled = threading.Event(), threading.Event(), False
+        self.lost = threading.Event()
+        self.destroyed = threading.Event()
+        self.disabled = False
         self.sent: list[int] = []
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
@@ -161,7 +175,9 @@ class StubGroup:
         self.destroyed.set()
 
 
-def broadcast_chunks(iterator: Iterator[Any], group: StubGroup, post_iter_func: Any, src: int, **_: Any) -> None:
+def broadcast_chunks(
+    iterator: Iterator[Any], group: StubGroup, post_iter_func: Any, src: int, **_: Any
+) -> None:
     """vLLM's producer over NCCL, without its streams."""
     while (chunk := pack_tensors(iterator, post_iter_func, CHUNK_BYTES)) is not None:
         group.broadcast(chunk.packed_tensor, src)
@@ -172,7 +188,8 @@ class LostInBroadcast(StubEngine):
 
     def __init__(self, group: StubGroup, before: bool) -> None:
         super().__init__()
-        self.group, self.before = group, before
+        self.group = group
+        self.before = before
 
     def on_start_weight_update(self) -> None:
         if self.before:
@@ -184,12 +201,14 @@ class LostInBroadcast(StubEngine):
 
 
 def over_nccl(path: str) -> list[tuple[str, list[int]]]:
-    """What a rank saw of transfers whose engine dies before or within, and the bytes of the broadcasts."""
+    """What a rank saw of transfers whose engine dies before or within, and the bytes of the
+    broadcasts."""
     without_a_gpu()
     senders: Any = nccl_engine
     senders.packed_nccl_broadcast_producer = broadcast_chunks
     weight_sync.os.environ["MASTER_ADDR"] = "127.0.0.1"
-    model, seen = policy(path), []
+    model = policy(path)
+    seen = []
     for before in (True, False):
         group = StubGroup()
         senders.open_trainer_endpoint = lambda info, group=group: group

@@ -37,7 +37,8 @@ class GatedWorker(AgentLoopWorker):
     """An agent worker over a gate."""
 
     def __init__(self):
-        self.agent, self.engines = Gate(), Engines()
+        self.agent = Gate()
+        self.engines = Engines()
         self.limit(2)
 
     async def end_one(self):
@@ -56,7 +57,9 @@ def test_finished_trajectories_are_progress_and_nothing_else_is(caplog):
     manager = RolloutManager.__new__(RolloutManager)
     worker = spawn(GatedWorker, num_cpus=0)
     get(ready(worker))
-    manager.workers, manager.lifelines, manager.finished = [worker], [], {}
+    manager.workers = [worker]
+    manager.lifelines = []
+    manager.finished = {}
     manager.progress_s = 0.05
     heard = threading.Semaphore(0)
     manager.on_progress = heard.release

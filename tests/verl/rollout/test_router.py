@@ -58,7 +58,9 @@ def test_finished_sessions_are_forgotten_and_free_their_engine():
             await turns(router, f"short{i}", 1)
 
     asyncio.run(main())
-    assert len(servers[0].request_ids) == 1, "the engine that holds the long session is the busier one"
+    assert len(servers[0].request_ids) == 1, (
+        "the engine that holds the long session is the busier one"
+    )
     assert router.load == [1, 0] and list(router.sessions) == ["long"]
     router.forget("never started")
     assert router.load == [1, 0]
@@ -75,7 +77,8 @@ class MortalServer(FakeServer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.end, self.dead = asyncio.Event(), False
+        self.end = asyncio.Event()
+        self.dead = False
 
     async def remote(self, request_id, prompt_ids, sampling):
         self.request_ids.append(request_id)
@@ -98,7 +101,8 @@ async def let_others_run():
 
 
 async def test_calls_of_a_dead_engine_are_repeated_on_another_one():
-    dying, other = MortalServer(), FakeServer()
+    dying = MortalServer()
+    other = FakeServer()
     router = Router([dying, other])
     calls = [asyncio.ensure_future(router.generate(f"s{i}", [i], {})) for i in range(4)]
     await let_others_run()
@@ -115,13 +119,16 @@ async def test_calls_of_a_dead_engine_are_repeated_on_another_one():
 
 
 async def test_without_an_engine_a_call_waits_for_one():
-    first, second = MortalServer(), MortalServer()
+    first = MortalServer()
+    second = MortalServer()
     router = Router([first, second])
     calls = [asyncio.ensure_future(router.generate(f"s{i}", [i], {})) for i in range(3)]
     await let_others_run()
     first.die(), second.die()
     await let_others_run()
-    assert not any(call.done() for call in calls) and router.load == [0, 0] and router.sessions == {}
+    assert (
+        not any(call.done() for call in calls) and router.load == [0, 0] and router.sessions == {}
+    )
     calls.append(asyncio.ensure_future(router.generate("new", [1], {})))
     fresh = FakeServer()
     router.replace(1, fresh)
@@ -139,12 +146,17 @@ async def test_a_call_that_kills_engine_after_engine_is_given_up():
     router = Router(servers)
     with pytest.raises(TrajectoryFailed, match="3 engines died"):
         await router.generate("s", [1], {})
-    assert [len(server.request_ids) for server in servers] == [1, 1, 1, 0] and router.dead == {0, 1, 2}
+    assert [len(server.request_ids) for server in servers] == [1, 1, 1, 0] and router.dead == {
+        0,
+        1,
+        2,
+    }
     assert router.load == [0, 0, 0, 0] and router.sessions == {}
 
 
 async def test_a_late_error_of_a_replaced_engine_does_not_mark_the_new_one():
-    old, new = MortalServer(), FakeServer()
+    old = MortalServer()
+    new = FakeServer()
     router = Router([old])
     call = asyncio.ensure_future(router.generate("s", [1], {}))
     await let_others_run()
@@ -155,7 +167,8 @@ async def test_a_late_error_of_a_replaced_engine_does_not_mark_the_new_one():
 
 
 async def test_a_session_whose_engine_died_between_its_turns_loses_no_attempt():
-    first, second = MortalServer(), MortalServer()
+    first = MortalServer()
+    second = MortalServer()
     router = Router([first, second])
     first.live(), second.live()
     for session in ("idle", "filler", "other"):  # on the first, the second, the first
@@ -164,4 +177,6 @@ async def test_a_session_whose_engine_died_between_its_turns_loses_no_attempt():
     await router.generate("other", [1], {})
     assert router.dead == {0} and router.load == [1, 2] and len(first.request_ids) == 3
     await router.generate("idle", [1, 2], {})
-    assert router.load == [0, 3] and len(first.request_ids) == 3, "it does not ask the dead one first"
+    assert router.load == [0, 3] and len(first.request_ids) == 3, (
+        "it does not ask the dead one first"
+    )

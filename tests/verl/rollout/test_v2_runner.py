@@ -1,7 +1,9 @@
-"""vLLM's second model runner, which a GPU gets and the CPU engine never: what of it is Python and torch.
+"""vLLM's second model runner, which a GPU gets and the CPU engine never: what of it is Python and
+torch.
 
-Its kernels are Triton's, so they are replaced by what they compute; that they do is the smoke's first question
-(scripts/bench/gpu.sh). Left is what is asked of them: after which steps log-probs are taken, and for whom.
+Its kernels are Triton's, so they are replaced by what they compute; that they do is the smoke's
+first question (scripts/bench/gpu.sh). Left is what is asked of them: after which steps log-probs
+are taken, and for whom.
 """
 
 from types import SimpleNamespace
@@ -19,7 +21,8 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 logprob: Any = logprob_module
 sampler: Any = sampler_module
-ROWS, VOCAB = 4, 32
+ROWS = 4
+VOCAB = 32
 
 
 class OnHost:
@@ -27,14 +30,16 @@ class OnHost:
 
     def __init__(self, size: Any, dtype: torch.dtype, **_: Any) -> None:
         self.cpu = torch.zeros(size, dtype=dtype)
-        self.np, self.gpu = self.cpu.numpy(), self.cpu
+        self.np = self.cpu.numpy()
+        self.gpu = self.cpu
 
     def copy_to_uva(self, n: int | None = None) -> torch.Tensor:
         return self.gpu
 
 
 def divide(logits: torch.Tensor, rows: torch.Tensor, temperature: torch.Tensor) -> None:
-    """Temperature, in place, as `_temperature_kernel` does: 0 and 1 leave the logits as they are."""
+    """Temperature, in place, as `_temperature_kernel` does: 0 and 1 leave the logits as they
+    are."""
     chosen = temperature[rows]
     logits /= torch.where(chosen == 0, 1.0, chosen)[:, None]
 
@@ -54,7 +59,9 @@ def take_log_probs(out: Any, logits: Any, _1: Any, ids: Any, *_: Any, **__: Any)
     out.copy_(logits.float().log_softmax(-1).gather(1, ids))
 
 
-def choose(logits: torch.Tensor, rows: Any, temperature: Any, seeds: Any, *_: Any, **__: Any) -> torch.Tensor:
+def choose(
+    logits: torch.Tensor, rows: Any, temperature: Any, seeds: Any, *_: Any, **__: Any
+) -> torch.Tensor:
     """In the place of `gumbel_sample`: the second best token."""
     return logits.topk(2).indices[:, 1]
 
@@ -135,7 +142,8 @@ def run(sampler_: Sampler, *rows: SamplingParams) -> Any:
 def test_log_probs_are_those_after_temperature_of_the_sampled_token_alone(make):
     temperatures = [1.0, 0.7, 0.0, 2.0]
     out = run(make(), *(params(temperature=t) for t in temperatures))
-    found, ids = out.logprobs_tensors.logprobs, out.logprobs_tensors.logprob_token_ids
+    found = out.logprobs_tensors.logprobs
+    ids = out.logprobs_tensors.logprob_token_ids
     assert found.shape == (ROWS, 1) and found.dtype == torch.float32, "logprobs=0: one a token"
     scale = torch.tensor([t or 1.0 for t in temperatures])[:, None]
     expected = (LOGITS.float() / scale).log_softmax(-1).gather(1, ids)

@@ -1,4 +1,5 @@
-"""The real engine (vLLM on CPU) beside a transformers forward. One engine serves the whole module."""
+"""The real engine (vLLM on CPU) beside a transformers forward. One engine serves the whole
+module."""
 
 import asyncio
 import itertools
@@ -21,8 +22,24 @@ from verl.workers.rollout.weight_sync import write_engine_model, write_weights
 pytestmark = pytest.mark.cpu_engine
 
 torch.set_num_threads(1)
-ATTENTION = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj"]
-OTHERS = ["gate_proj", "up_proj", "down_proj", "input_layernorm", "post_attention_layernorm", "model.norm", "lm_head"]
+ATTENTION = [
+    "q_proj.weight",
+    "k_proj.weight",
+    "v_proj.weight",
+    "q_proj.bias",
+    "k_proj.bias",
+    "v_proj.bias",
+    "o_proj",
+]
+OTHERS = [
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "model.norm",
+    "lm_head",
+]
 ENDS_TOO = 321
 """Ends a turn as well, says generation_config.json alone."""
 GROUPS = ["embed_tokens", *ATTENTION, *OTHERS]
@@ -46,7 +63,14 @@ class Lab:
 
     def generate(self, prompt: list[int], **sampling: Any) -> Any:
         """A coroutine."""
-        defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": 16, "stop": [], "seed": None}
+        defaults = {
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": -1,
+            "max_tokens": 16,
+            "stop": [],
+            "seed": None,
+        }
         defaults["log_probs"] = True
         return self.server.generate(f"r{next(self.names)}", prompt, defaults | sampling)
 
@@ -70,17 +94,29 @@ def lab(tmp_path_factory):
     tied = make_tiny_qwen2(tmp_path_factory.mktemp("tied"), tied=True, seed=1)
     untied = make_tiny_qwen2(tmp_path_factory.mktemp("untied"), tied=False, seed=2)
     edit_json(
-        tied / "generation_config.json", eos_token_id=[AutoTokenizer.from_pretrained(tied).eos_token_id, ENDS_TOO]
+        tied / "generation_config.json",
+        eos_token_id=[AutoTokenizer.from_pretrained(tied).eos_token_id, ENDS_TOO],
     )
     config = RolloutConfig(
-        dtype="float32", enforce_eager=True, cpu_threads=1, cpu_kvcache_gb=0.25, max_num_batched_tokens=512
+        dtype="float32",
+        enforce_eager=True,
+        cpu_threads=1,
+        cpu_kvcache_gb=0.25,
+        max_num_batched_tokens=512,
     )
     server = VLLMServer(
-        config, ModelConfig(path=str(tied)), max_model_len=512, device="cpu", replica_rank=0, num_replicas=1
+        config,
+        ModelConfig(path=str(tied)),
+        max_model_len=512,
+        device="cpu",
+        replica_rank=0,
+        num_replicas=1,
     )
     lab = Lab(server, asyncio.new_event_loop(), str(tied), str(untied), itertools.count())
     lab.run(server.start())
-    engine = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in "".join(p.cmdline())]
+    engine = [
+        p for p in psutil.Process().children(recursive=True) if "EngineCore" in "".join(p.cmdline())
+    ]
     yield lab
     lab.run(server.shutdown())
     _, alive = psutil.wait_procs(engine, timeout=10)
@@ -89,15 +125,21 @@ def lab(tmp_path_factory):
 
 
 @torch.no_grad()
-def reference(model: Qwen2ForCausalLM, prompt: list[int], out: Completion, temperature: float = 1.0) -> torch.Tensor:
+def reference(
+    model: Qwen2ForCausalLM, prompt: list[int], out: Completion, temperature: float = 1.0
+) -> torch.Tensor:
     """Log-probs of the sampled tokens under `model`: [number of tokens]."""
     ids = torch.tensor([prompt + out.token_ids])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / (temperature or 1.0)
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
-def difference(model: Qwen2ForCausalLM, prompt: list[int], out: Completion, temperature: float = 1.0) -> float:
-    return float((reference(model, prompt, out, temperature) - torch.tensor(out.log_probs)).abs().max())
+def difference(
+    model: Qwen2ForCausalLM, prompt: list[int], out: Completion, temperature: float = 1.0
+) -> float:
+    return float(
+        (reference(model, prompt, out, temperature) - torch.tensor(out.log_probs)).abs().max()
+    )
 
 
 def prompts(n: int, length: int = 40) -> list[list[int]]:
@@ -130,7 +172,9 @@ def test_log_probs_are_those_of_what_was_sampled_from(lab, temperature):
     lab.sync(model)
     batch = prompts(24)
     outs = lab.run(*(lab.generate(p, temperature=temperature) for p in batch))
-    assert max(difference(model, p, o, temperature) for p, o in zip(batch, outs, strict=True)) < 1e-4
+    assert (
+        max(difference(model, p, o, temperature) for p, o in zip(batch, outs, strict=True)) < 1e-4
+    )
     if temperature == 0:
         logits = model(torch.tensor([batch[0]])).logits[0, -1]
         assert outs[0].token_ids[0] == int(logits.argmax())
@@ -155,15 +199,24 @@ def test_every_parameter_group_reaches_the_engine(lab, tied):
         perturb(touched, seed=len(seen), scale=0.3)
         lab.sync(model)
         fresh = lab.run(*(lab.generate(p, max_tokens=6) for p in batch))
-        for temperature, outs in ((1.0, fresh), (0.7, lab.run(*(lab.generate(p, temperature=0.7) for p in batch)))):
-            assert max(difference(model, p, o, temperature) for p, o in zip(batch, outs, strict=True)) < 1e-3, group
+        for temperature, outs in (
+            (1.0, fresh),
+            (0.7, lab.run(*(lab.generate(p, temperature=0.7) for p in batch))),
+        ):
+            assert (
+                max(difference(model, p, o, temperature) for p, o in zip(batch, outs, strict=True))
+                < 1e-3
+            ), group
         if group != "k_proj.bias":  # a shift of all keys alike moves attention little
-            assert max(difference(model, p, o) for p, o in zip(batch, stale, strict=True)) > 1e-3, group
+            assert max(difference(model, p, o) for p, o in zip(batch, stale, strict=True)) > 1e-3, (
+                group
+            )
     assert seen == {name for name, _ in model.named_parameters()}
 
 
 def test_turns_reuse_the_cache_and_agree(lab):
-    """Contexts that grow by turns, as an agent's do: cached and recomputed prefixes give the same log-probs."""
+    """Contexts that grow by turns, as an agent's do: cached and recomputed prefixes give the same
+    log-probs."""
     model = load(lab.untied)
     lab.sync(model)
 
@@ -186,7 +239,9 @@ def test_a_stop_string_ends_on_the_token_that_completes_it(lab):
     model = load(lab.untied)
     rig(model, [start, *chain])
     lab.sync(model)
-    (out,) = lab.run(lab.generate([start], temperature=0.0, max_tokens=50, stop=["</answer>", "</search>"]))
+    (out,) = lab.run(
+        lab.generate([start], temperature=0.0, max_tokens=50, stop=["</answer>", "</search>"])
+    )
     assert out.token_ids == spoken
     assert (out.finish_reason, out.stop_reason) == ("stop", "</search>")
     assert difference(model, [start], out) < 1e-4
@@ -206,7 +261,8 @@ def test_a_sampled_end_of_text_is_kept(lab):
 
 
 def test_every_token_that_ends_a_turn_stops_the_engine_and_is_kept(lab, tmp_path, monkeypatch):
-    """EOS of the tokenizer, further EOS of the generation configuration, the end of a turn in the chat template."""
+    """EOS of the tokenizer, further EOS of the generation configuration, the end of a turn in the
+    chat template."""
     tokenizer = AutoTokenizer.from_pretrained(lab.untied)
     assert lab.server.stop_token_ids == sorted([tokenizer.eos_token_id, ENDS_TOO])
     first, last, other = tokenizer("hello")["input_ids"][:3]
@@ -218,7 +274,9 @@ def test_every_token_that_ends_a_turn_stops_the_engine_and_is_kept(lab, tmp_path
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
     tokenizer.save_pretrained(tmp_path)
     GenerationConfig(eos_token_id=[ends["eos"], ends["generation"]]).save_pretrained(tmp_path)
-    monkeypatch.setattr(lab.server, "stop_token_ids", stop_token_ids(ModelConfig(path=str(tmp_path))))
+    monkeypatch.setattr(
+        lab.server, "stop_token_ids", stop_token_ids(ModelConfig(path=str(tmp_path)))
+    )
     assert lab.server.stop_token_ids == sorted(set(ends.values()))
     for name, end in ends.items():
         model = load(lab.untied)
@@ -231,18 +289,24 @@ def test_every_token_that_ends_a_turn_stops_the_engine_and_is_kept(lab, tmp_path
 
 
 def test_seeds(lab):
-    """The same tokens whatever runs beside, also when the prompts exceed the tokens of one engine step."""
+    """The same tokens whatever runs beside, also when the prompts exceed the tokens of one engine
+    step."""
     lab.sync(load(lab.untied))
     prompt, *others = prompts(30)
     (alone,) = lab.run(lab.generate(prompt, seed=11))
     beside = lab.run(lab.generate(prompt, seed=11), *(lab.generate(p, seed=1) for p in others))
     assert alone.token_ids == beside[0].token_ids
-    different = lab.run(*(lab.generate(prompt, seed=s) for s in range(5)), lab.generate(prompt), lab.generate(prompt))
+    different = lab.run(
+        *(lab.generate(prompt, seed=s) for s in range(5)),
+        lab.generate(prompt),
+        lab.generate(prompt),
+    )
     assert len({tuple(o.token_ids) for o in different}) == 7
 
 
 def test_samples_follow_the_distribution(lab):
-    """Chi-square of 4,000 seeded first tokens against the softmax, tokens expected less than 5 times pooled."""
+    """Chi-square of 4,000 seeded first tokens against the softmax, tokens expected less than 5
+    times pooled."""
     model = load(lab.untied)
     lab.sync(model)
     (prompt,) = prompts(1)
@@ -258,8 +322,10 @@ def test_samples_follow_the_distribution(lab):
 
 
 def test_versions_and_requests_around_a_sync(lab):
-    """Running requests finish under the old weights, those that come during the sync wait for the new ones."""
-    old, new = load(lab.tied), load(lab.untied)
+    """Running requests finish under the old weights, those that come during the sync wait for the
+    new ones."""
+    old = load(lab.tied)
+    new = load(lab.untied)
     lab.sync(old, version=3)
     prompt = prompts(1)[0]
 
@@ -307,6 +373,7 @@ def test_the_engines_model_has_a_head_of_its_own(tmp_path, tied):
     (tmp_path / "engine").mkdir()
     write_engine_model(ModelConfig(path=str(source)), str(tmp_path / "engine"))
     assert AutoConfig.from_pretrained(tmp_path / "engine").tie_word_embeddings is False
-    a, b = load(str(source)), load(str(tmp_path / "engine"))
+    a = load(str(source))
+    b = load(str(tmp_path / "engine"))
     ids = torch.tensor(prompts(1))
     torch.testing.assert_close(a(ids).logits, b(ids).logits)

@@ -61,7 +61,8 @@ def test_whole_tensors_arrive_with_a_head_and_leave_nothing_behind(tmp_path, tie
 
 
 def test_the_engine_gets_what_belongs_to_the_model_beside_its_weights(tmp_path):
-    model, copy = make_tiny_qwen2(tmp_path / "model", layers=1), tmp_path / "copy"
+    model = make_tiny_qwen2(tmp_path / "model", layers=1)
+    copy = tmp_path / "copy"
     copy.mkdir()
     generation = b'{"eos_token_id": [5, 7], "temperature": 0.7, "do_sample": false}'
     (model / "generation_config.json").write_bytes(generation)
@@ -91,7 +92,9 @@ def test_no_rank_goes_on_before_the_engines_have_the_weights(monkeypatch, rank, 
     monkeypatch.setattr(weight_sync, "get", load)
     sender = weight_sync.WeightSender.__new__(weight_sync.WeightSender)
     server = SimpleNamespace(load_weights=SimpleNamespace(remote=lambda folder: folder))
-    sender.engine, sender.model, sender.servers = None, SimpleNamespace(config=None), [server]
+    sender.engine = None
+    sender.model = SimpleNamespace(config=None)
+    sender.servers = [server]
     with pytest.raises(RuntimeError, match="died") if dies else nullcontext():
         sender.send()
     assert said == ["gathered", *["loaded"] * (rank == 0), "barrier"]

@@ -13,15 +13,19 @@ from verl.workers.rollout.agent_worker import Failure, Job
 class RolloutAhead:
     """Batches of prompts under way, trained on in the order in which they were drawn.
 
-    With `max_staleness` = s, s + 1 batches are under way while the next one is waited for, so that one is at most s
-    updates older than the weights it trains. First in, first out: taking whatever finishes first would prefer short
-    trajectories, and the order of the prompts would depend on timing. So the order alone says what is under way, and
-    the state to resume from is that of the oldest batch not yet trained on.
+    With `max_staleness` = s, s + 1 batches are under way while the next one is waited for, so that
+    one is at most s updates older than the weights it trains. First in, first out: taking whatever
+    finishes first would prefer short trajectories, and the order of the prompts would depend on
+    timing. So the order alone says what is under way, and the state to resume from is that of the
+    oldest batch not yet trained on.
     """
 
     def __init__(self, config: PPOConfig, train_set: RLHFDataset, rollout: RolloutManager) -> None:
-        data, trainer = config.data, config.trainer
-        self.config, self.train_set, self.rollout = config, train_set, rollout
+        data = config.data
+        trainer = config.trainer
+        self.config = config
+        self.train_set = train_set
+        self.rollout = rollout
         self.sampler = ResumableSampler(
             len(train_set), data.train_batch_size, trainer.seed, data.shuffle_train_dataloader
         )
@@ -29,9 +33,11 @@ class RolloutAhead:
         self.under_way: deque[tuple[dict[str, int], Submitted]] = deque()
 
     def next(self, steps_left: int) -> tuple[list[Job], list[Trajectory | Failure]]:
-        """Jobs and results of the oldest batch; before waiting for it, batches of the next steps are submitted.
+        """Jobs and results of the oldest batch; before waiting for it, batches of the next steps
+        are submitted.
 
-        `steps_left`: training steps that want a batch, this one included: none is rolled out that no step will see.
+        `steps_left`: training steps that want a batch, this one included: none is rolled out that
+        no step will see.
         """
         wanted = max(1, min(self.config.async_training.max_staleness + 1, steps_left))
         while len(self.under_way) < wanted:
@@ -39,7 +45,8 @@ class RolloutAhead:
         return self.rollout.collect(self.under_way.popleft()[1])
 
     def _submit(self) -> Submitted:
-        rows, seed = next(self.batches), self.config.trainer.seed
+        rows = next(self.batches)
+        seed = self.config.trainer.seed
         return self.rollout.submit(
             [self.train_set.rows[i] for i in rows],
             [self.train_set.prompt_ids[i] for i in rows],
@@ -48,7 +55,8 @@ class RolloutAhead:
         )
 
     def settle(self) -> None:
-        """Before new weights: waits for the trajectories under way, where they may not change weights between turns."""
+        """Before new weights: waits for the trajectories under way, where they may not change
+        weights between turns."""
         if not self.config.async_training.partial_rollout:
             self.rollout.drain([submitted for _, submitted in self.under_way])
 

@@ -1,4 +1,5 @@
-"""From what the rollout returned to a batch that can be trained on: what is dropped, and which row goes where."""
+"""From what the rollout returned to a batch that can be trained on: what is dropped, and which row
+goes where."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,8 @@ class Drawn:
         trajectories: Sequence[Trajectory],
         dropped: Mapping[str, int],
     ) -> None:
-        """Adds one batch of prompts: everything that came back, what survived of it, and what `surviving` dropped."""
+        """Adds one batch of prompts: everything that came back, what survived of it, and what
+        `surviving` dropped."""
         self.num_batches += 1
         self.results += results
         self.surviving += trajectories
@@ -59,28 +61,45 @@ class Drawn:
         """Why no trajectory is left to train on, and what to do."""
         if not self.surviving:
             counts = {**self.metrics(), "rollout/drawn": float(len(self.results))}
-            listed = ", ".join(f"{name} {value:g}" for name, value in sorted(counts.items()) if "share" not in name)
+            listed = ", ".join(
+                f"{name} {value:g}" for name, value in sorted(counts.items()) if "share" not in name
+            )
             return f"no trajectory of this step can be trained on ({listed})"
         return (
-            f"none of {len(self.surviving)} trajectories is in a group that differs in {filters.metric} "
-            "(algorithm.filter_groups), so nothing can be learned: try easier questions, or a denser reward"
+            f"none of {len(self.surviving)} trajectories is in a group that differs in "
+            f"{filters.metric} "
+            "(algorithm.filter_groups), so nothing can be learned: try easier questions, or a "
+            "denser reward"
         )
 
 
-def failure_metrics(results: Sequence[Trajectory | Failure], prefix: str = "rollout") -> dict[str, float]:
-    """Share of failed trajectories, in all and by the number of environment calls of the failed ones."""
+def failure_metrics(
+    results: Sequence[Trajectory | Failure], prefix: str = "rollout"
+) -> dict[str, float]:
+    """Share of failed trajectories, in all and by the number of environment calls of the failed
+    ones."""
     failed = [r for r in results if isinstance(r, Failure)]
-    metrics = {f"{prefix}/failed_share": len(failed) / len(results), f"{prefix}/failed": float(len(failed))}
+    metrics = {
+        f"{prefix}/failed_share": len(failed) / len(results),
+        f"{prefix}/failed": float(len(failed)),
+    }
     by_calls = Counter(f.num_calls for f in failed)
-    return metrics | {f"{prefix}/failed/calls_{calls}": float(n) for calls, n in sorted(by_calls.items())}
+    return metrics | {
+        f"{prefix}/failed/calls_{calls}": float(n) for calls, n in sorted(by_calls.items())
+    }
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Reward components, tokens by author, and contexts that were not a prefix of their trajectory (must be 0)."""
+    """Reward components, tokens by author, and contexts that were not a prefix of their trajectory
+    (must be 0)."""
     size = len(trajectories)
     metrics = {f"reward/{name}": mean for name, mean in component_means(trajectories).items()}
-    metrics |= {f"rollout/{s}_tokens": sum(t.num_tokens(s) for t in trajectories) / size for s in Source}
-    return metrics | {"rollout/context_violations": float(sum(t.context_violations for t in trajectories))}
+    metrics |= {
+        f"rollout/{s}_tokens": sum(t.num_tokens(s) for t in trajectories) / size for s in Source
+    }
+    return metrics | {
+        "rollout/context_violations": float(sum(t.context_violations for t in trajectories))
+    }
 
 
 def component_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -89,18 +108,23 @@ def component_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     for trajectory in trajectories:
         for name, value in trajectory.reward.items():
             values.setdefault(name, []).append(value)
-    return {name: sum(values[name]) / len(values[name]) for name in sorted(values.keys() - {"score"})}
+    return {
+        name: sum(values[name]) / len(values[name]) for name in sorted(values.keys() - {"score"})
+    }
 
 
 def check_failures(results: Sequence[Trajectory | Failure], limit: float) -> None:
-    """Raises RolloutFailed, with the commonest causes, when more than the share `limit` of a batch failed."""
+    """Raises RolloutFailed, with the commonest causes, when more than the share `limit` of a batch
+    failed."""
     failed = [r.message for r in results if isinstance(r, Failure)]
     if len(failed) > limit * len(results) or len(failed) == len(results):
         causes = "\n".join(f"  {n} x {cause}" for cause, n in Counter(failed).most_common(3))
         raise RolloutFailed(
-            f"{len(failed)} of {len(results)} trajectories failed, more than trainer.max_failed_share={limit}:\n"
+            f"{len(failed)} of {len(results)} trajectories failed, more than "
+            f"trainer.max_failed_share={limit}:\n"
             f"{causes}\n"
-            "The last checkpoint is intact: repair the cause, then run the same command again to resume."
+            "The last checkpoint is intact: repair the cause, then run the same command again to "
+            "resume."
         )
 
 
@@ -115,9 +139,11 @@ def groups_of(jobs: Sequence[Job], trajectories: Sequence[Trajectory]) -> list[l
 def score_groups(
     reward: Any, jobs: Sequence[Job], results: Sequence[Trajectory | Failure], min_group: int
 ) -> list[Trajectory | Failure]:
-    """The results after a reward that has `score_groups` has compared the trajectories of each prompt.
+    """The results after a reward that has `score_groups` has compared the trajectories of each
+    prompt.
 
-    A trajectory that this leaves without a finite score is a failure. Raises RewardError when the reward raises.
+    A trajectory that this leaves without a finite score is a failure. Raises RewardError when the
+    reward raises.
     """
     if not hasattr(reward, "score_groups"):
         return list(results)
@@ -132,7 +158,8 @@ def score_groups(
 def surviving(
     jobs: Sequence[Job], results: Sequence[Trajectory | Failure], min_group: int
 ) -> tuple[list[Job], list[Trajectory], dict[str, int]]:
-    """Trajectories to train on: those that did not fail, wrote a token, and whose group keeps `min_group` members.
+    """Trajectories to train on: those that did not fail, wrote a token, and whose group keeps
+    `min_group` members.
 
     And how many were dropped for the two latter reasons, under the names of their metrics.
     With one survivor the advantage of GRPO would be the bare reward, so its group goes too.
@@ -145,7 +172,10 @@ def surviving(
     sizes = Counter(job.uid for job, _ in alive)
     kept = [(job, result) for job, result in alive if sizes[job.uid] >= min_group]
     empty = sum(isinstance(r, Trajectory) and not r.num_tokens(Source.MODEL) for r in results)
-    dropped = {"rollout/dropped_empty": empty, "rollout/dropped_small_group": len(alive) - len(kept)}
+    dropped = {
+        "rollout/dropped_empty": empty,
+        "rollout/dropped_small_group": len(alive) - len(kept),
+    }
     return [job for job, _ in kept], [result for _, result in kept], dropped
 
 
@@ -158,24 +188,33 @@ def build_batch(
     world_size: int,
     state_masking: bool,
 ) -> DataProto:
-    """The batch, its rows ordered by rank, with `uid`, `data_source` and the columns of `num_mini_batches`.
+    """The batch, its rows ordered by rank, with `uid`, `data_source` and the columns of
+    `num_mini_batches`.
 
-    `num_mini_batches` says for the actor, and for the critic where there is one, how many optimizer steps the batch
-    takes. Consecutive rows form mini-batches, so that a group stays together; each mini-batch is spread over the ranks
-    with nearly equal tokens. `meta_info["rank_sizes"]` is what each rank gets. Without `state_masking` every response
-    token is trained on (the paper's ablation); this is the only place that decides it.
+    `num_mini_batches` says for the actor, and for the critic where there is one, how many optimizer
+    steps the batch takes. Consecutive rows form mini-batches, so that a group stays together; each
+    mini-batch is spread over the ranks with nearly equal tokens. `meta_info["rank_sizes"]` is what
+    each rank gets. Without `state_masking` every response token is trained on (the paper's
+    ablation); this is the only place that decides it.
     """
     lengths = [len(t.prompt_ids) + sum(len(s.token_ids) for s in t.segments) for t in trajectories]
     place = np.arange(len(lengths))
-    mini_batches = {column: place * number // len(lengths) for column, number in num_mini_batches.items()}
+    mini_batches = {
+        column: place * number // len(lengths) for column, number in num_mini_batches.items()
+    }
     ranks = rows_of_ranks(lengths, list(mini_batches.values()), world_size)
-    order = [row for rank in ranks for row in rank]  # before there is a batch: it is too large to be copied for it
+    order = [
+        row for rank in ranks for row in rank
+    ]  # before there is a batch: it is too large to be copied for it
     data = collate_trajectories([trajectories[row] for row in order], pad_token_id)
     if not state_masking:
         prompt_len = data.batch["prompts"].shape[1]
         data = data.with_tensors(response_mask=data.batch["attention_mask"][:, prompt_len:])
     return DataProto.from_dict(
-        {**data.batch, **{column: torch.from_numpy(index[order]) for column, index in mini_batches.items()}},
+        {
+            **data.batch,
+            **{column: torch.from_numpy(index[order]) for column, index in mini_batches.items()},
+        },
         {
             "uid": np.array([jobs[row].uid for row in order], dtype=object),
             "data_source": np.array([jobs[row].row["data_source"] for row in order], dtype=object),
@@ -184,12 +223,15 @@ def build_batch(
     )
 
 
-def rows_of_ranks(lengths: Sequence[int], mini_batches: Sequence[np.ndarray], world_size: int) -> list[list[int]]:
-    """The rows of each rank: every mini-batch [B] spread over all of them, with nearly equal tokens for each.
+def rows_of_ranks(
+    lengths: Sequence[int], mini_batches: Sequence[np.ndarray], world_size: int
+) -> list[list[int]]:
+    """The rows of each rank: every mini-batch [B] spread over all of them, with nearly equal tokens
+    for each.
 
-    Of several divisions into mini-batches (the actor's and the critic's), each piece between two borders is spread, so
-    that the mini-batches of all divisions are. Where rows do not divide evenly, the parts with more rows go to another
-    rank in each piece.
+    Of several divisions into mini-batches (the actor's and the critic's), each piece between two
+    borders is spread, so that the mini-batches of all divisions are. Where rows do not divide
+    evenly, the parts with more rows go to another rank in each piece.
     """
     ranks: list[list[int]] = [[] for _ in range(world_size)]
     _, piece_of_row = np.unique(np.stack(mini_batches), axis=1, return_inverse=True)

@@ -1,4 +1,5 @@
-"""The checkpoints of a run, as its driver sees them: written in the background, named when whole, rolled back to."""
+"""The checkpoints of a run, as its driver sees them: written in the background, named when whole,
+rolled back to."""
 
 import json
 import math
@@ -16,24 +17,32 @@ ROLL_BACKS = "roll_backs.json"
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The driver's state in the checkpoint `folder`. Raises CheckpointError naming the file that cannot be used."""
+    """The driver's state in the checkpoint `folder`. Raises CheckpointError naming the file that
+    cannot be used."""
     path = folder / TRAINER
     if not path.exists() and (folder / PICKLED_TRAINER).exists():
         raise CheckpointError(old_format(folder / PICKLED_TRAINER))
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: the driver's part of the checkpoint cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{path}: the driver's part of the checkpoint cannot be read ({error})"
+        ) from error
 
 
 class Checkpoints:
     """Saves and restores the trained roles together with the state of the driver.
 
-    A checkpoint that cannot be written (a full disk) is reported and given up: the run goes on with the one before.
+    A checkpoint that cannot be written (a full disk) is reported and given up: the run goes on with
+    the one before.
     """
 
-    def __init__(self, config: TrainerConfig, roles: dict[str, Any], message: Callable[[str], None]) -> None:
-        self.config, self.root, self.message = config, Path(config.default_local_dir), message
+    def __init__(
+        self, config: TrainerConfig, roles: dict[str, Any], message: Callable[[str], None]
+    ) -> None:
+        self.config = config
+        self.root = Path(config.default_local_dir)
+        self.message = message
         self.roles = {name: roles[name] for name in ("actor", "critic") if name in roles}
         self.pending: int | None = None
         self.suspect_from: int | None = None
@@ -48,7 +57,8 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copies everything, and starts writing it; training may go on when this returns."""
         self.complete()
-        self.pending, self.failure = step, None
+        self.pending = step
+        self.failure = None
         try:
             self._write(run_folder.pending_folder(self.root, step), state, self.config.async_save)
         except (CheckpointError, OSError) as error:
@@ -59,7 +69,8 @@ class Checkpoints:
         return run_folder.folder_of(self.root, step).is_dir()
 
     def snapshot(self, folder: Path, state: dict[str, Any]) -> None:
-        """Writes everything to a folder that no run resumes from by itself. Raises CheckpointError or OSError."""
+        """Writes everything to a folder that no run resumes from by itself. Raises CheckpointError
+        or OSError."""
         self.complete()
         self._write(folder, state, asynchronous=False)
 
@@ -71,9 +82,11 @@ class Checkpoints:
             role.save_checkpoint(str(folder / name), asynchronous)
 
     def complete(self, must_succeed: bool = False) -> None:
-        """Waits for the checkpoint under way, makes it the one to resume from, and deletes what is not to be kept.
+        """Waits for the checkpoint under way, makes it the one to resume from, and deletes what is
+        not to be kept.
 
-        A checkpoint that failed is given up; with `must_succeed` the last one raises CheckpointError or OSError.
+        A checkpoint that failed is given up; with `must_succeed` the last one raises
+        CheckpointError or OSError.
         """
         if self.pending is not None:
             self._complete(self.pending)
@@ -88,7 +101,8 @@ class Checkpoints:
         except (CheckpointError, OSError) as error:
             self._give_up(error)
             return
-        self.pending, self.newest = None, step
+        self.pending = None
+        self.newest = step
         self._rank(step)
         needed = [step for step in (self._healthy(), self.awaited) if step is not None]
         try:
@@ -107,9 +121,13 @@ class Checkpoints:
         return errors[0] if errors else None
 
     def _give_up(self, error: Exception) -> None:
-        step, self.pending, self.failure = self.pending, None, error
+        step = self.pending
+        self.pending = None
+        self.failure = error
         assert step is not None
-        self.message(f"checkpoint of step {step} FAILED, training goes on and the one before stays: {error}")
+        self.message(
+            f"checkpoint of step {step} FAILED, training goes on and the one before stays: {error}"
+        )
         try:
             run_folder.discard(self.root, step)
         except OSError as error:
@@ -131,18 +149,24 @@ class Checkpoints:
         try:
             run_folder.mark_best(self.root, step, name, self.scores[step])
         except OSError as error:
-            self.message(f"the checkpoint of step {step} could not be compared with the best: {error}")
+            self.message(
+                f"the checkpoint of step {step} could not be compared with the best: {error}"
+            )
 
     def load(self, step: int) -> dict[str, Any]:
-        """Restores the roles as they were after `step`; what `save` was given as the driver's state.
+        """Restores the roles as they were after `step`; what `save` was given as the driver's
+        state.
 
-        Learning rates are the configured ones; what roll-backs have multiplied them by, also since then, stays.
+        Learning rates are the configured ones; what roll-backs have multiplied them by, also since
+        then, stays.
         """
         folder = run_folder.folder_of(self.root, step)
         for name, role in self.roles.items():
             role.load_checkpoint(str(folder / name))
         state = read_state(folder)
-        factor = math.prod(entry["lr_factor"] for entry in self._rolled_back_since(state) if entry["to"] >= step)
+        factor = math.prod(
+            entry["lr_factor"] for entry in self._rolled_back_since(state) if entry["to"] >= step
+        )
         if factor != 1:
             for role in self.roles.values():
                 role.scale_lr(factor)
@@ -155,23 +179,29 @@ class Checkpoints:
         return json.loads(path.read_text()) if path.exists() else []
 
     def rewind(self, alarm: int, lr_factor: float) -> int | None:
-        """The newest checkpoint before `suspect_from`, now the one to resume from; None if there is none."""
+        """The newest checkpoint before `suspect_from`, now the one to resume from; None if there is
+        none."""
         self.complete()
         step = self._healthy()
         if step is None:
             return None
         self.scores = {scored: value for scored, value in self.scores.items() if scored <= step}
         entries = [*self.roll_backs(), {"alarm": alarm, "to": step, "lr_factor": lr_factor}]
-        run_folder.name_latest(self.root, step)  # first: a crash in between costs the factor, not a factor too many
+        # first: a crash in between costs the factor, not a factor too many
+        run_folder.name_latest(self.root, step)
         run_folder.write_atomically(self.root / ROLL_BACKS, json.dumps(entries))
         return step
 
     def _healthy(self) -> int | None:
-        """Where a roll back would go to: to none that an earlier one gave up, training may have come by without
-        replacing it."""
+        """Where a roll back would go to: to none that an earlier one gave up, training may have
+        come by without replacing it."""
         if self.suspect_from is None:
             return None
-        found = [s for s in run_folder.steps(self.root) if s < self.suspect_from and not self._given_up(s)]
+        found = [
+            s
+            for s in run_folder.steps(self.root)
+            if s < self.suspect_from and not self._given_up(s)
+        ]
         return max(found, default=None)
 
     def _given_up(self, step: int) -> bool:

@@ -1,4 +1,5 @@
-"""Collapse watch: tells from the metrics of training steps that a policy falls apart, before its reward tells."""
+"""Collapse watch: tells from the metrics of training steps that a policy falls apart, before its
+reward tells."""
 
 import json
 import math
@@ -19,7 +20,8 @@ class TrainingCollapsed(RuntimeError):
 
 
 class Bound(Config):
-    """What a metric of a healthy run does not do. Every limit given counts; it must be finite in any case."""
+    """What a metric of a healthy run does not do. Every limit given counts; it must be finite in
+    any case."""
 
     below: float | None = None
     """Fall below this."""
@@ -41,8 +43,8 @@ class Bound(Config):
     def broken(self, value: float, reference: float | None) -> str | None:
         """The limit that `value` is out of, in words; None within bounds.
 
-        Without a reference (too little history) only `below` and `above` count; shares and multiples of a reference
-        that is not positive mean nothing, and do not either.
+        Without a reference (too little history) only `below` and `above` count; shares and
+        multiples of a reference that is not positive mean nothing, and do not either.
         """
         if not math.isfinite(value):
             return "is not finite"
@@ -62,21 +64,24 @@ class Bound(Config):
 
 
 class CollapseWatchConfig(Config):
-    """Collapse shows in several signals at once, before it shows in the reward: one alone does not raise an alarm."""
+    """Collapse shows in several signals at once, before it shows in the reward: one alone does not
+    raise an alarm."""
 
     signals: dict[str, Bound | None] = {}
-    """Metrics of a training step and their bounds (below, above: values; falls_to, rises_to: multiples of the
-    reference; falls_by: difference to it); null: not watched."""
+    """Metrics of a training step and their bounds (below, above: values; falls_to, rises_to:
+    multiples of the reference; falls_by: difference to it); null: not watched."""
     min_signals: PositiveInt = 2
     """Signals that must be out of bounds in one step."""
     patience: PositiveInt = 3
-    """Such steps in a row that raise an alarm, and healthy ones in a row before there can be another."""
+    """Such steps in a row that raise an alarm, and healthy ones in a row before there can be
+    another."""
     min_history: PositiveInt = 1
     """Healthy values a signal needs before it has a reference."""
     window: PositiveInt = 20
     """The reference is the median of so many last healthy values."""
     response: Literal["continue", "stop", "roll_back"] = "continue"
-    """On an alarm, after its message and a snapshot: go on; end the run; or restore the newest healthy checkpoint."""
+    """On an alarm, after its message and a snapshot: go on; end the run; or restore the newest
+    healthy checkpoint."""
     lr_factor: float = Field(default=0.5, gt=0, le=1)
     """What roll_back multiplies the learning rates by."""
     max_roll_backs: PositiveInt = 3
@@ -118,19 +123,22 @@ class Alarm:
         lines = [f"collapse at step {self.step}: {first.name} moved first, at step {first.since}"]
         for s in self.signals:
             reference = "" if s.reference is None else f" (reference {s.reference:.4g})"
-            lines.append(f"  {s.name} = {s.value:.4g}{reference} {s.violation}, since step {s.since}")
+            lines.append(
+                f"  {s.name} = {s.value:.4g}{reference} {s.violation}, since step {s.since}"
+            )
         return "\n".join(lines)
 
 
 class CollapseWatch:
     """Judges one training step after the other.
 
-    A collapse is reported once: there is no second alarm before `patience` healthy steps in a row. A step is healthy
-    with fewer than `min_signals` signals out of bounds.
+    A collapse is reported once: there is no second alarm before `patience` healthy steps in a row.
+    A step is healthy with fewer than `min_signals` signals out of bounds.
     """
 
     def __init__(self, config: CollapseWatchConfig) -> None:
-        self.config, self.bounds = config, config.active
+        self.config = config
+        self.bounds = config.active
         self.history: dict[str, list[float]] = {}
         self.since: dict[str, int] = {}
         self.ill_steps = self.healthy_steps = 0
@@ -139,25 +147,32 @@ class CollapseWatch:
     def observe(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
         """An alarm if this step completes a collapse.
 
-        A metric that is absent is not observed: it counts neither for nor against, and what it was last stands. A step
-        with fewer than `min_signals` of them is passed over.
+        A metric that is absent is not observed: it counts neither for nor against, and what it was
+        last stands. A step with fewer than `min_signals` of them is passed over.
         """
         seen = {name: float(metrics[name]) for name in self.bounds if name in metrics}
         if len(seen) < self.config.min_signals:
             return None
         violations = self._violations(step, seen)
         if len(violations) >= self.config.min_signals:
-            self.ill_steps, self.healthy_steps = self.ill_steps + 1, 0
+            self.ill_steps = self.ill_steps + 1
+            self.healthy_steps = 0
         else:
             self._healthy(seen)
         if not self.armed or self.ill_steps < self.config.patience:
             return None
         self.armed = False
-        signals = [Signal(n, self.since[n], seen[n], self._reference(n), text) for n, text in violations.items()]
+        signals = [
+            Signal(n, self.since[n], seen[n], self._reference(n), text)
+            for n, text in violations.items()
+        ]
         return Alarm(step, tuple(sorted(signals, key=lambda s: s.since)))
 
     def _violations(self, step: int, seen: Mapping[str, float]) -> dict[str, str]:
-        texts = {name: self.bounds[name].broken(value, self._reference(name)) for name, value in seen.items()}
+        texts = {
+            name: self.bounds[name].broken(value, self._reference(name))
+            for name, value in seen.items()
+        }
         violations = {name: text for name, text in texts.items() if text is not None}
         for name in seen:
             if name in violations:
@@ -167,7 +182,8 @@ class CollapseWatch:
         return violations
 
     def _healthy(self, seen: Mapping[str, float]) -> None:
-        self.ill_steps, self.healthy_steps = 0, self.healthy_steps + 1
+        self.ill_steps = 0
+        self.healthy_steps = self.healthy_steps + 1
         self.armed = self.armed or self.healthy_steps >= self.config.patience
         if not self.armed:
             return
@@ -176,9 +192,10 @@ class CollapseWatch:
                 self.history[name] = [*self.history.get(name, []), value][-self.config.window :]
 
     def _reference(self, name: str) -> float | None:
-        # Learning moves every signal (entropy falls tenfold, length doubles), so the reference follows in a window;
-        # only healthy steps enter it, or a collapse would become its own reference. On recorded runs a window of 5
-        # steps overlooked a collapse that took 10, and 20 decided like all of the history.
+        # Learning moves every signal (entropy falls tenfold, length doubles), so the reference
+        # follows in a window; only healthy steps enter it, or a collapse would become its own
+        # reference. On recorded runs a window of 5 steps overlooked a collapse that took 10, and 20
+        # decided like all of the history.
         history = self.history.get(name, [])
         return median(history) if len(history) >= self.config.min_history else None
 
@@ -195,19 +212,26 @@ class CollapseWatch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict`, which may have watched others.
 
-        Signals that are new since then start without a history, and what is not watched any more is forgotten.
+        Signals that are new since then start without a history, and what is not watched any more is
+        forgotten.
         """
         window = self.config.window
-        self.history = {name: values[-window:] for name, values in state["history"].items() if name in self.bounds}
+        self.history = {
+            name: values[-window:]
+            for name, values in state["history"].items()
+            if name in self.bounds
+        }
         self.since = {name: step for name, step in state["since"].items() if name in self.bounds}
-        self.ill_steps, self.healthy_steps = state["ill_steps"], state["healthy_steps"]
+        self.ill_steps = state["ill_steps"]
+        self.healthy_steps = state["healthy_steps"]
         self.armed = state["armed"]
 
 
 def replay(path: Path, config: CollapseWatchConfig) -> list[Alarm]:
     """The alarms that a run would have raised, from its metrics.jsonl.
 
-    Of a step that a resumed run wrote again, the last values count; null is a number that was not finite.
+    Of a step that a resumed run wrote again, the last values count; null is a number that was not
+    finite.
     """
     steps: dict[int, dict[str, float]] = {}
     for line in path.read_text().splitlines():

@@ -6,24 +6,30 @@ from typing import Any
 from verl.protocol import DataProto
 from verl.trainer.ppo.metrics import rollout_gap
 
-MISMATCH_FLOAT32, MISMATCH_ROUNDED, MISMATCH_WRONG = 1e-3, 0.03, 0.3
-"""Mean differences per token, in nats, between engine and trainer under the same weights: the most that is normal where
-both compute in float32, where one of them does not, and the least that rounding cannot explain. The second and third
-are judged, not measured on a GPU."""
+MISMATCH_FLOAT32 = 1e-3
+MISMATCH_ROUNDED = 0.03
+MISMATCH_WRONG = 0.3
+"""Mean differences per token, in nats, between engine and trainer under the same weights: the most
+that is normal where both compute in float32, where one of them does not, and the least that
+rounding cannot explain. The second and third are judged, not measured on a GPU."""
 
 
 class FirstBatch:
-    """Compares the first batch that it is given, whose weights are the trainer's, and says once what it finds.
+    """Compares the first batch that it is given, whose weights are the trainer's, and says once
+    what it finds.
 
     A sampler that is cut (top_p, top_k) is known to differ.
     """
 
     def __init__(self, config: Any, message: Callable[[str], None]) -> None:
-        self.config, self.message, self.compared = config, message, False
+        self.config = config
+        self.message = message
+        self.compared = False
 
     def __call__(self, batch: DataProto) -> DataProto:
         """The batch itself."""
-        section, correction = self.config.actor_rollout_ref, self.config.algorithm.rollout_correction
+        section = self.config.actor_rollout_ref
+        correction = self.config.algorithm.rollout_correction
         rollout = section.rollout
         if self.compared or rollout.top_p < 1 or rollout.top_k > 0:
             return batch
@@ -36,33 +42,40 @@ class FirstBatch:
 
 
 def mismatch_warning(data: DataProto, engine: str, trainer: str, corrected: bool) -> str | None:
-    """What to do when engine and trainer give the same tokens other probabilities; None where they agree.
+    """What to do when engine and trainer give the same tokens other probabilities; None where they
+    agree.
 
-    The batch was sampled, uncut (no top_p or top_k), from the weights that its `old_log_probs` are of. `engine`,
-    `trainer`: dtypes of the computation. `corrected`: the loss allows for the difference already.
+    The batch was sampled, uncut (no top_p or top_k), from the weights that its `old_log_probs` are
+    of. `engine`, `trainer`: dtypes of the computation. `corrected`: the loss allows for the
+    difference already.
     """
     batch = data.batch
     sampled = batch["response_mask"].bool() & (batch["turns"] >= 0)
     gap = rollout_gap(batch["rollout_log_probs"], batch["old_log_probs"], sampled)
-    mean, largest = gap["rollout/logprob_diff_mean"], gap["rollout/logprob_diff_max"]
+    mean = gap["rollout/logprob_diff_mean"]
+    largest = gap["rollout/logprob_diff_max"]
     exact = engine == trainer == "float32"
     bound = MISMATCH_FLOAT32 if exact else MISMATCH_ROUNDED
     if mean <= bound:
         return None
     if exact or mean > MISMATCH_WRONG:
         cure = (
-            "This is not rounding: the engine has other weights or computes this family in another way. Stop the run; "
+            "This is not rounding: the engine has other weights or computes this family in another "
+            "way. Stop the run; "
             "check actor_rollout_ref.model (path, override_config) and docs/results/families.md"
         )
     elif corrected:
         return None
     else:
         cure = (
-            "Set algorithm.rollout_correction.rollout_is=token (or rollout_rs=sequence), or bring the dtypes together: "
-            "actor_rollout_ref.rollout.dtype and actor_rollout_ref.actor.fsdp_config.dtype (float16 rounds eight times "
+            "Set algorithm.rollout_correction.rollout_is=token (or rollout_rs=sequence), or bring "
+            "the dtypes together: "
+            "actor_rollout_ref.rollout.dtype and actor_rollout_ref.actor.fsdp_config.dtype "
+            "(float16 rounds eight times "
             "more finely than bfloat16)"
         )
     return (
-        f"WARNING: engine ({engine}) and trainer ({trainer}) differ by {mean:.2g} nats a token under the same weights "
+        f"WARNING: engine ({engine}) and trainer ({trainer}) differ by {mean:.2g} nats a token "
+        "under the same weights "
         f"(at most {largest:.2g}); below {bound:g} is normal. {cure}"
     )

@@ -35,7 +35,9 @@ class Processes:
 
     @property
     def rollouts(self) -> list[RolloutManager]:
-        return [self.rollout] if self.val_rollout is self.rollout else [self.rollout, self.val_rollout]
+        return (
+            [self.rollout] if self.val_rollout is self.rollout else [self.rollout, self.val_rollout]
+        )
 
     def stacks(self) -> dict[str, str]:
         """What every process is doing, as far as it answers."""
@@ -43,7 +45,10 @@ class Processes:
         for rollout in self.rollouts:
             calls |= rollout.stacks()
         deadline = time.monotonic() + STACKS_S
-        return {name: answer(call, max(0.1, deadline - time.monotonic())) for name, call in calls.items()}
+        return {
+            name: answer(call, max(0.1, deadline - time.monotonic()))
+            for name, call in calls.items()
+        }
 
     def shutdown(self) -> None:
         """Ends engines and agent workers; the training ranks end with Ray."""
@@ -63,16 +68,25 @@ def answer(call: Any, timeout_s: float) -> str:
 
 def start_processes(config: PPOConfig, device: str, total_steps: int) -> Processes:
     """Starts all of them and connects the actor with the engines."""
-    model, trainer = config.actor_rollout_ref, config.trainer
+    model = config.actor_rollout_ref
+    trainer = config.trainer
     pool = RayResourcePool(
         [trainer.n_gpus_per_node] * trainer.nnodes,
         use_gpu=device == "cuda",
         timeout_s=300 if trainer.ray_address else 10,  # a Ray of our own gets no further nodes
     )
-    group = RayWorkerGroup(pool, device, trainer.seed, trainer.threads_per_rank, trainer.deterministic)
-    specs = {"actor": RayClassWithInitArgs(ActorWorker, model.model, model.actor, model.rollout, total_steps)}
+    group = RayWorkerGroup(
+        pool, device, trainer.seed, trainer.threads_per_rank, trainer.deterministic
+    )
+    specs = {
+        "actor": RayClassWithInitArgs(
+            ActorWorker, model.model, model.actor, model.rollout, total_steps
+        )
+    }
     if config.use_reference:
-        specs["ref"] = RayClassWithInitArgs(ReferenceWorker, model.model, model.ref, model.rollout.temperature)
+        specs["ref"] = RayClassWithInitArgs(
+            ReferenceWorker, model.model, model.ref, model.rollout.temperature
+        )
     if config.use_critic:
         specs["critic"] = RayClassWithInitArgs(CriticWorker, config.critic, total_steps)
     roles = {role: group.add_role(role, spec) for role, spec in specs.items()}
@@ -85,18 +99,32 @@ def start_processes(config: PPOConfig, device: str, total_steps: int) -> Process
 def start_rollouts(
     config: PPOConfig, device: str, training: list[dict[str, Any]]
 ) -> tuple[RolloutManager, RolloutManager]:
-    """Engines of the training and of the validation: where the training is, or on accelerators of their own."""
+    """Engines of the training and of the validation: where the training is, or on accelerators of
+    their own."""
     rollout = config.actor_rollout_ref.rollout
     places = training
     if not config.actor_rollout_ref.hybrid_engine and device == "cuda":
         pool = RayResourcePool([rollout.n_gpus_per_node] * rollout.nnodes)
         hosts, places = pool.spawn_hosts()
-        places = [{**place, "host": host} for host, place in zip(hosts, places, strict=True)]  # a host holds its GPU
+        places = [
+            {**place, "host": host} for host, place in zip(hosts, places, strict=True)
+        ]  # a host holds its GPU
     if rollout.num_val_replicas == 0:
         shared = RolloutManager(config, device, places)
         return shared, shared
-    split = len(places) - rollout.num_val_replicas * rollout.tensor_model_parallel_size if device == "cuda" else 0
+    split = (
+        len(places) - rollout.num_val_replicas * rollout.tensor_model_parallel_size
+        if device == "cuda"
+        else 0
+    )
     return (
         RolloutManager(config, device, places[:split] or places),  # on the CPU all share the place
-        RolloutManager(config, device, places[split:], name="val", replicas=rollout.num_val_replicas, pinned=True),
+        RolloutManager(
+            config,
+            device,
+            places[split:],
+            name="val",
+            replicas=rollout.num_val_replicas,
+            pinned=True,
+        ),
     )

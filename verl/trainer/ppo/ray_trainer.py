@@ -8,7 +8,12 @@ from verl.agent import Trajectory
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo import validation
-from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage, restore_kl
+from verl.trainer.ppo.advantage import (
+    apply_kl_penalty,
+    build_kl_controller,
+    compute_advantage,
+    restore_kl,
+)
 from verl.trainer.ppo.ahead import RolloutAhead
 from verl.trainer.ppo.batching import (
     Drawn,
@@ -23,7 +28,12 @@ from verl.trainer.ppo.batching import (
 from verl.trainer.ppo.checkpoints import Checkpoints
 from verl.trainer.ppo.collapse import Alarm, CollapseWatch, TrainingCollapsed
 from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
-from verl.trainer.ppo.metrics import compute_data_metrics, compute_throughput_metrics, console_line, staleness_metrics
+from verl.trainer.ppo.metrics import (
+    compute_data_metrics,
+    compute_throughput_metrics,
+    console_line,
+    staleness_metrics,
+)
 from verl.trainer.ppo.mismatch import FirstBatch
 from verl.trainer.ppo.processes import Processes
 from verl.trainer.ppo.records import trajectory_records
@@ -60,13 +70,23 @@ class RayPPOTrainer:
         timers: Timers,
         stop: Stop,
     ) -> None:
-        self.config, self.tokenizer, self.agent, self.reward = config, tokenizer, agent, reward
-        self.val_set, self.questions = val_set, questions_digest(train_set.rows)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.agent = agent
+        self.reward = reward
+        self.val_set = val_set
+        self.questions = questions_digest(train_set.rows)
         self.total = config.total_training_steps(len(train_set))
-        self.roles, self.world_size = processes.roles, processes.group.world_size
-        self.actor, self.reference, self.critic = self.roles["actor"], self.roles.get("ref"), self.roles.get("critic")
-        self.rollout, self.val_rollout = processes.rollout, processes.val_rollout
-        self.tracking, self.timers, self.stop = tracking, timers, stop
+        self.roles = processes.roles
+        self.world_size = processes.group.world_size
+        self.actor = self.roles["actor"]
+        self.reference = self.roles.get("ref")
+        self.critic = self.roles.get("critic")
+        self.rollout = processes.rollout
+        self.val_rollout = processes.val_rollout
+        self.tracking = tracking
+        self.timers = timers
+        self.stop = stop
         self.ahead = RolloutAhead(config, train_set, self.rollout)
         self.kl_ctrl = build_kl_controller(config.algorithm)
         self.collapse_watch = CollapseWatch(config.trainer.collapse_watch)
@@ -84,19 +104,27 @@ class RayPPOTrainer:
 
         After a request to stop it finishes the step and writes a checkpoint.
         """
-        start, began = self.step, time.monotonic()
+        start = self.step
+        began = time.monotonic()
         self.sync_weights()
-        if self.step == 0 and self.collapse_response == "roll_back" and not self.checkpoints.exists(0):
+        if (
+            self.step == 0
+            and self.collapse_response == "roll_back"
+            and not self.checkpoints.exists(0)
+        ):
             self.save_checkpoint()
         if self.begins_with_validation() and not self.stop.requested:
             self.validate()
         if self.step >= self.total and not self.config.trainer.val_only and not self.stop.requested:
             self.tracking.message(
-                f"nothing left to train, all {self.total} training steps are done; trainer.total_training_steps says "
+                f"nothing left to train, all {self.total} training steps are done; "
+                "trainer.total_training_steps says "
                 "how many there are"
             )
         self.timers.pop()
-        while self.step < self.total and not self.config.trainer.val_only and not self.stop.requested:
+        while (
+            self.step < self.total and not self.config.trainer.val_only and not self.stop.requested
+        ):
             self.step += 1
             with self.timers("step"):
                 batch = self.generate()
@@ -127,7 +155,11 @@ class RayPPOTrainer:
 
     def begins_with_validation(self) -> bool:
         trainer = self.config.trainer
-        return trainer.val_only or self.validating_again or (self.step == 0 and trainer.val_before_train)
+        return (
+            trainer.val_only
+            or self.validating_again
+            or (self.step == 0 and trainer.val_before_train)
+        )
 
     def is_due(self, frequency: int) -> bool:
         return self.step == self.total or (frequency > 0 and self.step % frequency == 0)
@@ -135,31 +167,48 @@ class RayPPOTrainer:
     def generate(self) -> DataProto:
         """Waits for a batch of trajectories, scored, and drops what cannot be trained on.
 
-        With `algorithm.filter_groups` further batches are drawn until enough groups teach something.
+        With `algorithm.filter_groups` further batches are drawn until enough groups teach
+        something.
         """
-        config, filters = self.config, self.config.algorithm.filter_groups
+        config = self.config
+        filters = self.config.algorithm.filter_groups
         most = filters.max_num_gen_batches if filters.enable else 1
         drawn = Drawn()
         jobs: list[Job] = []
         trajectories: list[Trajectory] = []
         with self.timers("gen"):
-            while drawn.num_batches < most and len({job.uid for job in jobs}) < config.data.train_batch_size:
+            while (
+                drawn.num_batches < most
+                and len({job.uid for job in jobs}) < config.data.train_batch_size
+            ):
                 more = self.roll_out(drawn)
                 more = differing_groups(*more, filters.metric) if filters.enable else more
-                jobs, trajectories = jobs + more[0], trajectories + more[1]
+                jobs = jobs + more[0]
+                trajectories = trajectories + more[1]
         with self.timers("save_checkpoint"):
             self.checkpoints.complete()
         with self.timers("prepare"):
-            return self.prepare(*first_groups(jobs, trajectories, config.data.train_batch_size), drawn)
+            return self.prepare(
+                *first_groups(jobs, trajectories, config.data.train_batch_size), drawn
+            )
 
     def prepare(self, jobs: list[Job], trajectories: list[Trajectory], drawn: Drawn) -> DataProto:
         """What `fit` trains on, of all that was `drawn`; writes trajectories and their metrics."""
         config = self.config
         if not trajectories:
             raise NothingToLearn(drawn.nothing_left(config.algorithm.filter_groups))
-        self.metrics |= drawn.metrics() | rollout_metrics(drawn.surviving) | self.agent.reduce_metrics(drawn.surviving)
-        if config.trainer.rollout_data_freq > 0 and self.step % config.trainer.rollout_data_freq == 0:
-            self.tracking.log_trajectories("train", trajectory_records(jobs, trajectories, self.tokenizer), self.step)
+        self.metrics |= (
+            drawn.metrics()
+            | rollout_metrics(drawn.surviving)
+            | self.agent.reduce_metrics(drawn.surviving)
+        )
+        if (
+            config.trainer.rollout_data_freq > 0
+            and self.step % config.trainer.rollout_data_freq == 0
+        ):
+            self.tracking.log_trajectories(
+                "train", trajectory_records(jobs, trajectories, self.tokenizer), self.step
+            )
         batch = build_batch(
             jobs,
             trajectories,
@@ -172,7 +221,8 @@ class RayPPOTrainer:
         return batch
 
     def roll_out(self, drawn: Drawn) -> tuple[list[Job], list[Trajectory]]:
-        """The trajectories of the next batch of prompts, those that failed left out; adds all of them to `drawn`."""
+        """The trajectories of the next batch of prompts, those that failed left out; adds all of
+        them to `drawn`."""
         config = self.config
         jobs, results = self.ahead.next(self.total - self.step + 1)
         min_group = 2 if config.compares else 1
@@ -227,7 +277,9 @@ class RayPPOTrainer:
             batch, mismatch = correct_rollout(batch, self.config.algorithm.rollout_correction)
         self.metrics |= shares | mismatch
         if not batch.batch["response_mask"].any():
-            self.tracking.message(f"step {self.step}: loss filters and rollout correction left nothing to train on")
+            self.tracking.message(
+                f"step {self.step}: loss filters and rollout correction left nothing to train on"
+            )
             return
         with self.timers("update_actor"):
             metrics = self.actor.update_actor(batch)
@@ -235,26 +287,32 @@ class RayPPOTrainer:
         self.metrics |= {f"actor/{k}": v for k, v in metrics.items()}
 
     def check_finite(self) -> None:
-        """Raises TrainingDiverged when an optimizer step was skipped in `trainer.max_skipped_steps` steps in a row."""
+        """Raises TrainingDiverged when an optimizer step was skipped in `trainer.max_skipped_steps`
+        steps in a row."""
         skipped = any(self.metrics.get(f"{role}/skipped_steps") for role in ("actor", "critic"))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_steps:
             raise TrainingDiverged(
-                f"loss or gradient was not finite in {self.skipped_in_a_row} training steps in a row (trainer."
-                "max_skipped_steps): lower the learning rate (of the critic too), then run again to resume"
+                f"loss or gradient was not finite in {self.skipped_in_a_row} training steps in a "
+                "row (trainer."
+                "max_skipped_steps): lower the learning rate (of the critic too), then run again "
+                "to resume"
             )
 
     def keep_nonfinite(self, role: str, batch: DataProto, metrics: dict[str, float]) -> None:
-        """Writes the batch to the run folder when an optimizer step was skipped, to reproduce what happened."""
+        """Writes the batch to the run folder when an optimizer step was skipped, to reproduce what
+        happened."""
         if metrics["skipped_steps"]:
             where = self.tracking.keep(batch, f"nonfinite/{role}_{self.step:06d}.pt")
             self.tracking.message(
-                f"step {self.step}: loss or gradient of the {role} not finite, {metrics['skipped_steps']:.0f} "
+                f"step {self.step}: loss or gradient of the {role} not finite, "
+                f"{metrics['skipped_steps']:.0f} "
                 f"optimizer step(s) skipped; the batch {where}"
             )
 
     def sync_weights(self) -> None:
-        self.rollout.version += 1  # an engine that is replaced while the others settle takes these weights already
+        # an engine that is replaced while the others settle takes these weights already
+        self.rollout.version += 1
         with self.timers("settle"):
             self.ahead.settle()
         with self.timers("update_weights"):
@@ -273,27 +331,34 @@ class RayPPOTrainer:
     def validate(self) -> None:
         """Rolls out every held-out question under the present weights.
 
-        Engines of its own go on with it while the next steps are trained; otherwise this waits for the result.
+        Engines of its own go on with it while the next steps are trained; otherwise this waits for
+        the result.
         """
         with self.timers("testing"):
             self.finish_validation()
             if self.val_rollout is not self.rollout:
                 self.val_rollout.update_weights(self.rollout.version)
-            self.validating = self.step, validation.submit(self.config, self.val_set, self.val_rollout)
+            self.validating = (
+                self.step,
+                validation.submit(self.config, self.val_set, self.val_rollout),
+            )
             self.checkpoints.awaited = self.step
             if self.val_rollout is self.rollout or self.step == 0:
                 self.finish_validation()
 
     def finish_validation(self) -> None:
-        """Waits for the validation under way, if there is one; writes all its trajectories and `val/` metrics."""
+        """Waits for the validation under way, if there is one; writes all its trajectories and
+        `val/` metrics."""
         if self.validating is None:
             return
-        (step, submitted), self.validating = self.validating, None
+        (step, submitted) = self.validating
+        self.validating = None
         jobs, results = self.val_rollout.collect(submitted)
         metrics, records = validation.score(self.config, jobs, results, self.agent, self.tokenizer)
         self.tracking.log_trajectories("val", records, step)
         self.tracking.message(
-            f"step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in sorted(metrics.items()) if "test_score" in k)
+            f"step {step}: "
+            + "  ".join(f"{k} {v:.3f}" for k, v in sorted(metrics.items()) if "test_score" in k)
         )
         self.checkpoints.score(step, metrics)
         if step == self.step and self.metrics:  # its line is not written yet
@@ -306,22 +371,32 @@ class RayPPOTrainer:
         if self.validating is not None and self.val_rollout.is_done(self.validating[1]):
             self.finish_validation()
         timing = self.timers.pop()
-        metrics = self.metrics | timing | compute_throughput_metrics(batch, timing, self.config.num_gpus)
-        epoch, version = self.ahead.sampler.epoch, self.rollout.version
+        metrics = (
+            self.metrics | timing | compute_throughput_metrics(batch, timing, self.config.num_gpus)
+        )
+        epoch = self.ahead.sampler.epoch
+        version = self.rollout.version
         metrics |= {"training/epoch": float(epoch), "training/policy_version": float(version)}
         self.tracking.log(metrics, self.step)
         self.metrics = {}
-        self.tracking.message(console_line(metrics, self.step, self.total, (self.total - self.step) * seconds_per_step))
+        self.tracking.message(
+            console_line(
+                metrics, self.step, self.total, (self.total - self.step) * seconds_per_step
+            )
+        )
 
     def respond(self, alarm: Alarm) -> None:
         """Keeps the state of the alarm, and does what `trainer.collapse_watch.response` says.
 
         Raises TrainingCollapsed when the run is to end, or there is nothing left to roll back to.
         """
-        config, rolled_back = self.config.trainer.collapse_watch, len(self.checkpoints.roll_backs())
+        config = self.config.trainer.collapse_watch
+        rolled_back = len(self.checkpoints.roll_backs())
         name = f"step_{self.step}" + (f"-{rolled_back}" if rolled_back else "")
         folder = self.tracking.run_dir / "alarms" / name
-        self.tracking.message(f"{alarm.message()}\nresponse: {config.response}; the state is in {folder}")
+        self.tracking.message(
+            f"{alarm.message()}\nresponse: {config.response}; the state is in {folder}"
+        )
         try:
             self.checkpoints.snapshot(folder, self.state_dict())
             (folder / "alarm.txt").write_text(alarm.message() + "\n")
@@ -330,11 +405,14 @@ class RayPPOTrainer:
         if config.response == "continue":
             return
         if config.response == "stop" or rolled_back >= config.max_roll_backs:
-            raise TrainingCollapsed(f"{alarm.message()}\nafter {rolled_back} roll-backs; the state is in {folder}")
+            raise TrainingCollapsed(
+                f"{alarm.message()}\nafter {rolled_back} roll-backs; the state is in {folder}"
+            )
         self.roll_back(alarm, folder)
 
     def roll_back(self, alarm: Alarm, folder: Path) -> None:
-        """Goes on from the newest checkpoint whose rollouts showed no signal, with a lower learning rate."""
+        """Goes on from the newest checkpoint whose rollouts showed no signal, with a lower learning
+        rate."""
         factor = self.config.trainer.collapse_watch.lr_factor
         healthy = self.checkpoints.rewind(alarm.step, factor)
         if healthy is None:
@@ -347,7 +425,8 @@ class RayPPOTrainer:
         self.tracking.message(f"rolled back to step {healthy}; learning rates times {factor}")
 
     def finish(self) -> None:
-        """Writes what is still under way: a validation (after a request to stop, the resumed run's), the last step."""
+        """Writes what is still under way: a validation (after a request to stop, the resumed
+        run's), the last step."""
         if not self.stop.requested:
             self.finish_validation()
         with self.timers("save_checkpoint"):
@@ -375,25 +454,35 @@ class RayPPOTrainer:
     def save_checkpoint(self, alarm: Alarm | None = None) -> None:
         """Writes everything that resuming needs, then names it the newest.
 
-        Not in a step with an alarm that is to be answered: a run that dies before would resume as if it had been.
+        Not in a step with an alarm that is to be answered: a run that dies before would resume as
+        if it had been.
         """
         if alarm is not None and self.collapse_response != "continue":
             return
         if self.validating is not None and self.validating[0] < self.step:
             with self.timers("testing"):
-                self.finish_validation()  # its weights are in no checkpoint that the run would resume from
+                # its weights are in no checkpoint that the run would resume from
+                self.finish_validation()
         with self.timers("save_checkpoint"):
             self.checkpoints.save(self.step, self.state_dict())
 
     def load_checkpoint(self, step: int) -> None:
-        """Goes on after `step`, of which there is a checkpoint: with its state, and with the present configuration."""
+        """Goes on after `step`, of which there is a checkpoint: with its state, and with the
+        present configuration."""
         state = self.checkpoints.load(step)
-        self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
+        self.step = state["step"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
         self.ahead.load_state_dict(state["sampler"])
-        restore_kl(self.kl_ctrl, self.config.algorithm, state["config"]["algorithm"]["kl_ctrl"], state["kl"])
+        restore_kl(
+            self.kl_ctrl,
+            self.config.algorithm,
+            state["config"]["algorithm"]["kl_ctrl"],
+            state["kl"],
+        )
         self.collapse_watch.load_state_dict(state["watch"])
         done = validation.recorded(self.tracking.run_dir, step)
         self.checkpoints.score(step, done)
         self.validating_again = state["validating"] and not done
-        self.rollout.version = state["version"] - 1  # the sync that follows brings the version of the saved weights
+        # the sync that follows brings the version of the saved weights
+        self.rollout.version = state["version"] - 1
         self.tracking.message(f"resuming after step {self.step}")

@@ -7,8 +7,11 @@ from verl.agent import Trajectory
 from verl.workers.rollout.agent_worker import Job
 
 
-def trajectory_records(jobs: Sequence[Job], trajectories: Sequence[Trajectory], tokenizer: Any) -> list[dict[str, Any]]:
-    """One record per trajectory: its prompt, its segments with source, text, ids and facts, its reward."""
+def trajectory_records(
+    jobs: Sequence[Job], trajectories: Sequence[Trajectory], tokenizer: Any
+) -> list[dict[str, Any]]:
+    """One record per trajectory: its prompt, its segments with source, text, ids and facts, its
+    reward."""
     return [
         {
             "uid": job.uid,

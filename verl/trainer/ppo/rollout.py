@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.agent import Row, Trajectory
-from verl.single_controller.worker_group import ActorDied, RayError, WorkerLost, first_ready, get, kill, ready, spawn
+from verl.single_controller.worker_group import (
+    ActorDied,
+    RayError,
+    WorkerLost,
+    first_ready,
+    get,
+    kill,
+    ready,
+    spawn,
+)
 from verl.trainer.config import PPOConfig
 from verl.workers.config import RolloutConfig, SamplingConfig
 from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
@@ -19,7 +28,8 @@ logger = logging.getLogger(__name__)
 MAX_RESTARTS = 3
 """Engines that may be restarted between two batches."""
 PROGRESS_S = 60.0
-"""How often the agent workers are asked how far they are, while their trajectories are waited for."""
+"""How often the agent workers are asked how far they are, while their trajectories are waited
+for."""
 ANSWER_S = 5.0
 """How long their answers are waited for."""
 
@@ -40,9 +50,16 @@ class Submitted:
 def make_jobs(
     rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int | None
 ) -> list[Job]:
-    """`sampling.n` jobs per row, one group each; `seed` seeds every call of each, where it is given."""
+    """`sampling.n` jobs per row, one group each; `seed` seeds every call of each, where it is
+    given."""
     return [
-        Job(uid, f"{uid}-{copy}", row, prompt, None if seed is None else seed + 1000 * (index * sampling.n + copy))
+        Job(
+            uid,
+            f"{uid}-{copy}",
+            row,
+            prompt,
+            None if seed is None else seed + 1000 * (index * sampling.n + copy),
+        )
         for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
         for uid in [uuid.uuid4().hex]
         for copy in range(sampling.n)
@@ -52,10 +69,10 @@ def make_jobs(
 def sleep_level(rollout: RolloutConfig) -> int:
     """vLLM's level of sleep for the engines.
 
-    At level 2 the weights are dropped, because the transfer at every wake-up brings all of them. Level 1 would copy
-    them to pinned host memory and back for nothing (3B: 6 GB an engine, 48 GB a node of eight). No transfer brings the
-    draft model of speculative decoding, so there level 1 it is. Buffers, such as the tables of rotary embeddings, are
-    kept at both levels.
+    At level 2 the weights are dropped, because the transfer at every wake-up brings all of them.
+    Level 1 would copy them to pinned host memory and back for nothing (3B: 6 GB an engine, 48 GB a
+    node of eight). No transfer brings the draft model of speculative decoding, so there level 1 it
+    is. Buffers, such as the tables of rotary embeddings, are kept at both levels.
     """
     return 1 if rollout.engine_kwargs.get("speculative_config") else 2
 
@@ -63,9 +80,10 @@ def sleep_level(rollout: RolloutConfig) -> int:
 class RolloutManager:
     """Engines with their agent workers, and the version of the weights that the engines hold.
 
-    An engine that dies is started again and given the present weights; its trajectories go on meanwhile where there is
-    another one, else then. `locations`: one place per accelerator of the engines, in the order of the ranks. `pinned`:
-    the engines keep weights that the actor may no longer have, and are lost with them.
+    An engine that dies is started again and given the present weights; its trajectories go on
+    meanwhile where there is another one, else then. `locations`: one place per accelerator of the
+    engines, in the order of the ranks. `pinned`: the engines keep weights that the actor may no
+    longer have, and are lost with them.
     """
 
     def __init__(
@@ -78,9 +96,14 @@ class RolloutManager:
         replicas: int | None = None,
         pinned: bool = False,
     ) -> None:
-        self.config, self.device, self.locations, self.name = config, device, locations, name
+        self.config = config
+        self.device = device
+        self.locations = locations
+        self.name = name
         rollout = config.actor_rollout_ref.rollout
-        self.version, self.seeded, self.pinned = -1, rollout.per_request_seed, pinned
+        self.version = -1
+        self.seeded = rollout.per_request_seed
+        self.pinned = pinned
         self.colocated = config.actor_rollout_ref.hybrid_engine
         self.sleeps = device == "cuda" and self.colocated
         self.sleep_level = sleep_level(rollout)
@@ -89,23 +112,36 @@ class RolloutManager:
         self.replicas = replicas or rollout.num_replicas or fitting
         self.servers = [self._spawn_server(rank) for rank in range(self.replicas)]
         self.capacity = 2 * self.replicas * rollout.max_num_seqs
-        """Trajectories under way that keep the engines busy: as many again as they compute are searching."""
+        """Trajectories under way that keep the engines busy: as many again as they compute are
+        searching."""
         workers = rollout.num_agent_workers
         share = math.ceil(self.capacity / workers)
-        self.workers = [spawn(AgentLoopWorker, config, Router(self.servers), share, num_cpus=0) for _ in range(workers)]
-        get([server.start.remote() for server in self.servers] + [ready(worker) for worker in self.workers])
+        self.workers = [
+            spawn(AgentLoopWorker, config, Router(self.servers), share, num_cpus=0)
+            for _ in range(workers)
+        ]
+        get(
+            [server.start.remote() for server in self.servers]
+            + [ready(worker) for worker in self.workers]
+        )
         self.lifelines = [server.lifeline.remote() for server in self.servers]
         self.actor: Any = None
         self.next_worker = self.restarts = 0
         self.on_progress: Callable[[], object] = lambda: None
-        """Called when a trajectory that is waited for has finished, within `progress_s` or the time of the batch."""
+        """Called when a trajectory that is waited for has finished, within `progress_s` or the time
+        of the batch."""
         self.progress_s = min(PROGRESS_S, config.trainer.hang_timeout_s / 4)
         self.finished: dict[str, int] = {}
 
     def _spawn_server(self, rank: int) -> Any:
-        model, rollout = self.config.actor_rollout_ref.model, self.config.actor_rollout_ref.rollout
+        model = self.config.actor_rollout_ref.model
+        rollout = self.config.actor_rollout_ref.rollout
         tp = rollout.tensor_model_parallel_size
-        ranks = self.locations[rank * tp : (rank + 1) * tp] if self.device == "cuda" else self.locations[:1]
+        ranks = (
+            self.locations[rank * tp : (rank + 1) * tp]
+            if self.device == "cuda"
+            else self.locations[:1]
+        )
         return spawn(
             VLLMServer,
             rollout,
@@ -130,7 +166,8 @@ class RolloutManager:
     def generate(
         self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int
     ) -> tuple[list[Job], list[Trajectory | Failure]]:
-        """`sampling.n` trajectories per row, side by side, each with its job: one fresh uuid per row is their group.
+        """`sampling.n` trajectories per row, side by side, each with its job: one fresh uuid per
+        row is their group.
 
         `seed` seeds every call where `rollout.per_request_seed` is set.
         """
@@ -146,14 +183,18 @@ class RolloutManager:
     ) -> "Submitted":
         """Starts what `generate` does; `collect` waits for it.
 
-        There is no limit to what may be submitted: an agent worker has its share of `capacity` under way and lets the
-        rest wait.
+        There is no limit to what may be submitted: an agent worker has its share of `capacity`
+        under way and lets the rest wait.
         """
         jobs = make_jobs(rows, prompts, sampling, seed if self.seeded else None)
         parts: list[list[Job]] = [[] for _ in self.workers]
         for index, job in enumerate(jobs):
             parts[(self.next_worker + index // sampling.n) % len(parts)].append(job)
-        running = [w.run.remote(p, sampling.params()) for w, p in zip(self.workers, parts, strict=True) if p]
+        running = [
+            w.run.remote(p, sampling.params())
+            for w, p in zip(self.workers, parts, strict=True)
+            if p
+        ]
         self.next_worker = (self.next_worker + len(rows)) % len(parts)
         return Submitted(jobs, [part for part in parts if part], running, name)
 
@@ -172,7 +213,8 @@ class RolloutManager:
             waiting.pop(self._first_ready(waiting, pending))
 
     def collect(self, submitted: "Submitted") -> tuple[list[Job], list[Trajectory | Failure]]:
-        """Jobs and results, in the order in which they were submitted. Raises WorkerLost if an agent worker died."""
+        """Jobs and results, in the order in which they were submitted. Raises WorkerLost if an
+        agent worker died."""
         self.drain([submitted])
         try:
             done = get(submitted.running)
@@ -200,12 +242,15 @@ class RolloutManager:
                 self.on_progress()
                 return place
             if self.pinned:
-                raise WorkerLost(f"a {self.name} engine died, and with it the weights that it was to keep")
+                raise WorkerLost(
+                    f"a {self.name} engine died, and with it the weights that it was to keep"
+                )
             self.restart_dead()
             self._transfer()
 
     def _look_for_progress(self, told: Sequence["Submitted"]) -> None:
-        """Calls `on_progress` if trajectories have finished since the last time, and says how many of `told` have."""
+        """Calls `on_progress` if trajectories have finished since the last time, and says how many
+        of `told` have."""
         finished: dict[str, int] = {}
         asked = [worker.progress.remote() for worker in self.workers]
         for call in asked:
@@ -220,10 +265,14 @@ class RolloutManager:
         self.finished = finished
         for batch in told:
             done = sum(
-                len(part) if first_ready([call], timeout_s=0) is not None else finished.get(part[0].session, 0)
+                len(part)
+                if first_ready([call], timeout_s=0) is not None
+                else finished.get(part[0].session, 0)
                 for part, call in zip(batch.parts, batch.running, strict=True)
             )
-            logger.info("%s: %s of %s trajectories", batch.name, f"{done:,}", f"{len(batch.jobs):,}")
+            logger.info(
+                "%s: %s of %s trajectories", batch.name, f"{done:,}", f"{len(batch.jobs):,}"
+            )
 
     def restart_dead(self, asleep: bool = False, whole_group: bool = False) -> None:
         """Starts every engine anew that has died, `asleep` like the others if they are.
@@ -231,14 +280,20 @@ class RolloutManager:
         With `whole_group` all of them: those that live wait for the dead ones and will not return.
         Raises WorkerLost when that happens again and again.
         """
-        dead = [rank for rank, line in enumerate(self.lifelines) if first_ready([line], timeout_s=0) is not None]
+        dead = [
+            rank
+            for rank, line in enumerate(self.lifelines)
+            if first_ready([line], timeout_s=0) is not None
+        ]
         if whole_group:
             dead = list(range(self.replicas))
         if not dead:
             return
         self.restarts += 1 if whole_group else len(dead)
         if self.restarts > MAX_RESTARTS:
-            raise WorkerLost(f"{self.restarts} {self.name} engines died while one batch was rolled out")
+            raise WorkerLost(
+                f"{self.restarts} {self.name} engines died while one batch was rolled out"
+            )
         for rank in dead:
             logger.warning("%s engine %d is lost; starting it again", self.name, rank)
             kill(self.servers[rank])  # it may only be out of reach
@@ -250,7 +305,9 @@ class RolloutManager:
 
     def _bring_up(self, ranks: Sequence[int], asleep: bool) -> None:
         """Builds the engines of these ranks and puts them in the places of those before them."""
-        if self.sleeps and self.actor is not None:  # a new engine needs its share of the GPU at once
+        if (
+            self.sleeps and self.actor is not None
+        ):  # a new engine needs its share of the GPU at once
             self.actor.free_cached_memory()
         get([self.servers[rank].start.remote() for rank in ranks])
         if self.actor is not None:  # nothing is sampled from initial weights
@@ -288,7 +345,12 @@ class RolloutManager:
                 if wakes:
                     self.actor.free_cached_memory()
                     get([server.wake_up.remote(["kv_cache"]) for server in self.servers])
-                get([server.finish_weight_update_and_resume.remote(self.version) for server in self.servers])
+                get(
+                    [
+                        server.finish_weight_update_and_resume.remote(self.version)
+                        for server in self.servers
+                    ]
+                )
                 return
             except ActorDied:
                 self.restart_dead(whole_group=in_broadcast)
@@ -298,7 +360,9 @@ class RolloutManager:
 
         An engine that has died holds none; `update_weights` starts it again.
         """
-        for call in [server.sleep.remote(self.sleep_level) for server in self.servers if self.sleeps]:
+        for call in [
+            server.sleep.remote(self.sleep_level) for server in self.servers if self.sleeps
+        ]:
             try:
                 get(call)
             except ActorDied:
@@ -307,7 +371,9 @@ class RolloutManager:
     def stacks(self) -> dict[str, Any]:
         """Calls that say what each process is doing."""
         named = [(f"{self.name} engine {i}", server) for i, server in enumerate(self.servers)]
-        named += [(f"{self.name} agent worker {i}", worker) for i, worker in enumerate(self.workers)]
+        named += [
+            (f"{self.name} agent worker {i}", worker) for i, worker in enumerate(self.workers)
+        ]
         return {name: handle.stacks.remote() for name, handle in named}
 
     def shutdown(self) -> None:

@@ -40,7 +40,9 @@ class Failure:
 class Engines(Protocol):
     """What answers the calls of a session: a Router over Ray actors, or an OpenAIEngine."""
 
-    async def generate(self, session: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion: ...
+    async def generate(
+        self, session: str, prompt_ids: list[int], sampling: dict[str, Any]
+    ) -> Completion: ...
 
     def forget(self, session: str) -> None: ...
 
@@ -48,9 +50,10 @@ class Engines(Protocol):
 class AgentLoopWorker:
     """Owns one agent loop and one reward; serves batches of jobs.
 
-    At most `max_under_way` trajectories are under way, of all batches together, and the others wait in the order in
-    which they came. More would not keep the engines busier. They would only all search at the same time, and a
-    retriever that is slower than the engines would then answer most of them after their deadline.
+    At most `max_under_way` trajectories are under way, of all batches together, and the others wait
+    in the order in which they came. More would not keep the engines busier. They would only all
+    search at the same time, and a retriever that is slower than the engines would then answer most
+    of them after their deadline.
     """
 
     def __init__(self, config: PPOConfig, engines: Engines, max_under_way: int) -> None:
@@ -65,7 +68,9 @@ class AgentLoopWorker:
         self.places = asyncio.Semaphore(max_under_way)
         self.finished: dict[str, int] = {}
 
-    async def run(self, jobs: Sequence[Job], sampling: dict[str, Any]) -> list[Trajectory | Failure]:
+    async def run(
+        self, jobs: Sequence[Job], sampling: dict[str, Any]
+    ) -> list[Trajectory | Failure]:
         """The trajectories of `jobs`, in their order, with their rewards.
 
         An exception other than TrajectoryFailed ends all of them.
@@ -88,7 +93,8 @@ class AgentLoopWorker:
             del self.finished[batch]
 
     async def progress(self) -> dict[str, int]:
-        """Trajectories that have finished of each call of `run` under way, by the session of its first job."""
+        """Trajectories that have finished of each call of `run` under way, by the session of its
+        first job."""
         return dict(self.finished)
 
     async def _run_twice(self, job: Job, sampling: dict[str, Any]) -> Trajectory | Failure:
@@ -96,14 +102,21 @@ class AgentLoopWorker:
             try:
                 return await self._run_once(job, f"{job.session}-{attempt}", sampling)
             except TrajectoryFailed as error:
-                logger.warning("trajectory %s failed (attempt %d of 2): %s", job.session, attempt + 1, error.args[0])
+                logger.warning(
+                    "trajectory %s failed (attempt %d of 2): %s",
+                    job.session,
+                    attempt + 1,
+                    error.args[0],
+                )
                 failure = Failure(str(error.args[0]), error.num_calls)
         return failure
 
     async def _run_once(self, job: Job, session: str, sampling: dict[str, Any]) -> Trajectory:
         calls = 0
 
-        async def generate(prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()) -> Completion:
+        async def generate(
+            prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+        ) -> Completion:
             nonlocal calls
             calls += 1
             seed = None if job.seed is None else job.seed + calls

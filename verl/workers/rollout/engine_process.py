@@ -9,7 +9,8 @@ from verl.utils.processes import follow
 class FollowServer:
     """Ends the engine with the process that started it.
 
-    vLLM's engine outlives a server that was killed (Ray kills its actors when the driver dies), and keeps its memory.
+    vLLM's engine outlives a server that was killed (Ray kills its actors when the driver dies), and
+    keeps its memory.
     """
 
     def follow(self, server: int) -> int:

@@ -1,8 +1,9 @@
-"""An OpenAI-compatible endpoint in the place of an engine: text in, text out, so for evaluation only.
+"""An OpenAI-compatible endpoint in the place of an engine: text in, text out, so for evaluation
+only.
 
-Agent loops think in ids, of a tokenizer that the user names for budgets; here ids become text and back. With
-`api=chat` a context is the first user message, what the loop adds to it later the next ones, and what the model wrote
-the assistant's.
+Agent loops think in ids, of a tokenizer that the user names for budgets; here ids become text and
+back. With `api=chat` a context is the first user message, what the loop adds to it later the next
+ones, and what the model wrote the assistant's.
 """
 
 from collections.abc import Sequence
@@ -20,13 +21,17 @@ class OpenAIEngine:
     """Called as a Router is, by one agent worker."""
 
     def __init__(self, config: OpenAIConfig, model: str, tokenizer: Any) -> None:
-        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
         self.endpoint = Endpoint(config)
         self.leading_ids = leading_ids(tokenizer)
         self.sessions: dict[str, list[tuple[list[int], Messages]]] = {}
         """The contexts of each trajectory, and what was said in them."""
 
-    async def generate(self, session: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
+    async def generate(
+        self, session: str, prompt_ids: list[int], sampling: dict[str, Any]
+    ) -> Completion:
         """One completion for the session. Raises TrajectoryFailed."""
         messages = self._messages(session, prompt_ids)
         text, reason = await self.complete(messages, self._text(prompt_ids), sampling)
@@ -36,14 +41,20 @@ class OpenAIEngine:
         return Completion(ids, [0.0] * len(ids), reason, None, -1, context_digest(prompt_ids))
 
     def _messages(self, session: str, prompt_ids: list[int]) -> Messages:
-        """The longest conversation that the context goes on with, and the rest as the user's next message."""
-        fitting = [known for known in self.sessions.get(session, ()) if prompt_ids[: len(known[0])] == known[0]]
+        """The longest conversation that the context goes on with, and the rest as the user's next
+        message."""
+        fitting = [
+            known
+            for known in self.sessions.get(session, ())
+            if prompt_ids[: len(known[0])] == known[0]
+        ]
         ids, said = max(fitting, key=lambda known: len(known[0]), default=([], []))
         new = self.tokenizer.decode(prompt_ids[len(ids) :]) if ids else self._text(prompt_ids)
         return [*said, {"role": "user", "content": new}]
 
     def _text(self, prompt_ids: list[int]) -> str:
-        """A context from its beginning, without BOS: the endpoint's own tokenizer puts that before every text."""
+        """A context from its beginning, without BOS: the endpoint's own tokenizer puts that before
+        every text."""
         leading = len(self.leading_ids)
         starts_so = prompt_ids[:leading] == self.leading_ids
         return self.tokenizer.decode(prompt_ids[leading:] if starts_so else prompt_ids)
@@ -52,7 +63,9 @@ class OpenAIEngine:
         """Ends a session. One that never generated is no error."""
         self.sessions.pop(session, None)
 
-    async def complete(self, messages: Messages, prompt: str, sampling: dict[str, Any]) -> tuple[str, str]:
+    async def complete(
+        self, messages: Messages, prompt: str, sampling: dict[str, Any]
+    ) -> tuple[str, str]:
         """(text, finish reason). Raises TrajectoryFailed."""
         body = {
             "model": self.model,
@@ -66,7 +79,9 @@ class OpenAIEngine:
         path = "/chat/completions" if chat else "/completions"
         body |= {"messages": messages} if chat else {"prompt": prompt}
         try:
-            return await self.endpoint.post(path, body, lambda reply: read_choice(reply, chat, sampling["stop"]))
+            return await self.endpoint.post(
+                path, body, lambda reply: read_choice(reply, chat, sampling["stop"])
+            )
         except EndpointFailed as error:
             raise TrajectoryFailed(str(error), num_calls=0) from error
 
@@ -83,7 +98,11 @@ def read_choice(reply: Any, chat: bool, stop: Sequence[str]) -> tuple[str, str]:
         raise ValueError(f"expected text, got {text!r:.80}")
     if reason == "stop":
         found = choice.get("stop_reason")  # vLLM says which
-        text += found if isinstance(found, str) and found in stop and not text.endswith(found) else closing(text, stop)
+        text += (
+            found
+            if isinstance(found, str) and found in stop and not text.endswith(found)
+            else closing(text, stop)
+        )
     return text, reason
 
 

@@ -12,11 +12,13 @@ MAX_LOST = 3
 
 
 class Router:
-    """Keeps a session (trajectory) on the engine that started it, whose cache holds its earlier turns.
+    """Keeps a session (trajectory) on the engine that started it, whose cache holds its earlier
+    turns.
 
-    `handles` answer `generate.remote(request_id, prompt_ids, sampling)` with an awaitable: Ray actors, or fakes. When
-    an engine dies, the calls that it was answering are made again on another one, or wait until there is one
-    (`replace`): a call is its tokens, so nothing of the trajectory is lost.
+    `handles` answer `generate.remote(request_id, prompt_ids, sampling)` with an awaitable: Ray
+    actors, or fakes. When an engine dies, the calls that it was answering are made again on another
+    one, or wait until there is one (`replace`): a call is its tokens, so nothing of the trajectory
+    is lost.
     """
 
     def __init__(self, handles: Sequence[Any]) -> None:
@@ -27,7 +29,9 @@ class Router:
         self.revived = asyncio.Event()
         self.calls = 0
 
-    async def generate(self, session: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
+    async def generate(
+        self, session: str, prompt_ids: list[int], sampling: dict[str, Any]
+    ) -> Completion:
         """One completion for the session; a new session goes to the engine with the fewest.
 
         Raises TrajectoryFailed when MAX_LOST engines died while they answered this call.

@@ -1,7 +1,7 @@
 """One vLLM engine: tokens in, tokens out. vLLM is imported here and in `weight_sync.py` alone.
 
-A plain class, made into a Ray actor by the driver, one per replica. `vllm` is imported in `start`, after setting the
-environment that it reads at import.
+A plain class, made into a Ray actor by the driver, one per replica. `vllm` is imported in `start`,
+after setting the environment that it reads at import.
 """
 
 import asyncio
@@ -33,9 +33,13 @@ class VLLMServer:
         visible_devices: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        self.config, self.model, self.device = config, model, device
-        self.max_model_len, self.seed = max_model_len, seed + replica_rank
-        self.num_replicas, self.colocated = num_replicas, colocated
+        self.config = config
+        self.model = model
+        self.device = device
+        self.max_model_len = max_model_len
+        self.seed = seed + replica_rank
+        self.num_replicas = num_replicas
+        self.colocated = colocated
         self.visible_devices = visible_devices
         self.version = -1
         self.updating = False
@@ -43,7 +47,8 @@ class VLLMServer:
         self.stop_token_ids: list[int] = []
 
     async def start(self) -> None:
-        """Builds the engine. Its weights are the initial ones, or on GPU random ones until the first sync (`dummy`)."""
+        """Builds the engine. Its weights are the initial ones, or on GPU random ones until the
+        first sync (`dummy`)."""
         os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
         if self.device == "cuda":
             self._build(**self._gpu_arguments())
@@ -56,7 +61,8 @@ class VLLMServer:
         self.stop_token_ids = stop_token_ids(self.model)
 
     def _engine_ended(self) -> None:
-        """Ends this process with its engine, so that both are replaced. vLLM leaves calls to a dead engine hanging."""
+        """Ends this process with its engine, so that both are replaced. vLLM leaves calls to a dead
+        engine hanging."""
         if self.engine is not None:
             os._exit(1)
 
@@ -74,31 +80,40 @@ class VLLMServer:
             "trust_remote_code": self.model.trust_remote_code,
             "hf_overrides": self.model.architecture,
             "generation_config": "vllm",  # no sampling defaults beside ours
-            "logprobs_mode": "processed_logprobs",  # of what was sampled from: after temperature and truncation
+            # of what was sampled from: after temperature and truncation
+            "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "worker_extension_cls": "verl.workers.rollout.engine_process.FollowServer",
             "seed": self.seed,
         }
-        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**(args | kwargs | self.config.engine_kwargs)))
+        self.engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**(args | kwargs | self.config.engine_kwargs))
+        )
 
     def _cpu_arguments(self) -> dict[str, Any]:
-        """Model and scheduler share one process: for small models the hop between two costs more than the model.
+        """Model and scheduler share one process: for small models the hop between two costs more
+        than the model.
 
         Threads are counted, not pinned: vLLM's own binding puts all replicas on the same cores.
         """
         share = len(os.sched_getaffinity(0)) // self.num_replicas
         threads = self.config.cpu_threads or max(1, share - 1)
         os.environ.update({"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads starve whoever else needs the core
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # of the model only: the engine keeps a process of its own
+        # spinning threads starve whoever else needs the core
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        # of the model only: the engine keeps a process of its own
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return {
-            "enforce_eager": True,  # compiling takes 20 s and gained nothing at the sizes that a CPU can train
+            # compiling takes 20 s and gained nothing at the sizes that a CPU can train
+            "enforce_eager": True,
             "kv_cache_memory_bytes": int(self.config.cpu_kvcache_gb * 2**30),
-            # A split prompt of a seeded request kills the engine: it rewinds the generator, which is impossible on CPU.
+            # A split prompt of a seeded request kills the engine: it rewinds the generator, which
+            # is impossible on CPU.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(self.config.max_num_batched_tokens, self.max_model_len),
-            "block_size": 32,  # the unit of prefix reuse; 128 unless told, which is longer than most turns
+            # the unit of prefix reuse; 128 unless told, which is longer than most turns
+            "block_size": 32,
         }
 
     def _gpu_arguments(self) -> dict[str, Any]:
@@ -106,7 +121,8 @@ class VLLMServer:
         if self.colocated:  # CUDA IPC handles travel pickled, within this run
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         # FlashInfer's sampler, which vLLM takes for top_p < 1 without log-probs (a sampled
-        # validation), is compiled at its first use, and fails where nvcc is older than torch's CUDA.
+        # validation), is compiled at its first use, and fails where nvcc is older than torch's
+        # CUDA.
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         return {
             "model": self.model.path,
@@ -118,12 +134,14 @@ class VLLMServer:
             "weight_transfer_config": {"backend": "ipc" if self.colocated else "nccl"},
         }
 
-    async def generate(self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]) -> Completion:
-        """One completion. `sampling`: temperature, top_p, top_k, max_tokens, stop, seed; log_probs, without which they
-        are zeros and the engine is spared some work.
+    async def generate(
+        self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
+    ) -> Completion:
+        """One completion. `sampling`: temperature, top_p, top_k, max_tokens, stop, seed; log_probs,
+        without which they are zeros and the engine is spared some work.
 
-        A stop string stays in the output, on the token that completes it, and so does a token that ends a turn; nothing
-        that was not sampled is added.
+        A stop string stays in the output, on the token that completes it, and so does a token that
+        ends a turn; nothing that was not sampled is added.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -144,7 +162,9 @@ class VLLMServer:
         )
         final = None
         try:
-            async for output in self.engine.generate({"prompt_token_ids": prompt_ids}, params, request_id):
+            async for output in self.engine.generate(
+                {"prompt_token_ids": prompt_ids}, params, request_id
+            ):
                 final = output
         except EngineDeadError:
             os._exit(1)  # before the error is taken for one of the call
@@ -153,7 +173,9 @@ class VLLMServer:
         ids = list(completion.token_ids)
         return Completion(
             token_ids=ids,
-            log_probs=[at[token].logprob for token, at in zip(ids, completion.logprobs, strict=True)]
+            log_probs=[
+                at[token].logprob for token, at in zip(ids, completion.logprobs, strict=True)
+            ]
             if sampling["log_probs"]
             else [0.0] * len(ids),
             finish_reason=completion.finish_reason,
@@ -179,7 +201,9 @@ class VLLMServer:
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        await self.engine.init_weight_transfer_engine(
+            WeightTransferInitRequest(init_info=init_info)
+        )
 
     async def start_weight_update(self) -> None:
         """Makes the engine ready for new weights.
@@ -202,7 +226,8 @@ class VLLMServer:
         self.updating = False
 
     async def sleep(self, level: int) -> None:
-        """Frees GPU memory: level 1 keeps the weights in host memory, level 2 drops them (vLLM's levels)."""
+        """Frees GPU memory: level 1 keeps the weights in host memory, level 2 drops them (vLLM's
+        levels)."""
         await self.engine.sleep(level)
 
     async def wake_up(self, tags: list[str]) -> None:
@@ -218,15 +243,18 @@ class VLLMServer:
         return stacks()
 
     async def shutdown(self) -> None:
-        """Ends the engine's process. It holds nothing to save, and left to itself takes more than its 5 s of grace."""
-        engine, self.engine = self.engine, None
+        """Ends the engine's process. It holds nothing to save, and left to itself takes more than
+        its 5 s of grace."""
+        engine = self.engine
+        self.engine = None
         if engine is not None:
             engine.shutdown(timeout=0)
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
-    """Tokens by which a turn ends: EOS of the tokenizer, every EOS of the generation configuration, and the token by
-    which the chat template ends a turn, which may be neither (`<|im_end|>` of Qwen's base models).
+    """Tokens by which a turn ends: EOS of the tokenizer, every EOS of the generation configuration,
+    and the token by which the chat template ends a turn, which may be neither (`<|im_end|>` of
+    Qwen's base models).
 
     The engine is told all of them: by itself it would not stop at the template's.
     """
@@ -238,4 +266,6 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
     generation = try_get_generation_config(model.path, trust_remote_code=model.trust_remote_code)
     configured = generation.eos_token_id if generation is not None else None
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({id_ for id_ in (*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)) if id_ is not None})
+    return sorted(
+        {id_ for id_ in (*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)) if id_ is not None}
+    )

@@ -1,4 +1,5 @@
-"""How the engines get the trainer's weights: a memory file system on CPU, vLLM's own weight transfer on GPU."""
+"""How the engines get the trainer's weights: a memory file system on CPU, vLLM's own weight
+transfer on GPU."""
 
 import os
 import shutil
@@ -35,14 +36,18 @@ HEADS = {
 
 @contextmanager
 def memory_folder() -> Iterator[str]:
-    """A folder in the memory file system, removed on the way out; so are those of processes that were killed."""
+    """A folder in the memory file system, removed on the way out; so are those of processes that
+    were killed."""
     remove_dead_folders()
-    with tempfile.TemporaryDirectory(prefix=f"{own_prefix()}{os.getpid()}-", dir=MEMORY_FILES) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=f"{own_prefix()}{os.getpid()}-", dir=MEMORY_FILES
+    ) as folder:
         yield folder
 
 
 def own_prefix() -> str:
-    """How our folders there begin; a process number follows, which means something in one namespace only."""
+    """How our folders there begin; a process number follows, which means something in one namespace
+    only."""
     return f"verl-{os.stat('/proc/self/ns/pid').st_ino}-"
 
 
@@ -51,38 +56,49 @@ def remove_dead_folders() -> None:
     prefix = own_prefix()
     for folder in Path(MEMORY_FILES).glob(f"{prefix}*"):
         if not Path("/proc", folder.name.removeprefix(prefix).split("-")[0]).exists():
-            shutil.rmtree(folder, ignore_errors=True)  # another process may remove it at the same time
+            # another process may remove it at the same time
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_engine_model(model: ModelConfig, folder: str) -> None:
     """The model as the CPU engine must see it: with a head of its own.
 
-    That engine packs `lm_head` apart from the embedding and does not repack it on a reload, so that with tied weights
-    the head would stay behind (rollout and trainer log-probs then differ by 1-2 nats while training seems to work).
+    That engine packs `lm_head` apart from the embedding and does not repack it on a reload, so that
+    with tied weights the head would stay behind (rollout and trainer log-probs then differ by 1-2
+    nats while training seems to work).
     """
     policy = AutoModelForCausalLM.from_pretrained(
         model.path, dtype=torch.float32, trust_remote_code=model.trust_remote_code
     )
-    config = policy.config  # of the language model alone, where the checkpoint has towers for images beside it
+    # of the language model alone, where the checkpoint has towers for images beside it
+    config = policy.config
     config.tie_word_embeddings = not has_head(config)
     config.architectures = [type(policy).__name__]
     config.save_pretrained(folder)
     copy_companions(model, Path(folder))
     source = model.tokenizer_path or model.path
-    AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(
+        source, trust_remote_code=model.trust_remote_code
+    ).save_pretrained(folder)
     write_weights(full_parameters(policy), folder, has_head(config))
 
 
 def has_head(config: PretrainedConfig) -> bool:
-    """Whether the engine of this family has a head; Gemma 2's has the embedding alone, so that nothing stays behind."""
+    """Whether the engine of this family has a head; Gemma 2's has the embedding alone, so that
+    nothing stays behind."""
     return config.model_type != "gemma2"
 
 
-def write_weights(parameters: Iterable[tuple[str, torch.Tensor]], folder: str, own_head: bool = True) -> None:
-    """Writes `model.safetensors`; with `own_head` an explicit one: a copy of the embedding where they are tied."""
+def write_weights(
+    parameters: Iterable[tuple[str, torch.Tensor]], folder: str, own_head: bool = True
+) -> None:
+    """Writes `model.safetensors`; with `own_head` an explicit one: a copy of the embedding where
+    they are tied."""
     weights = {name: tensor.detach().cpu() for name, tensor in parameters}
     for embedding, head in HEADS.items():
-        if own_head and embedding in weights:  # a state dict names both, and they share memory where they are tied
+        if (
+            own_head and embedding in weights
+        ):  # a state dict names both, and they share memory where they are tied
             weights[head] = weights.get(head, weights[embedding]).clone()
     unshared = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(unshared, Path(folder) / "model.safetensors", metadata={"format": "pt"})
@@ -101,12 +117,18 @@ class WeightSender:
         colocated: bool = True,
         ranks_per_server: int = 1,
     ) -> None:
-        self.model, self.servers, self.dtype = model, servers, dtype
+        self.model = model
+        self.servers = servers
+        self.dtype = dtype
         self.client = EngineClient(servers, ranks_per_server)
         self.source: Any = None
         self.engine: Any = None
         if device == "cuda":
-            self.engine = self._connect_ipc() if colocated else self._connect_nccl(len(servers) * ranks_per_server)
+            self.engine = (
+                self._connect_ipc()
+                if colocated
+                else self._connect_nccl(len(servers) * ranks_per_server)
+            )
 
     def send(self) -> None:
         """Brings the present weights to all engines. A collective over the training ranks.
@@ -134,7 +156,8 @@ class WeightSender:
             self.engine.shutdown()
 
     def _transfer(self) -> None:
-        """Sends through vLLM. Whatever happens to rank 0, it gathers with the other ranks to the end.
+        """Sends through vLLM. Whatever happens to rank 0, it gathers with the other ranks to the
+        end.
 
         A group that was broken up because an engine died may raise as well; the death is the cause.
         """
@@ -148,19 +171,24 @@ class WeightSender:
         self.client.raise_failure()
 
     def _buffer_size(self) -> int:
-        """Bytes of the packed transfer: 1 GiB, as in vLLM, or the largest tensor, which must fit (embeddings of 7B)."""
+        """Bytes of the packed transfer: 1 GiB, as in vLLM, or the largest tensor, which must fit
+        (embeddings of 7B)."""
         return max(2**30, *(p.numel() * self.dtype.itemsize for p in self.model.parameters()))
 
     def _connect_ipc(self) -> Any:
-        """vLLM's trainer engine over CUDA IPC. Its ranks must be exactly those that share GPUs with the engines."""
+        """vLLM's trainer engine over CUDA IPC. Its ranks must be exactly those that share GPUs with
+        the engines."""
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         return self._connect(
-            IPCTrainerInitInfo(rank=dist.get_rank(), packed=True, packed_buffer_size_bytes=self._buffer_size())
+            IPCTrainerInitInfo(
+                rank=dist.get_rank(), packed=True, packed_buffer_size_bytes=self._buffer_size()
+            )
         )
 
     def _connect_nccl(self, engine_ranks: int) -> Any:
-        """vLLM's trainer engine over NCCL: rank 0 broadcasts to a group of itself and all engine processes.
+        """vLLM's trainer engine over NCCL: rank 0 broadcasts to a group of itself and all engine
+        processes.
 
         A broadcast never ends when one of the group is gone, so rank 0 breaks the group up as soon
         as it hears of it. The engines that are left stay in their broadcast: all must be replaced.
@@ -186,7 +214,9 @@ class WeightSender:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
         self.source = policy_source(self.model, self.dtype)
-        return WeightTransferTrainerFactory.trainer_init(info, client=self.client, source=self.source)
+        return WeightTransferTrainerFactory.trainer_init(
+            info, client=self.client, source=self.source
+        )
 
 
 @contextmanager
@@ -202,7 +232,8 @@ def reserved_port() -> Iterator[int]:
 
 
 def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
-    """vLLM's view of the policy: names of its checkpoint, whole tensors of the engine's dtype, adapters merged."""
+    """vLLM's view of the policy: names of its checkpoint, whole tensors of the engine's dtype,
+    adapters merged."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class PolicySource(WeightSource):
@@ -234,18 +265,25 @@ class EngineClient:
     """
 
     def __init__(self, servers: Sequence[Any], ranks_per_server: int = 1) -> None:
-        self.servers, self.ranks_per_server = servers, ranks_per_server
+        self.servers = servers
+        self.ranks_per_server = ranks_per_server
         self.failure: RayError | None = None
         self.on_failure: Callable[[], None] | None = None
         """Called at the first failure, in the thread that noticed it."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Tells every replica; over NCCL each has the ranks that follow on those of the one before."""
+        """Tells every replica; over NCCL each has the ranks that follow on those of the one
+        before."""
         infos = [dict(init_info) for _ in self.servers]
         for place, info in enumerate(infos):
             if "rank_offset" in info:
                 info["rank_offset"] += place * self.ranks_per_server
-        get([s.init_weight_transfer_engine.remote(i) for s, i in zip(self.servers, infos, strict=True)])
+        get(
+            [
+                s.init_weight_transfer_engine.remote(i)
+                for s, i in zip(self.servers, infos, strict=True)
+            ]
+        )
 
     def start_weight_update(self) -> None:
         self.failure = None

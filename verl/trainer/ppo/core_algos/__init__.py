@@ -1,13 +1,14 @@
 """The mathematics of PPO and GRPO: tensors and floats in, tensors out.
 
-Shapes: B trajectories, R response tokens. `response_mask` [B, R] is non-zero on the tokens that the policy sampled; on
-every other position (observations, forced tokens, padding) inputs may hold anything, NaN included: they change neither
-a result nor a gradient, and results are 0 there.
+Shapes: B trajectories, R response tokens. `response_mask` [B, R] is non-zero on the tokens that the
+policy sampled; on every other position (observations, forced tokens, padding) inputs may hold
+anything, NaN included: they change neither a result nor a gradient, and results are 0 there.
 
-Losses are *additive*: they are sums over a micro-batch divided by the token and sequence counts of the whole mini-batch
-(`num_tokens`, `num_seqs`: over all micro-batches and ranks; None: this batch is all there is). So are the metrics that
-come with them, always per token. Summed over micro-batches and ranks both are the figures of the mini-batch, and the
-gradient does not depend on how it was cut.
+Losses are *additive*: they are sums over a micro-batch divided by the token and sequence counts of
+the whole mini-batch (`num_tokens`, `num_seqs`: over all micro-batches and ranks; None: this batch
+is all there is). So are the metrics that come with them, always per token. Summed over
+micro-batches and ranks both are the figures of the mini-batch, and the gradient does not depend on
+how it was cut.
 """
 
 from verl.trainer.ppo.core_algos.advantages import (
@@ -20,7 +21,12 @@ from verl.trainer.ppo.core_algos.advantages import (
     compute_turn_level_advantage,
     group_rows,
 )
-from verl.trainer.ppo.core_algos.correction import accepted, importance_weights, log_ratios, mismatch
+from verl.trainer.ppo.core_algos.correction import (
+    accepted,
+    importance_weights,
+    log_ratios,
+    mismatch,
+)
 from verl.trainer.ppo.core_algos.kl import (
     AdaptiveKLController,
     FixedKLController,

@@ -1,4 +1,5 @@
-"""Correcting for tokens that were not sampled from the policy that is trained: another engine, older weights, top-p."""
+"""Correcting for tokens that were not sampled from the policy that is trained: another engine,
+older weights, top-p."""
 
 import numpy as np
 import torch
@@ -12,14 +13,16 @@ PERCENTILES = (1, 50, 99)
 
 
 def log_ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor) -> Tensor:
-    """log of (probability under the trainer's policy / under the sampler's), [B, R], clamped; 0 where masked."""
+    """log of (probability under the trainer's policy / under the sampler's), [B, R], clamped; 0
+    where masked."""
     gap = torch.where(response_mask.bool(), old_log_probs - rollout_log_probs, 0.0)
     return gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def at_level(log_ratio: Tensor, response_mask: Tensor, level: str) -> Tensor:
-    """Log-weights [B, R] of policy tokens: each token's own; the sum over the sequence; or the mean over it, the log of
-    the geometric mean. What stands elsewhere has no meaning. Raises ValueError for another level."""
+    """Log-weights [B, R] of policy tokens: each token's own; the sum over the sequence; or the mean
+    over it, the log of the geometric mean. What stands elsewhere has no meaning. Raises ValueError
+    for another level."""
     mask = response_mask.bool()
     if level == "token":
         return log_ratio
@@ -30,19 +33,27 @@ def at_level(log_ratio: Tensor, response_mask: Tensor, level: str) -> Tensor:
     return whole.unsqueeze(-1).expand_as(log_ratio)
 
 
-def importance_weights(log_ratio: Tensor, response_mask: Tensor, level: str, threshold: float) -> Tensor:
-    """Truncated importance weights min(ratio, threshold), [B, R], 0 where masked: TIS, at one of LEVELS."""
+def importance_weights(
+    log_ratio: Tensor, response_mask: Tensor, level: str, threshold: float
+) -> Tensor:
+    """Truncated importance weights min(ratio, threshold), [B, R], 0 where masked: TIS, at one of
+    LEVELS."""
     weights = at_level(log_ratio, response_mask, level).exp().clamp(max=threshold)
     return torch.where(response_mask.bool(), weights, 0.0)
 
 
 def accepted(
-    log_ratio: Tensor, response_mask: Tensor, level: str | None, low: float, high: float, veto: float | None
+    log_ratio: Tensor,
+    response_mask: Tensor,
+    level: str | None,
+    low: float,
+    high: float,
+    veto: float | None,
 ) -> Tensor:
     """Policy tokens [B, R] that may be trained on: masked importance sampling (MIS).
 
-    At `token` level a token outside of [low, high] goes, at the other levels its whole sequence; with `veto` also every
-    sequence with a token whose ratio is below it.
+    At `token` level a token outside of [low, high] goes, at the other levels its whole sequence;
+    with `veto` also every sequence with a token whose ratio is below it.
     """
     mask = response_mask.bool()
     keep = mask
@@ -54,18 +65,22 @@ def accepted(
     return keep
 
 
-def mismatch(old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor) -> dict[str, float]:
+def mismatch(
+    old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor
+) -> dict[str, float]:
     """How far sampler and trainer are apart over the policy tokens.
 
-    `kl`: estimate k1 of KL(sampler || trainer), in nats per token; `k3_kl`: estimate k3 of it, which is never negative;
-    `diff_mean`, `diff_max`: of the log-probs; `ratio/p*`: percentiles of the tokens' ratios, `ratio/max` the largest;
-    `ppl_ratio`: geometric mean of all ratios. Zeros and ones for an empty mask.
+    `kl`: estimate k1 of KL(sampler || trainer), in nats per token; `k3_kl`: estimate k3 of it,
+    which is never negative; `diff_mean`, `diff_max`: of the log-probs; `ratio/p*`: percentiles of
+    the tokens' ratios, `ratio/max` the largest; `ppl_ratio`: geometric mean of all ratios. Zeros
+    and ones for an empty mask.
     """
     mask = response_mask.bool()
     log_ratio = log_ratios(old_log_probs, rollout_log_probs, mask)
     own = log_ratio[mask].double() if mask.any() else torch.zeros(1, dtype=torch.float64)
     ratio = own.exp()
-    quantiles = np.percentile(ratio.numpy(), PERCENTILES)  # torch's own refuses more than 16 million tokens
+    # torch's own refuses more than 16 million tokens
+    quantiles = np.percentile(ratio.numpy(), PERCENTILES)
     return {
         "kl": -own.mean().item(),
         "k3_kl": (ratio - 1 - own).mean().item(),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to this *before* exp: clamped after it, an overflow has the gradient 0 * inf = NaN."""
+"""Log-ratios are clamped to this *before* exp: clamped after it, an overflow has the gradient 0 *
+inf = NaN."""
 MAX_LOW_VAR_KL = 10.0
 
 
@@ -48,17 +49,21 @@ def compute_rewards(
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
-    """Estimate of KL(policy || reference) per token, from log-probs of sampled tokens (joschu.net/blog/kl-approx.html).
+    """Estimate of KL(policy || reference) per token, from log-probs of sampled tokens
+    (joschu.net/blog/kl-approx.html).
 
-    `kl` = `k1` the log-ratio, `abs` its size, `mse` = `k2` half its square, `low_var_kl` = `k3` exp(-x) - 1 + x of the
-    log-ratio x. Where an input is NaN or infinite the result is NaN and the gradient 0: an unmasked one is seen in the
-    loss, a masked one has no effect. Raises ValueError for another name.
+    `kl` = `k1` the log-ratio, `abs` its size, `mse` = `k2` half its square, `low_var_kl` = `k3`
+    exp(-x) - 1 + x of the log-ratio x. Where an input is NaN or infinite the result is NaN and the
+    gradient 0: an unmasked one is seen in the loss, a masked one has no effect. Raises ValueError
+    for another name.
     """
     if kl_penalty not in _KL_ESTIMATORS:
         raise ValueError(f"kl_penalty {kl_penalty!r}: expected one of {sorted(_KL_ESTIMATORS)}")
     log_ratio = logprob - ref_logprob
     finite = log_ratio.isfinite()
-    return torch.where(finite, _KL_ESTIMATORS[kl_penalty](torch.where(finite, log_ratio, 0.0)), torch.nan)
+    return torch.where(
+        finite, _KL_ESTIMATORS[kl_penalty](torch.where(finite, log_ratio, 0.0)), torch.nan
+    )
 
 
 def _k2(log_ratio: Tensor) -> Tensor:
