@@ -27,15 +27,15 @@ from search_r1.evaluate import given_overrides
 from search_r1.launch import composed, surroundings
 from search_r1.rewards.matching import last_answer
 from verl.agent import Completion, Source, Trajectory, TrajectoryFailed
+from verl.rollout.openai_engine import OpenAIEngine
+from verl.rollout.router import Router
+from verl.rollout.vllm_server import VLLMServer
 from verl.trainer.checks import environment_problems
 from verl.trainer.compose import as_plain
 from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, validate
 from verl.utils.errors import ConfigError, DataError, ModelError, listed
 from verl.utils.model_names import weights_of
 from verl.utils.run_folder import claim
-from verl.workers.rollout.openai_engine import OpenAIEngine
-from verl.workers.rollout.router import Router
-from verl.workers.rollout.vllm_server import VLLMServer
 
 COLORS = {
     "think": "\033[90m",

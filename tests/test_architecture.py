@@ -18,13 +18,21 @@ TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 VERL_FOR_TASKS = ["verl.protocol", "verl.agent", "verl.utils"]
 PURE = ["verl.protocol", "verl.agent", "verl.trainer.ppo.core_algos"]
 ENTRY_POINTS = [
-    "verl.workers.rollout",
+    "verl.rollout",
     "verl.workers.config",
     "verl.trainer.sft",
     "verl.trainer.config",
     "verl.trainer.checks",
     "verl.trainer.export",
 ]
+TRAINING = sorted(
+    name
+    for name in SOURCES
+    if name.startswith("verl.")
+    and not name.startswith("verl.estimate")
+    and name not in ("verl.trainer.estimate", "verl.trainer.step_time")
+)
+"""The library without the tool that computes beforehand what a run takes."""
 COMMAND_LINE = [
     "verl.trainer.compose",
     "verl.trainer.compat",
@@ -51,9 +59,11 @@ FORBIDDEN = [
     ("verl.single_controller", ["verl.workers", "verl.trainer"], []),
     (
         "verl.workers",
-        ["verl.trainer", "hydra"],
-        ["verl.trainer.ppo.core_algos", "verl.trainer.config"],
+        ["verl.trainer", "verl.rollout", "hydra"],
+        ["verl.trainer.ppo.core_algos", "verl.rollout.weight_sync"],
     ),
+    ("verl.rollout", ["verl.trainer", "hydra"], ["verl.trainer.config"]),
+    *((name, ["verl.estimate"], []) for name in TRAINING),
 ]
 
 
@@ -124,7 +134,7 @@ def test_two_files_know_vllm():
         for imported in imports(tree)
         if within(imported, ["vllm"])
     }
-    assert importers == {"verl.workers.rollout.vllm_server", "verl.workers.rollout.weight_sync"}
+    assert importers == {"verl.rollout.vllm_server", "verl.rollout.weight_sync"}
 
 
 @pytest.mark.parametrize("module", PURE)

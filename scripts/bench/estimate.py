@@ -84,8 +84,8 @@ def predicted(
     path: str, fsdp: Any, world: int, work: tuple[float, float], case: dict[str, Any]
 ) -> dict[str, float]:
     """Bytes of an actor alone: its resident state and the peaks of log-probs and update."""
-    from verl.trainer.memory import Pass, Role, infer_moments, resident, update_moments
-    from verl.trainer.sizing import read_model
+    from verl.estimate.memory import Pass, Role, infer_moments, resident, update_moments
+    from verl.estimate.sizing import read_model
     from verl.workers.config import ModelConfig
 
     sizes, trained = read_model(
@@ -357,8 +357,8 @@ def layer_case() -> None:
     import torch
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-    from verl.trainer.memory import layer_saved
-    from verl.trainer.sizing import read_model
+    from verl.estimate.memory import layer_saved
+    from verl.estimate.sizing import read_model
     from verl.workers.attention import PACKED, packed_arguments
     from verl.workers.config import ModelConfig
 

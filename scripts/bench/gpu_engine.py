@@ -25,15 +25,15 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 from tests.models import make_tiny_qwen2, rig
 from verl.agent import Completion
 from verl.protocol import DataProto
+from verl.rollout import weight_sync
+from verl.rollout.manager import sleep_level
+from verl.rollout.vllm_server import VLLMServer
+from verl.rollout.weight_sync import WeightSender
 from verl.single_controller.worker import Worker
-from verl.trainer.ppo.rollout import sleep_level
 from verl.trainer.sft import start_process_group
 from verl.workers.config import FSDPConfig, ModelConfig, RolloutConfig
 from verl.workers.forward import forward_log_probs
 from verl.workers.fsdp_model import build_model
-from verl.workers.rollout import weight_sync
-from verl.workers.rollout.vllm_server import VLLMServer
-from verl.workers.rollout.weight_sync import WeightSender
 
 GROUPS = (
     "embed_tokens",

@@ -165,8 +165,8 @@ def engine_arguments() -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from verl.rollout.vllm_server import VLLMServer
     from verl.workers.config import ModelConfig, RolloutConfig
-    from verl.workers.rollout.vllm_server import VLLMServer
 
     seen: list[Any] = []
     AsyncLLM.from_engine_args = seen.append  # pyright: ignore[reportAttributeAccessIssue]
@@ -190,8 +190,8 @@ def sampling_parameters() -> None:
     """Builds vLLM's sampling parameters by the code of the engine server."""
     from vllm import SamplingParams
 
+    from verl.rollout.vllm_server import VLLMServer
     from verl.workers.config import ModelConfig, RolloutConfig
-    from verl.workers.rollout.vllm_server import VLLMServer
 
     class Reached(Exception):
         pass

@@ -27,7 +27,7 @@ MODULES = (
     "verl.trainer.ppo.ray_trainer",
     "verl.workers.actor",
     "verl.workers.critic",
-    "verl.workers.rollout.vllm_server",
+    "verl.rollout.vllm_server",
     "vllm.v1.engine.async_llm",
     "vllm.v1.worker.gpu.model_runner",
     "vllm.distributed.weight_transfer.ipc_engine",

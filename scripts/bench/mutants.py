@@ -59,7 +59,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "verl/workers/critic.py": ("test_critic", "test_update"),
     "verl/workers/update.py": WORKERS,
     "verl/workers/forward.py": WORKERS,
-    "verl/workers/rollout/weight_sync.py": (
+    "verl/rollout/weight_sync.py": (
         "verl/rollout/test_weight_sync",
         "verl/rollout/test_lost_engine",
     ),

@@ -17,8 +17,8 @@ import random
 import sys
 import time
 
+from verl.rollout.vllm_server import VLLMServer
 from verl.workers.config import ModelConfig, RolloutConfig
-from verl.workers.rollout.vllm_server import VLLMServer
 
 SEARCHES = 2
 TURN_TOKENS = 20

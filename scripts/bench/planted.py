@@ -17,7 +17,7 @@ TRAINER = "verl/trainer/ppo/ray_trainer.py"
 ACTOR = "verl/workers/actor.py"
 UPDATE = "verl/workers/update.py"
 FORWARD = "verl/workers/forward.py"
-SYNC = "verl/workers/rollout/weight_sync.py"
+SYNC = "verl/rollout/weight_sync.py"
 LOOP = "search_r1/agent/loop.py"
 
 PLANTED: tuple[tuple[str, str, str], ...] = (

@@ -16,11 +16,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from verl.estimate.engine_memory import retriever_memory
+from verl.estimate.memory import GIB
+from verl.estimate.report import Estimate
+from verl.estimate.step_time import StepTime
 from verl.trainer import estimate, sizing, step_time
-from verl.trainer.engine_memory import retriever_memory
-from verl.trainer.estimate import Estimate
-from verl.trainer.memory import GIB
-from verl.trainer.step_time import StepTime
 from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

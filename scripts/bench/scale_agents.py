@@ -19,10 +19,10 @@ from search_r1.search.client import Passage
 from search_r1.search.config import RetrieverConfig
 from verl import agent
 from verl.agent import Source, Trajectory
+from verl.rollout.agent_worker import AgentLoopWorker, Failure, Job
+from verl.rollout.router import Router
 from verl.single_controller.worker_group import get, ready, spawn
 from verl.workers.config import SamplingConfig
-from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
-from verl.workers.rollout.router import Router
 
 Stopwatch = dict[str, float]
 EVERY_JOB = 1 << 20

@@ -16,6 +16,8 @@ from scale_agents import AgentProcess, load_world, make_jobs, trajectories_of
 from search_r1.agent.metrics import reduce_metrics
 from verl.agent import Trajectory
 from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH, DataProto
+from verl.rollout.agent_worker import Failure, Job
+from verl.rollout.records import trajectory_records
 from verl.single_controller.decorator import collect, dispatch, registered
 from verl.single_controller.worker_group import as_they_end, get, ready, spawn
 from verl.trainer.config import AlgorithmConfig, KLControlConfig, RolloutCorrectionConfig
@@ -33,13 +35,11 @@ from verl.trainer.ppo.metrics import (
     compute_throughput_metrics,
     staleness_metrics,
 )
-from verl.trainer.ppo.records import trajectory_records
 from verl.utils.tracking import Tracking
 from verl.workers.actor import ActorWorker
 from verl.workers.config import SamplingConfig
 from verl.workers.critic import CriticWorker
 from verl.workers.reference import ReferenceWorker
-from verl.workers.rollout.agent_worker import Failure, Job
 
 NUM_PROCESSES = 2
 RANKS = 8

@@ -14,8 +14,8 @@ from search_r1.search import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import arguments, metrics, start, train
 from tests.retrieval import retrieval_server
+from verl.rollout.vllm_server import VLLMServer
 from verl.workers.config import ModelConfig, RolloutConfig
-from verl.workers.rollout.vllm_server import VLLMServer
 
 pytestmark = pytest.mark.cpu_engine
 

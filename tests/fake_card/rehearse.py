@@ -276,10 +276,10 @@ def estimated(config: Any, gpu_gib: float) -> dict[str, float]:
     rehearsal."""
     from dataclasses import replace
 
+    from verl.estimate.memory import Pass, peak
+    from verl.estimate.report import total
+    from verl.estimate.sizing import Longest, roles_of
     from verl.trainer import memory
-    from verl.trainer.estimate import total
-    from verl.trainer.memory import Pass, peak
-    from verl.trainer.sizing import Longest, roles_of
 
     length = PROMPT + TURNS * TURN + (TURNS - 1) * OBSERVATION
     roles = []
@@ -305,7 +305,7 @@ def estimated(config: Any, gpu_gib: float) -> dict[str, float]:
 
 def rehearse(case: dict[str, Any]) -> dict[str, Any]:
     """What happened in a step of the case. Leaves the stand-ins in place."""
-    from verl.trainer.sizing import read_model
+    from verl.estimate.sizing import read_model
 
     gpu_gib = case.get("gpu_gib", 80)
     with tempfile.TemporaryDirectory() as folder:

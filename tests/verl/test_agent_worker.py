@@ -7,8 +7,8 @@ import pytest
 
 from tests.models import make_tokenizer
 from verl.agent import Completion, Trajectory, TrajectoryFailed, context_digest
-from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
-from verl.workers.rollout.router import Router
+from verl.rollout.agent_worker import AgentLoopWorker, Failure, Job
+from verl.rollout.router import Router
 
 
 class Engine:

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from verl.agent import Segment, Source, Trajectory
+from verl.rollout.agent_worker import Failure, Job
 from verl.trainer.config import FilterGroupsConfig
 from verl.trainer.ppo.batching import (
     Drawn,
@@ -13,7 +14,6 @@ from verl.trainer.ppo.batching import (
     rows_of_ranks,
     surviving,
 )
-from verl.workers.rollout.agent_worker import Failure, Job
 
 
 def job(uid: str) -> Job:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from verl.rollout import manager as module
+from verl.rollout.manager import RolloutManager, sleep_level
 from verl.single_controller.worker_group import WorkerLost
-from verl.trainer.ppo import rollout as module
-from verl.trainer.ppo.rollout import RolloutManager, sleep_level
 from verl.workers.config import RolloutConfig
 
 Log = list[str]

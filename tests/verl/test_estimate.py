@@ -14,10 +14,9 @@ from transformers import Qwen2Config
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from verl.trainer import engine_memory, memory
-from verl.trainer.engine_memory import retriever_memory
-from verl.trainer.estimate import main, verdict
-from verl.trainer.memory import (
+from verl.estimate import engine_memory, memory
+from verl.estimate.engine_memory import retriever_memory
+from verl.estimate.memory import (
     GIB,
     Pass,
     Role,
@@ -28,7 +27,8 @@ from verl.trainer.memory import (
     resident,
     update_moments,
 )
-from verl.trainer.sizing import load_shapes, longest_trajectory, read_model
+from verl.estimate.report import main, verdict
+from verl.estimate.sizing import load_shapes, longest_trajectory, read_model
 from verl.utils.errors import ConfigError
 from verl.utils.torch_functional import CHUNK_ELEMENTS
 from verl.workers.config import FSDPConfig, ModelConfig, RolloutConfig

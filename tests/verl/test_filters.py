@@ -8,11 +8,11 @@ import torch
 
 from verl.agent import Completion, Segment, Source, Trajectory, context_digest
 from verl.protocol import DataProto, collate_trajectories
+from verl.rollout.agent_worker import Job
 from verl.trainer.config import AlgorithmConfig, RolloutCorrectionConfig
 from verl.trainer.ppo.advantage import compute_advantage
 from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
 from verl.utils.errors import RewardError
-from verl.workers.rollout.agent_worker import Job
 
 
 def rolled(scores):

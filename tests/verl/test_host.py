@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.models import make_tiny_qwen2
+from verl.rollout.weight_sync import MEMORY_FILES, own_prefix
 from verl.trainer.host import (
     ENGINE_SOCKET,
     RAY_SOCKET,
@@ -21,7 +22,6 @@ from verl.trainer.host import (
     write_problem,
 )
 from verl.workers.config import ModelConfig
-from verl.workers.rollout.weight_sync import MEMORY_FILES, own_prefix
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from tests.search_r1.agent.test_loop import ADA, ANSWER, SEARCH, Engine, Library
 from tests.templates import make_family_tokenizer
 from tests.verl.test_dataset import row
 from tests.verl.test_steps_of_trainer import ROWS, SMALL, Questions, make_processes, trainer_over
+from verl.rollout.vllm_server import VLLMServer
 from verl.single_controller import worker_group
 from verl.single_controller.worker_group import WorkerHost
 from verl.trainer import main_ppo, supervise
@@ -31,7 +32,6 @@ from verl.trainer.supervise import LOST, Stop
 from verl.utils import tracking as tracking_module
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.run_folder import best, steps
-from verl.workers.rollout.vllm_server import VLLMServer
 
 GRPO = ("grpo", *SMALL)
 PPO = ("ppo", *SMALL)

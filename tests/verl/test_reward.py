@@ -14,6 +14,7 @@ from tests.models import make_tokenizer
 from tests.verl.test_agent_worker import SAMPLING, Breaking
 from tests.verl.test_agent_worker import worker as make_worker
 from verl.agent import Segment, Source, Trajectory, TrajectoryFailed
+from verl.rollout.agent_worker import Failure, Job
 from verl.trainer.ppo.batching import (
     RolloutFailed,
     check_failures,
@@ -24,7 +25,6 @@ from verl.trainer.ppo.batching import (
 from verl.utils.errors import ConfigError, RewardError
 from verl.utils.loading import load_function
 from verl.utils.reward import FunctionReward, check_signature, score
-from verl.workers.rollout.agent_worker import Failure, Job
 
 ROW = {
     "data_source": "nq",

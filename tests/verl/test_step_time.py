@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from verl.trainer.memory import GIB, Pass, Role, Sizes
-from verl.trainer.sizing import Longest
-from verl.trainer.step_time import (
+from verl.estimate.memory import GIB, Pass, Role, Sizes
+from verl.estimate.sizing import Longest
+from verl.estimate.step_time import (
     Batch,
     Gpu,
     StepTime,

@@ -14,13 +14,13 @@ import torch
 from tests.verl.test_config import composed
 from verl.agent import Segment, Source, Trajectory
 from verl.protocol import DataProto
+from verl.rollout.agent_worker import Failure
+from verl.rollout.manager import make_jobs
 from verl.trainer.config import PPOConfig, validate
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.batching import NothingToLearn
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.trainer.ppo.rollout import make_jobs
 from verl.utils.tracking import Timers, Tracking
-from verl.workers.rollout.agent_worker import Failure
 
 ROWS = 6
 PROMPTS = 2

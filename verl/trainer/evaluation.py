@@ -15,13 +15,13 @@ from typing import Any
 from tqdm import tqdm
 
 from verl.agent import Trajectory
+from verl.rollout.agent_worker import Failure, Job
+from verl.rollout.records import trajectory_records
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.batching import check_failures
-from verl.trainer.ppo.records import trajectory_records
 from verl.utils.dataset import RLHFDataset
 from verl.utils.model_names import weights_of
 from verl.utils.run_folder import claim
-from verl.workers.rollout.agent_worker import Failure, Job
 
 logger = logging.getLogger(__name__)
 MIN_RESULTS = 20

@@ -137,8 +137,8 @@ def weight_problems(config: "PPOConfig") -> list[str]:
 
     What processes that were killed have left there is removed first.
     """
+    from verl.rollout.weight_sync import MEMORY_FILES, remove_dead_folders
     from verl.workers.hf_folder import skeleton_of
-    from verl.workers.rollout.weight_sync import MEMORY_FILES, remove_dead_folders
 
     if problem := write_problem(Path(MEMORY_FILES)):
         return [f"{MEMORY_FILES} {problem}: weights travel through it to engines on the CPU"]

@@ -70,8 +70,8 @@ def gpus_of_engines(config: Any) -> int:
 @contextmanager
 def rollout_of(config: Any) -> Iterator[Any]:
     """What generates: engines under Ray, or for an endpoint this process alone."""
-    from verl.trainer.local_rollout import LocalRollout
-    from verl.trainer.ppo.rollout import RolloutManager
+    from verl.rollout.local import LocalRollout
+    from verl.rollout.manager import RolloutManager
 
     rollout = None
     on_ray = config.actor_rollout_ref.rollout.name == "vllm"

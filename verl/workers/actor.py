@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from verl.protocol import ACTOR_MINI_BATCH, DataProto
+from verl.rollout.weight_sync import WeightSender
 from verl.single_controller.decorator import Dispatch, register
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
 from verl.workers.forward import forward_log_probs, log_probs_of_rows
 from verl.workers.fsdp_model import build_model, build_train_state, describe
 from verl.workers.hf_folder import save_trained
-from verl.workers.rollout.weight_sync import WeightSender
 from verl.workers.trained import TrainedWorker
 from verl.workers.update import (
     INPUTS,

@@ -12,9 +12,9 @@ from tests.models import make_tokenizer
 from tests.retrieval import serving, wait_until_ready
 from tests.search_r1.search.test_server import app
 from verl.agent import Completion, Trajectory, context_digest
+from verl.rollout.agent_worker import AgentLoopWorker, Job
+from verl.rollout.router import Router
 from verl.utils.tokenizer import encode_text
-from verl.workers.rollout.agent_worker import AgentLoopWorker, Job
-from verl.workers.rollout.router import Router
 
 QUESTIONS = 600
 SECONDS_PER_QUERY = 0.01

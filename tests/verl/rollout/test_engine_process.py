@@ -19,7 +19,7 @@ SERVER = """
 import asyncio, os, sys
 import psutil
 from verl.workers.config import ModelConfig, RolloutConfig
-from verl.workers.rollout.vllm_server import VLLMServer
+from verl.rollout.vllm_server import VLLMServer
 
 async def main():
     config = RolloutConfig(dtype="float32", cpu_kvcache_gb=0.1)
@@ -39,7 +39,7 @@ async def main():
 if __name__ == "__main__":
     asyncio.run(main())
 """
-ENGINE = "import os, time; from verl.workers.rollout.engine_process import FollowServer; "
+ENGINE = "import os, time; from verl.rollout.engine_process import FollowServer; "
 FOLLOW = "FollowServer().follow({server}); print('ready', flush=True); time.sleep(60)"
 START = (
     "import os, subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}.replace('SERVER', "

@@ -15,6 +15,8 @@ from tests.distributed import run_ranks
 from tests.models import make_tokenizer, perturb
 from verl.agent import Completion
 from verl.protocol import DataProto
+from verl.rollout.vllm_server import VLLMServer
+from verl.rollout.weight_sync import has_head, write_weights
 from verl.workers.actor import ActorWorker
 from verl.workers.config import (
     ActorConfig,
@@ -28,8 +30,6 @@ from verl.workers.config import (
 from verl.workers.critic import CriticWorker
 from verl.workers.fsdp_model import full_parameters
 from verl.workers.reference import ReferenceWorker
-from verl.workers.rollout.vllm_server import VLLMServer
-from verl.workers.rollout.weight_sync import has_head, write_weights
 
 pytestmark = pytest.mark.cpu_engine
 

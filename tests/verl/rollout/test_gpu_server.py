@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from verl.rollout import vllm_server
+from verl.rollout.vllm_server import VLLMServer
 from verl.workers.config import ModelConfig, RolloutConfig
-from verl.workers.rollout import vllm_server
-from verl.workers.rollout.vllm_server import VLLMServer
 
 PICKLED = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 FLASHINFER = "VLLM_USE_FLASHINFER_SAMPLER"

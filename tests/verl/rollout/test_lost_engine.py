@@ -21,10 +21,10 @@ from vllm.distributed.weight_transfer.packed_tensor import PackedIpcChunk, pack_
 
 from tests.distributed import run_ranks
 from tests.models import make_tiny_qwen2
+from verl.rollout import weight_sync
+from verl.rollout.weight_sync import WeightSender, reserved_port
 from verl.workers.config import FSDPConfig, ModelConfig
 from verl.workers.fsdp_model import build_model
-from verl.workers.rollout import weight_sync
-from verl.workers.rollout.weight_sync import WeightSender, reserved_port
 
 CHUNK_BYTES = 40_000
 BUFFERS: dict[str, list[tuple[str, torch.Tensor]]] = {}

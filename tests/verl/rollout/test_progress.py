@@ -9,9 +9,9 @@ import pytest
 import ray
 
 from verl.agent import Trajectory
+from verl.rollout.agent_worker import AgentLoopWorker, Job
+from verl.rollout.manager import RolloutManager, Submitted
 from verl.single_controller.worker_group import get, ready, spawn
-from verl.trainer.ppo.rollout import RolloutManager, Submitted
-from verl.workers.rollout.agent_worker import AgentLoopWorker, Job
 
 JOBS = [Job("u", f"s{i}", {}, [7]) for i in range(4)]
 
@@ -53,7 +53,7 @@ def own_ray():
 
 
 def test_finished_trajectories_are_progress_and_nothing_else_is(caplog):
-    caplog.set_level(logging.INFO, logger="verl.trainer.ppo.rollout")
+    caplog.set_level(logging.INFO, logger="verl.rollout.manager")
     manager = RolloutManager.__new__(RolloutManager)
     worker = spawn(GatedWorker, num_cpus=0)
     get(ready(worker))

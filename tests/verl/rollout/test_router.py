@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from verl.agent import Completion, TrajectoryFailed, context_digest
-from verl.workers.rollout.router import MAX_LOST, Router
+from verl.rollout.router import MAX_LOST, Router
 
 
 class FakeServer:

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen2ForCa
 from tests.models import make_tiny_qwen2, perturb, rig
 from tests.trained import edit_json
 from verl.agent import Completion, context_digest
+from verl.rollout.vllm_server import VLLMServer, stop_token_ids
+from verl.rollout.weight_sync import write_engine_model, write_weights
 from verl.workers.config import ModelConfig, RolloutConfig
-from verl.workers.rollout.vllm_server import VLLMServer, stop_token_ids
-from verl.workers.rollout.weight_sync import write_engine_model, write_weights
 
 pytestmark = pytest.mark.cpu_engine
 

@@ -12,10 +12,10 @@ from transformers import Qwen2ForCausalLM
 
 from tests.distributed import run_ranks
 from tests.models import make_tiny_qwen2
+from verl.rollout import weight_sync
+from verl.rollout.weight_sync import write_engine_model
 from verl.workers.config import FSDPConfig, ModelConfig
 from verl.workers.fsdp_model import build_model
-from verl.workers.rollout import weight_sync
-from verl.workers.rollout.weight_sync import write_engine_model
 
 
 class FakeServer:
@@ -33,7 +33,7 @@ class FakeServer:
 
 def send_twice(path: str) -> tuple[dict[str, torch.Tensor], list[bool]]:
     """On each rank: what the engine read, and which of its folders are still there."""
-    from verl.workers.rollout import weight_sync
+    from verl.rollout import weight_sync
 
     weight_sync.get = lambda refs: refs
     mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))

@@ -4,10 +4,10 @@ from collections import deque
 from typing import Any
 
 from verl.agent import Trajectory
+from verl.rollout.agent_worker import Failure, Job
+from verl.rollout.manager import RolloutManager, Submitted
 from verl.trainer.config import PPOConfig
-from verl.trainer.ppo.rollout import RolloutManager, Submitted
 from verl.utils.dataset import ResumableSampler, RLHFDataset
-from verl.workers.rollout.agent_worker import Failure, Job
 
 
 class RolloutAhead:

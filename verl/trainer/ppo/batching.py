@@ -11,10 +11,10 @@ import torch
 
 from verl.agent import Source, Trajectory
 from verl.protocol import DataProto, collate_trajectories
+from verl.rollout.agent_worker import Failure, Job
 from verl.trainer.config import FilterGroupsConfig
 from verl.utils.reward import compare
 from verl.utils.seqlen_balancing import balance
-from verl.workers.rollout.agent_worker import Failure, Job
 
 
 class RolloutFailed(RuntimeError):

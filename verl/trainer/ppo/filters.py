@@ -8,6 +8,7 @@ from torch import Tensor
 
 from verl.agent import Trajectory
 from verl.protocol import DataProto
+from verl.rollout.agent_worker import Job
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import (
     accepted,
@@ -18,7 +19,6 @@ from verl.trainer.ppo.core_algos import (
 )
 from verl.utils.errors import RewardError
 from verl.utils.torch_functional import masked_mean, masked_sum
-from verl.workers.rollout.agent_worker import Job
 
 Rolled = tuple[list[Job], list[Trajectory]]
 

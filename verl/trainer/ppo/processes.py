@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from verl.rollout.manager import RolloutManager
 from verl.single_controller.worker_group import (
     RayClassWithInitArgs,
     RayError,
@@ -13,7 +14,6 @@ from verl.single_controller.worker_group import (
     get,
 )
 from verl.trainer.config import PPOConfig
-from verl.trainer.ppo.rollout import RolloutManager
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
 from verl.workers.reference import ReferenceWorker

@@ -6,6 +6,9 @@ from typing import Any
 
 from verl.agent import Trajectory
 from verl.protocol import DataProto
+from verl.rollout.agent_worker import Job
+from verl.rollout.manager import Submitted
+from verl.rollout.records import trajectory_records
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo import validation
 from verl.trainer.ppo.advantage import (
@@ -36,14 +39,11 @@ from verl.trainer.ppo.metrics import (
 )
 from verl.trainer.ppo.mismatch import FirstBatch
 from verl.trainer.ppo.processes import Processes
-from verl.trainer.ppo.records import trajectory_records
-from verl.trainer.ppo.rollout import Submitted
 from verl.trainer.supervise import Stop
 from verl.utils.checkpoint_storage import CheckpointError
 from verl.utils.dataset import RLHFDataset, questions_digest
 from verl.utils.errors import RewardError
 from verl.utils.tracking import Timers, Tracking, truncate_metrics
-from verl.workers.rollout.agent_worker import Job
 
 
 class TrainingDiverged(RuntimeError):

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from verl.agent import Source, Trajectory
+from verl.rollout.agent_worker import Failure, Job
+from verl.rollout.manager import RolloutManager, Submitted
+from verl.rollout.records import trajectory_records
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.batching import check_failures, component_means, failure_metrics
-from verl.trainer.ppo.records import trajectory_records
-from verl.trainer.ppo.rollout import RolloutManager, Submitted
 from verl.utils.dataset import RLHFDataset
 from verl.utils.tracking import STEP
-from verl.workers.rollout.agent_worker import Failure, Job
 
 
 def submit(config: PPOConfig, val_set: RLHFDataset, rollout: RolloutManager) -> Submitted:

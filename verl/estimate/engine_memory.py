@@ -10,7 +10,7 @@ here was measured on a GPU.
 
 from dataclasses import dataclass
 
-from verl.trainer.memory import FLOAT32, GIB, WIDTH, Entries, Sizes
+from verl.estimate.memory import FLOAT32, GIB, WIDTH, Entries, Sizes
 from verl.workers.config import RolloutConfig
 
 GRAPHS_GIB = 1.0

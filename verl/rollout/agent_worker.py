@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from verl.agent import Completion, Row, Source, Trajectory, TrajectoryFailed
+from verl.rollout.router import Router
 from verl.single_controller.worker import stacks
 from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer
 from verl.utils.reward import score
-from verl.workers.rollout.router import Router
 
 logger = logging.getLogger(__name__)
 

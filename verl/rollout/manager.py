@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.agent import Row, Trajectory
+from verl.rollout.agent_worker import AgentLoopWorker, Failure, Job
+from verl.rollout.router import Router
+from verl.rollout.vllm_server import VLLMServer
 from verl.single_controller.worker_group import (
     ActorDied,
     RayError,
@@ -20,9 +23,6 @@ from verl.single_controller.worker_group import (
 )
 from verl.trainer.config import PPOConfig
 from verl.workers.config import RolloutConfig, SamplingConfig
-from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
-from verl.workers.rollout.router import Router
-from verl.workers.rollout.vllm_server import VLLMServer
 
 logger = logging.getLogger(__name__)
 MAX_RESTARTS = 3

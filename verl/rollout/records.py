@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from verl.agent import Trajectory
-from verl.workers.rollout.agent_worker import Job
+from verl.rollout.agent_worker import Job
 
 
 def trajectory_records(

@@ -12,9 +12,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from verl.estimate.memory import Pass, Role, Sizes
 from verl.trainer.compose import as_plain, composed
 from verl.trainer.config import PPOConfig, validate
-from verl.trainer.memory import Pass, Role, Sizes
 from verl.utils.errors import ConfigError
 from verl.workers.config import ModelConfig
 

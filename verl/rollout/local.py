@@ -8,11 +8,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from verl.agent import Row, Trajectory
+from verl.rollout.agent_worker import AgentLoopWorker, Failure, Job
+from verl.rollout.manager import Submitted, make_jobs
+from verl.rollout.openai_engine import OpenAIEngine
 from verl.trainer.config import PPOConfig, build_tokenizer
-from verl.trainer.ppo.rollout import Submitted, make_jobs
 from verl.workers.config import SamplingConfig
-from verl.workers.rollout.agent_worker import AgentLoopWorker, Failure, Job
-from verl.workers.rollout.openai_engine import OpenAIEngine
 
 
 class LocalRollout:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from verl.agent import Completion, context_digest
+from verl.rollout.weight_sync import memory_folder, write_engine_model
 from verl.single_controller.worker import stacks
 from verl.utils.processes import follow
 from verl.utils.tokenizer import end_of_turn
 from verl.workers.config import ModelConfig, RolloutConfig
-from verl.workers.rollout.weight_sync import memory_folder, write_engine_model
 
 
 class VLLMServer:
@@ -84,7 +84,7 @@ class VLLMServer:
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
-            "worker_extension_cls": "verl.workers.rollout.engine_process.FollowServer",
+            "worker_extension_cls": "verl.rollout.engine_process.FollowServer",
             "seed": self.seed,
         }
         self.engine = AsyncLLM.from_engine_args(

@@ -1,0 +1,434 @@
+"""Seconds of a training step, verb by verb, from stated assumptions: to judge a first run by.
+
+    python -m verl.trainer.step_time --config-name grpo experiment=nq_hotpotqa/qwen2.5-3b-grpo --gpu
+    h100
+
+Every verb is printed with its formula; every assumption is a flag. The figures are computed and not
+measured: a run that is several times slower than this has something to look for, and the timer
+`timing_s/...` of the verb says where. Needs no GPU, and of the model only its Hugging Face config.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from verl.estimate.engine_memory import engine_memory
+from verl.estimate.memory import GIB, WIDTH, Role, Sizes
+from verl.estimate.sizing import (
+    Longest,
+    add_arguments,
+    answer,
+    load_config,
+    load_shapes,
+    longest_trajectory,
+    num_replicas,
+    roles_of,
+)
+from verl.trainer.config import PPOConfig
+from verl.utils.errors import ConfigError
+
+GPUS = {"a100": (312.0, 2.0), "h100": (989.0, 3.35), "h200": (989.0, 4.8)}
+"""Published peak of dense bfloat16 products in TFLOP/s, and memory bandwidth in TB/s (SXM
+cards)."""
+ASSUMPTIONS = {
+    "prompt_tokens": (250.0, "tokens of a prompt: template and question"),
+    "searches": (2.0, "searches of a trajectory"),
+    "observed_tokens": (400.0, "tokens of the passages that a search brings into the context"),
+    "written_tokens": (250.0, "tokens that the policy writes in a trajectory, all turns"),
+    "train_efficiency": (
+        0.40,
+        "share of peak FLOP/s in passes of the trainer, communication included",
+    ),
+    "prefill_efficiency": (0.40, "share of peak FLOP/s in the engine's prefill"),
+    "bandwidth_efficiency": (0.60, "share of the memory bandwidth in the engine's decoding"),
+    "engine_step_ms": (
+        3.0,
+        "ms of an engine step beside reading memory: launches, sampler, scheduler",
+    ),
+    "engine_tokens_per_s": (
+        0.0,
+        "decoded tokens/s of a GPU where known; 0: from the memory bandwidth",
+    ),
+    "search_latency_s": (0.5, "seconds of one search"),
+    "retriever_queries_per_s": (200.0, "queries/s of the retriever"),
+    "pcie_gb_per_s": (25.0, "GB/s of a GPU from and to pinned host memory"),
+    "pageable_gb_per_s": (
+        6.0,
+        "GB/s of a GPU from and to host memory that is not pinned (optimizer_offload)",
+    ),
+    "nvlink_gb_per_s": (150.0, "GB/s of an all-gather between the GPUs"),
+    "host_adamw_gb_per_s": (5.0, "GB/s of host memory for AdamW of a rank (param_offload)"),
+    "sync_overhead_s": (
+        1.5,
+        "seconds of a weight sync beside moving bytes: pause, reload of layers, resume",
+    ),
+    "sleep_wake_s": (3.0, "seconds to put the engines to sleep and to wake them"),
+    "driver_s": (3.0, "seconds of the driver: building the batch, advantages, records"),
+}
+"""By flag: the default, and what it is."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a card can do at most, and how much memory it has."""
+
+    flops: float
+    """Per second."""
+    bandwidth: float
+    """Bytes per second."""
+    memory: float
+    """Bytes."""
+
+
+class Verb(NamedTuple):
+    """A part of the step (the name is that of its timer), its seconds, and how they come about."""
+
+    name: str
+    seconds: float
+    formula: str
+
+
+class Batch(NamedTuple):
+    """Trajectories that are rolled out together."""
+
+    trajectories: int
+    prompts: int
+
+
+def card(name: str, memory_gib: float) -> Gpu:
+    """One of `GPUS`, with its memory."""
+    tflops, terabytes = GPUS[name]
+    return Gpu(tflops * 1e12, terabytes * 1e12, memory_gib * GIB)
+
+
+def default_assumptions() -> SimpleNamespace:
+    """Every assumption at its default."""
+    return SimpleNamespace(**{name: default for name, (default, _) in ASSUMPTIONS.items()})
+
+
+def layer_flops(sizes: Sizes, tokens: float, length: float) -> float:
+    """FLOPs of all layers in a forward pass over `tokens` in rows of `length`: products and causal
+    attention."""
+    attention = sizes.hidden * 2 * (sizes.queries + sizes.keys)
+    products = attention + 3 * sizes.hidden * sizes.intermediate
+    scores = 2 * sizes.queries * length  # two products with half of the row
+    return tokens * sizes.layers * (2 * products + scores)
+
+
+def head_flops(sizes: Sizes, trained: float) -> float:
+    """FLOPs of the head, which sees only the tokens that are trained on. None for a value head."""
+    return 2 * sizes.vocab * sizes.hidden * trained
+
+
+def forward_flops(sizes: Sizes, tokens: float, trained: float, length: float) -> float:
+    """FLOPs of a forward pass."""
+    return layer_flops(sizes, tokens, length) + head_flops(sizes, trained)
+
+
+def update_flops(role: Role, tokens: float, trained: float, length: float) -> float:
+    """FLOPs of a forward and a backward pass.
+
+    A backward pass costs two forward passes, or one where only adapters have gradients. With
+    checkpointing a layer runs forward again, but for its last product, whose result no gradient
+    needs.
+    """
+    sizes = role.sizes
+    backward = 2 if role.whole else 1
+    layers = layer_flops(sizes, tokens, length)
+    last_product = 2 * tokens * sizes.layers * sizes.hidden * sizes.intermediate
+    again = (layers - last_product) * role.checkpointing
+    return (1 + backward) * (layers + head_flops(sizes, trained)) + again
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Computes the verbs of a step. `a`: the assumptions by name."""
+
+    config: PPOConfig
+    roles: Sequence[Role]
+    longest: Longest
+    gpu: Gpu
+    a: Any
+
+    @property
+    def world(self) -> int:
+        return self.roles[0].world
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of a trajectory."""
+        return (
+            self.a.prompt_tokens + self.a.written_tokens + self.a.searches * self.a.observed_tokens
+        )
+
+    @property
+    def batch(self) -> Batch:
+        prompts = self.config.data.train_batch_size
+        return Batch(prompts * self.config.actor_rollout_ref.rollout.n, prompts)
+
+    @property
+    def tokens(self) -> float:
+        """Of a batch."""
+        return self.batch.trajectories * self.mean_tokens
+
+    @property
+    def trained_tokens(self) -> float:
+        if not self.config.actor_rollout_ref.actor.state_masking:
+            return self.batch.trajectories * (self.mean_tokens - self.a.prompt_tokens)
+        return self.batch.trajectories * self.a.written_tokens
+
+    def engine_rate(self, running: float, context: float) -> float:
+        """Decoded tokens/s of one engine with `running` trajectories of `context` tokens.
+
+        A step reads the weights and the running contexts' keys and values, or is bound by its
+        products.
+        """
+        rollout = self.config.actor_rollout_ref.rollout
+        tp = rollout.tensor_model_parallel_size
+        if self.a.engine_tokens_per_s and running > 1:
+            return self.a.engine_tokens_per_s * tp
+        sizes = self.roles[0].sizes
+        share = engine_memory(sizes, rollout, self.gpu.memory)
+        read = share.weights + running * context * share.kv_bytes_per_token
+        reading = read / (self.gpu.bandwidth * self.a.bandwidth_efficiency)
+        flops = forward_flops(sizes, running, running, context) / tp
+        computing = flops / (self.gpu.flops * self.a.prefill_efficiency)
+        return running / (max(reading, computing) + self.a.engine_step_ms / 1000)
+
+    def rollout_seconds(self, batch: Batch) -> tuple[float, str]:
+        """Seconds to roll out a batch, from below by engines and retriever, and the longest
+        trajectory at the end."""
+        rollout = self.config.actor_rollout_ref.rollout
+        replicas = num_replicas(self.config)
+        tp = rollout.tensor_model_parallel_size
+        sizes = self.roles[0].sizes
+        share = engine_memory(sizes, rollout, self.gpu.memory)
+        room = share.kv_tokens / self.mean_tokens
+        running = max(1.0, min(batch.trajectories / replicas, rollout.max_num_seqs, room))
+        rate = self.engine_rate(running, self.mean_tokens)
+        decode = batch.trajectories * self.a.written_tokens / (replicas * rate)
+        read = (
+            self.a.searches * self.a.observed_tokens * batch.trajectories
+            + self.a.prompt_tokens * batch.prompts
+        )
+        flops = layer_flops(sizes, read, self.mean_tokens)
+        prefill = flops / (replicas * tp * self.gpu.flops * self.a.prefill_efficiency)
+        searching = batch.trajectories * self.a.searches / self.a.retriever_queries_per_s
+        alone = self.engine_rate(1.0, self.longest.tokens)
+        turns = self.longest.turns if self.longest.turns is not None else ceil(self.a.searches)
+        last = self.longest.written / alone + turns * self.a.search_latency_s
+        seconds = max(decode + prefill, searching) + last
+        formula = (
+            f"max(decode {decode:.1f} [{running:.0f} at once, {rate / tp:,.0f} tokens/s a GPU] + "
+            "prefill "
+            f"{prefill:.1f}, searches {searching:.1f} [{batch.trajectories * self.a.searches:,.0f} "
+            "at "
+            f"{self.a.retriever_queries_per_s:g}/s]) + longest trajectory alone {last:.1f} "
+            f"[{self.longest.written:,} tokens at {alone:,.0f}/s]"
+        )
+        return seconds, formula
+
+    def passes(self, limit: int, mini_batches: int) -> int:
+        """Micro-batches of a rank that hold `limit` tokens each."""
+        per_mini_batch = self.tokens / self.world / mini_batches
+        return mini_batches * ceil(per_mini_batch / max(limit, self.mean_tokens))
+
+    def computing(self, flops: float) -> tuple[float, str]:
+        seconds = flops / (self.world * self.gpu.flops * self.a.train_efficiency)
+        peak = self.gpu.flops / 1e12
+        return (
+            seconds,
+            f"{flops:.2e} FLOP / ({self.world} x {peak:g} TFLOP/s x {self.a.train_efficiency:g})",
+        )
+
+    def forward(self, name: str, role: Role, limit: int) -> Verb:
+        """A verb that is one forward pass over the batch."""
+        flops = forward_flops(role.sizes, self.tokens, self.trained_tokens, self.mean_tokens)
+        seconds, formula = self.computing(flops)
+        if role.fsdp.param_offload:
+            moved = self.passes(limit, 1) * shard_bytes(role) / (self.a.pcie_gb_per_s * 1e9)
+            seconds += moved
+            formula += f" + parameters from the host {moved:.1f}"
+        return Verb(name, seconds, formula)
+
+    def update(self, name: str, role: Role, section: Any) -> Verb:
+        """A verb that is forward and backward passes over the batch, and the optimizer's steps."""
+        epochs = section.ppo_epochs
+        flops = epochs * update_flops(role, self.tokens, self.trained_tokens, self.mean_tokens)
+        seconds, formula = self.computing(flops)
+        mini_batches = self.batch.trajectories // section.ppo_mini_batch_size
+        steps = epochs * mini_batches
+        fsdp = role.fsdp
+        state = WIDTH[fsdp.model_dtype] * role.trained / role.world
+        if fsdp.param_offload:
+            count = epochs * self.passes(section.ppo_max_token_len_per_gpu, mini_batches)
+            gathers = 2 if fsdp.reshard_after_forward else 1
+            moved = count * (gathers * shard_bytes(role) + state) / (self.a.pcie_gb_per_s * 1e9)
+            adamw = steps * 7 * state / (self.a.host_adamw_gb_per_s * 1e9)
+            formula += (
+                f" + to and from the host {moved:.1f} + {steps} AdamW on the host {adamw:.1f}"
+            )
+        else:
+            moved = 0.0
+            adamw = steps * 7 * state / (self.gpu.bandwidth * self.a.bandwidth_efficiency)
+            formula += f" + {steps} AdamW {adamw:.1f}"
+            if fsdp.optimizer_offload:
+                moved = 2 * 2 * state / (self.a.pageable_gb_per_s * 1e9)
+                formula += f" + optimizer state to and from the host {moved:.1f}"
+        return Verb(name, seconds + moved + adamw, formula)
+
+    def sync(self) -> Verb:
+        """The weights' way to the engines: gathered in the masters' dtype, then handed over on the
+        same GPU."""
+        actor = self.roles[0]
+        size = actor.sizes.params * WIDTH[actor.fsdp.model_dtype] * (self.world - 1) / self.world
+        seconds = size / (self.a.nvlink_gb_per_s * 1e9) + self.a.sync_overhead_s
+        formula = (
+            f"{size / 1e9:.1f} GB / {self.a.nvlink_gb_per_s:g} GB/s + {self.a.sync_overhead_s:g}"
+        )
+        if actor.fsdp.param_offload:
+            moved = shard_bytes(actor) / (self.a.pcie_gb_per_s * 1e9)
+            seconds += moved
+            formula += f" + parameters from the host {moved:.1f}"
+        return Verb("update_weights", seconds, formula)
+
+    def verbs(self) -> list[Verb]:
+        """The step, in the order of `RayPPOTrainer.fit`."""
+        main = self.config.actor_rollout_ref
+        by_name = {role.name: role for role in self.roles}
+        actor = by_name["actor"]
+        found = [
+            Verb("gen", *self.rollout_seconds(self.batch)),
+            self.forward("old_log_prob", actor, main.rollout.log_prob_max_token_len_per_gpu),
+        ]
+        if "ref" in by_name:
+            found.append(
+                self.forward("ref", by_name["ref"], main.ref.log_prob_max_token_len_per_gpu)
+            )
+        if "critic" in by_name:
+            critic = by_name["critic"]
+            found.append(
+                self.forward("values", critic, self.config.critic.ppo_max_token_len_per_gpu)
+            )
+            found.append(self.update("update_critic", critic, self.config.critic))
+        found += [
+            self.update("update_actor", actor, main.actor),
+            self.sync(),
+            Verb("sleep", self.a.sleep_wake_s, "stated: sleep, and waking within update_weights"),
+            Verb("prepare, adv", self.a.driver_s, "stated"),
+        ]
+        return found
+
+    def validation(self, questions: int) -> Verb:
+        """One validation; an answer is greedy, so nothing but the number of trajectories
+        differs."""
+        rows = questions * self.config.actor_rollout_ref.rollout.val_kwargs.n
+        return Verb("testing", *self.rollout_seconds(Batch(rows, questions)))
+
+
+def shard_bytes(role: Role) -> float:
+    """A rank's part of the weights."""
+    return WIDTH[role.fsdp.model_dtype] * role.sizes.params / role.world
+
+
+def num_validations(config: PPOConfig) -> int:
+    """Validations of a whole run: before training, every `test_freq` steps, and after the last."""
+    trainer = config.trainer
+    steps = trainer.total_training_steps or 0
+    regular = steps // trainer.test_freq if trainer.test_freq > 0 else 0
+    last = trainer.test_freq <= 0 or steps % trainer.test_freq > 0
+    return int(trainer.val_before_train) + regular + int(last)
+
+
+def refuse_other_schedules(config: PPOConfig) -> None:
+    """Raises ConfigError where the verbs of a step do not follow each other."""
+    rollout = config.actor_rollout_ref.rollout
+    if not config.actor_rollout_ref.hybrid_engine or rollout.name != "vllm":
+        raise ConfigError(
+            [
+                "step time is computed for engines on the trainer's GPUs alone "
+                "(actor_rollout_ref.hybrid_engine=true, "
+                "rollout.name=vllm): elsewhere rollout and update overlap"
+            ]
+        )
+
+
+def report(found: StepTime, questions: int | None) -> str:
+    """Verbs, their sum, and the hours of the run, as text."""
+    verbs = found.verbs()
+    step = sum(verb.seconds for verb in verbs)
+    config = found.config
+    lines = [
+        f"{config.actor_rollout_ref.model.path} on {found.world} GPUs: "
+        f"{found.batch.trajectories:,} trajectories of "
+        f"{found.mean_tokens:,.0f} tokens, {found.trained_tokens / found.tokens:.0%} of them "
+        "trained; computed, "
+        "not measured",
+        *(f"{verb.name:16}{verb.seconds:8.1f} s  {verb.formula}" for verb in verbs),
+        f"{'step':16}{step:8.1f} s  {found.tokens / step / found.world:,.0f} tokens/s a GPU "
+        "(perf/throughput)",
+    ]
+    questions = config.data.val_data_num if questions is None else questions
+    validation = found.validation(questions) if questions else None
+    if validation is not None:
+        lines.append(
+            f"{validation.name:16}{validation.seconds:8.1f} s  {questions:,} questions: "
+            f"{validation.formula}"
+        )
+    steps = config.trainer.total_training_steps
+    if steps:
+        count = num_validations(config)
+        training = steps * step / 3600
+        testing = count * validation.seconds / 3600 if validation else 0.0
+        what = (
+            f"{count} validations {testing:.1f} h"
+            if validation
+            else "validations not counted (--val-questions)"
+        )
+        lines.append(
+            f"{steps:,} steps {training:.1f} h, {what}: {training + testing:.1f} h; checkpoints "
+            "not counted"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m verl.trainer.step_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.add_argument(
+        "--gpu", choices=GPUS, default="h100", help="card, for peak FLOP/s and memory bandwidth"
+    )
+    parser.add_argument(
+        "--val-questions", type=int, help="questions of a validation (default: data.val_data_num)"
+    )
+    for name, (default, meaning) in ASSUMPTIONS.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(
+            flag, type=float, default=default, help=f"{meaning} (default: {default:g})"
+        )
+    return parser
+
+
+def step_time(args: argparse.Namespace) -> StepTime:
+    """Computes what the command line asks for. Raises ConfigError or an error of Hydra."""
+    config = load_config(args.config_name, args.overrides)
+    refuse_other_schedules(config)
+    longest = longest_trajectory(config)
+    roles = roles_of(config, longest, load_shapes(args.shapes))
+    assumptions = SimpleNamespace(**{name: getattr(args, name) for name in ASSUMPTIONS})
+    return StepTime(config, roles, longest, card(args.gpu, args.gpu_memory_gb), assumptions)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the step; the exit status: 0, or 2 where the configuration cannot work."""
+    args, found = answer(build_parser(), argv, step_time)
+    sys.stdout.write(report(found, args.val_questions))
+    return 0
