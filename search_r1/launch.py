@@ -29,6 +29,7 @@ from search_r1.report import write_report
 from search_r1.world.generate import FILES, OPTIONS_FILE, WorldConfig
 from verl.trainer import compose
 from verl.trainer.config import validate
+from verl.trainer.supervise import supervise_driver
 from verl.utils.addresses import direct
 from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError, DataError
@@ -110,7 +111,7 @@ def launch(argv: Sequence[str]) -> int:
     check(config)
     if config.finetune.data is not None:
         return surrounded("search_r1.finetune", line.config_name, overrides, config)
-    status = surrounded("verl.trainer.main_ppo", line.config_name, overrides, config)
+    status = train(line.config_name, overrides, config)
     if status == 0:
         sys.stdout.write(write_report(Path(config.trainer.default_local_dir)))
     return status
@@ -147,8 +148,18 @@ def check(config: DictConfig) -> None:
         raise ConfigError(problems)
 
 
+def train(config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
+    """Supervises a training with what `setup` makes and serves around it; returns its status."""
+    arguments = ["--config-name", config_name, *overrides]
+    with surroundings(config, overrides) as server:
+        if server is None:
+            return supervise_driver(arguments, config.trainer)
+        arguments.append(f"retriever.url={server.url}")
+        return supervise_driver(arguments, config.trainer, meanwhile=server.revive)
+
+
 def surrounded(program: str, config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
-    """Exit status of a module, run with what `setup` makes and serves around it."""
+    """Runs another module once, with the same around it; returns its exit status."""
     command = [sys.executable, "-m", program, "--config-name", config_name, *overrides]
     with surroundings(config, overrides) as server:
         return run([*command, f"retriever.url={server.url}"] if server else command, server)

@@ -158,6 +158,17 @@ class RolloutManager:
             env={"VLLM_NO_USAGE_STATS": "1"},
         )
 
+    def report_progress_to(self, on_progress: Callable[[], object]) -> None:
+        """Calls `on_progress` from now on when a trajectory that is waited for has finished."""
+        self.on_progress = on_progress
+
+    def announce_version(self, version: int) -> None:
+        """Says which version `update_weights` will bring.
+
+        An engine that is started anew before that has these weights already.
+        """
+        self.version = version
+
     def connect(self, actor: Any) -> None:
         """Names the actor whose weights the engines take."""
         self.actor = actor

@@ -1,8 +1,7 @@
-"""`python -m verl.trainer.main_eval --config-name CONFIG [key=value ...]`: evaluates a Hugging Face
-model.
+"""`python -m verl.trainer.main_eval --config-name CONFIG [key=value ...]`: evaluates a model.
 
-The configuration is that of training; `actor_rollout_ref.model.path` is evaluated on
-`data.val_files` as `actor_rollout_ref.rollout.val_kwargs` say, and
+The configuration is that of training; `actor_rollout_ref.model.path`, a Hugging Face model, is
+evaluated on `data.val_files` as `actor_rollout_ref.rollout.val_kwargs` say, and
 `trainer.default_local_dir`/evaluation.jsonl gets the trajectories. An interrupted evaluation goes
 on where it was.
 """
@@ -15,22 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import ray
 from omegaconf import DictConfig
 
-from verl.trainer.compose import as_plain, checked_arguments
-from verl.trainer.main_ppo import check_environment, load_val_set, prepare, start_ray, write_config
+from verl.rollout.local import LocalRollout
+from verl.rollout.manager import RolloutManager
+from verl.trainer.compose import CONFIGS, as_plain, checked_arguments
+from verl.trainer.config import PPOConfig
+from verl.trainer.evaluation import evaluate, identify
+from verl.trainer.ppo.batching import RolloutFailed
+from verl.trainer.preparation import (
+    check_environment,
+    load_val_set,
+    prepare,
+    start_ray,
+    write_config,
+)
+from verl.utils.errors import ConfigError, DataError, RewardError
 
-CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
 RESULT = "evaluation.jsonl"
 
 
-@hydra.main(version_base=None, config_path=CONFIGS, config_name="grpo")
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="grpo")
 def main(cfg: DictConfig) -> None:
-    """Composes the configuration, evaluates, and turns errors of the user's making into plain
-    messages."""
-    from verl.trainer.ppo.batching import RolloutFailed
-    from verl.utils.errors import ConfigError, DataError, RewardError
-
+    """Evaluates; errors that a user can act on become plain messages."""
     try:
         run_eval(as_plain(cfg))
     except (ConfigError, DataError, RewardError, RolloutFailed) as error:
@@ -41,24 +48,24 @@ def main(cfg: DictConfig) -> None:
 
 
 def run_eval(raw: dict[str, Any]) -> Path:
-    """The file of trajectories. Raises ConfigError or DataError before anything is started,
-    RolloutFailed after."""
-    from verl.trainer.evaluation import evaluate, identify
+    """Evaluates; returns the file of trajectories.
 
+    Raises ConfigError or DataError before anything is started, RolloutFailed after.
+    """
     # no weight sync will bring the weights
     raw["actor_rollout_ref"]["rollout"]["load_format"] = "auto"
-    config, tokenizer, agent, _ = prepare(raw)
-    val_set = load_val_set(config, tokenizer)
-    check_environment(config, agent, gpus_of_engines(config))
+    config, task = prepare(raw)
+    val_set = load_val_set(config, task.tokenizer)
+    check_environment(config, task.agent, gpus_of_engines(config))
     path = Path(config.trainer.default_local_dir) / RESULT
     identify(config, val_set, path.with_suffix(".meta.json"))
     write_config(raw, config)
     with rollout_of(config) as rollout:
-        evaluate(config, val_set, rollout, tokenizer, path)
+        evaluate(config, val_set, rollout, task.tokenizer, path)
     return path
 
 
-def gpus_of_engines(config: Any) -> int:
+def gpus_of_engines(config: PPOConfig) -> int:
     """How many GPUs the engines take on a node: all, unless their number is given."""
     rollout = config.actor_rollout_ref.rollout
     all_of_them = config.trainer.n_gpus_per_node
@@ -68,36 +75,28 @@ def gpus_of_engines(config: Any) -> int:
 
 
 @contextmanager
-def rollout_of(config: Any) -> Iterator[Any]:
-    """What generates: engines under Ray, or for an endpoint this process alone."""
-    from verl.rollout.local import LocalRollout
-    from verl.rollout.manager import RolloutManager
-
+def rollout_of(config: PPOConfig) -> Iterator[RolloutManager | LocalRollout]:
+    """Starts what generates: engines under Ray, or for an endpoint this process alone."""
+    if config.actor_rollout_ref.rollout.name == "openai":
+        local = LocalRollout(config)
+        try:
+            yield local
+        finally:
+            local.shutdown()
+        return
+    start_ray(config)
     rollout = None
-    on_ray = config.actor_rollout_ref.rollout.name == "vllm"
-    device = config.device
-    if on_ray:
-        start_ray(config)
     try:
-        rollout = (
-            RolloutManager(config, device, engine_locations(config, device))
-            if on_ray
-            else LocalRollout(config)
-        )
+        rollout = RolloutManager(config, config.device, engine_locations(config, config.device))
         yield rollout
     finally:
         if rollout is not None:
             rollout.shutdown()
-        if on_ray:
-            import ray
-
-            ray.shutdown()
+        ray.shutdown()
 
 
-def engine_locations(config: Any, device: str) -> list[dict[str, Any]]:
+def engine_locations(config: PPOConfig, device: str) -> list[dict[str, Any]]:
     """This node's accelerators, one engine rank each; on the CPU one place without any."""
-    import ray
-
     node = ray.get_runtime_context().get_node_id()
     count = config.trainer.n_gpus_per_node if device == "cuda" else 1
     return [{"node_id": node, "gpus": [str(i)] if device == "cuda" else []} for i in range(count)]

@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 from verl.utils.processes import (
     STOP_SIGNALS,
@@ -32,18 +34,38 @@ MAX_PAUSE_S = 60.0
 SETTLE_S = 5.0
 
 
+def supervise_driver(
+    arguments: Sequence[str],
+    trainer: Mapping[str, Any],
+    meanwhile: Callable[[], object] = lambda: None,
+) -> int:
+    """Runs main_ppo with these arguments as the driver; returns the exit status.
+
+    `trainer` is that section of the configuration. `meanwhile` is called about once a second.
+    """
+    limit = trainer["max_restarts"]
+    return supervise(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
+        str(trainer["default_local_dir"]),
+        limit if isinstance(limit, int) else 0,  # what is no number is the driver's to refuse
+        meanwhile=meanwhile,
+    )
+
+
 def supervise(
     command: list[str],
     run_dir: str,
     max_restarts: int,
     pause_s: float = 1.0,
     grace_s: float = 20.0,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> int:
-    """The exit status of a run: of `command`, started again while it ends by a signal or with LOST.
+    """Runs `command`, again while it ends by a signal or with LOST; returns the exit status.
 
     At most `max_restarts` times in a row without a new checkpoint in `run_dir` in between;
-    `pause_s` seconds before the first, twice as many before each further one. SIGINT and SIGTERM
-    are passed on, and end it; `grace_s` seconds after the second its session is killed.
+    `pause_s` seconds before the first restart, twice as many before each further one. SIGINT and
+    SIGTERM are passed on, and end it; `grace_s` seconds after the second its session is killed.
+    `meanwhile` is called about once a second while the command runs.
     """
     latest = Path(run_dir) / LATEST
     first = seen = checkpoint(latest)
@@ -51,7 +73,7 @@ def supervise(
     with Forward() as signals:
         while True:
             own = checkpoint(latest) != first
-            returncode = run_once(command, own, signals, grace_s)
+            returncode = run_once(command, own, signals, grace_s, meanwhile)
             if signals.received or not is_lost(returncode):
                 return exit_status(returncode)
             now = checkpoint(latest)
@@ -83,18 +105,27 @@ def checkpoint(latest: Path) -> tuple[int, int]:
         return 0, 0
 
 
-def run_once(command: list[str], own: bool, signals: Forward, grace_s: float) -> int:
-    """Return code of one start of the command, nothing of its session left. `own`: this run has
-    written checkpoints."""
+def run_once(
+    command: list[str],
+    own: bool,
+    signals: Forward,
+    grace_s: float,
+    meanwhile: Callable[[], object],
+) -> int:
+    """Runs the command once; returns its return code, with nothing of its session left.
+
+    `own`: whether this run has written checkpoints.
+    """
     child = signals.start(command, env={**os.environ, SUPERVISED: f"{os.getpid()} {int(own)}"})
     deadline = None
     while not ended(child, 1.0):
+        meanwhile()
         if deadline is None and len(signals.received) > 1:
             deadline = time.monotonic() + grace_s
         if deadline is not None and time.monotonic() > deadline:
             break
     else:
-        # who follows the driver tidies up first: shared memory, locks
+        # what follows the driver tidies up first: shared memory, locks
         session_over(child, min(SETTLE_S, grace_s))
     if left := kill_session(child):
         logger.warning("processes of the run that could not be killed: %s", left)

@@ -49,6 +49,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._last = ("start", time.monotonic())
 
+    def watch(self, stacks: Callable[[], dict[str, str]]) -> None:
+        """Also writes these stacks when the run hangs, of processes that are there by now."""
+        self.stacks = stacks
+
     def beat(self, name: str) -> None:
         """Says that the verb `name` begins, so all before it has ended."""
         self._last = (name, time.monotonic())

@@ -1,0 +1,226 @@
+"""The driver of a training: it prepares the run, starts all processes, trains, and ends them."""
+
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from verl.agent import AgentLoop, RewardFn
+from verl.single_controller.worker_group import WorkerLost
+from verl.trainer.config import PPOConfig
+from verl.trainer.packing import decide_packing
+from verl.trainer.ppo.checkpoints import read_state
+from verl.trainer.ppo.processes import Processes, start_processes
+from verl.trainer.ppo.ray_trainer import ENDINGS, RayPPOTrainer
+from verl.trainer.preparation import (
+    Task,
+    check_environment,
+    load_train_set,
+    load_val_set,
+    prepare,
+    start_ray,
+    write_config,
+)
+from verl.trainer.resume import check_resume
+from verl.trainer.supervise import LOST, Stop
+from verl.trainer.watchdog import Watchdog
+from verl.utils.checkpoint_storage import CheckpointError
+from verl.utils.dataset import RLHFDataset
+from verl.utils.errors import ConfigError, DataError
+from verl.utils.model_names import HF, finished_model
+from verl.utils.run_folder import find_latest, folder_of, held, remove_leftovers, step_of
+from verl.utils.tracking import Timers, Tracking, truncate_metrics
+
+logger = logging.getLogger(__name__)
+
+
+def drive(raw: dict[str, Any], stop: Stop) -> int:
+    """Trains; returns the exit status.
+
+    Errors that a user can act on end the run without a traceback.
+    """
+    try:
+        run_ppo(raw, stop)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        status = status_of(error)
+        if status is None:
+            raise
+        return status
+    return 128 + stop.requested if stop.requested else 0
+
+
+def status_of(error: Exception) -> int | None:
+    """Says what a known error is and returns its exit status; None if its traceback is needed."""
+    if isinstance(error, (ConfigError, DataError, CheckpointError, *ENDINGS)):
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    # a RayTaskError is one of our own code
+    if isinstance(error, (WorkerLost, RayError)) and not isinstance(error, RayTaskError):
+        logger.error("lost: %s", error)
+        return LOST
+    return None
+
+
+def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
+    """Validates the composed configuration, then trains.
+
+    Raises ConfigError or DataError before anything is started.
+    """
+    config, task = prepare(raw)
+    check_trainable(config, task.agent, task.reward)
+    train_set = load_train_set(config, task.tokenizer)
+    val_set = load_val_set(config, task.tokenizer)
+    check_environment(config, task.agent, gpus_here(config))
+    with held(config.trainer.default_local_dir):
+        config = decide_packing(config)
+        resume = checkpoint_to_resume(config, train_set)
+        write_config(raw, config)
+        train(config, task, train_set, val_set, stop, resume)
+
+
+def gpus_here(config: PPOConfig) -> int:
+    """GPUs that a training on one machine needs there; 0 when a cluster has them."""
+    return config.num_gpus if config.trainer.ray_address is None else 0
+
+
+def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
+    """Raises ConfigError for engines and agent loops whose trajectories cannot be trained on.
+
+    Also for dynamic sampling on a metric that the reward does not have.
+    """
+    problems = []
+    if config.actor_rollout_ref.rollout.name == "openai":
+        problems.append(
+            "actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train"
+        )
+    if not getattr(agent, "trainable", True):
+        problems.append(
+            f"agent._target_={config.agent['_target_']}: its contexts are rewritten, for "
+            "evaluation only"
+        )
+    filters = config.algorithm.filter_groups
+    entries = getattr(reward, "entries", None)
+    if filters.enable and entries is not None and filters.metric not in entries:
+        problems.append(
+            f"algorithm.filter_groups.metric={filters.metric}: the reward has no such number, only "
+            f"{', '.join(sorted(entries))}"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def checkpoint_to_resume(config: PPOConfig, train_set: RLHFDataset) -> Path | None:
+    """Finds the checkpoint that the run goes on from; None if the run begins anew.
+
+    Says what the configuration changes since then. Raises ConfigError when the run must not go on
+    from it, CheckpointError when it cannot be read.
+    """
+    root = config.trainer.default_local_dir
+    folder = find_latest(root)
+    if folder is None:
+        return None
+    if config.trainer.resume_mode == "disable":
+        raise ConfigError(
+            [
+                f"trainer.resume_mode=disable, but {root} holds checkpoints of an earlier run: "
+                "name another folder by trainer.default_local_dir, or delete them"
+            ]
+        )
+    for change in check_resume(folder, config, train_set.rows):
+        logger.info("changed since %s: %s", folder.name, change)
+    return folder
+
+
+def train(
+    config: PPOConfig,
+    task: Task,
+    train_set: RLHFDataset,
+    val_set: RLHFDataset,
+    stop: Stop,
+    resume: Path | None,
+) -> None:
+    """Starts Ray and all processes, trains from `resume` on, and ends them all.
+
+    The policy of a run that reached its end is written to the run folder.
+    """
+    root = config.trainer.default_local_dir
+    remove_leftovers(root)
+    start_ray(config)
+    stop.listen()  # Ray has taken SIGTERM
+    tracking = None
+    try:
+        with Watchdog(config.trainer.hang_timeout_s, root) as watchdog:
+            total_steps = config.total_training_steps(len(train_set))
+            processes = start_processes(config, config.device, total_steps)
+            watchdog.watch(processes.stacks)
+            for rollout in processes.rollouts:
+                rollout.report_progress_to(watchdog.progress)
+            logger.info("policy: %s", processes.roles["actor"].describe()[0])
+            tracking = start_tracking(config, resume)
+            timers = Timers(watchdog.beat)
+            trainer = RayPPOTrainer(
+                config, task, train_set, val_set, processes, tracking, timers, stop
+            )
+            if resume:
+                trainer.load_checkpoint(step_of(resume))
+            fit(trainer)
+            if not config.trainer.val_only and not stop.requested:
+                write_policy(config, processes, trainer.step, resume)
+            processes.shutdown()
+    finally:
+        if tracking is not None:
+            tracking.finish()
+        ray.shutdown()
+
+
+def fit(trainer: RayPPOTrainer) -> None:
+    """Trains; an ending that is no fault of the processes leaves the last checkpoint whole."""
+    try:
+        trainer.fit()
+    except ENDINGS:
+        trainer.checkpoints.complete()
+        raise
+
+
+def write_policy(config: PPOConfig, processes: Processes, step: int, resume: Path | None) -> None:
+    """Writes the policy of the last `step` in Hugging Face format, if `trainer.save_hf` says so.
+
+    A run that had nothing left to train writes it only where it is missing.
+    """
+    root = config.trainer.default_local_dir
+    has_trained = resume is None or step_of(resume) < step
+    if config.trainer.save_hf and (has_trained or not has_policy_of(root, step)):
+        folder = str(Path(root) / HF)
+        processes.roles["actor"].save_pretrained(folder, folder_of(root, step).name)
+
+
+def has_policy_of(root: str, step: int) -> bool:
+    """Whether the run folder holds the final policy, of the checkpoint of `step`, its newest."""
+    newest = find_latest(root)
+    is_last = newest is not None and newest.name == folder_of(root, step).name
+    return is_last and finished_model(Path(root)) is not None
+
+
+def start_tracking(config: PPOConfig, resume: Path | None) -> Tracking:
+    """Starts writing metrics.
+
+    Metrics after the checkpoint that the run starts from, or all where there is none, are dropped,
+    because they will be written again. The wandb run of a checkpoint goes on.
+    """
+    trainer = config.trainer
+    truncate_metrics(trainer.default_local_dir, step_of(resume) if resume else -1)
+    return Tracking(
+        trainer.default_local_dir,
+        trainer.logger,
+        trainer.project_name,
+        trainer.experiment_name,
+        config.model_dump(),
+        trainer.panels,
+        read_state(resume)["wandb"] if resume else None,
+    )

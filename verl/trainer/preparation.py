@@ -1,0 +1,125 @@
+"""What training and evaluation do alike before their first process starts, and how Ray starts.
+
+Everything that can be wrong with a run is found here.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerBase
+
+from verl.agent import AgentLoop, RewardFn
+from verl.trainer.checks import environment_problems
+from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer, validate
+from verl.trainer.host import run_folder_problems
+from verl.utils.dataset import RLHFDataset, sample_per_source
+from verl.utils.errors import ConfigError, DataError
+from verl.utils.run_folder import write_atomically
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained or evaluated beside the policy's weights."""
+
+    tokenizer: PreTrainedTokenizerBase
+    agent: AgentLoop
+    reward: RewardFn
+
+
+def set_up_logging() -> None:
+    """Sends times and messages to the console."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def prepare(raw: dict[str, Any]) -> tuple[PPOConfig, Task]:
+    """Validates the composed configuration and builds the task. Raises ConfigError."""
+    set_up_logging()
+    config = validate(raw)
+    tokenizer = build_tokenizer(config)
+    task = Task(tokenizer, build_agent(config, tokenizer), build_reward(config, tokenizer))
+    return config, task
+
+
+def load_train_set(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> RLHFDataset:
+    """The training questions: all, or a fixed sample of `train_data_num`."""
+    data = config.data
+    return load_dataset(
+        config, tokenizer, data.train_files, data.train_data_num, data.train_sample_seed
+    )
+
+
+def load_val_set(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> RLHFDataset:
+    """The held-out questions: all, a fixed sample of `val_data_num`, or of every data source."""
+    data = config.data
+    val_set = load_dataset(
+        config, tokenizer, data.val_files, data.val_data_num, data.val_sample_seed
+    )
+    if data.val_sample_per_source is not None:
+        sample = sample_per_source(val_set.rows, data.val_sample_per_source, data.val_sample_seed)
+        val_set.keep(sample)
+    return val_set
+
+
+def load_dataset(
+    config: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    files: Sequence[str],
+    limit: int | None,
+    seed: int,
+) -> RLHFDataset:
+    """The questions of `files`, a sample of `limit` if it is given.
+
+    Raises DataError naming file and row; for a missing file it names the command that makes it, if
+    the configuration knows one.
+    """
+    data = config.data
+    missing = [path for path in files if not Path(path).is_file()]
+    if missing and data.made_by:
+        raise DataError(
+            f"{missing[0]}: no such file. The files of this configuration are made by: "
+            f"{data.made_by}"
+        )
+    return RLHFDataset(
+        files, tokenizer, data.max_start_length, limit, data.apply_chat_template_kwargs, seed
+    )
+
+
+def check_environment(config: PPOConfig, agent: AgentLoop, gpus: int) -> None:
+    """Raises ConfigError when something is missing that the run needs beside its configuration.
+
+    `gpus`: how many GPUs it needs on this machine.
+    """
+    problems = environment_problems(config, agent, gpus)
+    problems += run_folder_problems(config.trainer.default_local_dir)
+    if problems:
+        raise ConfigError(problems)
+
+
+def write_config(raw: dict[str, Any], config: PPOConfig) -> None:
+    """Writes the resolved configuration to the run folder."""
+    run_dir = Path(config.trainer.default_local_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(raw)))
+    except OSError as error:  # a run that is started again on a full disk goes on
+        logging.getLogger(__name__).warning("%s", error)
+
+
+def start_ray(config: PPOConfig) -> None:
+    """Starts a Ray of our own, or joins the cluster at `trainer.ray_address`."""
+    address = config.trainer.ray_address
+    ray.init(
+        # without an address Ray would join RAY_ADDRESS, or whatever runs on this machine
+        address=address or "local",
+        include_dashboard=False if address is None else None,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+    )
