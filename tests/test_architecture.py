@@ -26,6 +26,7 @@ ENTRY_POINTS = [
     "verl.trainer.export",
 ]
 COMMAND_LINE = [
+    "verl.trainer.supervise",
     "verl.trainer.compose",
     "verl.trainer.compat",
     "verl.trainer.overrides",
@@ -91,7 +92,13 @@ def allowed(importer: str, imported: str) -> bool:
         return within(imported, VERL_FOR_TASKS + ENTRY_POINTS * wide + COMMAND_LINE * starts)
     if within(importer, ["verl"]) and within(imported, ["ray"]):
         return within(
-            importer, ["verl.single_controller", "verl.trainer.main_ppo", "verl.trainer.main_eval"]
+            importer,
+            [
+                "verl.single_controller",
+                "verl.trainer.driver",
+                "verl.trainer.preparation",
+                "verl.trainer.main_eval",
+            ],
         )
     return True
 

@@ -55,7 +55,7 @@ def evaluate_once(
 
     from verl.trainer.evaluation import evaluate
     from verl.trainer.main_eval import rollout_of
-    from verl.trainer.main_ppo import load_val_set, prepare
+    from verl.trainer.preparation import load_val_set, prepare
 
     settings = [
         "experiment=closed_world/grpo",

@@ -12,7 +12,10 @@ KL = "verl/trainer/ppo/core_algos/kl.py"
 FILTERS = "verl/trainer/ppo/filters.py"
 BATCHING = "verl/trainer/ppo/batching.py"
 BALANCING = "verl/utils/seqlen_balancing.py"
-AHEAD = "verl/trainer/ppo/ahead.py"
+AHEAD = "verl/trainer/ppo/rollout_queue.py"
+SOURCE = "verl/trainer/ppo/batch_source.py"
+GUARD = "verl/trainer/ppo/collapse_guard.py"
+GROUPS = "verl/trainer/ppo/groups.py"
 TRAINER = "verl/trainer/ppo/ray_trainer.py"
 ACTOR = "verl/workers/actor.py"
 UPDATE = "verl/workers/update.py"
@@ -62,12 +65,12 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (ADVANTAGE, "and same_start:", "or same_start:"),
     (KL, "error * n_steps / self.horizon", "error / self.horizon"),
     (KL, "-0.2), 0.2)", "-0.2), 2.0)"),
-    (FILTERS, "for job in jobs))[:count])", "for job in jobs))[-count:])"),
-    (FILTERS, "for job in jobs))[:count])", "for job in jobs)))"),
+    (GROUPS, "set(in_order[:count])", "set(in_order[-count:])"),
+    (GROUPS, "set(in_order[:count])", "set(in_order)"),
     (FILTERS, 'data.batch["void_turns"] > 0', 'data.batch["void_turns"] > 1'),
-    (FILTERS, "if len(values[job.uid]) > 1", "if len(values[job.uid]) > 0"),
+    (GROUPS, "if len(found) > 1", "if len(found) > 0"),
     (FILTERS, "if config.bypass_mode:", "if False:"),
-    (BATCHING, "place * number // len(lengths)", "place % number"),
+    (BATCHING, "position * number // len(lengths)", "position % number"),
     (BATCHING, "parts[first:] + parts[:first]", "parts"),
     (
         BATCHING,
@@ -76,7 +79,7 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     ),
     (BATCHING, "torch.from_numpy(index[order])", "torch.from_numpy(index)"),
     (BATCHING, "    if not state_masking:\n", "    if state_masking:\n"),
-    (BATCHING, "sizes[job.uid] >= min_group", "sizes[job.uid] >= 1"),
+    (GROUPS, "sizes[job.uid] >= min_group", "sizes[job.uid] >= 1"),
     (
         BALANCING,
         "pairs = zip(one, reversed(two), strict=True)",
@@ -84,7 +87,11 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     ),
     (AHEAD, "max_staleness + 1, steps_left", "max_staleness, steps_left"),
     (AHEAD, "max_staleness + 1, steps_left", "max_staleness + 1, 10**9"),
-    (AHEAD, "seed=seed + 1_000_000 * self.sampler.drawn", "seed=seed"),
+    (
+        AHEAD,
+        "seed=self.config.trainer.seed + 1_000_000 * self.sampler.drawn",
+        "seed=self.config.trainer.seed",
+    ),
     (AHEAD, "        if not self.config.async_training.partial_rollout:\n", "        if False:\n"),
     (AHEAD, "        self.under_way.clear()\n", ""),
     (
@@ -92,21 +99,22 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
         "self.step <= self.config.trainer.critic_warmup",
         "self.step < self.config.trainer.critic_warmup",
     ),
-    (TRAINER, "            self.ahead.settle()\n", "            pass\n"),
+    (TRAINER, "            self.batches.drain_before_sync()\n", "            pass\n"),
     (
         TRAINER,
-        "batch, kl = apply_kl_penalty(batch, self.config.algorithm, self.kl_ctrl)\n            "
-        "batch, shares = compute_advantage(batch, self.config.algorithm)",
-        "batch, shares = compute_advantage(batch, self.config.algorithm)\n            "
-        "batch, kl = apply_kl_penalty(batch, self.config.algorithm, self.kl_ctrl)",
+        "batch, kl_metrics = apply_kl_penalty(batch, self.config.algorithm, self.kl_ctrl)\n"
+        "            batch, metrics = compute_advantage(batch, self.config.algorithm)",
+        "batch, metrics = compute_advantage(batch, self.config.algorithm)\n"
+        "            batch, kl_metrics = apply_kl_penalty("
+        "batch, self.config.algorithm, self.kl_ctrl)",
     ),
-    (TRAINER, 'self.rollout.version = state["version"] - 1', "self.rollout.version = -1"),
+    (TRAINER, 'self.policy_version = state["version"] - 1', "self.policy_version = -1"),
     (TRAINER, "        restore_kl(self.kl_ctrl,", "        (self.kl_ctrl,"),
-    (TRAINER, 'self.collapse_watch.load_state_dict(state["watch"])', "pass"),
-    (TRAINER, 'self.ahead.load_state_dict(state["sampler"])', "pass"),
+    (TRAINER, 'self.guard.load_state_dict(state["watch"])', "pass"),
+    (TRAINER, 'self.batches.load_state_dict(state["sampler"])', "pass"),
     (TRAINER, 'self.skipped_in_a_row = state["skipped_in_a_row"]', "self.skipped_in_a_row = 0"),
-    (TRAINER, "min_group = 2 if config.compares else 1", "min_group = 1"),
-    (TRAINER, "        self.rollout.version += 1", "        pass  #"),
+    (SOURCE, "self.min_group = 2 if config.compares else 1", "self.min_group = 1"),
+    (TRAINER, "        self.rollout.announce_version(self.policy_version)\n", ""),
     (
         TRAINER,
         "batch, shares = filter_loss(batch, self.config.algorithm.loss_filters)",

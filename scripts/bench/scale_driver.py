@@ -22,14 +22,11 @@ from verl.single_controller.decorator import collect, dispatch, registered
 from verl.single_controller.worker_group import as_they_end, get, ready, spawn
 from verl.trainer.config import AlgorithmConfig, KLControlConfig, RolloutCorrectionConfig
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
-from verl.trainer.ppo.batching import (
-    build_batch,
-    check_failures,
-    groups_of,
-    rollout_metrics,
-    surviving,
-)
+from verl.trainer.ppo.batch_source import trajectory_metrics
+from verl.trainer.ppo.batching import build_batch
+from verl.trainer.ppo.failures import check_failures
 from verl.trainer.ppo.filters import correct_rollout, filter_loss
+from verl.trainer.ppo.groups import groups_of, surviving
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
     compute_throughput_metrics,
@@ -235,7 +232,7 @@ def count(jobs: list[Job], results: list[Any]) -> None:
     check_failures(results, 0.1)
     _, trajectories, _ = surviving(jobs, results, min_group=2)
     groups_of(jobs, trajectories)
-    rollout_metrics(trajectories)
+    trajectory_metrics(trajectories)
     reduce_metrics(trajectories)
 
 

@@ -19,9 +19,9 @@ from tests.e2e.runs import ROOT
 from tests.openai_server import Player
 from tests.retrieval import serving
 from tests.templates import make_family_tokenizer
+from verl.trainer.driver import run_ppo
 from verl.trainer.main_eval import run_eval
-from verl.trainer.main_ppo import run_ppo
-from verl.trainer.ppo.batching import RolloutFailed
+from verl.trainer.ppo.failures import RolloutFailed
 from verl.trainer.supervise import Stop
 from verl.utils.errors import ConfigError, DataError
 

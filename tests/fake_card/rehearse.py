@@ -72,8 +72,8 @@ def configuration(case: dict[str, Any], path: str, run_dir: str) -> Any:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
+    from verl.trainer.compose import CONFIGS
     from verl.trainer.config import validate
-    from verl.trainer.main_ppo import CONFIGS
 
     algorithm = case["recipe"].rsplit("-", 1)[1]
     copies = 6 if algorithm == "grpo" else 1
@@ -92,7 +92,7 @@ def configuration(case: dict[str, Any], path: str, run_dir: str) -> Any:
         "trainer.logger=[]",
         *case.get("overrides", []),
     ]
-    with initialize_config_dir(CONFIGS, version_base=None):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
         raw: Any = OmegaConf.to_container(compose(algorithm, overrides), resolve=True)
     return validate(raw)
 
@@ -212,6 +212,7 @@ class Rehearsal:
         """The processes of the run, and `fit` up to the last sync."""
         from verl.trainer.ppo.processes import start_processes
         from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+        from verl.trainer.preparation import Task
         from verl.utils.tracking import Timers, Tracking
 
         rows = [
@@ -230,9 +231,7 @@ class Rehearsal:
         stop: Any = SimpleNamespace(requested=0)
         trainer = RayPPOTrainer(
             config,
-            tokenizer,
-            agent,
-            None,
+            Task(tokenizer, agent, None),
             train_set,
             train_set,
             processes,

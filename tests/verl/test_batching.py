@@ -5,15 +5,10 @@ import torch
 from verl.agent import Segment, Source, Trajectory
 from verl.rollout.agent_worker import Failure, Job
 from verl.trainer.config import FilterGroupsConfig
-from verl.trainer.ppo.batching import (
-    Drawn,
-    RolloutFailed,
-    build_batch,
-    check_failures,
-    failure_metrics,
-    rows_of_ranks,
-    surviving,
-)
+from verl.trainer.ppo.batch_source import Rollouts
+from verl.trainer.ppo.batching import build_batch, rows_of_ranks
+from verl.trainer.ppo.failures import RolloutFailed, check_failures, failure_metrics
+from verl.trainer.ppo.groups import surviving
 
 
 def job(uid: str) -> Job:
@@ -138,7 +133,7 @@ def test_what_does_not_divide_evenly_goes_to_another_rank_each_time():
 
 
 def test_figures_of_a_step_count_all_its_batches_of_prompts():
-    drawn = Drawn()
+    drawn = Rollouts()
     drawn.add(
         [done(), Failure("down", 2)],
         [],
@@ -161,7 +156,7 @@ def test_figures_of_a_step_count_all_its_batches_of_prompts():
 
 
 def test_a_step_without_anything_to_train_on_says_why():
-    drawn = Drawn()
+    drawn = Rollouts()
     drawn.add(
         [done(), Failure("down", 2)],
         [],

@@ -62,7 +62,7 @@ class Run:
 
 
 def rewind(checkpoints, alarm, before, lr_factor):
-    checkpoints.suspect_from = before
+    checkpoints.suspect(before)
     return checkpoints.rewind(alarm, lr_factor)
 
 
@@ -134,7 +134,7 @@ def test_the_best_needs_a_score_and_a_whole_checkpoint_in_any_order(tmp_path):
 def test_a_checkpoint_is_kept_until_its_score_has_come(tmp_path):
     run = Run(tmp_path, max_ckpt_to_keep=1).save(1)
     run.checkpoints.score(1, {"em": 0.5})
-    run.checkpoints.awaited = 2
+    run.checkpoints.await_score(2)
     run.save(2, 3)
     assert steps(tmp_path) == [1, 2, 3]
     run.checkpoints.score(2, {"em": 0.75})
@@ -206,9 +206,9 @@ def test_no_roll_back_to_what_an_earlier_one_gave_up(tmp_path):
 def test_the_checkpoint_to_roll_back_to_is_kept(tmp_path):
     run = Run(tmp_path, max_ckpt_to_keep=1)
     assert run.save(1, 2).checkpoints.rewind(3, 0.5) is None, "nothing is suspected"
-    run.checkpoints.suspect_from = 3
+    run.checkpoints.suspect(3)
     run.save(3, 4)
     assert steps(tmp_path) == [2, 4]
-    run.checkpoints.suspect_from = 5
+    run.checkpoints.suspect(5)
     run.save(5)
     assert steps(tmp_path) == [4, 5] and run.checkpoints.rewind(6, 0.5) == 4

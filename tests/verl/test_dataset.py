@@ -10,7 +10,7 @@ import pytest
 
 from tests.models import make_tokenizer
 from tests.templates import make_family_tokenizer
-from verl.trainer.main_ppo import load_dataset
+from verl.trainer.preparation import load_dataset
 from verl.utils.answers import answers_of
 from verl.utils.dataset import (
     RLHFDataset,

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from verl.trainer.checks import device_problems
 from verl.trainer.config import PPOConfig, validate
-from verl.trainer.main_ppo import gpus_here
+from verl.trainer.driver import gpus_here
 from verl.utils import device
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")

@@ -11,7 +11,8 @@ from verl.protocol import DataProto, collate_trajectories
 from verl.rollout.agent_worker import Job
 from verl.trainer.config import AlgorithmConfig, RolloutCorrectionConfig
 from verl.trainer.ppo.advantage import compute_advantage
-from verl.trainer.ppo.filters import correct_rollout, differing_groups, filter_loss, first_groups
+from verl.trainer.ppo.filters import correct_rollout, filter_loss
+from verl.trainer.ppo.groups import differing_groups, first_groups
 from verl.utils.errors import RewardError
 
 

@@ -23,11 +23,10 @@ from tests.verl.test_steps_of_trainer import ROWS, SMALL, Questions, make_proces
 from verl.rollout.vllm_server import VLLMServer
 from verl.single_controller import worker_group
 from verl.single_controller.worker_group import WorkerHost
-from verl.trainer import main_ppo, supervise
+from verl.trainer import driver, preparation, supervise
 from verl.trainer.config import DataConfig, TrainerConfig, build_agent
-from verl.trainer.ppo import processes as processes_module
-from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.ray_trainer import ENDINGS
+from verl.trainer.preparation import Task
 from verl.trainer.supervise import LOST, Stop
 from verl.utils import tracking as tracking_module
 from verl.utils.errors import ConfigError, DataError
@@ -75,8 +74,8 @@ def questions(load: Callable[[Any, Any], Any], setting: Setting) -> Any:
     return [question["prompt"] for question in loaded.rows], loaded.prompt_ids
 
 
-train_questions = partial(questions, main_ppo.load_train_set)
-val_questions = partial(questions, main_ppo.load_val_set)
+train_questions = partial(questions, preparation.load_train_set)
+val_questions = partial(questions, preparation.load_val_set)
 
 
 def batches(setting: Setting) -> Any:
@@ -173,13 +172,17 @@ class Handle:
         return (method, id(self))
 
 
+NO_TASK: Any = None
+"""The start of the processes does not need it."""
+
+
 def asked(topic: str) -> Probe:
     """The probe that says what is asked about `topic` when the processes of a run start."""
 
     def probe(setting: Setting) -> Any:
         ray = RecordingRay(setting.patch)
         with Stop() as stop, pytest.raises(Started):
-            main_ppo.train(setting.config, None, None, None, Questions(), Questions(), stop, None)
+            driver.train(setting.config, NO_TASK, Questions(), Questions(), stop, None)
         return ray.asked.get(topic)
 
     return probe
@@ -221,14 +224,15 @@ def run(setting: Setting, scores: dict | None = None, skipped_steps: float = 0.0
 
     patch.setattr("ray.init", lambda **_: None)
     patch.setattr("ray.shutdown", lambda: None)
-    patch.setattr(processes_module, "start_processes", lambda *_: processes)
-    patch.setattr(ray_trainer.validation, "score", score)
+    patch.setattr(driver, "start_processes", lambda *_: processes)
+    patch.setattr("verl.trainer.ppo.validation.score", score)
     tokenizer = SimpleNamespace(pad_token_id=0, decode=str)
     agent = SimpleNamespace(reduce_metrics=lambda trajectories: {})
     ending = ""
     with Stop() as stop:
         try:
-            main_ppo.train(config, tokenizer, agent, None, Questions(), Questions(), stop, None)
+            task = Task(tokenizer, agent, None)
+            driver.train(config, task, Questions(), Questions(), stop, None)
         except ENDINGS as error:
             ending = str(error)
     return Finished(processes, Path(config.trainer.default_local_dir), ending)
@@ -289,7 +293,7 @@ def place_to_resume_from(setting: Setting) -> Any:
     """What the next start of a run does with the checkpoint of the first one."""
     run(setting)
     try:
-        found = main_ppo.checkpoint_to_resume(setting.config, Questions())
+        found = driver.checkpoint_to_resume(setting.config, Questions())
     except ConfigError as error:
         return str(error)
     return found
@@ -305,7 +309,7 @@ def starts(setting: Setting) -> Any:
 
     setting.patch.setattr(supervise, "run_once", lose)
     setting.patch.setattr(supervise, "rest", lambda *_: None)
-    main_ppo.supervised(setting.raw)
+    supervise.supervise_driver([], setting.raw["trainer"])
     return len(begun)
 
 
@@ -349,7 +353,7 @@ def track(setting: Setting) -> Tracked:
 
     setting.patch.setattr("wandb.init", init)
     setting.patch.setattr(tracking_module.logger, "info", console.append)
-    tracking = main_ppo.start_tracking(setting.config, None)
+    tracking = driver.start_tracking(setting.config, None)
     tracking.message("a message")
     tracking.log({"loss": 1.0}, 1)
     files = {str(path): path.read_text() for path in Path().rglob("*.jsonl")}
@@ -396,7 +400,7 @@ def alarms(first: list[float], second: list[float] | None = None) -> Probe:
         raised = []
         for step, value in enumerate(first):
             metrics = {SIGNAL: value} if second is None else {SIGNAL: value, SECOND: second[step]}
-            raised.append(trainer.collapse_watch.observe(step, metrics))
+            raised.append(trainer.guard.observe(step, metrics))
         return [alarm.message() for alarm in raised if alarm is not None]
 
     return probe

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from verl.trainer.config import build_tokenizer
-from verl.trainer.main_ppo import has_policy_of
+from verl.trainer.driver import has_policy_of
 from verl.utils.errors import ConfigError, ModelError
 from verl.utils.model_names import find_checkpoint, ready_model, run_folder_of
 from verl.utils.run_folder import INDEX, complete, mark_best, name_latest, pending_folder

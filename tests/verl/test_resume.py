@@ -15,14 +15,13 @@ from omegaconf import OmegaConf
 from tests.verl.batches import ragged_batch
 from tests.verl.test_checkpoints_of_run import Run
 from tests.verl.test_dataset import row
-from verl.trainer import main_ppo, packing
+from verl.trainer import driver
+from verl.trainer.compose import CONFIGS
 from verl.trainer.config import PPOConfig, validate
-from verl.trainer.main_ppo import CONFIGS, checkpoint_to_resume, status_of
-from verl.trainer.ppo.advantage import build_kl_controller
-from verl.trainer.ppo.ahead import RolloutAhead
+from verl.trainer.driver import checkpoint_to_resume, status_of
 from verl.trainer.ppo.checkpoints import TRAINER
-from verl.trainer.ppo.collapse import CollapseWatch
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.preparation import Task
 from verl.trainer.resume import FIXED, TAKES_EFFECT, WITHOUT_MEANING, check_resume
 from verl.trainer.supervise import Stop
 from verl.utils.checkpoint_storage import CheckpointError
@@ -49,7 +48,7 @@ def configured(*overrides: str, name: str = "ppo") -> PPOConfig:
         "trainer.save_freq=-1",
         "retriever.topk=3",
     ]
-    with initialize_config_dir(CONFIGS, version_base=None):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
         raw: Any = OmegaConf.to_container(compose(name, [*fixed, *overrides]), resolve=True)
     return validate(raw)
 
@@ -262,15 +261,15 @@ def test_what_cannot_be_resumed_ends_the_command_before_anything_is_written(
 class Questions:
     """Seven of them."""
 
-    rows = tuple(range(7))
-    prompt_ids = tuple([row] for row in rows)
+    rows = tuple(row(text=f"Who is {number}?") for number in range(7))
+    prompt_ids = tuple([number] for number in range(7))
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 class Rollout:
-    version = 0
+    """Engines without weights."""
 
     def submit(self, rows: Any, *_: Any, **__: Any) -> Any:
         return rows
@@ -279,38 +278,44 @@ class Rollout:
         return rows, []
 
 
+class Processes:
+    """Roles that only write down, and engines without weights."""
+
+    def __init__(self, folder: Path) -> None:
+        run = Run(folder)
+        self.roles = {"actor": run.actor, "critic": run.critic}
+        self.group = SimpleNamespace(world_size=1)
+        self.rollout = Rollout()
+        self.val_rollout = self.rollout
+
+
 def trainer_in(folder: Path, *overrides: str) -> RayPPOTrainer:
-    """All that the driver keeps itself, as at the start of a run; actor and critic only write
-    down."""
-    made: Any = RayPPOTrainer.__new__(RayPPOTrainer)
-    made.config = configured("algorithm.kl_ctrl.type=adaptive", *overrides)
-    made.questions = questions_digest(QUESTIONS)
-    made.rollout = Rollout()
-    made.ahead = RolloutAhead(made.config, Questions(), made.rollout)  # pyright: ignore
-    made.kl_ctrl = build_kl_controller(made.config.algorithm)
-    made.collapse_watch = CollapseWatch(made.config.trainer.collapse_watch)
-    made.checkpoints = Run(folder).checkpoints
-    made.timers = Timers()
-    made.tracking = Tracking(str(folder), [], "project", "run", {}, {})
-    made.step = made.skipped_in_a_row = 0
-    made.metrics = {}
-    made.validating = None
-    made.validating_again = False
-    return made
+    """A trainer at the start of a run."""
+    config = configured(
+        "algorithm.kl_ctrl.type=adaptive", f"trainer.default_local_dir={folder}", *overrides
+    )
+    processes: Any = Processes(folder)
+    questions: Any = Questions()
+    tracking = Tracking(str(folder), [], "project", "run", {}, {})
+    task = Task(SimpleNamespace(pad_token_id=0), SimpleNamespace(), None)  # pyright: ignore
+    stop: Any = SimpleNamespace(requested=0)
+    return RayPPOTrainer(config, task, questions, questions, processes, tracking, Timers(), stop)
 
 
 def trained(folder: Path, *overrides: str, steps: int = 4) -> RayPPOTrainer:
-    """A trainer after `steps` steps, with a checkpoint of the last; nothing of it is as at the
-    start."""
+    """A trainer after `steps` steps, with a checkpoint of the last.
+
+    Nothing of it is as at the start.
+    """
     made: Any = trainer_in(folder, *overrides)
     for _ in range(steps):
         made.step += 1
-        made.ahead.next(10)
-        made.rollout.version += 1
-        made.collapse_watch.observe(made.step, {"actor/entropy": 0.5, "actor/grad_norm": 1.0})
+        made.batches.queue.next_batch(10)
+        made.policy_version += 1
+        made.guard.observe(made.step, {"actor/entropy": 0.5, "actor/grad_norm": 1.0})
     made.kl_ctrl.value = 0.0625
     made.skipped_in_a_row = 1
-    made.validating = (made.step, "under way")
+    made.validator.start(made.step)
     made.checkpoints.save(made.step, made.state_dict())
     made.checkpoints.complete()
     return made
@@ -321,8 +326,8 @@ def test_everything_that_the_driver_has_become_is_restored(tmp_path):
     before = trained(tmp_path)
     resumed = trainer_in(tmp_path)
     resumed.load_checkpoint(4)
-    assert resumed.validating_again
-    resumed.rollout.version += 1  # the sync of the weights, with which every run begins
+    assert resumed.validates_again
+    resumed.policy_version += 1  # the sync of the weights, with which every run begins
     saved, restored = ({**t.state_dict(), "validating": None} for t in (before, resumed))
     assert restored == saved
     same = {key for key, value in fresh.items() if saved[key] == value}
@@ -386,17 +391,15 @@ def test_signals_that_are_not_watched_any_more_are_forgotten(tmp_path):
     """Else the step since which one was out of bounds would hold back every later roll back."""
     before = trainer_in(tmp_path)
     for step, entropy in enumerate((1.0, 1.0, 0.0), 1):
-        before.collapse_watch.observe(step, {"actor/entropy": entropy, "actor/grad_norm": 1.0})
-    assert before.collapse_watch.since == {"actor/entropy": 3}
+        before.guard.watch.observe(step, {"actor/entropy": entropy, "actor/grad_norm": 1.0})
+    assert before.guard.watch.since == {"actor/entropy": 3}
     after = trainer_in(
         tmp_path,
         "trainer.collapse_watch.signals={actor/entropy: null}",
         "trainer.collapse_watch.window=1",
     )
-    after.collapse_watch.load_state_dict(before.collapse_watch.state_dict())
-    assert after.collapse_watch.since == {} and after.collapse_watch.history == {
-        "actor/grad_norm": [1.0]
-    }
+    after.guard.watch.load_state_dict(before.guard.watch.state_dict())
+    assert after.guard.watch.since == {} and after.guard.watch.history == {"actor/grad_norm": [1.0]}
 
 
 def test_a_run_is_compared_as_it_will_train_with_its_packing_decided(tmp_path, monkeypatch):
@@ -415,14 +418,15 @@ def test_a_run_is_compared_as_it_will_train_with_its_packing_decided(tmp_path, m
         "write_config",
         "train",
     ):
-        monkeypatch.setattr(main_ppo, name, lambda *_: None)
-    monkeypatch.setattr(main_ppo, "gpus_here", lambda config: 0)
-    monkeypatch.setattr(main_ppo, "prepare", lambda raw: (undecided, None, None, None))
-    monkeypatch.setattr(packing, "decide_packing", lambda config: decided)
+        monkeypatch.setattr(driver, name, lambda *_: None)
+    task = SimpleNamespace(tokenizer=None, agent=None, reward=None)
+    monkeypatch.setattr(driver, "gpus_here", lambda config: 0)
+    monkeypatch.setattr(driver, "prepare", lambda raw: (undecided, task))
+    monkeypatch.setattr(driver, "decide_packing", lambda config: decided)
     monkeypatch.setattr(
-        main_ppo,
+        driver,
         "checkpoint_to_resume",
         lambda config, train_set: compared.append(config.pack_rows),
     )
-    main_ppo.run_ppo({}, Stop())
+    driver.run_ppo({}, Stop())
     assert compared == [True]

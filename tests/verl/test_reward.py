@@ -15,13 +15,9 @@ from tests.verl.test_agent_worker import SAMPLING, Breaking
 from tests.verl.test_agent_worker import worker as make_worker
 from verl.agent import Segment, Source, Trajectory, TrajectoryFailed
 from verl.rollout.agent_worker import Failure, Job
-from verl.trainer.ppo.batching import (
-    RolloutFailed,
-    check_failures,
-    failure_metrics,
-    rollout_metrics,
-    score_groups,
-)
+from verl.trainer.ppo.batch_source import trajectory_metrics
+from verl.trainer.ppo.failures import RolloutFailed, check_failures, failure_metrics
+from verl.trainer.ppo.groups import score_groups
 from verl.utils.errors import ConfigError, RewardError
 from verl.utils.loading import load_function
 from verl.utils.reward import FunctionReward, check_signature, score
@@ -224,7 +220,7 @@ def test_means_are_over_the_trajectories_that_have_the_component():
     trajectories = [finished() for _ in range(3)]
     for trajectory, reward in zip(trajectories, ({"acc": 1.0}, {"acc": 0.0}, {}), strict=True):
         trajectory.reward = {"score": 0.0, **reward}
-    assert rollout_metrics(trajectories)["reward/acc"] == 0.5
+    assert trajectory_metrics(trajectories)["reward/acc"] == 0.5
 
 
 def test_a_function_that_cannot_be_called_by_these_names_is_refused(tmp_path):

@@ -15,11 +15,12 @@ from tests.verl.test_config import composed
 from verl.agent import Segment, Source, Trajectory
 from verl.protocol import DataProto
 from verl.rollout.agent_worker import Failure
-from verl.rollout.manager import make_jobs
+from verl.rollout.job import make_jobs
 from verl.trainer.config import PPOConfig, validate
 from verl.trainer.ppo import ray_trainer
-from verl.trainer.ppo.batching import NothingToLearn
+from verl.trainer.ppo.batch_source import NothingToLearn
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.preparation import Task
 from verl.utils.tracking import Timers, Tracking
 
 ROWS = 6
@@ -94,6 +95,15 @@ class Rollout:
     def sleep(self):
         self.said.append(("sleep",))
 
+    def report_progress_to(self, on_progress):
+        self.on_progress = on_progress
+
+    def is_done(self, submitted):
+        return True
+
+    def announce_version(self, version):
+        self.version = version
+
     def update_weights(self, version):
         self.said.append(("update_weights", version))
 
@@ -152,9 +162,8 @@ class Role:
 @pytest.fixture(autouse=True)
 def validation(monkeypatch):
     """Finds the same whatever it is given."""
-    monkeypatch.setattr(
-        ray_trainer.validation, "score", lambda *_: ({"val/test_score/all": 0.5}, [])
-    )
+    found = {"val/test_score/all": 0.5}
+    monkeypatch.setattr("verl.trainer.ppo.validation.score", lambda *_: (dict(found), []))
 
 
 def make_processes(config: PPOConfig, scores: dict | None = None) -> SimpleNamespace:
@@ -180,9 +189,7 @@ def trainer_over(config: PPOConfig, processes: SimpleNamespace) -> RayPPOTrainer
     tracking = Tracking(config.trainer.default_local_dir, [], "project", "run", {}, {})
     made = RayPPOTrainer(
         config,
-        SimpleNamespace(pad_token_id=0),
-        agent,
-        None,
+        Task(SimpleNamespace(pad_token_id=0, decode=str), agent, None),
         Questions(),
         Questions(),
         processes,

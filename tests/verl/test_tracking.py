@@ -9,7 +9,7 @@ import torch
 from tests.processes import file_limit
 from verl.protocol import DataProto
 from verl.trainer.config import TrainerConfig
-from verl.trainer.main_ppo import start_tracking
+from verl.trainer.driver import start_tracking
 from verl.utils.tracking import STEP, Timers, Tracking, truncate_metrics
 
 

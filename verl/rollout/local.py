@@ -9,7 +9,7 @@ from typing import Any
 
 from verl.agent import Row, Trajectory
 from verl.rollout.agent_worker import AgentLoopWorker, Failure, Job
-from verl.rollout.manager import Submitted, make_jobs
+from verl.rollout.job import Submitted, make_jobs
 from verl.rollout.openai_engine import OpenAIEngine
 from verl.trainer.config import PPOConfig, build_tokenizer
 from verl.workers.config import SamplingConfig

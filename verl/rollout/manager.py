@@ -2,13 +2,12 @@
 
 import logging
 import math
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from verl.agent import Row, Trajectory
 from verl.rollout.agent_worker import AgentLoopWorker, Failure, Job
+from verl.rollout.job import Submitted, make_jobs
 from verl.rollout.router import Router
 from verl.rollout.vllm_server import VLLMServer
 from verl.single_controller.worker_group import (
@@ -32,38 +31,6 @@ PROGRESS_S = 60.0
 for."""
 ANSWER_S = 5.0
 """How long their answers are waited for."""
-
-
-@dataclass(frozen=True)
-class Submitted:
-    """Trajectories under way."""
-
-    jobs: list[Job]
-    parts: list[list[Job]]
-    """The jobs of each agent worker."""
-    running: list[Any]
-    """The call of each agent worker."""
-    name: str = "rollout"
-    """What it is called where progress is told."""
-
-
-def make_jobs(
-    rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int | None
-) -> list[Job]:
-    """`sampling.n` jobs per row, one group each; `seed` seeds every call of each, where it is
-    given."""
-    return [
-        Job(
-            uid,
-            f"{uid}-{copy}",
-            row,
-            prompt,
-            None if seed is None else seed + 1000 * (index * sampling.n + copy),
-        )
-        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
-        for uid in [uuid.uuid4().hex]
-        for copy in range(sampling.n)
-    ]
 
 
 def sleep_level(rollout: RolloutConfig) -> int:
@@ -191,7 +158,7 @@ class RolloutManager:
         sampling: SamplingConfig,
         seed: int,
         name: str = "rollout",
-    ) -> "Submitted":
+    ) -> Submitted:
         """Starts what `generate` does; `collect` waits for it.
 
         There is no limit to what may be submitted: an agent worker has its share of `capacity`
@@ -209,21 +176,21 @@ class RolloutManager:
         self.next_worker = (self.next_worker + len(rows)) % len(parts)
         return Submitted(jobs, [part for part in parts if part], running, name)
 
-    def first_done(self, pending: Sequence["Submitted"]) -> int:
+    def first_done(self, pending: Sequence[Submitted]) -> int:
         """Place of one of them that has ended; waits for it. Each must be of one prompt."""
         return self._first_ready([submitted.running[0] for submitted in pending])
 
-    def is_done(self, submitted: "Submitted") -> bool:
+    def is_done(self, submitted: Submitted) -> bool:
         """Whether `collect` would return at once."""
         return all(first_ready([call], timeout_s=0) is not None for call in submitted.running)
 
-    def drain(self, pending: Sequence["Submitted"]) -> None:
+    def drain(self, pending: Sequence[Submitted]) -> None:
         """Waits until all of them have ended."""
         waiting = [call for submitted in pending for call in submitted.running]
         while waiting:
             waiting.pop(self._first_ready(waiting, pending))
 
-    def collect(self, submitted: "Submitted") -> tuple[list[Job], list[Trajectory | Failure]]:
+    def collect(self, submitted: Submitted) -> tuple[list[Job], list[Trajectory | Failure]]:
         """Jobs and results, in the order in which they were submitted. Raises WorkerLost if an
         agent worker died."""
         self.drain([submitted])
@@ -239,7 +206,7 @@ class RolloutManager:
         }
         return submitted.jobs, [results[job.session] for job in submitted.jobs]
 
-    def _first_ready(self, calls: Sequence[Any], told: Sequence["Submitted"] = ()) -> int:
+    def _first_ready(self, calls: Sequence[Any], told: Sequence[Submitted] = ()) -> int:
         """Place of a call that has ended; waits for one, and restarts engines that die meanwhile.
 
         Says now and then how far the batches in `told` are.
@@ -259,7 +226,7 @@ class RolloutManager:
             self.restart_dead()
             self._transfer()
 
-    def _look_for_progress(self, told: Sequence["Submitted"]) -> None:
+    def _look_for_progress(self, told: Sequence[Submitted]) -> None:
         """Calls `on_progress` if trajectories have finished since the last time, and says how many
         of `told` have."""
         finished: dict[str, int] = {}

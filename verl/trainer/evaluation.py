@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from verl.agent import Trajectory
 from verl.rollout.agent_worker import Failure, Job
+from verl.rollout.job import Rollout, Submitted
 from verl.rollout.records import trajectory_records
 from verl.trainer.config import PPOConfig
-from verl.trainer.ppo.batching import check_failures
+from verl.trainer.ppo.failures import check_failures
 from verl.utils.dataset import RLHFDataset
 from verl.utils.model_names import weights_of
 from verl.utils.run_folder import claim
@@ -29,12 +30,12 @@ MIN_RESULTS = 20
 
 
 def evaluate(
-    config: PPOConfig, val_set: RLHFDataset, rollout: Any, tokenizer: Any, path: Path
+    config: PPOConfig, val_set: RLHFDataset, rollout: Rollout, tokenizer: Any, path: Path
 ) -> None:
     """Appends the records of the questions that `path` lacks, `val_kwargs.n` per question, under
     their `row`.
 
-    `rollout` is a RolloutManager or a LocalRollout. A question of which the environment broke a
+    A question of which the environment broke a
     trajectory twice is not written: the next call asks it again. Raises RolloutFailed when more
     than `trainer.max_failed_share` of the trajectories failed; what has finished is kept.
     """
@@ -78,14 +79,14 @@ def write(
 
 
 def stream(
-    todo: list[int], val_set: RLHFDataset, rollout: Any, config: PPOConfig
+    todo: list[int], val_set: RLHFDataset, rollout: Rollout, config: PPOConfig
 ) -> Iterator[tuple[int, list[Job], list[Trajectory | Failure]]]:
     """(row, its jobs, their results) as questions finish; `rollout.capacity` trajectories are
     always under way."""
     sampling = config.actor_rollout_ref.rollout.val_kwargs
     seed = config.trainer.seed
     rows: list[int] = []
-    pending: list[Any] = []
+    pending: list[Submitted] = []
     waiting = iter(todo)
     while True:
         while (

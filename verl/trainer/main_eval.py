@@ -22,7 +22,7 @@ from verl.rollout.manager import RolloutManager
 from verl.trainer.compose import CONFIGS, as_plain, checked_arguments
 from verl.trainer.config import PPOConfig
 from verl.trainer.evaluation import evaluate, identify
-from verl.trainer.ppo.batching import RolloutFailed
+from verl.trainer.ppo.failures import RolloutFailed
 from verl.trainer.preparation import (
     check_environment,
     load_val_set,

@@ -33,7 +33,7 @@ from tests.retrieval import serving
 from tests.templates import make_family_tokenizer
 from verl.agent import Segment, Source, Trajectory, TrajectoryFailed
 from verl.trainer.config import validate
-from verl.trainer.main_ppo import check_trainable
+from verl.trainer.driver import check_trainable
 from verl.utils.errors import ConfigError
 from verl.utils.reward import score as score_trajectory
 from verl.utils.tokenizer import encode_text

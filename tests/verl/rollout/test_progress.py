@@ -10,7 +10,8 @@ import ray
 
 from verl.agent import Trajectory
 from verl.rollout.agent_worker import AgentLoopWorker, Job
-from verl.rollout.manager import RolloutManager, Submitted
+from verl.rollout.job import Submitted
+from verl.rollout.manager import RolloutManager
 from verl.single_controller.worker_group import get, ready, spawn
 
 JOBS = [Job("u", f"s{i}", {}, [7]) for i in range(4)]

@@ -64,6 +64,14 @@ class Checkpoints:
         except (CheckpointError, OSError) as error:
             self._give_up(self._finished() or error)
 
+    def suspect(self, step: int) -> None:
+        """Keeps the newest checkpoint before `step`: a roll-back would go to it."""
+        self.suspect_from = step
+
+    def await_score(self, step: int) -> None:
+        """Keeps the checkpoint of `step` until `score` says how good its policy is."""
+        self.awaited = step
+
     def exists(self, step: int) -> bool:
         """Whether there is a complete checkpoint of `step`."""
         return run_folder.folder_of(self.root, step).is_dir()

@@ -3,34 +3,95 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from verl.agent import Source, Trajectory
 from verl.rollout.agent_worker import Failure, Job
-from verl.rollout.manager import RolloutManager, Submitted
+from verl.rollout.job import Submitted
+from verl.rollout.manager import RolloutManager
 from verl.rollout.records import trajectory_records
 from verl.trainer.config import PPOConfig
-from verl.trainer.ppo.batching import check_failures, component_means, failure_metrics
+from verl.trainer.ppo.batch_source import component_means
+from verl.trainer.ppo.failures import check_failures, failure_metrics
+from verl.trainer.preparation import Task
 from verl.utils.dataset import RLHFDataset
-from verl.utils.tracking import STEP
+from verl.utils.tracking import STEP, Tracking
 
 
-def submit(config: PPOConfig, val_set: RLHFDataset, rollout: RolloutManager) -> Submitted:
-    """`val_kwargs.n` trajectories of every held-out question, under way or waiting for their
-    turn."""
-    sampling = config.actor_rollout_ref.rollout.val_kwargs
-    return rollout.submit(
-        val_set.rows, val_set.prompt_ids, sampling, seed=config.trainer.seed, name="validation"
-    )
+@dataclass(frozen=True)
+class Validated:
+    """A validation that has ended."""
+
+    step: int
+    """The step of the weights that were validated."""
+    metrics: dict[str, float]
+
+
+class Validator:
+    """Rolls out every held-out question, one validation at a time.
+
+    Engines of its own (`rollout.num_val_replicas`) go on with it while the next steps are trained.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        val_set: RLHFDataset,
+        rollout: RolloutManager,
+        task: Task,
+        tracking: Tracking,
+    ) -> None:
+        self.config = config
+        self.val_set = val_set
+        self.rollout = rollout
+        self.task = task
+        self.tracking = tracking
+        self._under_way: tuple[int, Submitted] | None = None
+
+    @property
+    def step(self) -> int | None:
+        """The step of the weights under validation; None if none is under way."""
+        return None if self._under_way is None else self._under_way[0]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a validation that `finish` would not have to wait for."""
+        return self._under_way is not None and self.rollout.is_done(self._under_way[1])
+
+    def start(self, step: int) -> None:
+        """Starts to roll out, under the weights of `step`, which the engines hold."""
+        sampling = self.config.actor_rollout_ref.rollout.val_kwargs
+        submitted = self.rollout.submit(
+            self.val_set.rows,
+            self.val_set.prompt_ids,
+            sampling,
+            seed=self.config.trainer.seed,
+            name="validation",
+        )
+        self._under_way = (step, submitted)
+
+    def finish(self) -> Validated | None:
+        """Waits for the validation under way, writes its trajectories, and returns its metrics."""
+        if self._under_way is None:
+            return None
+        step, submitted = self._under_way
+        self._under_way = None
+        jobs, results = self.rollout.collect(submitted)
+        metrics, records = score(self.config, jobs, results, self.task)
+        self.tracking.log_trajectories("val", records, step)
+        scores = [f"{k} {v:.3f}" for k, v in sorted(metrics.items()) if "test_score" in k]
+        self.tracking.message(f"step {step}: " + "  ".join(scores))
+        return Validated(step, metrics)
+
+    def forget(self) -> None:
+        """Gives up the validation under way."""
+        self._under_way = None
 
 
 def score(
-    config: PPOConfig,
-    jobs: Sequence[Job],
-    results: Sequence[Trajectory | Failure],
-    agent: Any,
-    tokenizer: Any,
+    config: PPOConfig, jobs: Sequence[Job], results: Sequence[Trajectory | Failure], task: Task
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """`val/` metrics, by data source and over all, and the records of all trajectories.
 
@@ -38,42 +99,56 @@ def score(
     sample that scores 1. A component is averaged over the trajectories that have it. A trajectory
     that failed twice is counted (`val/failed`), not scored.
     """
-    sampling = config.actor_rollout_ref.rollout.val_kwargs
     check_failures(results, config.trainer.max_failed_share)
     done = [(job, r) for job, r in zip(jobs, results, strict=True) if isinstance(r, Trajectory)]
-    by_source: dict[str, list[Trajectory]] = defaultdict(list)
-    solved: dict[str, dict[str, bool]] = defaultdict(dict)
+    by_source: dict[str, list[tuple[Job, Trajectory]]] = defaultdict(list)
     for job, trajectory in done:
         if not trajectory.num_tokens(Source.MODEL):
             trajectory.reward = {"score": 0.0}
-        source = job.row["data_source"]
-        reward = trajectory.reward["score"]
-        by_source[source].append(trajectory)
-        solved[source][job.uid] = solved[source].get(job.uid, False) or reward >= 1
+        by_source[job.row["data_source"]].append((job, trajectory))
     metrics = failure_metrics(results, "val")
-    for source, trajectories in by_source.items():
+    for source, sampled in by_source.items():
+        trajectories = [trajectory for _, trajectory in sampled]
         metrics[f"val/test_score/{source}"] = mean_score(trajectories)
-        if sampling.n > 1:
-            metrics[f"val/pass@{sampling.n}/{source}"] = sum(solved[source].values()) / len(
-                solved[source]
-            )
-        metrics |= {
-            f"val/{name}/{source}": mean for name, mean in component_means(trajectories).items()
-        }
-        metrics |= {f"val/{k}/{source}": v for k, v in agent.reduce_metrics(trajectories).items()}
-    metrics["val/test_score/all"] = mean_score([t for _, t in done])
-    metrics |= {f"val/{k}": v for k, v in agent.reduce_metrics([t for _, t in done]).items()}
-    return metrics, trajectory_records([j for j, _ in done], [t for _, t in done], tokenizer)
+        if config.actor_rollout_ref.rollout.val_kwargs.n > 1:
+            samples = config.actor_rollout_ref.rollout.val_kwargs.n
+            metrics[f"val/pass@{samples}/{source}"] = share_solved(sampled)
+        figures = component_means(trajectories) | task.agent.reduce_metrics(trajectories)
+        metrics |= {f"val/{name}/{source}": value for name, value in figures.items()}
+    trajectories = [trajectory for _, trajectory in done]
+    metrics["val/test_score/all"] = mean_score(trajectories)
+    for name, value in task.agent.reduce_metrics(trajectories).items():
+        metrics[f"val/{name}"] = value
+    return metrics, trajectory_records([job for job, _ in done], trajectories, task.tokenizer)
 
 
-def recorded(run_dir: Path, step: int) -> dict[str, float]:
-    """The `val/` metrics that the run folder has of `step`; none if its validation was not
-    finished."""
-    path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.open()] if path.exists() else []
-    figures = [figure for line in lines if line[STEP] == step for figure in line.items()]
-    return {name: value for name, value in figures if name.startswith("val/") and value is not None}
+def share_solved(sampled: Sequence[tuple[Job, Trajectory]]) -> float:
+    """Share of questions with a sample that scores 1."""
+    solved: dict[str, bool] = {}
+    for job, trajectory in sampled:
+        solved[job.uid] = solved.get(job.uid, False) or trajectory.reward["score"] >= 1
+    return sum(solved.values()) / len(solved)
 
 
 def mean_score(trajectories: Sequence[Trajectory]) -> float:
-    return sum(t.reward["score"] for t in trajectories) / len(trajectories)
+    """Mean of the scores of at least one trajectory."""
+    return sum(trajectory.reward["score"] for trajectory in trajectories) / len(trajectories)
+
+
+def recorded(run_dir: Path, step: int) -> dict[str, float]:
+    """The `val/` metrics that the run folder has of `step`.
+
+    There are none if that validation was not finished.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    found: dict[str, float] = {}
+    for line in path.read_text().splitlines():
+        figures = json.loads(line)
+        if figures[STEP] != step:
+            continue
+        for name, value in figures.items():
+            if name.startswith("val/") and value is not None:
+                found[name] = value
+    return found

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.trainer.ppo.ahead import RolloutAhead
+from verl.trainer.ppo.rollout_queue import RolloutQueue
 from verl.utils.dataset import ResumableSampler
 
 ROWS = 7
@@ -48,7 +48,7 @@ class Questions:
         return len(self.rows)
 
 
-def ahead(staleness: int, partial: bool = True) -> tuple[RolloutAhead, Rollout]:
+def ahead(staleness: int, partial: bool = True) -> tuple[RolloutQueue, Rollout]:
     rollout = Rollout()
     config = SimpleNamespace(
         data=SimpleNamespace(train_batch_size=BATCH, shuffle_train_dataloader=True),
@@ -56,7 +56,7 @@ def ahead(staleness: int, partial: bool = True) -> tuple[RolloutAhead, Rollout]:
         actor_rollout_ref=SimpleNamespace(rollout=None),
         async_training=SimpleNamespace(max_staleness=staleness, partial_rollout=partial),
     )
-    return RolloutAhead(config, Questions(), rollout), rollout
+    return RolloutQueue(config, Questions(), rollout), rollout
 
 
 def expected(count: int) -> list[tuple[list[int], int]]:
@@ -65,15 +65,15 @@ def expected(count: int) -> list[tuple[list[int], int]]:
     return [(batch, SEED + 1_000_000 * (place + 1)) for place, batch in enumerate(rows)]
 
 
-def train(source: RolloutAhead, rollout: Rollout, steps: int, total: int, done: int = 0):
+def train(source: RolloutQueue, rollout: Rollout, steps: int, total: int, done: int = 0):
     """(rows, seed) of the batches that `steps` steps train on, and their ages."""
     batches = []
     ages = []
     for step in range(done, done + steps):
-        (rows, seed, version), _ = source.next(total - step)
+        (rows, seed, version), _ = source.next_batch(total - step)
         batches.append((rows, seed))
         ages.append(rollout.version - version)
-        source.settle()
+        source.drain_before_sync()
         rollout.version += 1
     return batches, ages
 
@@ -132,7 +132,7 @@ def test_several_batches_in_a_step_keep_order_and_age():
     is younger."""
     source, rollout = ahead(2)
     train(source, rollout, 2, 10)
-    taken = [source.next(8)[0] for _ in range(4)]
+    taken = [source.next_batch(8)[0] for _ in range(4)]
     assert [(rows, seed) for rows, seed, _ in taken] == expected(6)[2:]
     assert [rollout.version - version for *_, version in taken] == [2, 1, 0, 0]
 
@@ -140,6 +140,6 @@ def test_several_batches_in_a_step_keep_order_and_age():
 @pytest.mark.parametrize("partial", [True, False])
 def test_only_whole_rollouts_are_waited_for_before_new_weights(partial):
     source, rollout = ahead(2, partial)
-    source.next(10)
-    source.settle()
+    source.next_batch(10)
+    source.drain_before_sync()
     assert rollout.drained == ([] if partial else [rollout.submitted[1:3]])

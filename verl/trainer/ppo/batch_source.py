@@ -1,0 +1,182 @@
+"""From prompts to the batch of a training step: rolled out, scored, filtered, laid out."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.agent import RewardFn, Source, Trajectory
+from verl.protocol import DataProto
+from verl.rollout.agent_worker import Failure, Job
+from verl.rollout.manager import RolloutManager
+from verl.trainer.config import FilterGroupsConfig, PPOConfig
+from verl.trainer.ppo.batching import build_batch
+from verl.trainer.ppo.failures import check_failures, failure_metrics
+from verl.trainer.ppo.groups import differing_groups, first_groups, score_groups, surviving
+from verl.trainer.ppo.rollout_queue import RolloutQueue
+from verl.utils.dataset import RLHFDataset
+
+
+class NothingToLearn(RuntimeError):
+    """A training step is left without a trajectory."""
+
+
+@dataclass
+class Rollouts:
+    """All that was rolled out for one training step, in however many batches of prompts."""
+
+    jobs: list[Job] = field(default_factory=list)
+    trajectories: list[Trajectory] = field(default_factory=list)
+    """Those to train on, each with its job."""
+    num_batches: int = 0
+    results: list[Trajectory | Failure] = field(default_factory=list)
+    surviving: list[Trajectory] = field(default_factory=list)
+    """Those that could be trained on, also where dynamic sampling leaves them out."""
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(
+        self,
+        results: Sequence[Trajectory | Failure],
+        trajectories: Sequence[Trajectory],
+        dropped: Mapping[str, int],
+    ) -> None:
+        """Adds a batch of prompts: all results, what survived of them, and what was dropped."""
+        self.num_batches += 1
+        self.results += results
+        self.surviving += trajectories
+        self.dropped.update(dropped)
+
+    @property
+    def num_groups(self) -> int:
+        """Prompts whose trajectories are to be trained on."""
+        return len({job.uid for job in self.jobs})
+
+    def metrics(self) -> dict[str, float]:
+        """`rollout/failed*`, `rollout/dropped_*` and `training/num_*` over all batches."""
+        return {
+            **failure_metrics(self.results),
+            **{name: float(count) for name, count in self.dropped.items()},
+            "training/num_gen_batches": float(self.num_batches),
+            "training/num_trajectories": float(len(self.surviving)),
+        }
+
+    def nothing_left(self, filters: FilterGroupsConfig) -> str:
+        """Why no trajectory is left to train on, and what to do."""
+        if not self.surviving:
+            counts = {**self.metrics(), "rollout/drawn": float(len(self.results))}
+            listed = ", ".join(
+                f"{name} {value:g}" for name, value in sorted(counts.items()) if "share" not in name
+            )
+            return f"no trajectory of this step can be trained on ({listed})"
+        return (
+            f"none of {len(self.surviving)} trajectories is in a group that differs in "
+            f"{filters.metric} (algorithm.filter_groups), so nothing can be learned: try easier "
+            "questions, or a denser reward"
+        )
+
+
+class BatchSource:
+    """Rolls out the prompts of each training step and makes its batch.
+
+    The agent workers score a trajectory as it ends; a reward that compares the trajectories of a
+    prompt (`score_groups`) is computed here, once all of them are there.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        train_set: RLHFDataset,
+        rollout: RolloutManager,
+        reward: RewardFn | None,
+        pad_token_id: int,
+        world_size: int,
+    ) -> None:
+        self.config = config
+        self.reward = reward
+        self.pad_token_id = pad_token_id
+        self.world_size = world_size
+        self.queue = RolloutQueue(config, train_set, rollout)
+        self.min_group = 2 if config.compares else 1
+
+    def roll_out(self, steps_left: int) -> Rollouts:
+        """Waits for the trajectories of a step, scored, and drops what cannot be trained on.
+
+        With `algorithm.filter_groups` further batches are drawn until enough groups teach
+        something. `steps_left`: training steps that want a batch, this one included. Raises
+        NothingToLearn, RolloutFailed when too many failed, RewardError.
+        """
+        filters = self.config.algorithm.filter_groups
+        most = filters.max_num_gen_batches if filters.enable else 1
+        wanted = self.config.data.train_batch_size
+        rollouts = Rollouts()
+        while rollouts.num_batches < most and rollouts.num_groups < wanted:
+            self._add_batch(rollouts, steps_left)
+        chosen = first_groups(rollouts.jobs, rollouts.trajectories, wanted)
+        rollouts.jobs, rollouts.trajectories = chosen
+        return rollouts
+
+    def _add_batch(self, rollouts: Rollouts, steps_left: int) -> None:
+        """Adds the next batch of prompts, without what failed or teaches nothing."""
+        filters = self.config.algorithm.filter_groups
+        jobs, results = self.queue.next_batch(steps_left)
+        results = score_groups(self.reward, jobs, results, self.min_group)
+        check_failures(results, self.config.trainer.max_failed_share)
+        jobs, trajectories, dropped = surviving(jobs, results, self.min_group)
+        rollouts.add(results, trajectories, dropped)
+        if filters.enable:
+            jobs, trajectories = differing_groups(jobs, trajectories, filters.metric)
+        rollouts.jobs += jobs
+        rollouts.trajectories += trajectories
+
+    def build(self, rollouts: Rollouts) -> DataProto:
+        """The batch that is trained on. Raises NothingToLearn where nothing is left for it."""
+        config = self.config
+        if not rollouts.trajectories:
+            raise NothingToLearn(rollouts.nothing_left(config.algorithm.filter_groups))
+        return build_batch(
+            rollouts.jobs,
+            rollouts.trajectories,
+            pad_token_id=self.pad_token_id,
+            num_mini_batches=config.num_mini_batches,
+            world_size=self.world_size,
+            state_masking=config.actor_rollout_ref.actor.state_masking,
+        )
+
+    def drain_before_sync(self) -> None:
+        """Waits for what is under way, where it may not change weights between two turns."""
+        self.queue.drain_before_sync()
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the training questions that have been drawn whole."""
+        return self.queue.epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where a resumed run draws its next batch."""
+        return self.queue.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`; forgets what is under way."""
+        self.queue.load_state_dict(state)
+
+
+def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Reward components, tokens by author, and broken contexts, of which there must be none."""
+    size = len(trajectories)
+    metrics = {f"reward/{name}": mean for name, mean in component_means(trajectories).items()}
+    for source in Source:
+        num_tokens = sum(trajectory.num_tokens(source) for trajectory in trajectories)
+        metrics[f"rollout/{source}_tokens"] = num_tokens / size
+    violations = sum(trajectory.context_violations for trajectory in trajectories)
+    metrics["rollout/context_violations"] = float(violations)
+    return metrics
+
+
+def component_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean of every component of the reward, over the trajectories that have it."""
+    values: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for name, value in trajectory.reward.items():
+            values.setdefault(name, []).append(value)
+    components = sorted(values.keys() - {"score"})
+    return {name: sum(values[name]) / len(values[name]) for name in components}

@@ -1,0 +1,98 @@
+"""Groups of trajectories, one group a prompt: scored together, kept or dropped together."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from verl.agent import RewardFn, Source, Trajectory
+from verl.rollout.agent_worker import Failure, Job
+from verl.utils.errors import RewardError
+from verl.utils.reward import compare
+
+
+def groups_of(jobs: Sequence[Job], trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
+    """The trajectories of each prompt."""
+    groups: dict[str, list[Trajectory]] = {}
+    for job, trajectory in zip(jobs, trajectories, strict=True):
+        groups.setdefault(job.uid, []).append(trajectory)
+    return list(groups.values())
+
+
+def score_groups(
+    reward: RewardFn | None,
+    jobs: Sequence[Job],
+    results: Sequence[Trajectory | Failure],
+    min_group: int,
+) -> list[Trajectory | Failure]:
+    """Lets a reward that has `score_groups` compare the trajectories of each prompt.
+
+    Returns the results. A trajectory that this leaves without a finite score is a failure. Raises
+    RewardError when the reward raises.
+    """
+    if not hasattr(reward, "score_groups"):
+        return list(results)
+    compared_jobs, compared, _ = surviving(jobs, results, min_group)
+    if not compared:
+        return list(results)
+    failed = compare(reward, groups_of(compared_jobs, compared))
+    failures = {key: Failure(str(error.args[0]), error.num_calls) for key, error in failed.items()}
+    return [failures.get(id(result), result) for result in results]
+
+
+def surviving(
+    jobs: Sequence[Job], results: Sequence[Trajectory | Failure], min_group: int
+) -> tuple[list[Job], list[Trajectory], dict[str, int]]:
+    """The trajectories that can be trained on, and how many others were dropped, by metric.
+
+    They did not fail, wrote a token, and their group keeps `min_group` members. With one survivor
+    the advantage of GRPO would be the bare reward, so its group goes too.
+    """
+    alive = [
+        (job, result)
+        for job, result in zip(jobs, results, strict=True)
+        if isinstance(result, Trajectory) and result.num_tokens(Source.MODEL)
+    ]
+    sizes = Counter(job.uid for job, _ in alive)
+    kept = [(job, result) for job, result in alive if sizes[job.uid] >= min_group]
+    num_trajectories = sum(isinstance(result, Trajectory) for result in results)
+    dropped = {
+        "rollout/dropped_empty": num_trajectories - len(alive),
+        "rollout/dropped_small_group": len(alive) - len(kept),
+    }
+    return [job for job, _ in kept], [result for _, result in kept], dropped
+
+
+def differing_groups(
+    jobs: Sequence[Job], trajectories: Sequence[Trajectory], metric: str
+) -> tuple[list[Job], list[Trajectory]]:
+    """The trajectories of groups that do not all have the same `metric` in their reward.
+
+    Raises RewardError naming what there is for a reward without it.
+    """
+    if lacking := [t for t in trajectories if metric not in t.reward]:
+        raise RewardError(
+            f"algorithm.filter_groups.metric={metric}: the reward of {len(lacking)} of "
+            f"{len(trajectories)} trajectories has no such number, only "
+            f"{', '.join(sorted(lacking[0].reward))}: name one of these, or let the reward return "
+            "it for every trajectory"
+        )
+    values: dict[str, set[float]] = {}
+    for job, trajectory in zip(jobs, trajectories, strict=True):
+        values.setdefault(job.uid, set()).add(trajectory.reward[metric])
+    differing = {uid for uid, found in values.items() if len(found) > 1}
+    return of_groups(jobs, trajectories, differing)
+
+
+def first_groups(
+    jobs: Sequence[Job], trajectories: Sequence[Trajectory], count: int
+) -> tuple[list[Job], list[Trajectory]]:
+    """The trajectories of the first `count` groups."""
+    in_order = list(dict.fromkeys(job.uid for job in jobs))
+    return of_groups(jobs, trajectories, set(in_order[:count]))
+
+
+def of_groups(
+    jobs: Sequence[Job], trajectories: Sequence[Trajectory], uids: set[str]
+) -> tuple[list[Job], list[Trajectory]]:
+    """The trajectories of the groups `uids`, with their jobs."""
+    kept = [(job, t) for job, t in zip(jobs, trajectories, strict=True) if job.uid in uids]
+    return [job for job, _ in kept], [trajectory for _, trajectory in kept]

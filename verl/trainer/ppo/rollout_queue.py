@@ -1,0 +1,78 @@
+"""Rolling out ahead of the training, by a bounded number of batches."""
+
+from collections import deque
+from typing import Any
+
+from verl.agent import Trajectory
+from verl.rollout.agent_worker import Failure, Job
+from verl.rollout.job import Submitted
+from verl.rollout.manager import RolloutManager
+from verl.trainer.config import PPOConfig
+from verl.utils.dataset import ResumableSampler, RLHFDataset
+
+
+class RolloutQueue:
+    """Batches of prompts under way, trained on in the order in which they were drawn.
+
+    With `max_staleness` = s, s + 1 batches are under way while the next one is waited for, so that
+    one is at most s updates older than the weights it trains; with 0 training is synchronous. The
+    queue is first in, first out: taking whatever finishes first would prefer short trajectories,
+    and the order of the prompts would depend on timing. So the order alone says what is under way,
+    and the state to resume from is that of the oldest batch not yet trained on.
+    """
+
+    def __init__(self, config: PPOConfig, train_set: RLHFDataset, rollout: RolloutManager) -> None:
+        self.config = config
+        self.train_set = train_set
+        self.rollout = rollout
+        self.sampler = ResumableSampler(
+            len(train_set),
+            config.data.train_batch_size,
+            config.trainer.seed,
+            config.data.shuffle_train_dataloader,
+        )
+        self.batches = iter(self.sampler)
+        self.under_way: deque[tuple[dict[str, int], Submitted]] = deque()
+
+    def next_batch(self, steps_left: int) -> tuple[list[Job], list[Trajectory | Failure]]:
+        """Waits for the oldest batch; returns its jobs and their results.
+
+        Before it waits, it submits batches of the next steps. `steps_left`: training steps that
+        want a batch, this one included: none is rolled out that no step will see.
+        """
+        wanted = max(1, min(self.config.async_training.max_staleness + 1, steps_left))
+        while len(self.under_way) < wanted:
+            self.under_way.append((self.sampler.state_dict(), self._submit()))
+        _, oldest = self.under_way.popleft()
+        return self.rollout.collect(oldest)
+
+    def _submit(self) -> Submitted:
+        rows = next(self.batches)
+        return self.rollout.submit(
+            [self.train_set.rows[row] for row in rows],
+            [self.train_set.prompt_ids[row] for row in rows],
+            self.config.actor_rollout_ref.rollout,
+            seed=self.config.trainer.seed + 1_000_000 * self.sampler.drawn,
+        )
+
+    def drain_before_sync(self) -> None:
+        """Waits for what is under way, where it may not change weights between two turns."""
+        if not self.config.async_training.partial_rollout:
+            self.rollout.drain([submitted for _, submitted in self.under_way])
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the training questions that have been drawn whole."""
+        return self.sampler.epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where a resumed run draws its next batch: the ones under way are drawn again."""
+        if self.under_way:
+            state, _ = self.under_way[0]
+            return state
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`; forgets what is under way."""
+        self.under_way.clear()
+        self.sampler.load_state_dict(state)
