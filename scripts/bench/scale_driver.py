@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import ray
 import torch
@@ -24,6 +24,7 @@ from verl.trainer.config import AlgorithmConfig, KLControlConfig, RolloutCorrect
 from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
 from verl.trainer.ppo.batch_source import trajectory_metrics
 from verl.trainer.ppo.batching import build_batch
+from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS
 from verl.trainer.ppo.failures import check_failures
 from verl.trainer.ppo.filters import correct_rollout, filter_loss
 from verl.trainer.ppo.groups import groups_of, surviving
@@ -43,7 +44,7 @@ RANKS = 8
 MINI_BATCHES = 2
 SAMPLE = 100
 """Trajectories that an agent worker rolls out."""
-ESTIMATORS = get_args(AlgorithmConfig.model_fields["adv_estimator"].annotation)
+ESTIMATORS = tuple(ADVANTAGE_ESTIMATORS)
 CORRECTION = RolloutCorrectionConfig(
     rollout_is="token", rollout_rs="sequence", rollout_token_veto_threshold=1e-4
 )

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from verl.estimate.flops import forward_flops, update_flops
 from verl.estimate.memory import GIB, Pass, Role, Sizes
 from verl.estimate.sizing import Longest
 from verl.estimate.step_time import (
@@ -16,10 +17,8 @@ from verl.estimate.step_time import (
     Gpu,
     StepTime,
     default_assumptions,
-    forward_flops,
     main,
     num_validations,
-    update_flops,
 )
 from verl.workers.config import FSDPConfig, RolloutConfig
 

@@ -1,5 +1,4 @@
-"""What shares a GPU with the trainer: vLLM's engine, and a retriever where there is one. Pure
-functions of sizes.
+"""What shares a GPU with the trainer, as pure functions of sizes: vLLM's engine, and a retriever.
 
 vLLM takes `gpu_memory_utilization` of the GPU, whatever else is on it. Of that share it subtracts
 its weights, what a profile run of `max_num_batched_tokens` takes at its peak, and its CUDA graphs;
@@ -14,17 +13,17 @@ from verl.estimate.memory import FLOAT32, GIB, WIDTH, Entries, Sizes
 from verl.workers.config import RolloutConfig
 
 GRAPHS_GIB = 1.0
-"""CUDA graphs of an engine, a guess: vLLM estimates them when it starts and takes them from its
-share."""
+"""CUDA graphs of an engine: a guess. vLLM takes its own estimate from its share."""
 WORKSPACES_GIB = 1.0
 """Workspaces of attention and of matrix products, in the engine's share: a guess."""
 FAISS_SCRATCH_GIB = 1.5
 """What a `faiss.StandardGpuResources` reserves on a GPU of more than 8 GiB."""
 ENCODER_GIB = 1.5
-"""CUDA context of the retriever (.5), E5-base in float32 (.4), its activations (.6): a guess, on
-the first GPU."""
+"""CUDA context of the retriever (.5), E5-base in float32 (.4), its activations (.6): a guess.
+
+The first GPU has them."""
 VECTOR_NUMBERS = 768
-"""Of an E5-base vector."""
+"""Numbers of an E5-base vector."""
 VECTOR_BYTES = 2
 """FAISS keeps vectors on GPUs in float16 (`--faiss_gpu`)."""
 
@@ -44,7 +43,7 @@ class EngineMemory:
     profile: float
     """Activations of `max_num_batched_tokens` in one decoder layer."""
     logits: float
-    """Of `max_num_seqs` tokens: in the engine's dtype, and the sampler's copy in float32."""
+    """Logits of `max_num_seqs` tokens in the engine's dtype, and the sampler's float32 copy."""
     graphs: float
     kv_cache: float
     """What is left; negative where the engine cannot start."""
@@ -57,8 +56,7 @@ class EngineMemory:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that the KV cache holds; the engine's GPUs hold the same tokens, each its
-        heads."""
+        """Tokens that the KV cache holds: the GPUs of an engine hold the same, each its heads."""
         return max(0, int(self.kv_cache // self.kv_bytes_per_token))
 
     def entries(self) -> Entries:
@@ -77,11 +75,9 @@ def engine_memory(sizes: Sizes, rollout: RolloutConfig, gpu_memory: float) -> En
     width = WIDTH[rollout.dtype]
     tp = rollout.tensor_model_parallel_size
     weights = width * sizes.params / tp
-    # input and output of the MLP's gate and up, their product; hidden states, residual, two normed
-    # copies
-    profile = (
-        width * (3 * sizes.intermediate / tp + 4 * sizes.hidden) * rollout.max_num_batched_tokens
-    )
+    mlp = 3 * sizes.intermediate / tp  # gate, up, and their product
+    stream = 4 * sizes.hidden  # hidden states, residual, two normed copies
+    profile = width * (mlp + stream) * rollout.max_num_batched_tokens
     logits = (width + FLOAT32) * sizes.vocab * rollout.max_num_seqs
     graphs = (WORKSPACES_GIB + GRAPHS_GIB * (not rollout.enforce_eager)) * GIB
     rest = rollout.gpu_memory_utilization * gpu_memory - weights - profile - logits - graphs
@@ -94,7 +90,9 @@ def kv_bytes_per_token(sizes: Sizes, rollout: RolloutConfig) -> float:
 
 
 def retriever_memory(passages: int, gpus: int) -> float:
-    """An exact FAISS index of E5 vectors, sharded over `gpus` GPUs: the fullest one, which has the
-    encoder too."""
+    """Bytes of an exact FAISS index of E5 vectors, sharded over `gpus` GPUs.
+
+    They are those of the fullest GPU, which has the encoder too.
+    """
     index = passages * VECTOR_NUMBERS * VECTOR_BYTES / gpus
     return index + (FAISS_SCRATCH_GIB + ENCODER_GIB) * GIB

@@ -1,5 +1,6 @@
-"""What is alive on one GPU at the peak of each phase: pure functions of sizes (docs/memory.md has
-them as formulas).
+"""What is alive on one GPU at the peak of each phase, as pure functions of sizes.
+
+docs/memory.md has them as formulas.
 
 Phases do not overlap: rollout, log-probs (actor, reference, values), critic update, actor update. A
 phase has moments, of which the fullest counts. Bytes throughout; a rank is a GPU.
@@ -17,11 +18,11 @@ FLOAT32 = 4
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number."""
 CONTEXTS_GIB = 4.0
-"""CUDA contexts of trainer and engine, NCCL, library workspaces, fragmentation: a guess, not
-measured."""
+"""CUDA contexts of trainer and engine, NCCL, library workspaces, fragmentation: a guess."""
 CHUNKS_INFER = 2
-"""float32 copies of a chunk of logits that `verl.utils.torch_functional` has at once, without a
-gradient."""
+"""Copies in float32 of a chunk of logits that `verl.utils.torch_functional` has at once.
+
+This is their number without a gradient."""
 CHUNKS_TRAIN = 4
 """The same with a gradient."""
 WEIGHTS = "weights"
@@ -40,16 +41,18 @@ Entries = dict[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class Sizes:
-    """A decoder of the Llama family: parameters in all and of the largest layer (one group of
-    FSDP); its widths."""
+    """The sizes of a decoder of the Llama family: numbers of parameters, and widths."""
 
     params: int
+    """In all."""
     layer: int
+    """Of the largest layer, which is one group of FSDP."""
     layers: int
     hidden: int
     queries: int
-    """num_attention_heads * head_dim; `keys`: num_key_value_heads * head_dim."""
+    """num_attention_heads * head_dim."""
     keys: int
+    """num_key_value_heads * head_dim."""
     intermediate: int
     vocab: int
     """0 for a value head."""
@@ -63,22 +66,23 @@ class Sizes:
 
 
 class Pass(NamedTuple):
-    """Tokens of a micro-batch; those that are trained on, which alone have logits; the key that
-    bounds the former."""
+    """The largest micro-batch of a pass."""
 
     tokens: float
     trained: float
+    """Tokens that are trained on, which alone have logits."""
     key: str
+    """The key of the configuration that bounds `tokens`."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """One model on one of `world` ranks. `trained`: its parameters with a gradient (all, of the
-    adapters, or none)."""
+    """One model on one of `world` ranks."""
 
     name: Literal["actor", "ref", "critic"]
     sizes: Sizes
     trained: int
+    """Parameters with a gradient: all, those of the adapters, or none."""
     fsdp: FSDPConfig
     world: int
     infer: Pass
@@ -87,7 +91,7 @@ class Role:
 
     @property
     def width(self) -> int:
-        """Bytes of a number in the computation."""
+        """Bytes of one number of the computation."""
         return WIDTH[self.fsdp.dtype]
 
     @property
@@ -101,21 +105,23 @@ class Role:
 
     @property
     def gradients(self) -> float:
-        """Bytes of the sharded gradients, in the dtype of their parameters (PEFT keeps adapters in
-        float32)."""
-        return self.trained * (WIDTH[self.fsdp.model_dtype] if self.whole else FLOAT32) / self.world
+        """Bytes of the sharded gradients, in the dtype of their parameters."""
+        # PEFT keeps adapters in float32
+        width = WIDTH[self.fsdp.model_dtype] if self.whole else FLOAT32
+        return self.trained * width / self.world
 
     def gathered(self, layers: int) -> float:
-        """Bytes of gathered parameters: the root and so many layers; all, if nothing is
-        resharded."""
-        return self.width * (
-            self.sizes.root + layers * self.sizes.layer if self.reshards else self.sizes.params
-        )
+        """Bytes of gathered parameters: the root and so many layers, or all without resharding."""
+        if not self.reshards:
+            return self.width * self.sizes.params
+        return self.width * (self.sizes.root + layers * self.sizes.layer)
 
     @property
     def gathering(self) -> float:
-        """Bytes while the root arrives: in a buffer, on its way to where it is used; on one rank,
-        from its cast."""
+        """Bytes while the root is gathered.
+
+        It is in a buffer and where it is used; on one rank there is its cast instead of a buffer.
+        """
         s = self.sizes
         casts = self.fsdp.dtype != self.fsdp.model_dtype
         if self.world == 1:
@@ -126,8 +132,9 @@ class Role:
 def layer_saved(s: Sizes, width: int) -> float:
     """Bytes per token that a layer keeps for its backward pass.
 
-    A norm: a float32 copy of its input, the normed input, and the output, if that is the input of a
-    projection. Attention: q, k, v, output. MLP: gate, its activation, up, their product.
+    A norm keeps a float32 copy of its input, the normed input, and the output, if that is the input
+    of a projection. Attention keeps q, k, v and its output; the MLP the gate, its activation, up,
+    and their product.
     """
     normed = 2 * s.hidden + s.head_norms * (s.queries + s.keys)
     norms = (FLOAT32 + width) * normed + 2 * width * s.hidden
@@ -136,7 +143,7 @@ def layer_saved(s: Sizes, width: int) -> float:
 
 
 def resident(role: Role, updates: bool) -> dict[str, float]:
-    """Bytes that a role keeps on the GPU: its shard of the weights and of AdamW's two averages."""
+    """Bytes that a role keeps on the GPU: its shards of the weights and of AdamW's two averages."""
     if role.fsdp.param_offload:
         return {}
     averages = 2 * role.gradients if updates or not role.fsdp.optimizer_offload else 0
@@ -147,7 +154,7 @@ def resident(role: Role, updates: bool) -> dict[str, float]:
 
 
 def infer_moments(role: Role) -> dict[str, dict[str, float]]:
-    """Bytes at the moments of a forward pass without gradient, one of which is its peak."""
+    """Bytes at the moments of a forward pass without a gradient, one of which is its peak."""
     s = role.sizes
     w = role.width
     tokens, trained, _ = role.infer
@@ -168,54 +175,78 @@ def infer_moments(role: Role) -> dict[str, dict[str, float]]:
 
 
 def update_moments(role: Role) -> dict[str, dict[str, float]]:
-    """Bytes at the moments of a forward and backward pass, one of which is its peak; not of the
-    first micro-batch."""
+    """Bytes at the moments of a forward and backward pass, one of which is its peak.
+
+    The pass is not that of the first micro-batch: the sharded gradients are there already.
+    """
     assert role.update is not None
     s = role.sizes
     w = role.width
     tokens, trained, _ = role.update
     ahead = int(role.world > 1)  # layers in the buffer of an all-gather
+    stays = 0 if role.reshards else role.gathered(0)
     logits = w * s.vocab * trained
+    chunks = CHUNKS_TRAIN * FLOAT32 * min(s.vocab * trained, CHUNK_ELEMENTS)
     saved = layer_saved(s, w) * tokens
-    # parameters with a gradient, of a layer and of the root
-    layer, root = (s.layer, s.root) if role.whole else (role.trained / s.layers, 0)
-    head = w * s.vocab * s.hidden * role.whole
-    tied = 0 < s.root < 2 * s.vocab * s.hidden
-    # gradients of embedding and head; tied ones are beside their sum
-    both = w * root + 2 * head * tied
+    # a checkpointed layer keeps its input alone, and all the rest while it runs again
     kept = s.layers * (w * s.hidden * tokens if role.checkpointing else saved)
     top = kept + (FLOAT32 + 2 * w) * s.hidden * tokens  # with what the last norm keeps
     backward = 2 * w * s.intermediate * tokens + saved * role.checkpointing
-    # the float32 copy beside its source, then beside the rank's sum
-    reduced = FLOAT32 + max(w, FLOAT32 / role.world)
-    stays = 0 if role.reshards else role.gathered(0)
-    chunks = CHUNKS_TRAIN * FLOAT32 * min(s.vocab * trained, CHUNK_ELEMENTS)
+    gathering = role.gathering if role.reshards else stays
+    whole = unreduced(role)
     moments = {
         "loss": {GATHERED: stays, KEPT: top, LOGITS: 2 * logits, CHUNKS: chunks},
-        "gathering": {
-            GATHERED: role.gathering if role.reshards else stays,
-            KEPT: top,
-            LOGITS: logits,
-        },
-        "head": {GATHERED: role.gathered(ahead), KEPT: top, LOGITS: logits, REDUCED: head},
+        "gathering": {GATHERED: gathering, KEPT: top, LOGITS: logits},
+        "head": {GATHERED: role.gathered(ahead), KEPT: top, LOGITS: logits, REDUCED: whole.head},
         "layer": {
             GATHERED: role.gathered(1 + ahead),
             KEPT: kept,
             LAYER: backward,
-            REDUCED: head + reduced * layer,
+            REDUCED: whole.layer,
         },
-        "embedding": {GATHERED: role.gathered(0), REDUCED: both + FLOAT32 * layer},
-        "reduction": {GATHERED: stays, REDUCED: reduced * root},
+        "embedding": {GATHERED: role.gathered(0), REDUCED: whole.embedding},
+        "reduction": {GATHERED: stays, REDUCED: whole.reduction},
     }
     own = {GRADIENTS: 0.0 if role.fsdp.param_offload else role.gradients}
     return {f"backward, {name}" if name != "loss" else name: own | m for name, m in moments.items()}
 
 
-def resting(roles: Sequence[Role], phase: str, active: Role | None = None) -> Entries:
-    """Bytes that the roles keep during a phase, without the passes of the `active` one.
+class Unreduced(NamedTuple):
+    """Bytes of whole gradients that wait for their reduction, at moments of a backward pass."""
 
-    Without resharding a forward pass leaves its parameters gathered until a backward pass, if there
-    is one.
+    head: float
+    layer: float
+    embedding: float
+    reduction: float
+
+
+def unreduced(role: Role) -> Unreduced:
+    """The whole gradients of a pass: FSDP reduces a layer's when it is through, the root's last.
+
+    A reduction has the gradient in float32 beside its source, then beside the rank's sum.
+    """
+    s = role.sizes
+    w = role.width
+    # parameters with a gradient, of a layer and of the root; adapters are in layers alone
+    layer, root = (s.layer, s.root) if role.whole else (role.trained / s.layers, 0)
+    head = w * s.vocab * s.hidden * role.whole
+    # gradients of a tied embedding and head are beside their sum
+    tied = 0 < s.root < 2 * s.vocab * s.hidden
+    root_gradients = w * root + 2 * head * tied
+    reducing = FLOAT32 + max(w, FLOAT32 / role.world)
+    return Unreduced(
+        head=head,
+        layer=head + reducing * layer,
+        embedding=root_gradients + FLOAT32 * layer,
+        reduction=reducing * root,
+    )
+
+
+def resting(roles: Sequence[Role], phase: str, active: Role | None = None) -> Entries:
+    """Bytes that the roles keep during a phase, beside the passes of the `active` role.
+
+    Without resharding a forward pass leaves its parameters gathered until the next backward pass.
+    The reference has none.
     """
     entries: Entries = {}
     for role in roles:
@@ -230,27 +261,21 @@ def resting(roles: Sequence[Role], phase: str, active: Role | None = None) -> En
 def peak(
     phase: str, roles: Sequence[Role], always: Entries, engine: Entries
 ) -> tuple[Entries, str]:
-    """What is alive at the peak of a phase, and when that is.
+    """What is alive at the peak of a phase, and at which moment that is.
 
-    `always`: what stays through all phases beside the roles. `engine`: the engine while it is
+    `always` stays through all phases beside the roles. `engine` is what an engine has while it is
     awake.
     """
     always = {("", CONTEXTS): CONTEXTS_GIB * GIB} | always
     if phase == "rollout":
         return resting(roles, phase) | always | engine, ""
-    passes = {
-        role: infer_moments(role) if phase == "log-probs" else update_moments(role)
-        for role in roles
-        if phase in ("log-probs", f"{role.name} update")
-    }
-    found = [
-        (
-            resting(roles, phase, role)
-            | always
-            | {(role.name, name): size for name, size in entries.items()},
-            f"{role.name}: {moment}",
-        )
-        for role, moments in passes.items()
-        for moment, entries in moments.items()
-    ]
-    return max(found, key=lambda f: sum(f[0].values()))
+    found: list[tuple[Entries, str]] = []
+    for role in roles:
+        if phase not in ("log-probs", f"{role.name} update"):
+            continue
+        kept = resting(roles, phase, role) | always
+        moments = infer_moments(role) if phase == "log-probs" else update_moments(role)
+        for moment, sizes in moments.items():
+            passing = {(role.name, name): size for name, size in sizes.items()}
+            found.append((kept | passing, f"{role.name}: {moment}"))
+    return max(found, key=lambda entries_and_moment: sum(entries_and_moment[0].values()))

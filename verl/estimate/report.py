@@ -1,5 +1,4 @@
-"""GPU memory of a configuration, before it runs: what is alive on one GPU at the peak of each
-phase, in GiB.
+"""GPU memory of a configuration, before it runs: what one GPU holds at the peak of each phase.
 
 Needs no GPU, and of the model only its Hugging Face config. Exit status: 0 if it fits, 1 if it does
 not (the largest entries are named, and the keys that shrink them), 2 if the configuration cannot
@@ -63,8 +62,10 @@ class Estimate:
 
     @property
     def free_at_start(self) -> float:
-        """Bytes that an engine finds free when it starts: the ranks have their weights, the
-        optimizer has no state."""
+        """Bytes that an engine finds free when it starts.
+
+        The ranks have their weights by then, and the optimizer has no state yet.
+        """
         if not self.shares_gpus:
             return self.limit - memory.CONTEXTS_GIB * GIB - self.retriever
         weights = sum(resident(role, updates=False).get(memory.WEIGHTS, 0.0) for role in self.roles)
@@ -80,17 +81,15 @@ class Estimate:
             beside = "trainer and retriever" if self.retriever else "trainer"
             found.append(
                 f"the engine refuses to start: it asks for {gib(self.engine.share)} GiB, and the "
-                f"{beside} "
-                f"leave{'' if self.retriever else 's'} {gib(self.free_at_start)}: "
-                "lower actor_rollout_ref.rollout.gpu_memory_utilization"
+                f"{beside} leave{'' if self.retriever else 's'} {gib(self.free_at_start)}: lower "
+                "actor_rollout_ref.rollout.gpu_memory_utilization"
             )
         if self.engine.kv_tokens < self.config.max_model_len:
             found.append(
                 f"the engine's KV cache has room for {self.engine.kv_tokens:,} tokens and not for "
-                "one sequence of "
-                f"{self.config.max_model_len:,}: raise "
-                "actor_rollout_ref.rollout.gpu_memory_utilization, or "
-                "lower max_num_batched_tokens and max_num_seqs"
+                f"one sequence of {self.config.max_model_len:,}: raise "
+                "actor_rollout_ref.rollout.gpu_memory_utilization, or lower "
+                "max_num_batched_tokens and max_num_seqs"
             )
         return found
 
@@ -102,8 +101,10 @@ class Estimate:
 def estimate(
     config: PPOConfig, roles: Sequence[Role], longest: Longest, limit: float, retriever: float
 ) -> Estimate:
-    """Computes the memory of every phase on a GPU of `limit` bytes, of which a retriever has
-    `retriever`."""
+    """Computes the memory of every phase on a GPU of `limit` bytes.
+
+    `retriever`: bytes of it that a retriever has.
+    """
     rollout = config.actor_rollout_ref.rollout
     engine = (
         engine_memory.engine_memory(roles[0].sizes, rollout, limit)
@@ -118,31 +119,33 @@ def estimate(
 
 
 def total(entries: Entries) -> float:
+    """Bytes of all entries."""
     return sum(entries.values())
 
 
 def gib(size: float) -> str:
+    """Bytes in GiB, as text."""
     return f"{size / GIB:.1f}"
 
 
 def label(role: str, name: str) -> str:
+    """How the report names an entry."""
     return f"{role}: {name}" if role else name
 
 
 def table(peaks: Peaks) -> str:
     """Entries by phase in GiB, their sums, and where in each phase its peak is."""
-    names = {key: None for entries, _ in peaks.values() for key, size in entries.items() if size}
-    order = sorted(names, key=lambda key: OWNERS.index(key[0]))
+    columns = [entries for entries, _ in peaks.values()]
+    names: dict[tuple[str, str], None] = {}  # in the order in which they come
+    for entries in columns:
+        names |= {key: None for key, size in entries.items() if size}
     lines = [f"{'GiB per GPU at the peak of':42}" + "".join(f"{phase:>15}" for phase in peaks)]
-    for key in order:
-        cells = [entries.get(key, 0.0) / GIB for entries, _ in peaks.values()]
-        lines.append(
-            f"{label(*key):42}"
-            + "".join(f"{cell:15.2f}" if cell else f"{'-':>15}" for cell in cells)
-        )
-    lines.append(
-        f"{'total':42}" + "".join(f"{total(entries) / GIB:15.2f}" for entries, _ in peaks.values())
-    )
+    for key in sorted(names, key=lambda key: OWNERS.index(key[0])):
+        cells = [entries.get(key, 0.0) / GIB for entries in columns]
+        texts = [f"{cell:15.2f}" if cell else f"{'-':>15}" for cell in cells]
+        lines.append(f"{label(*key):42}" + "".join(texts))
+    sums = [f"{total(entries) / GIB:15.2f}" for entries in columns]
+    lines.append(f"{'total':42}" + "".join(sums))
     moments = [f"peak of the {phase}: {moment}" for phase, (_, moment) in peaks.items() if moment]
     return "\n".join(lines + moments)
 
@@ -159,44 +162,55 @@ def engine_text(found: Estimate, mean_tokens: int) -> str:
     where = "" if found.shares_gpus else " (engines have GPUs of their own)"
     return (
         f"KV cache{where}: {gib(engine.kv_cache)} GiB / {engine.kv_bytes_per_token:,.0f} bytes a "
-        "token = "
-        f"{engine.kv_tokens:,} tokens: {at_longest:,} trajectories of {found.longest.tokens:,} "
-        "tokens at once, "
-        f"{at_mean:,} of {mean_tokens:,};\n"
+        f"token = {engine.kv_tokens:,} tokens: {at_longest:,} trajectories of "
+        f"{found.longest.tokens:,} tokens at once, {at_mean:,} of {mean_tokens:,};\n"
         f"  an engine's part of a batch is {rows:,.0f} trajectories, of which "
-        f"max_num_seqs={rollout.max_num_seqs} "
-        "decode at once\n"
+        f"max_num_seqs={rollout.max_num_seqs} decode at once\n"
         f"engine start: asks for {gib(engine.share)} GiB, finds {gib(found.free_at_start)} free"
     )
 
 
 def verdict(peaks: Peaks, roles: Sequence[Role], limit: float, retriever: float = 0.0) -> str:
-    """What is left of `limit` bytes; or of every phase that exceeds them the three largest entries
-    that keys shrink."""
-    over = {phase: entries for phase, (entries, _) in peaks.items() if total(entries) > limit}
+    """What is left of `limit` bytes, or what is too large.
+
+    Of every phase that exceeds the limit it names the three largest entries that keys shrink, and
+    these keys.
+    """
+    sums = {phase: total(entries) for phase, (entries, _) in peaks.items()}
     beside = f", with {gib(retriever)} GiB of a retriever on each GPU" if retriever else ""
+    over = {phase: size for phase, size in sums.items() if size > limit}
     if not over:
-        phase, most = max(
-            ((phase, total(entries)) for phase, (entries, _) in peaks.items()), key=lambda p: p[1]
-        )
-        beside = beside or NO_RETRIEVER
+        fullest = max(sums, key=lambda phase: sums[phase])
+        left = gib(limit - sums[fullest])
         return (
-            f"fits: {gib(limit - most)} of {limit / GIB:g} GiB are left at the peak "
-            f"({phase}){beside}"
+            f"fits: {left} of {limit / GIB:g} GiB are left at the peak "
+            f"({fullest}){beside or NO_RETRIEVER}"
         )
+    phases = ", ".join(f"{phase} {gib(size)}" for phase, size in over.items())
+    lines = [f"does not fit in {limit / GIB:g} GiB: {phases}{beside}"]
+    for key, (size, keys) in shrinkable({phase: peaks[phase][0] for phase in over}, roles):
+        lines.append(f"  {gib(size)} GiB of {label(*key)}")
+        lines += [f"    {text}" for text in keys]
+    return "\n".join(lines)
+
+
+def shrinkable(
+    over: Mapping[str, Entries], roles: Sequence[Role]
+) -> list[tuple[tuple[str, str], tuple[float, list[str]]]]:
+    """The three largest entries of each phase that keys shrink, with their bytes and these keys.
+
+    An entry of several phases is there once, with its largest size and the keys of all of them.
+    """
     by_name: dict[str, Role] = {role.name: role for role in roles}
     found: dict[tuple[str, str], tuple[float, list[str]]] = {}
-    for phase, entries in over.items():
-        entries = engine_as_one(entries)
+    for phase, parts in over.items():
+        entries = engine_as_one(parts)
         remedies = {key: remedy(key, by_name.get(key[0]), phase) for key in entries}
-        for key in sorted((k for k in entries if remedies[k]), key=lambda k: -entries[k])[:3]:
+        shrinking = [key for key in entries if remedies[key]]
+        for key in sorted(shrinking, key=lambda key: -entries[key])[:3]:
             size, keys = found.get(key, (0.0, []))
             found[key] = max(size, entries[key]), list(dict.fromkeys(keys + remedies[key]))
-    sums = ", ".join(f"{phase} {gib(total(entries))}" for phase, entries in over.items())
-    lines = [f"does not fit in {limit / GIB:g} GiB: {sums}{beside}"]
-    for key, (size, keys) in sorted(found.items(), key=lambda item: -item[1][0]):
-        lines += [f"  {gib(size)} GiB of {label(*key)}", *(f"    {text}" for text in keys)]
-    return "\n".join(lines)
+    return sorted(found.items(), key=lambda item: -item[1][0])
 
 
 def engine_as_one(entries: Entries) -> Entries:
@@ -234,7 +248,7 @@ def remedy(key: tuple[str, str], role: Role | None, phase: str) -> list[str]:
 
 
 def report(found: Estimate, gpu_memory_gb: float, mean_tokens: int) -> str:
-    """Everything that is known, as text."""
+    """The whole estimate, as text."""
     actor = found.roles[0]
     longest = found.longest
     assert actor.update is not None
@@ -243,8 +257,7 @@ def report(found: Estimate, gpu_memory_gb: float, mean_tokens: int) -> str:
         f"{found.config.actor_rollout_ref.model.path}: {sizes}; {actor.world} GPUs of "
         f"{gpu_memory_gb:g} GiB",
         f"longest trajectory: {longest.tokens:,} tokens, of which at most "
-        f"{longest.trained_share:.0%} are trained "
-        f"({longest.keys})",
+        f"{longest.trained_share:.0%} are trained ({longest.keys})",
         f"micro-batch: {actor.update.tokens:,.0f} tokens in the actor's update",
         "",
         table(found.peaks),
@@ -303,7 +316,7 @@ def estimate_arguments(args: argparse.Namespace) -> Estimate:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints table and verdict; the exit status."""
+    """Prints table and verdict; the exit status says whether the configuration fits."""
     args, found = answer(build_parser(), argv, estimate_arguments)
     sys.stdout.write(report(found, args.gpu_memory_gb, args.mean_tokens))
     return int(not found.fits)

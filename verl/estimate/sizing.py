@@ -1,5 +1,4 @@
-"""What estimates of memory and time start from: the configuration, the sizes of its models, its
-longest trajectory.
+"""What estimates start from: the configuration, the sizes of its models, its longest trajectory.
 
 Nothing here needs a GPU or weights. Of a model its Hugging Face config is enough; where that cannot
 be downloaded, a file of such configs stands in for the hub (`--shapes`).
@@ -10,13 +9,16 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from verl.estimate.memory import Pass, Role, Sizes
 from verl.trainer.compose import as_plain, composed
 from verl.trainer.config import PPOConfig, validate
 from verl.utils.errors import ConfigError
-from verl.workers.config import ModelConfig
+from verl.workers.config import ActorConfig, CriticConfig, ModelConfig, RefConfig, RolloutConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Found = TypeVar("Found")
 SECTIONS = {"actor": "actor_rollout_ref.actor", "ref": "actor_rollout_ref.ref", "critic": "critic"}
@@ -84,8 +86,7 @@ def answer(
 
 
 def load_config(config_name: str, overrides: Sequence[str]) -> PPOConfig:
-    """Returns the configuration of a training. Raises ConfigError listing everything that is wrong
-    with it."""
+    """Returns the configuration of a training. Raises ConfigError listing all that is wrong."""
     return validate(as_plain(composed(config_name, overrides)))
 
 
@@ -101,7 +102,7 @@ def load_shapes(path: str | None) -> Shapes:
         ) from error
 
 
-def longest_trajectory(config: Any) -> Longest:
+def longest_trajectory(config: PPOConfig) -> Longest:
     """Returns the longest trajectory that `data.max_*_length` and `agent.max_turns` allow."""
     data = config.data
     turns = config.agent.get("max_turns")
@@ -113,11 +114,10 @@ def longest_trajectory(config: Any) -> Longest:
         return Longest(tokens, 1.0, reason, None, tokens)
     tokens = min(tokens, data.max_start_length + turns * turn + data.max_response_length)
     written = min(tokens, (turns + 1) * data.max_response_length)
+    keys = f"{keys}, agent.max_turns"
     if not config.actor_rollout_ref.actor.state_masking:
-        return Longest(
-            tokens, 1.0, f"{keys}, agent.max_turns, actor.state_masking=false", turns, written
-        )
-    return Longest(tokens, written / tokens, f"{keys}, agent.max_turns", turns, written)
+        return Longest(tokens, 1.0, f"{keys}, actor.state_masking=false", turns, written)
+    return Longest(tokens, written / tokens, keys, turns, written)
 
 
 def world_size(config: PPOConfig) -> int:
@@ -126,7 +126,7 @@ def world_size(config: PPOConfig) -> int:
 
 
 def num_replicas(config: PPOConfig) -> int:
-    """Engines of the rollout."""
+    """Engines of the rollout: copies of the model, each over `tensor_model_parallel_size` GPUs."""
     rollout = config.actor_rollout_ref.rollout
     shared = config.actor_rollout_ref.hybrid_engine
     gpus = world_size(config) if shared else rollout.nnodes * rollout.n_gpus_per_node
@@ -134,9 +134,17 @@ def num_replicas(config: PPOConfig) -> int:
 
 
 def largest_pass(
-    config: PPOConfig, name: str, section: Any, what: str, rows: int, longest: Longest
+    config: PPOConfig,
+    name: str,
+    section: ActorConfig | RefConfig | CriticConfig | RolloutConfig,
+    what: Literal["ppo", "log_prob"],
+    rows: int,
+    longest: Longest,
 ) -> Pass:
-    """Returns the largest micro-batch of `rows` rows over all ranks; `what`: ppo or log_prob."""
+    """Returns the largest micro-batch of `rows` rows over all ranks.
+
+    `name`: the path of `section`, whose keys begin with `what`.
+    """
     limit = getattr(section, f"{what}_max_token_len_per_gpu")
     most_rows = getattr(section, f"{what}_micro_batch_size_per_gpu")
     rows_of_rank = ceil(rows / world_size(config))
@@ -147,38 +155,46 @@ def largest_pass(
 
 
 def roles_of(config: PPOConfig, longest: Longest, shapes: Shapes) -> list[Role]:
-    """Returns the models that training keeps on a rank. Raises ConfigError where a model's config
-    cannot be used."""
+    """Returns the models that training keeps on a rank.
+
+    Raises ConfigError where a model's config cannot be used.
+    """
     main = config.actor_rollout_ref
     critic = config.critic
     world = world_size(config)
     batch = config.data.train_batch_size * main.rollout.n
 
-    def trained(name: Any, section: Any, model: ModelConfig, infer: Pass) -> Role:
-        update = largest_pass(
-            config, SECTIONS[name], section, "ppo", section.ppo_mini_batch_size, longest
-        )
-        sizes, parameters = read_model(model, "value" if name == "critic" else "lm", shapes)
-        checkpointing = model.enable_gradient_checkpointing
+    def trained(name: Literal["actor", "critic"], model: ModelConfig, infer: Pass) -> Role:
+        section = main.actor if name == "actor" else critic
+        rows = section.ppo_mini_batch_size
+        sizes, num_trained = read_model(model, "lm" if name == "actor" else "value", shapes)
         return Role(
-            name, sizes, parameters, section.fsdp_config, world, infer, update, checkpointing
+            name,
+            sizes,
+            num_trained,
+            section.fsdp_config,
+            world,
+            infer=infer,
+            update=largest_pass(config, SECTIONS[name], section, "ppo", rows, longest),
+            checkpointing=model.enable_gradient_checkpointing,
         )
 
     rollout = "actor_rollout_ref.rollout"
     log_probs = largest_pass(config, rollout, main.rollout, "log_prob", batch, longest)
-    roles = [trained("actor", main.actor, main.model, log_probs)]
+    roles = [trained("actor", main.model, log_probs)]
     if config.use_reference:
         log_probs = largest_pass(config, SECTIONS["ref"], main.ref, "log_prob", batch, longest)
         roles.append(Role("ref", roles[0].sizes, 0, main.ref.fsdp_config, world, log_probs))
     if config.use_critic:
         values = largest_pass(config, SECTIONS["critic"], critic, "ppo", batch, longest)
-        roles.append(trained("critic", critic, critic.model, values))
+        roles.append(trained("critic", critic.model, values))
     return roles
 
 
-def hf_config(config: ModelConfig, overrides: Mapping[str, Any], shapes: Shapes) -> Any:
-    """Returns the Hugging Face config of a model. Raises OSError or ValueError where there is
-    none."""
+def hf_config(
+    config: ModelConfig, overrides: Mapping[str, Any], shapes: Shapes
+) -> "PretrainedConfig":
+    """Returns the Hugging Face config of a model. Raises OSError or ValueError without one."""
     from transformers import AutoConfig
 
     if config.path in shapes:
@@ -196,44 +212,60 @@ def read_model(
     Raises ConfigError where the config cannot be read, or where the formulas do not hold for the
     model.
     """
+    try:
+        model = model_without_storage(config, head, shapes)
+    except (OSError, ValueError) as error:
+        reason = f"model.path={config.path}: no config of a model could be read there ({error})"
+        raise ConfigError([f"{reason}; --shapes FILE gives one without the hub"]) from error
+    text = model.config.get_text_config()
+    sizes = sizes_of(model, text, text.vocab_size if head == "lm" else 0)
+    return sizes, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def model_without_storage(
+    config: ModelConfig, head: Literal["lm", "value"], shapes: Shapes
+) -> "PreTrainedModel":
+    """Builds a model with its adapters on the meta device.
+
+    Raises ConfigError for one that cannot be estimated, OSError or ValueError without a config.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-    from verl.workers.fsdp_model import decoder_layers
     from verl.workers.lora import add_adapters
 
     is_lm = head == "lm"
     overrides = config.architecture | ({} if is_lm else {"num_labels": 1})
     auto: Any = AutoModelForCausalLM if is_lm else AutoModelForTokenClassification
-    try:
-        hf = hf_config(config, overrides, shapes)
-        text = hf.get_text_config()
-        refuse_unknown(config.path, text)
-        with torch.device("meta"):
-            model = auto.from_config(hf, trust_remote_code=config.trust_remote_code)
-            model = add_adapters(model, config) if config.lora_rank else model
-    except (OSError, ValueError) as error:
-        reason = f"model.path={config.path}: no config of a model could be read there ({error})"
-        raise ConfigError([f"{reason}; --shapes FILE gives one without the hub"]) from error
+    hf = hf_config(config, overrides, shapes)
+    refuse_unknown(config.path, hf.get_text_config())
+    with torch.device("meta"):
+        model = auto.from_config(hf, trust_remote_code=config.trust_remote_code)
+        return add_adapters(model, config) if config.lora_rank else model
+
+
+def sizes_of(model: "PreTrainedModel", text: "PretrainedConfig", vocab: int) -> Sizes:
+    """The sizes of a model; `text` is the config of its decoder."""
+    from verl.workers.fsdp_model import decoder_layers
+
     layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sizes = Sizes(
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Sizes(
         params=sum(p.numel() for p in model.parameters()),
         layer=max(layers),
         layers=len(layers),
         hidden=text.hidden_size,
-        queries=width * text.num_attention_heads,
-        keys=width * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        queries=width * heads,
+        keys=width * (getattr(text, "num_key_value_heads", None) or heads),
         intermediate=text.intermediate_size,
-        vocab=text.vocab_size if is_lm else 0,
+        vocab=vocab,
         head_norms=any(".q_norm." in name for name, _ in model.named_parameters()),
     )
-    return sizes, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def refuse_unknown(path: str, text: Any) -> None:
-    """Raises ConfigError for a model whose layers are not those of the formulas, with the
-    reason."""
+def refuse_unknown(path: str, text: "PretrainedConfig") -> None:
+    """Raises ConfigError for a model whose layers the formulas do not describe."""
     for key, reason in REFUSED.items():
         if getattr(text, key, None):
             raise ConfigError(

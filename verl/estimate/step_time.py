@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from verl.estimate.engine_memory import engine_memory
-from verl.estimate.memory import GIB, WIDTH, Role, Sizes
+from verl.estimate.flops import forward_flops, layer_flops, update_flops
+from verl.estimate.memory import GIB, WIDTH, Role
 from verl.estimate.sizing import (
     Longest,
     add_arguments,
@@ -30,10 +31,10 @@ from verl.estimate.sizing import (
 )
 from verl.trainer.config import PPOConfig
 from verl.utils.errors import ConfigError
+from verl.workers.config import ActorConfig, CriticConfig
 
 GPUS = {"a100": (312.0, 2.0), "h100": (989.0, 3.35), "h200": (989.0, 4.8)}
-"""Published peak of dense bfloat16 products in TFLOP/s, and memory bandwidth in TB/s (SXM
-cards)."""
+"""Published peak of dense bfloat16 products in TFLOP/s, memory bandwidth in TB/s (SXM cards)."""
 ASSUMPTIONS = {
     "prompt_tokens": (250.0, "tokens of a prompt: template and question"),
     "searches": (2.0, "searches of a trajectory"),
@@ -85,11 +86,13 @@ class Gpu:
 
 
 class Verb(NamedTuple):
-    """A part of the step (the name is that of its timer), its seconds, and how they come about."""
+    """A part of the step."""
 
     name: str
+    """The name of its timer."""
     seconds: float
     formula: str
+    """How the seconds come about."""
 
 
 class Batch(NamedTuple):
@@ -110,73 +113,42 @@ def default_assumptions() -> SimpleNamespace:
     return SimpleNamespace(**{name: default for name, (default, _) in ASSUMPTIONS.items()})
 
 
-def layer_flops(sizes: Sizes, tokens: float, length: float) -> float:
-    """FLOPs of all layers in a forward pass over `tokens` in rows of `length`: products and causal
-    attention."""
-    attention = sizes.hidden * 2 * (sizes.queries + sizes.keys)
-    products = attention + 3 * sizes.hidden * sizes.intermediate
-    scores = 2 * sizes.queries * length  # two products with half of the row
-    return tokens * sizes.layers * (2 * products + scores)
-
-
-def head_flops(sizes: Sizes, trained: float) -> float:
-    """FLOPs of the head, which sees only the tokens that are trained on. None for a value head."""
-    return 2 * sizes.vocab * sizes.hidden * trained
-
-
-def forward_flops(sizes: Sizes, tokens: float, trained: float, length: float) -> float:
-    """FLOPs of a forward pass."""
-    return layer_flops(sizes, tokens, length) + head_flops(sizes, trained)
-
-
-def update_flops(role: Role, tokens: float, trained: float, length: float) -> float:
-    """FLOPs of a forward and a backward pass.
-
-    A backward pass costs two forward passes, or one where only adapters have gradients. With
-    checkpointing a layer runs forward again, but for its last product, whose result no gradient
-    needs.
-    """
-    sizes = role.sizes
-    backward = 2 if role.whole else 1
-    layers = layer_flops(sizes, tokens, length)
-    last_product = 2 * tokens * sizes.layers * sizes.hidden * sizes.intermediate
-    again = (layers - last_product) * role.checkpointing
-    return (1 + backward) * (layers + head_flops(sizes, trained)) + again
-
-
 @dataclass(frozen=True)
 class StepTime:
-    """Computes the verbs of a step. `a`: the assumptions by name."""
+    """Computes the verbs of a step."""
 
     config: PPOConfig
     roles: Sequence[Role]
     longest: Longest
     gpu: Gpu
-    a: Any
+    a: SimpleNamespace
+    """The assumptions by name (ASSUMPTIONS)."""
 
     @property
     def world(self) -> int:
+        """Ranks of the training."""
         return self.roles[0].world
 
     @property
     def mean_tokens(self) -> float:
-        """Of a trajectory."""
-        return (
-            self.a.prompt_tokens + self.a.written_tokens + self.a.searches * self.a.observed_tokens
-        )
+        """Tokens of a trajectory, on average."""
+        observed = self.a.searches * self.a.observed_tokens
+        return self.a.prompt_tokens + self.a.written_tokens + observed
 
     @property
     def batch(self) -> Batch:
+        """The trajectories of a training step."""
         prompts = self.config.data.train_batch_size
         return Batch(prompts * self.config.actor_rollout_ref.rollout.n, prompts)
 
     @property
     def tokens(self) -> float:
-        """Of a batch."""
+        """Tokens of a batch."""
         return self.batch.trajectories * self.mean_tokens
 
     @property
     def trained_tokens(self) -> float:
+        """Tokens of a batch that are trained on."""
         if not self.config.actor_rollout_ref.actor.state_masking:
             return self.batch.trajectories * (self.mean_tokens - self.a.prompt_tokens)
         return self.batch.trajectories * self.a.written_tokens
@@ -200,37 +172,51 @@ class StepTime:
         return running / (max(reading, computing) + self.a.engine_step_ms / 1000)
 
     def rollout_seconds(self, batch: Batch) -> tuple[float, str]:
-        """Seconds to roll out a batch, from below by engines and retriever, and the longest
-        trajectory at the end."""
+        """Seconds to roll out a batch, and the formula.
+
+        Engines or retriever bound it from below, whichever is slower; the longest trajectory comes
+        on top, alone at the end.
+        """
+        decode, decoding = self.decode_seconds(batch)
+        prefill = self.prefill_seconds(batch)
+        searches = batch.trajectories * self.a.searches
+        searching = searches / self.a.retriever_queries_per_s
+        last, longest = self.longest_seconds()
+        formula = (
+            f"max(decode {decode:.1f} [{decoding}] + prefill {prefill:.1f}, "
+            f"searches {searching:.1f} [{searches:,.0f} at {self.a.retriever_queries_per_s:g}/s]) "
+            f"+ longest trajectory alone {last:.1f} [{longest}]"
+        )
+        return max(decode + prefill, searching) + last, formula
+
+    def decode_seconds(self, batch: Batch) -> tuple[float, str]:
+        """Seconds in which the engines write a batch, with as many trajectories at once as fit."""
         rollout = self.config.actor_rollout_ref.rollout
         replicas = num_replicas(self.config)
-        tp = rollout.tensor_model_parallel_size
-        sizes = self.roles[0].sizes
-        share = engine_memory(sizes, rollout, self.gpu.memory)
+        share = engine_memory(self.roles[0].sizes, rollout, self.gpu.memory)
         room = share.kv_tokens / self.mean_tokens
         running = max(1.0, min(batch.trajectories / replicas, rollout.max_num_seqs, room))
         rate = self.engine_rate(running, self.mean_tokens)
-        decode = batch.trajectories * self.a.written_tokens / (replicas * rate)
-        read = (
-            self.a.searches * self.a.observed_tokens * batch.trajectories
-            + self.a.prompt_tokens * batch.prompts
-        )
-        flops = layer_flops(sizes, read, self.mean_tokens)
-        prefill = flops / (replicas * tp * self.gpu.flops * self.a.prefill_efficiency)
-        searching = batch.trajectories * self.a.searches / self.a.retriever_queries_per_s
-        alone = self.engine_rate(1.0, self.longest.tokens)
-        turns = self.longest.turns if self.longest.turns is not None else ceil(self.a.searches)
-        last = self.longest.written / alone + turns * self.a.search_latency_s
-        seconds = max(decode + prefill, searching) + last
-        formula = (
-            f"max(decode {decode:.1f} [{running:.0f} at once, {rate / tp:,.0f} tokens/s a GPU] + "
-            "prefill "
-            f"{prefill:.1f}, searches {searching:.1f} [{batch.trajectories * self.a.searches:,.0f} "
-            "at "
-            f"{self.a.retriever_queries_per_s:g}/s]) + longest trajectory alone {last:.1f} "
-            f"[{self.longest.written:,} tokens at {alone:,.0f}/s]"
-        )
-        return seconds, formula
+        seconds = batch.trajectories * self.a.written_tokens / (replicas * rate)
+        rate_of_gpu = rate / rollout.tensor_model_parallel_size
+        return seconds, f"{running:.0f} at once, {rate_of_gpu:,.0f} tokens/s a GPU"
+
+    def prefill_seconds(self, batch: Batch) -> float:
+        """Seconds in which the engines read passages, and each prompt once (prefix cache)."""
+        passages = self.a.searches * self.a.observed_tokens * batch.trajectories
+        read = passages + self.a.prompt_tokens * batch.prompts
+        flops = layer_flops(self.roles[0].sizes, read, self.mean_tokens)
+        tp = self.config.actor_rollout_ref.rollout.tensor_model_parallel_size
+        gpus = num_replicas(self.config) * tp
+        return flops / (gpus * self.gpu.flops * self.a.prefill_efficiency)
+
+    def longest_seconds(self) -> tuple[float, str]:
+        """Seconds of the longest trajectory on an engine of its own, its searches included."""
+        longest = self.longest
+        rate = self.engine_rate(1.0, longest.tokens)
+        turns = longest.turns if longest.turns is not None else ceil(self.a.searches)
+        seconds = longest.written / rate + turns * self.a.search_latency_s
+        return seconds, f"{longest.written:,} tokens at {rate:,.0f}/s"
 
     def passes(self, limit: int, mini_batches: int) -> int:
         """Micro-batches of a rank that hold `limit` tokens each."""
@@ -238,12 +224,12 @@ class StepTime:
         return mini_batches * ceil(per_mini_batch / max(limit, self.mean_tokens))
 
     def computing(self, flops: float) -> tuple[float, str]:
-        seconds = flops / (self.world * self.gpu.flops * self.a.train_efficiency)
+        """Seconds that all ranks compute, and the formula."""
+        efficiency = self.a.train_efficiency
+        seconds = flops / (self.world * self.gpu.flops * efficiency)
         peak = self.gpu.flops / 1e12
-        return (
-            seconds,
-            f"{flops:.2e} FLOP / ({self.world} x {peak:g} TFLOP/s x {self.a.train_efficiency:g})",
-        )
+        formula = f"{flops:.2e} FLOP / ({self.world} x {peak:g} TFLOP/s x {efficiency:g})"
+        return seconds, formula
 
     def forward(self, name: str, role: Role, limit: int) -> Verb:
         """A verb that is one forward pass over the batch."""
@@ -255,7 +241,7 @@ class StepTime:
             formula += f" + parameters from the host {moved:.1f}"
         return Verb(name, seconds, formula)
 
-    def update(self, name: str, role: Role, section: Any) -> Verb:
+    def update(self, name: str, role: Role, section: ActorConfig | CriticConfig) -> Verb:
         """A verb that is forward and backward passes over the batch, and the optimizer's steps."""
         epochs = section.ppo_epochs
         flops = epochs * update_flops(role, self.tokens, self.trained_tokens, self.mean_tokens)
@@ -282,8 +268,10 @@ class StepTime:
         return Verb(name, seconds + moved + adamw, formula)
 
     def sync(self) -> Verb:
-        """The weights' way to the engines: gathered in the masters' dtype, then handed over on the
-        same GPU."""
+        """The verb that brings the weights to the engines.
+
+        They are gathered in the masters' dtype, then handed over on the same GPU.
+        """
         actor = self.roles[0]
         size = actor.sizes.params * WIDTH[actor.fsdp.model_dtype] * (self.world - 1) / self.world
         seconds = size / (self.a.nvlink_gb_per_s * 1e9) + self.a.sync_overhead_s
@@ -324,14 +312,13 @@ class StepTime:
         return found
 
     def validation(self, questions: int) -> Verb:
-        """One validation; an answer is greedy, so nothing but the number of trajectories
-        differs."""
+        """One validation: a rollout of as many trajectories as it has questions and answers."""
         rows = questions * self.config.actor_rollout_ref.rollout.val_kwargs.n
         return Verb("testing", *self.rollout_seconds(Batch(rows, questions)))
 
 
 def shard_bytes(role: Role) -> float:
-    """A rank's part of the weights."""
+    """Bytes of a rank's part of the weights."""
     return WIDTH[role.fsdp.model_dtype] * role.sizes.params / role.world
 
 
@@ -358,45 +345,54 @@ def refuse_other_schedules(config: PPOConfig) -> None:
 
 
 def report(found: StepTime, questions: int | None) -> str:
-    """Verbs, their sum, and the hours of the run, as text."""
+    """The verbs, their sum, and the hours of the run, as text.
+
+    `questions`: of a validation; None: `data.val_data_num`.
+    """
     verbs = found.verbs()
     step = sum(verb.seconds for verb in verbs)
     config = found.config
+    trained = found.trained_tokens / found.tokens
+    per_gpu = found.tokens / step / found.world
     lines = [
         f"{config.actor_rollout_ref.model.path} on {found.world} GPUs: "
-        f"{found.batch.trajectories:,} trajectories of "
-        f"{found.mean_tokens:,.0f} tokens, {found.trained_tokens / found.tokens:.0%} of them "
-        "trained; computed, "
-        "not measured",
-        *(f"{verb.name:16}{verb.seconds:8.1f} s  {verb.formula}" for verb in verbs),
-        f"{'step':16}{step:8.1f} s  {found.tokens / step / found.world:,.0f} tokens/s a GPU "
-        "(perf/throughput)",
+        f"{found.batch.trajectories:,} trajectories of {found.mean_tokens:,.0f} tokens, "
+        f"{trained:.0%} of them trained; computed, not measured",
+        *(line(verb.name, verb.seconds, verb.formula) for verb in verbs),
+        line("step", step, f"{per_gpu:,.0f} tokens/s a GPU (perf/throughput)"),
     ]
     questions = config.data.val_data_num if questions is None else questions
     validation = found.validation(questions) if questions else None
     if validation is not None:
-        lines.append(
-            f"{validation.name:16}{validation.seconds:8.1f} s  {questions:,} questions: "
-            f"{validation.formula}"
-        )
-    steps = config.trainer.total_training_steps
-    if steps:
-        count = num_validations(config)
-        training = steps * step / 3600
-        testing = count * validation.seconds / 3600 if validation else 0.0
-        what = (
-            f"{count} validations {testing:.1f} h"
-            if validation
-            else "validations not counted (--val-questions)"
-        )
-        lines.append(
-            f"{steps:,} steps {training:.1f} h, {what}: {training + testing:.1f} h; checkpoints "
-            "not counted"
-        )
+        formula = f"{questions:,} questions: {validation.formula}"
+        lines.append(line(validation.name, validation.seconds, formula))
+    if config.trainer.total_training_steps:
+        lines.append(hours(config, step, validation))
     return "\n".join(lines) + "\n"
 
 
+def line(name: str, seconds: float, formula: str) -> str:
+    """One row of the report."""
+    return f"{name:16}{seconds:8.1f} s  {formula}"
+
+
+def hours(config: PPOConfig, step: float, validation: Verb | None) -> str:
+    """The hours of the whole run, whose steps take `step` seconds each."""
+    steps = config.trainer.total_training_steps or 0
+    count = num_validations(config)
+    training = steps * step / 3600
+    testing = count * validation.seconds / 3600 if validation else 0.0
+    what = "validations not counted (--val-questions)"
+    if validation:
+        what = f"{count} validations {testing:.1f} h"
+    return (
+        f"{steps:,} steps {training:.1f} h, {what}: {training + testing:.1f} h; "
+        "checkpoints not counted"
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command: each assumption is one."""
     parser = argparse.ArgumentParser(
         "python -m verl.trainer.step_time",
         description=__doc__,
@@ -428,7 +424,7 @@ def step_time(args: argparse.Namespace) -> StepTime:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the step; the exit status: 0, or 2 where the configuration cannot work."""
+    """Prints the step; the exit status is 0, or 2 where the configuration cannot work."""
     args, found = answer(build_parser(), argv, step_time)
     sys.stdout.write(report(found, args.val_questions))
     return 0
