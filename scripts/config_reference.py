@@ -14,8 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from search_r1.agent.loop import SearchAgentLoop
-from search_r1.finetune import FinetuneConfig
-from search_r1.launch import SetupConfig
+from search_r1.config import FinetuneConfig, SetupConfig
 from search_r1.rewards.compose import SearchReward
 from search_r1.search.config import RetrieverConfig
 from verl.trainer.compat import PROJECTS, Project

@@ -15,13 +15,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from search_r1.agent.loop import question_of
+from search_r1.config import FinetuneConfig
 from search_r1.data import rejection
 from search_r1.launch import ROOT, composed, files_of
 from search_r1.prompts import build_prompt
@@ -30,35 +31,13 @@ from verl.agent import Row
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 from verl.trainer.overrides import quoted, written
-from verl.utils.config import Config, problems_of
+from verl.utils.config import problems_of
 from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.model_names import full_path
 from verl.utils.processes import dying_with_this
 from verl.utils.run_folder import claim, pending_place, replace_folder
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
-
-
-class FinetuneConfig(Config):
-    data: Literal["answers", "samples"] | None = None
-    """answers: of the training questions (SFT). samples: the policy's own trajectories that scored
-    (rejection)."""
-    rounds: PositiveInt = 1
-    """Times that samples are drawn and learned."""
-    samples: PositiveInt = 5
-    """Trajectories per training question."""
-    temperature: PositiveFloat = 1.0
-    """Of the sampling."""
-    min_score: float = 1.0
-    """Reward to keep a trajectory."""
-    steps: PositiveInt = 300
-    """Optimizer steps per round."""
-    train_batch_size: PositiveInt = 64
-    """Rows per optimizer step, over all ranks."""
-    max_token_len_per_gpu: PositiveInt = 16384
-    """Most tokens in a forward-backward pass of one rank: what its memory is proportional to."""
-    lr: float = Field(default=1e-5, gt=0)
-    """Learning rate."""
 
 
 def read_finetune(raw: Mapping[str, Any]) -> FinetuneConfig:

@@ -21,8 +21,9 @@ from typing import Any
 
 import httpx
 from omegaconf import DictConfig
-from pydantic import PositiveInt, ValidationError
+from pydantic import ValidationError
 
+from search_r1.config import SetupConfig
 from search_r1.data.made import is_current
 from search_r1.data.prepare import TEST, TRAIN, inputs_of
 from search_r1.report import write_report
@@ -30,7 +31,7 @@ from search_r1.world.generate import FILES, OPTIONS_FILE, WorldConfig
 from verl.trainer import compose
 from verl.trainer.config import validate
 from verl.utils.addresses import direct
-from verl.utils.config import Config, problems_of
+from verl.utils.config import problems_of
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.processes import Forward, dying_with_this, ended, exit_status
 
@@ -54,29 +55,6 @@ repository."""
 TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
 MODELS = ("actor_rollout_ref.model.path", TOKENIZER, "critic.model.path")
 """Keys of paths that may also be names of the Hugging Face hub."""
-
-
-class SetupConfig(Config):
-    """What is made before training where it is absent, or was made from something else; null:
-    nothing."""
-
-    world: str | None = None
-    """Folder of the closed world."""
-    world_options: WorldConfig = WorldConfig()
-    """What it is made with. A folder that was made with other options is refused."""
-    questions: str | None = None
-    """JSONL, CSV or parquet of questions and answers, made into data.train_files and
-    data.val_files."""
-    template: str = "search"
-    """Prompt template for `questions`."""
-    test_size: PositiveInt = 100
-    """Questions of `questions` held out."""
-    corpus_path: str | None = None
-    """JSONL corpus with `id` and `contents`."""
-    index_dir: str | None = None
-    """Folder of its BM25 index, built and served unless retriever.url is given as an override."""
-    server_flags: list[str] = []
-    """Further flags of that server."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

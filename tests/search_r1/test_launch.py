@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
+from search_r1.config import SetupConfig
 from search_r1.data.made import RECORD
 from search_r1.data.prepare import TEST, TRAIN
 from search_r1.launch import (
     MAX_SERVER_RESTARTS,
     RetrievalServer,
-    SetupConfig,
     composed,
     prepare_base,
     prepare_questions,

@@ -3,7 +3,6 @@ its reason."""
 
 from typing import TYPE_CHECKING, Any
 
-from verl.protocol import ACTOR_MINI_BATCH
 from verl.trainer.host import host_problems
 from verl.utils import device
 from verl.utils.endpoint import check_endpoint
@@ -81,7 +80,7 @@ def loss_problems(config: "PPOConfig") -> list[str]:
     agg = actor.loss_agg_mode
     mode = actor.policy_loss.loss_mode
     key = "actor_rollout_ref.actor"
-    steps = config.num_mini_batches[ACTOR_MINI_BATCH] * actor.ppo_epochs
+    steps = config.rollout_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
     norm = "seq-mean-token-sum-norm"
     cuts_sampling = rollout.top_p < 1 or rollout.top_k > 0
     problems: list[str] = []

@@ -15,9 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl.trainer.compat import PROJECTS, fates_of, translate
 from verl.trainer.overrides import first_line, parse, quoted
+from verl.trainer.schema import register_models
 from verl.utils.config import did_you_mean
 from verl.utils.errors import ConfigError
 
+register_models()
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HUB = "hf:"
 """How the name of a data set of the Hugging Face hub begins where a path may stand too."""

@@ -15,7 +15,6 @@ from pydantic import (
     field_validator,
 )
 
-from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH
 from verl.trainer.checks import combination_problems
 from verl.trainer.ppo.collapse import CollapseWatchConfig
 from verl.utils.config import Config, problems_of
@@ -177,9 +176,9 @@ class AsyncTrainingConfig(Config):
 class TrainerConfig(Config):
     project_name: str = "search-r1"
     """Project in wandb."""
-    experiment_name: str = "run"
+    experiment_name: str
     """Run in wandb; also the name of the run folder in the default of default_local_dir."""
-    default_local_dir: str = "runs/run"
+    default_local_dir: str
     """The run folder: checkpoints, metrics.jsonl, trajectories, config.yaml."""
     logger: list[Literal["console", "wandb"]] = ["console", "wandb"]
     """Where metrics go besides metrics.jsonl. Without a key wandb stays offline."""
@@ -259,9 +258,9 @@ class PPOConfig(Config):
     critic: CriticConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     async_training: AsyncTrainingConfig = AsyncTrainingConfig()
-    trainer: TrainerConfig = TrainerConfig()
-    agent: dict[str, Any]
-    reward: dict[str, Any]
+    trainer: TrainerConfig
+    agent: dict[str, Any] = {}
+    reward: dict[str, Any] = {}
     custom_reward_function: CustomRewardConfig = CustomRewardConfig()
 
     @property
@@ -303,15 +302,21 @@ class PPOConfig(Config):
         )
 
     @property
+    def rollout_batch_size(self) -> int:
+        """Trajectories of one training step."""
+        return self.data.train_batch_size * self.actor_rollout_ref.rollout.n
+
+    @property
     def num_mini_batches(self) -> dict[str, int]:
-        """Optimizer steps per rollout batch and epoch: the actor's, and the critic's where there is
-        one."""
-        rollout_batch = self.data.train_batch_size * self.actor_rollout_ref.rollout.n
-        steps = {
-            ACTOR_MINI_BATCH: rollout_batch // self.actor_rollout_ref.actor.ppo_mini_batch_size
-        }
+        """Optimizer steps per rollout batch and epoch, of the actor and of the critic if any."""
+        # torch, which the protocol needs, would take seconds where only help is asked for
+        from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH
+
+        actor = self.actor_rollout_ref.actor
+        steps = {ACTOR_MINI_BATCH: self.rollout_batch_size // actor.ppo_mini_batch_size}
         if self.use_critic:
-            steps[CRITIC_MINI_BATCH] = rollout_batch // self.critic.ppo_mini_batch_size
+            critic_steps = self.rollout_batch_size // self.critic.ppo_mini_batch_size
+            steps[CRITIC_MINI_BATCH] = critic_steps
         return steps
 
     def total_training_steps(self, num_rows: int) -> int:
