@@ -105,7 +105,7 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (TRAINER, 'self.collapse_watch.load_state_dict(state["watch"])', "pass"),
     (TRAINER, 'self.ahead.load_state_dict(state["sampler"])', "pass"),
     (TRAINER, 'self.skipped_in_a_row = state["skipped_in_a_row"]', "self.skipped_in_a_row = 0"),
-    (TRAINER, "min_group = 2 if config.compares else 1", "min_group = 1"),
+    (TRAINER, "min_group = 2 if config.uses_groups else 1", "min_group = 1"),
     (TRAINER, "        self.rollout.version += 1", "        pass  #"),
     (
         TRAINER,

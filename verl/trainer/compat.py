@@ -28,7 +28,7 @@ OPEN_SECTIONS = (
     "panels",
 )
 """Sections whose keys this project does not know beforehand."""
-OWN_GROUPS = ("experiment", "method", "mode")
+OWN_GROUPS = ("algo", "experiment", "method", "mode")
 """What chooses a file of configs/."""
 
 Given = Mapping[str, Any]

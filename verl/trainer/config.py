@@ -276,7 +276,7 @@ class PPOConfig(Config):
         return self.algorithm.adv_estimator == "gae"
 
     @property
-    def compares(self) -> bool:
+    def uses_groups(self) -> bool:
         """Whether advantages come from comparing the trajectories of one prompt."""
         return self.algorithm.adv_estimator not in ("gae", "reinforce", "reinforce_plus_plus")
 

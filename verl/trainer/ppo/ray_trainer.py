@@ -225,7 +225,7 @@ class RayPPOTrainer:
         them to `drawn`."""
         config = self.config
         jobs, results = self.ahead.next(self.total - self.step + 1)
-        min_group = 2 if config.compares else 1
+        min_group = 2 if config.uses_groups else 1
         results = score_groups(self.reward, jobs, results, min_group)
         check_failures(results, config.trainer.max_failed_share)
         jobs, trajectories, dropped = surviving(jobs, results, min_group)
