@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import ray
 import torch
@@ -29,6 +29,7 @@ from verl.trainer.ppo.batching import (
     rollout_metrics,
     surviving,
 )
+from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS
 from verl.trainer.ppo.filters import correct_rollout, filter_loss
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
@@ -46,7 +47,7 @@ RANKS = 8
 MINI_BATCHES = 2
 SAMPLE = 100
 """Trajectories that an agent worker rolls out."""
-ESTIMATORS = get_args(AlgorithmConfig.model_fields["adv_estimator"].annotation)
+ESTIMATORS = tuple(ADVANTAGE_ESTIMATORS)
 CORRECTION = RolloutCorrectionConfig(
     rollout_is="token", rollout_rs="sequence", rollout_token_veto_threshold=1e-4
 )

@@ -97,7 +97,7 @@ class Cluster:
         return ready, [call for call in calls if call not in ready]
 
     def kill(self, handle: Handle) -> None:
-        """Ends an actor; what it had not answered fails, its lifeline too."""
+        """Ends an actor; what it had not answered fails, `wait_for_death` too."""
         handle._dead = True
         for outer in list(handle._open):
             if not outer.done():

@@ -3,6 +3,9 @@
 import torch
 
 from verl.protocol import DataProto
+from verl.workers.actor import policy_loss
+from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.update import Counts
 
 VOCAB = 50
 PROMPT = 5
@@ -47,3 +50,29 @@ def ragged_batch(dtype: torch.dtype) -> DataProto:
         },
         meta_info={"num_mini_batches": {"mini_batch": 1, "critic_mini_batch": 2}},
     )
+
+
+def policy_loss_of(
+    old: torch.Tensor,
+    new: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    loss_mode: str = "vanilla",
+    weights: torch.Tensor | None = None,
+    counts: Counts | None = None,
+    **settings,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The policy's part of the actor's loss on bare tensors [B, R], and the metrics beside it.
+
+    `settings` are those of the actor. Without `counts` these rows are the whole mini-batch.
+    """
+    columns = {"old_log_probs": old, "advantages": advantages, "response_mask": mask}
+    if weights is not None:
+        columns["rollout_is_weights"] = weights
+    if counts is None:
+        counts = Counts(int(mask.bool().sum()), int(mask.bool().any(-1).sum()))
+    config = ActorConfig(policy_loss=PolicyLossConfig(loss_mode=loss_mode), **settings)
+    nothing = torch.zeros_like(old)
+    loss, metrics = policy_loss(config, new, nothing, DataProto.from_dict(columns), counts)
+    del metrics["entropy"], metrics["pg_loss"]
+    return loss, metrics

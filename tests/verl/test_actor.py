@@ -10,7 +10,13 @@ import torch
 
 from tests.verl.batches import normal, ragged_batch
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
+from verl.trainer.ppo.core_algos import (
+    POLICY_LOSSES,
+    LossInputs,
+    agg_loss,
+    kl_penalty,
+    likelihood_losses,
+)
 from verl.workers import actor, reference
 from verl.workers.actor import ActorWorker, policy_loss
 from verl.workers.config import ActorConfig, PolicyLossConfig
@@ -58,24 +64,21 @@ def test_the_loss_of_the_policy_is_the_configured_one(loss_mode, mode):
     clip = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 1.5}
     policy = PolicyLossConfig(loss_mode=loss_mode)
     loss, metrics = loss_of(rows, loss_agg_mode=mode, policy_loss=policy, **clip)
-    expected, counted = compute_policy_loss(
+    inputs = LossInputs.masked(
         columns["old_log_probs"],
         log_probs(),
         columns["advantages"],
         columns["response_mask"],
-        cliprange_low=0.1,
-        cliprange_high=0.3,
+        clip_ratio_low=0.1,
+        clip_ratio_high=0.3,
         clip_ratio_c=1.5,
-        loss_agg_mode=mode,
-        loss_mode=loss_mode,
-        num_tokens=COUNTS.num_tokens,
-        num_seqs=COUNTS.num_seqs,
-        loss_scale_factor=DIVISOR,
-        rollout_is_weights=weights,
     )
-    assert loss == pytest.approx(expected.item()) and metrics["pg_loss"] == pytest.approx(loss)
+    losses, counted = POLICY_LOSSES[loss_mode](inputs)
+    counted["ppo_kl"] = columns["old_log_probs"] - log_probs()
+    expected = aggregated(losses * weights, mode)
+    assert loss == pytest.approx(expected) and metrics["pg_loss"] == pytest.approx(loss)
     assert {name: metrics[name] for name in counted} == pytest.approx(
-        {k: v.item() for k, v in counted.items()}
+        {name: aggregated(values, "token-mean") for name, values in counted.items()}
     )
 
 

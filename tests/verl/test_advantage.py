@@ -58,6 +58,26 @@ EXPECTED = {
 }
 
 
+def test_every_estimator_is_among_these():
+    assert list(EXPECTED) == list(core_algos.ADVANTAGE_ESTIMATORS)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("column", ["uid", "values"])
+def test_an_estimator_says_what_it_needs(name, column):
+    """Without groups or values it fails where it uses them, and gives the same where not."""
+    data = batch()
+    (data.non_tensor_batch if column == "uid" else data.batch).pop(column)
+    estimator = core_algos.ADVANTAGE_ESTIMATORS[name]
+    config = AlgorithmConfig(adv_estimator=name, gamma=GAMMA, lam=LAM)
+    if estimator.uses_groups if column == "uid" else estimator.uses_critic:
+        with pytest.raises(TypeError, match="index" if column == "uid" else column):
+            compute_advantage(data, config)
+    else:
+        found, _ = compute_advantage(data, config)
+        assert torch.equal(found.batch["advantages"], EXPECTED[name]()[0])
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_each_estimator_is_given_what_is_configured(name):
     data, _ = compute_advantage(batch(), AlgorithmConfig(adv_estimator=name, gamma=GAMMA, lam=LAM))

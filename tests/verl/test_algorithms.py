@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.verl.batches import policy_loss_of
 from tests.verl.test_core_algos import JUNK, masks, normal, with_junk
 from verl.trainer.ppo.core_algos import (
     POLICY_LOSSES,
     agg_loss,
-    compute_policy_loss,
     compute_reinforce_advantage,
     compute_reinforce_plus_plus_baseline_outcome_advantage,
     compute_reinforce_plus_plus_outcome_advantage,
@@ -23,7 +23,7 @@ from verl.trainer.ppo.core_algos import (
     likelihood_losses,
 )
 
-SIDES = {"cliprange_low": 0.2, "cliprange_high": 0.3}
+SIDES = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.3}
 
 
 def lists(mask, *tensors):
@@ -201,12 +201,10 @@ def test_policy_losses_twin(mode, mask, seed, junk):
     losses = [twin_loss(mode, *row, 0.2, 0.3) for row in zip(*rows, strict=True)]
     dirty = [with_junk(x, mask, junk) for x in (old, new, advantages)]
     agg = {"loss_agg_mode": "token-mean", "loss_mode": mode, **SIDES}
-    found, _ = compute_policy_loss(*dirty, mask, **agg)
+    found, _ = policy_loss_of(*dirty, mask, **agg)
     expected = agg_loss(spread(mask, losses), mask, "token-mean")
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
-    found, _ = compute_policy_loss(
-        *dirty, mask, rollout_is_weights=with_junk(weights, mask, junk), **agg
-    )
+    found, _ = policy_loss_of(*dirty, mask, weights=with_junk(weights, mask, junk), **agg)
     expected = agg_loss(spread(mask, losses) * weights, mask, "token-mean")
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
 
@@ -218,7 +216,7 @@ def test_extreme_and_masked_tokens_bring_no_nan(mode, dtype):
     new = torch.tensor([[-1.0, -1e4, 0.0], [-1e4, -1.0, math.inf]], dtype=dtype, requires_grad=True)
     mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
     advantages = torch.tensor([[1.0, -1.0, math.nan], [-1.0, 1.0, 1.0]], dtype=dtype)
-    loss, metrics = compute_policy_loss(old, new, advantages, mask, loss_mode=mode, **SIDES)
+    loss, metrics = policy_loss_of(old, new, advantages, mask, loss_mode=mode, **SIDES)
     loss = loss + 0.1 * likelihood_losses(old, new, advantages, mask).sum()
     loss.backward()
     assert loss.isfinite() and new.grad.isfinite().all() and (new.grad[:, 2] == 0).all()
@@ -231,7 +229,7 @@ def test_what_a_clip_holds_still_learns_with_cispo_only():
     slopes = {}
     for mode in POLICY_LOSSES:
         new = torch.full((1, 1), 1.0, requires_grad=True)  # ratio e, far above 1.3
-        compute_policy_loss(old, new, torch.ones(1, 1), mask, loss_mode=mode, **SIDES)[0].backward()
+        policy_loss_of(old, new, torch.ones(1, 1), mask, loss_mode=mode, **SIDES)[0].backward()
         slopes[mode] = new.grad.item()
     assert slopes == pytest.approx({"vanilla": 0.0, "gspo": 0.0, "cispo": -1.3, "reinforce": -1.0})
 
@@ -244,7 +242,7 @@ def test_what_no_clip_holds_learns_by_its_ratio():
     slopes = {}
     for mode in POLICY_LOSSES:
         new = torch.full((1, 1), math.log(1.1), requires_grad=True)
-        loss, _ = compute_policy_loss(old, new, one, one, loss_mode=mode, **SIDES)
+        loss, _ = policy_loss_of(old, new, one, one, loss_mode=mode, **SIDES)
         loss.backward()
         slopes[mode] = new.grad.item()
     assert slopes == pytest.approx(
@@ -256,7 +254,7 @@ def test_gspo_gives_every_token_of_a_sequence_the_same_gradient():
     old = torch.zeros(1, 3, dtype=torch.float64)
     new = torch.tensor([[0.1, -0.2, 0.15]], dtype=torch.float64, requires_grad=True)
     mask = torch.ones(1, 3)
-    loss, _ = compute_policy_loss(
+    loss, _ = policy_loss_of(
         old,
         new,
         torch.ones(1, 3),

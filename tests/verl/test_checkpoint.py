@@ -393,3 +393,40 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, model):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """SGD with momentum over the parameters of another optimizer."""
+    return torch.optim.SGD(optimizer.param_groups[0]["params"], lr=1.0, momentum=0.9)
+
+
+def other_optimizer(model: str, root: str) -> tuple[dict, dict, dict]:
+    """The states after four updates: without a stop, resumed after two, and resumed before any."""
+    states = []
+    for start in (None, f"{root}/second", f"{root}/first"):
+        workers = build(model)
+        for worker in workers:
+            worker.state.optimizer = with_momentum(worker.state.optimizer)
+            worker.state.go_to(0, 1.0)
+        if start is None:
+            save(workers, f"{root}/first")
+            torch.manual_seed(1)
+            train(workers, 2)
+            save(workers, f"{root}/second")
+        else:
+            load(workers, start)
+        if start == f"{root}/first":
+            torch.manual_seed(1)
+            train(workers, 2)
+        train(workers, 2)
+        states.append(everything(workers))
+    return states[0], states[1], states[2]
+
+
+def test_another_optimizer_is_saved_and_loaded_as_well(tmp_path, model):
+    """Its state has other names: a momentum buffer and no count of steps."""
+    ((whole_run, resumed, from_the_start),) = run_ranks(1, other_optimizer, model, str(tmp_path))
+    kept = whole_run[0]["optimizer"]["state"].values()
+    assert kept and all(set(of_parameter) == {"momentum_buffer"} for of_parameter in kept)
+    assert different(whole_run, resumed) == []
+    assert different(whole_run, from_the_start) == []

@@ -14,13 +14,12 @@ from verl.protocol import DataProto
 from verl.trainer.checks import combination_problems
 from verl.trainer.config import AlgorithmConfig, PPOConfig, RolloutCorrectionConfig
 from verl.trainer.ppo.advantage import compute_advantage
-from verl.trainer.ppo.core_algos import POLICY_LOSSES
+from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
 from verl.trainer.ppo.filters import FILTERS, correct_rollout, filter_loss
 from verl.workers.actor import policy_loss
 from verl.workers.config import ActorConfig, LossAggMode, PolicyLossConfig
 from verl.workers.update import Counts
 
-ESTIMATORS = get_args(AlgorithmConfig.model_fields["adv_estimator"].annotation)
 MODES = get_args(LossAggMode)
 CORRECTIONS = [
     RolloutCorrectionConfig(),
@@ -67,7 +66,7 @@ def batch() -> DataProto:
     )
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
 def test_finite_losses_and_no_gradient_where_masked(estimator):
     data, _ = compute_advantage(batch(), AlgorithmConfig(adv_estimator=estimator))
     policy = data.batch["response_mask"].bool()
@@ -106,7 +105,7 @@ def test_the_configuration_says_why_it_refuses():
     raw = composed("grpo")
     raw = {key: raw[key] for key in PPOConfig.model_fields}
     refused = 0
-    for estimator, mode, agg in product(ESTIMATORS, POLICY_LOSSES, MODES):
+    for estimator, mode, agg in product(ADVANTAGE_ESTIMATORS, POLICY_LOSSES, MODES):
         raw["algorithm"]["adv_estimator"] = estimator
         actor = raw["actor_rollout_ref"]["actor"]
         actor["policy_loss"]["loss_mode"] = mode
@@ -121,4 +120,4 @@ def test_the_configuration_says_why_it_refuses():
             agg in problem and ":" in problem for problem in problems
         )
         refused += bool(problems)
-    assert 0 < refused < len(ESTIMATORS) * len(POLICY_LOSSES) * len(MODES)
+    assert 0 < refused < len(ADVANTAGE_ESTIMATORS) * len(POLICY_LOSSES) * len(MODES)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.verl.batches import policy_loss_of
 from verl.trainer.ppo.core_algos import (
     AdaptiveKLController,
     FixedKLController,
@@ -16,11 +17,11 @@ from verl.trainer.ppo.core_algos import (
     compute_entropy_loss,
     compute_gae_advantage_return,
     compute_grpo_outcome_advantage,
-    compute_policy_loss,
     compute_rewards,
     compute_value_loss,
     kl_penalty,
 )
+from verl.workers.update import Counts
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 KINDS = ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
@@ -273,8 +274,11 @@ def test_gradient_does_not_depend_on_the_micro_batches(mode, chunks):
             a = advantages[rows]
             g = target[rows]
             m = mask[rows]
+            local = {"num_tokens": int(m.sum()), "num_seqs": int(m.any(-1).sum())}
             new = o + w[0] * g + w[1]
-            pg, policy = compute_policy_loss(o, new, a, m, 0.2, loss_agg_mode=mode, **given_counts)
+            pg, policy = policy_loss_of(
+                o, new, a, m, counts=Counts(**given_counts or local), loss_agg_mode=mode
+            )
             vf, critic = compute_value_loss(new, g, o, m, 0.1, mode, **given_counts)
             kl = agg_loss(kl_penalty(new, o, "k3"), m, mode, **given_counts)
             loss = pg + vf + 0.1 * kl
@@ -309,8 +313,8 @@ def test_policy_loss_twin(mask, seed, mode, scale):
     old = normal(mask, seed)
     new = scale * normal(mask, seed + 1)
     advantages = normal(mask, seed + 2)
-    loss, metrics = compute_policy_loss(
-        old, new, advantages, mask, cliprange_low=0.2, cliprange_high=0.28, loss_agg_mode=mode
+    loss, metrics = policy_loss_of(
+        old, new, advantages, mask, clip_ratio_low=0.2, clip_ratio_high=0.28, loss_agg_mode=mode
     )
     tokens = [
         [twin_policy(*token, 0.2, 0.28, 3.0) for token in zip(*row, strict=True)]
@@ -337,16 +341,14 @@ def test_policy_loss_by_hand():
     # ratios 1.5, 0.5, 4: A = 1 held at 1.2 -> -1.2;  A = -1 held at .8 -> .8;  A = -1 held at 3 ->
     # 3
     new = torch.tensor([[1.5, 0.5, 4.0]]).log().requires_grad_()
-    loss, metrics = compute_policy_loss(
-        torch.zeros(1, 3), new, torch.tensor([[1.0, -1.0, -1.0]]), torch.ones(1, 3), cliprange=0.2
+    loss, metrics = policy_loss_of(
+        torch.zeros(1, 3), new, torch.tensor([[1.0, -1.0, -1.0]]), torch.ones(1, 3), clip_ratio=0.2
     )
     assert loss.item() == pytest.approx((-1.2 + 0.8 + 3) / 3)
     assert metrics["pg_clipfrac"].item() == pytest.approx(2 / 3)
     assert metrics["pg_clipfrac_lower"].item() == pytest.approx(1 / 3)
     loss.backward()
     assert new.grad is not None and new.grad.tolist() == [[0.0, 0.0, 0.0]]
-    with pytest.raises(ValueError, match="cliprange"):
-        compute_policy_loss(new, new, new, torch.ones(1, 3), cliprange_low=0.2)
 
 
 @given(masks(), st.integers(0, 99), st.sampled_from(MODES))
@@ -399,7 +401,7 @@ def losses_and_gradients(mask, junk, mode, kind, seed):
     logits = torch.where(mask.bool().unsqueeze(-1), normal(mask, seed, 4), junk[0]).requires_grad_()
     index = np.arange(len(mask)) // 2
     results = [
-        compute_policy_loss(old, new, advantages, mask, 0.2, loss_agg_mode=mode)[0],
+        policy_loss_of(old, new, advantages, mask, loss_agg_mode=mode)[0],
         compute_value_loss(new, advantages, values, mask, 0.5, mode)[0],
         agg_loss(kl_penalty(new, ref, kind), mask, mode),
         compute_entropy_loss(logits, mask, mode),
@@ -407,7 +409,7 @@ def losses_and_gradients(mask, junk, mode, kind, seed):
     torch.stack(results).sum().backward()
     return [
         *(x.detach() for x in results),
-        *compute_policy_loss(old, new, advantages, mask, 0.2)[1].values(),
+        *policy_loss_of(old, new, advantages, mask)[1].values(),
         *compute_value_loss(new, advantages, values, mask, 0.5)[1].values(),
         *compute_gae_advantage_return(rewards, values, mask, 0.9, 0.8),
         *compute_grpo_outcome_advantage(rewards, mask, index),

@@ -27,9 +27,9 @@ class Engine:
     def __getattr__(self, method: str) -> Any:
         def remote(*args: Any) -> Any:
             text = " ".join([self.name, method, *(str(arg) for arg in args)])
-            if method != "lifeline":
+            if method != "wait_for_death":
                 self.log.append(text)
-            return self if method == "lifeline" else RayActorError() if self.dead else text
+            return self if method == "wait_for_death" else RayActorError() if self.dead else text
 
         return SimpleNamespace(remote=remote)
 

@@ -157,7 +157,7 @@ def half_precision(path: str) -> tuple[list[str], list[str]]:
     )
     log_probs.sum().backward()
     state.optimizer.step()
-    state.rest_optimizer()
+    state.offload_optimizer()
     moments = [v for s in state.optimizer.state.values() for v in s.values()]
     return [str(log_probs.dtype), *(str(p.dtype) for p in state.model.parameters())], [
         str(m.dtype) for m in moments

@@ -222,34 +222,38 @@ def test_a_mini_batch_without_a_trained_token_takes_no_step_and_counts_nowhere(m
     assert empty[0] == {"skipped_steps": 0, "optimizer_steps": 0, "lr": 0.1} and empty[1] == 0
 
 
-def test_the_optimizer_is_awake_while_it_steps_and_no_longer(monkeypatch):
+def test_the_optimizer_is_loaded_while_it_steps_and_no_longer(monkeypatch):
     """Two mini-batches of the critic, twice; one row of the second has no trained token."""
     said = []
     last = torch.arange(len(ragged_batch(torch.float32))) == 15
     monkeypatch.setattr(update_module, "reduce_sum", lambda values, device: values)
-    monkeypatch.setattr(update_module, "run_micro_batches", lambda rows, budget, device: rows)
+    monkeypatch.setattr(update_module, "run_micro_batches", lambda rows, budget, device: [rows])
+    monkeypatch.setattr(update_module, "dist", SimpleNamespace(get_world_size=lambda: 1))
     state = SimpleNamespace(
-        wake_optimizer=lambda device: said.append("wake"),
-        rest_optimizer=lambda: said.append("rest"),
+        load_optimizer=lambda device: said.append("load"),
+        offload_optimizer=lambda: said.append("offload"),
         tick=lambda: said.append("tick"),
         lr=0.1,
     )
 
-    def step(state, rows, loss_fn, counts, grad_clip):
+    def loss_fn(rows, counts):
         said.append(f"step on {len(rows)} rows")
-        return {"loss": float(len(said)), "skipped_steps": 0.0}
+        return torch.tensor(float(len(said)), requires_grad=True), {}
 
-    monkeypatch.setattr(update_module, "_step", step)
+    def step(state, totals, grad_clip, device):
+        return {**totals, "skipped_steps": 0.0}
+
+    monkeypatch.setattr(update_module, "optimizer_step", step)
     metrics = update_mini_batches(
         state,
         emptied(last),
-        None,
+        loss_fn,
         epochs=2,
         budget=Budget(100),
         grad_clip=1.0,
         column="critic_mini_batch",
     )
-    assert said == ["wake", *["step on 8 rows", "step on 7 rows"] * 2, "rest", "tick"]
+    assert said == ["load", *["step on 8 rows", "step on 7 rows"] * 2, "offload", "tick"]
     assert metrics == {
         "loss": (2 + 3 + 4 + 5) / 4,
         "skipped_steps": 0,

@@ -124,7 +124,7 @@ class RolloutManager:
             [server.start.remote() for server in self.servers]
             + [ready(worker) for worker in self.workers]
         )
-        self.lifelines = [server.lifeline.remote() for server in self.servers]
+        self.lifelines = [server.wait_for_death.remote() for server in self.servers]
         self.actor: Any = None
         self.next_worker = self.restarts = 0
         self.on_progress: Callable[[], object] = lambda: None
@@ -315,7 +315,7 @@ class RolloutManager:
         if asleep:
             get([self.servers[rank].sleep.remote(self.sleep_level) for rank in ranks])
         for rank in ranks:
-            self.lifelines[rank] = self.servers[rank].lifeline.remote()
+            self.lifelines[rank] = self.servers[rank].wait_for_death.remote()
             get([worker.replace_engine.remote(rank, self.servers[rank]) for worker in self.workers])
         if self.actor is not None:
             self.connect(self.actor)

@@ -234,7 +234,7 @@ class VLLMServer:
         """Takes memory back for `weights`, then for `kv_cache`."""
         await self.engine.wake_up(tags)
 
-    async def lifeline(self) -> None:
+    async def wait_for_death(self) -> None:
         """Never returns: the call ends when this process dies."""
         await asyncio.Event().wait()
 

@@ -17,6 +17,7 @@ from pydantic import (
 
 from verl.trainer.checks import combination_problems
 from verl.trainer.ppo.collapse import CollapseWatchConfig
+from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS
 from verl.utils.config import Config, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
@@ -273,12 +274,12 @@ class PPOConfig(Config):
 
     @property
     def use_critic(self) -> bool:
-        return self.algorithm.adv_estimator == "gae"
+        return ADVANTAGE_ESTIMATORS[self.algorithm.adv_estimator].uses_critic
 
     @property
     def uses_groups(self) -> bool:
         """Whether advantages come from comparing the trajectories of one prompt."""
-        return self.algorithm.adv_estimator not in ("gae", "reinforce", "reinforce_plus_plus")
+        return ADVANTAGE_ESTIMATORS[self.algorithm.adv_estimator].uses_groups
 
     @property
     def use_reference(self) -> bool:

@@ -89,7 +89,7 @@ class Checkpointer:
             model_state_dict=present["model"],
             optim_state_dict=present["optimizer"],
         )
-        state.rest_optimizer()
+        state.offload_optimizer()
         own = from_json_tensor(content[key])
         state.go_to(own["ticks"], own["lr_factor"])
         if known:
@@ -101,14 +101,16 @@ def training_state(state: Any) -> dict[str, Any]:
     train.
 
     Reading the state of an optimizer that has not stepped makes torch take one step with a gradient
-    and a learning rate of zero; it is not counted.
+    and a learning rate of zero. That step is undone: all that an optimizer keeps begins as zeros.
     """
     fresh = not state.optimizer.state
     model, optimizer = get_state_dict(state.model, state.optimizer)
     if fresh:
         for values in state.optimizer.state.values():
-            values["step"].zero_()
-        state.rest_optimizer()
+            for value in values.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+        state.offload_optimizer()
     return {"model": model, "optimizer": optimizer}
 
 

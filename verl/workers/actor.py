@@ -9,7 +9,13 @@ import torch
 from verl.protocol import ACTOR_MINI_BATCH, DataProto
 from verl.rollout.weight_sync import WeightSender
 from verl.single_controller.decorator import Dispatch, register
-from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss, kl_penalty, likelihood_losses
+from verl.trainer.ppo.core_algos import (
+    POLICY_LOSSES,
+    LossInputs,
+    agg_loss,
+    kl_penalty,
+    likelihood_losses,
+)
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
 from verl.workers.forward import forward_log_probs, log_probs_of_rows
 from verl.workers.fsdp_model import build_model, build_train_state, describe
@@ -32,16 +38,16 @@ def policy_loss(
     rows: DataProto,
     counts: Counts,
 ) -> tuple[torch.Tensor, Metrics]:
-    """Policy loss, minus the entropy bonus, plus the KL to the reference and the loss of likelihood
-    where configured.
+    """This micro-batch's share of the actor's loss and of each metric.
 
-    log_probs, entropy: [b, R]. Returns this micro-batch's share of the loss and of each metric.
-    `pg_loss` is the policy's part of the loss, aggregated as the loss is; all other metrics are
-    means over the trained tokens, whatever `loss_agg_mode` says, so that a bound on one of them
-    means the same in every run.
+    The loss is the policy's, minus the entropy bonus, plus the KL to the reference and the loss of
+    likelihood where these are configured. log_probs, entropy: [b, R]. `pg_loss` is the policy's
+    part of the loss, aggregated as the loss is; all other metrics are means over the trained
+    tokens, whatever `loss_agg_mode` says, so that a bound on one of them means the same in every
+    run.
     """
     batch = rows.batch
-    mask = rows.batch["response_mask"]
+    mask = batch["response_mask"].bool()
     aggregate = partial(
         agg_loss,
         loss_mask=mask,
@@ -53,35 +59,41 @@ def policy_loss(
     mean_of_tokens = partial(
         agg_loss, loss_mask=mask, loss_agg_mode="token-mean", num_tokens=counts.num_tokens
     )
-    loss, metrics = compute_policy_loss(
-        old_log_prob=batch["old_log_probs"],
-        log_prob=log_probs,
-        advantages=batch["advantages"],
-        response_mask=mask,
-        cliprange=config.clip_ratio,
-        cliprange_low=config.clip_ratio_low,
-        cliprange_high=config.clip_ratio_high,
-        clip_ratio_c=config.clip_ratio_c,
-        loss_agg_mode=config.loss_agg_mode,
-        num_tokens=counts.num_tokens,
-        num_seqs=counts.num_seqs,
-        loss_scale_factor=config.loss_scale_factor,
-        loss_mode=config.policy_loss.loss_mode,
-        rollout_is_weights=batch.get("rollout_is_weights"),
-    )
+    inputs = loss_inputs(config, log_probs, rows)
+    pg_losses, counted = POLICY_LOSSES[config.policy_loss.loss_mode](inputs)
+    if "rollout_is_weights" in batch:
+        pg_losses = pg_losses * torch.where(mask, batch["rollout_is_weights"], 0.0)
+    loss = aggregate(pg_losses)
+    metrics = {name: mean_of_tokens(values) for name, values in counted.items()}
+    metrics["ppo_kl"] = mean_of_tokens(-inputs.log_ratio.detach())
     metrics["pg_loss"] = loss.detach()
     metrics["entropy"] = mean_of_tokens(entropy.detach())
     if config.entropy_coeff:
         loss = loss - config.entropy_coeff * aggregate(entropy)
     if config.use_kl_loss:
-        divergence = kl_penalty(log_probs, batch["ref_log_prob"], config.kl_loss_type)
-        metrics["kl_loss"] = mean_of_tokens(divergence.detach())
-        loss = loss + config.kl_loss_coef * aggregate(divergence)
+        kld = kl_penalty(log_probs, batch["ref_log_prob"], config.kl_loss_type)
+        metrics["kl_loss"] = mean_of_tokens(kld.detach())
+        loss = loss + config.kl_loss_coef * aggregate(kld)
     if config.policy_loss.llds_coef:
         lost = likelihood_losses(batch["old_log_probs"], log_probs, batch["advantages"], mask)
         metrics["likelihood_loss"] = mean_of_tokens(lost.detach())
         loss = loss + config.policy_loss.llds_coef * aggregate(lost)
     return loss, metrics
+
+
+def loss_inputs(config: ActorConfig, log_probs: torch.Tensor, rows: DataProto) -> LossInputs:
+    """What the functions of POLICY_LOSSES get: `clip_ratio` is the side that is not configured."""
+    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
+    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    return LossInputs.masked(
+        old_log_prob=rows.batch["old_log_probs"],
+        log_prob=log_probs,
+        advantages=rows.batch["advantages"],
+        response_mask=rows.batch["response_mask"],
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_c=config.clip_ratio_c,
+    )
 
 
 class ActorWorker(TrainedWorker):
@@ -95,12 +107,12 @@ class ActorWorker(TrainedWorker):
         self.config = config
         self.rollout = rollout
         policy = build_model(model, "lm", config.fsdp_config, self.mesh)
-        self.hold(build_train_state(policy, config.optim, total_steps, config.fsdp_config))
+        self.set_state(build_train_state(policy, config.optim, total_steps, config.fsdp_config))
         self.senders: dict[str, WeightSender] = {}
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
     def compute_log_prob(self, data: DataProto) -> DataProto:
-        """old_log_probs [B, R] under the present weights, at the sampling temperature."""
+        """`old_log_probs` [B, R] under the present weights, at the sampling temperature."""
         rollout = self.rollout
         model = self.state.model
         budget = Budget.of(
@@ -151,8 +163,7 @@ class ActorWorker(TrainedWorker):
 
     @register(Dispatch.ONE_TO_ALL)
     def connect_engines(self, name: str, servers: Sequence[Any], colocated: bool) -> None:
-        """Names the engines that `send_weights(name)` serves, in the place of those of that
-        name."""
+        """Names the engines that `send_weights(name)` serves; they replace those of that name."""
         if name in self.senders:
             self.senders.pop(name).close()
         self.senders[name] = WeightSender(
@@ -166,19 +177,19 @@ class ActorWorker(TrainedWorker):
 
     @register(Dispatch.ONE_TO_ALL)
     def free_cached_memory(self) -> None:
-        """Returns what torch has cached on the GPU of this process, which an engine is about to
-        take."""
+        """Returns what torch has cached on this GPU, because an engine is about to take it."""
         torch.cuda.empty_cache()
 
     @register(Dispatch.ONE_TO_ALL)
     def send_weights(self, name: str) -> None:
-        """Brings the present weights to the engines of that name, which must be waiting for
-        them."""
+        """Brings the present weights to the engines of that name, which must wait for them."""
         self.senders[name].send()
 
     @register(Dispatch.ONE_TO_ALL)
     def save_pretrained(self, path: str, checkpoint: str | None = None) -> None:
-        """Writes the policy in Hugging Face format, with its tokenizer. `checkpoint`: the name of
-        the one it equals."""
+        """Writes the policy in Hugging Face format, with its tokenizer.
+
+        `checkpoint`: the name of the checkpoint that has the same weights.
+        """
         origin = {} if checkpoint is None else {"checkpoint": checkpoint}
         save_trained(self.state.model, self.model_config, path, origin)

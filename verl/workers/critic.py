@@ -31,7 +31,7 @@ class CriticWorker(TrainedWorker):
         self.budget = Budget.of(
             model, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
         )
-        self.hold(build_train_state(model, config.optim, total_steps, config.fsdp_config))
+        self.set_state(build_train_state(model, config.optim, total_steps, config.fsdp_config))
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
     def compute_values(self, data: DataProto) -> DataProto:

@@ -41,8 +41,8 @@ class TrainState:
     peak_lr: float
     schedule: Callable[[int], float]
     """Share of the peak learning rate after so many ticks."""
-    offload_optimizer: bool = False
-    """Keep the optimizer's state on the host between updates."""
+    optimizer_offload: bool = False
+    """Whether the optimizer's state is on the host between updates."""
     ticks: int = 0
     """Training steps so far in which this model was updated."""
     lr_factor: float = 1.0
@@ -74,20 +74,21 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
 
-    def wake_optimizer(self, device: torch.device) -> None:
-        """Brings the optimizer's state to where it steps."""
+    def load_optimizer(self, device: torch.device) -> None:
+        """Brings the optimizer's state to `device`, where it steps."""
         self._move_optimizer(device)
 
-    def rest_optimizer(self) -> None:
-        """Leaves the optimizer's state where it belongs between updates."""
+    def offload_optimizer(self) -> None:
+        """Moves the optimizer's state to the host, with `optimizer_offload`."""
         self._move_optimizer(torch.device("cpu"))
 
     def _move_optimizer(self, device: torch.device) -> None:
-        if self.offload_optimizer:
-            for state in self.optimizer.state.values():
-                state.update(
-                    {k: v.to(device) for k, v in state.items() if isinstance(v, torch.Tensor)}
-                )
+        if not self.optimizer_offload:
+            return
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[name] = value.to(device)
 
 
 def build_model(
@@ -179,27 +180,44 @@ def shard(
 def build_train_state(
     model: PreTrainedModel, optim: OptimConfig, total_steps: int, fsdp: FSDPConfig | None = None
 ) -> TrainState:
-    """Fused AdamW over the trained parameters, and its schedule; `total_steps` counts training
-    steps (its ticks)."""
+    """The model with its optimizer and schedule; `total_steps` counts training steps (ticks)."""
+    # with param_offload the optimizer steps on the host: its state never moves
+    moves = fsdp is not None and fsdp.optimizer_offload and not fsdp.param_offload
+    return TrainState(
+        model,
+        build_optimizer(model, optim),
+        peak_lr=optim.lr,
+        schedule=build_schedule(optim, total_steps),
+        optimizer_offload=moves,
+    )
+
+
+def build_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of the trained parameters: fused AdamW.
+
+    This is the only place that names it. Checkpoints take whatever state an optimizer has; the
+    estimate of memory counts AdamW's two averages (`verl.estimate.memory.resident`).
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
     )
+
+
+def build_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """The share of the peak learning rate after so many ticks: a linear warm-up, then the decay."""
     warmup = int(optim.lr_warmup_steps_ratio * total_steps)
 
-    def scale(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
+    def share(ticks: int) -> float:
+        if ticks < warmup:
+            return (ticks + 1) / warmup
         if optim.lr_scheduler_type == "constant":
             return 1.0
-        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (
-            1 + math.cos(math.pi * progress)
-        )
+        progress = min(1.0, (ticks - warmup) / max(1, total_steps - warmup))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine
 
-    # the latter steps on the host
-    moves = fsdp is not None and fsdp.optimizer_offload and not fsdp.param_offload
-    return TrainState(model, optimizer, optim.lr, scale, offload_optimizer=moves)
+    return share
 
 
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

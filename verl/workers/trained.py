@@ -9,7 +9,7 @@ from verl.workers.fsdp_model import TrainState
 class TrainedWorker(Worker):
     """One rank of a trained role: how its state is kept and changed from outside an update."""
 
-    def hold(self, state: TrainState) -> None:
+    def set_state(self, state: TrainState) -> None:
         """Takes what is trained. A collective."""
         self.state = state
         self.checkpointer = Checkpointer(state)

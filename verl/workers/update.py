@@ -25,16 +25,17 @@ Metrics = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Counts:
-    """What a mini-batch trains on, over all ranks."""
+    """What the rows of a mini-batch on all ranks train on."""
 
     num_tokens: int
     num_seqs: int
-    """Trajectories with a trained token: one that a loss filter has emptied is none."""
+    """Trajectories with a trained token: one that a loss filter has emptied does not count."""
 
 
 LossFn = Callable[[DataProto, Counts], tuple[torch.Tensor, Metrics]]
-"""Rows of a micro-batch -> its share of the mini-batch's loss, and its share of the metrics (both
-sum to the whole)."""
+"""Gives the share of a micro-batch of the mini-batch's loss, and its share of the metrics.
+
+Both sum to the whole."""
 
 
 @dataclass(frozen=True)
@@ -51,35 +52,39 @@ class Budget:
 
 
 def micro_batches(lengths: list[int], budget: Budget, at_least: int = 1) -> list[list[int]]:
-    """Positions of `lengths` in the fewest parts of nearly equal sums that fit the budget,
-    `at_least` so many.
+    """Positions of `lengths` in the fewest parts of nearly equal sums that fit the budget.
 
-    Fewer rows than parts leave the last parts empty.
+    There are `at_least` so many parts; with fewer rows than parts the last ones are empty.
     """
     max_rows = budget.max_rows or max(1, len(lengths))
     number = max(
         at_least, math.ceil(sum(lengths) / budget.max_tokens), math.ceil(len(lengths) / max_rows)
     )
-    while True:
-        parts = balance(lengths, number, equal_size=False)
-        if all(
-            len(part) <= max_rows
-            and (len(part) <= 1 or sum(lengths[row] for row in part) <= budget.max_tokens)
-            for part in parts
-        ):
-            return parts
+
+    def fits(part: list[int]) -> bool:
+        # a row that is too long passes alone
+        within = len(part) <= 1 or sum(lengths[row] for row in part) <= budget.max_tokens
+        return len(part) <= max_rows and within
+
+    parts = balance(lengths, number, equal_size=False)
+    while not all(map(fits, parts)):
         number += 1
+        parts = balance(lengths, number, equal_size=False)
+    return parts
 
 
 def empty_rows(data: DataProto) -> DataProto:
-    """One row without a trained token, of the columns of `data`: keeps a rank in step with the
-    others."""
+    """One row without a trained token, with the columns of `data`.
+
+    Its pass keeps a rank in step with the others.
+    """
     columns = {
         k: torch.zeros((1, *v.shape[1:]), dtype=v.dtype, device=v.device)
         for k, v in data.batch.items()
     }
-    mask = columns["attention_mask"]
-    mask[:, columns["prompts"].shape[1] - 1 : columns["prompts"].shape[1] + 1] = 1
+    # the last token of the prompt and the first of the response are real
+    last = columns["prompts"].shape[1] - 1
+    columns["attention_mask"][:, last : last + 2] = 1
     return DataProto.from_dict(columns)
 
 
@@ -98,17 +103,20 @@ def reduce_max(value: float, device: torch.device) -> float:
 
 
 def run_micro_batches(data: DataProto, budget: Budget, device: torch.device) -> list[DataProto]:
-    """`micro_batches` of the rows, as many as on every other rank: some are empty rows where a rank
-    has too few."""
+    """`micro_batches` of the rows, as many as on every other rank.
+
+    Some are `empty_rows` where this rank has too few rows.
+    """
     lengths = data.batch["attention_mask"].sum(1).tolist()
     parts = micro_batches(lengths, budget)
     number = 0
-    while (
-        most := int(reduce_max(len(parts), device))
-    ) > number:  # again: there may be no `number` of parts that fit
+    most = int(reduce_max(len(parts), device))
+    # a split into exactly `most` parts may not fit, and a larger one of any rank counts for all
+    while most > number:
         number = most
         if len(parts) < number:
             parts = micro_batches(lengths, budget, at_least=number)
+        most = int(reduce_max(len(parts), device))
     return [data[part] if part else empty_rows(data) for part in parts]
 
 
@@ -118,8 +126,10 @@ def map_micro_batches(
     device: torch.device,
     forward: Callable[[DataProto], torch.Tensor],
 ) -> torch.Tensor:
-    """`forward` [b, R] without gradient over micro-batches: [B, R] on the CPU, in the order of
-    `data`."""
+    """`forward` [b, R] over micro-batches, without gradient.
+
+    Returns [B, R] on the CPU, in the order of `data`.
+    """
     rows = data.select(INPUTS).to(device)
     rows = rows.with_tensors(position=torch.arange(len(rows), device=device))
     result = torch.zeros(rows.batch["responses"].shape, dtype=torch.float32)
@@ -152,24 +162,32 @@ def update_mini_batches(
     device = data.batch[column].device
     has_tokens = data.batch["response_mask"].bool().any(1)
     steps: list[dict[str, float]] = []
-    state.wake_optimizer(device)
+    state.load_optimizer(device)
     for _ in range(epochs):
         for index in range(data.meta_info["num_mini_batches"][column]):
             rows = data[((data.batch[column] == index) & has_tokens).cpu()]
             counts = count_trained(rows, device)
             if counts.num_tokens == 0:
                 continue
-            steps.append(
-                _step(state, run_micro_batches(rows, budget, device), loss_fn, counts, grad_clip)
-            )
-    state.rest_optimizer()
+            totals: dict[str, float] = {}
+            for part in run_micro_batches(rows, budget, device):
+                loss, metrics = loss_fn(part, counts)
+                # FSDP averages gradients over ranks, and the loss is the global one already
+                (loss * dist.get_world_size()).backward()
+                add(totals, {"loss": loss.detach(), **metrics})
+            steps.append(optimizer_step(state, totals, grad_clip, device))
+    state.offload_optimizer()
     lr = state.lr
     state.tick()
+    return {**over_steps(steps), "lr": lr}
+
+
+def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The metrics of all steps: means of their finite values, and how many steps there were."""
     names = steps[0] if steps else ()
     metrics = {name: _mean([step[name] for step in steps]) for name in names}
     metrics["skipped_steps"] = sum(step["skipped_steps"] for step in steps)
     metrics["optimizer_steps"] = len(steps) - metrics["skipped_steps"]
-    metrics["lr"] = lr
     return metrics
 
 
@@ -180,27 +198,31 @@ def count_trained(rows: DataProto, device: torch.device) -> Counts:
     return Counts(round(num_tokens), round(num_seqs))
 
 
-def _step(
-    state: TrainState, parts: list[DataProto], loss_fn: LossFn, counts: Counts, grad_clip: float
+def add(totals: dict[str, float], values: Metrics) -> None:
+    """Adds `values` to `totals`, by name."""
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + float(value)
+
+
+def optimizer_step(
+    state: TrainState, totals: dict[str, float], grad_clip: float, device: torch.device
 ) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for rows in parts:
-        loss, metrics = loss_fn(rows, counts)
-        (
-            loss * dist.get_world_size()
-        ).backward()  # FSDP averages gradients over ranks, the loss is already global
-        for key, value in {"loss": loss.detach(), **metrics}.items():
-            totals[key] = totals.get(key, 0.0) + float(value)
+    """Steps with the gradients that are there, unless loss or gradient is not finite on any rank.
+
+    `totals`: this rank's loss and metrics. Returns their sums over all ranks, `grad_norm`, and
+    `skipped_steps`, 1 or 0.
+    """
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    keys = sorted(totals)
-    totals = dict(zip(keys, reduce_sum([totals[k] for k in keys], loss.device), strict=True))
-    # both are the same number on every rank
-    finite = math.isfinite(norm) and math.isfinite(totals["loss"])
+    names = sorted(totals)
+    sums = reduce_sum([totals[name] for name in names], device)
+    figures = dict(zip(names, sums, strict=True))
+    # both are the same number on every rank, so that all ranks decide alike
+    finite = math.isfinite(norm) and math.isfinite(figures["loss"])
     if finite:
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return {**totals, "grad_norm": norm, "skipped_steps": float(not finite)}
+    return {**figures, "grad_norm": norm, "skipped_steps": float(not finite)}
 
 
 def _mean(values: list[float]) -> float:

@@ -34,7 +34,7 @@ async def main():
     await server.start()
     (engine,) = [p for p in psutil.Process().children() if "EngineCore" in "".join(p.cmdline())]
     engine.kill()
-    await server.lifeline()
+    await server.wait_for_death()
 
 if __name__ == "__main__":
     asyncio.run(main())

@@ -1,17 +1,23 @@
-"""The mathematics of PPO and GRPO: tensors and floats in, tensors out.
+"""The mathematics of PPO, GRPO and their relatives: tensors and floats in, tensors out.
+
+What a configuration chooses from is a dictionary of functions or a tuple of names:
+ADVANTAGE_ESTIMATORS, POLICY_LOSSES, LOSS_AGG_MODES, KL_PENALTIES, LEVELS.
 
 Shapes: B trajectories, R response tokens. `response_mask` [B, R] is non-zero on the tokens that the
 policy sampled; on every other position (observations, forced tokens, padding) inputs may hold
 anything, NaN included: they change neither a result nor a gradient, and results are 0 there.
 
-Losses are *additive*: they are sums over a micro-batch divided by the token and sequence counts of
+Losses are *additive*: they are sums over a micro-batch, divided by the token and sequence counts of
 the whole mini-batch (`num_tokens`, `num_seqs`: over all micro-batches and ranks; None: this batch
 is all there is). So are the metrics that come with them, always per token. Summed over
-micro-batches and ranks both are the figures of the mini-batch, and the gradient does not depend on
-how it was cut.
+micro-batches and ranks, both are the figures of the mini-batch, and the gradient does not depend on
+how the mini-batch was cut.
 """
 
 from verl.trainer.ppo.core_algos.advantages import (
+    ADVANTAGE_ESTIMATORS,
+    AdvantageEstimator,
+    compute_dr_grpo_outcome_advantage,
     compute_gae_advantage_return,
     compute_grpo_outcome_advantage,
     compute_reinforce_advantage,
@@ -22,36 +28,45 @@ from verl.trainer.ppo.core_algos.advantages import (
     group_rows,
 )
 from verl.trainer.ppo.core_algos.correction import (
+    LEVELS,
     accepted,
     importance_weights,
     log_ratios,
     mismatch,
 )
 from verl.trainer.ppo.core_algos.kl import (
+    KL_PENALTIES,
     AdaptiveKLController,
     FixedKLController,
     compute_rewards,
     kl_penalty,
 )
 from verl.trainer.ppo.core_algos.losses import (
+    LOSS_AGG_MODES,
     POLICY_LOSSES,
+    LossInputs,
     agg_loss,
     compute_entropy_loss,
-    compute_policy_loss,
     compute_value_loss,
     likelihood_losses,
 )
 
 __all__ = [
+    "ADVANTAGE_ESTIMATORS",
+    "KL_PENALTIES",
+    "LEVELS",
+    "LOSS_AGG_MODES",
     "POLICY_LOSSES",
     "AdaptiveKLController",
+    "AdvantageEstimator",
     "FixedKLController",
+    "LossInputs",
     "accepted",
     "agg_loss",
+    "compute_dr_grpo_outcome_advantage",
     "compute_entropy_loss",
     "compute_gae_advantage_return",
     "compute_grpo_outcome_advantage",
-    "compute_policy_loss",
     "compute_reinforce_advantage",
     "compute_reinforce_plus_plus_baseline_outcome_advantage",
     "compute_reinforce_plus_plus_outcome_advantage",

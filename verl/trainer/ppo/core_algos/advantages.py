@@ -1,4 +1,10 @@
-"""From rewards to advantages."""
+"""The estimators of advantages from rewards.
+
+To add one, write a function and name it in ADVANTAGE_ESTIMATORS.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,11 +14,16 @@ from verl.utils.torch_functional import masked_sum, masked_whiten
 
 
 def compute_gae_advantage_return(
-    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+    token_level_rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    gamma: float,
+    lam: float,
+    **_: object,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages, whitened over the mask, and returns (of the raw advantages), both [B, R]; arXiv
-    1506.02438.
+    """Generalised advantage estimation (arXiv 1506.02438).
 
+    Gives advantages, whitened over the mask, and the returns of the raw advantages, both [B, R].
     Only policy tokens are time steps: the next value and the advantage are carried across masked
     tokens, so that the result is that of the sequence with its observations cut out.
     """
@@ -25,23 +36,27 @@ def compute_gae_advantage_return(
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         columns.append(advantage)
     advantages = torch.stack(columns[::-1], dim=1)
-    return masked_whiten(advantages, mask), torch.where(mask, advantages + values, 0.0)
+    returns = torch.where(mask, advantages + values, 0.0)
+    return masked_whiten(advantages, mask), returns
 
 
 def group_rows(index: np.ndarray) -> list[Tensor]:
-    """Row numbers of each group that `index` [B] names."""
+    """The row numbers of each group that `index` [B] names."""
     names, group_of = np.unique(np.asarray(index), return_inverse=True)
     return [torch.from_numpy(np.flatnonzero(group_of == group)) for group in range(len(names))]
 
 
 def per_token(advantages: Tensor, response_mask: Tensor) -> Tensor:
-    """[B] spread over the policy tokens [B, R]."""
+    """Advantages [B] of rows, spread over their policy tokens [B, R]."""
     return torch.where(response_mask.bool(), advantages.unsqueeze(-1), 0.0)
 
 
 def centred(scores: Tensor, rows: Tensor) -> Tensor:
-    """Scores of a group of at least two minus their mean. Equal scores become exactly 0: a rounding
-    error of their mean would be blown up where it is divided by a spread."""
+    """The scores of a group of at least two, minus their mean.
+
+    Equal scores become exactly 0: a rounding error of their mean would be blown up where it is
+    divided by a spread.
+    """
     members = scores[rows] - scores[rows[0]]
     return members - members.mean()
 
@@ -52,47 +67,59 @@ def compute_grpo_outcome_advantage(
     index: np.ndarray,
     epsilon: float = 1e-6,
     norm_adv_by_std_in_grpo: bool = True,
+    **_: object,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (the same), [B, R]: each row's score against its group's mean and
-    unbiased std (GRPO, arXiv 2402.03300).
+    """GRPO (arXiv 2402.03300): each row's score, minus its group's mean, by its unbiased std.
 
-    `index` [B] names the group of each row. A group of one has no spread: as in verl its mean
-    counts as 0 and its std as 1, the advantage is then the bare score; callers drop such groups
-    beforehand. Without `norm_adv_by_std_in_grpo` the std is left out (Dr. GRPO, arXiv 2503.20783).
+    Gives advantages and returns, which are the same, [B, R]. `index` [B] names the group of each
+    row. A group of one has no spread: as in verl its mean counts as 0 and its std as 1, so that the
+    advantage is the bare score; callers drop such groups beforehand. Without
+    `norm_adv_by_std_in_grpo` the std is left out (Dr. GRPO, arXiv 2503.20783).
     """
     scores = masked_sum(token_level_rewards, response_mask, axis=-1)
     advantages = scores.clone()
     for rows in group_rows(index):
         if len(rows) > 1:
             members = centred(scores, rows)
-            advantages[rows] = members / (
-                members.std() + epsilon if norm_adv_by_std_in_grpo else 1.0
-            )
+            spread = members.std() + epsilon if norm_adv_by_std_in_grpo else 1.0
+            advantages[rows] = members / spread
         elif norm_adv_by_std_in_grpo:
             advantages[rows] = scores[rows] / (1.0 + epsilon)
-    spread = per_token(advantages, response_mask)
-    return spread, spread
+    advantages = per_token(advantages, response_mask)
+    return advantages, advantages
+
+
+def compute_dr_grpo_outcome_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, **_: object
+) -> tuple[Tensor, Tensor]:
+    """Dr. GRPO (arXiv 2503.20783): GRPO without the std."""
+    return compute_grpo_outcome_advantage(
+        token_level_rewards, response_mask, index, norm_adv_by_std_in_grpo=False
+    )
 
 
 def compute_rloo_outcome_advantage(
-    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray
+    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, **_: object
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (the same), [B, R]: each row's score minus the mean of the others of
-    its group (RLOO, arXiv 2402.14740), which is n / (n - 1) times the score minus the group's mean.
-    A group of one: the bare score.
+    """RLOO (arXiv 2402.14740): each row's score minus the mean of the others of its group.
+
+    That is n / (n - 1) times the score minus the group's mean. A group of one: the bare score.
+    Gives advantages and returns, which are the same, [B, R].
     """
     scores = masked_sum(token_level_rewards, response_mask, axis=-1)
     advantages = scores.clone()
     for rows in group_rows(index):
         if len(rows) > 1:
             advantages[rows] = centred(scores, rows) * len(rows) / (len(rows) - 1)
-    spread = per_token(advantages, response_mask)
-    return spread, spread
+    advantages = per_token(advantages, response_mask)
+    return advantages, advantages
 
 
 def compute_returns(token_level_rewards: Tensor, response_mask: Tensor, gamma: float) -> Tensor:
-    """Discounted sum of the rewards from each policy token on, [B, R]. Only policy tokens are time
-    steps."""
+    """The discounted sum of the rewards from each policy token on, [B, R].
+
+    Only policy tokens are time steps.
+    """
     mask = response_mask.bool()
     running = torch.zeros_like(token_level_rewards[:, 0])
     columns = []
@@ -103,7 +130,7 @@ def compute_returns(token_level_rewards: Tensor, response_mask: Tensor, gamma: f
 
 
 def compute_reinforce_advantage(
-    token_level_rewards: Tensor, response_mask: Tensor, gamma: float
+    token_level_rewards: Tensor, response_mask: Tensor, gamma: float, **_: object
 ) -> tuple[Tensor, Tensor]:
     """REINFORCE (Williams 1992): advantages are the returns, [B, R]."""
     returns = compute_returns(token_level_rewards, response_mask, gamma)
@@ -111,20 +138,24 @@ def compute_reinforce_advantage(
 
 
 def compute_reinforce_plus_plus_outcome_advantage(
-    token_level_rewards: Tensor, response_mask: Tensor, gamma: float
+    token_level_rewards: Tensor, response_mask: Tensor, gamma: float, **_: object
 ) -> tuple[Tensor, Tensor]:
-    """REINFORCE++ (arXiv 2501.03262): returns, whitened over all policy tokens of the batch; and
-    the returns."""
+    """REINFORCE++ (arXiv 2501.03262): the returns, whitened over all policy tokens of the batch.
+
+    Gives these and the returns, both [B, R].
+    """
     returns = compute_returns(token_level_rewards, response_mask, gamma)
     return masked_whiten(returns, response_mask), returns
 
 
 def compute_reinforce_plus_plus_baseline_outcome_advantage(
-    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray
+    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, **_: object
 ) -> tuple[Tensor, Tensor]:
-    """REINFORCE++-baseline (arXiv 2501.03262): score minus the group's mean, whitened over all
-    policy tokens of the batch; advantages and returns (the same), [B, R]. A group of one: the bare
-    score before whitening."""
+    """REINFORCE++-baseline (arXiv 2501.03262): the score minus the group's mean, whitened.
+
+    It is whitened over all policy tokens of the batch. A group of one: the bare score before
+    whitening. Gives advantages and returns, which are the same, [B, R].
+    """
     scores = masked_sum(token_level_rewards, response_mask, axis=-1)
     advantages = scores.clone()
     for rows in group_rows(index):
@@ -135,33 +166,82 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
 
 
 def compute_turn_level_advantage(
-    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, turns: Tensor
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: np.ndarray,
+    turns: Tensor,
+    **_: object,
 ) -> tuple[Tensor, Tensor]:
-    """Credit by turn: what a row earns from a turn on, minus what the *others* of its group earned
-    from theirs on.
+    """Credit by turn: the return from a turn on, minus a baseline of the *others* of the group.
 
     `turns` [B, R] numbers the policy's turns from 0, -1 elsewhere. The baseline of turn k is the
     mean return from turn k on of the other rows that have a turn k; where there are none, the mean
-    of all that the others earned. Which rows reach turn k depends on what they did before, not on
-    this row's turn k, and the row itself never enters its own baseline: it stays unbiased although
-    the policy decides when to stop. A group mean over the rows that reach turn k would not be.
-    Advantages and returns-to-go, both [B, R]. A group of one: the bare return.
+    of all that the others earned. A group of one: the bare return. Gives advantages and
+    returns-to-go, both [B, R].
+
+    The estimate stays unbiased although the policy decides when to stop: which rows reach turn k
+    depends on what they did before, not on this row's turn k, and the row itself never enters its
+    own baseline. A group mean over the rows that reach turn k would not be unbiased.
     """
     mask = response_mask.bool()
     rewards = torch.where(mask, token_level_rewards, 0.0)
-    count = int(turns.max()) + 1
-    earned = torch.stack([(rewards * (turns == k)).sum(-1) for k in range(count)], dim=1)
-    to_go = earned.flip(1).cumsum(1).flip(1)
-    reached = torch.stack([(mask & (turns == k)).any(-1) for k in range(count)], dim=1)
-    baseline = torch.zeros_like(to_go)
+    of_turn = [turns == k for k in range(int(turns.max()) + 1)]
+    reward_of_turn = torch.stack([(rewards * here).sum(-1) for here in of_turn], dim=1)
+    # the sum from each turn to the last one
+    to_go = reward_of_turn.flip(1).cumsum(1).flip(1)
+    reached = torch.stack([(mask & here).any(-1) for here in of_turn], dim=1)
+    baselines = turn_baselines(to_go, reached, index)
+    turn_of_token = turns.clamp(min=0).long()
+    returns = torch.where(mask, to_go.gather(1, turn_of_token), 0.0)
+    advantages = torch.where(mask, returns - baselines.gather(1, turn_of_token), 0.0)
+    return advantages, returns
+
+
+def turn_baselines(to_go: Tensor, reached: Tensor, index: np.ndarray) -> Tensor:
+    """What each row [B, turns] is compared with, made from the other rows of its group.
+
+    `to_go`: returns from each turn on; `reached`: the turns that a row has.
+    """
+    baselines = torch.zeros_like(to_go)
     for rows in group_rows(index):
         for i, row in enumerate(rows.tolist()):
             others = torch.cat([rows[:i], rows[i + 1 :]])
-            if len(others):
-                totals = to_go[others, 0].mean()
-                there = reached[others]
-                means = (to_go[others] * there).sum(0) / there.sum(0).clamp(min=1)
-                baseline[row] = torch.where(there.any(0), means, totals)
-    at = turns.clamp(min=0).long()
-    returns = torch.where(mask, to_go.gather(1, at), 0.0)
-    return torch.where(mask, returns - baseline.gather(1, at), 0.0), returns
+            if len(others) == 0:
+                continue
+            others_reached = reached[others]
+            count = others_reached.sum(0).clamp(min=1)
+            means = (to_go[others] * others_reached).sum(0) / count
+            # a turn that no other row has is compared with their whole returns
+            whole_returns = to_go[others, 0].mean()
+            baselines[row] = torch.where(others_reached.any(0), means, whole_returns)
+    return baselines
+
+
+@dataclass(frozen=True)
+class AdvantageEstimator:
+    """A function from rewards to advantages and returns, both [B, R], and what it needs.
+
+    It is called with keywords, of which it takes those that it names: token_level_rewards and
+    response_mask [B, R], index [B] (the group of each row), values [B, R] (with a critic), turns
+    [B, R], gamma, lam, norm_adv_by_std_in_grpo.
+    """
+
+    compute: Callable[..., tuple[Tensor, Tensor]]
+    uses_groups: bool = False
+    """Whether it compares the trajectories of one prompt, of which there must be two."""
+    uses_critic: bool = False
+
+
+ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
+    "gae": AdvantageEstimator(compute_gae_advantage_return, uses_critic=True),
+    "grpo": AdvantageEstimator(compute_grpo_outcome_advantage, uses_groups=True),
+    "dr_grpo": AdvantageEstimator(compute_dr_grpo_outcome_advantage, uses_groups=True),
+    "rloo": AdvantageEstimator(compute_rloo_outcome_advantage, uses_groups=True),
+    "reinforce": AdvantageEstimator(compute_reinforce_advantage),
+    "reinforce_plus_plus": AdvantageEstimator(compute_reinforce_plus_plus_outcome_advantage),
+    "reinforce_plus_plus_baseline": AdvantageEstimator(
+        compute_reinforce_plus_plus_baseline_outcome_advantage, uses_groups=True
+    ),
+    "turn_level": AdvantageEstimator(compute_turn_level_advantage, uses_groups=True),
+}
+"""The choices of `algorithm.adv_estimator`."""

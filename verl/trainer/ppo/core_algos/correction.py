@@ -1,5 +1,7 @@
-"""Correcting for tokens that were not sampled from the policy that is trained: another engine,
-older weights, top-p."""
+"""Corrections for tokens that were not sampled from the policy that is trained.
+
+Another engine, older weights or top-p may have sampled them.
+"""
 
 import numpy as np
 import torch
@@ -9,20 +11,25 @@ from verl.trainer.ppo.core_algos.kl import MAX_LOG_RATIO
 from verl.utils.torch_functional import masked_mean, masked_sum
 
 LEVELS = ("token", "sequence", "geometric")
+"""The choices of `rollout_correction.rollout_is` and `rollout_rs`; see `at_level`."""
 PERCENTILES = (1, 50, 99)
 
 
 def log_ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor) -> Tensor:
-    """log of (probability under the trainer's policy / under the sampler's), [B, R], clamped; 0
-    where masked."""
+    """Log of (probability under the trainer's policy / under the sampler's), clamped, [B, R].
+
+    It is 0 where masked.
+    """
     gap = torch.where(response_mask.bool(), old_log_probs - rollout_log_probs, 0.0)
     return gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def at_level(log_ratio: Tensor, response_mask: Tensor, level: str) -> Tensor:
-    """Log-weights [B, R] of policy tokens: each token's own; the sum over the sequence; or the mean
-    over it, the log of the geometric mean. What stands elsewhere has no meaning. Raises ValueError
-    for another level."""
+    """The log-weights of policy tokens [B, R]; what stands elsewhere has no meaning.
+
+    `token`: each token's own log-ratio. `sequence`: the sum over the sequence. `geometric`: the
+    mean over it, which is the log of the geometric mean. Raises ValueError for another level.
+    """
     mask = response_mask.bool()
     if level == "token":
         return log_ratio
@@ -36,8 +43,10 @@ def at_level(log_ratio: Tensor, response_mask: Tensor, level: str) -> Tensor:
 def importance_weights(
     log_ratio: Tensor, response_mask: Tensor, level: str, threshold: float
 ) -> Tensor:
-    """Truncated importance weights min(ratio, threshold), [B, R], 0 where masked: TIS, at one of
-    LEVELS."""
+    """Truncated importance weights (TIS) at one of LEVELS: min(ratio, threshold), [B, R].
+
+    They are 0 where masked.
+    """
     weights = at_level(log_ratio, response_mask, level).exp().clamp(max=threshold)
     return torch.where(response_mask.bool(), weights, 0.0)
 
@@ -50,10 +59,11 @@ def accepted(
     high: float,
     veto: float | None,
 ) -> Tensor:
-    """Policy tokens [B, R] that may be trained on: masked importance sampling (MIS).
+    """The policy tokens [B, R] that may be trained on: masked importance sampling (MIS).
 
-    At `token` level a token outside of [low, high] goes, at the other levels its whole sequence;
-    with `veto` also every sequence with a token whose ratio is below it.
+    At `token` level a token with a ratio outside of [low, high] is left out, at the other levels
+    its whole sequence; with `veto` every sequence is left out that has a token with a ratio below
+    it.
     """
     mask = response_mask.bool()
     keep = mask
@@ -68,7 +78,7 @@ def accepted(
 def mismatch(
     old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor
 ) -> dict[str, float]:
-    """How far sampler and trainer are apart over the policy tokens.
+    """Figures of how far sampler and trainer are apart over the policy tokens.
 
     `kl`: estimate k1 of KL(sampler || trainer), in nats per token; `k3_kl`: estimate k3 of it,
     which is never negative; `diff_mean`, `diff_max`: of the log-probs; `ratio/p*`: percentiles of
@@ -77,16 +87,16 @@ def mismatch(
     """
     mask = response_mask.bool()
     log_ratio = log_ratios(old_log_probs, rollout_log_probs, mask)
-    own = log_ratio[mask].double() if mask.any() else torch.zeros(1, dtype=torch.float64)
-    ratio = own.exp()
+    of_tokens = log_ratio[mask].double() if mask.any() else torch.zeros(1, dtype=torch.float64)
+    ratio = of_tokens.exp()
     # torch's own refuses more than 16 million tokens
     quantiles = np.percentile(ratio.numpy(), PERCENTILES)
     return {
-        "kl": -own.mean().item(),
-        "k3_kl": (ratio - 1 - own).mean().item(),
-        "diff_mean": own.abs().mean().item(),
-        "diff_max": own.abs().max().item(),
-        "ppl_ratio": own.mean().exp().item(),
+        "kl": -of_tokens.mean().item(),
+        "k3_kl": (ratio - 1 - of_tokens).mean().item(),
+        "diff_mean": of_tokens.abs().mean().item(),
+        "diff_max": of_tokens.abs().max().item(),
+        "ppl_ratio": of_tokens.mean().exp().item(),
         "ratio/max": ratio.max().item(),
         **{f"ratio/p{p}": float(q) for p, q in zip(PERCENTILES, quantiles, strict=True)},
     }

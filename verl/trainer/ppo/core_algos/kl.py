@@ -1,4 +1,4 @@
-"""KL to the reference: estimators, controllers, and the KL in the reward."""
+"""The KL to the reference: its estimators, controllers of its coefficient, and KL in the reward."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to this *before* exp: clamped after it, an overflow has the gradient 0 *
-inf = NaN."""
+"""Log-ratios are clamped to this before `exp`, not after it.
+
+After it, an overflow would have the gradient 0 * inf = NaN."""
 MAX_LOW_VAR_KL = 10.0
+"""The bound of `low_var_kl` per token, as in verl."""
 
 
 class AdaptiveKLController:
-    """A KL coefficient `value` that steers towards a target KL (arXiv 1909.08593, section 2.2)."""
+    """A KL coefficient `value` that steers to a target KL (arXiv 1909.08593, section 2.2)."""
 
     def __init__(self, init_kl_coef: float, target_kl: float, horizon: float) -> None:
         self.value = init_kl_coef
@@ -26,7 +28,7 @@ class AdaptiveKLController:
 
 
 class FixedKLController:
-    """A KL coefficient `value` that stays."""
+    """A KL coefficient `value` that stays as it is."""
 
     def __init__(self, kl_coef: float) -> None:
         self.value = kl_coef
@@ -43,27 +45,25 @@ def compute_rewards(
     response_mask: Tensor,
     kl_type: str = "kl",
 ) -> Tensor:
-    """Scores minus `kl_ratio` times the KL to the reference, per token [B, R]."""
+    """The scores minus `kl_ratio` times the KL to the reference, per token [B, R]."""
     kl = kl_penalty(old_log_prob, ref_log_prob, kl_type)
     return torch.where(response_mask.bool(), token_level_scores - kl_ratio * kl, 0.0)
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
-    """Estimate of KL(policy || reference) per token, from log-probs of sampled tokens
-    (joschu.net/blog/kl-approx.html).
+    """An estimate of KL(policy || reference) per token, from log-probs of sampled tokens.
 
-    `kl` = `k1` the log-ratio, `abs` its size, `mse` = `k2` half its square, `low_var_kl` = `k3`
-    exp(-x) - 1 + x of the log-ratio x. Where an input is NaN or infinite the result is NaN and the
-    gradient 0: an unmasked one is seen in the loss, a masked one has no effect. Raises ValueError
-    for another name.
+    The estimators (joschu.net/blog/kl-approx.html) are functions of the log-ratio x: `kl` = `k1` is
+    x, `abs` its size, `mse` = `k2` half its square, `low_var_kl` = `k3` exp(-x) - 1 + x. Where an
+    input is NaN or infinite the result is NaN and the gradient 0: an unmasked one is seen in the
+    loss, a masked one has no effect. Raises ValueError for another name.
     """
-    if kl_penalty not in _KL_ESTIMATORS:
-        raise ValueError(f"kl_penalty {kl_penalty!r}: expected one of {sorted(_KL_ESTIMATORS)}")
+    if kl_penalty not in KL_PENALTIES:
+        raise ValueError(f"kl_penalty {kl_penalty!r}: expected one of {sorted(KL_PENALTIES)}")
     log_ratio = logprob - ref_logprob
     finite = log_ratio.isfinite()
-    return torch.where(
-        finite, _KL_ESTIMATORS[kl_penalty](torch.where(finite, log_ratio, 0.0)), torch.nan
-    )
+    estimate = KL_PENALTIES[kl_penalty](torch.where(finite, log_ratio, 0.0))
+    return torch.where(finite, estimate, torch.nan)
 
 
 def _k2(log_ratio: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def _k3(log_ratio: Tensor) -> Tensor:
     return (inverse.exp() - inverse - 1).clamp(-MAX_LOW_VAR_KL, MAX_LOW_VAR_KL)
 
 
-_KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+KL_PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
     "kl": torch.clone,
     "k1": torch.clone,
     "abs": torch.abs,
@@ -84,3 +84,4 @@ _KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "low_var_kl": _k3,
     "k3": _k3,
 }
+"""The choices of `algorithm.kl_penalty` and `actor.kl_loss_type`: functions of the log-ratio."""

@@ -1,8 +1,8 @@
-"""Losses of policy and critic. They are additive, see the package."""
+"""The losses of policy and critic; they are additive (see the package)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from verl.trainer.ppo.core_algos.kl import MAX_LOG_RATIO
 from verl.utils.torch_functional import entropy_from_logits, masked_mean, masked_sum
 
 Count = float | Tensor | None
+"""A number of the whole mini-batch; None where this batch is all there is."""
 Metrics = dict[str, Tensor]
 LOSS_AGG_MODES = (
     "token-mean",
@@ -30,12 +31,13 @@ def agg_loss(
     num_seqs: Count = None,
     loss_scale_factor: float | None = None,
 ) -> Tensor:
-    """Scalar from a loss per token [B, R] (additive, see the package).
+    """A scalar from a loss per token [B, R]; it is additive (see the package).
 
     `token-mean`: sum / num_tokens. `token-sum`: sum. `seq-mean-token-sum`: sum / num_seqs.
     `seq-mean-token-mean`: sum over rows of the row's mean, / num_seqs. `seq-mean-token-sum-norm`:
     sum / num_seqs / `loss_scale_factor`, the constant divisor of Dr. GRPO (arXiv 2503.20783). A row
-    without unmasked token is no sequence. Raises ValueError for another mode, or a missing factor.
+    without an unmasked token is no sequence. Raises ValueError for another mode and for a missing
+    factor.
     """
     mask = loss_mask.bool()
     if loss_agg_mode == "token-mean":
@@ -66,125 +68,128 @@ def _log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """What a policy loss is made of, all [B, R] and 0 where masked."""
+class LossInputs:
+    """What a policy loss is computed from: tensors [B, R], 0 where masked, and the clip range."""
 
     log_prob: Tensor
     log_ratio: Tensor
     """New minus old log-prob, clamped."""
     advantages: Tensor
-    mask: Tensor
-    low: float
-    high: float
+    response_mask: Tensor
+    """Boolean."""
+    clip_ratio_low: float
+    clip_ratio_high: float
     clip_ratio_c: float
 
+    @classmethod
+    def masked(
+        cls,
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        *,
+        clip_ratio_low: float,
+        clip_ratio_high: float,
+        clip_ratio_c: float = 3.0,
+    ) -> "LossInputs":
+        """The inputs without what the masked positions hold."""
+        mask = response_mask.bool()
+        return cls(
+            log_prob=torch.where(mask, log_prob, 0.0),
+            log_ratio=_log_ratio(log_prob, old_log_prob, mask),
+            advantages=torch.where(mask, advantages, 0.0),
+            response_mask=mask,
+            clip_ratio_low=clip_ratio_low,
+            clip_ratio_high=clip_ratio_high,
+            clip_ratio_c=clip_ratio_c,
+        )
 
-def vanilla(p: Policy) -> tuple[Tensor, Metrics]:
-    """PPO's clipped loss (arXiv 1707.06347), dual-clipped for negative advantages (arXiv
-    1912.09729), per token.
+    def clip(self, ratio: Tensor) -> Tensor:
+        """`ratio` within the clip range."""
+        return ratio.clamp(1 - self.clip_ratio_low, 1 + self.clip_ratio_high)
 
-    `pg_clipfrac`, `pg_clipfrac_lower`: tokens held by the clip and by the dual clip.
+
+def compute_policy_loss_vanilla(inputs: LossInputs) -> tuple[Tensor, Metrics]:
+    """PPO's clipped loss per token (arXiv 1707.06347), with the dual clip of arXiv 1912.09729.
+
+    `pg_clipfrac`, `pg_clipfrac_lower`: tokens that the clip and the dual clip hold.
     """
-    ratio = p.log_ratio.exp()
-    free = -p.advantages * ratio
-    held = -p.advantages * ratio.clamp(1 - p.low, 1 + p.high)
-    clipped = torch.maximum(free, held)
-    bound = -p.advantages * p.clip_ratio_c
-    losses = torch.where(p.advantages < 0, torch.minimum(clipped, bound), clipped)
-    lower = ((p.advantages < 0) & (clipped > bound)).float()
-    return losses, {"pg_clipfrac": (held > free).float(), "pg_clipfrac_lower": lower}
+    advantages = inputs.advantages
+    ratio = inputs.log_ratio.exp()
+    clipped_ratio = inputs.clip(ratio)
+    pg_losses1 = -advantages * ratio
+    pg_losses2 = -advantages * clipped_ratio
+    clip_pg_losses1 = torch.maximum(pg_losses1, pg_losses2)
+    pg_losses3 = -advantages * inputs.clip_ratio_c
+    clip_pg_losses2 = torch.minimum(clip_pg_losses1, pg_losses3)
+    pg_losses = torch.where(advantages < 0, clip_pg_losses2, clip_pg_losses1)
+    return pg_losses, {
+        "pg_clipfrac": (pg_losses2 > pg_losses1).float(),
+        "pg_clipfrac_lower": ((advantages < 0) & (clip_pg_losses1 > pg_losses3)).float(),
+    }
 
 
-def gspo(p: Policy) -> tuple[Tensor, Metrics]:
-    """GSPO's loss (arXiv 2507.18071) in its token form: a token has the ratio of its sequence, the
-    geometric mean of the policy tokens' ratios, as value, and the gradient of its own log-prob. The
-    clip holds whole sequences."""
-    sequence = masked_mean(p.log_ratio, p.mask, axis=-1).unsqueeze(-1).detach()
-    ratio = (p.log_prob - p.log_prob.detach() + sequence).exp()
-    free = -p.advantages * ratio
-    held = -p.advantages * ratio.clamp(1 - p.low, 1 + p.high)
-    return torch.maximum(free, held), {"pg_clipfrac": (held > free).float()}
+def compute_policy_loss_gspo(inputs: LossInputs) -> tuple[Tensor, Metrics]:
+    """GSPO's loss (arXiv 2507.18071) in its token form.
+
+    A token has the ratio of its sequence, the geometric mean of the policy tokens' ratios, as
+    value, and the gradient of its own log-prob. The clip holds whole sequences.
+    """
+    log_ratio = masked_mean(inputs.log_ratio, inputs.response_mask, axis=-1).unsqueeze(-1).detach()
+    # exp(log_prob - its own value) is 1: it brings the gradient and leaves the value
+    ratio = (inputs.log_prob - inputs.log_prob.detach() + log_ratio).exp()
+    clipped_ratio = inputs.clip(ratio)
+    pg_losses1 = -inputs.advantages * ratio
+    pg_losses2 = -inputs.advantages * clipped_ratio
+    pg_losses = torch.maximum(pg_losses1, pg_losses2)
+    return pg_losses, {"pg_clipfrac": (pg_losses2 > pg_losses1).float()}
 
 
-def cispo(p: Policy) -> tuple[Tensor, Metrics]:
-    """CISPO's loss (arXiv 2506.13585): REINFORCE weighted by the clipped ratio, through which no
-    gradient flows, so that a clipped token still learns."""
-    ratio = p.log_ratio.detach().exp()
-    weight = ratio.clamp(1 - p.low, 1 + p.high)
-    return -weight * p.advantages * p.log_prob, {"pg_clipfrac": (weight != ratio).float()}
+def compute_policy_loss_cispo(inputs: LossInputs) -> tuple[Tensor, Metrics]:
+    """CISPO's loss (arXiv 2506.13585): REINFORCE weighted by the clipped ratio.
+
+    No gradient flows through the ratio, so that a clipped token still learns.
+    """
+    ratio = inputs.log_ratio.detach().exp()
+    clipped_ratio = inputs.clip(ratio)
+    pg_losses = -clipped_ratio * inputs.advantages * inputs.log_prob
+    return pg_losses, {"pg_clipfrac": (clipped_ratio != ratio).float()}
 
 
-def reinforce(p: Policy) -> tuple[Tensor, Metrics]:
-    """REINFORCE (Williams 1992). No ratio and no trust region: for one optimizer step per rollout
-    batch."""
-    return -p.advantages * p.log_prob, {}
+def compute_policy_loss_reinforce(inputs: LossInputs) -> tuple[Tensor, Metrics]:
+    """REINFORCE (Williams 1992).
+
+    It has no ratio and no trust region: for one optimizer step per rollout batch.
+    """
+    return -inputs.advantages * inputs.log_prob, {}
 
 
-POLICY_LOSSES: dict[str, Callable[[Policy], tuple[Tensor, Metrics]]] = {
-    "vanilla": vanilla,
-    "gspo": gspo,
-    "cispo": cispo,
-    "reinforce": reinforce,
+PolicyLoss = Callable[[LossInputs], tuple[Tensor, Metrics]]
+"""Gives the loss and what is counted beside it, both per token [B, R]."""
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {
+    "vanilla": compute_policy_loss_vanilla,
+    "gspo": compute_policy_loss_gspo,
+    "cispo": compute_policy_loss_cispo,
+    "reinforce": compute_policy_loss_reinforce,
 }
-
-
-def compute_policy_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    cliprange: float | None = None,
-    cliprange_low: float | None = None,
-    cliprange_high: float | None = None,
-    clip_ratio_c: float = 3.0,
-    loss_agg_mode: str = "token-mean",
-    num_tokens: Count = None,
-    num_seqs: Count = None,
-    loss_scale_factor: float | None = None,
-    loss_mode: str = "vanilla",
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
-    """Loss of the policy and metrics: `loss_mode` names one of POLICY_LOSSES.
-
-    The sides of the clip default to `cliprange`; raises ValueError when neither is given.
-    `rollout_is_weights` [B, R] multiply the tokens' losses. Metrics: what the loss counts, and
-    `ppo_kl`, the mean of old - new log-prob.
-    """
-    low = cliprange if cliprange_low is None else cliprange_low
-    high = cliprange if cliprange_high is None else cliprange_high
-    if low is None or high is None:
-        raise ValueError("give cliprange, or both cliprange_low and cliprange_high")
-    mask = response_mask.bool()
-    log_ratio = _log_ratio(log_prob, old_log_prob, mask)
-    own = torch.where(mask, log_prob, 0.0)
-    earned = torch.where(mask, advantages, 0.0)
-    losses, counted = POLICY_LOSSES[loss_mode](
-        Policy(own, log_ratio, earned, mask, low, high, clip_ratio_c)
-    )
-    if rollout_is_weights is not None:
-        losses = losses * torch.where(mask, rollout_is_weights, 0.0)
-    tokens = {**counted, "ppo_kl": -log_ratio.detach()}
-    metrics = {
-        name: agg_loss(x, mask, "token-mean", num_tokens=num_tokens) for name, x in tokens.items()
-    }
-    shares: dict[str, Any] = {
-        "num_tokens": num_tokens,
-        "num_seqs": num_seqs,
-        "loss_scale_factor": loss_scale_factor,
-    }
-    return agg_loss(losses, mask, loss_agg_mode, **shares), metrics
+"""The choices of `actor.policy_loss.loss_mode`."""
 
 
 def likelihood_losses(
     old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor
 ) -> Tensor:
-    """The likelihood-preserving regulariser of LLDS (arXiv 2512.04220), per token: old minus new
-    log-prob of the tokens that lost some, in responses that were not bad (advantage of at least 0)
-    and whose log-prob fell as a whole."""
+    """The likelihood-preserving regulariser of LLDS (arXiv 2512.04220), per token [B, R].
+
+    It is old minus new log-prob of the tokens that lost some, in responses that were not bad
+    (advantage of at least 0) and whose log-prob fell as a whole.
+    """
     mask = response_mask.bool()
     lost = -_log_ratio(log_prob, old_log_prob, mask)
-    fell = lost.detach().sum(-1, keepdim=True) > 0
-    return torch.where(fell & (torch.where(mask, advantages, 0.0) >= 0), lost.clamp(min=0), 0.0)
+    response_fell = lost.detach().sum(-1, keepdim=True) > 0
+    not_bad = torch.where(mask, advantages, 0.0) >= 0
+    return torch.where(response_fell & not_bad, lost.clamp(min=0), 0.0)
 
 
 def compute_value_loss(
@@ -197,22 +202,27 @@ def compute_value_loss(
     num_tokens: Count = None,
     num_seqs: Count = None,
 ) -> tuple[Tensor, Metrics]:
-    """Half the squared error of `vpreds` or, where worse, of those held within `cliprange_value` of
-    the old `values`.
+    """PPO's clipped loss of the critic, aggregated by `agg_loss`.
 
-    Metrics: `vf_clipfrac` (share of tokens where it is worse), `vpred_mean`.
+    It is half the squared error of `vpreds` or, where that is worse, of `vpreds` held within
+    `cliprange_value` of the old `values`. Metrics: `vf_clipfrac` (share of tokens where it is
+    worse), `vpred_mean`.
     """
     mask = response_mask.bool()
     vpreds, returns, values = (torch.where(mask, x, 0.0) for x in (vpreds, returns, values))
-    held = vpreds.clamp(values - cliprange_value, values + cliprange_value)
-    free_loss = (vpreds - returns).square()
-    held_loss = (held - returns).square()
-    losses = 0.5 * torch.maximum(free_loss, held_loss)
-    tokens = {"vf_clipfrac": (held_loss > free_loss).float(), "vpred_mean": vpreds.detach()}
+    clipped_vpreds = vpreds.clamp(values - cliprange_value, values + cliprange_value)
+    vf_losses1 = (vpreds - returns).square()
+    vf_losses2 = (clipped_vpreds - returns).square()
+    vf_losses = 0.5 * torch.maximum(vf_losses1, vf_losses2)
+    mean_of_tokens = partial(
+        agg_loss, loss_mask=mask, loss_agg_mode="token-mean", num_tokens=num_tokens
+    )
     metrics = {
-        name: agg_loss(x, mask, "token-mean", num_tokens=num_tokens) for name, x in tokens.items()
+        "vf_clipfrac": mean_of_tokens((vf_losses2 > vf_losses1).float()),
+        "vpred_mean": mean_of_tokens(vpreds.detach()),
     }
-    return agg_loss(losses, mask, loss_agg_mode, num_tokens=num_tokens, num_seqs=num_seqs), metrics
+    vf_loss = agg_loss(vf_losses, mask, loss_agg_mode, num_tokens=num_tokens, num_seqs=num_seqs)
+    return vf_loss, metrics
 
 
 def compute_entropy_loss(
