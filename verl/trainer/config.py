@@ -2,7 +2,7 @@
 together."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -17,14 +17,16 @@ from pydantic import (
 
 from verl.trainer.checks import combination_problems
 from verl.trainer.ppo.collapse import CollapseWatchConfig
-from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS
-from verl.utils.config import Config, problems_of
+from verl.utils.config import Config, OneOf, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
 from verl.utils.model_names import is_checkpoint, is_place, is_run
 from verl.utils.reward import FunctionReward, check_signature
 from verl.utils.tokenizer import template_problems
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty
+
+if TYPE_CHECKING:
+    from verl.trainer.ppo.core_algos.advantages import AdvantageEstimator
 
 
 class DataConfig(Config):
@@ -91,7 +93,7 @@ class FilterGroupsConfig(Config):
     """Rollout batches per training step at most; then the step trains on what there is."""
 
 
-Level = Literal["token", "sequence", "geometric"]
+Level = Annotated[str, OneOf("verl.trainer.ppo.core_algos.LEVELS")]
 
 
 class RolloutCorrectionConfig(Config):
@@ -127,20 +129,12 @@ class RolloutCorrectionConfig(Config):
         return self.rollout_rs_threshold_lower or 1 / self.rollout_rs_threshold
 
 
-LossFilter = Literal["zero_variance", "void_turn", "truncated"]
+Estimator = Annotated[str, OneOf("verl.trainer.ppo.core_algos.ADVANTAGE_ESTIMATORS")]
+LossFilter = Annotated[str, OneOf("verl.trainer.ppo.filters.FILTERS")]
 
 
 class AlgorithmConfig(Config):
-    adv_estimator: Literal[
-        "gae",
-        "grpo",
-        "dr_grpo",
-        "rloo",
-        "reinforce",
-        "reinforce_plus_plus",
-        "reinforce_plus_plus_baseline",
-        "turn_level",
-    ] = "gae"
+    adv_estimator: Estimator = "gae"
     """gae is PPO with a critic. grpo, dr_grpo (no std), rloo, reinforce_plus_plus_baseline and
     turn_level compare the trajectories of one prompt; reinforce and reinforce_plus_plus take the
     returns as they are, the latter whitened."""
@@ -274,12 +268,19 @@ class PPOConfig(Config):
 
     @property
     def use_critic(self) -> bool:
-        return ADVANTAGE_ESTIMATORS[self.algorithm.adv_estimator].uses_critic
+        return self._estimator.uses_critic
 
     @property
     def uses_groups(self) -> bool:
         """Whether advantages come from comparing the trajectories of one prompt."""
-        return ADVANTAGE_ESTIMATORS[self.algorithm.adv_estimator].uses_groups
+        return self._estimator.uses_groups
+
+    @property
+    def _estimator(self) -> "AdvantageEstimator":
+        # torch, which the estimators need, would take seconds where only help is asked for
+        from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS
+
+        return ADVANTAGE_ESTIMATORS[self.algorithm.adv_estimator]
 
     @property
     def use_reference(self) -> bool:

@@ -1,17 +1,50 @@
 """The base of every config model: frozen, and a key that is not declared is an error."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+
+from verl.utils.loading import load_class
 
 
 class Config(BaseModel):
     """Validated once, at the boundary; nobody writes to it afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a text that must be one of the names in a table, `Annotated[str, OneOf("a.module.T")]`.
+
+    The table is the only list of the names. It is loaded when a value is validated, so a model can
+    be imported without what the table needs.
+    """
+
+    table: str
+    """Dotted path of a mapping, or of a sequence, of names."""
+
+    @property
+    def names(self) -> list[str]:
+        return list(load_class(self.table, "table"))
+
+    def check(self, value: str) -> str:
+        """The value. Raises the error of a literal where it is none of the names."""
+        names = self.names
+        if value in names:
+            return value
+        expected = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+        message = "Input should be {expected}"
+        raise PydanticCustomError("literal_error", message, {"expected": expected})
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
 EXPECTED = {

@@ -3,22 +3,17 @@
 Batch sizes are global numbers: counted over all ranks.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from verl.utils.config import Config
+from verl.utils.config import Config, OneOf
 from verl.utils.endpoint import EndpointConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-LossAggMode = Literal[
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
-]
-KLPenalty = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+LossMode = Annotated[str, OneOf("verl.trainer.ppo.core_algos.POLICY_LOSSES")]
+LossAggMode = Annotated[str, OneOf("verl.trainer.ppo.core_algos.LOSS_AGG_MODES")]
+KLPenalty = Annotated[str, OneOf("verl.trainer.ppo.core_algos.KL_PENALTIES")]
 
 
 class ModelConfig(Config):
@@ -83,7 +78,7 @@ class FSDPConfig(Config):
 
 
 class PolicyLossConfig(Config):
-    loss_mode: Literal["vanilla", "gspo", "cispo", "reinforce"] = "vanilla"
+    loss_mode: LossMode = "vanilla"
     """vanilla is PPO's clip; gspo clips whole sequences (2507.18071), cispo the weight of REINFORCE
     (2506.13585)."""
     llds_coef: NonNegativeFloat = 0.0
