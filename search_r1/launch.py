@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
 from search_r1.config import SetupConfig
@@ -52,6 +52,12 @@ PATHS = (
 )
 """Keys of paths. On the command line they are relative to where the user stands, in configs/ to the
 repository."""
+OF_SMALL_BASE = (
+    "actor_rollout_ref.actor.optim.lr",
+    "data.max_response_length",
+    "actor_rollout_ref.actor.fsdp_config.dtype",
+)
+"""Keys whose values in experiment=own_data suit no model but the one it names."""
 TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
 MODELS = ("actor_rollout_ref.model.path", TOKENIZER, "critic.model.path")
 """Keys of paths that may also be names of the Hugging Face hub."""
@@ -85,7 +91,13 @@ def launch(argv: Sequence[str]) -> int:
             ["--multirun: what surrounds a run is made for one: scripts/sweep.sh makes several"]
         )
     config, overrides = composed(line.config_name, line.overrides)
-    check(config)
+    if kept := values_of_small_base(config, overrides):
+        logger.warning(
+            "experiment=own_data has the values of the closed world's small base model, such as "
+            "%s: experiment=own_model has those for others",
+            " ".join(kept),
+        )
+    validate(compose.as_plain(config))
     if config.finetune.data is not None:
         return surrounded("search_r1.finetune", line.config_name, overrides, config)
     status = surrounded("verl.trainer.main_ppo", line.config_name, overrides, config)
@@ -109,20 +121,12 @@ def composed(
     return config, complete
 
 
-def check(config: DictConfig) -> None:
-    """Raises ConfigError listing everything that is wrong with a configuration, of `setup` and
-    `finetune` too."""
-    from search_r1.finetune import read_finetune
-
-    raw = compose.as_plain(config)
-    problems: list[str] = []
-    for read in (validate, read_setup, read_finetune):
-        try:
-            read(raw)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+def values_of_small_base(config: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """The values of experiment=own_data that a command keeps although it names another model."""
+    given = {text.partition("=")[0] for text in overrides}
+    if "experiment=own_data" not in overrides or MODELS[0] not in given:
+        return []
+    return [f"{key}={OmegaConf.select(config, key)}" for key in OF_SMALL_BASE if key not in given]
 
 
 def surrounded(program: str, config_name: str, overrides: Sequence[str], config: DictConfig) -> int:

@@ -26,6 +26,7 @@ OTHER_RECIPES = sorted(
 )
 ALGOS = ("grpo", "ppo")
 OWN = ["experiment=own_data", "setup.corpus_path=c.jsonl", "setup.questions=q.jsonl"]
+OWN_MODEL = ["experiment=own_model", *OWN[1:], "actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B"]
 
 
 def composed(config: str, *overrides: str) -> dict:
@@ -122,6 +123,18 @@ def test_defaults_and_own_data(config, overrides):
     assert validate(composed(config, *overrides))
 
 
+@pytest.mark.parametrize("algorithm", ALGOS)
+def test_a_pretrained_model_on_own_data_is_trained_as_in_the_recipes(algorithm):
+    config = validate(composed(algorithm, *OWN_MODEL))
+    recipe = validate(composed(algorithm, f"experiment=nq_hotpotqa/qwen2.5-3b-{algorithm}"))
+    section = config.actor_rollout_ref
+    assert config.data.max_response_length == recipe.data.max_response_length
+    assert section.actor.optim.lr == recipe.actor_rollout_ref.actor.optim.lr
+    assert section.actor.fsdp_config == recipe.actor_rollout_ref.actor.fsdp_config
+    assert section.ref == recipe.actor_rollout_ref.ref
+    assert section.rollout.dtype == recipe.actor_rollout_ref.rollout.dtype
+
+
 def test_every_problem_is_listed_with_its_key():
     raw = composed("grpo", "data.train_batch_size=47", "actor_rollout_ref.rollout.n=1")
     with pytest.raises(ConfigError) as caught:
@@ -137,6 +150,8 @@ def test_wrong_keys_and_types_in_every_section():
     raw["data"]["train_batch_size"] = "many"
     raw["agent"]["retriever"]["adress"] = "x"
     raw["reward"]["emm"] = 1
+    raw["setup"]["corpus"] = "c.jsonl"
+    raw["finetune"]["data"] = "foo"
     raw["surprise"] = 1
     with pytest.raises(ConfigError) as caught:
         validate(raw)
@@ -145,6 +160,8 @@ def test_wrong_keys_and_types_in_every_section():
         "data.train_batch_size",
         "agent.retriever.adress",
         "reward.emm",
+        "setup.corpus",
+        "finetune.data=foo: expected 'answers' or 'samples'",
         "surprise",
     ):
         assert key in str(caught.value)

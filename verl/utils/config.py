@@ -1,4 +1,7 @@
-"""The base of every config model: frozen, and a key that is not declared is an error."""
+"""What config models are made of, and how their errors are told.
+
+Config models are frozen, and a key that they do not declare is an error.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from verl.utils.loading import load_class
 
 
 class Config(BaseModel):
-    """Validated once, at the boundary; nobody writes to it afterwards."""
+    """The base of every config model: validated once, at the boundary, and never written to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -75,9 +78,10 @@ BOUNDS = {
 def problems_of(
     error: ValidationError, prefix: str, model: type[BaseModel] | None = None
 ) -> list[str]:
-    """Every wrong key under `prefix`, with what was given and what was expected, a line each.
+    """One line for every wrong key: the key, what was given and what was expected.
 
-    `model`: where to look for the key that was meant by one that does not exist.
+    `prefix` is put before the keys. `model` is where the key is looked for that was meant by one
+    that does not exist.
     """
     expected: dict[str, list[str]] = {}
     lines: dict[str, str] = {}
@@ -98,8 +102,7 @@ def problems_of(
 
 
 def key_of(details: ErrorDetails) -> str:
-    """The dotted key of an error, without the names of a union's alternatives, which pydantic
-    adds."""
+    """The dotted key of an error, without what pydantic adds: names of a union's alternatives."""
     names = [str(part) for part in details["loc"]]
     return ".".join(name for name in names if "[" not in name and name not in ALTERNATIVES)
 
@@ -122,9 +125,9 @@ def expectation(details: ErrorDetails) -> str:
 
 def shown(value: Any) -> str:
     """A value as it is written on a command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def keys_of_model(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -140,8 +143,8 @@ def keys_of_model(model: type[BaseModel], prefix: str = "") -> list[str]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint at the known name that was meant, empty where none is near.
 
-    It is one that only has more before it, or is spelt alike in the same section, or has another
-    section before it.
+    A near name is one with more sections before it, one that is spelt alike in the same section,
+    or one of another section.
 
     >>> did_you_mean("train_batch_size", ["data.train_batch_size"])
     '; did you mean data.train_batch_size?'

@@ -116,9 +116,9 @@ class ActorConfig(Config):
     use_kl_loss: bool = False
     """Add the KL to the reference to the loss (GRPO)."""
     kl_loss_coef: NonNegativeFloat = 0.001
-    """Its weight."""
+    """Weight of the KL in the loss."""
     kl_loss_type: KLPenalty = "low_var_kl"
-    """Its estimator."""
+    """Estimator of the KL in the loss."""
     grad_clip: PositiveFloat = 1.0
     """Maximum norm of the gradient."""
     state_masking: bool = True
@@ -168,7 +168,7 @@ class SamplingConfig(Config):
     """Trajectories per prompt: the group size of GRPO (`n_agent` of the original)."""
 
     def params(self) -> dict[str, Any]:
-        """What an engine has to know."""
+        """The parameters of a request to the engine."""
         return {
             **self.model_dump(include={"temperature", "top_p", "top_k"}),
             "log_probs": self.trains,
@@ -200,7 +200,7 @@ class OpenAIConfig(EndpointConfig):
     """chat: turns as messages. completions: one text, with the tokenizer's chat template where it
     has one."""
     max_tokens_key: str = "max_tokens"
-    """Name of the limit in a request; some models want max_completion_tokens."""
+    """Name of the limit of tokens in a request; some models want max_completion_tokens."""
     extra_body: dict[str, Any] = {}
     """Further entries of every request."""
 
@@ -215,7 +215,7 @@ class RolloutConfig(SamplingConfig):
     nnodes: PositiveInt = 1
     """Nodes of the engines, where they have GPUs of their own (hybrid_engine=false)."""
     n_gpus_per_node: PositiveInt = 1
-    """Their GPUs on each of these nodes."""
+    """GPUs of the engines on each of these nodes."""
     num_replicas: PositiveInt | None = None
     """Engines; null: as many as their GPUs hold (GPUs / tensor_model_parallel_size), one on CPU."""
     num_val_replicas: NonNegativeInt = 0
