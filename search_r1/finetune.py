@@ -1,5 +1,6 @@
-"""`python -m search_r1.finetune --config-name grpo method=sft|rejection [key=value ...]`: the
-supervised baselines.
+"""The supervised baselines.
+
+    python -m search_r1.finetune --config-name grpo method=sft|rejection [key=value ...]
 
 `sft`: the policy learns the answers of the training questions. `rejection`: it samples
 trajectories, learns those that scored, and again. Both by `verl.trainer.sft`; every round leaves
@@ -55,11 +56,10 @@ def answer_rows(
     tokenizer: Any,
     chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[dict[str, list[int]]]:
-    """Question and first gold answer of every training row, with loss on the answer and the end of
-    the turn.
+    """The question and the first gold answer of every row, as ids with a mask of the loss.
 
-    The prompt is the one that evaluation asks. Raises DataError naming the place of a row whose
-    prompt cannot be made.
+    The loss is on the answer and the end of the turn. The prompt is the one that evaluation asks.
+    Raises DataError naming the place of a row whose prompt cannot be made.
     """
     end = end_of_turn(tokenizer, **chat_template_kwargs)
     for place, row in zip(places, rows, strict=True):
@@ -86,8 +86,10 @@ class Finetune:
         self.model = str(config.actor_rollout_ref.model.path)
 
     def __call__(self) -> Path:
-        """The folder of the final model. Raises DataError when finished rounds in it were made
-        otherwise."""
+        """Trains all rounds that are not finished, returns the folder of the final model.
+
+        Raises DataError when finished rounds in the run folder were made otherwise.
+        """
         final = self.run_dir / "hf"
         claim(self.run_dir / "finetune.json", self.made_of(), "finetuning")
         for number in range(self.config.rounds):
@@ -102,7 +104,7 @@ class Finetune:
         return final
 
     def made_of(self) -> dict[str, Any]:
-        """What a finished round depends on. More rounds may follow it."""
+        """What a finished round depends on; the number of rounds is not part of it."""
         data = self.raw["data"]
         model = self.raw["actor_rollout_ref"]["model"]
         agent = self.raw["agent"]
@@ -124,33 +126,34 @@ class Finetune:
         }
 
     def rows(self, folder: Path) -> Path:
-        """The file of training rows, written."""
+        """Writes the training rows of a round, returns their file."""
         path = folder / "rows.jsonl"
         files = files_of(self.raw["data"]["train_files"])
         if self.config.data == "samples":
             samples = self.sample(folder / "samples", files)
             rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))
         else:
-            model = self.raw["actor_rollout_ref"]["model"]
-            data = self.raw["data"]
-            tokenizer = AutoTokenizer.from_pretrained(
-                model.get("tokenizer_path") or self.model,
-                trust_remote_code=model.get("trust_remote_code", False),
-            )
-            places, questions = read_questions(
-                files, data["train_data_num"], data["train_sample_seed"]
-            )
-            template = self.raw["template"]
-            kwargs = data["apply_chat_template_kwargs"]
-            rows = list(answer_rows(places, questions, template, tokenizer, kwargs))
+            rows = list(self.answers(files))
         if not rows:
             raise DataError(f"{folder}: none of the samples scored {self.config.min_score} or more")
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         sys.stdout.write(f"{path}: {len(rows)} rows\n")
         return path
 
+    def answers(self, files: Sequence[str]) -> Iterator[dict[str, list[int]]]:
+        """The rows of the training questions and their gold answers."""
+        data = self.raw["data"]
+        model = self.raw["actor_rollout_ref"]["model"]
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.get("tokenizer_path") or self.model,
+            trust_remote_code=model.get("trust_remote_code", False),
+        )
+        places, questions = read_questions(files, data["train_data_num"], data["train_sample_seed"])
+        kwargs = data["apply_chat_template_kwargs"]
+        return answer_rows(places, questions, self.raw["template"], tokenizer, kwargs)
+
     def sample(self, folder: Path, files: Sequence[str]) -> Path:
-        """Trajectories of the current model on the training questions."""
+        """Samples trajectories of the current model on the training questions, returns the file."""
         val = "actor_rollout_ref.rollout.val_kwargs"
         run(
             "-m",
@@ -168,6 +171,7 @@ class Finetune:
         return folder / "evaluation.jsonl"
 
     def train(self, rows: Path, folder: Path) -> None:
+        """Trains the current model on a file of rows; the result is `folder`/hf."""
         model = self.raw["actor_rollout_ref"]["model"]
         fsdp = self.raw["actor_rollout_ref"]["actor"]["fsdp_config"]
         ranks = self.raw["trainer"]["n_gpus_per_node"]
@@ -198,6 +202,7 @@ def run(*command: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Fine-tunes as a command line says, returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -59,15 +59,8 @@ def read_command_line(argv: Sequence[str], default_config: str) -> CommandLine:
     parser.add_argument("--cfg", "-c")
     parser.add_argument("--package", "-p")
     parser.add_argument("--info", "-i", nargs="?")
-    switches = (
-        ("--resolve",),
-        ("--run", "-r"),
-        ("--hydra-help",),
-        ("--version",),
-        ("--help", "-h"),
-    )
-    for switch in switches:
-        parser.add_argument(*switch, action="store_true")
+    for names in ("--resolve", "--run -r", "--hydra-help", "--version", "--help -h"):
+        parser.add_argument(*names.split(), action="store_true")
     known, overrides = parser.parse_known_args(argv)
     flags = without(argv, overrides)
     project, overrides = take_compat(overrides)
