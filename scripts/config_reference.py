@@ -1,4 +1,6 @@
-"""Writes docs/configuration.md from the pydantic models, and docs/migration.md from the tables of
+"""Writes docs/configuration.md and docs/migration.md.
+
+The first from the pydantic models and the composed configuration, the second from the tables of
 other projects' keys.
 
 python scripts/config_reference.py [--check]
@@ -8,33 +10,50 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
+from pydantic.fields import FieldInfo
 
 from search_r1.agent.loop import SearchAgentLoop
-from search_r1.finetune import FinetuneConfig
-from search_r1.launch import SetupConfig
+from search_r1.config import FinetuneConfig, SetupConfig
 from search_r1.rewards.compose import SearchReward
 from search_r1.search.config import RetrieverConfig
 from verl.trainer.compat import PROJECTS, Project
+from verl.trainer.compose import compose_or_say_why
 from verl.trainer.config import PPOConfig
 from verl.trainer.overrides import written
+from verl.utils.config import OneOf
 from verl.utils.loading import load_class
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 OUT = DOCS / "configuration.md"
 OUT_MIGRATION = DOCS / "migration.md"
+WITHOUT_RECIPE = ("~experiment", "~algo", "~method")
+SET_ELSEWHERE = {"agent.retriever"}
+"""Keys that users do not set themselves: `retriever.*` is taken over."""
+LINK = re.compile(r"\$\{([\w.]+)\}")
 HEAD = """# Configuration reference
 
-Written by `python scripts/config_reference.py` from the models that validate a run, with their
-defaults. `configs/base.yaml` and `configs/search.yaml` repeat them. They also give values to
-`trainer.panels` and `trainer.collapse_watch.signals`, and let many keys of `critic`, `ref`,
-`agent` and `finetune` follow others. The recipes in `configs/experiment/` set values of their
-own: `--cfg job` shows what a command uses. Batch sizes count over all ranks, unless the key ends
-in `_per_gpu`. `max_turns`, `do_search`, `template` and `retriever.*` are top-level keys that
-`agent` takes over; `method=NAME` chooses one of `configs/method/`, which set them.
+Written by `python scripts/config_reference.py` from the models that validate a run
+(`verl/trainer/config.py`, `verl/workers/config.py`, `search_r1/`), where every default stands.
+`configs/base.yaml` and `configs/search.yaml` name these models, and hold the few values that no
+model can know: links (`as ...` below), and what the search task sets for the library. The column
+*default* is what they compose to. A command then chooses a file of each of these groups, which set
+values of their own; `--cfg job` shows what comes of it:
+
+- `experiment=NAME`, a recipe of `configs/experiment/`. One that is made for an algorithm chooses
+  it, whatever script starts it.
+- `algo=NAME`, the algorithm (`configs/algo/`): every switch that tells PPO and GRPO apart. Without
+  a recipe that chooses it (`experiment=own_data`, for instance) it is the script's:
+  `train_ppo.sh` or `train_grpo.sh`, `--config-name ppo` or `grpo`.
+- `method=NAME`, how the model is asked to search (`configs/method/`).
+- `+mode=deterministic`: the same bits in every run.
+
+Batch sizes count over all ranks, unless the key ends in `_per_gpu`. `max_turns`, `do_search`,
+`template` and `retriever.*` are top-level keys that `agent` takes over.
 
 Names that differ from the original Search-R1: `actor_rollout_ref.rollout.n_agent` is `rollout.n`;
 `actor.ppo_mini_batch_size` counts trajectories, also with groups; micro-batches are per GPU and
@@ -71,57 +90,91 @@ read as Hugging Face models (`actor_rollout_ref.model.path`).
 """
 
 
-def rows(model: type[BaseModel], prefix: str, whole: Any = PydanticUndefined) -> list[str]:
-    """Table rows of all fields, nested models flattened. `whole` is the default of the section,
-    where it has one: it may set other values than the fields of its model."""
-    lines: list[str] = []
+def table(model: type[BaseModel], section: DictConfig, prefix: str) -> list[str]:
+    """The rows of a section: the keys of its model, with the values that it is composed with."""
+    rows: list[str] = []
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
+        if key in SET_ELSEWHERE:
+            continue
         nested = field.annotation
-        default = getattr(whole, name) if isinstance(whole, BaseModel) else field.default
-        if key == "agent.retriever":  # set as `retriever.*`
-            continue
         if isinstance(nested, type) and issubclass(nested, BaseModel):
-            lines += rows(nested, f"{key}.", default)
+            rows += table(nested, section[name], f"{key}.")
             continue
-        kind = getattr(nested, "__name__", None) if isinstance(nested, type) else str(nested)
-        kind = re.sub(r"Annotated\[(\w+), \w+\(.*?\)\]", r"\1", str(kind).replace("typing.", ""))
-        kind = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", kind).replace("|", "\\|")
-        shown = "required" if default is PydanticUndefined else f"`{default!r}`"
-        lines.append(
-            f"| `{key}` | {kind} | {shown} | {(field.description or '').replace(chr(10), ' ')} |"
-        )
-    return lines
+        meaning = (field.description or "").replace("\n", " ")
+        kind = type_in_words(field).replace("|", "\\|")
+        rows.append(f"| `{key}` | {kind} | {default_in_words(section, name)} | {meaning} |")
+    return rows
+
+
+def default_in_words(section: DictConfig, name: str) -> str:
+    """The value of a key as a command line has it; of a link, the key that it follows."""
+    if OmegaConf.is_missing(section, name):
+        return "required"
+    empty = "''"
+    plain = OmegaConf.to_container(section, resolve=False)
+    assert isinstance(plain, dict)
+    link = LINK.fullmatch(str(plain[name]))
+    return f"as `{link[1]}`" if link else f"`{written(plain[name]) or empty}`"
+
+
+def type_in_words(field: FieldInfo) -> str:
+    """The type of a field, or the names that it may have."""
+    choices = [mark for mark in field.metadata if isinstance(mark, OneOf)]
+    shown = "str" if choices else annotation_in_words(field.annotation)
+    return shown.replace("str", names_in_words(choices[0])) if choices else shown
+
+
+def annotation_in_words(annotation: Any) -> str:
+    """A type without what pydantic adds to it."""
+    if annotation is None or annotation is type(None):
+        return "None"
+    origin = get_origin(annotation)
+    parts = get_args(annotation)
+    if origin is Annotated:
+        marks = [mark for mark in parts[1:] if isinstance(mark, OneOf)]
+        return names_in_words(marks[0]) if marks else annotation_in_words(parts[0])
+    if origin is Literal:
+        return ", ".join(map(repr, parts))
+    if origin in (Union, UnionType):
+        return " | ".join(map(annotation_in_words, parts))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(annotation_in_words, parts))}]"
+    return annotation.__name__
+
+
+def names_in_words(mark: OneOf) -> str:
+    return ", ".join(map(repr, mark.names))
 
 
 def page() -> str:
     """The whole document."""
-    sections: list[tuple[str, type[BaseModel], str]] = [
-        (name, field.annotation, f"{name}.")  # pyright: ignore
+    config = compose_or_say_why("grpo", WITHOUT_RECIPE)
+    sections: dict[str, type[BaseModel]] = {
+        name: field.annotation
         for name, field in PPOConfig.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    ]
-    sections += [
-        ("agent", SearchAgentLoop.Config, "agent."),
-        ("retriever", RetrieverConfig, "retriever."),
-        ("reward", SearchReward.Config, "reward."),
-        ("finetune", FinetuneConfig, "finetune."),
-        ("setup", SetupConfig, "setup."),
-    ]
+    }
+    sections |= {
+        "agent": SearchAgentLoop.Config,
+        "retriever": RetrieverConfig,
+        "reward": SearchReward.Config,
+        "finetune": FinetuneConfig,
+        "setup": SetupConfig,
+    }
     text = [HEAD]
-    for title, model, prefix in sections:
+    for name, model in sections.items():
         text += [
-            f"\n## {title}\n",
+            f"\n## {name}\n",
             "| key | type | default | meaning |",
             "|---|---|---|---|",
-            *rows(model, prefix),
+            *table(model, config[name], f"{name}."),
         ]
     return "\n".join(text) + "\n"
 
 
 def migration_page() -> str:
-    """docs/migration.md: what became of every key that the other projects have and this one does
-    not, or otherwise."""
+    """What became of every key of other projects that is absent here, or means something else."""
     text = [MIGRATION]
     titles = {"search_r1": "The original Search-R1", "verl": "verl"}
     for name, path in PROJECTS.items():

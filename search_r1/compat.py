@@ -1,4 +1,4 @@
-"""Command lines of the original Search-R1: what became of the keys that this project does not have.
+"""What became of the keys of the original Search-R1 that this project does not have.
 
 `compat=search_r1` takes such a command line whole (`verl/trainer/compat.py` says how);
 docs/migration.md has the table.
@@ -22,13 +22,15 @@ FORMAT_REWARD = "the format reward (main_ppo_format): reward.em_format=1, reward
 
 
 def format_reward(value: Any) -> dict[str, Any]:
-    """The reward of main_ppo_format, whose scores only its scripts name."""
+    """The reward of the original's main_ppo_format, to which its format scores belong."""
     return {"reward.em": 0.0, "reward.em_format": 1.0}
 
 
 def http_server(value: Any, given: Given) -> Any:
-    """The address of a retrieval server. Raises Refused for the name of a search engine, which a
-    fork has there."""
+    """The address of a retrieval server.
+
+    Raises Refused for the name of a search engine, which a fork of the original has there.
+    """
     if not str(value).startswith(("http://", "https://", "[")):
         raise Refused(
             "expected the address of a server: scripts/retriever/web.sh starts one that searches "

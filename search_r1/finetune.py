@@ -1,5 +1,6 @@
-"""`python -m search_r1.finetune --config-name grpo method=sft|rejection [key=value ...]`: the
-supervised baselines.
+"""The supervised baselines.
+
+    python -m search_r1.finetune --config-name grpo method=sft|rejection [key=value ...]
 
 `sft`: the policy learns the answers of the training questions. `rejection`: it samples
 trajectories, learns those that scored, and again. Both by `verl.trainer.sft`; every round leaves
@@ -15,13 +16,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from search_r1.agent.loop import question_of
+from search_r1.config import FinetuneConfig
 from search_r1.data import rejection
 from search_r1.launch import ROOT, composed, files_of
 from search_r1.prompts import build_prompt
@@ -30,35 +32,13 @@ from verl.agent import Row
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 from verl.trainer.overrides import quoted, written
-from verl.utils.config import Config, problems_of
+from verl.utils.config import problems_of
 from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.model_names import full_path
 from verl.utils.processes import dying_with_this
 from verl.utils.run_folder import claim, pending_place, replace_folder
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
-
-
-class FinetuneConfig(Config):
-    data: Literal["answers", "samples"] | None = None
-    """answers: of the training questions (SFT). samples: the policy's own trajectories that scored
-    (rejection)."""
-    rounds: PositiveInt = 1
-    """Times that samples are drawn and learned."""
-    samples: PositiveInt = 5
-    """Trajectories per training question."""
-    temperature: PositiveFloat = 1.0
-    """Of the sampling."""
-    min_score: float = 1.0
-    """Reward to keep a trajectory."""
-    steps: PositiveInt = 300
-    """Optimizer steps per round."""
-    train_batch_size: PositiveInt = 64
-    """Rows per optimizer step, over all ranks."""
-    max_token_len_per_gpu: PositiveInt = 16384
-    """Most tokens in a forward-backward pass of one rank: what its memory is proportional to."""
-    lr: float = Field(default=1e-5, gt=0)
-    """Learning rate."""
 
 
 def read_finetune(raw: Mapping[str, Any]) -> FinetuneConfig:
@@ -76,11 +56,10 @@ def answer_rows(
     tokenizer: Any,
     chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[dict[str, list[int]]]:
-    """Question and first gold answer of every training row, with loss on the answer and the end of
-    the turn.
+    """The question and the first gold answer of every row, as ids with a mask of the loss.
 
-    The prompt is the one that evaluation asks. Raises DataError naming the place of a row whose
-    prompt cannot be made.
+    The loss is on the answer and the end of the turn. The prompt is the one that evaluation asks.
+    Raises DataError naming the place of a row whose prompt cannot be made.
     """
     end = end_of_turn(tokenizer, **chat_template_kwargs)
     for place, row in zip(places, rows, strict=True):
@@ -107,8 +86,10 @@ class Finetune:
         self.model = str(config.actor_rollout_ref.model.path)
 
     def __call__(self) -> Path:
-        """The folder of the final model. Raises DataError when finished rounds in it were made
-        otherwise."""
+        """Trains all rounds that are not finished, returns the folder of the final model.
+
+        Raises DataError when finished rounds in the run folder were made otherwise.
+        """
         final = self.run_dir / "hf"
         claim(self.run_dir / "finetune.json", self.made_of(), "finetuning")
         for number in range(self.config.rounds):
@@ -123,7 +104,7 @@ class Finetune:
         return final
 
     def made_of(self) -> dict[str, Any]:
-        """What a finished round depends on. More rounds may follow it."""
+        """What a finished round depends on; the number of rounds is not part of it."""
         data = self.raw["data"]
         model = self.raw["actor_rollout_ref"]["model"]
         agent = self.raw["agent"]
@@ -145,33 +126,34 @@ class Finetune:
         }
 
     def rows(self, folder: Path) -> Path:
-        """The file of training rows, written."""
+        """Writes the training rows of a round, returns their file."""
         path = folder / "rows.jsonl"
         files = files_of(self.raw["data"]["train_files"])
         if self.config.data == "samples":
             samples = self.sample(folder / "samples", files)
             rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))
         else:
-            model = self.raw["actor_rollout_ref"]["model"]
-            data = self.raw["data"]
-            tokenizer = AutoTokenizer.from_pretrained(
-                model.get("tokenizer_path") or self.model,
-                trust_remote_code=model.get("trust_remote_code", False),
-            )
-            places, questions = read_questions(
-                files, data["train_data_num"], data["train_sample_seed"]
-            )
-            template = self.raw["template"]
-            kwargs = data["apply_chat_template_kwargs"]
-            rows = list(answer_rows(places, questions, template, tokenizer, kwargs))
+            rows = list(self.answers(files))
         if not rows:
             raise DataError(f"{folder}: none of the samples scored {self.config.min_score} or more")
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         sys.stdout.write(f"{path}: {len(rows)} rows\n")
         return path
 
+    def answers(self, files: Sequence[str]) -> Iterator[dict[str, list[int]]]:
+        """The rows of the training questions and their gold answers."""
+        data = self.raw["data"]
+        model = self.raw["actor_rollout_ref"]["model"]
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.get("tokenizer_path") or self.model,
+            trust_remote_code=model.get("trust_remote_code", False),
+        )
+        places, questions = read_questions(files, data["train_data_num"], data["train_sample_seed"])
+        kwargs = data["apply_chat_template_kwargs"]
+        return answer_rows(places, questions, self.raw["template"], tokenizer, kwargs)
+
     def sample(self, folder: Path, files: Sequence[str]) -> Path:
-        """Trajectories of the current model on the training questions."""
+        """Samples trajectories of the current model on the training questions, returns the file."""
         val = "actor_rollout_ref.rollout.val_kwargs"
         run(
             "-m",
@@ -189,6 +171,7 @@ class Finetune:
         return folder / "evaluation.jsonl"
 
     def train(self, rows: Path, folder: Path) -> None:
+        """Trains the current model on a file of rows; the result is `folder`/hf."""
         model = self.raw["actor_rollout_ref"]["model"]
         fsdp = self.raw["actor_rollout_ref"]["actor"]["fsdp_config"]
         ranks = self.raw["trainer"]["n_gpus_per_node"]
@@ -219,6 +202,7 @@ def run(*command: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Fine-tunes as a command line says, returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,5 +1,6 @@
-"""`python -m search_r1.launch --config-name grpo [key=value ...]`: all that surrounds a run on one
-machine.
+"""Starts a run on one machine, with all that surrounds it.
+
+    python -m search_r1.launch --config-name grpo [key=value ...]
 
 Makes what the `setup` section names and is absent or was made from something else (closed world,
 base model, training files, index), serves the index, trains under the same overrides with
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from omegaconf import DictConfig
-from pydantic import PositiveInt, ValidationError
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ValidationError
 
+from search_r1.config import SetupConfig
 from search_r1.data.made import is_current
 from search_r1.data.prepare import TEST, TRAIN, inputs_of
 from search_r1.report import write_report
@@ -31,7 +33,7 @@ from verl.trainer import compose
 from verl.trainer.config import validate
 from verl.trainer.supervise import supervise_driver
 from verl.utils.addresses import direct
-from verl.utils.config import Config, problems_of
+from verl.utils.config import problems_of
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.processes import Forward, dying_with_this, ended, exit_status
 
@@ -50,38 +52,23 @@ PATHS = (
     "setup.corpus_path",
     "setup.index_dir",
 )
-"""Keys of paths. On the command line they are relative to where the user stands, in configs/ to the
-repository."""
+"""Keys of paths.
+
+On the command line they are relative to the working directory, in configs/ to the repository.
+"""
+OF_SMALL_BASE = (
+    "actor_rollout_ref.actor.optim.lr",
+    "data.max_response_length",
+    "actor_rollout_ref.actor.fsdp_config.dtype",
+)
+"""Keys whose values in experiment=own_data suit no model but the one it names."""
 TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
 MODELS = ("actor_rollout_ref.model.path", TOKENIZER, "critic.model.path")
 """Keys of paths that may also be names of the Hugging Face hub."""
 
 
-class SetupConfig(Config):
-    """What is made before training where it is absent, or was made from something else; null:
-    nothing."""
-
-    world: str | None = None
-    """Folder of the closed world."""
-    world_options: WorldConfig = WorldConfig()
-    """What it is made with. A folder that was made with other options is refused."""
-    questions: str | None = None
-    """JSONL, CSV or parquet of questions and answers, made into data.train_files and
-    data.val_files."""
-    template: str = "search"
-    """Prompt template for `questions`."""
-    test_size: PositiveInt = 100
-    """Questions of `questions` held out."""
-    corpus_path: str | None = None
-    """JSONL corpus with `id` and `contents`."""
-    index_dir: str | None = None
-    """Folder of its BM25 index, built and served unless retriever.url is given as an override."""
-    server_flags: list[str] = []
-    """Further flags of that server."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status of the training."""
+    """Launches what a command line asks for, returns the exit status of the training."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         return launch(sys.argv[1:] if argv is None else argv)
@@ -90,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def launch(argv: Sequence[str]) -> int:
-    """Exit status of the training. Raises ConfigError before anything is made or started."""
+    """Makes, serves, trains and reports, returns the exit status of the training.
+
+    Raises ConfigError before anything is made or started.
+    """
     line = compose.read_command_line(argv, "grpo")
     if line.only_shows:
         complete = compose.absolute(line.overrides, Path.cwd(), PATHS, MODELS)
@@ -108,7 +98,13 @@ def launch(argv: Sequence[str]) -> int:
             ["--multirun: what surrounds a run is made for one: scripts/sweep.sh makes several"]
         )
     config, overrides = composed(line.config_name, line.overrides)
-    check(config)
+    if kept := values_of_small_base(config, overrides):
+        logger.warning(
+            "experiment=own_data has the values of the closed world's small base model, such as "
+            "%s: experiment=own_model has those for others",
+            " ".join(kept),
+        )
+    validate(compose.as_plain(config))
     if config.finetune.data is not None:
         return surrounded("search_r1.finetune", line.config_name, overrides, config)
     status = train(line.config_name, overrides, config)
@@ -120,11 +116,11 @@ def launch(argv: Sequence[str]) -> int:
 def composed(
     config_name: str, overrides: Sequence[str], models: Sequence[str] = MODELS
 ) -> tuple[DictConfig, list[str]]:
-    """The configuration, and the overrides it was composed with, whose paths are complete. Raises
-    ConfigError.
+    """Composes a configuration, and makes the repository the working directory.
 
-    The repository becomes the working directory: the paths of configs/ are relative to it.
-    `models`: the keys of paths that may be names of a hub.
+    Returns the configuration and its overrides, with complete paths. The paths of configs/ are
+    relative to the repository. `models`: the keys of paths that may be names of a hub. Raises
+    ConfigError.
     """
     complete = compose.absolute(overrides, Path.cwd(), PATHS, models)
     config = compose.composed(config_name, complete)
@@ -132,20 +128,12 @@ def composed(
     return config, complete
 
 
-def check(config: DictConfig) -> None:
-    """Raises ConfigError listing everything that is wrong with a configuration, of `setup` and
-    `finetune` too."""
-    from search_r1.finetune import read_finetune
-
-    raw = compose.as_plain(config)
-    problems: list[str] = []
-    for read in (validate, read_setup, read_finetune):
-        try:
-            read(raw)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+def values_of_small_base(config: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """The values of experiment=own_data that a command keeps although it names another model."""
+    given = {text.partition("=")[0] for text in overrides}
+    if "experiment=own_data" not in overrides or MODELS[0] not in given:
+        return []
+    return [f"{key}={OmegaConf.select(config, key)}" for key in OF_SMALL_BASE if key not in given]
 
 
 def train(config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
@@ -183,8 +171,10 @@ def run(command: list[str], server: "RetrievalServer | None") -> int:
 def surroundings(
     config: DictConfig, overrides: Sequence[str]
 ) -> Iterator["RetrievalServer | None"]:
-    """Makes what `setup` names, serves its index; None if the server is the user's, or nobody
-    searches."""
+    """Makes what `setup` names and serves its index meanwhile.
+
+    Gives None where the server is the user's own, or nothing is searched.
+    """
     setup = read_setup(compose.as_plain(config))
     named = any(o.startswith("retriever.url=") for o in overrides)
     if setup.index_dir and not setup.corpus_path and not named and config.do_search:
@@ -201,9 +191,8 @@ def surroundings(
     if config.trainer.nnodes > 1:
         sys.exit(
             f"error: trainer.nnodes={config.trainer.nnodes}: a retrieval server started here "
-            "answers on this machine "
-            "alone: start one that all nodes reach, and name it by retriever.url "
-            "(docs/multinode.md)"
+            "answers on this machine alone: start one that all nodes reach, and name it by "
+            "retriever.url (docs/multinode.md)"
         )
     with RetrievalServer(
         Path(setup.index_dir, "bm25"),
@@ -223,17 +212,18 @@ def read_setup(raw: Mapping[str, Any]) -> SetupConfig:
 
 
 def prepare(setup: SetupConfig, config: DictConfig) -> None:
-    """Makes what is absent, or was made from something else; a second call only looks. Exits naming
-    what forbids it."""
+    """Makes what is absent, or was made from something else; a second call only looks.
+
+    Exits naming what forbids it.
+    """
     try:
         if setup.world:
             prepare_world(Path(setup.world), setup.world_options)
-            if (
-                Path(config.actor_rollout_ref.model.path).resolve()
-                == Path(setup.world, "base").resolve()
-            ):
-                # at any other path a missing model is the user's mistake
-                prepare_base(Path(setup.world, "base"))
+            model = Path(config.actor_rollout_ref.model.path)
+            base = Path(setup.world, "base")
+            # at any other path a missing model is the user's mistake
+            if model.resolve() == base.resolve():
+                prepare_base(base)
         if setup.questions:
             prepare_questions(setup, config)
     except DataError as error:
@@ -251,11 +241,11 @@ def prepare(setup: SetupConfig, config: DictConfig) -> None:
 
 
 def prepare_world(folder: Path, options: WorldConfig) -> None:
-    """Makes the closed world where it, or a part of it, is absent. Exits naming the options in
-    which one there differs.
+    """Makes the closed world where it, or a part of it, is absent.
 
-    A world without a record of its options has the default ones. Raises DataError when a part is
-    absent and another one was changed by hand.
+    A world without a record of its options has the default ones. Exits naming the options in which
+    a world that is there differs. Raises DataError when a part is absent and another one was
+    changed by hand.
     """
     if (folder / "corpus.jsonl").exists():
         refuse_other_options(folder, options)
@@ -267,21 +257,19 @@ def prepare_world(folder: Path, options: WorldConfig) -> None:
 
 def refuse_other_options(folder: Path, options: WorldConfig) -> None:
     """Exits when the world in `folder` was made with other options."""
+    made = WorldConfig()
     record = folder / OPTIONS_FILE
-    made = (
-        WorldConfig.model_validate_json(record.read_text(encoding="utf-8"))
-        if record.exists()
-        else WorldConfig()
+    if record.exists():
+        made = WorldConfig.model_validate_json(record.read_text(encoding="utf-8"))
+    differing = [name for name, value in options if getattr(made, name) != value]
+    if not differing:
+        return
+    there = ", ".join(f"{name}={getattr(made, name)}" for name in differing)
+    asked = ", ".join(f"{name}={getattr(options, name)}" for name in differing)
+    sys.exit(
+        f"error: setup.world={folder} was made with {there}; setup.world_options asks for {asked}. "
+        "Remove the folder, or name another"
     )
-    if differing := [name for name, value in options if getattr(made, name) != value]:
-        there, asked = (
-            ", ".join(f"{name}={getattr(o, name)}" for name in differing) for o in (made, options)
-        )
-        sys.exit(
-            f"error: setup.world={folder} was made with {there}; setup.world_options asks for "
-            f"{asked}. Remove the "
-            "folder, or name another"
-        )
 
 
 def prepare_base(folder: Path) -> None:
@@ -299,13 +287,12 @@ def prepare_base(folder: Path) -> None:
 
 
 def files_of(value: Any) -> list[str]:
-    """The files that a key names: one, or a list of them."""
+    """The files of a key, whose value is one name or a list."""
     return [value] if isinstance(value, str) else list(value)
 
 
 def prepare_questions(setup: SetupConfig, config: DictConfig) -> None:
-    """Makes the training files of `setup.questions` where they are absent, or were made from
-    something else.
+    """Makes the training files of `setup.questions`, unless the right ones are there.
 
     Raises DataError when they would take the place of the user's own, or the configuration reads
     other files.

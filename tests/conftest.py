@@ -6,8 +6,10 @@ from hypothesis import settings
 from tests.e2e.runs import CORPUS
 from tests.retrieval import retrieval_server, write_corpus
 from tests.templates import make_family_tokenizer
+from verl.trainer.schema import register_models
 from verl.utils.device import has_cuda_engine
 
+register_models()  # tests compose with Hydra itself
 # the same examples on every machine
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")

@@ -112,7 +112,7 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (TRAINER, 'self.guard.load_state_dict(state["watch"])', "pass"),
     (TRAINER, 'self.batches.load_state_dict(state["sampler"])', "pass"),
     (TRAINER, 'self.skipped_in_a_row = state["skipped_in_a_row"]', "self.skipped_in_a_row = 0"),
-    (SOURCE, "self.min_group = 2 if config.compares else 1", "self.min_group = 1"),
+    (SOURCE, "self.min_group = 2 if config.uses_groups else 1", "self.min_group = 1"),
     (TRAINER, "        self.rollout.announce_version(self.policy_version)\n", ""),
     (
         TRAINER,

@@ -1,7 +1,7 @@
 """A sweep: trainings that differ in overrides and seeds, one after the other, with a table and a
 plot at the end.
 
-    python scripts/bench/sweep.py configs/sweeps/algorithms.yaml [RUN ...] [--rows FILE] [--commit]
+    python scripts/bench/sweep.py scripts/sweeps/algorithms.yaml [RUN ...] [--rows FILE] [--commit]
 
 SWEEP.yaml has `overrides` of all runs, and `runs`: {NAME: {config: grpo | ppo, seeds: [0],
 overrides: [], status: 0}}, where `status` is what a run is to end with. A finished run appends its

@@ -26,6 +26,7 @@ from search_r1.agent.actions import Answer, Invalid, Search, parse_action
 from search_r1.agent.dialect import SEARCH_R1, Dialect
 from search_r1.agent.metrics import reduce_metrics
 from search_r1.agent.observation import encode_passages
+from search_r1.config import FinetuneConfig, SetupConfig
 from search_r1.prompts import ANSWER_END, TEMPLATES, build_prompt
 from search_r1.search.client import Passage, RetrievalClient, SearchError, check_server
 from search_r1.search.config import RetrieverConfig
@@ -71,6 +72,8 @@ class SearchAgentLoop:
     top_level_keys: ClassVar = frozenset(
         {"max_turns", "do_search", "template", "method_suffix", "retriever", "setup", "finetune"}
     )
+    sections: ClassVar = {"setup": SetupConfig, "finetune": FinetuneConfig}
+    """Models of the top-level sections that are not passed to the loop."""
     dialect: ClassVar[Dialect] = SEARCH_R1
     reduce_metrics = staticmethod(reduce_metrics)
 

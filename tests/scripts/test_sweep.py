@@ -17,10 +17,10 @@ from verl.trainer.config import validate
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 import sweep
 
-ALGORITHMS = ROOT / "configs" / "sweeps" / "algorithms.yaml"
-MASKING = ROOT / "configs" / "sweeps" / "masking.yaml"
-ASYNCHRONY = ROOT / "configs" / "sweeps" / "asynchrony.yaml"
-COLLAPSE = ROOT / "configs" / "sweeps" / "collapse.yaml"
+ALGORITHMS = ROOT / "scripts" / "sweeps" / "algorithms.yaml"
+MASKING = ROOT / "scripts" / "sweeps" / "masking.yaml"
+ASYNCHRONY = ROOT / "scripts" / "sweeps" / "asynchrony.yaml"
+COLLAPSE = ROOT / "scripts" / "sweeps" / "collapse.yaml"
 
 
 @pytest.mark.parametrize("run", sweep.read_sweep(ALGORITHMS))

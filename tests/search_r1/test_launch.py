@@ -12,17 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
+from search_r1.config import SetupConfig
 from search_r1.data.made import RECORD
 from search_r1.data.prepare import TEST, TRAIN
 from search_r1.launch import (
     MAX_SERVER_RESTARTS,
     RetrievalServer,
-    SetupConfig,
     composed,
     prepare_base,
     prepare_questions,
     prepare_world,
     read_setup,
+    values_of_small_base,
 )
 from search_r1.launch import launch as launch_command
 from search_r1.world.generate import FILES, OPTIONS_FILE, WorldConfig
@@ -292,6 +293,33 @@ def test_wrong_configurations_are_refused_before_a_world_is_made(tmp_path):
         "finetune.data=foo: expected 'answers' or 'samples'",
     ]
     assert not world.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        (["experiment=own_data"], []),
+        (
+            ["experiment=own_data", "actor_rollout_ref.model.path=M"],
+            ["actor.optim.lr=0.0001", "max_response_length=64", "fsdp_config.dtype=float32"],
+        ),
+        (
+            [
+                "experiment=own_data",
+                "actor_rollout_ref.model.path=M",
+                "actor_rollout_ref.actor.optim.lr=1e-6",
+                "data.max_response_length=500",
+            ],
+            ["fsdp_config.dtype=float32"],
+        ),
+        (["experiment=own_model", "actor_rollout_ref.model.path=M"], []),
+    ],
+)
+def test_another_model_with_the_values_of_the_small_base_is_told(overrides, kept):
+    config, complete = composed("grpo", overrides)
+    found = values_of_small_base(config, complete)
+    assert len(found) == len(kept)
+    assert all(text.endswith(end) for text, end in zip(found, kept, strict=True))
 
 
 def test_a_corpus_that_is_not_named_is_asked_for():

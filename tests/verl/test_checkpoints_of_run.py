@@ -49,7 +49,9 @@ class Run:
         self.actor = Role()
         self.critic = Role()
         self.said = []
-        settings = TrainerConfig(default_local_dir=str(root), best_metric="em", **config)
+        settings = TrainerConfig(
+            experiment_name="run", default_local_dir=str(root), best_metric="em", **config
+        )
         self.checkpoints = Checkpoints(
             settings, {"actor": self.actor, "critic": self.critic}, self.said.append
         )

@@ -2,7 +2,6 @@
 configuration refuses."""
 
 from itertools import product
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,13 +13,12 @@ from verl.protocol import DataProto
 from verl.trainer.checks import combination_problems
 from verl.trainer.config import AlgorithmConfig, PPOConfig, RolloutCorrectionConfig
 from verl.trainer.ppo.advantage import compute_advantage
-from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
+from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, LOSS_AGG_MODES, POLICY_LOSSES
 from verl.trainer.ppo.filters import FILTERS, correct_rollout, filter_loss
 from verl.workers.actor import policy_loss
-from verl.workers.config import ActorConfig, LossAggMode, PolicyLossConfig
+from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.update import Counts
 
-MODES = get_args(LossAggMode)
 CORRECTIONS = [
     RolloutCorrectionConfig(),
     *(RolloutCorrectionConfig(rollout_is=level) for level in ("token", "sequence", "geometric")),
@@ -77,7 +75,7 @@ def test_finite_losses_and_no_gradient_where_masked(estimator):
     moved = torch.randn(
         ROWS, RESPONSE, generator=torch.Generator().manual_seed(4), dtype=torch.float64
     )
-    for mode, agg, correction in product(POLICY_LOSSES, MODES, CORRECTIONS):
+    for mode, agg, correction in product(POLICY_LOSSES, LOSS_AGG_MODES, CORRECTIONS):
         rows, metrics = correct_rollout(data, correction)
         log_probs = (data.batch["old_log_probs"] + 0.1 * moved).requires_grad_()
         config = ActorConfig(
@@ -105,7 +103,7 @@ def test_the_configuration_says_why_it_refuses():
     raw = composed("grpo")
     raw = {key: raw[key] for key in PPOConfig.model_fields}
     refused = 0
-    for estimator, mode, agg in product(ADVANTAGE_ESTIMATORS, POLICY_LOSSES, MODES):
+    for estimator, mode, agg in product(ADVANTAGE_ESTIMATORS, POLICY_LOSSES, LOSS_AGG_MODES):
         raw["algorithm"]["adv_estimator"] = estimator
         actor = raw["actor_rollout_ref"]["actor"]
         actor["policy_loss"]["loss_mode"] = mode
@@ -120,4 +118,4 @@ def test_the_configuration_says_why_it_refuses():
             agg in problem and ":" in problem for problem in problems
         )
         refused += bool(problems)
-    assert 0 < refused < len(ADVANTAGE_ESTIMATORS) * len(POLICY_LOSSES) * len(MODES)
+    assert 0 < refused < len(ADVANTAGE_ESTIMATORS) * len(POLICY_LOSSES) * len(LOSS_AGG_MODES)

@@ -19,8 +19,14 @@ from verl.utils.errors import ConfigError
 from verl.workers.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "configs" / "experiment" / "nq_hotpotqa").glob("*-*.yaml"))
+EXPERIMENTS = ROOT / "configs" / "experiment"
+RECIPES = sorted((EXPERIMENTS / "nq_hotpotqa").glob("*-*.yaml"))
+OTHER_RECIPES = sorted(
+    [*EXPERIMENTS.glob("baseline/*"), *EXPERIMENTS.glob("closed_world/*po.yaml")]
+)
+ALGOS = ("grpo", "ppo")
 OWN = ["experiment=own_data", "setup.corpus_path=c.jsonl", "setup.questions=q.jsonl"]
+OWN_MODEL = ["experiment=own_model", *OWN[1:], "actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B"]
 
 
 def composed(config: str, *overrides: str) -> dict:
@@ -32,7 +38,9 @@ def composed(config: str, *overrides: str) -> dict:
 def test_paper_recipes(recipe):
     """arXiv 2503.09516, appendix B.2, and the released scripts."""
     algorithm = recipe.rsplit("-", 1)[1]
-    config = validate(composed(algorithm, f"experiment=nq_hotpotqa/{recipe}"))
+    raw = composed("ppo", f"experiment=nq_hotpotqa/{recipe}")
+    assert raw == composed("grpo", f"experiment=nq_hotpotqa/{recipe}")
+    config = validate(raw)
     actor = config.actor_rollout_ref.actor
     rollout = config.actor_rollout_ref.rollout
     assert (actor.optim.lr, actor.optim.lr_warmup_steps_ratio, actor.clip_ratio) == (
@@ -59,6 +67,42 @@ def test_paper_recipes(recipe):
         )
 
 
+@pytest.mark.parametrize("path", OTHER_RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_brings_its_algorithm_whatever_script_starts_it(path):
+    recipe = f"experiment={path.parent.name}/{path.stem}"
+    overrides = [recipe, "actor_rollout_ref.model.path=m", "trainer.experiment_name=e"]
+    raw = composed("ppo", *overrides)
+    assert raw == composed("grpo", *overrides)
+    config = validate(raw)
+    is_ppo = path.stem.endswith("ppo")
+    assert config.use_critic == config.algorithm.use_kl_in_reward == is_ppo
+    assert config.actor_rollout_ref.actor.use_kl_loss is not is_ppo
+
+
+@pytest.mark.parametrize("overrides", [OWN, ["~experiment", "trainer.experiment_name=e"]])
+def test_the_script_chooses_the_algorithm_where_no_recipe_does(overrides):
+    given = [*overrides, "data.train_files=a", "data.val_files=b"]
+    given += ["actor_rollout_ref.model.path=m"]
+    ppo = composed("ppo", *given)
+    grpo = composed("grpo", *given)
+    assert ppo["algorithm"]["adv_estimator"] == "gae" and ppo["algorithm"]["use_kl_in_reward"]
+    assert grpo["algorithm"]["adv_estimator"] == "grpo"
+    assert ppo == composed("grpo", *given, "algo=ppo")
+    assert grpo == composed("ppo", *given, "algo=grpo")
+
+
+def test_both_algorithms_set_the_same_switches():
+    """So that none of one is left where the other is chosen."""
+    files = {name: OmegaConf.load(ROOT / "configs" / "algo" / f"{name}.yaml") for name in ALGOS}
+    for key in (
+        "algorithm.adv_estimator",
+        "algorithm.use_kl_in_reward",
+        "actor_rollout_ref.actor.use_kl_loss",
+        "actor_rollout_ref.rollout.n",
+    ):
+        assert all(OmegaConf.select(file, key) is not None for file in files.values()), key
+
+
 def test_there_is_a_recipe_for_every_model_and_algorithm():
     models = [
         "qwen2.5-3b",
@@ -79,6 +123,18 @@ def test_defaults_and_own_data(config, overrides):
     assert validate(composed(config, *overrides))
 
 
+@pytest.mark.parametrize("algorithm", ALGOS)
+def test_a_pretrained_model_on_own_data_is_trained_as_in_the_recipes(algorithm):
+    config = validate(composed(algorithm, *OWN_MODEL))
+    recipe = validate(composed(algorithm, f"experiment=nq_hotpotqa/qwen2.5-3b-{algorithm}"))
+    section = config.actor_rollout_ref
+    assert config.data.max_response_length == recipe.data.max_response_length
+    assert section.actor.optim.lr == recipe.actor_rollout_ref.actor.optim.lr
+    assert section.actor.fsdp_config == recipe.actor_rollout_ref.actor.fsdp_config
+    assert section.ref == recipe.actor_rollout_ref.ref
+    assert section.rollout.dtype == recipe.actor_rollout_ref.rollout.dtype
+
+
 def test_every_problem_is_listed_with_its_key():
     raw = composed("grpo", "data.train_batch_size=47", "actor_rollout_ref.rollout.n=1")
     with pytest.raises(ConfigError) as caught:
@@ -94,6 +150,8 @@ def test_wrong_keys_and_types_in_every_section():
     raw["data"]["train_batch_size"] = "many"
     raw["agent"]["retriever"]["adress"] = "x"
     raw["reward"]["emm"] = 1
+    raw["setup"]["corpus"] = "c.jsonl"
+    raw["finetune"]["data"] = "foo"
     raw["surprise"] = 1
     with pytest.raises(ConfigError) as caught:
         validate(raw)
@@ -102,6 +160,8 @@ def test_wrong_keys_and_types_in_every_section():
         "data.train_batch_size",
         "agent.retriever.adress",
         "reward.emm",
+        "setup.corpus",
+        "finetune.data=foo: expected 'answers' or 'samples'",
         "surprise",
     ):
         assert key in str(caught.value)
@@ -268,6 +328,10 @@ def test_algorithms_are_one_switch_each(overrides):
         (
             ["algorithm.adv_estimator=gae", "trainer.critic_warmup=45"],
             "leaves none of the 45 training steps",
+        ),
+        (
+            ["algorithm.use_kl_in_reward=true"],
+            "the KL to the reference would count twice, in the reward and in the loss",
         ),
         (
             [BYPASS, REINFORCE, *ONE_STEP],

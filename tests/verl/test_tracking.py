@@ -99,7 +99,7 @@ def test_a_cut_line_that_ends_at_its_newline_is_dropped_too(tmp_path):
 def test_a_run_that_was_lost_before_its_first_checkpoint_leaves_no_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line(1) + line(2)[:-4])
-    trainer = TrainerConfig(default_local_dir=str(tmp_path), logger=[])
+    trainer = TrainerConfig(experiment_name="run", default_local_dir=str(tmp_path), logger=[])
     start_tracking(SimpleNamespace(trainer=trainer, model_dump=dict), None).log({"loss": 0.5}, 1)
     assert rows(path) == [{STEP: 1, "loss": 0.5}]
 

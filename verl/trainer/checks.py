@@ -1,9 +1,11 @@
-"""What is wrong with a configuration whose keys and types are right; each problem with its key and
-its reason."""
+"""What is wrong with a configuration whose keys and types are right.
 
-from typing import TYPE_CHECKING, Any
+Every problem names the key and the reason. `combination_problems` reads the configuration alone,
+`environment_problems` the machine, the model and the endpoints that it names.
+"""
 
-from verl.protocol import ACTOR_MINI_BATCH
+from typing import TYPE_CHECKING, Any, Protocol
+
 from verl.trainer.host import host_problems
 from verl.utils import device
 from verl.utils.endpoint import check_endpoint
@@ -12,55 +14,40 @@ from verl.workers.config import ModelConfig
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
 
+ACTOR = "actor_rollout_ref.actor"
+ROLLOUT = "actor_rollout_ref.rollout"
+CORRECTION = "algorithm.rollout_correction"
+NORM = "seq-mean-token-sum-norm"
+"""The aggregation that has a constant divisor."""
+
+
+class GPUPool(Protocol):
+    """A section of the configuration that counts GPUs."""
+
+    @property
+    def nnodes(self) -> int: ...
+    @property
+    def n_gpus_per_node(self) -> int: ...
+
+
+class Preflight(Protocol):
+    """An agent, as far as it is asked before the start."""
+
+    def preflight(self) -> list[str]: ...
+
 
 def combination_problems(config: "PPOConfig") -> list[str]:
     """Settings that are valid alone and cannot work together."""
-    rollout = config.actor_rollout_ref.rollout
-    actor = config.actor_rollout_ref.actor
-    critic = config.critic
-    batch = config.data.train_batch_size * rollout.n
-    processes = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    problems: list[str] = []
-    sections = [("actor_rollout_ref.actor", actor.ppo_mini_batch_size)]
-    if config.use_critic:
-        sections.append(("critic", critic.ppo_mini_batch_size))
-    for name, mini in sections:
-        if batch % mini:
-            problems.append(
-                f"{name}.ppo_mini_batch_size={mini} does not divide data.train_batch_size * "
-                f"rollout.n = {batch}"
-            )
-        if mini < processes:
-            problems.append(
-                f"{name}.ppo_mini_batch_size={mini} is less than the {processes} training processes"
-            )
-    if config.compares and rollout.n < 2:
-        problems.append(
-            f"algorithm.adv_estimator={config.algorithm.adv_estimator} needs "
-            "actor_rollout_ref.rollout.n >= 2: it "
-            "compares trajectories of one prompt"
-        )
-    if rollout.temperature == 0:
-        problems.append("actor_rollout_ref.rollout.temperature=0: training needs sampling")
-    pool, section = engine_pool(config)
-    if pool.n_gpus_per_node % rollout.tensor_model_parallel_size:
-        problems.append(
-            "actor_rollout_ref.rollout.tensor_model_parallel_size="
-            f"{rollout.tensor_model_parallel_size} does not divide "
-            f"{section}.n_gpus_per_node={pool.n_gpus_per_node}: an engine lives on one node"
-        )
-    if config.max_model_len < config.data.max_start_length + config.data.max_response_length:
-        problems.append(
-            f"actor_rollout_ref.rollout.max_model_len={config.max_model_len} holds less than "
-            "data.max_start_length + data.max_response_length"
-        )
-    if config.data.max_start_length > config.data.max_prompt_length:
-        problems.append(
-            "data.max_start_length is more than data.max_prompt_length, which bounds every context"
-        )
     rules = (
-        loss_problems,
+        mini_batch_problems,
+        group_problems,
         sampling_problems,
+        parallelism_problems,
+        context_length_problems,
+        truncation_problems,
+        aggregation_problems,
+        loss_mode_problems,
+        kl_problems,
         correction_problems,
         schedule_problems,
         async_problems,
@@ -69,188 +56,250 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         collapse_problems,
         deterministic_problems,
     )
-    return problems + [problem for rule in rules for problem in rule(config)]
+    return [problem for rule in rules for problem in rule(config)]
 
 
-def loss_problems(config: "PPOConfig") -> list[str]:
-    """Losses that their aggregation, or the number of optimizer steps, makes something else."""
-    actor = config.actor_rollout_ref.actor
-    estimator = config.algorithm.adv_estimator
-    rollout = config.actor_rollout_ref.rollout
-    correction = config.algorithm.rollout_correction
-    agg = actor.loss_agg_mode
-    mode = actor.policy_loss.loss_mode
-    key = "actor_rollout_ref.actor"
-    steps = config.num_mini_batches[ACTOR_MINI_BATCH] * actor.ppo_epochs
-    norm = "seq-mean-token-sum-norm"
-    cuts_sampling = rollout.top_p < 1 or rollout.top_k > 0
+def mini_batch_problems(config: "PPOConfig") -> list[str]:
+    """Mini-batches that do not divide the rollout batch, or leave processes without a row."""
+    batch = config.rollout_batch_size
+    processes = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    sizes = {ACTOR: config.actor_rollout_ref.actor.ppo_mini_batch_size}
+    if config.use_critic:
+        sizes["critic"] = config.critic.ppo_mini_batch_size
     problems: list[str] = []
-    if cuts_sampling and not correction.corrects:
+    for section, size in sizes.items():
+        key = f"{section}.ppo_mini_batch_size={size}"
+        if batch % size:
+            problems.append(f"{key} does not divide data.train_batch_size * rollout.n = {batch}")
+        if size < processes:
+            problems.append(f"{key} is less than the {processes} training processes")
+    return problems
+
+
+def group_problems(config: "PPOConfig") -> list[str]:
+    """Algorithms and filters that compare the trajectories of a prompt, where there is only one."""
+    algorithm = config.algorithm
+    if config.actor_rollout_ref.rollout.n >= 2:
+        return []
+    problems: list[str] = []
+    if config.uses_groups:
         problems.append(
-            f"actor_rollout_ref.rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: tokens are "
-            "sampled from another "
-            "distribution than the one that is trained: set "
-            "algorithm.rollout_correction.rollout_is or rollout_rs"
+            f"algorithm.adv_estimator={algorithm.adv_estimator} needs {ROLLOUT}.n >= 2: it "
+            "compares trajectories of one prompt"
         )
-    if agg == norm and actor.loss_scale_factor is None:
-        problems.append(f"{key}.loss_scale_factor: name the divisor of loss_agg_mode={norm}")
-    if agg != norm and actor.loss_scale_factor is not None:
+    filters: list[str] = []
+    if algorithm.filter_groups.enable:
+        filters.append("algorithm.filter_groups.enable=true")
+    if "zero_variance" in algorithm.loss_filters:
+        filters.append("algorithm.loss_filters=[zero_variance]")
+    for setting in filters:
         problems.append(
-            f"{key}.loss_scale_factor={actor.loss_scale_factor} has no effect with "
-            f"loss_agg_mode={agg}: it is the "
-            f"divisor of {norm}"
-        )
-    if config.use_critic and config.critic.loss_agg_mode == norm:
-        problems.append(
-            f"critic.loss_agg_mode={norm} has no divisor: set it on its own, for instance to "
-            "token-mean"
-        )
-    if estimator == "dr_grpo" and agg not in (norm, "token-sum"):
-        problems.append(
-            f"{key}.loss_agg_mode={agg} divides by lengths, which algorithm.adv_estimator=dr_grpo "
-            "is to avoid: use "
-            f"{norm} (with loss_scale_factor) or token-sum"
-        )
-    if mode == "gspo" and agg != "seq-mean-token-mean":
-        problems.append(
-            f"{key}.loss_agg_mode={agg}: policy_loss.loss_mode=gspo is defined for "
-            "seq-mean-token-mean"
-        )
-    if mode == "reinforce" and steps > 1:
-        problems.append(
-            f"{key}.policy_loss.loss_mode=reinforce has no trust region and would take {steps} "
-            "optimizer steps on one "
-            "rollout batch: set ppo_mini_batch_size to train_batch_size * rollout.n, and "
-            "ppo_epochs to 1"
-        )
-    if estimator == "turn_level" and not actor.state_masking:
-        problems.append(
-            f"{key}.state_masking=false trains on tokens of no turn, which "
-            "adv_estimator=turn_level cannot credit"
-        )
-    if actor.policy_loss.llds_coef and steps == 1 and not correction.bypass_mode:
-        problems.append(
-            f"{key}.policy_loss.llds_coef={actor.policy_loss.llds_coef:g} has no effect with one "
-            "optimizer step on a "
-            "rollout batch: log-probs cannot have fallen before it. Set ppo_mini_batch_size to "
-            "less than "
-            "train_batch_size * rollout.n, or ppo_epochs to 2"
+            f"{setting} needs {ROLLOUT}.n >= 2: the one trajectory of a prompt never differs from "
+            "itself, so all of them would be left out"
         )
     return problems
 
 
 def sampling_problems(config: "PPOConfig") -> list[str]:
-    """Filters of groups where there are none."""
-    algorithm = config.algorithm
-    n = config.actor_rollout_ref.rollout.n
-    needs_groups = {
-        "algorithm.filter_groups.enable=true": algorithm.filter_groups.enable,
-        "algorithm.loss_filters=[zero_variance]": "zero_variance" in algorithm.loss_filters,
-    }
+    """Sampling from which nothing can be learned."""
+    if config.actor_rollout_ref.rollout.temperature == 0:
+        return [f"{ROLLOUT}.temperature=0: training needs sampling"]
+    return []
+
+
+def parallelism_problems(config: "PPOConfig") -> list[str]:
+    """Engines whose GPUs would not be those of one node."""
+    size = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    pool, section = engine_pool(config)
+    if pool.n_gpus_per_node % size == 0:
+        return []
     return [
-        f"{setting} needs actor_rollout_ref.rollout.n >= 2: the one trajectory of a prompt never "
-        "differs from itself, "
-        "so all of them would be left out"
-        for setting, is_set in needs_groups.items()
-        if is_set and n < 2
+        f"{ROLLOUT}.tensor_model_parallel_size={size} does not divide "
+        f"{section}.n_gpus_per_node={pool.n_gpus_per_node}: an engine lives on one node"
     ]
+
+
+def context_length_problems(config: "PPOConfig") -> list[str]:
+    """Limits of lengths in which a prompt and its first turn find no room."""
+    data = config.data
+    problems: list[str] = []
+    if config.max_model_len < data.max_start_length + data.max_response_length:
+        problems.append(
+            f"{ROLLOUT}.max_model_len={config.max_model_len} holds less than "
+            "data.max_start_length + data.max_response_length"
+        )
+    if data.max_start_length > data.max_prompt_length:
+        problems.append(
+            "data.max_start_length is more than data.max_prompt_length, which bounds every context"
+        )
+    return problems
+
+
+def truncation_problems(config: "PPOConfig") -> list[str]:
+    """Sampling from a truncated distribution without anything that corrects for it."""
+    rollout = config.actor_rollout_ref.rollout
+    is_truncated = rollout.top_p < 1 or rollout.top_k > 0
+    if not is_truncated or config.algorithm.rollout_correction.corrects:
+        return []
+    return [
+        f"{ROLLOUT}.top_p={rollout.top_p}, top_k={rollout.top_k}: tokens are sampled from another "
+        f"distribution than the one that is trained: set {CORRECTION}.rollout_is or rollout_rs"
+    ]
+
+
+def aggregation_problems(config: "PPOConfig") -> list[str]:
+    """Aggregations of the loss without their divisor, or against what the algorithm is about."""
+    actor = config.actor_rollout_ref.actor
+    mode = actor.loss_agg_mode
+    problems: list[str] = []
+    if mode == NORM and actor.loss_scale_factor is None:
+        problems.append(f"{ACTOR}.loss_scale_factor: name the divisor of loss_agg_mode={NORM}")
+    if mode != NORM and actor.loss_scale_factor is not None:
+        problems.append(
+            f"{ACTOR}.loss_scale_factor={actor.loss_scale_factor} has no effect with "
+            f"loss_agg_mode={mode}: it is the divisor of {NORM}"
+        )
+    if config.use_critic and config.critic.loss_agg_mode == NORM:
+        problems.append(
+            f"critic.loss_agg_mode={NORM} has no divisor: set it on its own, for instance to "
+            "token-mean"
+        )
+    if config.algorithm.adv_estimator == "dr_grpo" and mode not in (NORM, "token-sum"):
+        problems.append(
+            f"{ACTOR}.loss_agg_mode={mode} divides by lengths, which "
+            f"algorithm.adv_estimator=dr_grpo is to avoid: use {NORM} (with loss_scale_factor) or "
+            "token-sum"
+        )
+    if actor.policy_loss.loss_mode == "gspo" and mode != "seq-mean-token-mean":
+        problems.append(
+            f"{ACTOR}.loss_agg_mode={mode}: policy_loss.loss_mode=gspo is defined for "
+            "seq-mean-token-mean"
+        )
+    return problems
+
+
+def loss_mode_problems(config: "PPOConfig") -> list[str]:
+    """Losses that the number of optimizer steps, or training on all tokens, makes meaningless."""
+    actor = config.actor_rollout_ref.actor
+    steps = config.rollout_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
+    bypasses = config.algorithm.rollout_correction.bypass_mode
+    problems: list[str] = []
+    if actor.policy_loss.loss_mode == "reinforce" and steps > 1:
+        problems.append(
+            f"{ACTOR}.policy_loss.loss_mode=reinforce has no trust region and would take {steps} "
+            "optimizer steps on one rollout batch: set ppo_mini_batch_size to train_batch_size * "
+            "rollout.n, and ppo_epochs to 1"
+        )
+    if config.algorithm.adv_estimator == "turn_level" and not actor.state_masking:
+        problems.append(
+            f"{ACTOR}.state_masking=false trains on tokens of no turn, which "
+            "adv_estimator=turn_level cannot credit"
+        )
+    if actor.policy_loss.llds_coef and steps == 1 and not bypasses:
+        problems.append(
+            f"{ACTOR}.policy_loss.llds_coef={actor.policy_loss.llds_coef:g} has no effect with one "
+            "optimizer step on a rollout batch: log-probs cannot have fallen before it. Set "
+            "ppo_mini_batch_size to less than train_batch_size * rollout.n, or ppo_epochs to 2"
+        )
+    return problems
+
+
+def kl_problems(config: "PPOConfig") -> list[str]:
+    """A KL to the reference that counts twice, or whose coefficient nothing reads."""
+    algorithm = config.algorithm
+    problems: list[str] = []
+    if algorithm.use_kl_in_reward and config.actor_rollout_ref.actor.use_kl_loss:
+        problems.append(
+            f"algorithm.use_kl_in_reward=true with {ACTOR}.use_kl_loss=true: the KL to the "
+            "reference would count twice, in the reward and in the loss: set one of them to false "
+            "(algo=ppo has it in the reward, algo=grpo in the loss)"
+        )
+    if algorithm.kl_ctrl.type == "adaptive" and not algorithm.use_kl_in_reward:
+        problems.append(
+            "algorithm.kl_ctrl.type=adaptive has no effect with algorithm.use_kl_in_reward=false: "
+            "the KL of the loss (actor.use_kl_loss) has the constant weight actor.kl_loss_coef"
+        )
+    return problems
 
 
 def correction_problems(config: "PPOConfig") -> list[str]:
     """Corrections that correct twice, that correct nothing, or that leave everything out."""
     correction = config.algorithm.rollout_correction
-    mode = config.actor_rollout_ref.actor.policy_loss.loss_mode
-    key = "algorithm.rollout_correction"
     problems: list[str] = []
-    if correction.bypass_mode and mode == "reinforce":
-        problems.append(
-            f"{key}.bypass_mode has no effect with actor.policy_loss.loss_mode=reinforce, whose "
-            "loss has no ratio: set "
-            "rollout_is instead"
-        )
-    elif correction.bypass_mode and correction.rollout_is is not None:
-        problems.append(
-            f"{key}.bypass_mode with rollout_is={correction.rollout_is}: the ratio to the sampler "
-            "is in the loss "
-            "already and would be multiplied a second time: set rollout_is to null (rollout_rs may "
-            "stay: it leaves "
-            "tokens out, and weighs none)"
-        )
+    if correction.bypass_mode:
+        loss_mode = config.actor_rollout_ref.actor.policy_loss.loss_mode
+        if loss_mode == "reinforce":
+            problems.append(
+                f"{CORRECTION}.bypass_mode has no effect with "
+                "actor.policy_loss.loss_mode=reinforce, whose loss has no ratio: set rollout_is "
+                "instead"
+            )
+        elif correction.rollout_is is not None:
+            problems.append(
+                f"{CORRECTION}.bypass_mode with rollout_is={correction.rollout_is}: the ratio to "
+                "the sampler is in the loss already and would be multiplied a second time: set "
+                "rollout_is to null (rollout_rs may stay: it leaves tokens out, and weighs none)"
+            )
     lowest = correction.lowest_ratio
-    if correction.rollout_rs is not None and lowest >= correction.rollout_rs_threshold:
+    highest = correction.rollout_rs_threshold
+    if correction.rollout_rs is not None and lowest >= highest:
         problems.append(
-            f"{key}: no ratio is above {lowest:g} (rollout_rs_threshold_lower, by default 1 / "
-            "rollout_rs_threshold) "
-            f"and below rollout_rs_threshold={correction.rollout_rs_threshold:g}: every token "
+            f"{CORRECTION}: no ratio is above {lowest:g} (rollout_rs_threshold_lower, by default "
+            f"1 / rollout_rs_threshold) and below rollout_rs_threshold={highest:g}: every token "
             "would be left out"
         )
     return problems
 
 
 def schedule_problems(config: "PPOConfig") -> list[str]:
-    """Steps in which nothing would learn, and a coefficient that nothing reads."""
-    trainer = config.trainer
-    control = config.algorithm.kl_ctrl
-    problems: list[str] = []
-    if trainer.critic_warmup and not config.use_critic:
-        problems.append(
-            f"trainer.critic_warmup={trainer.critic_warmup}: "
-            f"algorithm.adv_estimator={config.algorithm.adv_estimator} "
-            "has no critic, so nothing would learn in these steps"
-        )
-    total = trainer.total_training_steps
-    if config.use_critic and total is not None and trainer.critic_warmup >= total:
-        problems.append(
-            f"trainer.critic_warmup={trainer.critic_warmup} leaves none of the {total} training "
-            "steps to the policy"
-        )
-    if control.type == "adaptive" and not config.algorithm.use_kl_in_reward:
-        problems.append(
-            "algorithm.kl_ctrl.type=adaptive has no effect with algorithm.use_kl_in_reward=false: "
-            "the KL of the loss "
-            "(actor.use_kl_loss) has the constant weight actor.kl_loss_coef"
-        )
-    return problems
+    """Warm-ups of a critic during which nothing would learn, or after which nothing is left."""
+    warmup = config.trainer.critic_warmup
+    total = config.trainer.total_training_steps
+    if warmup and not config.use_critic:
+        return [
+            f"trainer.critic_warmup={warmup}: "
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator} has no critic, so nothing "
+            "would learn in these steps"
+        ]
+    if config.use_critic and total is not None and warmup >= total:
+        return [
+            f"trainer.critic_warmup={warmup} leaves none of the {total} training steps to the "
+            "policy"
+        ]
+    return []
 
 
 def async_problems(config: "PPOConfig") -> list[str]:
-    """Stale data without anything that allows for it, and engines that could not roll out while
-    weights change."""
+    """Stale data that nothing allows for, and engines that could not roll out during an update."""
     correction = config.algorithm.rollout_correction
     rollout = config.actor_rollout_ref.rollout
     staleness = config.async_training.max_staleness
-    on_gpus = config.device == "cuda"
-    hybrid = config.actor_rollout_ref.hybrid_engine
+    shares_gpus = config.device == "cuda" and config.actor_rollout_ref.hybrid_engine
     problems: list[str] = []
     if staleness > 0 and not correction.corrects and not correction.bypass_mode:
         problems.append(
             f"async_training.max_staleness={staleness}: tokens are sampled from older weights than "
-            "those that are "
-            "trained: set algorithm.rollout_correction.rollout_is or rollout_rs, or bypass_mode "
-            "with a loss that clips "
-            "(not actor.policy_loss.loss_mode=reinforce)"
+            f"those that are trained: set {CORRECTION}.rollout_is or rollout_rs, or bypass_mode "
+            "with a loss that clips (not actor.policy_loss.loss_mode=reinforce)"
         )
-    if staleness > 0 and on_gpus and hybrid:
+    if staleness > 0 and shares_gpus:
         problems.append(
             f"async_training.max_staleness={staleness}: engines roll out while the weights are "
-            "updated, so they need "
-            "GPUs of their own: actor_rollout_ref.hybrid_engine=false"
+            "updated, so they need GPUs of their own: actor_rollout_ref.hybrid_engine=false"
         )
-    if rollout.num_val_replicas > 0 and on_gpus and hybrid:
+    if rollout.num_val_replicas > 0 and shares_gpus:
         problems.append(
-            f"actor_rollout_ref.rollout.num_val_replicas={rollout.num_val_replicas}: engines that "
-            "validate during "
+            f"{ROLLOUT}.num_val_replicas={rollout.num_val_replicas}: engines that validate during "
             "training need GPUs of their own: actor_rollout_ref.hybrid_engine=false"
         )
     return problems
 
 
-def engine_pool(config: "PPOConfig") -> tuple[Any, str]:
-    """The section that counts the GPUs of the engines (`nnodes`, `n_gpus_per_node`), and its
-    name."""
+def engine_pool(config: "PPOConfig") -> tuple[GPUPool, str]:
+    """The section that counts the GPUs of the engines, and its name."""
     if config.actor_rollout_ref.hybrid_engine:
         return config.trainer, "trainer"
-    return config.actor_rollout_ref.rollout, "actor_rollout_ref.rollout"
+    return config.actor_rollout_ref.rollout, ROLLOUT
 
 
 def engine_problems(config: "PPOConfig") -> list[str]:
@@ -268,42 +317,44 @@ def engine_problems(config: "PPOConfig") -> list[str]:
     return [
         f"{section}: nnodes * n_gpus_per_node = {gpus} GPUs do not hold {engines} engines of "
         f"tensor_model_parallel_size={rollout.tensor_model_parallel_size} GPUs each "
-        f"(actor_rollout_ref.rollout.num_replicas={rollout.num_replicas or 'null, at least one'}, "
+        f"({ROLLOUT}.num_replicas={rollout.num_replicas or 'null, at least one'}, "
         f"num_val_replicas={rollout.num_val_replicas})"
     ]
 
 
 def deterministic_problems(config: "PPOConfig") -> list[str]:
-    """What makes two runs of the same configuration differ in their last bits: timing, batches,
-    threads."""
+    """Settings by which two deterministic runs would differ in their last bits."""
+    if not config.trainer.deterministic:
+        return []
     rollout = config.actor_rollout_ref.rollout
-    trainer = config.trainer
-    found = {
-        "actor_rollout_ref.rollout.num_replicas=1": rollout.num_replicas == 1,
-        "actor_rollout_ref.rollout.max_num_seqs=1": rollout.max_num_seqs == 1,
-        "actor_rollout_ref.rollout.enable_prefix_caching=false": not rollout.enable_prefix_caching,
-        "actor_rollout_ref.rollout.per_request_seed=true": rollout.per_request_seed,
-        "actor_rollout_ref.rollout.cpu_threads=1": rollout.cpu_threads is not None,
-        "trainer.threads_per_rank=1": trainer.threads_per_rank is not None,
-        "async_training.max_staleness=0": config.async_training.max_staleness == 0,
-    }
-    missing = [setting for setting, holds in found.items() if trainer.deterministic and not holds]
-    return (
-        [f"trainer.deterministic=true needs {' '.join(missing)} (+mode=deterministic sets all)"]
-        if missing
-        else []
-    )
+    missing: list[str] = []
+    if rollout.num_replicas != 1:
+        missing.append(f"{ROLLOUT}.num_replicas=1")
+    if rollout.max_num_seqs != 1:
+        missing.append(f"{ROLLOUT}.max_num_seqs=1")
+    if rollout.enable_prefix_caching:
+        missing.append(f"{ROLLOUT}.enable_prefix_caching=false")
+    if not rollout.per_request_seed:
+        missing.append(f"{ROLLOUT}.per_request_seed=true")
+    if rollout.cpu_threads is None:
+        missing.append(f"{ROLLOUT}.cpu_threads=1")
+    if config.trainer.threads_per_rank is None:
+        missing.append("trainer.threads_per_rank=1")
+    if config.async_training.max_staleness != 0:
+        missing.append("async_training.max_staleness=0")
+    if not missing:
+        return []
+    return [f"trainer.deterministic=true needs {' '.join(missing)} (+mode=deterministic sets all)"]
 
 
 def collapse_problems(config: "PPOConfig") -> list[str]:
     """A collapse watch that could never raise an alarm, or has nothing to answer it with."""
     watch = config.trainer.collapse_watch
-    problems = list[str]()
+    problems: list[str] = []
     if 0 < len(watch.active) < watch.min_signals:
         problems.append(
             f"trainer.collapse_watch.min_signals={watch.min_signals} is more than the "
-            f"{len(watch.active)} of "
-            "trainer.collapse_watch.signals"
+            f"{len(watch.active)} of trainer.collapse_watch.signals"
         )
     if watch.response == "roll_back" and config.trainer.save_freq <= 0:
         problems.append(
@@ -314,30 +365,28 @@ def collapse_problems(config: "PPOConfig") -> list[str]:
 
 
 def endpoint_problems(config: "PPOConfig") -> list[str]:
-    """What an endpoint in the place of an engine lacks."""
+    """What an endpoint that takes the place of the engine lacks."""
     rollout = config.actor_rollout_ref.rollout
-    model = config.actor_rollout_ref.model
     problems: list[str] = []
     if rollout.name != "openai":
         return problems
     if not rollout.endpoint.url:
-        problems.append(
-            "actor_rollout_ref.rollout.endpoint.url: name the endpoint of rollout.name=openai"
-        )
-    if model.tokenizer_path is None:
+        problems.append(f"{ROLLOUT}.endpoint.url: name the endpoint of rollout.name=openai")
+    if config.actor_rollout_ref.model.tokenizer_path is None:
         problems.append(
             "actor_rollout_ref.model.tokenizer_path: an endpoint needs a tokenizer here, in whose "
-            "tokens the budgets "
-            "(data.max_*_length) are counted; any that is close to the model's own will do"
+            "tokens the budgets (data.max_*_length) are counted; any that is close to the model's "
+            "own will do"
         )
     return problems
 
 
-def environment_problems(config: "PPOConfig", agent: Any, gpus: int) -> list[str]:
-    """GPUs that cannot be used, a model that cannot hold a trajectory, an endpoint or a retriever
-    that does not answer, folders that cannot be written, shared memory that is too small.
+def environment_problems(config: "PPOConfig", agent: Preflight, gpus: int) -> list[str]:
+    """What a run needs beside its configuration and does not find.
 
-    `gpus`: how many a run on CUDA needs on this machine, 0 if they are elsewhere.
+    Usable GPUs, a model that can hold a trajectory, an endpoint or a retriever that answers,
+    folders that can be written, shared memory that is large enough. `gpus`: how many a run on CUDA
+    needs on this machine, 0 if they are elsewhere.
     """
     rollout = config.actor_rollout_ref.rollout
     if rollout.name == "openai":
@@ -352,8 +401,10 @@ def environment_problems(config: "PPOConfig", agent: Any, gpus: int) -> list[str
 
 
 def device_problems(config: "PPOConfig", gpus: int) -> list[str]:
-    """Whether this machine can run what trainer.device asks for; `auto` never means the CPU where a
-    GPU is meant."""
+    """Why this machine cannot run what trainer.device asks for.
+
+    `auto` never means the CPU where a GPU is meant.
+    """
     wanted = config.trainer.device
     if wanted == "cpu":
         return [cpu_problem()] if device.has_cuda_engine() else []
@@ -373,11 +424,10 @@ def device_problems(config: "PPOConfig", gpus: int) -> list[str]:
 
 
 def cpu_problem() -> str:
-    """What is wrong with a run on the CPU where the packages are those for GPUs."""
+    """Why a run on the CPU cannot use an environment that is made for GPUs."""
     return (
         "trainer.device=cpu: the installed vLLM is the build for CUDA, which cannot run on the "
-        "CPU: make an "
-        f"environment for the CPU ({device.CPU_ENVIRONMENT})"
+        f"CPU: make an environment for the CPU ({device.CPU_ENVIRONMENT})"
     )
 
 
@@ -391,7 +441,7 @@ def hf_config_of(model: ModelConfig) -> Any:
 
 
 def critic_problems(config: "PPOConfig") -> list[str]:
-    """Whether transformers can put a value head on the critic's model."""
+    """A critic's model that transformers cannot put a value head on."""
     from transformers import AutoModelForTokenClassification
 
     if not config.use_critic:
@@ -403,24 +453,23 @@ def critic_problems(config: "PPOConfig") -> list[str]:
         return []
     return [
         f"critic.model.path={model.path}: transformers has no value head (token classification) "
-        "for "
-        f"{hf_config.model_type}: use an algorithm.adv_estimator without a critic, such as grpo"
+        f"for {hf_config.model_type}: use an algorithm.adv_estimator without a critic, such as grpo"
     ]
 
 
 def context_problems(config: "PPOConfig") -> list[str]:
-    """Whether the model can hold a whole trajectory: the engine would refuse it only after
-    everything has started."""
+    """A model that cannot hold a whole trajectory.
+
+    The engine would refuse it as well, but only after everything has started.
+    """
     model = config.actor_rollout_ref.model
     text = hf_config_of(model).get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
-    is_scaled = (getattr(text, "rope_parameters", None) or {}).get(
-        "rope_type", "default"
-    ) != "default"
+    rope = getattr(text, "rope_parameters", None) or {}
+    is_scaled = rope.get("rope_type", "default") != "default"
     if limit is None or is_scaled or config.max_model_len <= limit:
         return []
     return [
         f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than "
-        f"the {limit} tokens "
-        f"that {model.path} can hold (max_position_embeddings)"
+        f"the {limit} tokens that {model.path} can hold (max_position_embeddings)"
     ]

@@ -18,8 +18,10 @@ from verl.utils.loading import load_class
 
 logger = logging.getLogger(__name__)
 PROJECTS = {"search_r1": "search_r1.compat.SEARCH_R1", "verl": "verl.trainer.compat.VERL"}
-"""By the value of `compat`: where its project is described. A task's is loaded by name, as its
-classes are."""
+"""Where a project is described, by the value of `compat`.
+
+What a task describes is loaded by name, as its classes are.
+"""
 OPEN_SECTIONS = (
     "apply_chat_template_kwargs",
     "override_config",
@@ -28,7 +30,7 @@ OPEN_SECTIONS = (
     "panels",
 )
 """Sections whose keys this project does not know beforehand."""
-OWN_GROUPS = ("experiment", "method", "mode")
+OWN_GROUPS = ("algo", "experiment", "method", "mode")
 """What chooses a file of configs/."""
 
 Given = Mapping[str, Any]
@@ -45,11 +47,11 @@ class Fate:
     """What became of a key of another project."""
 
     key: str = ""
-    """Its name here; empty: it has none."""
+    """The key here; empty: there is none."""
     note: str = ""
     """How it differs, or why there is none."""
     convert: Convert | None = None
-    """Its value here, given its value there; None: the same. Raises Refused."""
+    """Makes the value here of the value there; None: both are the same. Raises Refused."""
     also: Callable[[Any], dict[str, Any]] | None = None
     """Further keys here that follow from the value."""
 
@@ -71,12 +73,11 @@ class Project:
     """Another project's command line."""
 
     keys: Mapping[str, Fate]
-    """What became of its keys; one that is absent here and exists in this project means the same in
-    both."""
+    """What became of its keys. A key of this project that is absent means the same in both."""
     defaults: Mapping[str, Any]
-    """Keys here, with the values that are in force there when a command line does not name them."""
+    """Keys here, with the values that are in force there unless a command line names others."""
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What its own configuration files set, by their names, in its keys."""
+    """What its own configuration files set, in its keys, by the names of the files."""
 
 
 def ignored(note: str) -> Fate:
@@ -85,8 +86,7 @@ def ignored(note: str) -> Fate:
 
 
 def ignored_if(allowed: Sequence[Any], note: str) -> Fate:
-    """A key of which only some values can be ignored; another one is refused with the same
-    reason."""
+    """A key of which only some values can be ignored; others are refused for the same reason."""
 
     def check(value: Any, given: Given) -> None:
         if value not in allowed:
@@ -106,55 +106,83 @@ def per_gpu(value: Any, given: Given) -> int | None:
 
 
 def all_if_negative(value: Any, given: Given) -> int | None:
-    """A number of rows, where verl writes -1 for all."""
+    """A number of rows; None for all, where verl writes -1."""
     return None if value is None or value < 0 else value
+
+
+@dataclass
+class Translation:
+    """What became of the keys of one command line."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """Keys and values here."""
+    lines: list[str] = field(default_factory=list)
+    """What is said of the keys that are not the same in both projects."""
+    problems: list[str] = field(default_factory=list)
+    """What cannot be taken."""
+    num_same: int = 0
+    """Keys that mean the same in both projects."""
+
+    def take(self, key: str, value: Any, fate: Fate, given: Given) -> None:
+        """Adds what became of a key that the other project has, or the reason of its refusal."""
+        there = f"{key}={written(value)}"
+        try:
+            became = fate.apply(value, given)
+        except Refused as refusal:
+            self.problems.append(f"{there}: refused: {refusal}")
+            return
+        self.values |= became
+        if became == {key: value}:
+            self.num_same += 1
+        else:
+            self.lines.append(f"{there}: {describe(fate, became)}")
+
+    def keep(self, key: str, value: Any) -> None:
+        """Adds a key that means the same in both projects."""
+        self.values[key] = value
+        self.num_same += 1
+
+    def add_defaults(self, defaults: Mapping[str, Any]) -> None:
+        """Adds what is in force in the other project where a command line does not say so."""
+        for key, value in defaults.items():
+            if key not in self.values:
+                self.lines.append(f"{key}={written(value)}: the default there")
+                self.values[key] = value
+
+    def overrides(self, known: frozenset[str]) -> list[str]:
+        """The command line in this project's keys; what is not `known` is added to a section."""
+        prefixes = {key: "" if key in known else "++" for key in self.values}
+        keys = [f"{prefixes[key]}{key}={written(value)}" for key, value in self.values.items()]
+        return ["~experiment", *keys]
 
 
 def translate(
     project_name: str, overrides: Sequence[str], config_name: str, known: frozenset[str]
 ) -> list[str]:
-    """The overrides in this project's keys; says what became of each. Raises ConfigError listing
-    what is refused.
+    """Translates overrides into this project's keys, and logs what became of each.
 
     `config_name`: the configuration file that the command line names. `known`: all keys of this
-    project.
+    project. Raises ConfigError listing what is refused.
     """
     project: Project = load_class(PROJECTS[project_name], "compat")
     given, problems = read_keys(overrides)
     given = {**project.configs.get(config_name, {}), **given}
-    found: dict[str, Any] = {}
-    lines: list[str] = []
-    same = 0
+    translation = Translation(problems=problems)
     for key, value in given.items():
-        there = f"{key}={written(value)}"
         fate = project.keys.get(key)
-        try:
-            if fate is not None:
-                became = fate.apply(value, given)
-                found |= became
-                if became == {key: value}:
-                    same += 1
-                else:
-                    lines.append(f"{there}: {describe(fate, became)}")
-            elif key in known or is_open(key):
-                found[key] = value
-                same += 1
-            else:
-                problems.append(f"{there}: known neither there nor here{did_you_mean(key, known)}")
-        except Refused as refusal:
-            problems.append(f"{there}: refused: {refusal}")
+        if fate is not None:
+            translation.take(key, value, fate, given)
+        elif key in known or is_open(key):
+            translation.keep(key, value)
+        else:
+            hint = did_you_mean(key, known)
+            problems.append(f"{key}={written(value)}: known neither there nor here{hint}")
     if problems:
         raise ConfigError(problems)
-    for key, value in project.defaults.items():
-        if key not in found:
-            lines.append(f"{key}={written(value)}: the default there")
-            found[key] = value
-    title = f"compat={project_name}: {same} keys mean the same here; of the others:"
-    logger.warning("%s", "\n  ".join([title, *lines]))
-    return [
-        "~experiment",
-        *(f"{'' if key in known else '++'}{key}={written(found[key])}" for key in found),
-    ]
+    translation.add_defaults(project.defaults)
+    same = f"{translation.num_same} keys mean the same here; of the others:"
+    logger.warning("%s", "\n  ".join([f"compat={project_name}: {same}", *translation.lines]))
+    return translation.overrides(known)
 
 
 def describe(fate: Fate, became: Mapping[str, Any]) -> str:
@@ -166,8 +194,10 @@ def describe(fate: Fate, became: Mapping[str, Any]) -> str:
 
 
 def read_keys(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Keys and values, the last one where a key comes twice; and what is wrong with arguments that
-    are neither."""
+    """Keys and values, and what is wrong with arguments that are neither.
+
+    Of a key that comes twice the last value counts.
+    """
     parsed, problems = parse(overrides)
     given: dict[str, Any] = {}
     for override in parsed:
@@ -175,8 +205,7 @@ def read_keys(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"{override.input_line}: compat= takes keys with one value each")
         elif override.key_or_group in OWN_GROUPS:
             problems.append(
-                f"{override.input_line}: compat= takes another project's keys, which this is none "
-                "of"
+                f"{override.input_line}: compat= takes another project's keys, which this is not"
             )
         else:
             given[override.key_or_group] = override.value()
@@ -196,9 +225,10 @@ def fates_of(key: str) -> dict[str, Fate]:
     return {name: project.keys[key] for name, project in projects.items() if key in project.keys}
 
 
-MODEL, ACTOR, REF, ROLLOUT = (
-    f"actor_rollout_ref.{section}" for section in ("model", "actor", "ref", "rollout")
-)
+MODEL = "actor_rollout_ref.model"
+ACTOR = "actor_rollout_ref.actor"
+REF = "actor_rollout_ref.ref"
+ROLLOUT = "actor_rollout_ref.rollout"
 PACKED = "rows are always packed, without padding, up to a number of tokens"
 PLACEMENT = (
     "how the work is spread changes no result; memory is a matter of *_max_token_len_per_gpu and "
@@ -210,19 +240,19 @@ AS_SAMPLED = "the sampled ids are kept"
 
 
 def engine(value: Any, given: Given) -> str:
-    """The engine: vLLM in the place of every other. An endpoint can only be evaluated."""
+    """The engine: vLLM in the place of any other, unless it is an endpoint."""
     return value if value in ("vllm", "openai") else "vllm"
 
 
 def searches(value: Any, given: Given) -> int:
-    """Searches of a trajectory whose last turn answers."""
+    """The most searches of a trajectory whose last turn answers."""
     if value is None:
         raise Refused("the number of turns must be bounded: set max_turns, the most searches")
     return max(1, value - 1)
 
 
 def trajectories(value: Any, given: Given) -> int:
-    """verl's mini-batch counts prompts."""
+    """Trajectories of a mini-batch, which verl counts in prompts."""
     return value * given.get(f"{ROLLOUT}.n", 1)
 
 
@@ -239,12 +269,9 @@ def warm_up_share(value: Any, given: Given) -> float:
 
 
 def loggers(value: Any, given: Given) -> list[str]:
-    """Those of the loggers that there are here."""
-    return [
-        name
-        for name in ([value] if isinstance(value, str) else value)
-        if name in ("console", "wandb")
-    ]
+    """The loggers that exist here."""
+    names = [value] if isinstance(value, str) else value
+    return [name for name in names if name in ("console", "wandb")]
 
 
 def common_model(section: str) -> dict[str, Fate]:
@@ -394,9 +421,8 @@ VERL = Project(
         f"{ROLLOUT}.multi_turn.max_user_turns": ignored("max_turns bounds them"),
         f"{ROLLOUT}.multi_turn.tool_config_path": ignored(
             "the file is not read: name the server by retriever.url and retriever.topk. Searches "
-            "are written as "
-            "<search>, not as function calls: prompts come from scripts/data_process, or from "
-            "template="
+            "are written as <search>, not as function calls: prompts come from "
+            "scripts/data_process, or from template="
         ),
         "reward_model.reward_manager": ignored_if(
             ["naive"], "name a function by custom_reward_function.path"

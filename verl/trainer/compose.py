@@ -1,5 +1,7 @@
-"""From a command line to a configuration. All wrong overrides are found together, before anything
-starts."""
+"""From a command line to a configuration.
+
+All wrong overrides are found together, before anything starts.
+"""
 
 import argparse
 import sys
@@ -15,9 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl.trainer.compat import PROJECTS, fates_of, translate
 from verl.trainer.overrides import first_line, parse, quoted
+from verl.trainer.schema import register_models
 from verl.utils.config import did_you_mean
 from verl.utils.errors import ConfigError
 
+register_models()
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HUB = "hf:"
 """How the name of a data set of the Hugging Face hub begins where a path may stand too."""
@@ -35,18 +39,19 @@ class CommandLine(NamedTuple):
     multirun: bool
     """Whether each combination of values is a run."""
     is_foreign: bool
-    """Whether the configuration is elsewhere than in configs/, where nothing can be checked
-    beforehand."""
+    """Whether the configuration is not in configs/; then nothing can be checked beforehand."""
 
     @property
     def only_shows(self) -> bool:
-        """Whether nothing is to run: the user asks for help, or for the composed configuration."""
+        """Whether the user asks for help or for the composed configuration, and not for a run."""
         return any(flag.partition("=")[0] in SHOWING for flag in self.flags)
 
 
 def read_command_line(argv: Sequence[str], default_config: str) -> CommandLine:
-    """Reads the arguments of a program that Hydra starts, with `compat=` translated. Raises
-    ConfigError."""
+    """Reads the arguments of a program that Hydra starts, with `compat=` translated.
+
+    Raises ConfigError.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-name", "-cn", default=default_config)
     parser.add_argument("--config-path", "--config-dir", "-cp", "-cd")
@@ -54,14 +59,8 @@ def read_command_line(argv: Sequence[str], default_config: str) -> CommandLine:
     parser.add_argument("--cfg", "-c")
     parser.add_argument("--package", "-p")
     parser.add_argument("--info", "-i", nargs="?")
-    for switch in (
-        ("--resolve",),
-        ("--run", "-r"),
-        ("--hydra-help",),
-        ("--version",),
-        ("--help", "-h"),
-    ):
-        parser.add_argument(*switch, action="store_true")
+    for names in ("--resolve", "--run -r", "--hydra-help", "--version", "--help -h"):
+        parser.add_argument(*names.split(), action="store_true")
     known, overrides = parser.parse_known_args(argv)
     flags = without(argv, overrides)
     project, overrides = take_compat(overrides)
@@ -75,7 +74,7 @@ def read_command_line(argv: Sequence[str], default_config: str) -> CommandLine:
 
 
 def checked_arguments(argv: Sequence[str], default_config: str) -> list[str]:
-    """The arguments for a program that Hydra starts. Exits listing every override that is wrong."""
+    """The arguments for a program that Hydra starts. Exits listing all wrong overrides."""
     try:
         line = read_command_line(argv, default_config)
         if not HELP & set(line.flags) and not line.is_foreign:
@@ -102,8 +101,10 @@ def without(argv: Sequence[str], taken: Sequence[str]) -> list[str]:
 
 
 def take_compat(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The project that `compat=` names, and the other overrides. Raises ConfigError for one that is
-    not known."""
+    """The project that `compat=` names, and the other overrides.
+
+    Raises ConfigError for a project that is not known.
+    """
     named = [override.partition("=")[2] for override in overrides if override.startswith("compat=")]
     others = [override for override in overrides if not override.startswith("compat=")]
     if not named or named[-1] == "null":
@@ -114,8 +115,10 @@ def take_compat(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def own_config(name: str, default: str, flags: Sequence[str]) -> tuple[str, list[str]]:
-    """The configuration to start from, and the flags for Hydra without those that name another
-    project's own."""
+    """The configuration to start from, and the flags that are meant for Hydra.
+
+    Flags that name another project's configuration are left out.
+    """
     foreign = ("--config-name", "--config-path", "--config-dir", "-cn", "-cp", "-cd")
     kept: list[str] = []
     skips_value = False
@@ -132,14 +135,16 @@ def own_config(name: str, default: str, flags: Sequence[str]) -> tuple[str, list
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration. Raises ConfigError listing every override that is wrong."""
+    """The configuration of a command. Raises ConfigError listing every override that is wrong."""
     check_overrides(config_name, overrides)
     return compose_or_say_why(config_name, overrides)
 
 
 def as_plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration as dicts and lists. Raises ConfigError naming every value that is required
-    and not given."""
+    """The configuration as dicts and lists, links resolved.
+
+    Raises ConfigError naming every value that is required and not given.
+    """
     if missing := missing_keys(config):
         raise ConfigError([f"{key}: required, and not given: add {key}=..." for key in missing])
     try:
@@ -156,15 +161,15 @@ def missing_keys(config: DictConfig, prefix: str = "") -> list[str]:
         path = f"{prefix}{key}"
         if OmegaConf.is_missing(config, key):
             found.append(path)
-        elif not OmegaConf.is_interpolation(config, key) and isinstance(
-            section := config[key], DictConfig
-        ):
-            found += missing_keys(section, f"{path}.")
+        elif not OmegaConf.is_interpolation(config, key):
+            section = config[key]
+            if isinstance(section, DictConfig):
+                found += missing_keys(section, f"{path}.")
     return found
 
 
 def check_overrides(config_name: str, overrides: Sequence[str], *, sweeps: bool = False) -> None:
-    """Raises ConfigError listing every override that is wrong: syntax, choices of groups, keys.
+    """Raises ConfigError listing every override whose syntax, group, choice or key is wrong.
 
     `sweeps`: several values for a key (`a=1,2`) are meant, as in Hydra's multirun.
     """
@@ -191,7 +196,7 @@ def check_overrides(config_name: str, overrides: Sequence[str], *, sweeps: bool 
 
 
 def is_group(override: Override) -> bool:
-    """Whether it chooses a file of a folder of configs/, or sets something of Hydra's own."""
+    """Whether an override chooses a file of a folder of configs/, or is about Hydra itself."""
     name = override.key_or_group
     return name == "hydra" or name.startswith(("hydra.", "hydra/")) or (CONFIGS / name).is_dir()
 
@@ -209,16 +214,13 @@ def choice_problems(override: Override) -> list[str]:
         return []
     folder = CONFIGS / group
     there = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-    names = [
-        str(name).removesuffix(".yaml")
-        for name in (chosen if isinstance(chosen, list) else [chosen])
-    ]
-    return [
-        f"{group}={name}: configs/{group} has no such "
-        f"file{did_you_mean(name, there) or f': expected one of {there}'}"
-        for name in names
-        if name not in there
-    ]
+    names = chosen if isinstance(chosen, list) else [chosen]
+    problems: list[str] = []
+    for name in (str(name).removesuffix(".yaml") for name in names):
+        if name not in there:
+            hint = did_you_mean(name, there) or f": expected one of {there}"
+            problems.append(f"{group}={name}: configs/{group} has no such file{hint}")
+    return problems
 
 
 def key_problems(overrides: Sequence[Override], known: frozenset[str]) -> list[str]:
@@ -248,8 +250,10 @@ def replaces_section(override: Override, known: Iterable[str]) -> bool:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """What is said of a key that does not exist: what became of another project's, or the nearest
-    of our own."""
+    """What is said of a key that does not exist.
+
+    It is what became of the key if it is another project's, else the nearest key of this one.
+    """
     for project, became in fates_of(key).items():
         return f"{key}: {became} (compat={project} translates a whole command line)"
     return f"{key}: there is no such key{did_you_mean(key, known)}"
@@ -262,7 +266,7 @@ def sweep_problem(override: Override) -> str:
 
 
 def compose_or_say_why(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Hydra's composition. Raises ConfigError with the first line of what Hydra says."""
+    """The configuration as Hydra composes it. Raises ConfigError with Hydra's first line."""
     try:
         with initialize_config_dir(str(CONFIGS), version_base=None):
             return compose(config_name, list(overrides))
@@ -271,13 +275,13 @@ def compose_or_say_why(config_name: str, overrides: Sequence[str]) -> DictConfig
 
 
 def keys_of(config: DictConfig) -> frozenset[str]:
-    """All keys, those of sections too, with dots."""
+    """All dotted keys of a configuration, those of sections too."""
     plain: Any = OmegaConf.to_container(config, resolve=False)
     return frozenset(dotted(plain, ""))
 
 
 def dotted(section: Mapping[str, Any], prefix: str) -> Iterable[str]:
-    """The keys under a section, each with all that is before it."""
+    """The keys under a section, each with `prefix` before it."""
     for name, value in section.items():
         yield f"{prefix}{name}"
         if isinstance(value, dict):
@@ -287,34 +291,33 @@ def dotted(section: Mapping[str, Any], prefix: str) -> Iterable[str]:
 def absolute(
     overrides: Sequence[str], folder: Path, paths: Iterable[str], models: Iterable[str]
 ) -> list[str]:
-    """The overrides with paths that do not depend on the working directory: they are relative to
-    `folder`.
+    """The overrides with their paths, which are relative to `folder`, made complete.
 
-    `paths`: the keys of paths. `models`: the keys of paths that may also be names of a hub; such a
-    one is a path where there is something in `folder`.
+    `paths`: the keys of paths. `models`: the keys of paths that may also be names of a hub; a value
+    of theirs is a path where there is something at it in `folder`.
     """
     return [with_full_path(text, folder, frozenset(paths), frozenset(models)) for text in overrides]
 
 
 def with_full_path(text: str, folder: Path, paths: frozenset[str], models: frozenset[str]) -> str:
-    """An override whose path, if its key has one, is relative to `folder`, with the path
-    complete."""
+    """One override with its path, if it has one, made complete."""
     parsed, _ = parse([text])
     if not parsed or parsed[0].is_delete() or parsed[0].is_sweep_override():
         return text
     key = parsed[0].key_or_group
     value = parsed[0].value()
-    is_local = (
-        isinstance(value, str) and value != "" and (folder / Path(value).expanduser()).exists()
-    )
+    is_text = isinstance(value, str) and value != ""
+    is_local = is_text and (folder / Path(value).expanduser()).exists()
     if (key in paths and value) or (key in models and is_local):
         return f"{text.partition('=')[0]}={resolved(value, folder)}"
     return text
 
 
 def resolved(value: Any, folder: Path) -> str:
-    """A path, or a list of paths, as the value of an override. What is interpolated, and a name of
-    the hub, stays."""
+    """A path, or a list of paths, as the complete value of an override.
+
+    What is interpolated, and a name of the hub, stays.
+    """
     if isinstance(value, list):
         return f"[{','.join(resolved(entry, folder) for entry in value)}]"
     text = str(value)

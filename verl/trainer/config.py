@@ -1,8 +1,10 @@
-"""Configuration of a run, and its validation: once, at the boundary, problems of a kind
-together."""
+"""The configuration of a run: its models, its validation, and the objects that it names.
+
+It is validated once, at the boundary; all problems of a kind are told together.
+"""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -15,17 +17,18 @@ from pydantic import (
     field_validator,
 )
 
-from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH
 from verl.trainer.checks import combination_problems
 from verl.trainer.ppo.collapse import CollapseWatchConfig
-from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS
-from verl.utils.config import Config, problems_of
+from verl.utils.config import Config, OneOf, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
 from verl.utils.model_names import is_checkpoint, is_place, is_run
 from verl.utils.reward import FunctionReward, check_signature
 from verl.utils.tokenizer import template_problems
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty
+
+if TYPE_CHECKING:
+    from verl.trainer.ppo.core_algos.advantages import AdvantageEstimator
 
 
 class DataConfig(Config):
@@ -34,8 +37,7 @@ class DataConfig(Config):
     val_files: list[str]
     """Parquet files of held-out questions."""
     made_by: str | None = None
-    """Command that makes these files, named by the error where one is missing; null: nobody
-    knows."""
+    """Command that makes these files, for the error where one is missing; null: unknown."""
     train_batch_size: PositiveInt = 512
     """Prompts per training step."""
     max_start_length: PositiveInt = 2048
@@ -50,14 +52,14 @@ class DataConfig(Config):
     """Use a fixed random sample of so many training questions, every data_source with its share;
     null: all."""
     train_sample_seed: int = 0
-    """What that sample is drawn with."""
+    """Seed of that sample."""
     val_data_num: PositiveInt | None = None
     """Use a fixed random sample of so many validation questions, every data_source with its share;
     null: all."""
     val_sample_per_source: PositiveInt | None = None
     """Use a fixed random sample of so many validation questions of every data_source; null: all."""
     val_sample_seed: int = 0
-    """What these two samples are drawn with."""
+    """Seed of these two samples."""
     shuffle_train_dataloader: bool = True
     """A new permutation every epoch, drawn from trainer.seed."""
     apply_chat_template_kwargs: dict[str, Any] = {}
@@ -73,30 +75,32 @@ class KLControlConfig(Config):
     type: Literal["fixed", "adaptive"] = "fixed"
     """adaptive moves the coefficient to keep the KL near target_kl (arXiv 1909.08593)."""
     kl_coef: NonNegativeFloat = 0.001
-    """The coefficient, or where it starts."""
+    """The coefficient; the first one where it is adaptive."""
     horizon: PositiveInt = 10_000
     """Trajectories over which the adaptive coefficient reacts."""
     target_kl: PositiveFloat = 0.1
-    """What the adaptive coefficient aims at."""
+    """The KL that the adaptive coefficient aims at."""
 
 
 class FilterGroupsConfig(Config):
-    """Dynamic sampling (DAPO, arXiv 2503.14476): groups whose trajectories all score the same are
-    replaced."""
+    """Dynamic sampling (DAPO, arXiv 2503.14476).
+
+    Groups whose trajectories all score the same are replaced.
+    """
 
     enable: bool = False
-    """Roll out further prompts until data.train_batch_size groups differ within."""
+    """Roll out further prompts until data.train_batch_size groups have differing scores."""
     metric: str = "score"
     """Which number of the reward must differ: score, or a component that every trajectory has."""
     max_num_gen_batches: PositiveInt = 10
     """Rollout batches per training step at most; then the step trains on what there is."""
 
 
-Level = Literal["token", "sequence", "geometric"]
+Level = Annotated[str, OneOf("verl.trainer.ppo.core_algos.LEVELS")]
 
 
 class RolloutCorrectionConfig(Config):
-    """For tokens that were sampled from another distribution than the trained policy's."""
+    """Correction for tokens that were not sampled from the policy that is trained."""
 
     rollout_is: Level | None = None
     """Weigh the loss by truncated importance weights of tokens, sequences, or their geometric mean;
@@ -128,20 +132,12 @@ class RolloutCorrectionConfig(Config):
         return self.rollout_rs_threshold_lower or 1 / self.rollout_rs_threshold
 
 
-LossFilter = Literal["zero_variance", "void_turn", "truncated"]
+Estimator = Annotated[str, OneOf("verl.trainer.ppo.core_algos.ADVANTAGE_ESTIMATORS")]
+LossFilter = Annotated[str, OneOf("verl.trainer.ppo.filters.FILTERS")]
 
 
 class AlgorithmConfig(Config):
-    adv_estimator: Literal[
-        "gae",
-        "grpo",
-        "dr_grpo",
-        "rloo",
-        "reinforce",
-        "reinforce_plus_plus",
-        "reinforce_plus_plus_baseline",
-        "turn_level",
-    ] = "gae"
+    adv_estimator: Estimator = "gae"
     """gae is PPO with a critic. grpo, dr_grpo (no std), rloo, reinforce_plus_plus_baseline and
     turn_level compare the trajectories of one prompt; reinforce and reinforce_plus_plus take the
     returns as they are, the latter whitened."""
@@ -160,7 +156,7 @@ class AlgorithmConfig(Config):
     use_kl_in_reward: bool = False
     """Subtract the KL to the reference from the rewards (PPO)."""
     kl_penalty: KLPenalty = "kl"
-    """Its estimator."""
+    """Estimator of the KL in the reward."""
     kl_ctrl: KLControlConfig = KLControlConfig()
 
 
@@ -178,9 +174,9 @@ class AsyncTrainingConfig(Config):
 class TrainerConfig(Config):
     project_name: str = "search-r1"
     """Project in wandb."""
-    experiment_name: str = "run"
+    experiment_name: str
     """Run in wandb; also the name of the run folder in the default of default_local_dir."""
-    default_local_dir: str = "runs/run"
+    default_local_dir: str
     """The run folder: checkpoints, metrics.jsonl, trajectories, config.yaml."""
     logger: list[Literal["console", "wandb"]] = ["console", "wandb"]
     """Where metrics go besides metrics.jsonl. Without a key wandb stays offline."""
@@ -252,35 +248,45 @@ class CustomRewardConfig(Config):
 
 
 class PPOConfig(Config):
-    """Everything the library reads. `agent` and `reward` belong to the classes that their
-    `_target_` names."""
+    """Everything the library reads.
+
+    The sections `agent` and `reward` belong to the classes that their `_target_` names.
+    """
 
     data: DataConfig
     actor_rollout_ref: ActorRolloutRefConfig
     critic: CriticConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     async_training: AsyncTrainingConfig = AsyncTrainingConfig()
-    trainer: TrainerConfig = TrainerConfig()
-    agent: dict[str, Any]
-    reward: dict[str, Any]
+    trainer: TrainerConfig
+    agent: dict[str, Any] = {}
+    reward: dict[str, Any] = {}
     custom_reward_function: CustomRewardConfig = CustomRewardConfig()
 
     @property
     def device(self) -> str:
         """`cuda` or `cpu`."""
+        if self.trainer.device != "auto":
+            return self.trainer.device
         from torch.cuda import is_available
 
-        found = "cuda" if is_available() else "cpu"
-        return found if self.trainer.device == "auto" else self.trainer.device
+        return "cuda" if is_available() else "cpu"
 
     @property
     def use_critic(self) -> bool:
-        return ADVANTAGE_ESTIMATORS[self.algorithm.adv_estimator].uses_critic
+        return self._estimator.uses_critic
 
     @property
-    def compares(self) -> bool:
+    def uses_groups(self) -> bool:
         """Whether advantages come from comparing the trajectories of one prompt."""
-        return ADVANTAGE_ESTIMATORS[self.algorithm.adv_estimator].uses_groups
+        return self._estimator.uses_groups
+
+    @property
+    def _estimator(self) -> "AdvantageEstimator":
+        # torch, which the estimators need, would take seconds where only help is asked for
+        from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS
+
+        return ADVANTAGE_ESTIMATORS[self.algorithm.adv_estimator]
 
     @property
     def use_reference(self) -> bool:
@@ -288,8 +294,10 @@ class PPOConfig(Config):
 
     @property
     def num_gpus(self) -> int:
-        """GPUs of the training and of engines that have their own; on the CPU the training
-        processes."""
+        """GPUs of the training and of engines that have their own.
+
+        On the CPU it is the number of training processes.
+        """
         training = self.trainer.nnodes * self.trainer.n_gpus_per_node
         if self.actor_rollout_ref.hybrid_engine or self.device == "cpu":
             return training
@@ -304,23 +312,28 @@ class PPOConfig(Config):
         )
 
     @property
+    def rollout_batch_size(self) -> int:
+        """Trajectories of one training step."""
+        return self.data.train_batch_size * self.actor_rollout_ref.rollout.n
+
+    @property
     def num_mini_batches(self) -> dict[str, int]:
-        """Optimizer steps per rollout batch and epoch: the actor's, and the critic's where there is
-        one."""
-        rollout_batch = self.data.train_batch_size * self.actor_rollout_ref.rollout.n
-        steps = {
-            ACTOR_MINI_BATCH: rollout_batch // self.actor_rollout_ref.actor.ppo_mini_batch_size
-        }
+        """Optimizer steps per rollout batch and epoch, of the actor and of the critic if any."""
+        # torch, which the protocol needs, would take seconds where only help is asked for
+        from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH
+
+        actor = self.actor_rollout_ref.actor
+        steps = {ACTOR_MINI_BATCH: self.rollout_batch_size // actor.ppo_mini_batch_size}
         if self.use_critic:
-            steps[CRITIC_MINI_BATCH] = rollout_batch // self.critic.ppo_mini_batch_size
+            critic_steps = self.rollout_batch_size // self.critic.ppo_mini_batch_size
+            steps[CRITIC_MINI_BATCH] = critic_steps
         return steps
 
     def total_training_steps(self, num_rows: int) -> int:
-        """trainer.total_training_steps, or what trainer.total_epochs amounts to."""
-        trainer = self.trainer
-        return trainer.total_training_steps or max(
-            1, trainer.total_epochs * num_rows // self.data.train_batch_size
-        )
+        """trainer.total_training_steps, or the steps of trainer.total_epochs over so many rows."""
+        if self.trainer.total_training_steps is not None:
+            return self.trainer.total_training_steps
+        return max(1, self.trainer.total_epochs * num_rows // self.data.train_batch_size)
 
 
 def validate(raw: dict[str, Any]) -> PPOConfig:
@@ -330,18 +343,23 @@ def validate(raw: dict[str, Any]) -> PPOConfig:
     that cannot work.
     """
     problems: list[str] = []
-    of_task: set[str] = set()
+    keys_of_task: set[str] = set()
+    further_sections: dict[str, type[BaseModel]] = {}
     for section in ("agent", "reward"):
         try:
             cls = section_class(section, raw.get(section))
         except ConfigError as error:
             problems += error.problems
-            of_task |= raw.keys()  # whose keys are whose cannot be said without it
+            keys_of_task |= raw.keys()  # without the class nobody knows which keys are the task's
             continue
-        of_task |= getattr(cls, "top_level_keys", frozenset())
+        keys_of_task |= getattr(cls, "top_level_keys", frozenset())
+        further_sections |= getattr(cls, "sections", {})
         problems += _errors(cls.Config, _without_target(raw[section]), f"{section}.")
-    known = {k: v for k, v in raw.items() if k not in of_task or k in PPOConfig.model_fields}
+    of_others = keys_of_task - PPOConfig.model_fields.keys()
+    known = {key: value for key, value in raw.items() if key not in of_others}
     problems += _errors(PPOConfig, known, "")
+    for name, model in further_sections.items():
+        problems += _errors(model, raw.get(name, {}), f"{name}.")
     if problems:
         raise ConfigError(problems)
     config = PPOConfig.model_validate(known)
@@ -351,8 +369,10 @@ def validate(raw: dict[str, Any]) -> PPOConfig:
 
 
 def section_class(name: str, section: Any) -> Any:
-    """The class that a section names. Raises ConfigError where there is none, or none with a model
-    of the section."""
+    """The class that a section names.
+
+    Raises ConfigError where there is none, or none with a model of the section.
+    """
     target = section.get("_target_") if isinstance(section, dict) else None
     if not isinstance(target, str):
         raise ConfigError([f"{name}._target_: name the class to use"])
@@ -381,10 +401,11 @@ def _without_target(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_tokenizer(config: PPOConfig) -> Any:
-    """The tokenizer of the policy. Raises ConfigError when there is none at the configured path, or
-    for arguments that its chat template does not read.
+    """The tokenizer of the policy.
 
-    Of a chat endpoint it only counts and cuts: the endpoint applies its own template.
+    For a chat endpoint it only counts and cuts: the endpoint applies its own template. Raises
+    ConfigError when there is none at the configured path, or for arguments that its chat template
+    does not read.
     """
     from transformers import AutoTokenizer
 
@@ -417,8 +438,7 @@ def build_agent(config: PPOConfig, tokenizer: Any) -> Any:
 
 
 def build_reward(config: PPOConfig, tokenizer: Any) -> Any:
-    """The reward: `custom_reward_function` where given, else the class that `reward._target_`
-    names."""
+    """The reward: a `custom_reward_function`, or the class that `reward._target_` names."""
     custom = config.custom_reward_function
     if custom.path is not None:
         function = load_function(custom.path, custom.name, "custom_reward_function")

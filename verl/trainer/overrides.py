@@ -1,5 +1,4 @@
-"""Overrides as text: read, and written so that Hydra's grammar reads them again as they are
-meant."""
+"""Reads overrides, and writes them so that Hydra's grammar reads them back as they are meant."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from hydra.errors import HydraException
 
 
 def parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """The overrides, and what is wrong with those that are none."""
+    """The overrides, and what is wrong with texts that are none."""
     parser = OverridesParser.create()
     parsed: list[Override] = []
     problems: list[str] = []
@@ -47,8 +46,7 @@ def written(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    r"""A text as the value of an override, in quotes where Hydra would not read it as that text
-    without them.
+    r"""A text as the value of an override, in quotes where Hydra would read something else.
 
     >>> quoted("data/a.parquet"), quoted("it's, or = not"), quoted("12"), quoted("${trainer.seed}")
     ('data/a.parquet', "'it\\'s, or = not'", "'12'", '${trainer.seed}')

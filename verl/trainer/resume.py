@@ -1,9 +1,9 @@
 """What a run may change of its configuration when it is resumed.
 
-A checkpoint holds what a run has become: weights, moments of the optimizer, steps, the place in the
-data. All else comes from the configuration, so a changed key takes effect by itself, and is told.
-Refused is what would silently give a saved number another meaning. Every field of every section is
-decided on here; a test finds one that is not.
+A checkpoint holds what a run has become: weights, moments of the optimizer, steps, the position in
+the data. All else comes from the configuration, so a changed key takes effect by itself, and is
+told. A change is refused if it would silently give a saved number another meaning. Every field of
+every section is decided on here; a test finds one that is not.
 """
 
 import json
@@ -251,14 +251,14 @@ class Change:
 
     @property
     def refusal(self) -> str | None:
-        """Why the run cannot go on with it; None if it can."""
+        """Why the run cannot go on with the change; None if it can."""
         if self.field in TAKES_EFFECT.get(self.section, []):
             return None
         return FIXED.get(self.section, {}).get(self.field.partition(".")[0])
 
 
 def check_resume(folder: Path, config: PPOConfig, questions: Sequence[Row]) -> list[Change]:
-    """What `config` changes since the checkpoint in `folder`: all of it takes effect.
+    """The changes of `config` since the checkpoint in `folder`, all of which take effect.
 
     Raises ConfigError listing what must not have changed, and CheckpointError when the checkpoint
     cannot be read.
@@ -279,22 +279,21 @@ def check_resume(folder: Path, config: PPOConfig, questions: Sequence[Row]) -> l
     if questions_digest(questions) != saved["questions"]:
         problems.append(
             f"data.train_files, data.train_data_num: {folder} was saved with other training "
-            "questions (or the same in "
-            "another order), and the place in the data that it holds is one among them"
+            "questions (or the same in another order), and the place in the data that it holds is "
+            "one among them"
         )
     if problems:
         cure = (
             "put back what was changed, or begin a run in another folder "
-            "(trainer.default_local_dir), from an export "
-            "of this one's policy if it is to go on from there "
-            "(actor_rollout_ref.model.path=.../hf)"
+            "(trainer.default_local_dir), from an export of this one's policy if it is to go on "
+            "from there (actor_rollout_ref.model.path=.../hf)"
         )
         raise ConfigError([*problems, cure])
     return [change for change in changes if change.is_told]
 
 
 def changes_since(saved: dict[str, Any], config: PPOConfig) -> list[Change]:
-    """Every value of `config` that is another one in `saved`, the configuration of a checkpoint.
+    """Every value in which `config` differs from `saved`, the configuration of a checkpoint.
 
     A key that only one of them knows belongs to another version, and is no change. The critic's
     section counts where both have a critic.
@@ -306,6 +305,7 @@ def changes_since(saved: dict[str, Any], config: PPOConfig) -> list[Change]:
 
 
 def had_critic(saved: dict[str, Any]) -> bool:
+    """Whether the run of a saved configuration had a critic."""
     return saved["algorithm"]["adv_estimator"] == "gae"
 
 
@@ -324,8 +324,10 @@ def _changes(
 
 
 def unequal(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """(path, old, new) of the values that differ, entry by entry in mappings; a missing entry
-    counts as null."""
+    """(path, old, new) of the values that differ, entry by entry in mappings.
+
+    A missing entry counts as null.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from unequal(old.get(key), new.get(key), f"{path}.{key}")
@@ -334,6 +336,5 @@ def unequal(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def same_place(old: Any, new: Any) -> bool:
-    """Whether both are names of one file or folder that is there, such as a relative path and its
-    full one."""
+    """Whether both name one file or folder, such as a relative path and its full one."""
     return isinstance(old, str) and isinstance(new, str) and full_path(old) == full_path(new)

@@ -1,17 +1,53 @@
-"""The base of every config model: frozen, and a key that is not declared is an error."""
+"""What config models are made of, and how their errors are told.
+
+Config models are frozen, and a key that they do not declare is an error.
+"""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+
+from verl.utils.loading import load_class
 
 
 class Config(BaseModel):
-    """Validated once, at the boundary; nobody writes to it afterwards."""
+    """The base of every config model: validated once, at the boundary, and never written to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a text that must be one of the names in a table, `Annotated[str, OneOf("a.module.T")]`.
+
+    The table is the only list of the names. It is loaded when a value is validated, so a model can
+    be imported without what the table needs.
+    """
+
+    table: str
+    """Dotted path of a mapping, or of a sequence, of names."""
+
+    @property
+    def names(self) -> list[str]:
+        return list(load_class(self.table, "table"))
+
+    def check(self, value: str) -> str:
+        """The value. Raises the error of a literal where it is none of the names."""
+        names = self.names
+        if value in names:
+            return value
+        expected = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+        message = "Input should be {expected}"
+        raise PydanticCustomError("literal_error", message, {"expected": expected})
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
 EXPECTED = {
@@ -42,9 +78,10 @@ BOUNDS = {
 def problems_of(
     error: ValidationError, prefix: str, model: type[BaseModel] | None = None
 ) -> list[str]:
-    """Every wrong key under `prefix`, with what was given and what was expected, a line each.
+    """One line for every wrong key: the key, what was given and what was expected.
 
-    `model`: where to look for the key that was meant by one that does not exist.
+    `prefix` is put before the keys. `model` is where the key is looked for that was meant by one
+    that does not exist.
     """
     expected: dict[str, list[str]] = {}
     lines: dict[str, str] = {}
@@ -65,8 +102,7 @@ def problems_of(
 
 
 def key_of(details: ErrorDetails) -> str:
-    """The dotted key of an error, without the names of a union's alternatives, which pydantic
-    adds."""
+    """The dotted key of an error, without what pydantic adds: names of a union's alternatives."""
     names = [str(part) for part in details["loc"]]
     return ".".join(name for name in names if "[" not in name and name not in ALTERNATIVES)
 
@@ -89,9 +125,9 @@ def expectation(details: ErrorDetails) -> str:
 
 def shown(value: Any) -> str:
     """A value as it is written on a command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def keys_of_model(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -107,8 +143,8 @@ def keys_of_model(model: type[BaseModel], prefix: str = "") -> list[str]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint at the known name that was meant, empty where none is near.
 
-    It is one that only has more before it, or is spelt alike in the same section, or has another
-    section before it.
+    A near name is one with more sections before it, one that is spelt alike in the same section,
+    or one of another section.
 
     >>> did_you_mean("train_batch_size", ["data.train_batch_size"])
     '; did you mean data.train_batch_size?'

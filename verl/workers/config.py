@@ -3,22 +3,17 @@
 Batch sizes are global numbers: counted over all ranks.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from verl.utils.config import Config
+from verl.utils.config import Config, OneOf
 from verl.utils.endpoint import EndpointConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-LossAggMode = Literal[
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
-]
-KLPenalty = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+LossMode = Annotated[str, OneOf("verl.trainer.ppo.core_algos.POLICY_LOSSES")]
+LossAggMode = Annotated[str, OneOf("verl.trainer.ppo.core_algos.LOSS_AGG_MODES")]
+KLPenalty = Annotated[str, OneOf("verl.trainer.ppo.core_algos.KL_PENALTIES")]
 
 
 class ModelConfig(Config):
@@ -83,7 +78,7 @@ class FSDPConfig(Config):
 
 
 class PolicyLossConfig(Config):
-    loss_mode: Literal["vanilla", "gspo", "cispo", "reinforce"] = "vanilla"
+    loss_mode: LossMode = "vanilla"
     """vanilla is PPO's clip; gspo clips whole sequences (2507.18071), cispo the weight of REINFORCE
     (2506.13585)."""
     llds_coef: NonNegativeFloat = 0.0
@@ -121,9 +116,9 @@ class ActorConfig(Config):
     use_kl_loss: bool = False
     """Add the KL to the reference to the loss (GRPO)."""
     kl_loss_coef: NonNegativeFloat = 0.001
-    """Its weight."""
+    """Weight of the KL in the loss."""
     kl_loss_type: KLPenalty = "low_var_kl"
-    """Its estimator."""
+    """Estimator of the KL in the loss."""
     grad_clip: PositiveFloat = 1.0
     """Maximum norm of the gradient."""
     state_masking: bool = True
@@ -173,7 +168,7 @@ class SamplingConfig(Config):
     """Trajectories per prompt: the group size of GRPO (`n_agent` of the original)."""
 
     def params(self) -> dict[str, Any]:
-        """What an engine has to know."""
+        """The parameters of a request to the engine."""
         return {
             **self.model_dump(include={"temperature", "top_p", "top_k"}),
             "log_probs": self.trains,
@@ -205,7 +200,7 @@ class OpenAIConfig(EndpointConfig):
     """chat: turns as messages. completions: one text, with the tokenizer's chat template where it
     has one."""
     max_tokens_key: str = "max_tokens"
-    """Name of the limit in a request; some models want max_completion_tokens."""
+    """Name of the limit of tokens in a request; some models want max_completion_tokens."""
     extra_body: dict[str, Any] = {}
     """Further entries of every request."""
 
@@ -220,7 +215,7 @@ class RolloutConfig(SamplingConfig):
     nnodes: PositiveInt = 1
     """Nodes of the engines, where they have GPUs of their own (hybrid_engine=false)."""
     n_gpus_per_node: PositiveInt = 1
-    """Their GPUs on each of these nodes."""
+    """GPUs of the engines on each of these nodes."""
     num_replicas: PositiveInt | None = None
     """Engines; null: as many as their GPUs hold (GPUs / tensor_model_parallel_size), one on CPU."""
     num_val_replicas: NonNegativeInt = 0

@@ -96,7 +96,7 @@ class BatchSource:
         self.pad_token_id = pad_token_id
         self.world_size = world_size
         self.queue = RolloutQueue(config, train_set, rollout)
-        self.min_group = 2 if config.compares else 1
+        self.min_group = 2 if config.uses_groups else 1
 
     def roll_out(self, steps_left: int) -> Rollouts:
         """Waits for the trajectories of a step, scored, and drops what cannot be trained on.
