@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 from verl.agent import Completion, Row, Source, Trajectory, TrajectoryFailed
 from verl.rollout.router import Router
 from verl.single_controller.worker import stacks
+from verl.single_controller.worker_group import ActorHandle
 from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer
 from verl.utils.reward import score
 
@@ -93,8 +94,10 @@ class AgentLoopWorker:
             del self.finished[batch]
 
     async def progress(self) -> dict[str, int]:
-        """Trajectories that have finished of each call of `run` under way, by the session of its
-        first job."""
+        """How many trajectories have finished, of each call of `run` that is under way.
+
+        A call is named by the session of its first job.
+        """
         return dict(self.finished)
 
     async def _run_twice(self, job: Job, sampling: dict[str, Any]) -> Trajectory | Failure:
@@ -131,9 +134,9 @@ class AgentLoopWorker:
             await score(self.reward, trajectory, job.row)
         return trajectory
 
-    def replace_engine(self, replica: int, handle: Any) -> None:
-        """Names the engine that takes the place of one that died."""
-        cast("Router", self.engines).replace(replica, handle)
+    def replace_engine(self, replica: int, server: ActorHandle) -> None:
+        """Puts a new engine in the place of one that died."""
+        cast("Router", self.engines).replace(replica, server)
 
     def stacks(self) -> str:
         """What the threads of this process are doing."""

@@ -1,13 +1,14 @@
-"""An OpenAI-compatible endpoint in the place of an engine: text in, text out, so for evaluation
-only.
+"""An OpenAI-compatible endpoint in the place of an engine, for evaluation only.
 
-Agent loops think in ids, of a tokenizer that the user names for budgets; here ids become text and
-back. With `api=chat` a context is the first user message, what the loop adds to it later the next
-ones, and what the model wrote the assistant's.
+It takes and gives text. Agent loops think in ids, of a tokenizer that the user names for budgets;
+here ids become text and back. With `api=chat` a context is the first user message, what the loop
+adds to it later the next ones, and what the model wrote the assistant's.
 """
 
 from collections.abc import Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from verl.agent import Completion, TrajectoryFailed, context_digest
 from verl.utils.endpoint import Endpoint, EndpointFailed
@@ -20,7 +21,9 @@ Messages = list[dict[str, str]]
 class OpenAIEngine:
     """Called as a Router is, by one agent worker."""
 
-    def __init__(self, config: OpenAIConfig, model: str, tokenizer: Any) -> None:
+    def __init__(
+        self, config: OpenAIConfig, model: str, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -41,8 +44,10 @@ class OpenAIEngine:
         return Completion(ids, [0.0] * len(ids), reason, None, -1, context_digest(prompt_ids))
 
     def _messages(self, session: str, prompt_ids: list[int]) -> Messages:
-        """The longest conversation that the context goes on with, and the rest as the user's next
-        message."""
+        """The longest known conversation that the context begins with, and the rest.
+
+        The rest is the user's next message.
+        """
         fitting = [
             known
             for known in self.sessions.get(session, ())
@@ -50,14 +55,13 @@ class OpenAIEngine:
         ]
         ids, said = max(fitting, key=lambda known: len(known[0]), default=([], []))
         new = self.tokenizer.decode(prompt_ids[len(ids) :]) if ids else self._text(prompt_ids)
-        return [*said, {"role": "user", "content": new}]
+        return [*said, {"role": "user", "content": str(new)}]
 
     def _text(self, prompt_ids: list[int]) -> str:
-        """A context from its beginning, without BOS: the endpoint's own tokenizer puts that before
-        every text."""
+        """A context as text, without BOS: the endpoint's own tokenizer puts that before a text."""
         leading = len(self.leading_ids)
         starts_so = prompt_ids[:leading] == self.leading_ids
-        return self.tokenizer.decode(prompt_ids[leading:] if starts_so else prompt_ids)
+        return str(self.tokenizer.decode(prompt_ids[leading:] if starts_so else prompt_ids))
 
     def forget(self, session: str) -> None:
         """Ends a session. One that never generated is no error."""
@@ -66,7 +70,7 @@ class OpenAIEngine:
     async def complete(
         self, messages: Messages, prompt: str, sampling: dict[str, Any]
     ) -> tuple[str, str]:
-        """(text, finish reason). Raises TrajectoryFailed."""
+        """The text and the finish reason of one reply. Raises TrajectoryFailed."""
         body = {
             "model": self.model,
             "temperature": sampling["temperature"],
@@ -89,8 +93,11 @@ class OpenAIEngine:
         await self.endpoint.close()
 
 
-def read_choice(reply: Any, chat: bool, stop: Sequence[str]) -> tuple[str, str]:
-    """Text and finish reason of a reply, the stop string put back that the protocol takes away."""
+def read_choice(reply: dict[str, Any], chat: bool, stop: Sequence[str]) -> tuple[str, str]:
+    """The text and the finish reason of a reply.
+
+    The stop string, which the protocol takes away, is put back.
+    """
     choice = reply["choices"][0]
     text = (choice["message"]["content"] or "") if chat else choice["text"]
     reason = choice.get("finish_reason") or "stop"
@@ -98,11 +105,8 @@ def read_choice(reply: Any, chat: bool, stop: Sequence[str]) -> tuple[str, str]:
         raise ValueError(f"expected text, got {text!r:.80}")
     if reason == "stop":
         found = choice.get("stop_reason")  # vLLM says which
-        text += (
-            found
-            if isinstance(found, str) and found in stop and not text.endswith(found)
-            else closing(text, stop)
-        )
+        known = isinstance(found, str) and found in stop and not text.endswith(found)
+        text += found if known else closing(text, stop)
     return text, reason
 
 
@@ -114,9 +118,9 @@ def closing(text: str, stop: Sequence[str]) -> str:
     >>> closing("<answer> a </answer>", ["</search>", "</answer>"]), closing("q", ["Observation:"])
     ('', '')
     """
-    places: list[tuple[int, str]] = []
+    opened: list[tuple[int, str]] = []
     for end in stop:
         start = end.replace("</", "<", 1).replace("|end_", "|begin_", 1)
         if start != end and text.rfind(start) > text.rfind(end):
-            places.append((text.rfind(start), end))
-    return max(places, default=(0, ""))[1]
+            opened.append((text.rfind(start), end))
+    return max(opened, default=(0, ""))[1]

@@ -3,36 +3,46 @@
 from collections.abc import Sequence
 from typing import Any
 
-from verl.agent import Trajectory
+from transformers import PreTrainedTokenizerBase
+
+from verl.agent import Segment, Trajectory
 from verl.rollout.agent_worker import Job
 
 
 def trajectory_records(
-    jobs: Sequence[Job], trajectories: Sequence[Trajectory], tokenizer: Any
+    jobs: Sequence[Job], trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """One record per trajectory: its prompt, its segments with source, text, ids and facts, its
-    reward."""
+    """One record for each trajectory: its prompt, its segments, its reward, its row."""
     return [
-        {
-            "uid": job.uid,
-            "data_source": job.row["data_source"],
-            "prompt": tokenizer.decode(trajectory.prompt_ids),
-            "prompt_ids": trajectory.prompt_ids,
-            "segments": [
-                {
-                    "source": str(segment.source),
-                    "text": tokenizer.decode(segment.token_ids),
-                    "token_ids": segment.token_ids,
-                    "policy_version": segment.policy_version,
-                    "info": segment.info,
-                }
-                for segment in trajectory.segments
-            ],
-            "stop_reason": trajectory.stop_reason,
-            "reward": trajectory.reward,
-            "info": trajectory.info,
-            "ground_truth": job.row["reward_model"]["ground_truth"],
-            "extra_info": job.row.get("extra_info"),
-        }
+        trajectory_record(job, trajectory, tokenizer)
         for job, trajectory in zip(jobs, trajectories, strict=True)
     ]
+
+
+def trajectory_record(
+    job: Job, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What is kept of one trajectory."""
+    return {
+        "uid": job.uid,
+        "data_source": job.row["data_source"],
+        "prompt": tokenizer.decode(trajectory.prompt_ids),
+        "prompt_ids": trajectory.prompt_ids,
+        "segments": [segment_record(segment, tokenizer) for segment in trajectory.segments],
+        "stop_reason": trajectory.stop_reason,
+        "reward": trajectory.reward,
+        "info": trajectory.info,
+        "ground_truth": job.row["reward_model"]["ground_truth"],
+        "extra_info": job.row.get("extra_info"),
+    }
+
+
+def segment_record(segment: Segment, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What is kept of one segment: its source, text, ids and facts."""
+    return {
+        "source": str(segment.source),
+        "text": tokenizer.decode(segment.token_ids),
+        "token_ids": segment.token_ids,
+        "policy_version": segment.policy_version,
+        "info": segment.info,
+    }

@@ -5,25 +5,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from verl.agent import Completion, TrajectoryFailed
-from verl.single_controller.worker_group import ActorDied, ActorUnavailableError
+from verl.single_controller.worker_group import ActorDied, ActorHandle, ActorUnavailableError
 
 MAX_LOST = 3
 """Engines that may die under one call before the call counts as their cause."""
 
 
 class Router:
-    """Keeps a session (trajectory) on the engine that started it, whose cache holds its earlier
-    turns.
+    """Keeps a session (trajectory) on the engine that started it.
 
-    `handles` answer `generate.remote(request_id, prompt_ids, sampling)` with an awaitable: Ray
-    actors, or fakes. When an engine dies, the calls that it was answering are made again on another
-    one, or wait until there is one (`replace`): a call is its tokens, so nothing of the trajectory
-    is lost.
+    That engine's cache holds the session's earlier turns. `servers`: of each engine the actor that
+    answers `generate.remote(request_id, prompt_ids, sampling)` with an awaitable. When an engine
+    dies, the calls that it was answering are made again on another one, or wait until there is one
+    (`replace`): a call is its tokens, so nothing of the trajectory is lost.
     """
 
-    def __init__(self, handles: Sequence[Any]) -> None:
-        self.handles = list(handles)
-        self.load = [0] * len(handles)
+    def __init__(self, servers: Sequence[Any]) -> None:
+        self.servers: list[Any] = list(servers)
+        self.load = [0] * len(servers)
         self.sessions: dict[str, int] = {}
         self.dead: set[int] = set()
         self.revived = asyncio.Event()
@@ -32,18 +31,18 @@ class Router:
     async def generate(
         self, session: str, prompt_ids: list[int], sampling: dict[str, Any]
     ) -> Completion:
-        """One completion for the session; a new session goes to the engine with the fewest.
+        """One completion for the session; a new one goes to the engine with the fewest sessions.
 
         Raises TrajectoryFailed when MAX_LOST engines died while they answered this call.
         """
         for _ in range(MAX_LOST):
             replica = await self._replica_of(session)
-            handle = self.handles[replica]
+            server = self.servers[replica]
             self.calls += 1
             try:
-                return await handle.generate.remote(f"{session}-{self.calls}", prompt_ids, sampling)
+                return await server.generate.remote(f"{session}-{self.calls}", prompt_ids, sampling)
             except ActorDied as error:  # out of reach is not dead: it will not be replaced
-                if self.handles[replica] is handle and not isinstance(error, ActorUnavailableError):
+                if self.servers[replica] is server and not isinstance(error, ActorUnavailableError):
                     self.dead.add(replica)
                 self.forget(session)
         raise TrajectoryFailed(f"{MAX_LOST} engines died while they answered the same call", 0)
@@ -52,7 +51,7 @@ class Router:
         if self.sessions.get(session) in self.dead:  # it died while the session was elsewhere
             self.forget(session)
         while session not in self.sessions:
-            if alive := [i for i in range(len(self.handles)) if i not in self.dead]:
+            if alive := [i for i in range(len(self.servers)) if i not in self.dead]:
                 self.sessions[session] = min(alive, key=self.load.__getitem__)
                 self.load[self.sessions[session]] += 1
             else:
@@ -60,9 +59,9 @@ class Router:
                 await self.revived.wait()
         return self.sessions[session]
 
-    def replace(self, replica: int, handle: Any) -> None:
+    def replace(self, replica: int, server: ActorHandle) -> None:
         """Puts a new engine in the place of one that died."""
-        self.handles[replica] = handle
+        self.servers[replica] = server
         self.dead.discard(replica)
         self.revived.set()
 

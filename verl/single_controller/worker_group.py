@@ -1,5 +1,4 @@
-"""The driver's side of the accelerator processes: where they are placed, and how their methods are
-called."""
+"""The driver's side of the accelerator processes: where they run, and how they are called."""
 
 import logging
 import os
@@ -9,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle as ActorHandle
 from ray.exceptions import ActorUnavailableError as ActorUnavailableError
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
@@ -31,17 +31,20 @@ from verl.utils.errors import ConfigError, DataError, RewardError
 
 logger = logging.getLogger(__name__)
 SOON_S = 10
-"""How long a place for the processes is waited for in silence."""
+"""How long the cluster may take in silence to place the processes."""
 ActorDied = (RayActorError, OutOfMemoryError, NodeDiedError)
-"""What a call raises whose process died; of a process that Ray ended for want of memory it is no
-RayActorError."""
+"""What a call raises whose process died.
+
+Of a process that Ray ended for want of memory it is not a RayActorError."""
 LIVENESS_S = 30
 """How long a process that answers nothing is waited for before it counts as lost."""
 
 
 class WorkerLost(RuntimeError):
-    """A process of the run died, or no longer answers: what it held is gone, and the run must start
-    again."""
+    """A process of the run died or no longer answers.
+
+    What it held is gone, and the run must start again.
+    """
 
 
 class RayClassWithInitArgs:
@@ -78,20 +81,19 @@ class RayResourcePool:
             self.group = placement_group(bundles, strategy="STRICT_SPREAD")
             soon = min(SOON_S, self.timeout_s)
             if not self.group.wait(soon):
-                logger.warning(
-                    "%s; waiting %g s for that", no_place(bundles), self.timeout_s - soon
-                )
-                if not self.group.wait(self.timeout_s - soon):
+                later = self.timeout_s - soon
+                logger.warning("%s; waiting %g s for that", cannot_place(bundles), later)
+                if not self.group.wait(later):
                     raise RuntimeError(
-                        f"{no_place(bundles)}: lower trainer.nnodes / trainer.n_gpus_per_node (or "
-                        "actor_rollout_ref."
-                        "rollout.nnodes / n_gpus_per_node), add nodes, or end what holds them "
+                        f"{cannot_place(bundles)}: lower trainer.nnodes / "
+                        "trainer.n_gpus_per_node (or actor_rollout_ref.rollout.nnodes / "
+                        "n_gpus_per_node), add nodes, or end what holds them "
                         "(`ray status` shows it)"
                     )
         return self.group
 
-    def spawn_hosts(self) -> tuple[list[Any], list[dict[str, Any]]]:
-        """A process in every place of the pool, and their locations, in the order of the ranks."""
+    def spawn_hosts(self) -> tuple[list[ActorHandle], list[dict[str, Any]]]:
+        """Starts all processes of the pool; returns them and their locations by rank."""
         group = self.get_placement_group()
         hosts = [
             ray.remote(concurrency_groups={WATCH: 1})(WorkerHost)  # pyright: ignore
@@ -109,14 +111,13 @@ class RayResourcePool:
         return hosts, ray.get([host.location.remote() for host in hosts])
 
 
-def no_place(bundles: list[dict[str, float]]) -> str:
+def cannot_place(bundles: list[dict[str, float]]) -> str:
     """What was asked of the cluster, and what each of its nodes has, in use or not."""
-    has = [
-        f"{node['NodeManagerAddress']} "
-        f"{ ({k: node['Resources'].get(k, 0) for k in ('CPU', 'GPU')}) }"
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    has: list[str] = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            resources = {kind: node["Resources"].get(kind, 0) for kind in ("CPU", "GPU")}
+            has.append(f"{node['NodeManagerAddress']} {resources}")
     return f"Ray cannot place {bundles} on nodes of their own; there are {', '.join(has)}"
 
 
@@ -129,7 +130,7 @@ def placement(locations: Sequence[dict[str, Any]]) -> str:
     """
     texts = []
     first = 0
-    for (node, ip), ranks in groupby(locations, key=lambda place: (place["node_id"], place["ip"])):
+    for (node, ip), ranks in groupby(locations, key=lambda at: (at["node_id"], at["ip"])):
         last = first + len(list(ranks)) - 1
         texts.append(f"ranks {first}-{last} on {ip} (node {node[:8]})")
         first = last + 1
@@ -141,22 +142,25 @@ WATCH = "watch"
 
 
 class WorkerHost:
-    """The process of one rank: it holds the roles that share the rank (actor, reference,
-    critic)."""
+    """The process of one rank, which holds the roles that share it (actor, reference, critic)."""
 
     def __init__(self) -> None:
         self.roles: dict[str, Worker] = {}
         self.store: TCPStore | None = None
 
     def location(self) -> dict[str, Any]:
-        """Node, accelerators and process."""
+        """The node, the accelerators and the process of this rank."""
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
-        place = {"node_id": context.get_node_id(), "ip": ray.util.get_node_ip_address()}
-        return {**place, "gpus": gpus, "pid": os.getpid()}
+        return {
+            "node_id": context.get_node_id(),
+            "ip": ray.util.get_node_ip_address(),
+            "gpus": gpus,
+            "pid": os.getpid(),
+        }
 
     def open_store(self, address: str) -> int:
-        """Opens the store in which the ranks meet, on a port that the system chooses."""
+        """Opens the store in which the ranks meet, and returns the port that the system chose."""
         self.store = store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return store.port
 
@@ -168,13 +172,15 @@ class WorkerHost:
         size: int,
         address: str,
         port: int,
-        *on: Any,
+        device: str,
+        threads: int | None,
     ) -> None:
+        """Joins the process group as `rank`, with a random state of its own."""
         disable_progress_bar()  # the driver has the console
         os.environ["MASTER_ADDR"] = address
         if deterministic:
             make_deterministic()
-        init_process_group(rank, size, self.store or TCPStore(address, port), *on)
+        init_process_group(rank, size, self.store or TCPStore(address, port), device, threads)
         seed_everything(seed)
 
     @ray.method(concurrency_group=WATCH)
@@ -190,8 +196,7 @@ class WorkerHost:
 
 
 class RayWorkerGroup:
-    """All ranks of a pool. `group["actor"].update_actor(batch)` calls a registered method on every
-    rank."""
+    """All ranks of a pool; a RoleView calls a registered method on every rank."""
 
     def __init__(
         self,
@@ -237,8 +242,10 @@ class RayWorkerGroup:
         return collect(call.mode, self._wait(name, calls))
 
     def _wait(self, name: str, calls: list[Any]) -> list[Any]:
-        """Results of the ranks. Raises WorkerLost if a rank died, else what the first failing rank
-        raised."""
+        """Waits for the results of the ranks.
+
+        Raises WorkerLost if a rank died, else what the first failing rank raised.
+        """
         try:
             return as_they_end(calls)
         except RayError as error:
@@ -247,18 +254,20 @@ class RayWorkerGroup:
             raise
 
     def lost_ranks(self) -> list[str]:
-        """The ranks that do not answer, with their places. The others fail in a collective when one
-        is lost."""
-        pings = [host.stacks.remote() for host in self.hosts]
+        """The ranks that do not answer, with their locations.
+
+        The others answer, although their collectives fail when a rank is lost.
+        """
+        pings: list[Any] = [host.stacks.remote() for host in self.hosts]
         answered, _ = ray.wait(pings, num_returns=len(pings), timeout=LIVENESS_S)
         return [
-            f"rank {rank} (process {place['pid']} on {place['ip']}) is gone"
-            for rank, (ping, place) in enumerate(zip(pings, self.locations, strict=True))
+            f"rank {rank} (process {at['pid']} on {at['ip']}) is gone"
+            for rank, (ping, at) in enumerate(zip(pings, self.locations, strict=True))
             if ping not in answered or died(ping)
         ]
 
     def stacks(self) -> dict[str, Any]:
-        """Calls that say what each rank is doing."""
+        """Calls that say what the threads of each rank are doing, by name of the rank."""
         return {f"rank {rank}": host.stacks.remote() for rank, host in enumerate(self.hosts)}
 
     def shutdown(self) -> None:
@@ -298,8 +307,10 @@ def spawn(
 
 
 def as_they_end(calls: Sequence[Any]) -> list[Any]:
-    """Results in the order of the calls. Raises what the first to fail raised, while others may
-    still hang."""
+    """Results in the order of the calls.
+
+    Raises what the first call to fail raised, while others may still hang.
+    """
     results: dict[Any, Any] = {}
     while waiting := [call for call in calls if call not in results]:
         (done,), _ = ray.wait(waiting)
@@ -307,7 +318,7 @@ def as_they_end(calls: Sequence[Any]) -> list[Any]:
     return [results[call] for call in calls]
 
 
-def died(call: Any) -> bool:
+def died(call: ray.ObjectRef) -> bool:
     """Whether a call that has ended was ended by the death of its process."""
     try:
         ray.get(call)
@@ -316,32 +327,34 @@ def died(call: Any) -> bool:
     return False
 
 
-def ready(handle: Any) -> Any:
-    """A call that ends when the actor has been built; getting it raises what its constructor
-    raised."""
-    return handle.__ray_ready__.remote()
+def ready(actor: ActorHandle) -> ray.ObjectRef:
+    """A call that ends when the actor has been built.
+
+    Getting it raises what the actor's constructor raised.
+    """
+    return actor.__ray_ready__.remote()
 
 
-def get(refs: Any) -> Any:
-    """Waits for the results of actor calls. Raises what the call raised.
+def get(calls: ray.ObjectRef | Sequence[ray.ObjectRef]) -> Any:
+    """Waits for the results of actor calls. Raises what a call raised.
 
     An error that a user can act on comes as it was raised, without the traceback of the other
     process.
     """
     try:
-        return ray.get(refs)
+        return ray.get(calls)
     except RayTaskError as error:
         if isinstance(error.cause, (ConfigError, DataError, RewardError)):
             raise error.cause from None
         raise
 
 
-def first_ready(refs: Sequence[Any], timeout_s: float | None = None) -> int | None:
-    """Place of a call that has ended; waits for one, at most `timeout_s` seconds: then None."""
-    ready, _ = ray.wait(list(refs), num_returns=1, timeout=timeout_s)
-    return list(refs).index(ready[0]) if ready else None
+def first_ready(calls: Sequence[ray.ObjectRef], timeout_s: float | None = None) -> int | None:
+    """Waits for a call to end and returns its index; None after `timeout_s` seconds."""
+    ended, _ = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
+    return list(calls).index(ended[0]) if ended else None
 
 
-def kill(handle: Any) -> None:
+def kill(actor: ActorHandle) -> None:
     """Ends an actor at once."""
-    ray.kill(handle)
+    ray.kill(actor)

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +15,9 @@ from verl.agent import Row
 from verl.utils.answers import answers_of, kind_of, plain
 from verl.utils.errors import DataError, listed
 from verl.utils.tokenizer import encode_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("data_source", "prompt", "reward_model")
 
@@ -30,7 +33,7 @@ class RLHFDataset:
     def __init__(
         self,
         files: Sequence[str],
-        tokenizer: Any,
+        tokenizer: "PreTrainedTokenizerBase",
         max_prompt_length: int,
         max_samples: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -110,7 +113,7 @@ def read_row(record: dict[str, Any]) -> Row:
     }
 
 
-def read_prompt(prompt: Any) -> list[dict[str, Any]]:
+def read_prompt(prompt: object) -> list[dict[str, Any]]:
     """Chat messages. Raises ValueError for what are none, or empty ones."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else plain(prompt)
     if not messages and isinstance(messages, list | None):
@@ -131,7 +134,7 @@ def read_prompt(prompt: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def read_truth(reward_model: Any) -> dict[str, Any]:
+def read_truth(reward_model: object) -> dict[str, Any]:
     """`reward_model` with the accepted answers as texts: `ground_truth` is one, a list, or holds
     either as `target`.
 
@@ -152,7 +155,7 @@ def read_truth(reward_model: Any) -> dict[str, Any]:
     return {**(reward_model or {}), "ground_truth": read}
 
 
-def read_target(target: Any, key: str) -> str | list[str]:
+def read_target(target: object, key: str) -> str | list[str]:
     """One answer as a text, a list of them as a list. Raises ValueError naming `key`."""
     try:
         answers = answers_of(target)

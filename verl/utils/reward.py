@@ -1,13 +1,16 @@
-"""The one boundary that every reward passes: what it returned becomes a score, components to log,
-and facts to keep."""
+"""The one boundary that every reward passes.
+
+What a reward returned becomes a score, components to log, and facts to keep.
+"""
 
 import inspect
 import json
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,6 +18,9 @@ from verl.agent import ComputeScore, Row, Source, Trajectory, TrajectoryFailed
 from verl.utils.answers import plain
 from verl.utils.config import Config
 from verl.utils.errors import ConfigError, RewardError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 """What a reward function is called with, by name."""
@@ -25,17 +31,17 @@ MAX_SHOWN = 120
 
 
 class FunctionReward:
-    """Calls `compute_score(data_source, solution_str, ground_truth, extra_info)`; it may also be a
-    coroutine function.
+    """Calls `compute_score(data_source, solution_str, ground_truth, extra_info)`.
 
-    `solution_str` is the text of the policy's own tokens: neither the prompt nor anything the
-    environment wrote, so without the `<think>` that some chat templates open.
+    That may be a coroutine function. `solution_str` is the text of the policy's own tokens: neither
+    the prompt nor anything the environment wrote, so without the `<think>` that some chat templates
+    open.
     """
 
     class Config(Config):
         pass
 
-    def __init__(self, compute_score: ComputeScore, tokenizer: Any) -> None:
+    def __init__(self, compute_score: ComputeScore, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.compute_score = compute_score
         self.tokenizer = tokenizer
 
@@ -48,15 +54,14 @@ class FunctionReward:
         )
 
 
-def policy_text(trajectory: Trajectory, tokenizer: Any) -> str:
+def policy_text(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> str:
     """What the policy wrote, turn after turn, without special tokens."""
     turns = [s.token_ids for s in trajectory.segments if s.source is Source.MODEL]
-    return "".join(tokenizer.decode(ids, skip_special_tokens=True) for ids in turns)
+    return "".join(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in turns)
 
 
-def check_signature(function: Any, key: str) -> None:
-    """Raises ConfigError naming `key` unless `function` can be called as FunctionReward calls
-    it."""
+def check_signature(function: object, key: str) -> None:
+    """Raises ConfigError naming `key` if FunctionReward cannot call `function`."""
     if not callable(function):
         raise ConfigError([f"{key}: expected a function, got a {type(function).__name__}"])
     try:
@@ -69,22 +74,22 @@ def check_signature(function: Any, key: str) -> None:
         raise ConfigError(
             [
                 f"{key}: {name_of(function)} is declared with {signature}, and is called with "
-                f"{', '.join(ARGUMENTS)} "
-                f"by name ({error}): name its parameters so, or add **kwargs"
+                f"{', '.join(ARGUMENTS)} by name ({error}): name its parameters so, or add "
+                "**kwargs"
             ]
         ) from error
 
 
-def name_of(reward: Any) -> str:
+def name_of(reward: object) -> str:
     """How messages call a reward: the function with its file, or the class."""
-    function = reward.compute_score if isinstance(reward, FunctionReward) else reward
+    function: Any = reward.compute_score if isinstance(reward, FunctionReward) else reward
     if not hasattr(function, "__qualname__"):
         return f"{type(function).__module__}.{type(function).__qualname__}"
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{function.__qualname__} of {code.co_filename if code else function.__module__}"
 
 
-async def score(reward: Any, trajectory: Trajectory, row: Row) -> None:
+async def score(reward: Callable[[Trajectory, Row], Any], trajectory: Trajectory, row: Row) -> None:
     """Writes what `reward` says to `trajectory`: numbers to `reward`, all else to `info["reward"]`.
 
     Raises TrajectoryFailed when that holds no finite score, and RewardError when the reward raises
@@ -101,11 +106,19 @@ async def score(reward: Any, trajectory: Trajectory, row: Row) -> None:
     take(result, trajectory, name_of(reward))
 
 
-def compare(reward: Any, groups: Sequence[Sequence[Trajectory]]) -> dict[int, TrajectoryFailed]:
+class GroupReward(Protocol):
+    """A reward that compares the trajectories of one prompt."""
+
+    def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None: ...
+
+
+def compare(
+    reward: GroupReward, groups: Sequence[Sequence[Trajectory]]
+) -> dict[int, TrajectoryFailed]:
     """Lets `reward.score_groups` change the rewards of `groups` in place.
 
-    Returns the failures of those that are then without a finite score, by the `id` of their
-    trajectory. Raises RewardError when it raises.
+    Returns the failures of the trajectories that are then without a finite score, by their `id`.
+    Raises RewardError when it raises.
     """
     name = f"{name_of(reward)}, score_groups"
     try:
@@ -115,7 +128,7 @@ def compare(reward: Any, groups: Sequence[Sequence[Trajectory]]) -> dict[int, Tr
             f"{raised_by(name, error)}, for {len(groups)} groups of trajectories"
         ) from error
     failures: dict[int, TrajectoryFailed] = {}
-    for trajectory in (trajectory for group in groups for trajectory in group):
+    for trajectory in chain.from_iterable(groups):
         try:
             take(trajectory.reward, trajectory, name)
         except TrajectoryFailed as error:
@@ -123,22 +136,17 @@ def compare(reward: Any, groups: Sequence[Sequence[Trajectory]]) -> dict[int, Tr
     return failures
 
 
-def take(result: Any, trajectory: Trajectory, name: str) -> None:
-    """Writes the `result` of the reward called `name` to `trajectory`. Raises TrajectoryFailed
-    without a finite score.
+def take(result: object, trajectory: Trajectory, name: str) -> None:
+    """Writes the `result` of the reward called `name` to `trajectory`.
 
-    A result is a number or a mapping with one under `score`; a bool, a NumPy or a torch value with
-    one element is one. Other entries that are finite numbers are components; what else the mapping
-    holds is kept in `info["reward"]`.
+    Raises TrajectoryFailed without a finite score. A result is a number or a mapping with one under
+    `score`; a bool, a NumPy or a torch value with one element is one. Other entries that are finite
+    numbers are components; what else the mapping holds is kept in `info["reward"]`.
     """
-    entries = (
-        {str(key): value for key, value in result.items()}
-        if isinstance(result, Mapping)
-        else {"score": result}
-    )
-    numbers = {
-        key: number for key, value in entries.items() if (number := number_of(value)) is not None
-    }
+    given = result if isinstance(result, Mapping) else {"score": result}
+    entries = {str(key): value for key, value in given.items()}
+    read = {key: number_of(value) for key, value in entries.items()}
+    numbers = {key: number for key, number in read.items() if number is not None}
     if not abs(numbers.get("score", math.nan)) <= LARGEST_SCORE:  # NaN is not, either
         raise TrajectoryFailed(
             f"{name} returned {outline(result)}: expected a finite number, or a dict with one "
@@ -151,36 +159,35 @@ def take(result: Any, trajectory: Trajectory, name: str) -> None:
         trajectory.info["reward"] = {**trajectory.info.get("reward", {}), **facts}
 
 
-def number_of(value: Any) -> float | None:
-    """A number as a float, also a bool or an array or a tensor of one element; None for anything
-    else."""
-    if callable(getattr(value, "item", None)):
+def number_of(value: object) -> float | None:
+    """A number, a bool, or an array or tensor of one element, as a float; None for all else."""
+    item = getattr(value, "item", None)
+    if callable(item):
         try:
-            value = value.item()
+            value = item()
         except (TypeError, ValueError, RuntimeError):  # more than one element
             return None
     return float(value) if isinstance(value, Real) else None
 
 
-def outline(result: Any) -> str:
-    """What was returned, so that the same mistake reads the same for every trajectory and can be
-    counted."""
+def outline(result: object) -> str:
+    """What a reward returned, for messages.
+
+    The same mistake reads the same for every trajectory, so that it can be counted.
+    """
     if isinstance(result, Mapping):
+        if "score" in result:
+            return f"score {outline(result['score'])}"
         keys = ", ".join(str(key) for key in result) or "none"
-        return (
-            f"score {outline(result['score'])}"
-            if "score" in result
-            else f"a dict without 'score' (keys: {keys})"
-        )
+        return f"a dict without 'score' (keys: {keys})"
     number = number_of(result)
     if number is not None or result is None:
         return str(number)
     return f"a value of type {type(result).__name__}"
 
 
-def as_json(value: Any) -> Any:
-    """`value` if JSON has a form for it, else its elements, else its text: it goes into trajectory
-    files."""
+def as_json(value: object) -> Any:
+    """`value` in a form that trajectory files can hold: as it is, as a list, or as its text."""
     value = plain(value)
     try:
         json.dumps(value)
@@ -201,15 +208,13 @@ def raised_by(name: str, error: Exception) -> str:
 def described(row: Row) -> str:
     """The row that a message is about: its source, its question, its ground truth."""
     prompt = row.get("prompt")
-    question = (row.get("extra_info") or {}).get("question") or (
-        prompt[-1]["content"] if prompt else ""
-    )
-    truth = (row.get("reward_model") or {}).get("ground_truth")
-    return (
-        f"{row.get('data_source')}, question {shortened(question)}, ground truth {shortened(truth)}"
-    )
+    asked = prompt[-1]["content"] if prompt else ""
+    question = shortened((row.get("extra_info") or {}).get("question") or asked)
+    truth = shortened((row.get("reward_model") or {}).get("ground_truth"))
+    return f"{row.get('data_source')}, question {question}, ground truth {truth}"
 
 
-def shortened(value: Any) -> str:
+def shortened(value: object) -> str:
+    """A value as it is printed, MAX_SHOWN characters of it at most."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

@@ -7,11 +7,14 @@ shows the result for each family of models.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
 from verl.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, str]
 MARK = re.compile("\x00(\\d+)\x00")
@@ -21,37 +24,40 @@ OWN_ARGUMENTS = frozenset({"messages", "tokenize", "add_generation_prompt"})
 """Arguments of a chat template that callers cannot choose."""
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of plain `text`: a special token spelled in it (`<|im_end|>`) is split into ordinary
-    pieces."""
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Ids of plain `text`: a special token in it (`<|im_end|>`) is split into ordinary pieces."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) -> list[int]:
-    """Ids of `messages` with the generation prompt. `kwargs` are further arguments of the chat
-    template.
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], **kwargs: Any
+) -> list[int]:
+    """Ids of `messages` with the generation prompt.
 
-    The template alone decides about BOS. Without a template: the bare contents, behind what the
-    tokenizer puts before every text (`leading_ids`). Special tokens are those of the template only.
-    Raises DataError where the template refuses the messages.
+    `kwargs` are further arguments of the chat template, which alone decides about BOS. Without a
+    template: the bare contents, behind what the tokenizer puts before every text (`leading_ids`).
+    Special tokens are those of the template only. Raises DataError where the template refuses the
+    messages.
     """
     if not has_template(tokenizer):
-        return leading_ids(tokenizer) + encode_text(
-            tokenizer, "".join(m["content"] for m in messages)
-        )
+        text = "".join(message["content"] for message in messages)
+        return leading_ids(tokenizer) + encode_text(tokenizer, text)
     controls = control_tokens(tokenizer)
     if any(token in message["content"] for message in messages for token in controls):
         return _encode_around_controls(tokenizer, messages, controls, kwargs)
     return tokenizer(_render(tokenizer, messages, kwargs), add_special_tokens=False)["input_ids"]
 
 
-def has_template(tokenizer: Any) -> bool:
+def has_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def template_problems(tokenizer: Any, kwargs: Mapping[str, Any]) -> list[str]:
-    """What is wrong with further arguments of the chat template, one line each, beginning with the
-    argument's name."""
+def template_problems(tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any]) -> list[str]:
+    """What is wrong with further arguments of the chat template, one line each.
+
+    A line begins with the argument's name.
+    """
     template = tokenizer.get_chat_template() if has_template(tokenizer) else ""
     problems: list[str] = []
     for name in kwargs:
@@ -67,7 +73,7 @@ def template_problems(tokenizer: Any, kwargs: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def leading_ids(tokenizer: Any) -> list[int]:
+def leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What the tokenizer puts before every text: `[BOS]` of Llama and Gemma, nothing of Qwen."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
@@ -75,9 +81,11 @@ def leading_ids(tokenizer: Any) -> list[int]:
     return whole[:start]
 
 
-def control_tokens(tokenizer: Any) -> list[str]:
-    """Texts of all special tokens, the longest first: also those that have no role
-    (`<|start_header_id|>`)."""
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Texts of all special tokens, the longest first.
+
+    Those without a role (`<|start_header_id|>`) are among them.
+    """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
 
@@ -93,18 +101,18 @@ class UserTurn:
     """From the user's last word to the assistant's first: ends with the generation prompt."""
 
     def following(self, end: int, message: list[int]) -> list[int]:
-        """What stands behind the token `end`, sampled to end a turn, up to the next turn of the
-        policy.
+        """What follows the token `end`, which was sampled to end a turn, up to the next turn.
 
         Raises ValueError for a token by which the template does not end a turn.
         """
         return [*self.before[self.before.index(end) + 1 :], *message, *self.after]
 
 
-def user_turn(tokenizer: Any, **kwargs: Any) -> UserTurn:
-    """Read off the rendering of three messages; both parts are empty without a chat template.
+def user_turn(tokenizer: "PreTrainedTokenizerBase", **kwargs: Any) -> UserTurn:
+    """The UserTurn of a chat template, read off its rendering of three messages.
 
-    Raises DataError for a template that cannot write such a conversation.
+    Both parts are empty without a template. Raises DataError for a template that cannot write such
+    a conversation.
     """
     if not has_template(tokenizer):
         return UserTurn([], [])
@@ -114,67 +122,73 @@ def user_turn(tokenizer: Any, **kwargs: Any) -> UserTurn:
     if MARK.findall(rendered) != ["0", "1", "2"]:
         raise DataError(
             "the chat template of the tokenizer does not write messages of the roles "
-            f"{', '.join(roles)} once each and "
-            f"in this order, but: {rendered!r}"
+            f"{', '.join(roles)} once each and in this order, but: {rendered!r}"
         )
     *_, before, _, after = MARK.split(rendered)
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
     return UserTurn(*ids)
 
 
-def end_of_turn(tokenizer: Any, **kwargs: Any) -> int:
-    """The token by which an assistant's turn ends: the template's (`<|im_end|>`), without a
-    template EOS.
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase", **kwargs: Any) -> int:
+    """The token by which an assistant's turn ends: the template's, or EOS without a template.
 
     Raises DataError for a tokenizer that has neither.
     """
     before = user_turn(tokenizer, **kwargs).before
-    special = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer)}
+    special = [tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer)]
     if before and before[0] in special:
         return before[0]
-    if tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
         raise DataError(
             "the tokenizer has no EOS token, and no chat template that ends a turn with a special "
             "token"
         )
-    return tokenizer.eos_token_id
+    return eos
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], kwargs: dict[str, Any]) -> str:
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], kwargs: dict[str, Any]
+) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, **kwargs
+        rendered = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+            **kwargs,
         )
+        return cast("str", rendered)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
             f"the chat template of the tokenizer refuses messages of the roles {roles} ({error}); "
-            "where it knows no "
-            "system role, put the instructions at the beginning of the user's message"
+            "where it knows no system role, put the instructions at the beginning of the user's "
+            "message"
         ) from error
 
 
 def _encode_around_controls(
-    tokenizer: Any, messages: Sequence[Message], controls: Sequence[str], kwargs: dict[str, Any]
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    controls: Sequence[str],
+    kwargs: dict[str, Any],
 ) -> list[int]:
-    """Ids of messages that spell special tokens: the template is rendered around marks, cut at its
-    own special tokens, and what stands between these is plain text. The white space around a
-    message stays for the template to strip."""
+    """Ids of messages that spell special tokens.
+
+    The template is rendered around marks and cut at its own special tokens; what stands between
+    these is plain text. The white space around a message stays for the template to strip.
+    """
     cores = [message["content"].strip() for message in messages]
-    marked = [
-        {
-            **message,
-            "content": message["content"].replace(core, f"\x00{number}\x00")
-            if core
-            else message["content"],
-        }
-        for number, (message, core) in enumerate(zip(messages, cores, strict=True))
-    ]
+    marked: list[Message] = []
+    for number, (message, core) in enumerate(zip(messages, cores, strict=True)):
+        content = message["content"]
+        mark = content.replace(core, f"\x00{number}\x00") if core else content
+        marked.append({**message, "content": mark})
     rendered = _render(tokenizer, marked, kwargs)
     ids: list[int] = []
     for part in re.split(f"({'|'.join(map(re.escape, controls))})", rendered):
         if part in controls:
-            ids.append(tokenizer.convert_tokens_to_ids(part))
+            ids.append(cast("int", tokenizer.convert_tokens_to_ids(part)))
         elif part:
             ids += encode_text(tokenizer, MARK.sub(lambda mark: cores[int(mark.group(1))], part))
     return ids

@@ -9,10 +9,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from verl.utils.run_folder import write_atomically
 
 logger = logging.getLogger(__name__)
 STEP = "training/global_step"
+
+
+class Savable(Protocol):
+    """A batch, as a DataProto is one."""
+
+    def save(self, path: Path) -> None: ...
 
 
 class Timers:
@@ -67,16 +75,15 @@ class Tracking:
         return self.wandb.id if self.wandb else None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Appends one line to metrics.jsonl and sends the metrics on. Numbers that are not finite
-        become null there.
+        """Appends one line to metrics.jsonl and sends the metrics on.
 
-        Lines that cannot be written (a full disk) are told, kept, and written with the next one.
+        Numbers that are not finite become null there. A line that cannot be written (a full disk)
+        is told, kept, and written with the next one.
         """
-        metrics = {
-            **metrics,
-            **{panel: metrics[key] for panel, key in self.panels.items() if key in metrics},
-        }
-        line = {STEP: step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
+        again = {panel: metrics[key] for panel, key in self.panels.items() if key in metrics}
+        metrics = {**metrics, **again}
+        finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+        line = {STEP: step, **finite}
         self.unwritten += json.dumps(line) + "\n"
         self._write()
         if self.wandb:
@@ -95,7 +102,7 @@ class Tracking:
             logger.warning("%s: %s; kept in memory until it can be written", path, error)
 
     def message(self, text: str) -> None:
-        """A line on the console."""
+        """Writes a line to the console, where it is among the loggers."""
         if self.console:
             logger.info(text)
 
@@ -127,9 +134,11 @@ class Tracking:
             self.wandb.log({STEP: step, f"{name}/trajectories": table})
         return path
 
-    def keep(self, batch: Any, name: str) -> str:
-        """Writes a DataProto to the file `name` of the run folder. Says where it is, or why it is
-        not there."""
+    def keep(self, batch: Savable, name: str) -> str:
+        """Writes a batch to the file `name` of the run folder.
+
+        Returns, for a message, where it is or why it is not there.
+        """
         path = self.run_dir / name
         try:
             path.parent.mkdir(exist_ok=True)
@@ -139,7 +148,7 @@ class Tracking:
         return f"is in {path}"
 
     def finish(self) -> None:
-        """Ends the run of wandb; a last attempt to write what could not be written."""
+        """Writes what could not be written so far, if it can be now, and ends the run of wandb."""
         if self.unwritten:
             self._write()
         if self.wandb:
@@ -178,10 +187,9 @@ def _has_wandb_key() -> bool:
 
 
 def truncate_metrics(run_dir: str, step: int, moved_to: Path | None = None) -> None:
-    """Drops the lines of metrics.jsonl after `step`, or moves them: a resumed run writes them
-    again.
+    """Drops the lines of metrics.jsonl after `step`: a resumed run writes them again.
 
-    A last line that a kill cut off goes as well.
+    With `moved_to` they are kept there. A last line that a kill cut off is dropped as well.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
@@ -193,6 +201,4 @@ def truncate_metrics(run_dir: str, step: int, moved_to: Path | None = None) -> N
             moved_to.write_text("".join(later))
         except OSError as error:
             logger.warning("%s: %s; these metrics are dropped", moved_to, error)
-    pending = path.with_suffix(".tmp")
-    pending.write_text("".join(line for line in lines if line not in later))
-    pending.replace(path)
+    write_atomically(path, "".join(line for line in lines if line not in later))
