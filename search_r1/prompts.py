@@ -136,6 +136,23 @@ INVALID_MESSAGE = (
 """Said by the user, to a chat model that ended its turn without an action. The original has no such
 message: it drops the token that ends the turn, and lets the model go on with the sentence above."""
 
+SEARCH_O1_INVALID_ACTION = (
+    "\nI should search with <|begin_search_query|> query <|end_search_query|>, or give the answer "
+    "inside <answer> and </answer>.\n"
+)
+SEARCH_O1_INVALID_MESSAGE = (
+    "Search with <|begin_search_query|> query <|end_search_query|>, or give the answer inside "
+    "<answer> and </answer>."
+)
+REACT_INVALID_ACTION = (
+    "\nObservation: no valid action. Write Action: Search[query], or the answer inside <answer> "
+    "and </answer>.\n"
+)
+REACT_INVALID_MESSAGE = (
+    "Observation: no valid action. Write Action: Search[query], or the answer inside <answer> and "
+    "</answer>."
+)
+
 SEARCH_END = "</search>"
 ANSWER_END = "</answer>"
 INFORMATION_START = "<information>"

@@ -141,8 +141,8 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (LOOP, "        trajectory.void_turns += isinstance(action, Invalid)\n", ""),
     (
         LOOP,
-        'may_search=stats["turns"] < self.max_searches',
-        'may_search=stats["turns"] <= self.max_searches',
+        "may_call=data.turns < self.max_calls",
+        "may_call=data.turns <= self.max_calls",
     ),
     (
         LOOP,

@@ -37,6 +37,7 @@ def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         _overruns(stats)
         | _latency(stats)
         | _errors(stats)
+        | _further_tools(stats)
         | _by_hops(stats, searches)
         | _recall(trajectories)
     )
@@ -69,6 +70,19 @@ def _errors(stats: list[dict[str, Any]]) -> dict[str, float]:
         "env/search_errors": total.total(),
         **{f"env/search_errors/{kind}": n for kind, n in sorted(total.items())},
     }
+
+
+def _further_tools(stats: list[dict[str, Any]]) -> dict[str, float]:
+    """Of every tool beside search: executed calls, those that were right, and results that were
+    cut."""
+    metrics: dict[str, float] = {}
+    for name in sorted({name for s in stats for name in s.get("tools", {})}):
+        counts = [s["tools"][name] for s in stats]
+        calls = sum(c["calls"] for c in counts)
+        metrics[f"env/{name}/calls"] = calls / len(counts)
+        metrics[f"env/{name}/valid_calls"] = sum(c["valid_calls"] for c in counts) / len(counts)
+        metrics[f"env/{name}/truncated"] = sum(c["cut"] for c in counts) / max(1, calls)
+    return metrics
 
 
 def _by_hops(stats: list[dict[str, Any]], searches: np.ndarray) -> dict[str, float]:
