@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from search_r1.evaluation.behaviour import behaviour, read_course
+from search_r1.evaluation.behaviour import behaviour, read_history
 
 HEADER = ("questions", "n", "EM", "searches", "answered", "right entity", "EM if gold retrieved")
 STEP = "training/global_step"
@@ -45,7 +45,7 @@ def table(records: list[dict[str, Any]]) -> str:
 def summary(records: list[dict[str, Any]]) -> dict[str, float | None]:
     """EM, executed searches, share answered; search policy and reading apart, where gold passages
     are known."""
-    found = behaviour([read_course(record) for record in records])
+    found = behaviour([read_history(record) for record in records])
     return {
         "EM": sum(r["reward"].get("em", 0.0) for r in records) / len(records),
         "searches": found["searches"],

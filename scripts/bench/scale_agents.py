@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from search_r1.agent import loop
 from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.launch import free_port
-from search_r1.rewards.compose import SearchReward, SearchRewardConfig
+from search_r1.rewards.compose import SearchReward
+from search_r1.rewards.config import SearchRewardConfig
 from search_r1.search.client import Passage
 from search_r1.search.config import RetrieverConfig
 from verl import agent

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from search_r1.agent.actions import Answer, parse_action
 from search_r1.agent.agent_data import AgentData
 from search_r1.agent.formats import REACT, SEARCH_O1, ToolFormat
-from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop, question_of
+from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.agent.observation import encode_observation, neutralise
 from search_r1.agent.tools import Tool, ToolResponse
 from search_r1.prompts import (
@@ -21,6 +21,7 @@ from search_r1.prompts import (
     build_prompt,
     format_passages,
 )
+from search_r1.trajectory import required_question
 from verl.agent import Segment, Source, Trajectory
 from verl.utils.tokenizer import encode_text
 
@@ -73,7 +74,7 @@ class RagLoop(SearchAgentLoop):
 
     async def _begin(self, data: AgentData) -> None:
         assert self.search is not None
-        question = question_of(data.row)
+        question = required_question(data.row)
         response = await self._call(data, self.search, question)
         context = neutralise(response.text, self.tag)
         fitting = fit(self.tokenizer, context, self.config.max_obs_length)
@@ -92,7 +93,7 @@ class IRCoTLoop(SearchAgentLoop):
     trainable: ClassVar[bool] = False
 
     async def _begin(self, data: AgentData) -> None:
-        question = question_of(data.row)
+        question = required_question(data.row)
         data.trajectory.info["question"] = question
         await self._collect(data, question)
 
@@ -107,7 +108,7 @@ class IRCoTLoop(SearchAgentLoop):
     async def _turn(self, data: AgentData, may_call: bool) -> None:
         """Generates a sentence; in the last turn all that is said."""
         trajectory = data.trajectory
-        context = self._context(trajectory, question_of(data.row))
+        context = self._context(trajectory, required_question(data.row))
         if len(context) > self.config.max_prompt_length:
             trajectory.stop_reason = "context"
             return

@@ -39,9 +39,9 @@ from search_r1.agent.tools import (
 )
 from search_r1.prompts import ANSWER_END, INVALID_ACTION, INVALID_MESSAGE, TEMPLATES, build_prompt
 from search_r1.search.config import RetrieverConfig
-from verl.agent import Completion, Generate, Row, Trajectory, TrajectoryFailed
+from search_r1.trajectory import required_question
+from verl.agent import AgentLoop, Completion, Generate, Row, Trajectory, TrajectoryFailed
 from verl.utils.config import Config
-from verl.utils.errors import DataError
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn, user_turn
 
 
@@ -82,7 +82,7 @@ class SearchAgentConfig(Config):
         return check_sections(value)
 
 
-class SearchAgentLoop:
+class SearchAgentLoop(AgentLoop):
     """Search-R1's loop over the plain tags (arXiv 2503.09516, algorithm 1)."""
 
     Config: ClassVar = SearchAgentConfig
@@ -171,7 +171,7 @@ class SearchAgentLoop:
     async def _begin(self, data: AgentData) -> None:
         """Before the first turn: makes the prompt, where it is not that of the data."""
         if self.config.template is not None:
-            prompt = build_prompt(question_of(data.row), self.config.template)
+            prompt = build_prompt(required_question(data.row), self.config.template)
             descriptions = [tool.description for tool in self.tools if tool.description]
             data.trajectory.prompt_ids = self.ask(" ".join([*descriptions, prompt]))
 
@@ -305,14 +305,3 @@ def stop_reason(completion: Completion, action: Action, may_call: bool) -> str:
 def has_ended(trajectory: Trajectory) -> bool:
     """Whether the policy, the last to write, has ended its turn by a token of the chat template."""
     return bool(trajectory.segments) and "ended_by" in trajectory.segments[-1].info
-
-
-def question_of(row: Row) -> str:
-    """The question of a row. Raises DataError where the data hold only its prompt."""
-    question = (row.get("extra_info") or {}).get("question") or row.get("question")
-    if not question:
-        raise DataError(
-            f"a {row.get('data_source')} row has no extra_info.question, which `template` needs: "
-            "prepare it anew"
-        )
-    return str(question)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from search_r1.trajectory import gold_passages, read_searches
 from verl.agent import Trajectory
 
 OVERRUN_KINDS = {"newline": "\n", "tag": "<"}
@@ -97,18 +98,16 @@ def _by_hops(stats: list[dict[str, Any]], searches: np.ndarray) -> dict[str, flo
 
 
 def _recall(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Share of the gold passages that were retrieved, and of questions with all, where the data
-    names them."""
+    """Share of the gold passages that were retrieved, and of the questions of which all were.
+
+    Both over the questions whose gold passages the data name.
+    """
     shares = []
-    for t in trajectories:
-        passages = [p for s in t.segments for p in s.info.get("passages", ())]
-        gold = set(map(str, t.info.get("gold_ids", ())))
-        seen = {str(p["id"]) for p in passages}
-        if not gold:
-            gold = {title.strip('"') for title in t.info.get("gold_titles", ())}
-            seen = {p["title"].strip('"') for p in passages}
-        if gold:
-            shares.append(len(gold & seen) / len(gold))
+    for trajectory in trajectories:
+        gold = gold_passages(trajectory.info)
+        found = [p for search in read_searches(trajectory) for p in search.passages]
+        if gold.names:
+            shares.append(len(gold.found_in(found)) / len(gold.names))
     if not shares:
         return {}
     return {

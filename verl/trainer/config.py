@@ -337,7 +337,8 @@ def validate(raw: dict[str, Any]) -> PPOConfig:
             problems += error.problems
             of_task |= raw.keys()  # whose keys are whose cannot be said without it
             continue
-        of_task |= getattr(cls, "top_level_keys", frozenset())
+        keys = getattr(cls, "top_level_keys", frozenset())
+        of_task |= raw.keys() if keys is None else keys
         problems += _errors(cls.Config, _without_target(raw[section]), f"{section}.")
     known = {k: v for k, v in raw.items() if k not in of_task or k in PPOConfig.model_fields}
     problems += _errors(PPOConfig, known, "")
