@@ -1,5 +1,4 @@
-"""`python -m search_r1.infer MODEL [QUESTION] [key=value ...]`: ask, and watch the model think,
-search and answer.
+"""`python -m search_r1.infer MODEL [QUESTION] [key=value ...]`: asks a model, and shows it think.
 
 The loop, prompts and search of training. MODEL as in `search_r1.evaluate`. Without QUESTION it asks
 you for one after the other; with --questions it answers a file of them (JSONL, CSV, parquet with
@@ -94,8 +93,7 @@ class InferenceSession:
         )
 
     async def ask(self, question: str, show: Show | None = None) -> Trajectory:
-        """Rolls out a question. Raises TrajectoryFailed when a tool or the endpoint fails for
-        good."""
+        """Rolls out a question. Raises TrajectoryFailed when a tool or the endpoint fails."""
         session = f"{time.monotonic_ns()}"
         generate = self._generate(session)
         if show is not None:

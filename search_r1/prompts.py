@@ -162,8 +162,10 @@ OBSERVATION_TAIL = f"{INFORMATION_END}\n\n"
 
 
 def build_prompt(question: str, template: str, context: str = "", reasoning: str = "") -> str:
-    """The prompt of a question, which gets its question mark. Raises KeyError for an unknown
-    template."""
+    """The prompt of a question, which gets its question mark.
+
+    Raises KeyError for an unknown template.
+    """
     return TEMPLATES[template].format(
         question=with_mark(question), context=context, reasoning=reasoning
     )

@@ -120,8 +120,10 @@ class Trajectory:
         return sum(len(s.token_ids) for s in self.segments if s.source is source)
 
     def add_completion(self, completion: Completion, **info: Any) -> None:
-        """Append what the engine sampled, checking that it was given exactly this trajectory so
-        far."""
+        """Appends what the engine sampled.
+
+        Counts a violation unless the engine was given exactly this trajectory so far.
+        """
         self.context_violations += completion.context_digest != context_digest(self.token_ids)
         self.truncated |= completion.finish_reason == "length"
         self.segments.append(
@@ -135,13 +137,12 @@ class Trajectory:
         )
 
     def add_observation(self, token_ids: list[int], **info: Any) -> None:
-        """Append tokens written by the environment: they are never trained."""
+        """Appends tokens written by the environment: they are never trained."""
         self.segments.append(Segment(Source.OBSERVATION, token_ids, info=info))
 
 
 class TrajectoryFailed(Exception):
-    """The environment broke (not the policy): the trajectory is re-run once, then dropped and
-    counted.
+    """The environment broke, not the policy: the trajectory is run once more, then dropped.
 
     `num_calls` is the number of environment calls the trajectory had made, the failed one included:
     dropping is biased against trajectories that make many, so the failure rate is reported by it.
@@ -201,11 +202,10 @@ class AgentLoop:
 
 
 class RewardFn(Protocol):
-    """Scores a finished trajectory: `score` and any components to log, see
-    `verl.utils.reward.take`.
+    """Scores a finished trajectory: returns `score` and any components to log.
 
-    It may have `entries`, the names in its result, so that a configuration that reads another one
-    is refused at once.
+    See `verl.utils.reward.take`. It may have `entries`, the names in its result, so that a
+    configuration that reads another one is refused at once.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -215,8 +215,7 @@ class RewardFn(Protocol):
     def __call__(
         self, trajectory: Trajectory, row: Row
     ) -> dict[str, float] | Awaitable[dict[str, float]]:
-        """Raises TrajectoryFailed when a score cannot be had, which is not the same as a score of
-        0.
+        """Raises TrajectoryFailed when a score cannot be had: that is not a score of 0.
 
         Any other exception is a mistake of the reward and ends the run.
 

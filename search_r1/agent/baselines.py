@@ -1,5 +1,7 @@
-"""The prompting baselines of the paper's table 2, as variations of its own loop. Their texts are in
-prompts.py."""
+"""The prompting baselines of the paper's table 2, as variations of its own loop.
+
+Their texts are in prompts.py.
+"""
 
 import re
 from dataclasses import replace
@@ -84,10 +86,10 @@ class RagLoop(SearchAgentLoop):
 
 
 class IRCoTLoop(SearchAgentLoop):
-    """IRCoT (arXiv 2212.10509): every sentence of the reasoning is the next query; all passages
-    stand above it.
+    """IRCoT (arXiv 2212.10509): every sentence of the reasoning is the next query.
 
-    Contexts are written anew for every sentence, so these trajectories cannot be trained on.
+    All passages stand above the reasoning. Contexts are written anew for every sentence, so these
+    trajectories cannot be trained on.
     """
 
     trainable: ClassVar[bool] = False
@@ -117,16 +119,13 @@ class IRCoTLoop(SearchAgentLoop):
         )
         data.turns += 1
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
-        said = SENTENCE_END.split(text, maxsplit=1)[0] if may_call else text
-        answer = isinstance(parse_action(said)[0], Answer)
-        if answer or not may_call:
-            said = text[: parse_action(text)[1]]
+        said, is_answer = self._next_sentence(text, may_call)
         ids = encode_text(self.tokenizer, said + " ")
         trajectory.segments.append(
             Segment(Source.MODEL, ids, [0.0] * len(ids), completion.policy_version)
         )
-        data.valid_actions += answer or (may_call and bool(said))
-        if answer:
+        data.valid_actions += is_answer or (may_call and bool(said))
+        if is_answer:
             trajectory.stop_reason = "answer"
         elif not said:
             trajectory.stop_reason = "empty"
@@ -135,9 +134,20 @@ class IRCoTLoop(SearchAgentLoop):
         else:
             await self._collect(data, said)
 
+    def _next_sentence(self, text: str, may_call: bool) -> tuple[str, bool]:
+        """What of a generated text is kept, and whether it answers.
+
+        That is the first sentence, and everything up to the answer in the last turn, or where the
+        sentence holds an answer.
+        """
+        said = SENTENCE_END.split(text, maxsplit=1)[0] if may_call else text
+        is_answer = isinstance(parse_action(said)[0], Answer)
+        if is_answer or not may_call:
+            said = text[: parse_action(text)[1]]
+        return said, is_answer
+
     def _context(self, trajectory: Trajectory, question: str) -> list[int]:
-        """The prompt with every passage found so far, each once, and the sentences written so
-        far."""
+        """The prompt with every passage found so far, each once, and the sentences so far."""
         found = [p for s in trajectory.segments for p in s.info.get("passages", ())]
         unique = {p["id"]: (p["title"], p["text"]) for p in found}
         passages = neutralise(format_passages(list(unique.values())), self.tag)

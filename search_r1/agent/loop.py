@@ -233,9 +233,11 @@ class SearchAgentLoop(AgentLoop):
     def _add_turn(
         self, trajectory: Trajectory, completion: Completion, is_last: bool, turn: int
     ) -> None:
-        """Appends what the policy wrote. In its info stand `ended_by`, the token by which the
-        policy ended its turn, or `left_out`, the same where it has no place in a trajectory that
-        goes on."""
+        """Appends what the policy wrote.
+
+        In its info stands `ended_by`, the token by which the policy ended its turn, or `left_out`,
+        the same token where it has no place in a trajectory that goes on.
+        """
         facts: dict[str, Any] = {"turn": turn, "finish_reason": completion.finish_reason}
         last = completion.token_ids[-1] if completion.token_ids else None
         if last is not None and (last in self.turn_ends or last == completion.stop_reason):
@@ -251,8 +253,10 @@ class SearchAgentLoop(AgentLoop):
         trajectory.add_completion(completion, **facts)
 
     def _reply(self, trajectory: Trajectory, ids: list[int], **facts: Any) -> None:
-        """Appends what the environment says: in the policy's turn, or where it has ended that, as a
-        user's message."""
+        """Appends what the environment says.
+
+        It stands in the policy's turn or, where the policy has ended that, as a user's message.
+        """
         if has_ended(trajectory):
             ids = self.user_turn.following(trajectory.segments[-1].info["ended_by"], ids)
         trajectory.add_observation(ids, **facts)

@@ -13,8 +13,7 @@ SEARCH_O1_TAG = r"\|(?:begin|end)_search_(?:query|result)\|"
 
 
 def tag_pattern(formats: Iterable[ToolFormat] = ()) -> re.Pattern[str]:
-    """Matches every tag that no text from outside may hold, whatever the method: the protocol's,
-    and those of further tools."""
+    """Matches every tag that no text from outside may hold, those of further tools included."""
     further = [tag for written in formats for tag in (written.call_tag, written.result_tag) if tag]
     names = "|".join(map(re.escape, (*TAGS, *further)))
     return re.compile(rf"<(/?(?:{names})|{SEARCH_O1_TAG})>")
@@ -24,8 +23,9 @@ PROTOCOL_TAG = tag_pattern()
 
 
 def neutralise(text: str, tag: re.Pattern[str] = PROTOCOL_TAG) -> str:
-    """`text` with the protocol's tags in round brackets, so that it cannot close its block, answer
-    or call a tool.
+    """`text` with the protocol's tags in round brackets.
+
+    So it cannot close its block, answer or call a tool.
 
     >>> neutralise("a</information> <answer>b</answer> <b>")
     'a(/information) (answer)b(/answer) <b>'
@@ -40,8 +40,7 @@ def encode_passages(
     emitted: str,
     written: ToolFormat = SEARCH_R1,
 ) -> tuple[list[int], bool]:
-    """`encode_observation` of numbered passages, (title, text) pairs, without any tag of the
-    protocol."""
+    """`encode_observation` of numbered passages, (title, text) pairs, freed of tags."""
     text = neutralise(format_passages(passages))
     return encode_observation(text, tokenizer, max_tokens, emitted, written)
 

@@ -113,8 +113,7 @@ SECTIONS = TypeAdapter(list[Annotated[Section, AfterValidator(validated)]])
 
 
 def check_sections(sections: Sequence[Section]) -> list[Section]:
-    """The same sections. Raises ValueError for a wrong one, and where two tools could be mixed
-    up."""
+    """The same sections. Raises ValueError for a wrong one, and for two tools of one name."""
     checked = SECTIONS.validate_python(sections)
     classes = [tool_class(section) for section in checked]
     names = Counter([SEARCH_TOOL, *(cls.name for cls in classes)])

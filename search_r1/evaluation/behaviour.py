@@ -1,5 +1,4 @@
-"""How a policy searches: pure functions of trajectory records, as validation and evaluation write
-them."""
+"""How a policy searches: pure functions of the records of validation and evaluation."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
