@@ -70,11 +70,14 @@ class SearchO1Loop(SearchAgentLoop):
 class RagLoop(SearchAgentLoop):
     """One search with the question, its passages in the prompt, one answer."""
 
+    calls_tools: ClassVar[bool] = False
+
     def __init__(self, config: SearchAgentConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         self.max_calls = 0
 
     async def _begin(self, data: AgentData) -> None:
+        """Searches, and makes the prompt with what was found."""
         assert self.search is not None
         question = required_question(data.row)
         response = await self._call(data, self.search, question)
@@ -93,8 +96,10 @@ class IRCoTLoop(SearchAgentLoop):
     """
 
     trainable: ClassVar[bool] = False
+    calls_tools: ClassVar[bool] = False
 
     async def _begin(self, data: AgentData) -> None:
+        """Searches for the question."""
         question = required_question(data.row)
         data.trajectory.info["question"] = question
         await self._collect(data, question)

@@ -49,7 +49,7 @@ class SearchAgentConfig(Config):
     max_turns: PositiveInt = 4
     """Turns that may search; one more turn, without search, is forced after them."""
     do_search: bool = True
-    """False: one turn without search, the R1 baseline."""
+    """False: no search; without another tool that is a single turn, the R1 baseline."""
     tools: list[dict[str, Any]] = []
     """Further tools: for each the class, `_target_`, and the keys of its `Config`
     (search_r1/agent/tools.py)."""
@@ -89,6 +89,8 @@ class SearchAgentLoop(AgentLoop):
     top_level_keys: ClassVar = frozenset(
         {"max_turns", "do_search", "template", "method_suffix", "retriever", "setup", "finetune"}
     )
+    calls_tools: ClassVar[bool] = True
+    """False where the method itself decides what is called: such a method has search alone."""
     search_format: ClassVar[ToolFormat] = SEARCH_R1
     invalid_action: ClassVar[str] = INVALID_ACTION
     """The answer to a turn without an action, in the policy's own turn."""
@@ -100,9 +102,8 @@ class SearchAgentLoop(AgentLoop):
         self.config = config
         self.tokenizer = tokenizer
         self.search = SearchTool(config.retriever, self.search_format) if config.do_search else None
-        self.tools = further = [build_tool(section) for section in config.tools]
-        if self.search is not None:
-            self.tools = [self.search, *further]
+        further = [build_tool(section) for section in config.tools]
+        self.tools: list[Tool] = further if self.search is None else [self.search, *further]
         self.tools_by_name = {tool.name: tool for tool in self.tools}
         # Without a tool, a turn that asks for a search all the same is no void turn.
         self.call_patterns = {tool.name: tool.format.call for tool in self.tools} or {
@@ -120,6 +121,17 @@ class SearchAgentLoop(AgentLoop):
 
     def preflight(self) -> list[str]:
         """Budgets that cannot hold one call of a tool, and what the tools themselves lack."""
+        problems = self._budget_problems()
+        if self.config.tools and not self.calls_tools:
+            problems.append("agent.tools: this method searches by itself and calls no other tool")
+        for tool in self.tools:
+            problems += self._block_problems(tool)
+        for tool in self.tools:
+            problems += tool.preflight()
+        return problems
+
+    def _budget_problems(self) -> list[str]:
+        """Lengths that contradict each other."""
         config = self.config
         problems = []
         if config.max_start_length > config.max_prompt_length:
@@ -129,15 +141,11 @@ class SearchAgentLoop(AgentLoop):
             )
         least = config.max_start_length + config.max_response_length + config.max_obs_length
         if self.tools and least > config.max_prompt_length:
+            call = "search" if self.search else f"call of {self.tools[0].name}"
             problems.append(
-                f"data.max_prompt_length={config.max_prompt_length} has no room for one "
-                f"{self.tools[0].name}: "
+                f"data.max_prompt_length={config.max_prompt_length} has no room for one {call}: "
                 f"data.max_start_length + data.max_response_length + data.max_obs_length = {least}"
             )
-        for tool in self.tools:
-            problems += self._block_problems(tool)
-        for tool in self.tools:
-            problems += tool.preflight()
         return problems
 
     def _block_problems(self, tool: Tool) -> list[str]:
@@ -153,6 +161,7 @@ class SearchAgentLoop(AgentLoop):
         ]
 
     async def close(self) -> None:
+        """Closes the tools."""
         for tool in self.tools:
             await tool.close()
 
@@ -292,9 +301,14 @@ class SearchAgentLoop(AgentLoop):
         """Appends the observation of the tool's last call, with its facts."""
         counts = data.counts[tool.name]
         counts.cut += cut
-        facts = {"kind": tool.name, tool.argument_key: argument, **response.facts}
-        facts |= {"latency_s": counts.latency_s[-1], "cut": cut}
-        self._reply(data.trajectory, ids, turn=data.turns, **facts)
+        facts = response.facts | {
+            "turn": data.turns,
+            "kind": tool.name,
+            tool.argument_key: argument,
+            "latency_s": counts.latency_s[-1],
+            "cut": cut,
+        }
+        self._reply(data.trajectory, ids, **facts)
 
 
 def stop_reason(completion: Completion, action: Action, may_call: bool) -> str:

@@ -1,13 +1,19 @@
 """A second tool beside search is one file (tests/calculator.py) and one line of configuration."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from search_r1.agent.baselines import RagLoop
 from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.agent.tools import Tool
+from search_r1.evaluation.behaviour import behaviour, read_history
+from search_r1.infer import call_tags
+from search_r1.rewards.compose import SearchReward
+from search_r1.rewards.config import SearchRewardConfig
 from search_r1.search.client import Passage
 from tests.e2e.runs import ROOT
 from tests.models import make_tokenizer
@@ -19,9 +25,11 @@ from tests.search_r1.agent.test_loop import (
     SEARCH,
     Engine,
     Library,
+    make_loop,
     shown,
 )
 from verl.agent import Source, TrajectoryFailed
+from verl.rollout.records import trajectory_records
 from verl.trainer.config import build_agent, validate
 from verl.utils.errors import ConfigError
 from verl.utils.tokenizer import encode_text
@@ -142,6 +150,12 @@ def test_preflight_names_a_budget_without_room_for_a_result(tokenizer):
     assert problem.startswith("data.max_obs_length=10 has no room for a result of calculator")
 
 
+def test_a_method_that_searches_by_itself_refuses_it(tokenizer):
+    tools = [{"_target_": "tests.calculator.Calculator"}]
+    loop = RagLoop(SearchAgentConfig(tools=tools), tokenizer)
+    assert any(problem.startswith("agent.tools: this method") for problem in loop.preflight())
+
+
 def test_its_description_stands_before_a_prompt_of_a_template(tokenizer):
     tools = [{"_target_": "tests.calculator.Calculator"}]
     loop = SearchAgentLoop(SearchAgentConfig(tools=tools, template="short"), tokenizer)
@@ -149,6 +163,22 @@ def test_its_description_stands_before_a_prompt_of_a_template(tokenizer):
     _, engine = roll(loop, tokenizer, [ANSWER], row)
     prompt = tokenizer.decode(engine.calls[0][0])
     assert prompt.find("You can calculate by") < prompt.find("Question: How many?")
+
+
+def test_rewards_evaluation_and_inference_know_it(tokenizer, loop):
+    row = {"reward_model": {"ground_truth": "Torvel"}, "data_source": "set"}
+    trajectory, _ = roll(loop, tokenizer, [SEARCH, CALCULATE, ANSWER], row)
+    reward = SearchReward(SearchRewardConfig(ikea=1.0), tokenizer)
+    trajectory.reward = reward(trajectory, row)
+    assert trajectory.reward["format"] == 1 and trajectory.reward["ikea"] == 1.4
+    job = SimpleNamespace(uid="u", row=row)
+    figures = behaviour(
+        [read_history(r) for r in trajectory_records([job], [trajectory], tokenizer)]
+    )
+    assert (figures["searches"], figures["calls/calculator"], figures["valid_actions"]) == (1, 1, 1)
+    assert call_tags(loop) == ["search", "calculate"]
+    alone, _ = roll(make_loop(tokenizer), tokenizer, [SEARCH, ANSWER], row)
+    assert "tools" not in alone.info, "without a further tool a record says nothing of them"
 
 
 class Twin(Tool):
