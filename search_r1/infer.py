@@ -182,7 +182,7 @@ async def ask_aloud(session: InferenceSession, questions: Iterator[str]) -> None
             continue
         answer = answer_of(trajectory, session.tokenizer)
         facts = (
-            f"{trajectory.info['searches']} searches, {time.perf_counter() - began:.1f} s, "
+            f"{trajectory.info.get('searches', 0)} searches, {time.perf_counter() - began:.1f} s, "
             f"{trajectory.stop_reason}"
         )
         sys.stdout.write(f"\n[{'no answer' if answer is None else 'answer: ' + answer}; {facts}]\n")
@@ -292,7 +292,7 @@ def answer_record(question: str, trajectory: Trajectory, tokenizer: Any) -> dict
         "question": question,
         "answer": answer_of(trajectory, tokenizer),
         "stop_reason": trajectory.stop_reason,
-        "searches": trajectory.info["searches"],
+        "searches": trajectory.info.get("searches", 0),
         "segments": segments,
     }
 
