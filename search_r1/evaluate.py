@@ -1,12 +1,12 @@
-"""`python -m search_r1.evaluate MODEL [key=value ...]`: numbers for a model, by the loop and
-prompts of training.
+"""`python -m search_r1.evaluate MODEL [key=value ...]`: scores a model.
 
-MODEL is a Hugging Face folder or hub name; a run folder, its `best` or `latest`, or a checkpoint in
-it, each exported first (search_r1.export); or with --endpoint the name of a model behind an
-OpenAI-compatible API (text in, text out: for evaluation only). Data, method and search are those of
-the configuration: `experiment=nq_hotpotqa/grpo method=rag data.val_files=...`. Trajectories go to
-the run folder as they finish; an interrupted evaluation goes on where it was. Then come
-summary.json, table.md and page.html beside them.
+The loop and prompts are those of training. MODEL is a Hugging Face folder or hub name; a run
+folder, its `best` or `latest`, or a checkpoint in it, each exported first (search_r1.export); or
+with --endpoint the name of a model behind an OpenAI-compatible API (text in, text out: for
+evaluation only). Data, method and search are those of the configuration:
+`experiment=nq_hotpotqa/grpo method=rag data.val_files=...`. Trajectories go to the run folder as
+they finish; an interrupted evaluation goes on where it was. Then come summary.json, table.md and
+page.html beside them.
 """
 
 import argparse
@@ -25,10 +25,9 @@ from verl.utils.model_names import run_folder_of
 
 
 def run_name(model: str) -> str:
-    """The run's name: the model's path from the folder of its run on, so that the `hf` of two runs
-    differ.
+    """The run's name: the model's path from the folder of its run on.
 
-    Where it is in no run folder, the last two parts.
+    So the `hf` of two runs differ. Where it is in no run folder, the last two parts.
 
     >>> run_name("/models/mine/hf"), run_name("Qwen/Qwen2.5-7B")
     ('evaluate-mine--hf', 'evaluate-Qwen--Qwen2.5-7B')
@@ -39,18 +38,16 @@ def run_name(model: str) -> str:
 
 
 def model_of(name: str, endpoint: str | None) -> str:
-    """What the engine loads for MODEL, which is a folder by its full path; at an endpoint the name
-    itself.
+    """What the engine loads for MODEL: a folder by its full path, at an endpoint the name itself.
 
-    Raises ModelError or ConfigError when there is no such model, or a checkpoint cannot be
-    exported.
+    Exports a checkpoint first. Raises ModelError or ConfigError when there is no such model, or a
+    checkpoint cannot be exported.
     """
     return name if endpoint else loadable_model(name)
 
 
 def given_overrides(model: str, endpoint: str | None) -> list[str]:
-    """MODEL and --endpoint as overrides; a folder by its full path, a checkpoint by that of its
-    export.
+    """MODEL and --endpoint as overrides; see `model_of`.
 
     All questions are asked, also where the validations of an experiment take a sample: further
     overrides may say otherwise. Raises as `model_of` does.
@@ -63,8 +60,8 @@ def given_overrides(model: str, endpoint: str | None) -> list[str]:
     return given
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status of the evaluation."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m search_r1.evaluate",
         description=__doc__,
@@ -88,32 +85,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--published", metavar="NAME", help="published rows of this model only, such as Qwen2.5-7B"
     )
-    args, overrides = parser.parse_known_args(argv)
+    return parser
+
+
+def report_flags(args: argparse.Namespace) -> list[str]:
+    """The flags that are for the report; files by their full paths."""
+    flags = [f"--published={args.published}"] if args.published else []
+    if args.compare:
+        flags.append(f"--compare={args.compare.resolve()}")
+    if args.closed_book:
+        flags.append(f"--closed-book={args.closed_book.resolve()}")
+    return flags
+
+
+def all_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
+    """The overrides of the flags, then those of the command line. Raises as `model_of` does."""
+    given = given_overrides(args.model, args.endpoint)
+    if not any(override.startswith("trainer.experiment_name=") for override in overrides):
+        name = run_name(model_of(args.model, args.endpoint))
+        given.append(f"trainer.experiment_name={quoted(name)}")
+    return [*given, *overrides]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluates as the command line says, and writes the report; returns the exit status."""
+    args, overrides = make_parser().parse_known_args(argv)
+    # The working directory, from which these paths are given, changes below.
+    flags = report_flags(args)
     try:
-        given = given_overrides(args.model, args.endpoint)
-        if not any(override.startswith("trainer.experiment_name=") for override in overrides):
-            name = run_name(model_of(args.model, args.endpoint))
-            given.append(f"trainer.experiment_name={quoted(name)}")
-    except (ConfigError, ModelError) as error:
-        sys.exit(f"error: {error}")
-    files = {
-        name: value.resolve()
-        for name, value in vars(args).items()
-        if name in ("compare", "closed_book") and value
-    }
-    try:
+        overrides = all_overrides(args, overrides)
         # At an endpoint the model's name is no path, whatever folder of that name may be here.
         models = (TOKENIZER,) if args.endpoint else MODELS
-        config, complete = composed(args.config_name, [*given, *overrides], models)
+        config, complete = composed(args.config_name, overrides, models)
         validate(as_plain(config))
         status = surrounded("verl.trainer.main_eval", args.config_name, complete, config)
-    except ConfigError as error:
+    except (ConfigError, ModelError) as error:
         sys.exit(f"error: {error}")
     if status:
         return status
     folder = Path(config.trainer.default_local_dir)
-    flags = [f"--published={args.published}"] if args.published else []
-    flags += [f"--{name.replace('_', '-')}={value}" for name, value in files.items()]
     return report.main([str(folder / "evaluation.jsonl"), "--out", str(folder), *flags])
 
 

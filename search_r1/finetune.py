@@ -22,12 +22,12 @@ from omegaconf import DictConfig
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from search_r1.agent.loop import question_of
 from search_r1.config import FinetuneConfig
 from search_r1.data import rejection
 from search_r1.launch import ROOT, composed, files_of
 from search_r1.prompts import build_prompt
 from search_r1.rewards.matching import gold_answers
+from search_r1.trajectory import required_question
 from verl.agent import Row
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
@@ -65,7 +65,7 @@ def answer_rows(
     for place, row in zip(places, rows, strict=True):
         messages = row["prompt"]
         if template:
-            messages = [{"role": "user", "content": build_prompt(question_of(row), template)}]
+            messages = [{"role": "user", "content": build_prompt(required_question(row), template)}]
         try:
             prompt = encode_chat(tokenizer, messages, **chat_template_kwargs)
         except DataError as error:

@@ -1,5 +1,4 @@
-"""`python -m search_r1.infer MODEL [QUESTION] [key=value ...]`: ask, and watch the model think,
-search and answer.
+"""`python -m search_r1.infer MODEL [QUESTION] [key=value ...]`: asks a model, and shows it think.
 
 The loop, prompts and search of training. MODEL as in `search_r1.evaluate`. Without QUESTION it asks
 you for one after the other; with --questions it answers a file of them (JSONL, CSV, parquet with
@@ -13,10 +12,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -26,7 +26,7 @@ from search_r1.data.shapes import normalise
 from search_r1.evaluate import given_overrides
 from search_r1.launch import composed, surroundings
 from search_r1.rewards.matching import last_answer
-from verl.agent import Completion, Source, Trajectory, TrajectoryFailed
+from verl.agent import AgentLoop, Completion, Generate, Source, Trajectory, TrajectoryFailed
 from verl.rollout.openai_engine import OpenAIEngine
 from verl.rollout.router import Router
 from verl.rollout.vllm_server import VLLMServer
@@ -45,84 +45,79 @@ COLORS = {
 }
 PLAIN = "\033[0m"
 Show = Callable[[str, str], None]
-"""`show(source, text)`: called for each piece as it comes."""
+"""`show(source, text)`: called for each part of a trajectory as it comes."""
+MAX_UNDER_WAY = 64
+"""Questions of a file that are asked at the same time."""
 
 
-class Asker:
+class InferenceSession:
     """A model ready to be asked. Belongs to one event loop."""
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.tokenizer = build_tokenizer(config)
-        self.agent = build_agent(config, self.tokenizer)
+        self.agent: AgentLoop = build_agent(config, self.tokenizer)
         self.server: VLLMServer | None = None
         self.engines: Any = None
         """A Router or an OpenAIEngine, once started."""
 
     async def start(self) -> None:
-        """Builds the engine. Raises ConfigError when something that is needed is not there."""
-        model = self.config.actor_rollout_ref.model
+        """Starts the engine. Raises ConfigError when something that is needed is not there."""
         rollout = self.config.actor_rollout_ref.rollout
-        if problems := environment_problems(
-            self.config, self.agent, rollout.tensor_model_parallel_size
-        ):
+        gpus = rollout.tensor_model_parallel_size
+        if problems := environment_problems(self.config, self.agent, gpus):
             raise ConfigError(problems)
         if rollout.name == "openai":
-            self.engines = OpenAIEngine(rollout.endpoint, model.path, self.tokenizer)
+            model = self.config.actor_rollout_ref.model.path
+            self.engines = OpenAIEngine(rollout.endpoint, model, self.tokenizer)
             return
+        self.server = self._build_server()
+        await self.server.start()
+        handle = SimpleNamespace(generate=SimpleNamespace(remote=self.server.generate))
+        self.engines = Router([handle])
+
+    def _build_server(self) -> VLLMServer:
+        """The engine in this process."""
+        section = self.config.actor_rollout_ref
         device = self.config.device
-        gpus = (
-            [str(i) for i in range(rollout.tensor_model_parallel_size)] if device == "cuda" else []
-        )
-        self.server = VLLMServer(
-            rollout,
-            model,
+        gpus = range(section.rollout.tensor_model_parallel_size) if device == "cuda" else ()
+        return VLLMServer(
+            section.rollout,
+            section.model,
             max_model_len=self.config.max_model_len,
             device=device,
             replica_rank=0,
             num_replicas=1,
-            visible_devices=gpus,
+            visible_devices=[str(gpu) for gpu in gpus],
             seed=self.config.trainer.seed,
-        )
-        await self.server.start()
-        self.engines = Router(
-            [SimpleNamespace(generate=SimpleNamespace(remote=self.server.generate))]
         )
 
     async def ask(self, question: str, show: Show | None = None) -> Trajectory:
-        """The trajectory of a question. Raises TrajectoryFailed when a search or the endpoint fails
-        for good."""
+        """Rolls out a question. Raises TrajectoryFailed when a tool or the endpoint fails."""
         session = f"{time.monotonic_ns()}"
-        sampling = self.config.actor_rollout_ref.rollout.val_kwargs
-        known: list[int] = []
-
-        async def generate(
-            prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
-        ) -> Completion:
-            if show and known and prompt_ids[: len(known)] == known:
-                show(Source.OBSERVATION, self.tokenizer.decode(prompt_ids[len(known) :]))
-            params = {
-                **sampling.params(),
-                "max_tokens": max_tokens,
-                "stop": list(stop),
-                "seed": None,
-            }
-            completion = await self.engines.generate(session, prompt_ids, params)
-            known[:] = prompt_ids + completion.token_ids
-            if show:
-                show(
-                    Source.MODEL,
-                    self.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
-                )
-            return completion
-
+        generate = self._generate(session)
+        if show is not None:
+            generate = showing(generate, show, self.tokenizer)
         row = {"extra_info": {"question": question}, "data_source": "infer"}
         try:
             return await self.agent.run([], row, generate)
         finally:
             self.engines.forget(session)
 
+    def _generate(self, session: str) -> Generate:
+        """The engine as the agent loop sees it."""
+        sampling = self.config.actor_rollout_ref.rollout.val_kwargs
+
+        async def generate(
+            prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+        ) -> Completion:
+            limits = {"max_tokens": max_tokens, "stop": list(stop), "seed": None}
+            return await self.engines.generate(session, prompt_ids, sampling.params() | limits)
+
+        return generate
+
     async def close(self) -> None:
+        """Ends the engine."""
         await self.agent.close()
         if self.server is not None:
             await self.server.shutdown()
@@ -130,46 +125,71 @@ class Asker:
             await self.engines.close()
 
 
+def showing(generate: Generate, show: Show, tokenizer: Any) -> Generate:
+    """`generate` that shows what the policy writes, and before it what the environment added."""
+    known: list[int] = []
+
+    async def shown(
+        prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+    ) -> Completion:
+        if known and prompt_ids[: len(known)] == known:
+            show(Source.OBSERVATION, tokenizer.decode(prompt_ids[len(known) :]))
+        completion = await generate(prompt_ids, max_tokens=max_tokens, stop=stop)
+        known[:] = prompt_ids + completion.token_ids
+        show(Source.MODEL, tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        return completion
+
+    return shown
+
+
 def answer_of(trajectory: Trajectory, tokenizer: Any) -> str | None:
     """The last answer that the model gave itself."""
-    return last_answer(
-        [tokenizer.decode(s.token_ids) for s in trajectory.segments if s.source is Source.MODEL]
-    )
+    own = [s.token_ids for s in trajectory.segments if s.source is Source.MODEL]
+    return last_answer([tokenizer.decode(token_ids) for token_ids in own])
 
 
-def show_colored(source: str, text: str, out: Any = None) -> None:
-    """Writes a piece, in colours where a terminal reads them (and NO_COLOR is not set)."""
+def call_tags(agent: AgentLoop) -> list[str]:
+    """Names of the tags in which the tools of a loop are called, `search` always among them."""
+    formats = [tool.format for tool in getattr(agent, "tools", ())]
+    return list(dict.fromkeys(["search", *(f.call_tag for f in formats if f.call_tag)]))
+
+
+def show_colored(
+    source: str, text: str, out: IO[str] | None = None, call_tags: Sequence[str] = ("search",)
+) -> None:
+    """Writes a part, in colours where a terminal reads them (and NO_COLOR is not set)."""
     out = sys.stdout if out is None else out
     if out.isatty() and "NO_COLOR" not in os.environ:
         if source == Source.OBSERVATION:
             text = f"{COLORS['observation']}{text}{PLAIN}"
-        for tag in ("think", "search", "answer"):
-            text = text.replace(f"<{tag}>", f"{COLORS[tag]}<{tag}>").replace(
-                f"</{tag}>", f"</{tag}>{PLAIN}"
-            )
+        for tag in ("think", *call_tags, "answer"):
+            color = COLORS.get(tag, COLORS["search"])
+            text = text.replace(f"<{tag}>", f"{color}<{tag}>")
+            text = text.replace(f"</{tag}>", f"</{tag}>{PLAIN}")
     out.write(text)
     out.flush()
 
 
-async def ask_aloud(asker: Asker, questions: Iterator[str]) -> None:
-    """One question after the other, shown as they are answered."""
+async def ask_aloud(session: InferenceSession, questions: Iterator[str]) -> None:
+    """Asks one question after the other, and shows how they are answered."""
+    show = partial(show_colored, call_tags=call_tags(session.agent))
     for question in questions:
         began = time.perf_counter()
         try:
-            trajectory = await asker.ask(question, show_colored)
+            trajectory = await session.ask(question, show)
         except TrajectoryFailed as error:
             sys.stdout.write(f"\n[failed: {error.args[0]}]\n")
             continue
-        answer = answer_of(trajectory, asker.tokenizer)
+        answer = answer_of(trajectory, session.tokenizer)
         facts = (
-            f"{trajectory.info['searches']} searches, {time.perf_counter() - began:.1f} s, "
+            f"{trajectory.info.get('searches', 0)} searches, {time.perf_counter() - began:.1f} s, "
             f"{trajectory.stop_reason}"
         )
         sys.stdout.write(f"\n[{'no answer' if answer is None else 'answer: ' + answer}; {facts}]\n")
 
 
-def typed() -> Iterator[str]:
-    """What the user types, until an empty line or the end of the input."""
+def prompt_user() -> Iterator[str]:
+    """The questions that the user types, until an empty line or the end of the input."""
     while True:
         try:
             question = input("question> ").strip()
@@ -180,58 +200,70 @@ def typed() -> Iterator[str]:
         yield question
 
 
-async def ask_file(asker: Asker, path: Path, out: Path) -> None:
-    """Answers the questions of a file that `out` lacks, and writes each as it is answered. Raises
-    DataError.
+async def ask_file(session: InferenceSession, path: Path, out: Path) -> None:
+    """Answers the questions of a file that `out` lacks, and writes each as it is answered.
 
-    Also where the answers in `out` are another model's, or were asked for otherwise.
+    Raises DataError where some failed, and where the answers in `out` are another model's, or were
+    asked for otherwise.
     """
     questions = read_questions(path)
-    section = asker.config.actor_rollout_ref
-    agent = asker.config.agent
-    made_of = {
-        "model": section.model.path,
-        "weights": weights_of(section.model.path),
-        "sampling": section.rollout.val_kwargs.model_dump(),
-        "agent": {key: value for key, value in agent.items() if key != "retriever"},
-        "topk": agent.get("retriever", {}).get("topk"),
-    }
-    claim(out.with_suffix(".meta.json"), made_of, "set of answers")
+    claim(out.with_suffix(".meta.json"), identity(session.config), "set of answers")
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-    done = {json.loads(line)["question"] for line in lines}
-    todo = [question for question in questions if question not in done]
-    slots = asyncio.Semaphore(64)
+    answered = {json.loads(line)["question"] for line in lines}
+    todo = [question for question in questions if question not in answered]
     failed = 0
-
-    async def one(question: str) -> tuple[str, Trajectory | TrajectoryFailed]:
-        async with slots:
-            try:
-                return question, await asker.ask(question)
-            except TrajectoryFailed as error:
-                return question, error
-
     with (
         out.open("a", encoding="utf-8") as file,
         tqdm(total=len(questions), initial=len(questions) - len(todo)) as bar,
     ):
-        for coming in asyncio.as_completed([one(question) for question in todo]):
-            question, result = await coming
-            if isinstance(result, Trajectory):
-                file.write(json.dumps(answer_record(question, result, asker.tokenizer)) + "\n")
-                file.flush()
-                bar.update()
-            failed += not isinstance(result, Trajectory)
+        async for question, result in ask_all(session, todo):
+            if isinstance(result, TrajectoryFailed):
+                failed += 1
+                continue
+            record = answer_record(question, result, session.tokenizer)
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            bar.update()
     if failed:
         raise DataError(
             f"{failed} questions failed and are not in {out}; run again to ask them once more"
         )
 
 
-def read_questions(path: Path) -> list[str]:
-    """The different questions of a file, in any form that `search_r1.data.prepare` reads, with or
-    without answers.
+def identity(config: PPOConfig) -> dict[str, Any]:
+    """What makes two sets of answers the same: the model, and how it is asked."""
+    section = config.actor_rollout_ref
+    agent = config.agent
+    return {
+        "model": section.model.path,
+        "weights": weights_of(section.model.path),
+        "sampling": section.rollout.val_kwargs.model_dump(),
+        "agent": {key: value for key, value in agent.items() if key != "retriever"},
+        "topk": agent.get("retriever", {}).get("topk"),
+    }
 
-    Raises DataError listing the rows without one.
+
+async def ask_all(
+    session: InferenceSession, questions: Sequence[str]
+) -> AsyncIterator[tuple[str, Trajectory | TrajectoryFailed]]:
+    """Each question and what became of it, as they finish."""
+    slots = asyncio.Semaphore(MAX_UNDER_WAY)
+
+    async def ask(question: str) -> tuple[str, Trajectory | TrajectoryFailed]:
+        async with slots:
+            try:
+                return question, await session.ask(question)
+            except TrajectoryFailed as error:
+                return question, error
+
+    for coming in asyncio.as_completed([ask(question) for question in questions]):
+        yield await coming
+
+
+def read_questions(path: Path) -> list[str]:
+    """The different questions of a file. Raises DataError listing the rows without one.
+
+    The file may have any form that `search_r1.data.prepare` reads, with or without answers.
     """
     questions: list[str] = []
     problems: list[str] = []
@@ -251,6 +283,7 @@ def read_questions(path: Path) -> list[str]:
 
 
 def answer_record(question: str, trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:
+    """A line of the file of answers."""
     segments = [
         {"source": str(s.source), "text": tokenizer.decode(s.token_ids)}
         for s in trajectory.segments
@@ -259,21 +292,25 @@ def answer_record(question: str, trajectory: Trajectory, tokenizer: Any) -> dict
         "question": question,
         "answer": answer_of(trajectory, tokenizer),
         "stop_reason": trajectory.stop_reason,
-        "searches": trajectory.info["searches"],
+        "searches": trajectory.info.get("searches", 0),
         "segments": segments,
     }
 
 
-async def serve(config: PPOConfig, work: Callable[[Asker], Awaitable[None]]) -> None:
-    asker = Asker(config)
+async def run_session(
+    config: PPOConfig, work: Callable[[InferenceSession], Awaitable[None]]
+) -> None:
+    """Starts a session, does the work, and ends it whatever happens."""
+    session = InferenceSession(config)
     try:
-        await asker.start()
-        await work(asker)
+        await session.start()
+        await work(session)
     finally:
-        await asker.close()
+        await session.close()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m search_r1.infer",
         description=__doc__,
@@ -296,37 +333,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--questions", type=Path, metavar="FILE", help="questions to answer")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where their answers go, JSONL")
+    return parser
+
+
+def read_command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, with files by their full paths, and the overrides. Exits with what is wrong."""
+    parser = make_parser()
     args, overrides = parser.parse_known_args(argv)
-    if (
-        args.question and "=" in args.question.split(" ")[0]
-    ):  # an override in the place of the question
-        args.question, overrides = None, [args.question, *overrides]
+    if args.question and "=" in args.question.split(" ")[0]:
+        # An override stands in the place of the question.
+        overrides = [args.question, *overrides]
+        args.question = None
     if (args.questions is None) != (args.out is None):
         parser.error("--questions and --out go together")
-    files = [path.resolve() if path else None for path in (args.questions, args.out)]
+    if args.questions is not None:
+        args.questions = args.questions.resolve()
+        args.out = args.out.resolve()
+    return args, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Asks as the command line says; returns the exit status."""
+    args, overrides = read_command_line(argv)
+    if args.questions is not None:
+        work = partial(ask_file, path=args.questions, out=args.out)
+    else:
+        questions = iter([args.question]) if args.question else prompt_user()
+        work = partial(ask_aloud, questions=questions)
     try:
-        config, _ = composed(
-            args.config_name, [*given_overrides(args.model, args.endpoint), *overrides]
-        )
-        # what is wrong is told before anything is made or started
-        answering(copy.deepcopy(config), None)
+        given = given_overrides(args.model, args.endpoint)
+        config, _ = composed(args.config_name, [*given, *overrides])
+        # What is wrong is told before anything is made or started.
+        config_for_answering(copy.deepcopy(config), None)
         with surroundings(config, overrides) as server:
-            asked = answering(config, server.url if server else None)
-            if files[0] and files[1]:
-                source = files[0]
-                out = files[1]
-                asyncio.run(serve(asked, lambda asker: ask_file(asker, source, out)))
-            else:
-                questions = iter([args.question]) if args.question else typed()
-                asyncio.run(serve(asked, lambda asker: ask_aloud(asker, questions)))
+            asked = config_for_answering(config, server.url if server else None)
+            asyncio.run(run_session(asked, work))
     except (ConfigError, DataError, ModelError) as error:
         sys.exit(f"error: {error}")
     return 0
 
 
-def answering(config: DictConfig, url: str | None) -> PPOConfig:
-    """The validated configuration: weights from disk, the prompt's template named, nothing of a
-    training needed."""
+def config_for_answering(config: DictConfig, url: str | None) -> PPOConfig:
+    """Changes `config` so that nothing of a training is needed, and validates it.
+
+    Weights come from disk, the prompt's template is named, and `url` is the retriever's, if given.
+    """
     if url:
         config.retriever.url = url
     config.template = config.template or config.setup.template

@@ -7,44 +7,34 @@ on them.
 from collections.abc import Sequence
 
 SEARCH_PROMPT = (
-    "Answer the given question. You must conduct reasoning inside <think> and </think> first every "
-    "time you get new "
-    "information. After reasoning, if you find you lack some knowledge, you can call a search "
-    "engine by <search> query "
-    "</search> and it will return the top searched results between <information> and "
-    "</information>. You can search as "
-    "many times as your want. If you find no further external knowledge needed, you can directly "
-    "provide the answer "
-    "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
-    "</answer>. "
-    "Question: {question}\n"
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first "
+    "every time you get new information. After reasoning, if you find you lack some knowledge, "
+    "you can call a search engine by <search> query </search> and it will return the top "
+    "searched results between <information> and </information>. You can search as many times "
+    "as your want. If you find no further external knowledge needed, you can directly provide "
+    "the answer inside <answer> and </answer>, without detailed illustrations. For example, "
+    "<answer> Beijing </answer>. Question: {question}\n"
 )
 R1_PROMPT = (
     "Answer the given question. You should first have a reasoning process in mind and then "
-    "provides the answer. Show "
-    "your reasoning in <think> </think> tags and return the final answer in <answer> </answer> "
-    "tags, for example "
-    "<answer> Beijing </answer>. Question: {question}\n"
+    "provides the answer. Show your reasoning in <think> </think> tags and return the final "
+    "answer in <answer> </answer> tags, for example <answer> Beijing </answer>. Question: "
+    "{question}\n"
 )
 FAST_PROMPT = (
-    "Answer the given question. If you find you lack some knowledge, you can call a search engine "
-    "by <search> query "
-    "</search> and it will return the top searched results between <information> and "
-    "</information>. You can search as "
-    "many times as your want. If you find no further external knowledge needed, you can directly "
-    "provide the answer "
-    "inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
-    "</answer>. "
+    "Answer the given question. If you find you lack some knowledge, you can call a search "
+    "engine by <search> query </search> and it will return the top searched results between "
+    "<information> and </information>. You can search as many times as your want. If you find "
+    "no further external knowledge needed, you can directly provide the answer inside <answer> "
+    "and </answer>, without detailed illustrations. For example, <answer> Beijing </answer>. "
     "Question: {question}\n"
 )
 """Without forced thinking before every action (Search-R1++, 2602.19526)."""
 RAG_PROMPT = (
-    "Answer the given question with the help of the context, which may or may not be useful. You "
-    "should first have a "
-    "reasoning process in mind and then provides the answer. Show your reasoning in <think> "
-    "</think> tags and return "
-    "the final answer in <answer> </answer> tags, for example <answer> Beijing </answer>. "
-    "Question: {question}\n"
+    "Answer the given question with the help of the context, which may or may not be useful. "
+    "You should first have a reasoning process in mind and then provides the answer. Show your "
+    "reasoning in <think> </think> tags and return the final answer in <answer> </answer> "
+    "tags, for example <answer> Beijing </answer>. Question: {question}\n"
     "Context: {context}\n"
 )
 """One retrieval with the question, before the model writes anything."""
@@ -55,53 +45,55 @@ SHORT_RAG_PROMPT = "Question: {question}\n\n\n<information>{context}</informatio
 """The same with the passages of one retrieval, as that model knows them."""
 DIRECT_PROMPT = (
     "Answer the given question with a few words, without explanation. Put the answer inside "
-    "<answer> and </answer>, "
-    "for example <answer> Beijing </answer>. Question: {question}\n"
+    "<answer> and </answer>, for example <answer> Beijing </answer>. Question: {question}\n"
 )
 COT_PROMPT = (
     "Answer the given question. Think step by step, then put the final answer, in a few words, "
-    "inside <answer> and "
-    "</answer>, for example <answer> Beijing </answer>. Question: {question}\n"
+    "inside <answer> and </answer>, for example <answer> Beijing </answer>. Question: "
+    "{question}\n"
 )
 REACT_PROMPT = (
     "Answer the given question by interleaving thoughts, actions and observations. A thought "
-    "reasons about what is "
-    "known and what is missing. An action is written as Action: Search[query]; the passages that a "
-    "search engine finds "
-    "follow as an observation. For example:\n"
-    "Thought: I need to find which country the town is in.\nAction: Search[town country]\n"
-    "Search as often as needed. When you know the answer, write it in a few words inside <answer> "
-    "and </answer>, for "
-    "example <answer> Beijing </answer>.\nQuestion: {question}\n"
+    "reasons about what is known and what is missing. An action is written as Action: "
+    "Search[query]; the passages that a search engine finds follow as an observation. For "
+    "example:\n"
+    "Thought: I need to find which country the town is in.\n"
+    "Action: Search[town country]\n"
+    "Search as often as needed. When you know the answer, write it in a few words inside "
+    "<answer> and </answer>, for example <answer> Beijing </answer>.\n"
+    "Question: {question}\n"
 )
 """Thought, action, observation (ReAct, 2210.03629), without its examples."""
 SEARCH_O1_PROMPT = (
-    "You are a reasoning assistant that can search the web to answer the question accurately. To "
-    "search, write "
-    "<|begin_search_query|> your query <|end_search_query|>. What was found is analysed, and the "
-    "helpful part is given "
-    "to you as <|begin_search_result|> ... <|end_search_result|>. You can search again as often as "
-    "necessary. When you "
-    "have all that you need, put the final answer, in a few words, inside <answer> and </answer>, "
-    "for example <answer> "
-    "Beijing </answer>.\nThink step by step. Question: {question}\n"
+    "You are a reasoning assistant that can search the web to answer the question accurately. "
+    "To search, write <|begin_search_query|> your query <|end_search_query|>. What was found "
+    "is analysed, and the helpful part is given to you as <|begin_search_result|> ... "
+    "<|end_search_result|>. You can search again as often as necessary. When you have all that "
+    "you need, put the final answer, in a few words, inside <answer> and </answer>, for "
+    "example <answer> Beijing </answer>.\n"
+    "Think step by step. Question: {question}\n"
 )
 """Reasoning that asks for searches (Search-o1, 2501.05366)."""
 REASON_IN_DOCUMENTS_PROMPT = (
-    "Read the passages below and extract what helps to go on with the reasoning. Reply with that "
-    "information alone, in "
-    "a few sentences, or with: No helpful information found.\n\n"
-    "Reasoning so far:\n{reasoning}\n\nSearch query: {query}\n\nPassages:\n{context}\n"
+    "Read the passages below and extract what helps to go on with the reasoning. Reply with "
+    "that information alone, in a few sentences, or with: No helpful information found.\n\n"
+    "Reasoning so far:\n"
+    "{reasoning}\n\n"
+    "Search query: {query}\n\n"
+    "Passages:\n"
+    "{context}\n"
 )
 """The second prompt of Search-o1: passages become a short finding before the reasoning sees
 them."""
 IRCOT_PROMPT = (
-    "Answer the question by reasoning one sentence at a time, with the help of the passages, which "
-    "may or may not be "
-    "useful.\n\nPassages:\n{context}\n\nQuestion: {question}\nReasoning so far: {reasoning}\n"
+    "Answer the question by reasoning one sentence at a time, with the help of the passages, "
+    "which may or may not be useful.\n\n"
+    "Passages:\n"
+    "{context}\n\n"
+    "Question: {question}\n"
+    "Reasoning so far: {reasoning}\n"
     "Write only the next sentence of the reasoning. Once the answer is known, put it, in a few "
-    "words, inside <answer> "
-    "and </answer>, for example <answer> Beijing </answer>.\n"
+    "words, inside <answer> and </answer>, for example <answer> Beijing </answer>.\n"
 )
 """One sentence of a chain of thought, which is the next query (IRCoT, 2212.10509)."""
 
@@ -122,19 +114,37 @@ WITH_CONTEXT = frozenset(name for name, text in TEMPLATES.items() if "{context}"
 """Templates that need the passages of a search."""
 
 INVALID_ACTION = (
-    "\nMy previous action is invalid. If I want to search, I should put the query between <search> "
-    "and </search>. If I "
-    "want to give the final answer, I should put the answer between <answer> and </answer>. Let me "
-    "try again.\n"
+    "\n"
+    "My previous action is invalid. If I want to search, I should put the query between "
+    "<search> and </search>. If I want to give the final answer, I should put the answer "
+    "between <answer> and </answer>. Let me try again.\n"
 )
 INVALID_MESSAGE = (
     "Your previous action is invalid. If you want to search, you should put the query between "
-    "<search> and </search>. "
-    "If you want to give the final answer, you should put the answer between <answer> and "
-    "</answer>. Please try again."
+    "<search> and </search>. If you want to give the final answer, you should put the answer "
+    "between <answer> and </answer>. Please try again."
 )
 """Said by the user, to a chat model that ended its turn without an action. The original has no such
 message: it drops the token that ends the turn, and lets the model go on with the sentence above."""
+
+SEARCH_O1_INVALID_ACTION = (
+    "\n"
+    "I should search with <|begin_search_query|> query <|end_search_query|>, or give the "
+    "answer inside <answer> and </answer>.\n"
+)
+SEARCH_O1_INVALID_MESSAGE = (
+    "Search with <|begin_search_query|> query <|end_search_query|>, or give the answer inside "
+    "<answer> and </answer>."
+)
+REACT_INVALID_ACTION = (
+    "\n"
+    "Observation: no valid action. Write Action: Search[query], or the answer inside <answer> "
+    "and </answer>.\n"
+)
+REACT_INVALID_MESSAGE = (
+    "Observation: no valid action. Write Action: Search[query], or the answer inside <answer> "
+    "and </answer>."
+)
 
 SEARCH_END = "</search>"
 ANSWER_END = "</answer>"
@@ -145,8 +155,10 @@ OBSERVATION_TAIL = f"{INFORMATION_END}\n\n"
 
 
 def build_prompt(question: str, template: str, context: str = "", reasoning: str = "") -> str:
-    """The prompt of a question, which gets its question mark. Raises KeyError for an unknown
-    template."""
+    """The prompt of a question, which gets its question mark.
+
+    Raises KeyError for an unknown template.
+    """
     return TEMPLATES[template].format(
         question=with_mark(question), context=context, reasoning=reasoning
     )

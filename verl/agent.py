@@ -1,6 +1,6 @@
 """What a task implements to be trained: an agent loop and a reward.
 
-Pure: it imports numpy and pydantic alone.
+Pure: it imports numpy and pydantic alone. tests/e2e/toy.py is a whole task.
 
 A trajectory is a prompt followed by segments. A segment says who wrote its tokens, and everything
 that later needs to know (loss mask, importance ratios, reward text, logs) is derived from it, never
@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 Row = dict[str, Any]
 """One line of the training parquet: data_source, prompt, ability, reward_model, extra_info."""
@@ -120,8 +120,10 @@ class Trajectory:
         return sum(len(s.token_ids) for s in self.segments if s.source is source)
 
     def add_completion(self, completion: Completion, **info: Any) -> None:
-        """Append what the engine sampled, checking that it was given exactly this trajectory so
-        far."""
+        """Appends what the engine sampled.
+
+        Counts a violation unless the engine was given exactly this trajectory so far.
+        """
         self.context_violations += completion.context_digest != context_digest(self.token_ids)
         self.truncated |= completion.finish_reason == "length"
         self.segments.append(
@@ -135,13 +137,12 @@ class Trajectory:
         )
 
     def add_observation(self, token_ids: list[int], **info: Any) -> None:
-        """Append tokens written by the environment: they are never trained."""
+        """Appends tokens written by the environment: they are never trained."""
         self.segments.append(Segment(Source.OBSERVATION, token_ids, info=info))
 
 
 class TrajectoryFailed(Exception):
-    """The environment broke (not the policy): the trajectory is re-run once, then dropped and
-    counted.
+    """The environment broke, not the policy: the trajectory is run once more, then dropped.
 
     `num_calls` is the number of environment calls the trajectory had made, the failed one included:
     dropping is biased against trajectories that make many, so the failure rate is reported by it.
@@ -152,41 +153,59 @@ class TrajectoryFailed(Exception):
         self.num_calls = num_calls
 
 
-class AgentLoop(Protocol):
-    """Turns a prompt into a trajectory. One instance serves many concurrent `run` coroutines of one
-    process."""
+class AnySection(BaseModel):
+    """Takes every key that a section has; they become attributes."""
 
-    Config: ClassVar[type[BaseModel]]
-    """Validates the `agent` section (without `_target_`)."""
-    top_level_keys: ClassVar[frozenset[str]]
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class AgentLoop:
+    """Turns a prompt into a trajectory. Subclass it and write `run`: the rest has defaults.
+
+    One instance serves many concurrent `run` coroutines of one process.
+    """
+
+    Config: ClassVar[type[BaseModel]] = AnySection
+    """Validates the `agent` section (without `_target_`). By default every key is taken."""
+    top_level_keys: ClassVar[frozenset[str] | None] = None
     """Keys beside the library's own sections that this task lets users set, interpolated into its
-    section."""
+    section; None: any."""
+    trainable: ClassVar[bool] = True
+    """False where contexts are rewritten, so that trajectories can only be evaluated."""
 
-    def __init__(self, config: Any, tokenizer: Any) -> None: ...
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        """Takes the validated section and the tokenizer of the policy."""
+        self.config = config
+        self.tokenizer = tokenizer
 
     def preflight(self) -> list[str]:
-        """Problems that would make training fail, found before any process is started (for
-        instance: a server down)."""
-        ...
+        """Problems that would make training fail, found before any process is started.
+
+        For instance: a server is down.
+        """
+        return []
 
     async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
-        """Raises TrajectoryFailed when the environment, not the policy, is at fault."""
-        ...
+        """Rolls out one question.
 
-    async def close(self) -> None: ...
+        Raises TrajectoryFailed when the environment, not the policy, is at fault.
+        """
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Frees what the loop holds."""
 
     @staticmethod
     def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """The task's own metrics of a batch, under their final names."""
-        ...
+        return {}
 
 
 class RewardFn(Protocol):
-    """Scores a finished trajectory: `score` and any components to log, see
-    `verl.utils.reward.take`.
+    """Scores a finished trajectory: returns `score` and any components to log.
 
-    It may have `entries`, the names in its result, so that a configuration that reads another one
-    is refused at once.
+    See `verl.utils.reward.take`. It may have `entries`, the names in its result, so that a
+    configuration that reads another one is refused at once.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -196,8 +215,7 @@ class RewardFn(Protocol):
     def __call__(
         self, trajectory: Trajectory, row: Row
     ) -> dict[str, float] | Awaitable[dict[str, float]]:
-        """Raises TrajectoryFailed when a score cannot be had, which is not the same as a score of
-        0.
+        """Raises TrajectoryFailed when a score cannot be had: that is not a score of 0.
 
         Any other exception is a mistake of the reward and ends the run.
 

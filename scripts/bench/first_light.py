@@ -123,7 +123,7 @@ def table(rows: list[study.Row]) -> str:
         "2-hop",
         "searches 1-hop",
         "searches 2-hop",
-        "right entity",
+        "gold retrieved",
         "EM if gold retrieved",
         "max log-prob diff",
     )

@@ -2,17 +2,17 @@
 there at once."""
 
 from pathlib import Path
-from typing import Any
 
+from search_r1.agent.agent_data import AgentData
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.agent.observation import encode_passages
-from search_r1.search.client import Passage
-from verl.agent import Generate, Trajectory
+from search_r1.agent.tools import ToolResponse
 
 TEXT = "Dupsel joined Fonzuv. Dupsel elected Mebkol. Sogvig inhabits Dupsel. Sogvig serves Zogpug."
 MIN_TURN = 32
 """Tokens; turns of equal length would all end at once, which real ones do not."""
-FOUND = [Passage(str(i), f'"Title {i}"', TEXT, 1.0) for i in range(3)]
+FOUND = [{"id": str(i), "title": f'"Title {i}"', "text": TEXT, "score": 1.0} for i in range(3)]
+PAIRS = [(f'"Title {i}"', TEXT) for i in range(3)]
 
 
 def write_questions(path: Path | str, count: int) -> None:
@@ -42,21 +42,22 @@ class InstantLoop(SearchAgentLoop):
     def preflight(self) -> list[str]:
         return []
 
-    async def _turn(
-        self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool
-    ) -> None:
-        stop = [self.dialect.stop, "</answer>"]
-        length = MIN_TURN + hash((*trajectory.prompt_ids, stats["turns"])) % (
+    async def _turn(self, data: AgentData, may_call: bool) -> None:
+        assert self.search is not None
+        trajectory = data.trajectory
+        length = MIN_TURN + hash((*trajectory.prompt_ids, data.turns)) % (
             self.config.max_response_length - MIN_TURN
         )
-        completion = await generate(trajectory.token_ids, max_tokens=length, stop=stop)
-        stats["turns"] += 1
-        trajectory.add_completion(completion, turn=stats["turns"])
-        if not may_search:
+        completion = await data.generate(
+            trajectory.token_ids, max_tokens=length, stop=["</search>", "</answer>"]
+        )
+        data.turns += 1
+        trajectory.add_completion(completion, turn=data.turns)
+        if not may_call:
             trajectory.stop_reason = "answer"
             return
-        stats["latency_s"].append(0.0)
+        data.counts[self.search.name].latency_s.append(0.0)
         query = self.tokenizer.decode(completion.token_ids)
-        pairs = [(p.title, p.text) for p in FOUND]
-        ids, cut = encode_passages(pairs, self.tokenizer, self.config.max_obs_length, "")
-        self._record(trajectory, stats, query, FOUND, ids, cut)
+        ids, cut = encode_passages(PAIRS, self.tokenizer, self.config.max_obs_length, "")
+        response = ToolResponse("", facts={"passages": FOUND})
+        self._observe(data, self.search, query, response, ids, cut)

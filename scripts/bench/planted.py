@@ -148,9 +148,11 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (LOOP, "        trajectory.void_turns += isinstance(action, Invalid)\n", ""),
     (
         LOOP,
-        'may_search=stats["turns"] < self.max_searches',
-        'may_search=stats["turns"] <= self.max_searches',
+        "may_call=data.turns < self.max_calls",
+        "may_call=data.turns <= self.max_calls",
     ),
+    (LOOP, "neutralise(response.text, self.tag)", "response.text"),
+    (LOOP, "        counts.valid_calls += response.valid\n", "        counts.valid_calls += 1\n"),
     (
         LOOP,
         "max_tokens=self.config.max_response_length",

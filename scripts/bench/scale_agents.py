@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from search_r1.agent import loop
 from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.launch import free_port
-from search_r1.rewards.compose import SearchReward, SearchRewardConfig
+from search_r1.rewards.compose import SearchReward
+from search_r1.rewards.config import SearchRewardConfig
 from search_r1.search.client import Passage
 from search_r1.search.config import RetrieverConfig
 from verl import agent
@@ -80,7 +81,8 @@ class AgentProcess(AgentLoopWorker):
         )
         self.agent = SearchAgentLoop(config, tokenizer)
         if retriever is None:
-            self.agent.client = FakeRetriever(self.world)  # pyright: ignore
+            assert self.agent.search is not None
+            self.agent.search.client = FakeRetriever(self.world)  # pyright: ignore
         self.reward = SearchReward(SearchRewardConfig(em=1.0), tokenizer)
         self.engines = engines or FakeEngine(self.world)
         self.limit(EVERY_JOB)
@@ -140,7 +142,7 @@ def in_process(folder: Path, count: int, searches: int) -> dict[str, float]:
     seconds, own, tokens = asyncio.run(process.cpu_seconds(jobs, sampling))
     spent: Stopwatch = defaultdict(float)
     watched(process.agent.tokenizer, "decode", "decode", spent)
-    watched(loop, "encode_passages", "encode passages", spent)
+    watched(loop, "encode_observation", "encode passages", spent)
     watched(agent, "context_digest", "digest", spent)
     watched(process, "reward", "reward (with its decode)", spent)
     asyncio.run(process.cpu_seconds(jobs, sampling))

@@ -1,21 +1,30 @@
-"""The prompting baselines of the paper's table 2, as variations of its own loop. Their texts are in
-prompts.py."""
+"""The prompting baselines of the paper's table 2, as variations of its own loop.
+
+Their texts are in prompts.py.
+"""
 
 import re
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from search_r1.agent.actions import Answer, parse_action
-from search_r1.agent.dialect import REACT, SEARCH_O1, Dialect
-from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop, question_of
-from search_r1.agent.observation import (
-    encode_observation,
-    encode_passages,
-    neutralise,
-    passages_text,
+from search_r1.agent.agent_data import AgentData
+from search_r1.agent.formats import REACT, SEARCH_O1, ToolFormat
+from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
+from search_r1.agent.observation import encode_observation, neutralise
+from search_r1.agent.tools import Tool, ToolResponse
+from search_r1.prompts import (
+    ANSWER_END,
+    REACT_INVALID_ACTION,
+    REACT_INVALID_MESSAGE,
+    REASON_IN_DOCUMENTS_PROMPT,
+    SEARCH_O1_INVALID_ACTION,
+    SEARCH_O1_INVALID_MESSAGE,
+    build_prompt,
+    format_passages,
 )
-from search_r1.prompts import ANSWER_END, REASON_IN_DOCUMENTS_PROMPT, build_prompt
-from search_r1.search.client import Passage
-from verl.agent import Generate, Row, Segment, Source, Trajectory
+from search_r1.trajectory import required_question
+from verl.agent import Segment, Source, Trajectory
 from verl.utils.tokenizer import encode_text
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -24,121 +33,132 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 class ReActLoop(SearchAgentLoop):
     """Thought, action, observation (ReAct, arXiv 2210.03629)."""
 
-    dialect: ClassVar[Dialect] = REACT
+    search_format: ClassVar[ToolFormat] = REACT
+    invalid_action: ClassVar[str] = REACT_INVALID_ACTION
+    invalid_message: ClassVar[str] = REACT_INVALID_MESSAGE
 
 
 class SearchO1Loop(SearchAgentLoop):
-    """Search-o1 (arXiv 2501.05366): a second call condenses the passages before the reasoning sees
-    them."""
+    """Search-o1 (arXiv 2501.05366): a second call of the engine condenses what a search found."""
 
-    dialect: ClassVar[Dialect] = SEARCH_O1
+    search_format: ClassVar[ToolFormat] = SEARCH_O1
+    invalid_action: ClassVar[str] = SEARCH_O1_INVALID_ACTION
+    invalid_message: ClassVar[str] = SEARCH_O1_INVALID_MESSAGE
 
-    async def _show(
-        self,
-        trajectory: Trajectory,
-        stats: dict[str, Any],
-        query: str,
-        passages: list[Passage],
-        emitted: str,
-        generate: Generate,
-    ) -> None:
-        context = fit(
-            self.tokenizer,
-            passages_text([(p.title, p.text) for p in passages]),
-            self.config.max_obs_length,
-        )
-        bare = self.ask(
-            REASON_IN_DOCUMENTS_PROMPT.format(reasoning="", query=query, context=context)
-        )
-        room = max(1, self.config.max_prompt_length - len(bare))
-        reasoning = self.tokenizer.decode(trajectory.response_ids[-room:], skip_special_tokens=True)
-        side = self.ask(
-            REASON_IN_DOCUMENTS_PROMPT.format(reasoning=reasoning, query=query, context=context)
-        )
-        completion = await generate(side, max_tokens=self.config.max_response_length)
+    async def _revise(
+        self, data: AgentData, tool: Tool, argument: str, response: ToolResponse
+    ) -> ToolResponse:
+        """Replaces passages by what of them helps the reasoning."""
+        if tool is not self.search:
+            return response
+        passages = neutralise(response.text, self.tag)
+        context = fit(self.tokenizer, passages, self.config.max_obs_length)
+        room = max(1, self.config.max_prompt_length - len(self._side_prompt("", argument, context)))
+        written = data.trajectory.response_ids[-room:]
+        reasoning = self.tokenizer.decode(written, skip_special_tokens=True)
+        side_prompt = self._side_prompt(reasoning, argument, context)
+        completion = await data.generate(side_prompt, max_tokens=self.config.max_response_length)
         finding = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
-        ids, cut = encode_observation(
-            neutralise(finding), self.tokenizer, self.config.max_obs_length, emitted, self.dialect
-        )
-        self._record(trajectory, stats, query, passages, ids, cut, condensed_from_tokens=len(side))
+        facts = {"condensed_from_tokens": len(side_prompt)}
+        return replace(response, text=finding, facts=response.facts | facts)
+
+    def _side_prompt(self, reasoning: str, query: str, context: str) -> list[int]:
+        prompt = REASON_IN_DOCUMENTS_PROMPT
+        return self.ask(prompt.format(reasoning=reasoning, query=query, context=context))
 
 
 class RagLoop(SearchAgentLoop):
     """One search with the question, its passages in the prompt, one answer."""
 
+    calls_tools: ClassVar[bool] = False
+
     def __init__(self, config: SearchAgentConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
-        self.max_searches = 0
+        self.max_calls = 0
 
-    async def _begin(self, trajectory: Trajectory, stats: dict[str, Any], row: Row) -> None:
-        question = question_of(row)
-        passages = await self._search(stats, question)
-        context = passages_text([(p.title, p.text) for p in passages])
+    async def _begin(self, data: AgentData) -> None:
+        """Searches, and makes the prompt with what was found."""
+        assert self.search is not None
+        question = required_question(data.row)
+        response = await self._call(data, self.search, question)
+        context = neutralise(response.text, self.tag)
         fitting = fit(self.tokenizer, context, self.config.max_obs_length)
-        trajectory.prompt_ids = self.ask(
-            build_prompt(question, self.config.template or "rag", fitting)
-        )
-        self._record(trajectory, stats, question, passages, [], cut=fitting != context)
+        template = self.config.template or "rag"
+        data.trajectory.prompt_ids = self.ask(build_prompt(question, template, fitting))
+        self._observe(data, self.search, question, response, [], cut=fitting != context)
 
 
 class IRCoTLoop(SearchAgentLoop):
-    """IRCoT (arXiv 2212.10509): every sentence of the reasoning is the next query; all passages
-    stand above it.
+    """IRCoT (arXiv 2212.10509): every sentence of the reasoning is the next query.
 
-    Contexts are written anew for every sentence, so these trajectories cannot be trained on.
+    All passages stand above the reasoning. Contexts are written anew for every sentence, so these
+    trajectories cannot be trained on.
     """
 
     trainable: ClassVar[bool] = False
+    calls_tools: ClassVar[bool] = False
 
-    async def _begin(self, trajectory: Trajectory, stats: dict[str, Any], row: Row) -> None:
-        stats["question"] = question_of(row)
-        await self._collect(trajectory, stats, stats["question"])
+    async def _begin(self, data: AgentData) -> None:
+        """Searches for the question."""
+        question = required_question(data.row)
+        data.trajectory.info["question"] = question
+        await self._collect(data, question)
 
-    async def _collect(self, trajectory: Trajectory, stats: dict[str, Any], query: str) -> None:
-        passages = await self._search(stats, query)
-        pairs = [(p.title, p.text) for p in passages]
-        ids, cut = encode_passages(pairs, self.tokenizer, self.config.max_obs_length, "")
-        self._record(trajectory, stats, query, passages, ids, cut)
+    async def _collect(self, data: AgentData, query: str) -> None:
+        """Searches, and appends what was found."""
+        assert self.search is not None
+        response = await self._call(data, self.search, query)
+        text = neutralise(response.text, self.tag)
+        ids, cut = encode_observation(text, self.tokenizer, self.config.max_obs_length, "")
+        self._observe(data, self.search, query, response, ids, cut)
 
-    async def _turn(
-        self, trajectory: Trajectory, stats: dict[str, Any], generate: Generate, may_search: bool
-    ) -> None:
-        """A sentence; in the last turn all that is said."""
-        context = self._context(trajectory, stats["question"])
+    async def _turn(self, data: AgentData, may_call: bool) -> None:
+        """Generates a sentence; in the last turn all that is said."""
+        trajectory = data.trajectory
+        context = self._context(trajectory, required_question(data.row))
         if len(context) > self.config.max_prompt_length:
             trajectory.stop_reason = "context"
             return
-        completion = await generate(
+        completion = await data.generate(
             context, max_tokens=self.config.max_response_length, stop=[ANSWER_END]
         )
-        stats["turns"] += 1
+        data.turns += 1
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
-        said = SENTENCE_END.split(text, maxsplit=1)[0] if may_search else text
-        answer = isinstance(parse_action(said)[0], Answer)
-        if answer or not may_search:
-            said = text[: parse_action(text)[1]]
+        said, is_answer = self._next_sentence(text, may_call)
         ids = encode_text(self.tokenizer, said + " ")
         trajectory.segments.append(
             Segment(Source.MODEL, ids, [0.0] * len(ids), completion.policy_version)
         )
-        stats["valid_actions"] += answer or (may_search and bool(said))
-        if answer:
+        data.valid_actions += is_answer or (may_call and bool(said))
+        if is_answer:
             trajectory.stop_reason = "answer"
         elif not said:
             trajectory.stop_reason = "empty"
-        elif not may_search:
+        elif not may_call:
             trajectory.stop_reason = "max_turns"
         else:
-            await self._collect(trajectory, stats, said)
+            await self._collect(data, said)
+
+    def _next_sentence(self, text: str, may_call: bool) -> tuple[str, bool]:
+        """What of a generated text is kept, and whether it answers.
+
+        That is the first sentence, and everything up to the answer in the last turn, or where the
+        sentence holds an answer.
+        """
+        said = SENTENCE_END.split(text, maxsplit=1)[0] if may_call else text
+        is_answer = isinstance(parse_action(said)[0], Answer)
+        if is_answer or not may_call:
+            said = text[: parse_action(text)[1]]
+        return said, is_answer
 
     def _context(self, trajectory: Trajectory, question: str) -> list[int]:
-        """The prompt with every passage found so far, each once, and the sentences written so
-        far."""
+        """The prompt with every passage found so far, each once, and the sentences so far."""
         found = [p for s in trajectory.segments for p in s.info.get("passages", ())]
-        unique = list({p["id"]: (p["title"], p["text"]) for p in found}.values())
-        room = self.config.max_prompt_length - self.config.max_start_length
+        unique = {p["id"]: (p["title"], p["text"]) for p in found}
+        passages = neutralise(format_passages(list(unique.values())), self.tag)
         own = [t for s in trajectory.segments if s.source is Source.MODEL for t in s.token_ids]
-        context = fit(self.tokenizer, passages_text(unique), max(1, room - len(own)))
+        room = self.config.max_prompt_length - self.config.max_start_length - len(own)
+        context = fit(self.tokenizer, passages, max(1, room))
         reasoning = self.tokenizer.decode(own, skip_special_tokens=True).strip()
         return self.ask(build_prompt(question, self.config.template or "ircot", context, reasoning))
 

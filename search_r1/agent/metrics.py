@@ -6,44 +6,53 @@ from typing import Any
 
 import numpy as np
 
+from search_r1.trajectory import gold_passages, read_searches
 from verl.agent import Trajectory
 
+Stats = dict[str, Any]
+"""The `info` of a trajectory (`AgentData.facts`)."""
 OVERRUN_KINDS = {"newline": "\n", "tag": "<"}
 
 
 def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """`env/...`: turns, valid actions, executed searches, how trajectories ended, retrieval latency
-    and recall."""
+    """The metrics `env/...`: turns, actions, searches, latencies, recall, stop reasons."""
     stats = [t.info for t in trajectories]
-    turns = np.array([s["turns"] for s in stats], dtype=float)
-    valid = np.array([s["valid_actions"] for s in stats], dtype=float)
-    searches = np.array([s["searches"] for s in stats], dtype=float)
-    answered = np.array([t.stop_reason == "answer" for t in trajectories], dtype=float)
-    metrics = {
-        "env/number_of_actions/mean": turns.mean(),
-        "env/number_of_actions/max": turns.max(),
-        "env/number_of_actions/min": turns.min(),
-        "env/finish_ratio": answered.mean(),
-        "env/number_of_valid_action": valid.mean(),
-        "env/ratio_of_valid_action": (valid / np.maximum(turns, 1)).mean(),
-        "env/number_of_valid_search": searches.mean(),
-        "env/observation_truncated": sum(s["cut"] for s in stats) / max(1.0, searches.sum()),
-    }
-    reasons = [t.stop_reason for t in trajectories]
-    metrics |= {
-        f"env/stop_reason/{r}": reasons.count(r) / len(reasons) for r in sorted(set(reasons))
-    }
-    metrics |= (
-        _overruns(stats)
-        | _latency(stats)
-        | _errors(stats)
-        | _by_hops(stats, searches)
-        | _recall(trajectories)
-    )
+    metrics = _actions(stats)
+    metrics |= _stop_reasons(trajectories)
+    metrics |= _overruns(stats)
+    metrics |= _latency(stats)
+    metrics |= _errors(stats)
+    metrics |= _further_tools(stats)
+    metrics |= _by_hops(stats)
+    metrics |= _recall(trajectories)
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _overruns(stats: list[dict[str, Any]]) -> dict[str, float]:
+def _actions(stats: list[Stats]) -> dict[str, float]:
+    """Turns, valid actions and searches of a trajectory, and observations that were cut."""
+    turns = np.array([s["turns"] for s in stats], dtype=float)
+    valid = np.array([s["valid_actions"] for s in stats], dtype=float)
+    searches = np.array([s["searches"] for s in stats], dtype=float)
+    cut = sum(s["cut"] for s in stats)
+    return {
+        "env/number_of_actions/mean": turns.mean(),
+        "env/number_of_actions/max": turns.max(),
+        "env/number_of_actions/min": turns.min(),
+        "env/number_of_valid_action": valid.mean(),
+        "env/ratio_of_valid_action": (valid / np.maximum(turns, 1)).mean(),
+        "env/number_of_valid_search": searches.mean(),
+        "env/observation_truncated": cut / max(1.0, searches.sum()),
+    }
+
+
+def _stop_reasons(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Shares of the trajectories that answered, and that ended for each reason."""
+    counts = Counter(t.stop_reason for t in trajectories)
+    metrics = {f"env/stop_reason/{r}": n / counts.total() for r, n in sorted(counts.items())}
+    return {"env/finish_ratio": counts["answer"] / counts.total()} | metrics
+
+
+def _overruns(stats: list[Stats]) -> dict[str, float]:
     """Turns whose last token ran past the tag, per turn, by what it brought."""
     turns = max(1, sum(s["turns"] for s in stats))
     texts = [text for s in stats for text in s["overruns"]]
@@ -52,7 +61,7 @@ def _overruns(stats: list[dict[str, Any]]) -> dict[str, float]:
     return {f"env/overrun/{kind}": count / turns for kind, count in counts.items()}
 
 
-def _latency(stats: list[dict[str, Any]]) -> dict[str, float]:
+def _latency(stats: list[Stats]) -> dict[str, float]:
     seconds = [x for s in stats for x in s["latency_s"]]
     if not seconds:
         return {}
@@ -60,7 +69,7 @@ def _latency(stats: list[dict[str, Any]]) -> dict[str, float]:
     return {"env/retrieval_latency_s/p50": p50, "env/retrieval_latency_s/p95": p95}
 
 
-def _errors(stats: list[dict[str, Any]]) -> dict[str, float]:
+def _errors(stats: list[Stats]) -> dict[str, float]:
     """Failed attempts to search, by kind, those included that a retry made good."""
     total: Counter[str] = Counter()
     for s in stats:
@@ -71,30 +80,40 @@ def _errors(stats: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _by_hops(stats: list[dict[str, Any]], searches: np.ndarray) -> dict[str, float]:
+def _further_tools(stats: list[Stats]) -> dict[str, float]:
+    """Calls of every tool beside search: executed ones, valid ones, and the share that was cut."""
+    metrics: dict[str, float] = {}
+    for name in sorted({name for s in stats for name in s.get("tools", {})}):
+        counts = [s["tools"][name] for s in stats]
+        calls = sum(c["calls"] for c in counts)
+        metrics[f"env/{name}/calls"] = calls / len(counts)
+        metrics[f"env/{name}/valid_calls"] = sum(c["valid_calls"] for c in counts) / len(counts)
+        metrics[f"env/{name}/truncated"] = sum(c["cut"] for c in counts) / max(1, calls)
+    return metrics
+
+
+def _by_hops(stats: list[Stats]) -> dict[str, float]:
     """Executed searches per question, by the number of facts it needs, where the data says so."""
     groups: dict[int, list[float]] = defaultdict(list)
-    for s, n in zip(stats, searches, strict=True):
+    for s in stats:
         if "hops" in s:
-            groups[s["hops"]].append(n)
+            groups[s["hops"]].append(s["searches"])
     return {
         f"env/number_of_valid_search/hops_{h}": float(np.mean(n)) for h, n in sorted(groups.items())
     }
 
 
 def _recall(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Share of the gold passages that were retrieved, and of questions with all, where the data
-    names them."""
+    """Share of the gold passages that were retrieved, and of the questions of which all were.
+
+    Both over the questions whose gold passages the data name.
+    """
     shares = []
-    for t in trajectories:
-        passages = [p for s in t.segments for p in s.info.get("passages", ())]
-        gold = set(map(str, t.info.get("gold_ids", ())))
-        seen = {str(p["id"]) for p in passages}
-        if not gold:
-            gold = {title.strip('"') for title in t.info.get("gold_titles", ())}
-            seen = {p["title"].strip('"') for p in passages}
-        if gold:
-            shares.append(len(gold & seen) / len(gold))
+    for trajectory in trajectories:
+        gold = gold_passages(trajectory.info)
+        found = [p for search in read_searches(trajectory) for p in search.passages]
+        if gold.names:
+            shares.append(len(gold.found_in(found)) / len(gold.names))
     if not shares:
         return {}
     return {

@@ -1,205 +1,249 @@
-"""How a policy searches: pure functions of trajectory records, as validation and evaluation write
-them."""
+"""How a policy searches: pure functions of the records of validation and evaluation."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
 
 import numpy as np
 
-from search_r1.rewards.matching import gold_answers, normalize_answer
+from search_r1.rewards.matching import gold_answers, holds_gold, normalize_answer
+from search_r1.trajectory import (
+    GoldPassages,
+    Record,
+    Search,
+    gold_passages,
+    num_repeated,
+    question_key,
+    read_searches,
+)
 
-Record = dict[str, Any]
 NEAR = 0.8
 """Jaccard similarity of the words of two queries from which they count as nearly the same."""
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Search:
-    """An executed search: its query, the passages it brought, what of the evidence is known after
-    it."""
+class SearchStep:
+    """An executed search, and what of the evidence is known after it."""
 
     query: str
     ids: list[str]
+    """Of the passages that it found."""
     new: list[str]
-    """Ids that no earlier search brought."""
+    """Ids that no earlier search found."""
     gold_seen: frozenset[str]
     """Gold passages retrieved so far, this search included."""
     has_answer: bool
     """Whether a passage of this or an earlier search holds a gold answer."""
+    latency_s: float | None
 
 
 @dataclass(frozen=True)
-class Course:
+class SearchHistory:
     """A record read as a sequence of searches."""
 
-    searches: list[Search]
+    searches: list[SearchStep]
     gold: frozenset[str]
-    """Ids, or where these are unknown titles, of the gold passages; empty when the data do not
-    say."""
+    """Names of the gold passages; empty where the data do not say."""
     answered: bool
     right: bool
     record: Record = field(repr=False)
 
     @property
     def complete_at(self) -> int | None:
-        """Number of searches after which all gold passages had been retrieved, None if never or
-        unknown."""
+        """Number of searches after which all gold passages had been retrieved.
+
+        None if never or unknown.
+        """
         done = (i for i, s in enumerate(self.searches, 1) if self.gold and s.gold_seen == self.gold)
         return next(done, None)
 
 
-def read_course(record: Record) -> Course:
-    """The course of a record."""
-    extra = record.get("extra_info") or {}
-    by_id = bool(extra.get("gold_ids"))
-    gold = frozenset(name(g) for g in extra.get("gold_ids" if by_id else "gold_titles") or ())
-    answers = [a for g in gold_answers(record["ground_truth"]) if (a := normalize_answer(g))]
-    searches: list[Search] = []
+def read_history(record: Record) -> SearchHistory:
+    """The searches of a record."""
+    gold = gold_passages(record.get("extra_info") or {})
+    reward = record["reward"]  # which has no components where the policy wrote no token
+    return SearchHistory(
+        follow(read_searches(record), gold, gold_answers(record["ground_truth"])),
+        gold.names,
+        answered=record["stop_reason"] == "answer",
+        right=reward.get("em", 0.0) >= 0.5,
+        record=record,
+    )
+
+
+def follow(
+    searches: Sequence[Search], gold: GoldPassages, answers: Sequence[str]
+) -> list[SearchStep]:
+    """What was known after each search."""
+    steps: list[SearchStep] = []
     seen: set[str] = set()
+    gold_seen: frozenset[str] = frozenset()
     has_answer = False
-    for segment in record["segments"]:
-        info = segment["info"]
-        if segment["source"] != "observation" or "query" not in info:
-            continue
-        passages = info.get("passages") or []
-        ids = [str(p["id"]) for p in passages]
-        names = {name(p["id"] if by_id else p["title"]) for p in passages}
-        texts = [normalize_answer(f"{p['title']} {p['text']}") for p in passages]
-        has_answer = has_answer or any(answer in text for answer in answers for text in texts)
-        known = (searches[-1].gold_seen if searches else frozenset()) | (names & gold)
-        searches.append(
-            Search(info["query"], ids, [i for i in ids if i not in seen], known, has_answer)
-        )
+    for search in searches:
+        ids = [str(passage["id"]) for passage in search.passages]
+        new = [id for id in ids if id not in seen]
+        gold_seen |= gold.found_in(search.passages)
+        has_answer = has_answer or holds_gold(search.texts, answers)
+        step = SearchStep(search.query, ids, new, gold_seen, has_answer, search.latency_s)
+        steps.append(step)
         seen.update(ids)
-    answered = record["stop_reason"] == "answer"
-    right = record["reward"].get("em", 0.0) >= 0.5  # a trajectory without a token has no components
-    return Course(searches, gold, answered, right, record)
-
-
-def name(value: object) -> str:
-    return str(value).strip('"')
+    return steps
 
 
 def words(query: str) -> set[str]:
+    """The different words of a query."""
     return set(normalize_answer(query).split())
 
 
-def duplicates(course: Course) -> int:
+def duplicates(history: SearchHistory) -> int:
     """Searches whose normalised query was asked before."""
-    normal = [normalize_answer(s.query) for s in course.searches]
-    return len(normal) - len(set(normal))
+    return num_repeated([search.query for search in history.searches])
 
 
-def near_duplicates(course: Course) -> int:
+def near_duplicates(history: SearchHistory) -> int:
     """Searches whose words are nearly those of an earlier query, exact duplicates included."""
-    sets = [words(s.query) for s in course.searches]
+    sets = [words(search.query) for search in history.searches]
     return sum(any(similar(new, old) for old in sets[:i]) for i, new in enumerate(sets))
 
 
 def similar(a: set[str], b: set[str]) -> bool:
+    """Whether most words of either are in both."""
     return len(a & b) >= NEAR * len(a | b)
 
 
-def superfluous(course: Course) -> int:
+def superfluous(history: SearchHistory) -> int:
     """Searches made after all gold passages had been retrieved."""
-    return len(course.searches) - course.complete_at if course.complete_at is not None else 0
+    complete_at = history.complete_at
+    return 0 if complete_at is None else len(history.searches) - complete_at
 
 
-def behaviour(courses: Sequence[Course]) -> dict[str, float]:
-    """Means over the courses, under names that say what is counted. Shares of gold only where gold
-    is known."""
-    made = max(1, sum(len(c.searches) for c in courses))
-    figures: dict[str, float] = {
-        "searches": mean(courses, lambda c: len(c.searches)),
-        "no_search": mean(courses, lambda c: not c.searches),
-        "answered": mean(courses, lambda c: c.answered),
-        "valid_actions": mean(
-            courses, lambda c: c.record["info"]["valid_actions"] / max(1, c.record["info"]["turns"])
-        ),
-        "duplicate_queries": sum(duplicates(c) for c in courses) / made,
-        "near_duplicate_queries": sum(near_duplicates(c) for c in courses) / made,
-        "new_passages": sum(len(s.new) for c in courses for s in c.searches)
-        / max(1, sum(len(s.ids) for c in courses for s in c.searches)),
-        "own_tokens": mean(courses, lambda c: tokens(c.record, "model")),
-        "retrieved_tokens": mean(courses, lambda c: tokens(c.record, "observation")),
-        "answer_in_information": mean(courses, lambda c: any(s.has_answer for s in c.searches)),
-    }
-    if latencies := [
-        s["info"]["latency_s"]
-        for c in courses
-        for s in c.record["segments"]
-        if "latency_s" in s["info"]
-    ]:
-        p50, p95 = np.percentile(latencies, [50, 95])
-        figures |= {"search_latency_s/p50": float(p50), "search_latency_s/p95": float(p95)}
-    reasons = Counter(c.record["stop_reason"] for c in courses)
-    figures |= {f"stop/{reason}": count / len(courses) for reason, count in sorted(reasons.items())}
-    with_gold = [c for c in courses if c.gold]
+def behaviour(histories: Sequence[SearchHistory]) -> Figures:
+    """Means over the records, under names that say what is counted.
+
+    Shares of gold are only there where gold passages are known.
+    """
+    figures = general_figures(histories)
+    figures |= latency_figures(histories)
+    figures |= tool_figures(histories)
+    reasons = Counter(h.record["stop_reason"] for h in histories)
+    for reason, count in sorted(reasons.items()):
+        figures[f"stop/{reason}"] = count / len(histories)
+    with_gold = [h for h in histories if h.gold]
     if with_gold:
-        figures |= {
-            "gold_retrieved": mean(with_gold, lambda c: c.complete_at is not None),
-            "gold_recall": mean(with_gold, lambda c: recall_after(c, len(c.searches))),
-            "premature_answers": mean(with_gold, lambda c: c.answered and c.complete_at is None),
-            "searches_after_gold": sum(superfluous(c) for c in with_gold) / made,
-        }
-        if found := [c for c in with_gold if c.complete_at is not None]:
-            figures["right_if_gold_retrieved"] = mean(found, lambda c: c.right)
-        longest = max(len(c.searches) for c in with_gold)
-        figures |= {
-            f"gold_recall/turn_{turn}": mean(
-                [c for c in with_gold if len(c.searches) >= turn], recall_at(turn)
-            )
-            for turn in range(1, longest + 1)
-        }
+        figures |= gold_figures(with_gold)
+        figures["searches_after_gold"] = sum(map(superfluous, with_gold)) / num_searches(histories)
     return figures
 
 
-def recall_after(course: Course, turn: int) -> float:
-    """Share of the gold passages retrieved by the first `turn` searches."""
-    return len(course.searches[turn - 1].gold_seen) / len(course.gold) if turn else 0.0
+def num_searches(histories: Sequence[SearchHistory]) -> int:
+    """Executed searches, at least 1: to divide by."""
+    return max(1, sum(len(h.searches) for h in histories))
 
 
-def recall_at(turn: int) -> Callable[[Course], float]:
-    return lambda course: recall_after(course, turn)
-
-
-def search_counts(courses: Sequence[Course]) -> dict[int, int]:
-    """How many courses made so many searches."""
-    return dict(sorted(Counter(len(c.searches) for c in courses).items()))
-
-
-def over_and_under_search(
-    courses: Sequence[Course], closed_book: dict[str, float]
-) -> dict[str, float]:
-    """Search where it was not needed, none where it was; `closed_book` says which questions the
-    model knows, by prompt.
-
-    over_search: share of the known questions that were searched for. under_search: share of the
-    unknown ones that were answered, wrong, without a search.
-    """
-    by_knowledge = [(c, closed_book[question_of(c.record)] >= 0.5) for c in courses]
-    known, unknown = (
-        [c for c, knows in by_knowledge if knows is wanted] for wanted in (True, False)
-    )
+def general_figures(histories: Sequence[SearchHistory]) -> Figures:
+    """What every record shows."""
+    searches = num_searches(histories)
+    steps = list(chain.from_iterable(h.searches for h in histories))
+    retrieved = sum(len(step.ids) for step in steps)
     return {
-        "known": len(known) / len(courses),
-        "over_search": mean(known, lambda c: bool(c.searches)),
-        "under_search": mean(unknown, lambda c: not c.searches and not c.right),
+        "searches": mean(histories, lambda h: len(h.searches)),
+        "no_search": mean(histories, lambda h: not h.searches),
+        "answered": mean(histories, lambda h: h.answered),
+        "valid_actions": mean(histories, share_of_valid_actions),
+        "duplicate_queries": sum(map(duplicates, histories)) / searches,
+        "near_duplicate_queries": sum(map(near_duplicates, histories)) / searches,
+        "new_passages": sum(len(step.new) for step in steps) / max(1, retrieved),
+        "own_tokens": mean(histories, lambda h: num_tokens(h.record, "model")),
+        "retrieved_tokens": mean(histories, lambda h: num_tokens(h.record, "observation")),
+        "answer_in_information": mean(histories, finds_answer),
     }
 
 
-def question_of(record: Record) -> str:
-    """What two results are matched by: the question where the data keep it, else the prompt."""
-    question = (record.get("extra_info") or {}).get("question")
-    return f"{record['data_source']}: {question or record['prompt']}"
+def share_of_valid_actions(history: SearchHistory) -> float:
+    """Of the turns of a record."""
+    info = history.record["info"]
+    return info["valid_actions"] / max(1, info["turns"])
 
 
-def tokens(record: Record, source: str) -> int:
+def finds_answer(history: SearchHistory) -> bool:
+    """Whether some passage held a gold answer."""
+    return any(search.has_answer for search in history.searches)
+
+
+def latency_figures(histories: Sequence[SearchHistory]) -> Figures:
+    """Seconds per search, where they are known."""
+    steps = chain.from_iterable(h.searches for h in histories)
+    seconds = [step.latency_s for step in steps if step.latency_s is not None]
+    if not seconds:
+        return {}
+    p50, p95 = np.percentile(seconds, [50, 95])
+    return {"search_latency_s/p50": float(p50), "search_latency_s/p95": float(p95)}
+
+
+def tool_figures(histories: Sequence[SearchHistory]) -> Figures:
+    """Executed calls per record of every tool beside search."""
+    counts = [h.record["info"].get("tools", {}) for h in histories]
+    names = sorted({name for tools in counts for name in tools})
+    return {
+        f"calls/{name}": sum(tools.get(name, {"calls": 0})["calls"] for tools in counts)
+        / len(histories)
+        for name in names
+    }
+
+
+def gold_figures(with_gold: Sequence[SearchHistory]) -> Figures:
+    """What can be said of records whose gold passages are known."""
+    figures = {
+        "gold_retrieved": mean(with_gold, lambda h: h.complete_at is not None),
+        "gold_recall": mean(with_gold, lambda h: recall_after(h, len(h.searches))),
+        "premature_answers": mean(with_gold, lambda h: h.answered and h.complete_at is None),
+    }
+    complete = [h for h in with_gold if h.complete_at is not None]
+    if complete:
+        figures["right_if_gold_retrieved"] = mean(complete, lambda h: h.right)
+    longest = max(len(h.searches) for h in with_gold)
+    for turn in range(1, longest + 1):
+        long_enough = [h for h in with_gold if len(h.searches) >= turn]
+        recalls = [recall_after(h, turn) for h in long_enough]
+        figures[f"gold_recall/turn_{turn}"] = sum(recalls) / len(recalls)
+    return figures
+
+
+def recall_after(history: SearchHistory, turn: int) -> float:
+    """Share of the gold passages retrieved by the first `turn` searches."""
+    return len(history.searches[turn - 1].gold_seen) / len(history.gold) if turn else 0.0
+
+
+def search_counts(histories: Sequence[SearchHistory]) -> dict[int, int]:
+    """How many records made so many searches."""
+    return dict(sorted(Counter(len(h.searches) for h in histories).items()))
+
+
+def over_and_under_search(
+    histories: Sequence[SearchHistory], closed_book: dict[str, float]
+) -> Figures:
+    """Search where it was not needed, none where it was.
+
+    `closed_book` says which questions the model knows, by `question_key`. over_search: share of the
+    known questions that were searched for. under_search: share of the unknown ones that were
+    answered, wrong, without a search.
+    """
+    known = [h for h in histories if closed_book[question_key(h.record)] >= 0.5]
+    unknown = [h for h in histories if closed_book[question_key(h.record)] < 0.5]
+    return {
+        "known": len(known) / len(histories),
+        "over_search": mean(known, lambda h: bool(h.searches)),
+        "under_search": mean(unknown, lambda h: not h.searches and not h.right),
+    }
+
+
+def num_tokens(record: Record, source: str) -> int:
+    """Tokens of a record by one author."""
     return sum(len(s["token_ids"]) for s in record["segments"] if s["source"] == source)
 
 
-def mean(courses: Sequence[Course], figure: Callable[[Course], float]) -> float:
-    """0 of none."""
-    return sum(float(figure(c)) for c in courses) / len(courses) if courses else 0.0
+def mean(histories: Sequence[SearchHistory], figure: Callable[[SearchHistory], float]) -> float:
+    """The mean of a figure, 0 over no records."""
+    return sum(float(figure(h)) for h in histories) / len(histories) if histories else 0.0

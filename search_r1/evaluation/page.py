@@ -103,19 +103,19 @@ under-search: of the rest. –: unknown.</p>
 
 
 def set_names(results: Results) -> list[str]:
-    """The sets of all results in the order met. What else a summary holds has no counts of
-    searches."""
-    return list(
-        {
-            name: 0
-            for s in results.values()
-            for name in s
-            if name != ALL and "search_counts" in s[name]
-        }
-    )
+    """The sets of all results in the order met.
+
+    What else a summary holds has no counts of searches.
+    """
+    names: dict[str, None] = {}
+    for summary in results.values():
+        found = [n for n, row in summary.items() if n != ALL and "search_counts" in row]
+        names |= dict.fromkeys(found)
+    return list(names)
 
 
 def score(row: dict[str, Any]) -> str:
+    """EM, and below it its interval if there is one."""
     low, high = row.get("em_interval", (None, None))
     return f"{row['em']:.3f}" + (f"<small>{low:.3f}–{high:.3f}</small>" if low is not None else "")
 
@@ -148,7 +148,7 @@ def behaviour_table(summary: dict[str, Any], results: Results) -> str:
 
 
 def figures(results: Results) -> str:
-    """<figure> elements with inline SVG as wide as its place, no id twice."""
+    """The plots as <figure> elements with inline SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # without pyplot: needs no display, leaves no state
 
@@ -157,19 +157,25 @@ def figures(results: Results) -> str:
         (plot_counts, "Searches per question"),
         (plot_scatter, "EM against searches per question: colour tells the result, shape the set"),
     ]
-    found = ""
+    elements = []
     for number, (plot, label) in enumerate(plots, 1):
+        file = StringIO()
         with rc_context(RC):
-            plot(figure := Figure(layout="constrained"), results)
-            figure.savefig(file := StringIO(), format="svg", metadata={"Date": None})
-        text = re.sub(
-            r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL
-        )
-        text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
-        text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>figure{number}-", text)
-        text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-        found += f"<figure>{text}<figcaption>Figure {number}. {label}.</figcaption></figure>\n"
-    return found
+            figure = Figure(layout="constrained")
+            plot(figure, results)
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        svg = inline_svg(file.getvalue(), f"figure{number}-", label)
+        caption = f"<figcaption>Figure {number}. {label}.</figcaption>"
+        elements.append(f"<figure>{svg}{caption}</figure>\n")
+    return "".join(elements)
+
+
+def inline_svg(text: str, id_prefix: str, label: str) -> str:
+    """A file of SVG as an element of a page: as wide as the page lets it be, no id twice."""
+    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{id_prefix}", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def plot_scores(figure: "Figure", results: Results) -> None:
@@ -179,21 +185,15 @@ def plot_scores(figure: "Figure", results: Results) -> None:
     width = min(0.8 / len(results), 0.15)
     bars = []
     for i, summary in enumerate(results.values()):
-        rows = {
-            j + (i - (len(results) - 1) / 2) * width: summary[s]
-            for j, s in enumerate(sets)
-            if s in summary
-        }
+        offset = (i - (len(results) - 1) / 2) * width
+        rows = {j + offset: summary[s] for j, s in enumerate(sets) if s in summary}
         em = [row["em"] for row in rows.values()]
-        whiskers = [
-            [abs(row["em_interval"][end] - row["em"]) for row in rows.values()] for end in (0, 1)
-        ]
-        bars.append(
-            axis.bar(
-                list(rows), em, 0.9 * width, yerr=whiskers, ecolor="#40464f", **BARS[i % len(BARS)]
-            )
-        )
-    rotation, ha = (25, "right") if len(sets) * max(map(len, sets)) > 90 else (0, "center")
+        below = [abs(row["em_interval"][0] - row["em"]) for row in rows.values()]
+        above = [abs(row["em_interval"][1] - row["em"]) for row in rows.values()]
+        look = {"yerr": [below, above], "ecolor": "#40464f", **BARS[i % len(BARS)]}
+        bars.append(axis.bar(list(rows), em, 0.9 * width, **look))
+    is_crowded = len(sets) * max(map(len, sets)) > 90
+    rotation, ha = (25, "right") if is_crowded else (0, "center")
     axis.set_xticks(range(len(sets)), [fill(s, 40) for s in sets], rotation=rotation, ha=ha)
     axis.set(ylabel="EM", xlim=(-0.6, len(sets) - 0.4), ylim=(0, None))
     legend(figure, bars, list(results))

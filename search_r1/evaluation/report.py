@@ -1,5 +1,4 @@
-"""Numbers and behaviour of finished evaluations: tables, `summary.json`, comparison with another
-result, a page.
+"""Reports finished evaluations: tables, `summary.json`, a comparison with another result, a page.
 
 python -m search_r1.evaluation.report runs/A/evaluation.jsonl [--compare OTHER.jsonl] [--out DIR]
 """
@@ -29,35 +28,50 @@ SHOWN = (
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Markdown: a row per set, one for all, and the unweighted average."""
+    """Markdown: a row per set, one for all, and the unweighted average; below it pass@k."""
     head = ["set", "n", "EM", "95 %", "F1", "sub-EM", *(name.replace("_", " ") for name in SHOWN)]
     lines = [head, ["---"] * len(head)]
-    hops = {
-        f"{name}, {n}-hop": row
-        for name, s in summary.items()
-        for n, row in s.get("by_hops", {}).items()
+    sets = {name: row for name, row in summary.items() if name != AVERAGE}
+    lines += [set_cells(name, row) for name, row in {**sets, **rows_by_hops(sets)}.items()]
+    average = summary[AVERAGE]
+    lines.append([AVERAGE, "", *scores(average, interval=""), *[""] * len(SHOWN)])
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return text + "".join(pass_line(name, row) for name, row in sets.items() if "pass@k" in row)
+
+
+def rows_by_hops(sets: dict[str, Any]) -> dict[str, Any]:
+    """The rows of questions that need the same number of hops, under names of their own."""
+    return {
+        f"{name}, {hops}-hop": row
+        for name, summary in sets.items()
+        for hops, row in summary.get("by_hops", {}).items()
     }
-    average = {AVERAGE: summary[AVERAGE]}
-    for name, row in ({n: s for n, s in summary.items() if n != AVERAGE} | hops | average).items():
-        scores = [f"{row['em']:.3f}", "", f"{row['f1']:.3f}", f"{row['sub_em']:.3f}"]
-        if name == AVERAGE:
-            lines.append([name, "", *scores, *[""] * len(SHOWN)])
-            continue
-        scores[1] = f"{row['em_interval'][0]:.3f}-{row['em_interval'][1]:.3f}"
-        figures = [
-            f"{row['behaviour'][key]:.3f}" if key in row["behaviour"] else "-" for key in SHOWN
-        ]
-        lines.append([name, str(row["questions"]), *scores, *figures])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    passed = {name: row["pass@k"] for name, row in summary.items() if "pass@k" in row}
-    return text + "".join(
-        f"{n}: {', '.join(f'pass@{k} {v:.3f}' for k, v in p.items())}\n" for n, p in passed.items()
-    )
+
+
+def set_cells(name: str, row: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    low, high = row["em_interval"]
+    found = row["behaviour"]
+    figures = [f"{found[key]:.3f}" if key in found else "-" for key in SHOWN]
+    return [name, str(row["questions"]), *scores(row, f"{low:.3f}-{high:.3f}"), *figures]
+
+
+def scores(row: dict[str, Any], interval: str) -> list[str]:
+    """The cells from EM to sub-EM."""
+    return [f"{row['em']:.3f}", interval, f"{row['f1']:.3f}", f"{row['sub_em']:.3f}"]
+
+
+def pass_line(name: str, row: dict[str, Any]) -> str:
+    """The line that says pass@k of a set."""
+    rates = ", ".join(f"pass@{k} {rate:.3f}" for k, rate in row["pass@k"].items())
+    return f"{name}: {rates}\n"
 
 
 def comparison(first: Sequence[Record], second: Sequence[Record]) -> tuple[str, dict[str, Any]]:
-    """(text, figures) of the second result against the first. Raises DataError unless the questions
-    are the same."""
+    """The second result against the first, as text and as figures.
+
+    Raises DataError unless the questions are the same.
+    """
     try:
         found = compare(by_question(first, "em"), by_question(second, "em"))
     except ValueError as error:
@@ -86,8 +100,8 @@ def name_of(path: Path) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m search_r1.evaluation.report",
         description=__doc__,
@@ -108,26 +122,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="folder for summary.json, table.md and page.html (default: none written)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def make_report(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The text to show, and the summaries by name, that of the result itself first.
+
+    Raises DataError for files that are not of trajectories, or not of the same questions, KeyError
+    for a question that the closed-book result lacks.
+    """
+    records = read_records(args.result)
+    closed = by_question(read_records(args.closed_book), "em") if args.closed_book else None
+    summary = summarize(records, closed)
+    results = {name_of(args.result): summary}
+    text = f"{table(summary)}\n{paper_table(results, args.published)}"
+    if args.compare:
+        other = read_records(args.compare)
+        line, summary["comparison"] = comparison(other, records)
+        results[name_of(args.compare)] = summarize(other, closed)
+        text += f"\nagainst {args.compare}: {line}"
+    return text, results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reports as the command line says; returns the exit status."""
+    args = make_parser().parse_args(argv)
     try:
-        records = read_records(args.result)
-        closed = by_question(read_records(args.closed_book), "em") if args.closed_book else None
-        summary = summarize(records, closed)
-        results = {name_of(args.result): summary}
-        text = f"{table(summary)}\n{paper_table(results, args.published)}"
-        if args.compare:
-            other = read_records(args.compare)
-            line, summary["comparison"] = comparison(other, records)
-            results[name_of(args.compare)] = summarize(other, closed)
-            text += f"\nagainst {args.compare}: {line}"
+        text, results = make_report(args)
     except (DataError, KeyError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(text)
     if args.out:
+        name = name_of(args.result)
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (args.out / "summary.json").write_text(json.dumps(results[name], indent=1) + "\n")
         (args.out / "table.md").write_text(text)
-        (args.out / "page.html").write_text(page(results, name_of(args.result)))
+        (args.out / "page.html").write_text(page(results, name))
         sys.stdout.write(f"\n{args.out / 'page.html'}\n")
     return 0
 

@@ -1,5 +1,4 @@
-"""Scores with their uncertainty: bootstrap intervals, and paired comparison of two results on the
-same questions."""
+"""Scores with their uncertainty: bootstrap intervals, and a paired comparison of two results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ RESAMPLES = 2000
 def bootstrap_interval(
     values: Sequence[float], seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over resampled questions (Efron 1979). Of one value: that
-    value."""
+    """Percentile interval of the mean over resampled questions (Efron 1979).
+
+    Of one value it is that value.
+    """
     data = np.asarray(values, dtype=float)
     means = _resampled_means(data, seed)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -70,8 +71,9 @@ def compare(a: dict[str, float], b: dict[str, float], seed: int = 0) -> Comparis
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p of `gained` against `lost` flips, each as likely as the other (McNemar
-    1947).
+    """Two-sided exact p of `gained` against `lost` flips (McNemar 1947).
+
+    Each is as likely as the other.
 
     >>> mcnemar(5, 5), mcnemar(0, 0), mcnemar(10, 0)
     (1.0, 1.0, 0.001953125)

@@ -1,5 +1,7 @@
-"""What a file of trajectory records says: scores with intervals, behaviour, per set, over all and
-by hops."""
+"""What a file of trajectory records says: scores with intervals, and behaviour.
+
+Per set, over all, and by hops.
+"""
 
 import json
 from collections import defaultdict
@@ -9,54 +11,50 @@ from pathlib import Path
 from typing import Any
 
 from search_r1.evaluation.behaviour import (
-    Course,
+    SearchHistory,
     behaviour,
     over_and_under_search,
-    question_of,
-    read_course,
+    read_history,
     search_counts,
 )
 from search_r1.evaluation.scores import bootstrap_interval
+from search_r1.trajectory import Record, question_key
 from verl.utils.errors import DataError
 
-Record = dict[str, Any]
 SCORES = ("em", "f1", "sub_em")
 ALL = "all"
 AVERAGE = "average"
+KEYS = ("data_source", "segments", "reward", "stop_reason", "info", "ground_truth")
+"""Of a trajectory record."""
 
 
 def read_records(path: Path) -> list[Record]:
     """The records of a file. Raises DataError naming file and line."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    records = []
-    for number, line in enumerate(path.open(encoding="utf-8"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            missing = {
-                "data_source",
-                "segments",
-                "reward",
-                "stop_reason",
-                "info",
-                "ground_truth",
-            } - record.keys()
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{path}, line {number}: not a trajectory record ({error})") from error
-        if missing:
-            raise DataError(
-                f"{path}, line {number}: not a trajectory record, it lacks "
-                f"{', '.join(sorted(missing))}"
-            )
-        records.append(record)
+    lines = enumerate(path.open(encoding="utf-8"), 1)
+    records = [
+        read_record(line, f"{path}, line {number}") for number, line in lines if line.strip()
+    ]
     if not records:
         raise DataError(f"{path}: no records")
     return records
 
 
+def read_record(line: str, place: str) -> Record:
+    """The record of a line. Raises DataError naming its place."""
+    try:
+        record = json.loads(line)
+        missing = set(KEYS) - record.keys()
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{place}: not a trajectory record ({error})") from error
+    if missing:
+        raise DataError(f"{place}: not a trajectory record, it lacks {', '.join(sorted(missing))}")
+    return record
+
+
 def by_set(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each question set."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[record["data_source"]].append(record)
@@ -68,36 +66,34 @@ def by_question(records: Sequence[Record], score: str) -> dict[str, float]:
     scores: dict[str, list[float]] = defaultdict(list)
     for record in records:
         # without a token: no components
-        scores[question_of(record)].append(record["reward"].get(score, 0.0))
+        scores[question_key(record)].append(record["reward"].get(score, 0.0))
     return {question: sum(values) / len(values) for question, values in scores.items()}
 
 
 def summarize(
     records: Sequence[Record], closed_book: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """Per set and over all: scores with 95 % intervals over questions, behaviour, distribution of
-    searches.
+    """Scores with 95 % intervals over questions, and behaviour: per set and over all.
 
     A set whose questions need different numbers of hops also has `by_hops`. `average` is the
     unweighted mean of the sets' scores, as in the paper's table.
     """
-    read = {
-        id(record): read_course(record) for record in records
-    }  # once: a record is in its set, in all, in its hops
+    # Each is read once, although it is in its set, in all, and in its hops.
+    histories = {id(record): read_history(record) for record in records}
 
     def figures_of(group: Sequence[Record]) -> dict[str, Any]:
-        return figures([read[id(record)] for record in group], closed_book)
+        return figures([histories[id(record)] for record in group], closed_book)
 
-    groups = by_set(records)
-    summary = {name: figures_of(group) for name, group in {**groups, ALL: list(records)}.items()}
-    for name in (*groups, ALL):
-        hops = by_hops(groups.get(name, records))
+    sets = by_set(records)
+    groups = {**sets, ALL: list(records)}
+    summary = {name: figures_of(group) for name, group in groups.items()}
+    for name in (*sets, ALL):
+        hops = by_hops(sets.get(name, records))
         if len(hops) > 1:
-            summary[name]["by_hops"] = {
-                str(n): figures_of(group) for n, group in sorted(hops.items())
-            }
+            parts = {str(n): figures_of(group) for n, group in sorted(hops.items())}
+            summary[name]["by_hops"] = parts
     summary[AVERAGE] = {
-        score: sum(summary[name][score] for name in groups) / len(groups) for score in SCORES
+        score: sum(summary[name][score] for name in sets) / len(sets) for score in SCORES
     }
     return summary
 
@@ -111,9 +107,11 @@ def by_hops(records: Sequence[Record]) -> dict[int, list[Record]]:
     return dict(groups)
 
 
-def figures(courses: Sequence[Course], closed_book: dict[str, float] | None) -> dict[str, Any]:
-    """Scores and behaviour of some records, read as courses."""
-    group = [course.record for course in courses]
+def figures(
+    histories: Sequence[SearchHistory], closed_book: dict[str, float] | None
+) -> dict[str, Any]:
+    """Scores and behaviour of some records."""
+    group = [history.record for history in histories]
     scores = {score: list(by_question(group, score).values()) for score in SCORES}
     found = {
         "questions": len(scores["em"]),
@@ -121,27 +119,34 @@ def figures(courses: Sequence[Course], closed_book: dict[str, float] | None) -> 
         **{score: sum(values) / len(values) for score, values in scores.items()},
         **{f"{score}_interval": bootstrap_interval(values) for score, values in scores.items()},
         **passes(group),
-        "behaviour": behaviour(courses),
-        "search_counts": search_counts(courses),
+        "behaviour": behaviour(histories),
+        "search_counts": search_counts(histories),
     }
     if closed_book is not None:
-        found["behaviour"] |= over_and_under_search(courses, closed_book)
+        found["behaviour"] |= over_and_under_search(histories, closed_book)
     return found
 
 
 def passes(records: Sequence[Record]) -> dict[str, Any]:
-    """`pass@k`: share of questions that one of k samples answers right, without bias from n samples
-    (2107.03374).
+    """`pass@k`: share of questions that one of k samples answers right (2107.03374).
 
-    k is 1, 2, 4 ... and n, the fewest samples that a question has; empty where that is 1. pass@1 is
-    the mean score, verl's mean@n.
+    Without bias from n samples. k is 1, 2, 4 ... and n, the fewest samples that a question has;
+    empty where that is 1. pass@1 is the mean score, verl's mean@n.
     """
     right: dict[str, list[bool]] = defaultdict(list)
     for record in records:
-        right[question_of(record)].append(record["reward"].get("em", 0.0) >= 0.5)
+        right[question_key(record)].append(record["reward"].get("em", 0.0) >= 0.5)
     n = min(len(samples) for samples in right.values())
-    ks = sorted({n, *(2**i for i in range(n.bit_length()))}) if n > 1 else []
-    rates = {
-        str(k): [1 - comb(len(s) - sum(s), k) / comb(len(s), k) for s in right.values()] for k in ks
-    }
-    return {"pass@k": {k: sum(values) / len(values) for k, values in rates.items()}} if ks else {}
+    if n == 1:
+        return {}
+    rates: dict[str, float] = {}
+    for k in sorted({n, *(2**i for i in range(n.bit_length()))}):
+        found = [pass_at(k, samples) for samples in right.values()]
+        rates[str(k)] = sum(found) / len(found)
+    return {"pass@k": rates}
+
+
+def pass_at(k: int, samples: Sequence[bool]) -> float:
+    """The probability that one of k of the samples, drawn without replacement, is right."""
+    wrong = len(samples) - sum(samples)
+    return 1 - comb(wrong, k) / comb(len(samples), k)

@@ -29,36 +29,47 @@ SETS = {
 
 
 def paper_table(results: dict[str, dict[str, Any]], published: str | None = None) -> str:
-    """Markdown: EM of our results by set, with 95 % intervals, and the average where a result has
-    all sets.
+    """Markdown: EM of our results by set, with 95 % intervals.
 
-    Where they have one of the paper's sets, its columns and the published rows come too: of the
-    model `published`, or of all models.
+    The average stands where a result has all sets. Where they have one of the paper's sets, its
+    columns and the published rows come too: of the model `published`, or of all models.
     """
     found = set_names(results)
-    ours = list(SETS) if set(found) & set(SETS) else []
-    columns = [*ours, *(name for name in found if name not in SETS)]
+    is_papers = bool(set(found) & set(SETS))
+    columns = [*(SETS if is_papers else ()), *(name for name in found if name not in SETS)]
     lines = [["method", *(SETS.get(name, name) for name in columns), "average"]]
     lines.append(["---"] * len(lines[0]))
-    for name, summary in results.items():
-        cells = [with_interval(summary[c]) if c in summary else "-" for c in columns]
-        whole = all(c in summary for c in columns)
-        lines.append([f"**{name}**", *cells, f"{summary[AVERAGE]['em']:.3f}" if whole else "-"])
-    for row in published_rows(published) if ours else []:
-        cells = ["-" if row["em"].get(c) is None else f"{row['em'][c]:.3f}" for c in columns]
-        average = "-" if row["average"] is None else f"{row['average']:.3f}"
-        lines.append([f"{row['model']}, {row['method']} ({row['source']})", *cells, average])
+    lines += [own_line(name, summary, columns) for name, summary in results.items()]
+    if is_papers:
+        lines += [published_line(row, columns) for row in published_rows(published)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def own_line(name: str, summary: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """The cells of a result of ours."""
+    cells = [with_interval(summary[c]) if c in summary else "-" for c in columns]
+    has_all = all(c in summary for c in columns)
+    return [f"**{name}**", *cells, f"{summary[AVERAGE]['em']:.3f}" if has_all else "-"]
+
+
+def published_line(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """The cells of a published row."""
+    values = [row["em"].get(c) for c in columns] + [row["average"]]
+    cells = ["-" if value is None else f"{value:.3f}" for value in values]
+    return [f"{row['model']}, {row['method']} ({row['source']})", *cells]
+
+
 def with_interval(row: dict[str, Any]) -> str:
+    """EM with its interval."""
     low, high = row["em_interval"]
     return f"{row['em']:.3f} ({low:.3f}-{high:.3f})"
 
 
 def published_rows(model: str | None) -> list[dict[str, Any]]:
-    """Rows of published.json, the paper's before reproductions. Exits naming the models for an
-    unknown one."""
+    """Rows of published.json, the paper's before reproductions.
+
+    Exits naming the models for an unknown one.
+    """
     rows = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     models = sorted({row["model"] for row in rows})
     if model is not None and model not in models:
@@ -83,7 +94,7 @@ def read_results(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Writes the table of the results on the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m search_r1.evaluation.table",
         description=__doc__,

@@ -1,10 +1,11 @@
-"""What a reward may read: the policy's own words, and apart from them what its searches brought."""
+"""What a reward may read: the policy's own words, and apart from them what its searches found."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from search_r1.rewards.matching import gold_answers, last_answer
+from search_r1.trajectory import question_of, read_searches
 from verl.agent import Row, Source, Trajectory
 
 THINK_START = "<think>"
@@ -28,6 +29,10 @@ class Episode:
     """What each of these searches brought: title and text."""
     own_tokens: int = 0
     """Tokens that the policy wrote."""
+    call_tags: tuple[str, ...] = ("search",)
+    """Names of the tags in which tools are called."""
+    result_tags: tuple[str, ...] = ("information",)
+    """Names of the tags around their results."""
 
     @property
     def answer(self) -> str | None:
@@ -41,27 +46,28 @@ class Episode:
 
 def read_episode(trajectory: Trajectory, row: Row, tokenizer: Any) -> Episode:
     """The episode of a trajectory; special tokens are no text."""
-    found = [
-        s.info
-        for s in trajectory.segments
-        if s.source is Source.OBSERVATION and s.info.get("kind") == "search"
-    ]
-    extra = row.get("extra_info") or {}
+    searches = read_searches(trajectory)
+    further = trajectory.info.get("tools", {}).values()
     return Episode(
-        question=str(extra.get("question") or row.get("question") or ""),
+        question=question_of(row),
         golds=gold_answers(row["reward_model"]["ground_truth"]),
         turns=read_turns(trajectory, tokenizer),
-        queries=[str(info["query"]) for info in found],
-        passages=[[f"{p['title']}\n{p['text']}" for p in info["passages"]] for info in found],
+        queries=[search.query for search in searches],
+        passages=[search.texts for search in searches],
         own_tokens=trajectory.num_tokens(Source.MODEL),
+        call_tags=("search", *(tool["call_tag"] for tool in further if tool["call_tag"])),
+        result_tags=(
+            "information",
+            *(tool["result_tag"] for tool in further if tool["result_tag"]),
+        ),
     )
 
 
 def read_turns(trajectory: Trajectory, tokenizer: Any) -> list[str]:
-    """The policy's text, a turn each, from the `<think>` on where the text before the turn ends
-    with one.
+    """The policy's text, a turn each.
 
-    Some chat templates end with it (Qwen3.5, Qwen3-Thinking, QwQ, the distilled R1 models).
+    A turn begins with the `<think>` that the text before it ends with, if any: some chat templates
+    end with one (Qwen3.5, Qwen3-Thinking, QwQ, the distilled R1 models).
     """
     turns: list[str] = []
     before = trajectory.prompt_ids

@@ -39,8 +39,10 @@ class Judge:
         self.endpoint = Endpoint(config)
 
     async def __call__(self, e: Episode) -> float:
-        """1 if the judge says yes, 0 if no or if there is no answer. Raises EndpointFailed without
-        a verdict."""
+        """1 if the judge says yes, 0 if no or if there is no answer.
+
+        Raises EndpointFailed without a verdict.
+        """
         if e.answer is None:
             return 0.0
         text = PROMPT.format(question=e.question, golds="; ".join(e.golds), answer=e.answer)

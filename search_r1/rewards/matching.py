@@ -1,5 +1,7 @@
-"""Answers compared with gold answers: SQuAD's normalisation (Rajpurkar et al. 2016), exact match,
-substring, F1."""
+"""Answers compared with gold answers: exact match, substring, F1.
+
+Both are normalised as in SQuAD (Rajpurkar et al. 2016).
+"""
 
 import re
 import string
@@ -37,10 +39,10 @@ def last_answer(turns: Sequence[str]) -> str | None:
 
 
 def gold_answers(ground_truth: Any) -> list[str]:
-    """The accepted answers of a row's `reward_model.ground_truth`: a text, a number, a list, or
-    these under `target`.
+    """The accepted answers of a row's `reward_model.ground_truth`.
 
-    Raises ValueError for anything nested.
+    That is a text, a number, a list, or one of these under `target`. Raises ValueError for anything
+    nested.
     """
     holds_target = isinstance(ground_truth, dict) and "target" in ground_truth
     return answers_of(ground_truth["target"] if holds_target else ground_truth)
@@ -58,6 +60,16 @@ def substring_match(prediction: str, golds: Iterable[str]) -> float:
     """
     text = normalize_answer(prediction)
     return float(any(normalize_answer(g) in text for g in golds))
+
+
+def holds_gold(texts: Iterable[str], golds: Iterable[str]) -> bool:
+    """Whether a gold answer occurs in one of the texts, all normalised.
+
+    A gold answer without a word is in no text.
+    """
+    normal_golds = [normal for gold in golds if (normal := normalize_answer(gold))]
+    normal_texts = [normalize_answer(text) for text in texts]
+    return any(gold in text for gold in normal_golds for text in normal_texts)
 
 
 def f1(prediction: str, golds: Sequence[str]) -> float:

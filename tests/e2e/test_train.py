@@ -130,11 +130,17 @@ def test_a_reward_that_raises_ends_the_run_with_its_line_and_no_traceback_of_our
     assert "Traceback" not in output.split("error: ", 1)[1]
 
 
-def test_a_task_without_search_trains_through_the_library_alone(tmp_path, model):
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        ("toy", ["--config-dir", "tests/e2e"]),
+        ("grpo", ["agent._target_=tests.e2e.toy.SingleTurn"]),
+    ],
+    ids=["library alone", "beside the stock configuration"],
+)
+def test_a_task_without_search_trains(tmp_path, model, config, flags):
     more = {"max_turns": None, "trainer__total_training_steps": 2, "trainer__save_hf": "false"}
-    status, output = train(
-        "toy", ["--config-dir", "tests/e2e", *arguments(tmp_path, model, **more)]
-    )
+    status, output = train(config, [*flags, *arguments(tmp_path, model, **more)])
     assert status == 0, output[-3000:]
     assert metrics(tmp_path)[1]["toy/count"] == 12
 

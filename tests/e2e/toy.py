@@ -1,20 +1,11 @@
-"""A task without search: one generation, rewarded by its share of letters `e`. The library needs no
-more than this."""
+"""A task without search: one generation, rewarded by its share of letters `e`."""
 
-from verl.agent import Trajectory
+from verl.agent import AgentLoop, Trajectory
 from verl.utils.config import Config
 from verl.utils.reward import policy_text
 
 
-class SingleTurn:
-    Config = Config
-    top_level_keys = frozenset()
-
-    def __init__(self, config, tokenizer): ...
-    def preflight(self):
-        return []
-
-    async def close(self): ...
+class SingleTurn(AgentLoop):
     async def run(self, prompt_ids, row, generate):
         trajectory = Trajectory(prompt_ids, stop_reason="stop")
         trajectory.add_completion(await generate(prompt_ids, max_tokens=16))

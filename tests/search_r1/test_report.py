@@ -16,7 +16,7 @@ def test_policy_and_reading_are_told_apart():
         "EM": 0.5,
         "searches": 1.0,
         "answered": 1.0,
-        "right entity": 0.5,
+        "gold retrieved": 0.5,
         "EM if gold retrieved": 0.5,
     }
     assert summary(records[2:])["EM if gold retrieved"] is None

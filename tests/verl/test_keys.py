@@ -91,7 +91,7 @@ QUESTION = {"extra_info": {"question": "Where was Ada Marin born?"}}
 def trajectory(setting: Setting) -> Any:
     """Every call of the engine, and every token of a trajectory that searches twice."""
     loop = build_agent(setting.config, setting.tokenizer)
-    loop.client = Library([ADA])
+    loop.search.client = Library([ADA])
     engine = Engine(setting.tokenizer, [SEARCH, SEARCH, ANSWER, ANSWER, ANSWER])
     prompt_ids = setting.tokenizer("Where was Ada Marin born?")["input_ids"]
     rolled = asyncio.run(loop.run(prompt_ids, QUESTION, engine))

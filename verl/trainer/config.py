@@ -352,7 +352,8 @@ def validate(raw: dict[str, Any]) -> PPOConfig:
             problems += error.problems
             keys_of_task |= raw.keys()  # without the class nobody knows which keys are the task's
             continue
-        keys_of_task |= getattr(cls, "top_level_keys", frozenset())
+        keys = getattr(cls, "top_level_keys", frozenset())
+        keys_of_task |= raw.keys() if keys is None else keys
         further_sections |= getattr(cls, "sections", {})
         problems += _errors(cls.Config, _without_target(raw[section]), f"{section}.")
     of_others = keys_of_task - PPOConfig.model_fields.keys()

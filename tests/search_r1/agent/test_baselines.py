@@ -20,7 +20,7 @@ ASK = "<|begin_search_query|>Ada<|end_search_query|>"
 def roll(loop_class, tokenizer, turns, passages=(ADA,), row=ROW, **config):  # noqa: F811
     budgets = {"max_start_length": 300, "max_prompt_length": 1200, "max_obs_length": 200} | config
     loop = loop_class(SearchAgentConfig(**budgets), tokenizer)
-    loop.client = Library(list(passages))
+    loop.search.client = Library(list(passages))
     engine = Engine(tokenizer, turns)
     return asyncio.run(loop.run([1, 2, 3], row, engine)), engine
 

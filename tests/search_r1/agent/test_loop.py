@@ -68,8 +68,8 @@ class Library:
 
 def make_loop(tokenizer, passages=(ADA,), fail_at=None, **config):
     loop = SearchAgentLoop(SearchAgentConfig(**config), tokenizer)
-    if loop.client is not None:
-        loop.client = Library(list(passages), fail_at)
+    if loop.search is not None:
+        loop.search.client = Library(list(passages), fail_at)
     return loop
 
 
@@ -139,7 +139,7 @@ def test_overruns_by_kind(tokenizer):
 def test_max_turns_searches_and_one_forced_turn_without(tokenizer):
     loop = make_loop(tokenizer, max_turns=2)
     trajectory, engine = roll(tokenizer, [SEARCH, SEARCH, SEARCH, ANSWER], loop)
-    assert len(engine.calls) == 3 and len(loop.client.queries) == 2
+    assert len(engine.calls) == 3 and len(loop.search.client.queries) == 2
     assert trajectory.stop_reason == "max_turns"
     assert shown(trajectory, tokenizer)[-1] == ("model", SEARCH)
     info = trajectory.info
@@ -269,7 +269,7 @@ def test_every_script_ends_within_its_budgets(tokenizer, turns, context, max_tur
     loop = make_loop(tokenizer, max_turns=max_turns, max_prompt_length=context, max_obs_length=48)
     trajectory, engine = roll(tokenizer, turns, loop)
     sources = [s.source for s in trajectory.segments]
-    assert len(engine.calls) <= max_turns + 1 and len(loop.client.queries) <= max_turns
+    assert len(engine.calls) <= max_turns + 1 and len(loop.search.client.queries) <= max_turns
     assert sources == [Source.MODEL, Source.OBSERVATION] * (len(sources) // 2) + [Source.MODEL] * (
         len(sources) % 2
     )

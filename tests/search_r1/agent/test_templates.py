@@ -37,7 +37,8 @@ END = {
 def roll(tokenizer, turns, loop_class=SearchAgentLoop, engine=None, **config):
     """The trajectory of a question; every context was the trajectory so far."""
     loop = loop_class(SearchAgentConfig(**({"template": "short"} | config)), tokenizer)
-    loop.client = Library([ADA])
+    if loop.search is not None:
+        loop.search.client = Library([ADA])
     engine = engine or Engine(tokenizer, turns)
     trajectory = asyncio.run(loop.run([], ROW, engine))
     assert trajectory.context_violations == 0
@@ -228,15 +229,14 @@ def test_a_search_that_was_closed_before_the_turn_ended(family):
     ]
 
 
-def test_the_dialects_correct_an_ended_turn_in_their_own_words(family):
+def test_the_methods_correct_an_ended_turn_in_their_own_words(family):
     tokenizer = family("qwen2.5-instruct")
     for loop_class, words in (
         (ReActLoop, "Write Action: Search[query]"),
         (SearchO1Loop, "Search with <|begin_search"),
     ):
         trajectory = roll(tokenizer, ["Torvel.<|im_end|>", ANSWER], loop_class)
-        assert (
-            f"<|im_start|>user\n{loop_class.dialect.invalid_message}<|im_end|>"
-            in tokenizer.decode(trajectory.segments[1].token_ids)
+        assert f"<|im_start|>user\n{loop_class.invalid_message}<|im_end|>" in tokenizer.decode(
+            trajectory.segments[1].token_ids
         )
-        assert words in loop_class.dialect.invalid_message
+        assert words in loop_class.invalid_message

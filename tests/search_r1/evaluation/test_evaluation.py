@@ -8,7 +8,7 @@ from scipy import stats
 
 from search_r1.evaluate import given_overrides
 from search_r1.evaluation import behaviour, report, scores, summary, table
-from search_r1.evaluation.behaviour import near_duplicates, read_course, search_counts
+from search_r1.evaluation.behaviour import near_duplicates, read_history, search_counts
 from search_r1.launch import composed
 from tests.retrieval import write_lines
 from tests.search_r1.evaluation.records import passage, record
@@ -16,27 +16,27 @@ from verl.utils.errors import DataError
 
 
 @pytest.mark.parametrize("by_title", [False, True])
-def test_a_course_by_hand(by_title):
+def test_a_history_by_hand(by_title):
     searches = [
         ("where is A", [passage("1"), passage("9")]),
         ("Where is A?", [passage("1"), passage("8", "The city of ROME.")]),
         ("B", [passage("2")]),
         ("B again", [passage("2")]),
     ]
-    course = read_course(record("q", searches, em=1.0, by_title=by_title))
-    assert [s.new for s in course.searches] == [["1", "9"], ["8"], ["2"], []]
-    assert [len(s.gold_seen) for s in course.searches] == [1, 1, 2, 2] and course.complete_at == 3
-    assert [s.has_answer for s in course.searches] == [False, True, True, True]
+    history = read_history(record("q", searches, em=1.0, by_title=by_title))
+    assert [s.new for s in history.searches] == [["1", "9"], ["8"], ["2"], []]
+    assert [len(s.gold_seen) for s in history.searches] == [1, 1, 2, 2] and history.complete_at == 3
+    assert [s.has_answer for s in history.searches] == [False, True, True, True]
     assert (
-        behaviour.duplicates(course) == 1
-        and near_duplicates(course) == 1
-        and behaviour.superfluous(course) == 1
+        behaviour.duplicates(history) == 1
+        and near_duplicates(history) == 1
+        and behaviour.superfluous(history) == 1
     )
 
 
 def test_nearly_the_same_query():
     def of(*queries):
-        return read_course(record("q", [(query, []) for query in queries]))
+        return read_history(record("q", [(query, []) for query in queries]))
 
     assert (
         near_duplicates(
@@ -57,8 +57,8 @@ def test_behaviour_by_hand():
         record("c", [], em=0.0, stop="max_turns"),
         record("d", [("x", [passage("7")]), ("x", [passage("7")])], em=0.0, gold=()),
     ]
-    courses = [read_course(r) for r in records]
-    found = behaviour.behaviour(courses)
+    histories = [read_history(r) for r in records]
+    found = behaviour.behaviour(histories)
     expected = {
         "searches": 5 / 4,
         "no_search": 1 / 4,
@@ -83,7 +83,7 @@ def test_behaviour_by_hand():
         "gold_recall/turn_2": 1.0,
     }
     assert found == pytest.approx(expected)
-    assert search_counts(courses) == {0: 1, 1: 1, 2: 2}
+    assert search_counts(histories) == {0: 1, 1: 1, 2: 2}
 
 
 def test_over_and_under_search():
@@ -94,7 +94,7 @@ def test_over_and_under_search():
         record("unknown, searched", [("x", [])], em=1.0),
     ]
     closed = {f"set: {r['extra_info']['question']}": float(i < 2) for i, r in enumerate(records)}
-    found = behaviour.over_and_under_search([read_course(r) for r in records], closed)
+    found = behaviour.over_and_under_search([read_history(r) for r in records], closed)
     assert found == {"known": 0.5, "over_search": 0.5, "under_search": 0.5}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from search_r1.rewards.compose import SearchRewardConfig
+from search_r1.rewards.config import SearchRewardConfig
 from tests.keys import Bench, Case, Probe, Setting, defaults_of
 from tests.models import make_tokenizer
 from tests.search_r1.rewards.test_rewards import trajectory_of

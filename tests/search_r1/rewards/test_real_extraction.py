@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from search_r1.agent.actions import parse_action
-from search_r1.rewards.components import em, sub_em, token_f1
+from search_r1.rewards.components import em, f1, sub_em
+from search_r1.rewards.config import SearchRewardConfig
 from search_r1.rewards.episode import read_episode
 from search_r1.rewards.matching import exact_match, extract_answer
 from tests.models import make_tokenizer
@@ -48,6 +49,7 @@ RULES = {
     ),
     "not stripped": (lambda q, r: "".join(BLOCK.findall(r)), [(999, 0), (0, 0)]),
 }
+CONFIG = SearchRewardConfig()
 pytestmark = pytest.mark.skipif(
     not ROLLOUTS.is_dir(), reason="needs ../shared/data/searchr1_trajectories"
 )
@@ -90,8 +92,8 @@ def test_every_answer_is_pred_or_of_a_named_class_and_every_score_is_the_publish
         if e.answer != output["pred"]:
             (name,) = [name for name, rule in CLASSES.items() if rule(output, e.answer)]
             classes[name] += 1
-            changed += em(e) != exact_match(output["pred"], e.golds)
-        scores = [em(e), sub_em(e), token_f1(e)]
+            changed += em(e, CONFIG) != exact_match(output["pred"], e.golds)
+        scores = [component(e, CONFIG) for component in (em, sub_em, f1)]
         published = output["metric_score"]
         assert scores[:2] == [published["em"], published["acc"]]
         assert scores[2] == pytest.approx(published["f1"], rel=2**-51, abs=0)

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from search_r1.rewards import components
 from search_r1.rewards import compose as composition
-from search_r1.rewards.compose import SearchReward, SearchRewardConfig, weight_at
+from search_r1.rewards.compose import SearchReward, weight_at
+from search_r1.rewards.config import SearchRewardConfig
 from search_r1.rewards.episode import Episode
 from search_r1.rewards.matching import (
     exact_match,
@@ -39,6 +40,7 @@ from verl.utils.reward import score as score_trajectory
 from verl.utils.tokenizer import encode_text
 
 ROOT = Path(__file__).resolve().parents[3]
+CONFIG = SearchRewardConfig()
 ROLLOUTS = ROOT.parent / "shared/data/searchr1_trajectories"
 WORDS = st.lists(
     st.sampled_from(["the", "a", "The", "U.S.A.", "well-known", "Rome", "–", "an apple", "7"]),
@@ -269,7 +271,7 @@ def test_a_thought_that_nobody_opened_is_malformed(tokenizer, prompt_end):
     ],
 )
 def test_format(turns, expected):
-    assert components.format_share(episode(turns)) == expected
+    assert components.format_share(episode(turns), CONFIG) == expected
     assert components.is_well_formed(episode(turns)) == (expected == 1.0)
 
 
@@ -296,7 +298,8 @@ WRONG = "<think> t </think> <answer> Oslo </answer>"
 )
 def test_em_with_format_is_the_released_table(turns, passages, expected):
     e = episode(turns, queries=["q"], passages=[passages])
-    assert components.em_format(e, 0.2, 0.1, 0.3) == pytest.approx(expected)
+    config = SearchRewardConfig(retrieval_score=0.3)
+    assert components.em_format(e, config) == pytest.approx(expected)
 
 
 def test_a_search_inside_think_is_well_formed_by_option():
@@ -307,18 +310,26 @@ def test_a_search_inside_think_is_well_formed_by_option():
     assert not components.is_well_formed(episode([RIGHT, RIGHT]), nested=True)
 
 
+def test_a_call_of_another_tool_is_well_formed_where_the_trajectory_names_its_tags():
+    calling = "<think> t </think> <calculate> 1 + 1 </calculate>"
+    unknown = episode([SEARCHING, calling, RIGHT])
+    tags = {"call_tags": ("search", "calculate"), "result_tags": ("information", "result")}
+    known = replace(unknown, **tags)
+    assert components.format_share(unknown, CONFIG) == pytest.approx(2 / 3)
+    assert components.format_share(known, CONFIG) == 1 and components.is_well_formed(known)
+    faked = replace(known, turns=["<think> <result> 2 </result> </think> <answer> Rome </answer>"])
+    assert not components.is_well_formed(faked)
+    nested = replace(known, turns=["<think> t <calculate> 1 + 1 </calculate>", RIGHT])
+    assert components.is_well_formed(nested, nested=True) and not components.is_well_formed(nested)
+
+
 def test_retrieval_reads_what_the_retriever_brought_alone():
     own = episode(["<think> t </think> <information> Rome </information> <answer> x </answer>"])
-    assert components.retrieval_hit(own) == 0
-    assert (
-        components.retrieval_hit(episode([WRONG], queries=["q"], passages=[["T\nThe ROME."]])) == 1
-    )
-    assert (
-        components.retrieval_hit(
-            episode([WRONG], golds=["the", "!"], queries=["q"], passages=[["the x"]])
-        )
-        == 0
-    )
+    assert components.retrieval(own, CONFIG) == 0
+    found = episode([WRONG], queries=["q"], passages=[["T\nThe ROME."]])
+    assert components.retrieval(found, CONFIG) == 1
+    wordless = episode([WRONG], golds=["the", "!"], queries=["q"], passages=[["the x"]])
+    assert components.retrieval(wordless, CONFIG) == 0
 
 
 @pytest.mark.parametrize(
@@ -336,16 +347,16 @@ def test_retrieval_reads_what_the_retriever_brought_alone():
 )
 def test_ikea(last, searches, expected):
     e = episode([SEARCHING] * searches + [last], queries=["q"] * searches)
-    assert components.ikea(e) == pytest.approx(expected)
+    assert components.ikea(e, CONFIG) == pytest.approx(expected)
 
 
 def test_otc_by_hand():
     def of(searches, last=RIGHT):
         return episode([SEARCHING] * searches + [last], queries=["q"] * searches)
 
-    assert components.otc_ppo(of(0), 4) == 1 and components.otc_ppo(of(2, WRONG), 4) == 0
-    assert components.otc_ppo(of(1), 4) == pytest.approx(math.cos(math.pi / 6))
-    assert components.otc_ppo(of(2), 4) == pytest.approx(math.cos(math.pi / 4))
+    assert components.otc_ppo(of(0), CONFIG) == 1 and components.otc_ppo(of(2, WRONG), CONFIG) == 0
+    assert components.otc_ppo(of(1), CONFIG) == pytest.approx(math.cos(math.pi / 6))
+    assert components.otc_ppo(of(2), CONFIG) == pytest.approx(math.cos(math.pi / 4))
     # n = 1: m = 1 -> f = 1 -> sin(pi / 2) = 1; m = 3 -> f = 1.5 -> sin(3 pi / 4)
     group = components.otc_grpo([3, 1, 0], [True, True, False], 4)
     assert group == pytest.approx([math.sin(3 * math.pi / 4), 1.0, 0.0])
@@ -359,17 +370,14 @@ def test_otc_by_hand():
     ("tokens", "expected"), [(0, 0), (60, 0), (80, -0.5), (100, -1), (500, -1)]
 )
 def test_overlong(tokens, expected):
-    assert (
-        components.overlong(replace(episode([]), own_tokens=tokens), limit=100, buffer=40)
-        == expected
-    )
+    config = SearchRewardConfig(overlong_limit=100, overlong_buffer=40)
+    assert components.overlong(replace(episode([]), own_tokens=tokens), config) == expected
 
 
 def test_penalties_and_f1_plus(tokenizer):
-    assert components.repeated_query(
-        episode([], queries=["The moon?", "moon", "sun"])
-    ) == pytest.approx(1 / 3)
-    assert components.repeated_query(episode([])) == 0
+    repeating = episode([], queries=["The moon?", "moon", "sun"])
+    assert components.repeated_query(repeating, CONFIG) == pytest.approx(1 / 3)
+    assert components.repeated_query(episode([]), CONFIG) == 0
 
     silent = trajectory_of(tokenizer, ("M", "hm"))
     plus = {"em": 0.0, "f1": 1.0, "no_search": -0.1, "no_answer": -0.1}
@@ -471,12 +479,11 @@ ANY_TEXT = st.one_of(
 def test_components_keep_their_range_and_ignore_what_was_retrieved(turns, golds, queries, passage):
     bare, full = (episode(turns, golds, queries, [[p] for _ in queries]) for p in ("", passage))
     ranges = {"ikea": (-1, 1.6), "em_format": (0, 1)}
-    config = SearchRewardConfig()
     for name, function in (composition.ALWAYS | composition.WEIGHTED).items():
         low, high = ranges.get(name, (0, 1))
-        assert low <= function(bare, config) <= high
+        assert low <= function(bare, CONFIG) <= high
         if name != "retrieval":
-            assert function(bare, config) == function(full, config)
+            assert function(bare, CONFIG) == function(full, CONFIG)
 
 
 class Endpoint:

@@ -1,0 +1,50 @@
+"""Search as a tool: the query goes to the retrieval server, passages come back."""
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+
+from search_r1.agent.actions import SEARCH_TOOL
+from search_r1.agent.formats import SEARCH_R1, ToolFormat
+from search_r1.agent.tools import Tool, ToolFailed, ToolResponse
+from search_r1.prompts import format_passages
+from search_r1.search.client import RetrievalClient, SearchError, check_server
+from search_r1.search.config import RetrieverConfig
+
+
+class SearchTool(Tool):
+    """Asks the retrieval server. The prompts' own words say how to call it."""
+
+    Config: ClassVar[type[BaseModel]] = RetrieverConfig
+    name: ClassVar[str] = SEARCH_TOOL
+    argument_key: ClassVar[str] = "query"
+
+    def __init__(self, config: RetrieverConfig, format: ToolFormat = SEARCH_R1) -> None:
+        self.config = config
+        self.format = format
+        self.client = RetrievalClient(config)
+
+    def preflight(self) -> list[str]:
+        """The servers that do not answer."""
+        problems = [check_server(url) for url in self.config.urls]
+        return [f"retriever.url: {problem}" for problem in problems if problem]
+
+    async def execute(self, argument: str) -> ToolResponse:
+        """Searches. Raises ToolFailed when the search fails for good."""
+        try:
+            passages = await self.client.search(argument)
+        except SearchError as error:
+            raise ToolFailed(str(error)) from error
+        text = format_passages([(p.title, p.text) for p in passages])
+        facts = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
+        return ToolResponse(text, facts={"passages": facts})
+
+    def trajectory_facts(self) -> dict[str, Any]:
+        """Failed attempts to search, by kind.
+
+        They are those of all trajectories since the last one that ended: right in the sum.
+        """
+        return {"search_errors": self.client.take_errors()}
+
+    async def close(self) -> None:
+        await self.client.close()

@@ -1,0 +1,77 @@
+"""The keys of the `reward` section: a weight for each component, and what components read."""
+
+from itertools import pairwise
+from typing import Any
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from search_r1.rewards.judge import JudgeConfig
+from verl.utils.config import Config
+
+Weight = float | list[tuple[int, float]]
+"""A number, or `[[step, weight], ...]`: constant before the first and after the last, linear
+between."""
+
+
+class SearchRewardConfig(Config):
+    em: Weight = 1.0
+    """Weight of exact match, the paper's reward. Like every weight a number or a schedule `[[step,
+    weight], ...]`."""
+    sub_em: Weight = 0.0
+    """Weight of a gold answer occurring in the answer."""
+    f1: Weight = 0.0
+    """Weight of token F1."""
+    f1_above: Weight = 0.0
+    """Weight of token F1 reaching `f1_threshold`, as 0 or 1."""
+    format: Weight = 0.0
+    """Weight of well-formed turns: each one `<think>`, then one `<search>` or, in the last turn,
+    one `<answer>`."""
+    em_format: Weight = 0.0
+    """Weight of exact match with format (2505.15117), by the three scores below."""
+    retrieval: Weight = 0.0
+    """Weight of a retrieved passage holding a gold answer."""
+    no_search: Weight = 0.0
+    """Weight of not searching; negative for a penalty. F1+ is f1=1 no_search=-0.1
+    no_answer=-0.1."""
+    no_answer: Weight = 0.0
+    """Weight of not answering; negative for a penalty."""
+    repeated_query: Weight = 0.0
+    """Weight of the share of searches asked before; negative for a penalty."""
+    overlong: Weight = 0.0
+    """Weight of DAPO's soft punishment of length, between 0 and -1: positive for a penalty."""
+    ikea: Weight = 0.0
+    """Weight of IKEA's reward (2505.07596): fewer searches for a right answer."""
+    otc_ppo: Weight = 0.0
+    """Weight of OTC's reward (2504.14870), PPO form."""
+    otc_grpo: Weight = 0.0
+    """Weight of OTC's reward, GRPO form: compared with the group's right answer of fewest searches.
+    Training only."""
+    judge: Weight = 0.0
+    """Weight of the verdict of a language model, see `reward.judge_endpoint`."""
+    random: Weight = 0.0
+    """Weight of a coin flip per trajectory: a control that must teach nothing."""
+    f1_threshold: PositiveFloat = 0.5
+    """What `f1_above` compares with."""
+    structure_format_score: float = 0.2
+    """`em_format`: of a wrong but well-formed response; a right malformed one gets 1 minus this."""
+    final_format_score: float = 0.1
+    """`em_format`: of a wrong malformed response with an answer."""
+    retrieval_score: float = 0.0
+    """`em_format`: added to a wrong well-formed response where a passage held a gold answer."""
+    nested_search: bool = False
+    """Whether `<search>` may stand inside `<think>` for the format."""
+    overlong_limit: PositiveInt = 2000
+    """`overlong`: own tokens of a trajectory from which the punishment is whole."""
+    overlong_buffer: PositiveInt = 500
+    """`overlong`: tokens before that over which it rises."""
+    otc_c: PositiveFloat = 4.0
+    """OTC's constant: the largest number of searches."""
+    judge_endpoint: JudgeConfig = Field(default_factory=JudgeConfig)
+    """Where the judge is."""
+
+    @field_validator("*")
+    @classmethod
+    def _steps_rise(cls, value: Any) -> Any:
+        if isinstance(value, list) and (not value or any(a[0] >= b[0] for a, b in pairwise(value))):
+            raise ValueError("a schedule is [[step, weight], ...] with rising steps")
+        return value
