@@ -333,10 +333,8 @@ def sift_down(scores, documents, count):
             child = other
         if not is_worse(scores[child], documents[child], scores[parent], documents[parent]):
             return
-        scores[parent] = scores[child]
-        scores[child] = scores[parent]
-        documents[parent] = documents[child]
-        documents[child] = documents[parent]
+        scores[parent], scores[child] = scores[child], scores[parent]
+        documents[parent], documents[child] = documents[child], documents[parent]
         parent = child
 
 
@@ -366,10 +364,8 @@ def offer(scores, documents, count, score, document):
 def sort_best_first(scores, documents, count):
     """Turns the heap into a ranking."""
     for last in range(count - 1, 0, -1):
-        scores[0] = scores[last]
-        scores[last] = scores[0]
-        documents[0] = documents[last]
-        documents[last] = documents[0]
+        scores[0], scores[last] = scores[last], scores[0]
+        documents[0], documents[last] = documents[last], documents[0]
         sift_down(scores, documents, last)
 
 
