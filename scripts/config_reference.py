@@ -17,7 +17,7 @@ from search_r1.agent.loop import SearchAgentLoop
 from search_r1.finetune import FinetuneConfig
 from search_r1.launch import SetupConfig
 from search_r1.rewards.compose import SearchReward
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from verl.trainer.compat import PROJECTS, Project
 from verl.trainer.config import PPOConfig
 from verl.trainer.overrides import written

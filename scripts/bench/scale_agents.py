@@ -16,7 +16,7 @@ from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.launch import free_port
 from search_r1.rewards.compose import SearchReward, SearchRewardConfig
 from search_r1.search.client import Passage
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from verl import agent
 from verl.agent import Source, Trajectory
 from verl.rollout.agent_worker import AgentLoopWorker, Failure, Job

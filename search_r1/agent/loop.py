@@ -28,7 +28,7 @@ from search_r1.agent.metrics import reduce_metrics
 from search_r1.agent.observation import encode_passages
 from search_r1.prompts import ANSWER_END, TEMPLATES, build_prompt
 from search_r1.search.client import Passage, RetrievalClient, SearchError, check_server
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from verl.agent import Completion, Generate, Row, Trajectory, TrajectoryFailed
 from verl.utils.config import Config
 from verl.utils.errors import DataError

@@ -15,7 +15,7 @@ from search_r1.search.client import (
     check_server,
     encodable,
 )
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from tests.retrieval import retrieval_server, serving, write_corpus
 from tests.search_r1.search.test_server import ROWS, Engine, app
 

@@ -16,11 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from search_r1.search import bm25
-from search_r1.search.bm25 import BM25Retriever
-from search_r1.search.corpus import Corpus, CorpusReader, encoded, line_offsets, save_whole
+from search_r1.search.engines import bm25
+from search_r1.search.engines.bm25 import BM25Retriever
+from search_r1.search.errors import CorpusError
+from search_r1.search.index.corpus import Corpus, line_offsets, save_whole
+from search_r1.search.index.documents import encoded
+from search_r1.search.index.files import building
+from search_r1.search.index.manifest import read_manifest
+from search_r1.search.index.reader import CorpusReader
 from search_r1.search.index_builder import main as build_index
-from search_r1.search.manifest import CorpusError, building, read_manifest
 from tests.retrieval import write_corpus, write_lines
 
 ROWS = [

@@ -3,8 +3,8 @@
 import pytest
 
 from search_r1.search import extras
-from search_r1.search.engines import load
-from search_r1.search.manifest import CorpusError
+from search_r1.search.engines.load import load
+from search_r1.search.errors import RetrieverError
 from search_r1.search.retrieval_server import parse_arguments
 
 
@@ -17,5 +17,5 @@ from search_r1.search.retrieval_server import parse_arguments
 )
 def test_the_extra_is_named(flags, extra, monkeypatch, tmp_path):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    with pytest.raises(CorpusError, match=rf"pip install -e '\.\[{extra}\]'"):
+    with pytest.raises(RetrieverError, match=rf"pip install -e '\.\[{extra}\]'"):
         load(parse_arguments([*flags, "--index_path", str(tmp_path)]))

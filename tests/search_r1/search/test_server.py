@@ -16,12 +16,13 @@ import httpx
 import pytest
 
 from search_r1.launch import free_port
-from search_r1.search import limits
-from search_r1.search.app import ServerSettings, Service, create_app
-from search_r1.search.batching import BatchingEngine, Overloaded
 from search_r1.search.engine import EngineError
-from search_r1.search.experiments import Latency
-from search_r1.search.server_metrics import ServerMetrics
+from search_r1.search.server import limits
+from search_r1.search.server.app import create_app
+from search_r1.search.server.batching import BatchingEngine, Overloaded
+from search_r1.search.server.latency import Latency
+from search_r1.search.server.metrics import ServerMetrics
+from search_r1.search.server.service import ServerSettings, Service
 from tests.retrieval import SERVER, retrieval_server, serving, wait_until_ready, write_corpus
 
 ROWS = [
