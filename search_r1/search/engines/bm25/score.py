@@ -52,11 +52,13 @@ def find(values, low, high, value):
 
 
 @compiled
-def divisor_of(code, place, divisors, exceptions, exception_divisors):
+def divisor_of(postings, place):
     """The divisor of the posting at `place`."""
+    code = postings.codes[place]
     if code >= 256:
-        return divisors[code]
-    return exception_divisors[find(exceptions, 0, exceptions.shape[0], place)]
+        return postings.divisors[code]
+    exceptions = postings.exceptions
+    return postings.exception_divisors[find(exceptions, 0, exceptions.shape[0], place)]
 
 
 @compiled
@@ -189,10 +191,7 @@ def add_scores(postings, query, i, number, buffer):
     """
     documents = postings.documents
     codes = postings.codes
-    divisors = postings.divisors
     levels = postings.levels
-    exceptions = postings.exceptions
-    exception_divisors = postings.exception_divisors
     first = number * RANGE
     start = query.starts[i]
     end = query.ends[i]
@@ -210,12 +209,9 @@ def add_scores(postings, query, i, number, buffer):
     highest = np.uint8(0)
     while place < end and documents[place] < first + RANGE:
         slot = documents[place] - first
-        code = codes[place]
-        buffer[slot] += weight - weight / divisor_of(
-            code, place, divisors, exceptions, exception_divisors
-        )
+        buffer[slot] += weight - weight / divisor_of(postings, place)
         touched |= np.uint64(1) << np.uint64(slot)
-        highest = max(highest, levels[code])
+        highest = max(highest, levels[codes[place]])
         place += 1
     return touched, highest
 
@@ -259,14 +255,7 @@ def score_of_word(postings, query, i, document):
     if place >= high or documents[place] != document:
         return 0.0
     weight = query.weights[i]
-    divisor = divisor_of(
-        postings.codes[place],
-        place,
-        postings.divisors,
-        postings.exceptions,
-        postings.exception_divisors,
-    )
-    return np.float64(weight - weight / divisor)
+    return np.float64(weight - weight / divisor_of(postings, place))
 
 
 @compiled
