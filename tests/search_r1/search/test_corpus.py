@@ -361,6 +361,17 @@ def test_columns_of_dates_and_numbers_that_are_none_are_copied_in_a_form_that_js
         bm25.build(CorpusReader(tmp_path / "b.parquet"), tmp_path / "other")
 
 
+def test_a_row_that_cannot_be_written_is_left_out_whole(tmp_path):
+    """Else the passages behind it would be served one place off."""
+    rows = [{**ROWS[0], "image": b"x"}, *({**row, "image": None} for row in ROWS[1:])]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    reader = CorpusReader(tmp_path / "c.parquet", skip_bad=True)
+    assert bm25.build(reader, tmp_path / "bm25") == 2 and reader.bad == 1
+    retriever = BM25Retriever(tmp_path / "bm25", None)
+    ((document, _),) = retriever.search(["Ada"], 1)[0]
+    assert len(retriever) == 2 and document["id"] == ROWS[1]["id"]
+
+
 def test_only_lines_are_served_without_an_index(tmp_path):
     array = tmp_path / "c.json"
     array.write_text(json.dumps(ROWS))
