@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.config import FinetuneConfig, SetupConfig
 from search_r1.rewards.compose import SearchReward
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from verl.trainer.compat import PROJECTS, Project
 from verl.trainer.compose import compose_or_say_why
 from verl.trainer.config import PPOConfig

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from search_r1.launch import free_port
-from search_r1.search import bm25
+from search_r1.search.engines import bm25
 
 SERVER = Path(__file__).resolve().parents[1] / "search_r1" / "search" / "retrieval_server.py"
 

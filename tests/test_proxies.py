@@ -9,8 +9,8 @@ import pytest
 from search_r1.launch import RetrievalServer
 from search_r1.search.addresses import direct, is_internal
 from search_r1.search.client import RetrievalClient, SearchError, check_server
-from search_r1.search.config import RetrieverConfig
-from search_r1.search.web import WebRetriever, brave
+from search_r1.search.client.config import RetrieverConfig
+from search_r1.search.engines.web import WebRetriever, brave
 from tests.e2e.runs import CORPUS
 from tests.openai_server import Player
 from tests.proxies import behind, refusing_proxy

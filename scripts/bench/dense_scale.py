@@ -21,9 +21,9 @@ from typing import Any
 import faiss
 import numpy as np
 
-from search_r1.search import dense
-from search_r1.search.corpus import save_whole
-from search_r1.search.dense import EmbeddingShards
+from search_r1.search.engines import dense
+from search_r1.search.engines.dense import EmbeddingShards
+from search_r1.search.index.corpus import save_whole
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]

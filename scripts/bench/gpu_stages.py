@@ -32,7 +32,7 @@ MODULES = (
     "vllm.v1.worker.gpu.model_runner",
     "vllm.distributed.weight_transfer.ipc_engine",
 )
-SEARCH_MODULES = ("search_r1.agent.loop", "search_r1.search.app")
+SEARCH_MODULES = ("search_r1.agent.loop", "search_r1.search.server.app")
 """What only the closed world needs: reported where they are missing, and no reason to stop the
 other stages."""
 MEAN_GAP = 0.05

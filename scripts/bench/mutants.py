@@ -72,7 +72,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "verl/utils/seqlen_balancing.py": ("test_seqlen_balancing", "test_batching"),
     "search_r1/agent": ("search_r1/agent",),
     "search_r1/rewards": ("search_r1/rewards",),
-    "search_r1/search/client.py": ("search_r1/search/test_client.py",),
+    "search_r1/search/client": ("search_r1/search/test_client.py",),
 }
 """The tests beside each file: names of tests/verl, or paths below tests/."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from search_r1.data.rows import read_rows, texts
 from search_r1.rewards.matching import normalize_answer
-from search_r1.search.bm25 import BM25Retriever
+from search_r1.search.engines.bm25 import BM25Retriever
 
 
 def recall(record: dict[str, Any], hits: list[Any]) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from retrieval_load import ROOT, Load, run_clients, server
 
-from search_r1.search.engines import load
+from search_r1.search.engines.load import load
 from search_r1.search.retrieval_server import parse_arguments
 
 ENGINES = ("bm25", "lucene")

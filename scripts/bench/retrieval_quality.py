@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from search_r1.search import bm25, lucene
-from search_r1.search.corpus import CorpusReader, contents
+from search_r1.search.engines import bm25, lucene
+from search_r1.search.index.documents import contents
+from search_r1.search.index.reader import CorpusReader
 
 Queries = list[tuple[str, str]]
 Qrels = dict[str, dict[str, int]]
@@ -183,8 +184,8 @@ def compare_bm25(data: Path, work: Path) -> None:
 
 
 def compare_dense(data: Path, work: Path, model: str) -> None:
-    from search_r1.search import dense
-    from search_r1.search.encoder import Encoder
+    from search_r1.search.engines import dense
+    from search_r1.search.engines.encoder import Encoder
 
     documents, queries, qrels = scifact(data / "scifact_beir")
     corpus = prepare(work, "SciFact", documents)

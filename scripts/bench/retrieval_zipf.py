@@ -23,9 +23,11 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from search_r1.search import bm25, bm25_index
-from search_r1.search.corpus import OFFSETS
-from search_r1.search.manifest import building, fingerprint, read_manifest, write_manifest
+from search_r1.search.engines import bm25
+from search_r1.search.engines.bm25 import index as bm25_index
+from search_r1.search.index.files import building
+from search_r1.search.index.manifest import fingerprint, read_manifest, write_manifest
+from search_r1.search.index.reader import OFFSETS
 
 WORDS = 300_000
 WORDS_PER_PASSAGE = 45

@@ -17,7 +17,7 @@ from search_r1.launch import free_port
 from search_r1.rewards.compose import SearchReward
 from search_r1.rewards.config import SearchRewardConfig
 from search_r1.search.client import Passage
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from verl import agent
 from verl.agent import Source, Trajectory
 from verl.rollout.agent_worker import AgentLoopWorker, Failure, Job

@@ -39,7 +39,7 @@ from search_r1.agent.tools import (
 )
 from search_r1.config import FinetuneConfig, SetupConfig
 from search_r1.prompts import ANSWER_END, INVALID_ACTION, INVALID_MESSAGE, TEMPLATES, build_prompt
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from search_r1.trajectory import required_question
 from verl.agent import AgentLoop, Completion, Generate, Row, Trajectory, TrajectoryFailed
 from verl.utils.config import Config

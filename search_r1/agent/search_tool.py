@@ -9,7 +9,7 @@ from search_r1.agent.formats import SEARCH_R1, ToolFormat
 from search_r1.agent.tools import Tool, ToolFailed, ToolResponse
 from search_r1.prompts import format_passages
 from search_r1.search.client import RetrievalClient, SearchError, check_server
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 
 
 class SearchTool(Tool):

@@ -18,7 +18,7 @@ from search_r1.data.shapes import normalise
 from search_r1.prompts import TEMPLATES, WITH_CONTEXT, build_prompt, format_passages, with_mark
 from search_r1.rewards.matching import normalize_answer
 from search_r1.search.client import RetrievalClient
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from verl.utils.errors import DataError
 
 HUB = "RUC-NLPIR/FlashRAG_datasets"

@@ -1,8 +1,7 @@
-"""Which addresses are asked directly, whatever proxy the environment names: those of this machine
-and of its cluster.
+"""Which addresses are asked directly, and not through the proxy that the environment names.
 
-`search_r1/search/addresses.py` and `verl/utils/addresses.py` are one text: the retrieval side runs
-without verl.
+They are those of this machine and of its cluster. `search_r1/search/addresses.py` and
+`verl/utils/addresses.py` are one text: the retrieval side runs without verl.
 """
 
 import ipaddress
@@ -18,18 +17,16 @@ ICANN)."""
 
 
 def direct(*urls: str) -> dict[str, None]:
-    """The `mounts` of an httpx client by which it asks the internal ones of these addresses without
-    a proxy.
+    """The `mounts` of an httpx client that asks the internal ones of these addresses directly.
 
-    About all others the environment decides (`http_proxy`, `https_proxy`, `no_proxy`).
+    For all others the environment decides (`http_proxy`, `https_proxy`, `no_proxy`).
     """
     hosts = {host_of(url) for url in urls}
     return {f"all://{bracketed(host)}": None for host in sorted(hosts) if is_internal(host)}
 
 
 def host_of(url: str) -> str:
-    """The host of an address; empty where there is none, which the request itself will complain
-    about.
+    """The host of an address; empty where there is none, which the request itself will report.
 
     >>> host_of("http://Node7:8000/retrieve"), host_of("http://[::1]:8000"), host_of("http://[::1")
     ('node7', '::1', '')
@@ -46,11 +43,10 @@ def bracketed(host: str) -> str:
 
 
 def is_internal(host: str) -> bool:
-    """Whether a host is of this machine or its cluster: no public proxy could reach it, or it is
-    not a proxy's to know.
+    """Whether a host belongs to this machine or its cluster, where no public proxy is needed.
 
-    Loopback, private and link-local numbers, names without a dot, names of private domains, the
-    machine's own name.
+    These are loopback, private and link-local numbers, names without a dot, names of private
+    domains, and the machine's own names.
 
     >>> [is_internal(host) for host in ("127.0.0.1", "10.1.2.3", "fe80::1", "node7", "db.internal")]
     [True, True, True, True, True]

@@ -8,20 +8,24 @@ Hits = list[tuple[dict[str, Any], float]]
 
 
 class EngineError(Exception):
-    """A search that an engine could not do; the message names the cause. `kind` is a label for the
-    metrics."""
+    """A search that an engine could not do.
+
+    The message names the cause; `kind` is a label for the metrics.
+    """
 
     kind = "engine"
 
 
 class Retriever(Protocol):
-    """Called from one thread at a time."""
+    """An engine. It is called from one thread at a time."""
 
     name: str
 
     def __len__(self) -> int: ...
 
     def search(self, queries: Sequence[str], topk: int) -> Sequence[Hits | EngineError]:
-        """The hits of each query, or why there are none for it. Raising fails every query of the
-        call."""
+        """Returns the hits of each query, or the error by which it failed.
+
+        Raising fails every query of the call.
+        """
         ...

@@ -1,8 +1,8 @@
-"""Optional dependencies: what is missing is said with its cure, before anything is loaded."""
+"""Optional dependencies: a missing one is reported with its cure before anything is loaded."""
 
 from importlib.util import find_spec
 
-from search_r1.search.manifest import CorpusError
+from search_r1.search.errors import RetrieverError
 
 EXTRAS = {
     "dense": ("faiss", "sentence_transformers"),
@@ -10,13 +10,14 @@ EXTRAS = {
     "web": ("bs4", "markdown_it"),
     "hub": ("datasets",),
 }
+"""The packages of each extra of pyproject.toml, by their import names."""
 
 
 def require(extra: str, what: str) -> None:
-    """Raises CorpusError unless the packages of `extra` are installed."""
+    """Raises RetrieverError unless the packages of `extra` are installed."""
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
-        raise CorpusError(
+        raise RetrieverError(
             f"{what} needs {' and '.join(missing)}: pip install -e '.[{extra}]' in the project's "
             "folder"
         )

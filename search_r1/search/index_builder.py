@@ -15,19 +15,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from search_r1.search import bm25
-from search_r1.search.corpus import CorpusReader
-from search_r1.search.encoder import DEFAULT_MODELS
-from search_r1.search.engines import DENSE
+from search_r1.search.engines import bm25
+from search_r1.search.engines.encoder import DEFAULT_MODELS
+from search_r1.search.engines.load import DENSE
+from search_r1.search.errors import CorpusError, RetrieverError
 from search_r1.search.extras import require
-from search_r1.search.manifest import MANIFEST, CorpusError, locked, read_manifest
+from search_r1.search.index.files import locked
+from search_r1.search.index.manifest import MANIFEST, read_manifest
+from search_r1.search.index.reader import CorpusReader
 from search_r1.search.serve import positive
 
 METHODS = ("bm25", "lucene", *DENSE)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line, with the original's flags."""
+    """Parses the command line, which has the original's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m search_r1.search.index_builder",
         description=__doc__,
@@ -102,12 +104,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Builds unless an index of this corpus is there."""
+    """Builds the index, unless one of this corpus is there; returns the exit status."""
     args = parse_arguments(argv)
-    is_dense = args.retrieval_method in DENSE
-    index = args.save_dir / (
-        f"{args.retrieval_method}_{args.faiss_type}.index" if is_dense else args.retrieval_method
-    )
+    name = args.retrieval_method
+    if name in DENSE:
+        name = f"{name}_{args.faiss_type}.index"
+    index = args.save_dir / name
     try:
         reader = CorpusReader(args.corpus_path, args.skip_bad)
         if not args.overwrite and is_built(args.retrieval_method, reader, index, args.model_path):
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.overwrite:
             check_target(index)
         count = build(args, reader, index)
-    except CorpusError as error:
+    except RetrieverError as error:
         sys.exit(f"error: {error}")
     bad = f", {reader.bad} bad lines left out" if reader.bad else ""
     sys.stdout.write(f"{index}: {count} documents{bad}\n")
@@ -124,24 +126,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_built(method: str, reader: CorpusReader, index: Path, model: str | None) -> bool:
-    """Whether `index` is a complete index of this very corpus, in the present format and by the
-    encoder `model`."""
+    """Whether `index` is a complete index of this very corpus, in the present format.
+
+    A dense one must be made by the encoder `model`, or by default that of the method.
+    """
     try:
         manifest = read_manifest(index)
     except CorpusError:
         return False
     if method == bm25.NAME and manifest.get("parameters") != bm25.PARAMETERS:
         return False
-    if method in DENSE and manifest["parameters"].get("model") != (
-        model or DEFAULT_MODELS.get(method)
-    ):
+    encoder = model or DEFAULT_MODELS.get(method)
+    if method in DENSE and manifest["parameters"].get("model") != encoder:
         return False
     return manifest["corpus"] == reader.fingerprint()
 
 
 def check_target(index: Path) -> None:
-    """Raises CorpusError when there is something at `index` that no index builder of ours wrote: it
-    may be precious."""
+    """Raises CorpusError when `index` is there and this command did not write it.
+
+    It may be precious.
+    """
     is_empty_folder = index.is_dir() and not any(index.iterdir())
     is_ours = (index / MANIFEST).is_file()
     if index.exists() and not is_empty_folder and not is_ours:
@@ -152,17 +157,25 @@ def check_target(index: Path) -> None:
 
 
 def build(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:
-    """The number of documents indexed. Raises CorpusError for what the corpus or the disk does not
-    allow."""
+    """Builds the index and returns the number of documents in it.
+
+    Raises CorpusError for what the corpus or the disk does not allow, RetrieverError for what is
+    not installed.
+    """
     if args.retrieval_method == "bm25":
         return bm25.build(reader, index)
     if args.retrieval_method == "lucene":
-        from search_r1.search import lucene
+        from search_r1.search.engines import lucene
 
         return lucene.build(reader, index, args.threads)
+    return build_dense(args, reader, index)
+
+
+def build_dense(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:
+    """Embeds the corpus, builds a FAISS index, and returns the number of documents in it."""
     require("dense", f"--retrieval_method {args.retrieval_method}")
-    from search_r1.search import dense
-    from search_r1.search.encoder import Encoder
+    from search_r1.search.engines import dense
+    from search_r1.search.engines.encoder import Encoder
 
     encoder = Encoder(
         args.retrieval_method, args.model_path, args.device, args.use_fp16, args.max_length

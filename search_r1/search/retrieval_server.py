@@ -1,7 +1,7 @@
 """The retrieval server: `/retrieve`, `/health` and `/metrics` over one engine.
 
-python search_r1/search/retrieval_server.py --index_path INDEX/bm25 --corpus_path C.jsonl --topk 3
---retriever_name bm25
+python search_r1/search/retrieval_server.py --index_path INDEX/bm25 --corpus_path C.jsonl \\
+    --topk 3 --retriever_name bm25
 """
 
 import argparse
@@ -12,19 +12,36 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path, as the original's users do
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from search_r1.search.engines import DENSE, ENGINES, INDEXED, load
+from search_r1.search.engines.load import DENSE, ENGINES, INDEXED, load
 from search_r1.search.serve import add_flags, positive, serve
 
 __all__ = ["load", "main", "parse_arguments"]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line, with the original's flags."""
+    """Parses the command line, which has the original's flags."""
     parser = argparse.ArgumentParser(
         prog="retrieval_server.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_engine_flags(parser)
+    add_dense_flags(parser)
+    add_combination_flags(parser)
+    add_experiment_flags(parser)
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    if args.faiss_gpu and args.workers > 1:
+        parser.error(
+            "--faiss_gpu: an index on the GPU belongs to one process; leave --workers at 1"
+        )
+    if not 0 <= args.noise <= 1:
+        parser.error("--noise is a share, from 0 to 1")
+    return args
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name the engine, its index and its corpus."""
     engine = parser.add_argument_group("engine")
     add = engine.add_argument
     add(
@@ -47,6 +64,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="JSONL with id and contents, the one the index was built from",
     )
     add("--threads", type=positive, help="bm25, lucene: search threads (default: all cores)")
+
+
+def add_dense_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of dense engines."""
     dense = parser.add_argument_group(f"dense engines ({', '.join(DENSE)})")
     add = dense.add_argument
     add(
@@ -66,6 +87,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_length", type=positive, help="longest query in tokens (default: the model's)")
     add("--nprobe", type=positive, default=64, help="IVF: lists looked at (default: 64)")
     add("--ef_search", type=positive, default=128, help="HNSW: candidates kept (default: 128)")
+
+
+def add_combination_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of engines that are made of engines."""
     combine = parser.add_argument_group("combinations")
     add = combine.add_argument
     add(
@@ -82,20 +107,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--rerank_depth", type=positive, default=20, help="passages it looks at (default: 20)")
     add("--batch_size", type=positive, default=32, help="pairs it looks at at a time (default: 32)")
-    add_experiment_flags(parser)
-    add_flags(parser)
-    args = parser.parse_args(argv)
-    if args.faiss_gpu and args.workers > 1:
-        parser.error(
-            "--faiss_gpu: an index on the GPU belongs to one process; leave --workers at 1"
-        )
-    if not 0 <= args.noise <= 1:
-        parser.error("--noise is a share, from 0 to 1")
-    return args
 
 
 def add_experiment_flags(parser: argparse.ArgumentParser) -> None:
-    """What the engines for experiments need."""
+    """Adds the flags of the engines for experiments."""
     experiments = parser.add_argument_group("experiments")
     add = experiments.add_argument
     add("--record", type=Path, help="append every search to this file, for --retriever_name replay")

@@ -4,6 +4,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
+TOKEN = "SEARCH_R1_RETRIEVER_TOKEN"
+"""Environment variable of the bearer token, which client and server share; no configuration holds
+it."""
+
 
 class RetrieveRequest(BaseModel):
     """A batch of queries."""
@@ -38,13 +42,17 @@ class Document(BaseModel):
 
 
 class ScoredDocument(BaseModel):
+    """A hit, as it comes with `return_scores`."""
+
     document: Document
     score: float = 0.0
 
 
 class RetrieveResponse(BaseModel):
-    """One list per query, in their order; without `return_scores` its items are the documents
-    themselves."""
+    """One list per query, in their order.
+
+    Its items are scored documents, or without `return_scores` the documents themselves.
+    """
 
     result: list[list[dict[str, Any]]]
     errors: dict[int, str] | None = None
@@ -52,6 +60,6 @@ class RetrieveResponse(BaseModel):
 
 
 class Problem(BaseModel):
-    """What an answer other than 200 says."""
+    """The body of an answer with another status than 200."""
 
     detail: str | list[Any]

@@ -1,9 +1,10 @@
 """Web search behind the `/retrieve` contract.
 
-python search_r1/search/serp_search_server.py --search_url https://serpapi.com/search --topk 3
---serp_api_key KEY python search_r1/search/serp_search_server.py --provider google --google_api_key
-KEY --google_cse_id ID python search_r1/search/serp_search_server.py --provider brave
---brave_api_key KEY
+python search_r1/search/serp_search_server.py --search_url https://serpapi.com/search \\
+    --topk 3 --serp_api_key KEY
+python search_r1/search/serp_search_server.py --provider google \\
+    --google_api_key KEY --google_cse_id ID
+python search_r1/search/serp_search_server.py --provider brave --brave_api_key KEY
 
 Keys may stand in SERPAPI_API_KEY, GOOGLE_API_KEY, GOOGLE_CSE_ID and BRAVE_API_KEY instead.
 """
@@ -18,19 +19,37 @@ if __package__ in (None, ""):  # run by its path, as the original's users do
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from search_r1.search.engine import Retriever
-from search_r1.search.experiments import Record
-from search_r1.search.manifest import CorpusError
+from search_r1.search.engines.experiments import Record
+from search_r1.search.engines.web import Provider, WebRetriever, brave, google, serpapi
+from search_r1.search.errors import RetrieverError
 from search_r1.search.serve import add_flags, positive, serve
-from search_r1.search.web import Provider, WebRetriever, brave, google, serpapi
+
+KEY_FLAGS = {
+    "serpapi": ("serp_api_key",),
+    "google": ("google_api_key", "google_cse_id"),
+    "brave": ("brave_api_key",),
+}
+"""The flags that each provider needs."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line, with the original's flags."""
+    """Parses the command line, which has the original's flags."""
     parser = argparse.ArgumentParser(
         prog="serp_search_server.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_provider_flags(parser)
+    add_searching_flags(parser)
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    if args.requests_per_s <= 0:
+        parser.error("--requests_per_s must be positive")
+    return args
+
+
+def add_provider_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the providers, whose keys may stand in the environment."""
     env = os.environ.get
     add = parser.add_argument_group("provider").add_argument
     add(
@@ -51,6 +70,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--google_cse_id", default=env("GOOGLE_CSE_ID"), help="id of the Programmable Search Engine"
     )
     add("--brave_api_key", default=env("BRAVE_API_KEY"), help="key of Brave Search")
+
+
+def add_searching_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the engine."""
     add = parser.add_argument_group("searching").add_argument
     add("--cache", type=Path, help="SQLite file that keeps what was found (default: none)")
     add(
@@ -83,23 +106,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="seconds a request to the provider may take (default: 10)",
     )
     add("--record", type=Path, help="append every search to this file, for --retriever_name replay")
-    add_flags(parser)
-    args = parser.parse_args(argv)
-    if args.requests_per_s <= 0:
-        parser.error("--requests_per_s must be positive")
-    return args
 
 
 def provider_of(args: argparse.Namespace) -> Provider:
-    """The provider with its key. Raises CorpusError when the key is missing."""
+    """The provider with its key. Raises RetrieverError when the key is missing."""
     url = {"url": args.search_url} if args.search_url else {}
-    keys = {
-        "serpapi": {"--serp_api_key": args.serp_api_key},
-        "google": {"--google_api_key": args.google_api_key, "--google_cse_id": args.google_cse_id},
-        "brave": {"--brave_api_key": args.brave_api_key},
-    }[args.provider]
-    if missing := [flag for flag, value in keys.items() if not value]:
-        raise CorpusError(
+    keys = KEY_FLAGS[args.provider]
+    if missing := [f"--{name}" for name in keys if not getattr(args, name)]:
+        raise RetrieverError(
             f"--provider {args.provider} needs {' and '.join(missing)} (or the environment, see "
             "--help)"
         )
@@ -111,7 +125,7 @@ def provider_of(args: argparse.Namespace) -> Provider:
 
 
 def load(args: argparse.Namespace) -> Retriever:
-    """The engine. Raises CorpusError when the key is missing."""
+    """Makes the engine. Raises RetrieverError when the key is missing."""
     retriever = WebRetriever(
         provider_of(args),
         args.cache,

@@ -1,40 +1,38 @@
-"""Running a retrieval server: flags that every one has, logs, worker processes."""
+"""How a retrieval server is run: the flags that every one has, and its worker processes."""
 
 import argparse
 import importlib
 import json
-import logging
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from search_r1.search.app import ServerSettings, create_app
-from search_r1.search.config import TOKEN
-from search_r1.search.engine import EngineError
-from search_r1.search.experiments import Latency
-from search_r1.search.manifest import CorpusError
-from search_r1.search.server_metrics import MULTIPROC_DIR
+from search_r1.search.engine import Retriever
+from search_r1.search.schema import TOKEN
+from search_r1.search.server.app import create_app
+from search_r1.search.server.latency import Latency
+from search_r1.search.server.logs import set_up_logging
+from search_r1.search.server.metrics import MULTIPROC_DIR
+from search_r1.search.server.service import CANNOT_LOAD, ServerSettings
 
 WORKER = "SEARCH_R1_WORKER"
+"""Environment variable that tells worker processes what to serve."""
 HEALTH_S = 60
-"""A worker that answers nothing for so long is replaced. Imports on a busy machine take many
-seconds."""
+"""A worker that does not answer for so long is replaced: its imports alone take many seconds on a
+busy machine."""
 KEEP_ALIVE_S = 60
-"""Longer than clients keep an idle connection: one that the server closes may break a request that
-is just coming."""
-STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "color_message"}
+"""Longer than clients keep an idle connection: closing one may break a request that is just
+coming."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the HTTP side."""
-    defaults = ServerSettings()
+    """Adds the flags that every server has."""
     http = parser.add_argument_group("serving")
     add = http.add_argument
     add(
@@ -66,6 +64,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get(TOKEN),
         help=f"bearer token clients must send (default: ${TOKEN}, else none)",
     )
+    add_limit_flags(parser)
+    add_latency_flags(parser)
+
+
+def add_limit_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the queue and of what a request may hold."""
+    defaults = ServerSettings()
     batching = parser.add_argument_group("batching and limits")
     add = batching.add_argument
     add(
@@ -119,6 +124,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=defaults.max_query_chars,
         help="characters per query; above: 422",
     )
+
+
+def add_latency_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of delays."""
     latency = parser.add_argument_group("experiments")
     latency.add_argument(
         "--inject_latency_ms",
@@ -138,39 +147,26 @@ def positive(text: str) -> int:
 
 def settings_of(args: argparse.Namespace) -> ServerSettings:
     """The flags of `add_flags` as settings."""
-    latency = (
-        Latency(args.inject_latency_ms, args.inject_latency_p99_ms)
-        if args.inject_latency_ms
-        else None
-    )
-    same = (
-        "topk",
-        "max_batch_size",
-        "max_queue",
-        "cache_size",
-        "request_timeout_s",
-        "max_body_bytes",
-        "max_queries",
-        "max_query_chars",
-        "token",
-    )
+    latency = None
+    if args.inject_latency_ms:
+        latency = Latency(args.inject_latency_ms, args.inject_latency_p99_ms)
     return ServerSettings(
-        **{name: getattr(args, name) for name in same},
+        topk=args.topk,
+        max_batch_size=args.max_batch_size,
         batch_wait_s=args.batch_wait_ms / 1000,
+        max_queue=args.max_queue,
+        cache_size=args.cache_size,
+        request_timeout_s=args.request_timeout_s,
+        max_body_bytes=args.max_body_bytes,
+        max_queries=args.max_queries,
+        max_query_chars=args.max_query_chars,
+        token=args.token,
         latency=latency,
     )
 
 
-def serve(module: str, argv: Sequence[str] | None = None) -> int:
-    """Runs the server of `module`, which offers `parse_arguments(argv)` and `load(args)`; the exit
-    status.
-
-    With several workers the engine is loaded here first: what cannot be loaded is an error, not an
-    endless restart.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    server = importlib.import_module(module)
-    args = server.parse_arguments(argv)
+def check_flags(args: argparse.Namespace) -> None:
+    """Ends the process with a message when flags do not go together."""
     if (args.inject_latency_ms is None) != (args.inject_latency_p99_ms is None):
         sys.exit("error: --inject_latency_ms and --inject_latency_p99_ms go together")
     if args.max_queue < args.max_queries:
@@ -178,7 +174,18 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
             f"error: --max_queue {args.max_queue} has no room for a request of --max_queries "
             f"{args.max_queries}"
         )
-    common: dict[str, Any] = {
+
+
+def serve(module: str, argv: Sequence[str] | None = None) -> int:
+    """Runs a server until it is told to stop; returns the exit status.
+
+    `module` is the name of a module with `parse_arguments(argv)` and `load(args)`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    server = importlib.import_module(module)
+    args = server.parse_arguments(argv)
+    check_flags(args)
+    http: dict[str, Any] = {
         "host": args.host,
         "port": args.port,
         "log_config": None,
@@ -186,73 +193,50 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
         "timeout_graceful_shutdown": int(args.request_timeout_s) + 1,
         "timeout_keep_alive": KEEP_ALIVE_S,
     }
+    load = partial(server.load, args)
     if args.workers == 1:
         set_up_logging(args.log_level)
-        app = create_app(partial(server.load, args), settings_of(args))
-        http = uvicorn.Server(uvicorn.Config(app, **common))
-        app.state.service.stop = partial(setattr, http, "should_exit", True)
-        http.run()
-        return int(app.state.service.failed)
-    try:
-        server.load(args)
-    except (CorpusError, EngineError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {WORKER: json.dumps([module, argv]), MULTIPROC_DIR: folder}
-        workers = {"workers": args.workers, "timeout_worker_healthcheck": HEALTH_S}
-        uvicorn.run(f"{__name__}:worker", factory=True, **workers, **common)
+        return serve_here(create_app(load, settings_of(args)), http)
+    serve_by_workers(load, [module, argv], args.workers, http)
     return 0
 
 
+def serve_here(app: FastAPI, http: dict[str, Any]) -> int:
+    """Serves the application in this process; returns 1 when its engine failed."""
+    server = uvicorn.Server(uvicorn.Config(app, **http))
+    app.state.service.stop = partial(setattr, server, "should_exit", True)
+    server.run()
+    return int(app.state.service.failed)
+
+
+def serve_by_workers(
+    load: Callable[[], Retriever], server: list[Any], workers: int, http: dict[str, Any]
+) -> None:
+    """Serves with several processes; `server` is the module and its flags.
+
+    The engine is loaded here first, so that one which cannot be loaded ends the process with a
+    message, instead of workers that are started again and again.
+    """
+    try:
+        load()
+    except CANNOT_LOAD as error:
+        sys.exit(f"error: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[WORKER] = json.dumps(server)
+        os.environ[MULTIPROC_DIR] = folder
+        uvicorn.run(
+            f"{__name__}:worker",
+            factory=True,
+            workers=workers,
+            timeout_worker_healthcheck=HEALTH_S,
+            **http,
+        )
+
+
 def worker() -> FastAPI:
-    """The application of one of several processes, which find what to serve in the environment."""
+    """The application of one of several processes, which find in the environment what to serve."""
     module, argv = json.loads(os.environ[WORKER])
     server = importlib.import_module(module)
     args = server.parse_arguments(argv)
     set_up_logging(args.log_level)
     return create_app(partial(server.load, args), settings_of(args))
-
-
-class JsonLines(logging.Formatter):
-    """A JSON object a line, with the fields given as `extra`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        extra = {k: v for k, v in record.__dict__.items() if k not in STANDARD_FIELDS}
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + "Z"
-        line = {
-            "time": when,
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            **extra,
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-class Quiet(logging.Filter):
-    """Lets a message through at most once in ten seconds, with the number of those held back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last: dict[str, float] = {}
-        self.held: dict[str, int] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        now = time.monotonic()
-        if now - self.last.get(record.msg, -10.0) < 10.0:
-            self.held[record.msg] = self.held.get(record.msg, 0) + 1
-            return False
-        self.last[record.msg] = now
-        if held := self.held.pop(record.msg, 0):
-            record.repeated = held
-        return True
-
-
-def set_up_logging(level: str) -> None:
-    """JSON lines on stderr: what the server does, not what it is asked."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    handler.addFilter(Quiet())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("search_r1").setLevel(level.upper())

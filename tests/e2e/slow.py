@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from search_r1.search.client import RetrievalClient, SearchError
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from verl.agent import Trajectory, TrajectoryFailed
 from verl.utils.config import Config
 from verl.utils.reward import policy_text

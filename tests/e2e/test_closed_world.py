@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search_r1.launch import free_port
-from search_r1.search import bm25
+from search_r1.search.engines import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import arguments, metrics, start, train
 from tests.retrieval import retrieval_server

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from search_r1.evaluation import report
-from search_r1.search import bm25
+from search_r1.search.engines import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import ROOT, arguments
 from tests.retrieval import retrieval_server

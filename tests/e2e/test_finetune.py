@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from search_r1.finetune import answer_rows
-from search_r1.search import bm25
+from search_r1.search.engines import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import ROOT
 from tests.retrieval import retrieval_server

@@ -10,7 +10,7 @@ from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.launch import free_port
 from search_r1.prompts import INVALID_ACTION
 from search_r1.search.client import Passage, SearchError
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from tests.models import make_tokenizer
 from tests.retrieval import retrieval_server, write_corpus
 from verl.agent import Completion, Source, TrajectoryFailed, context_digest

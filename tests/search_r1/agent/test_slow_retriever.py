@@ -7,7 +7,7 @@ import time
 import pytest
 
 from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
-from search_r1.search.config import RetrieverConfig
+from search_r1.search.client.config import RetrieverConfig
 from tests.models import make_tokenizer
 from tests.retrieval import serving, wait_until_ready
 from tests.search_r1.search.test_server import app

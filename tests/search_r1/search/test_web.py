@@ -10,10 +10,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from search_r1.launch import free_port
 from search_r1.search.engine import EngineError
-from search_r1.search.html import title_and_text
-from search_r1.search.manifest import CorpusError
-from search_r1.search.serp_search_server import load, parse_arguments
-from search_r1.search.web import (
+from search_r1.search.engines.web import (
     MAX_QUERY_CHARS,
     Pace,
     WebRetriever,
@@ -22,6 +19,9 @@ from search_r1.search.web import (
     serpapi,
     shorten,
 )
+from search_r1.search.errors import RetrieverError
+from search_r1.search.index.html import title_and_text
+from search_r1.search.serp_search_server import load, parse_arguments
 from tests.retrieval import serving, wait_until_ready
 
 KEY = "the-secret-key"
@@ -319,9 +319,9 @@ def test_the_published_command_line(web):
 def test_a_missing_key_is_named(monkeypatch):
     for name in ("SERPAPI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_CSE_ID", "BRAVE_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(CorpusError, match="--serp_api_key"):
+    with pytest.raises(RetrieverError, match="--serp_api_key"):
         load(parse_arguments([]))
-    with pytest.raises(CorpusError, match="--google_api_key and --google_cse_id"):
+    with pytest.raises(RetrieverError, match="--google_api_key and --google_cse_id"):
         load(parse_arguments(["--provider", "google"]))
     monkeypatch.setenv("BRAVE_API_KEY", KEY)
     assert load(parse_arguments(["--provider", "brave"])).name == "brave"

@@ -1,0 +1,1 @@
+"""The engines; `load` makes one from the flags of the server."""

@@ -1,0 +1,129 @@
+"""Occurrences of words, gathered by document and brought into the order of the words.
+
+The memory that this takes is bounded.
+"""
+
+import os
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+K1 = 0.9
+B = 0.4
+"""The parameters of BM25, as Anserini has them."""
+BLOCK = 20_000_000
+"""Postings that are sorted at a time: bounds the memory of a build."""
+MAX_CODED = 255
+"""More occurrences in one document do not fit into a posting's code."""
+
+
+class Gatherer:
+    """Occurrences of words, written to the folder `scratch` in sorted blocks."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.vocabulary: dict[str, int] = {}
+        self.lengths = array("i")
+        self.blocks = 0
+        self._empty()
+
+    def _empty(self) -> None:
+        self.terms = array("i")
+        self.documents = array("i")
+        self.counts = array("H")
+
+    def add(self, stems: list[str]) -> None:
+        """Takes the stems of the next document."""
+        number = len(self.lengths)
+        self.lengths.append(len(stems))
+        counts: dict[int, int] = {}
+        for stem in stems:
+            term = self.vocabulary.setdefault(stem, len(self.vocabulary))
+            counts[term] = counts.get(term, 0) + 1
+        self.terms.extend(counts)
+        self.documents.extend([number] * len(counts))
+        self.counts.extend(min(count, 65535) for count in counts.values())
+        if len(self.terms) >= BLOCK:
+            self.spill()
+
+    def spill(self) -> None:
+        """Writes what was gathered, sorted by word; documents stay in order within a word."""
+        terms = np.frombuffer(self.terms, dtype=np.int32)
+        order = np.argsort(terms, kind="stable")
+        columns = {"terms": terms, "documents": self.documents, "counts": self.counts}
+        for name, values in columns.items():
+            np.save(self._path(name, self.blocks), np.asarray(values)[order])
+        self._empty()
+        self.blocks += 1
+
+    def load(self, name: str, block: int) -> np.ndarray:
+        """A column of a block."""
+        return np.load(self._path(name, block))
+
+    def _path(self, name: str, block: int) -> Path:
+        return self.scratch / f"{name}.{block}.npy"
+
+
+def write_postings(
+    gathered: Gatherer, numbers: np.ndarray, length_bytes: np.ndarray, folder: Path
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Writes the documents and codes of all postings to `folder`, word after word.
+
+    `numbers` [T] gives each gathered word its number in the index, `length_bytes` [D] each document
+    its length. Returns (starts [T + 1], the places of postings with too many occurrences for a
+    code, those occurrences).
+    """
+    if gathered.terms:
+        gathered.spill()
+    words = len(gathered.vocabulary)
+    starts = starts_of_words(gathered, numbers)
+    filled = starts[:-1].copy()
+    all_documents = allocate(folder / "posting_documents.npy", "i4", (int(starts[-1]),))
+    all_codes = allocate(folder / "posting_codes.npy", "u2", (int(starts[-1]),))
+    exceptions = [np.zeros(0, dtype=np.int64)]
+    exception_counts = [np.zeros(0, dtype=np.int64)]
+    for block in range(gathered.blocks):
+        terms = numbers[gathered.load("terms", block)]
+        documents = gathered.load("documents", block)
+        counts = gathered.load("counts", block).astype(np.int64)
+        places = filled[terms] + numbers_within_word(terms)
+        fits = counts <= MAX_CODED
+        all_documents[places] = documents
+        all_codes[places] = np.where(fits, counts << 8, 0) | length_bytes[documents]
+        exceptions.append(places[~fits])
+        exception_counts.append(counts[~fits])
+        filled += np.bincount(terms, minlength=words)
+    places = np.concatenate(exceptions)
+    order = np.argsort(places)
+    return starts, places[order], np.concatenate(exception_counts)[order]
+
+
+def starts_of_words(gathered: Gatherer, numbers: np.ndarray) -> np.ndarray:
+    """The place of each word's first posting, and the number of all: int64 [T + 1]."""
+    words = len(gathered.vocabulary)
+    frequency = np.zeros(words, dtype=np.int64)
+    for block in range(gathered.blocks):
+        frequency += np.bincount(numbers[gathered.load("terms", block)], minlength=words)
+    return np.concatenate([[0], np.cumsum(frequency)])
+
+
+def numbers_within_word(terms: np.ndarray) -> np.ndarray:
+    """How many postings of the same word stand before each one; `terms` is grouped by word."""
+    first = np.flatnonzero(np.diff(terms, prepend=-1))
+    lengths = np.diff(first, append=len(terms))
+    return np.arange(len(terms)) - np.repeat(first, lengths)
+
+
+def allocate(path: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Makes an array in a mapped file, and takes its disk space now.
+
+    Otherwise a disk that is full later would kill the process.
+    """
+    if 0 in shape:
+        np.save(path, np.zeros(shape, kind))
+        return np.zeros(shape, kind)
+    values = np.lib.format.open_memmap(path, "w+", np.dtype(kind), shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return values

@@ -1,0 +1,169 @@
+"""The BM25 engine: builds an index of a corpus and searches it.
+
+It uses Anserini's English analysis, k1 = 0.9, b = 0.4, and Lucene's one-byte document lengths and
+32-bit arithmetic, so that scores and ranking agree with Lucene's (docs/results/retrieval.md has how
+closely). Postings are mapped, and skipped rather than read.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from search_r1.search.engine import Hits
+from search_r1.search.engines.bm25.analysis import Analyzer
+from search_r1.search.engines.bm25.arrays import Query, new_query
+from search_r1.search.engines.bm25.postings import K1, B, Gatherer
+from search_r1.search.errors import CorpusError
+from search_r1.search.index.corpus import Corpus
+from search_r1.search.index.files import building
+from search_r1.search.index.manifest import read_manifest, write_manifest
+from search_r1.search.index.reader import CorpusReader
+
+NAME = "bm25"
+PARAMETERS = {"k1": K1, "b": B, "format": 3}
+"""In the manifest. An index of another format cannot be read."""
+QUERIES_PER_THREAD = 8
+"""Fewer are faster in one thread than handed to several."""
+
+Ranking = list[tuple[int, float]]
+"""(place in the corpus, score), best first; ties in the order of the corpus."""
+
+
+def build(reader: CorpusReader | Path, index: Path) -> int:
+    """Writes the index of a corpus, whole or not at all; returns the number of documents."""
+    # numba takes half a second to import
+    from search_r1.search.engines.bm25.index import write_index
+
+    reader = reader if isinstance(reader, CorpusReader) else CorpusReader(reader)
+    with building(index) as folder:
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        gathered = Gatherer(scratch)
+        analyze = Analyzer()
+        for document in reader.store(folder):
+            gathered.add(analyze(document["contents"]))
+        write_index(gathered, folder)
+        shutil.rmtree(scratch)
+        count = len(gathered.lengths)
+        Scorer(folder, count, threads=1)  # compiles on a new machine, so that no server has to
+        write_manifest(
+            folder, engine=NAME, parameters=PARAMETERS, corpus=reader.fingerprint(), documents=count
+        )
+    return count
+
+
+class BM25Retriever:
+    """An index and its corpus, both mapped into memory."""
+
+    name = NAME
+
+    def __init__(self, index: Path, corpus: Path | None, threads: int | None = None) -> None:
+        """`threads` share a batch of queries; by default there are as many as cores.
+
+        Raises CorpusError when there is no index, it is damaged, of another format, or not of this
+        corpus.
+        """
+        cure = (
+            "python -m search_r1.search.index_builder --retrieval_method bm25 --corpus_path "
+            f"{corpus} --save_dir"
+        )
+        try:
+            manifest = read_manifest(index)
+        except CorpusError as error:
+            raise CorpusError(f"{error}; build it: {cure} {index.parent}") from error
+        if manifest.get("parameters") != PARAMETERS:
+            raise CorpusError(
+                f"{index}: an index of an older format; build it again: {cure} {index.parent}"
+            )
+        self.corpus = Corpus.of_index(index, manifest, corpus)
+        self.analyze = Analyzer()
+        self.scorer = Scorer(index, len(self.corpus), threads or os.cpu_count() or 1)
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
+        """The best `topk` documents of each query with their scores.
+
+        There are fewer where fewer share a word with the query.
+        """
+        rankings = self.scorer.rank([self.analyze(query) for query in queries], topk)
+        return [[(self.corpus[i], score) for i, score in ranking] for ranking in rankings]
+
+    def rank(self, query: str, topk: int) -> Ranking:
+        """The places and scores of the best `topk` documents of one query."""
+        return self.scorer.rank([self.analyze(query)], topk)[0]
+
+
+class Scorer:
+    """The postings of an index with memory to work in; called from one thread at a time."""
+
+    def __init__(self, index: Path, documents: int, threads: int) -> None:
+        from search_r1.search.engines.bm25.index import Vocabulary, new_room, read_postings
+        from search_r1.search.engines.bm25.score import rank_batch
+
+        self.rank_batch = rank_batch
+        self.documents = documents
+        self.threads = threads
+        self.vocabulary = Vocabulary(index)
+        self.idf = np.load(index / "idf.npy")
+        self.postings = read_postings(index)
+        self.rooms = [new_room(self.postings) for _ in range(threads)]
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="bm25")
+        self.rank([], 1)  # compiles, or loads what was compiled
+
+    def rank(self, queries: Sequence[list[str]], topk: int) -> list[Ranking]:
+        """The best documents of each query, which is a list of index terms."""
+        words = [self.words_of(query) for query in queries]
+        parts = max(1, min(self.threads, len(words) // QUERIES_PER_THREAD))
+        if parts == 1:
+            return self.rank_part(words, topk, 0)
+        bounds = [len(words) * i // parts for i in range(parts + 1)]
+        shares = [words[low:high] for low, high in pairwise(bounds)]
+        rankings = self.pool.map(self.rank_part, shares, [topk] * parts, range(parts))
+        return [ranking for share in rankings for ranking in share]
+
+    def words_of(self, query: list[str]) -> dict[int, int]:
+        """How often each known word occurs in a query, by the word's number."""
+        counts: dict[int, int] = {}
+        for stem in query:
+            number = self.vocabulary[stem]
+            if number >= 0:
+                counts[number] = counts.get(number, 0) + 1
+        return counts
+
+    def rank_part(self, queries: Sequence[dict[int, int]], topk: int, room: int) -> list[Ranking]:
+        """Ranks some queries in the calling thread, in the memory of number `room`."""
+        words, starts = self.weighted(queries)
+        kept = min(topk, self.documents)
+        scores = np.zeros((len(queries), kept), dtype=np.float32)
+        documents = np.zeros((len(queries), kept), dtype=np.int32)
+        counts = np.zeros(len(queries), dtype=np.int64)
+        self.rank_batch(self.postings, words, starts, self.rooms[room], scores, documents, counts)
+        return [
+            list(zip(documents[i, :n].tolist(), scores[i, :n].tolist(), strict=True))
+            for i, n in enumerate(counts.tolist())
+        ]
+
+    def weighted(self, queries: Sequence[dict[int, int]]) -> tuple[Query, np.ndarray]:
+        """The words of the queries, those of each by how much they can add to a score.
+
+        Returns them with the place of each query's first word, int64 [queries + 1].
+        """
+        lengths = [len(query) for query in queries]
+        starts = np.zeros(len(queries) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        terms = np.array([term for query in queries for term in query], dtype=np.int32)
+        occurrences = np.array(
+            [count for query in queries for count in query.values()], dtype=np.float32
+        )
+        weights = self.idf[terms] * occurrences
+        most = weights * self.postings.best_levels[terms]
+        query_numbers = np.repeat(np.arange(len(queries)), lengths)
+        order = np.lexsort((-most, query_numbers))
+        return new_query(terms[order], weights[order]), starts

@@ -1,0 +1,192 @@
+"""Engines for experiments and tests: gold, random, spoilt or no passages, and recordings."""
+
+import json
+import random
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from search_r1.search.engine import EngineError, Hits, Retriever
+from search_r1.search.engines.bm25 import BM25Retriever
+from search_r1.search.errors import CorpusError
+from search_r1.search.index.corpus import Corpus
+
+
+def rng_of(query: str, seed: int) -> random.Random:
+    """A generator that is the same for the same query, whatever was asked before it."""
+    text = f"{seed}\n{query}".encode("utf-8", "surrogatepass")
+    return random.Random(blake2b(text, digest_size=8).digest())
+
+
+class Empty:
+    """An engine that finds nothing."""
+
+    name = "empty"
+
+    def __len__(self) -> int:
+        return 0
+
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
+        return [[] for _ in queries]
+
+
+class Random:
+    """An engine that finds random passages, the same ones for the same query."""
+
+    name = "random"
+
+    def __init__(self, corpus: Corpus, seed: int = 0) -> None:
+        self.corpus = corpus
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
+        return [self.draw(rng_of(query, self.seed), topk) for query in queries]
+
+    def draw(self, rng: random.Random, count: int) -> Hits:
+        """Draws so many different passages, with scores of 0."""
+        places = rng.sample(range(len(self.corpus)), min(count, len(self.corpus)))
+        return [(self.corpus[i], 0.0) for i in places]
+
+
+class Noisy:
+    """Another engine, whose passages are replaced by random ones with probability `noise`."""
+
+    name = "noisy"
+
+    def __init__(self, retriever: Retriever, corpus: Corpus, noise: float, seed: int = 0) -> None:
+        self.retriever = retriever
+        self.random = Random(corpus, seed)
+        self.noise = noise
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.retriever)
+
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
+        found = self.retriever.search(queries, topk)
+        return [
+            hits if isinstance(hits, EngineError) else self.spoil(query, hits)
+            for query, hits in zip(queries, found, strict=True)
+        ]
+
+    def spoil(self, query: str, hits: Hits) -> Hits:
+        """The hits, some of them with another passage under the same score."""
+        rng = rng_of(query, self.seed)
+        spoilt: Hits = []
+        for document, score in hits:
+            if rng.random() < self.noise:
+                ((document, _),) = self.random.draw(rng, 1)
+            spoilt.append((document, score))
+        return spoilt
+
+
+class Oracle:
+    """An engine that searches gold passages alone.
+
+    A query that is one of the questions gets that question's gold passages; any other query gets
+    the best gold passages of all questions, by BM25. The questions are a parquet file with
+    `extra_info.gold_ids`.
+    """
+
+    name = "oracle"
+    DEPTH = 1000
+    """Passages that BM25 ranks, of which the gold ones are kept."""
+
+    def __init__(self, bm25: BM25Retriever, questions: Path) -> None:
+        """Raises CorpusError when the file has no gold ids, or the corpus lacks one of them."""
+        self.bm25 = bm25
+        places = {str(bm25.corpus[i]["id"]): i for i in range(len(bm25))}
+        self.gold: dict[str, list[int]] = {}
+        for question, ids in read_gold(questions):
+            if missing := [i for i in ids if i not in places]:
+                raise CorpusError(
+                    f"{questions}: gold passage {missing[0]!r} is not in {bm25.corpus.path}"
+                )
+            self.gold[question] = [places[i] for i in ids]
+        self.all = {place for ids in self.gold.values() for place in ids}
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
+        return [self.find(query, topk) for query in queries]
+
+    def find(self, query: str, topk: int) -> Hits:
+        """The gold passages for a query, best first."""
+        corpus = self.bm25.corpus
+        if query in self.gold:
+            return [(corpus[i], 1.0) for i in self.gold[query][:topk]]
+        ranked = self.bm25.rank(query, self.DEPTH)
+        return [(corpus[i], score) for i, score in ranked if i in self.all][:topk]
+
+
+def read_gold(path: Path) -> list[tuple[str, list[str]]]:
+    """(question, ids of its gold passages) for each row that has both.
+
+    Raises CorpusError when there are none.
+    """
+    import pyarrow.parquet as pq
+
+    found = list[tuple[str, list[str]]]()
+    for row in pq.read_table(path).to_pylist():
+        info = row.get("extra_info") or {}
+        if info.get("gold_ids") and info.get("question"):
+            found.append((info["question"], [str(id) for id in info["gold_ids"]]))
+    if not found:
+        raise CorpusError(f"{path}: no row has extra_info.question and extra_info.gold_ids")
+    return found
+
+
+class Record:
+    """Another engine, whose findings are appended to a file that `Replay` serves."""
+
+    def __init__(self, retriever: Retriever, path: Path) -> None:
+        self.retriever = retriever
+        self.name = retriever.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a", encoding="utf-8")
+
+    def __len__(self) -> int:
+        return len(self.retriever)
+
+    def search(self, queries: Sequence[str], topk: int) -> Sequence[Hits | EngineError]:
+        found = self.retriever.search(queries, topk)
+        for query, hits in zip(queries, found, strict=True):
+            if not isinstance(hits, EngineError):
+                self.file.write(json.dumps({"query": query, "topk": topk, "hits": hits}) + "\n")
+        self.file.flush()
+        return found
+
+
+class Replay:
+    """An engine that finds what `Record` wrote; a query that was not recorded fails."""
+
+    name = "replay"
+
+    def __init__(self, path: Path) -> None:
+        """Raises CorpusError when the file is missing or no recording."""
+        self.found: dict[tuple[str, int], Hits] = {}
+        if not path.is_file():
+            raise CorpusError(f"{path}: no such recording")
+        for number, line in enumerate(path.open(encoding="utf-8"), 1):
+            try:
+                row = json.loads(line)
+                self.found[row["query"], row["topk"]] = [
+                    (document, score) for document, score in row["hits"]
+                ]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CorpusError(
+                    f"{path}, line {number}: not a recorded search ({error!r})"
+                ) from error
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
+        return [
+            self.found.get((q, topk), EngineError(f"not recorded for topk {topk}: {q[:80]!r}"))
+            for q in queries
+        ]

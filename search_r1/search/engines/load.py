@@ -1,0 +1,107 @@
+"""Makes an engine from the flags of the server. An engine of your own: docs/retriever.md."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from search_r1.search.engine import Retriever
+from search_r1.search.engines.bm25 import BM25Retriever
+from search_r1.search.engines.experiments import Empty, Noisy, Oracle, Random, Record, Replay
+from search_r1.search.engines.lucene import LuceneRetriever, is_lucene_index
+from search_r1.search.errors import RetrieverError
+from search_r1.search.extras import require
+from search_r1.search.index.corpus import Corpus
+
+DENSE = ("e5", "bge", "dense")
+INDEXED = ("bm25", "lucene", *DENSE)
+EXPERIMENTS = ("oracle", "random", "empty", "noisy", "replay")
+ENGINES = (*INDEXED, "hybrid", *EXPERIMENTS)
+
+
+def load(args: argparse.Namespace) -> Retriever:
+    """Loads the engine that the flags describe.
+
+    Raises RetrieverError naming what is missing, damaged or of no use.
+    """
+    name = args.retriever_name
+    if name in INDEXED:
+        retriever = indexed(name, one_index(args), args)
+    elif name == "hybrid":
+        retriever = hybrid(args)
+    else:
+        retriever = EXPERIMENT_LOADERS[name](args)
+    if args.reranker:
+        require("dense", "--reranker")
+        from search_r1.search.engines.fusion import Reranker
+
+        retriever = Reranker(
+            retriever, args.reranker, args.rerank_depth, args.batch_size, args.device
+        )
+    return Record(retriever, args.record) if args.record else retriever
+
+
+def indexed(name: str, index: Path, args: argparse.Namespace) -> Retriever:
+    """Loads an engine with an index; Lucene serves a Lucene index, also for the name bm25."""
+    if name == "lucene" or (name == "bm25" and is_lucene_index(index)):
+        return LuceneRetriever(index, args.corpus_path, args.threads)
+    if name == "bm25":
+        return BM25Retriever(index, args.corpus_path, args.threads)
+    require("dense", f"--retriever_name {name}")
+    from search_r1.search.engines.dense import DenseRetriever
+    from search_r1.search.engines.encoder import Encoder
+
+    encoder = Encoder(name, args.retriever_model, args.device, args.use_fp16, args.max_length)
+    return DenseRetriever(
+        index, args.corpus_path, encoder, name, args.faiss_gpu, args.nprobe, args.ef_search
+    )
+
+
+def hybrid(args: argparse.Namespace) -> Retriever:
+    """Loads two engines, each with its index."""
+    from search_r1.search.engines.fusion import Hybrid
+
+    if len(args.hybrid_of) != len(args.index_path):
+        raise RetrieverError(
+            f"--hybrid_of names {len(args.hybrid_of)} engines, --index_path {len(args.index_path)} "
+            "indexes"
+        )
+    pairs = zip(args.hybrid_of, args.index_path, strict=True)
+    return Hybrid([indexed(name, index, args) for name, index in pairs])
+
+
+def one_index(args: argparse.Namespace) -> Path:
+    """The path of the index. Raises RetrieverError unless exactly one is given."""
+    if len(args.index_path) != 1:
+        raise RetrieverError(f"--retriever_name {args.retriever_name} needs one --index_path")
+    return args.index_path[0]
+
+
+def corpus_of(args: argparse.Namespace) -> Corpus:
+    """The corpus without an index. Raises RetrieverError when none is named."""
+    if args.corpus_path is None:
+        raise RetrieverError(f"--retriever_name {args.retriever_name} needs --corpus_path")
+    return Corpus.of_lines(args.corpus_path)
+
+
+def oracle(args: argparse.Namespace) -> Retriever:
+    """Loads the engine that finds gold passages. Raises RetrieverError without questions."""
+    if args.questions is None:
+        raise RetrieverError(
+            "--retriever_name oracle needs --questions, a parquet file with extra_info.gold_ids"
+        )
+    return Oracle(BM25Retriever(one_index(args), args.corpus_path), args.questions)
+
+
+def noisy(args: argparse.Namespace) -> Retriever:
+    """Loads an engine whose passages are spoilt."""
+    retriever = indexed(args.noisy_of, one_index(args), args)
+    return Noisy(retriever, corpus_of(args), args.noise, args.seed)
+
+
+EXPERIMENT_LOADERS: dict[str, Callable[[argparse.Namespace], Retriever]] = {
+    "oracle": oracle,
+    "random": lambda args: Random(corpus_of(args), args.seed),
+    "empty": lambda args: Empty(),
+    "noisy": noisy,
+    "replay": lambda args: Replay(one_index(args)),
+}

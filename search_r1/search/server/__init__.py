@@ -1,0 +1,1 @@
+"""The HTTP server over one engine: application, batches, limits, metrics, logs."""

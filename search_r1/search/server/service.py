@@ -1,0 +1,156 @@
+"""The engine behind the HTTP server: loaded in a thread, then fed from a queue."""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from fastapi import HTTPException
+
+from search_r1.search.engine import EngineError, Hits, Retriever
+from search_r1.search.errors import RetrieverError
+from search_r1.search.schema import RetrieveRequest
+from search_r1.search.server.batching import BatchingEngine, Overloaded
+from search_r1.search.server.latency import Latency
+from search_r1.search.server.metrics import ServerMetrics
+
+log = logging.getLogger(__name__)
+LOADING_RETRY_S = 2
+WAIT_SHARE = 0.5
+"""A request is refused when it would have to wait longer than this share of its deadline.
+
+It is not the whole deadline because the estimate may be wrong."""
+REPORT_EVERY_S = 60.0
+CANNOT_LOAD = (RetrieverError, EngineError, OSError, ImportError)
+"""What `load` raises for an engine that cannot be loaded; anything else is a fault of the code."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The settings of a server beside its engine. Times are in seconds."""
+
+    topk: int = 3
+    max_batch_size: int = 256
+    batch_wait_s: float = 0.0
+    max_queue: int = 1 << 18
+    cache_size: int = 10000
+    request_timeout_s: float = 60.0
+    max_body_bytes: int = 16 << 20
+    max_queries: int = 4096
+    max_query_chars: int = 8192
+    token: str | None = None
+    latency: Latency | None = None
+
+
+class Service:
+    """The engine, once it is loaded, and what is counted."""
+
+    def __init__(self, load: Callable[[], Retriever], settings: ServerSettings) -> None:
+        self.load = load
+        self.settings = settings
+        self.metrics = ServerMetrics()
+        self.stop: Callable[[], None] = partial(signal.raise_signal, signal.SIGTERM)
+        self.engine: BatchingEngine | None = None
+        self.failed = False
+        self.served = 0
+
+    async def run(self) -> None:
+        """Loads the engine, then serves its queue.
+
+        A failure of either ends the server with a status other than 0.
+        """
+        began = time.monotonic()
+        try:
+            retriever = await asyncio.to_thread(self.load)
+        except CANNOT_LOAD as error:
+            log.error("not started: %s", error)
+            self.give_up()
+            return
+        except Exception as error:
+            log.exception(
+                "not started: unexpected %s while loading the engine: %s",
+                type(error).__name__,
+                error,
+            )
+            self.give_up()
+            return
+        self.engine = self.batched(retriever)
+        fields = {
+            "engine": retriever.name,
+            "documents": len(retriever),
+            "seconds": round(time.monotonic() - began, 2),
+        }
+        log.info("ready", extra=fields)
+        try:
+            await asyncio.gather(self.engine.run(), self.report())
+        except Exception as error:
+            log.exception(
+                "ended: unexpected %s while serving the queue: %s", type(error).__name__, error
+            )
+            self.give_up()
+
+    def batched(self, retriever: Retriever) -> BatchingEngine:
+        """The engine with its queue, by the settings."""
+        s = self.settings
+        return BatchingEngine(
+            retriever,
+            self.metrics,
+            s.max_batch_size,
+            s.batch_wait_s,
+            s.max_queue,
+            s.cache_size,
+            max_wait_s=WAIT_SHARE * s.request_timeout_s,
+        )
+
+    def give_up(self) -> None:
+        """Ends the server as one that failed: without an engine its clients would wait in vain."""
+        self.failed = True
+        self.stop()
+
+    async def report(self) -> None:
+        """Logs every minute how many queries were served, if there were any."""
+        while True:
+            served = self.served
+            await asyncio.sleep(REPORT_EVERY_S)
+            if self.served > served:
+                log.info(
+                    "served", extra={"queries": self.served - served, "seconds": REPORT_EVERY_S}
+                )
+
+    async def answer(self, request: RetrieveRequest) -> list[Hits | EngineError]:
+        """The hits of each query.
+
+        Raises HTTPException when the engine is not ready, too busy or too slow.
+        """
+        if self.engine is None:
+            raise HTTPException(503, "the engine is loading", {"Retry-After": str(LOADING_RETRY_S)})
+        s = self.settings
+        self.metrics.queries.inc(len(request.queries))
+        self.served += len(request.queries)
+        if not request.queries:
+            return []
+        try:
+            async with asyncio.timeout(s.request_timeout_s):
+                if s.latency is not None:
+                    await asyncio.sleep(max(s.latency.draw() for _ in request.queries))
+                return await self.engine.search(request.queries, request.topk or s.topk)
+        except Overloaded as error:
+            raise HTTPException(
+                429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}
+            ) from error
+        except TimeoutError as error:
+            raise HTTPException(504, f"no result within {s.request_timeout_s:g} s") from error
+
+    def overload(self) -> Overloaded | None:
+        """Why a further request would be refused, None if there is room for it."""
+        if self.engine is None or not self.engine.is_full():
+            return None
+        return Overloaded(self.engine.retry_after_s())
+
+    def count_refusal(self) -> None:
+        """Counts a request that was refused before it was read."""
+        self.metrics.errors.labels(kind="http_429").inc()
+        self.metrics.requests.labels(status=429).inc()
