@@ -1,9 +1,10 @@
-"""What whole runs share."""
+"""The fixtures that tests of several folders share, and what is skipped on a GPU."""
 
 import pytest
 from hypothesis import settings
 
 from tests.e2e.runs import CORPUS
+from tests.models import make_tokenizer
 from tests.retrieval import retrieval_server, write_corpus
 from tests.templates import make_family_tokenizer
 from verl.utils.device import has_cuda_engine
@@ -21,6 +22,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(
             "vLLM's build for CUDA runs no engine on the CPU; tests/gpu has what belongs on a GPU"
         )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A small tokenizer with Qwen's special tokens and chat template."""
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.verl.test_core_algos import JUNK, masks, normal, with_junk
+from tests.verl.drawn import JUNK, masks, normal, with_junk
 from verl.trainer.ppo.core_algos import (
     POLICY_LOSSES,
     agg_loss,

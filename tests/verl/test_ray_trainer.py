@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.verl.test_checkpoints_of_run import Run, rewind
+from tests.verl.fake_run import Run, rewind
 from verl.trainer.config import KLControlConfig
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.collapse import Alarm, CollapseWatchConfig, Signal

@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from tests.verl.batches import ragged_batch
-from tests.verl.test_checkpoints_of_run import Run
-from tests.verl.test_dataset import row
+from tests.verl.fake_run import Run
+from tests.verl.questions import row
 from verl.trainer import main_ppo, packing
 from verl.trainer.config import PPOConfig, validate
 from verl.trainer.main_ppo import CONFIGS, checkpoint_to_resume, status_of

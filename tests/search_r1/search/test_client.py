@@ -17,7 +17,7 @@ from search_r1.search.client import (
 )
 from search_r1.search.config import RetrieverConfig
 from tests.retrieval import retrieval_server, serving, write_corpus
-from tests.search_r1.search.test_server import ROWS, Engine, app
+from tests.search_r1.search.echo import ROWS, Engine, app
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from search_r1.search.app import ServerSettings, create_app
 from search_r1.search.bm25 import BM25Retriever
 from tests.retrieval import serving, wait_until_ready, write_corpus
-from tests.search_r1.search.test_server import ROWS
+from tests.search_r1.search.echo import ROWS
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 """Beyond 200, other ones at every run."""
