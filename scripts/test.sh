@@ -9,4 +9,5 @@ export no_proxy="localhost,127.0.0.1${no_proxy:+,$no_proxy}"  # the tests' own s
 export WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
 WORKERS=2  # whole runs spend half of their time waiting; on a GPU they would share its memory
 [[ "$DEVICE" == cpu ]] || WORKERS=0
-exec "$PYTHON" -m pytest -n "$WORKERS" --dist loadfile "$@"
+# files in the order of tests/conftest.py, the longest first, and not by their number of tests
+exec "$PYTHON" -m pytest -n "$WORKERS" --dist loadfile --no-loadscope-reorder "$@"

@@ -1,5 +1,6 @@
-"""Processes that a test starts, found again by a mark in their environment; a disk that is full."""
+"""Processes that a test starts, waits for and finds by a mark; a disk that is full."""
 
+import asyncio
 import os
 import resource
 import time
@@ -19,6 +20,14 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+async def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Returns when the condition holds, and lets the other tasks of this loop work until then."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.001)
 
 
 def marked(mark: str) -> list[int]:

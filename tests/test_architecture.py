@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST_FILES
+
 ROOT = Path(__file__).parents[1]
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -303,3 +305,7 @@ def test_that_rule_sees_test_modules():
     assert imports_a_test_module("from tests.verl.test_config import composed")
     assert imports_a_test_module("import tests.verl.test_config as other")
     assert not imports_a_test_module("from tests.configs import composed")
+
+
+def test_the_longest_files_exist():
+    assert not [name for name in LONGEST_FILES if not (ROOT / "tests" / name).is_file()]

@@ -71,6 +71,8 @@ def arguments(folder: Path, model: Path, **more: Any) -> list[str]:
         "critic.model.pack_rows": "true",
         "actor_rollout_ref.rollout.n": 3,
         "actor_rollout_ref.rollout.cpu_kvcache_gb": 0.2,
+        # each is a process that imports for seconds
+        "actor_rollout_ref.rollout.num_agent_workers": 1,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 6,
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 400,
         "trainer.default_local_dir": folder / "run",

@@ -36,7 +36,7 @@ class Run:
 
     def __init__(self, folder, model, environment, prefix=(), **settings):
         fixed = {"max_turns": None, "trainer__save_hf": "false", "trainer__test_freq": 1000}
-        settings = {**fixed, "actor_rollout_ref__rollout__num_agent_workers": 1, **settings}
+        settings = {**fixed, **settings}
         extra = [] if not settings.pop("deterministic", False) else ["+mode=deterministic"]
         self.folder = folder
         (env, self.alive) = environment

@@ -3,7 +3,6 @@ it: nothing."""
 
 import os
 import re
-import time
 import uuid
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ from ray.cluster_utils import Cluster
 
 from tests.e2e.runs import arguments, metrics, train
 from tests.models import make_tiny_qwen2
+from tests.processes import wait_for
 from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import (
@@ -114,6 +114,7 @@ def run(tmp_path_factory, cluster, mark, retriever):
     more = {
         "trainer__ray_address": cluster.address,
         "trainer__nnodes": 2,
+        "actor_rollout_ref__rollout__num_agent_workers": 2,
         "trainer__total_training_steps": 2,
     }
     status, output = train("grpo", arguments(folder, model, retriever__url=retriever, **more))
@@ -157,12 +158,7 @@ def test_the_cluster_outlives_the_run_and_nothing_else_does(run, cluster, mark, 
     assert Counter(name for name, *_ in found)["WorkerHost"] >= 2 and {
         state for _, state, _ in found
     } == {"DEAD"}
-    deadline = time.monotonic() + 60
-    while (
-        left := {pid: command for pid, command in marked(mark).items() if pid not in before}
-    ) and (time.monotonic() < deadline):
-        time.sleep(0.1)
-    assert not left
+    wait_for(lambda: marked(mark).keys() <= before.keys())
 
 
 def test_without_an_address_a_run_has_a_ray_of_its_own(

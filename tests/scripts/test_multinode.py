@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 
 from search_r1.launch import free_port
 from tests.e2e.runs import ROOT
+from tests.processes import wait_for
 from verl.trainer.config import validate
 from verl.utils.errors import ConfigError
 
@@ -93,13 +93,6 @@ def job(checkout, env, *overrides):
         wait_for(lambda: (checkout / "trained").exists() or running.poll() is not None)
         yield running
         running.wait(60)
-
-
-def wait_for(condition, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def calls(checkout):
