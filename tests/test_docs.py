@@ -11,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from tests import documented_metrics
 from verl.trainer.compose import check_overrides
 from verl.utils.errors import ConfigError
 
@@ -122,3 +123,13 @@ def test_launch_scripts_are_short_and_scripts_parse():
     ]
     for script in [*scripts, ROOT / ".ci" / "run"]:
         subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_every_documented_metric_has_a_unit_a_formula_and_what_to_look_for():
+    rows = documented_metrics.rows()
+    lacking = [row["metric"] for row in rows if not all(row.values())]
+    names = [name for row in rows for name in documented_metrics.names_of(row["metric"])]
+    assert len(rows) > 80 and lacking == []
+    assert sorted(names) == sorted(set(names))
+    headers = re.findall(r"^\| metric .*", documented_metrics.PAGE.read_text(), re.MULTILINE)
+    assert set(headers) == {f"| {' | '.join(documented_metrics.COLUMNS)} |"}
