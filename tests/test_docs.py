@@ -16,7 +16,7 @@ from verl.trainer.compose import check_overrides
 from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAM = re.compile(r"train_(?:ppo|grpo)\.sh|evaluate|infer|main_ppo|estimate|step_time")
 """What takes overrides."""
 OVERRIDE = re.compile(r"[+~]{0,2}[a-z_]+(?:\.\w+)*=.+")
