@@ -46,8 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what starts engines on the CPU where vLLM is the build for CUDA, before any fixture of
-    the test."""
+    """Skips tests marked `cpu_engine` where vLLM is the build for CUDA.
+
+    That happens before any fixture of the test.
+    """
     if has_cuda_engine() and item.get_closest_marker("cpu_engine"):
         pytest.skip(
             "vLLM's build for CUDA runs no engine on the CPU; tests/gpu has what belongs on a GPU"

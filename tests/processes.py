@@ -44,8 +44,10 @@ def marked(mark: str) -> list[int]:
 
 @contextmanager
 def family() -> Iterator[tuple[dict[str, str], Callable[[], list[int]]]]:
-    """(environment for what the test starts, processes alive with it). None may be left at the
-    end."""
+    """The environment for what a test starts, and a function that lists what is alive with it.
+
+    None may be left at the end.
+    """
     mark = f"{MARK}={uuid.uuid4().hex}"
     try:
         yield {**os.environ, MARK: mark.partition("=")[2]}, lambda: marked(mark)
@@ -58,8 +60,10 @@ def family() -> Iterator[tuple[dict[str, str], Callable[[], list[int]]]]:
 
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes: writes raise OSError, as on a full
-    disk."""
+    """Lets no file of this process grow beyond `size` bytes.
+
+    Writes raise OSError, as on a full disk.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

@@ -257,8 +257,10 @@ def test_that_rule_bites(call):
 
 
 def test_the_retrieval_server_needs_no_trainer():
-    """The extra `retrieval` is enough: engines with other needs import them when they are
-    chosen."""
+    """The extra `retrieval` is enough.
+
+    Engines with other needs import them when they are chosen.
+    """
     code = (
         "import sys, search_r1.search.retrieval_server, search_r1.search.index_builder; "
         "print(*sys.modules)"

@@ -51,8 +51,7 @@ def test_every_documented_key_is_in_the_configuration(name):
 
 
 def test_documented_defaults_are_those_of_the_configuration():
-    """But for keys that an experiment must set, or that follow others, and the two that the page
-    names."""
+    """Left out are keys that an experiment must set or that follow others, and two by name."""
     lines = (ROOT / "docs" / "configuration.md").read_text().splitlines()
     rows = [re.match(r"\| `([\w.]+)` \| .+? \| `(.*?)` \| ", line) for line in lines]
     documented = {row[1]: ast.literal_eval(row[2]) for row in rows if row}
@@ -76,8 +75,7 @@ def test_documented_defaults_are_those_of_the_configuration():
 
 
 def command_lines(page):
-    """(configuration, overrides) of every whole command line in the blocks of a page that takes
-    overrides."""
+    """Configuration and overrides of every whole command line of a page that takes overrides."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     for line in "".join(blocks).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)

@@ -46,8 +46,10 @@ def write_questions(path: Path, template: str = "Question: {}?\n") -> Path:
 
 
 def arguments(folder: Path, model: Path, **more: Any) -> list[str]:
-    """Overrides for a run of a few seconds on the CPU; `more` uses `__` for the dots of a key, None
-    takes it out."""
+    """Overrides for a run of a few seconds on the CPU.
+
+    A key in `more` has `__` in the place of dots, and a value of None takes the key out.
+    """
     questions = write_questions(folder / "questions.parquet")
     settings = {
         "data.train_files": questions,

@@ -1,5 +1,4 @@
-"""The closed world's own run, small: the shipped base searches, so what breaks while searching
-shows."""
+"""A small run of the closed world, whose shipped base model searches."""
 
 import asyncio
 from pathlib import Path

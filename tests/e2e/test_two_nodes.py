@@ -1,5 +1,4 @@
-"""Two Ray nodes on one machine: ranks of one group on both, a whole training, and what is left of
-it: nothing."""
+"""Two Ray nodes on one machine: ranks of one group on both, a whole training, nothing left."""
 
 import os
 import re
@@ -69,8 +68,10 @@ def driver(cluster):
 
 
 def marked(mark):
-    """{pid: command} of the living processes with the mark, those left out that Ray keeps for its
-    next job."""
+    """The commands of the living processes with the mark, by process id.
+
+    Those that Ray keeps for its next job are left out.
+    """
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:

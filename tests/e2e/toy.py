@@ -1,5 +1,7 @@
-"""A task without search: one generation, rewarded by its share of letters `e`. The library needs no
-more than this."""
+"""A task without search: one generation, rewarded by its share of letters `e`.
+
+The library needs no more than this.
+"""
 
 from verl.agent import Trajectory
 from verl.utils.config import Config

@@ -1,5 +1,7 @@
-"""The scripts for several machines: Ray itself joined with a token; the SLURM script against a
-SLURM of a few lines."""
+"""The scripts for several machines.
+
+Ray itself is joined with a token; the SLURM script meets a SLURM of a few lines.
+"""
 
 import json
 import os
@@ -45,8 +47,10 @@ def executable(path, text):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout whose environment is already set up: only the scripts for several machines are the
-    real ones."""
+    """A checkout whose environment is already set up.
+
+    Only the scripts for several machines are the real ones.
+    """
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT / "scripts/multinode", folder / "scripts" / "multinode")
     (folder / "scripts" / "setup.sh").write_text(
@@ -57,8 +61,10 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def slurm(checkout):
-    """The environment of a job on three nodes; what it calls is written to `commands` and
-    `calls`."""
+    """The environment of a job on three nodes.
+
+    What it calls is written to `commands` and `calls`.
+    """
     bin_dir = checkout / "bin"
     bin_dir.mkdir()
     executable(bin_dir / "srun", COMMAND_STUB.format(name="srun", body="exec sleep 600"))
