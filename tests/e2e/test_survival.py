@@ -335,6 +335,7 @@ def test_asynchronous_and_killed(tmp_path, model):
     assert sorted(validated) == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
     """A signal leaves its bound in step 4 for good.
 
@@ -386,6 +387,7 @@ def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
     )
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite(tmp_path, model):
     """Steps with an infinite loss are skipped and their batch is kept.
 
