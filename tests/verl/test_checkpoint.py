@@ -352,7 +352,8 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, model):
         or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
     ):
         pytest.skip("unshare -rm is not permitted here, so no disk of a few MB can be mounted")
-    code = f"from tests.verl.workers import on_a_small_disk as f; f({model!r}, {str(tmp_path)!r})"
+    call = f"on_a_small_disk({model!r}, {str(tmp_path)!r})"
+    code = f"from tests.verl.test_checkpoint import on_a_small_disk; {call}"
     script = 'mount -t tmpfs -o size=4m tmpfs "$1" && cd "$2" && exec "$3" -c "$4"'
     done = subprocess.run(
         [

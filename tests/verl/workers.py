@@ -8,8 +8,6 @@ from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, OptimConfi
 from verl.workers.critic import CriticConfig, CriticWorker
 
 OPTIM = OptimConfig(lr=1e-2, lr_warmup_steps_ratio=0.5)
-
-
 Workers = tuple[ActorWorker, CriticWorker]
 
 
