@@ -1,28 +1,68 @@
-"""What whole runs share."""
+"""The fixtures that tests of several folders share, and what is skipped on a GPU."""
+
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests.e2e.runs import CORPUS
+from tests.models import make_tokenizer
 from tests.retrieval import retrieval_server, write_corpus
 from tests.templates import make_family_tokenizer
 from verl.trainer.schema import register_models
 from verl.utils.device import has_cuda_engine
 
+TESTS = Path(__file__).parent
+
 register_models()  # tests compose with Hydra itself
+
 # the same examples on every machine
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
+LONGEST_FILES = (
+    "e2e/test_survival.py",
+    "e2e/test_train.py",
+    "e2e/test_evaluate.py",
+    "e2e/test_two_nodes.py",
+    "e2e/test_finetune.py",
+    "e2e/test_closed_world.py",
+    "verl/rollout/test_families.py",
+    "verl/rollout/test_progress.py",
+    "e2e/test_infer.py",
+    "verl/test_rehearsal.py",
+    "verl/test_checkpoint.py",
+    "verl/test_update.py",
+    "verl/test_forward.py",
+    "verl/rollout/test_vllm_server.py",
+)
+"""Below tests/, the longest first: whole runs and engines. Each is the work of one process, and a
+long one that begins last leaves the other processes without any."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; the order within a file, and of the others, stays."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what starts engines on the CPU where vLLM is the build for CUDA, before any fixture of
-    the test."""
+    """Skips tests marked `cpu_engine` where vLLM is the build for CUDA.
+
+    That happens before any fixture of the test.
+    """
     if has_cuda_engine() and item.get_closest_marker("cpu_engine"):
         pytest.skip(
             "vLLM's build for CUDA runs no engine on the CPU; tests/gpu has what belongs on a GPU"
         )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A small tokenizer with Qwen's special tokens and chat template."""
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

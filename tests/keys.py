@@ -15,7 +15,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from tests.verl.test_config import ROOT
+from tests.configs import ROOT
 from verl.trainer.config import PPOConfig, validate
 from verl.utils.config import Config
 

@@ -25,8 +25,10 @@ CORPUS = [
 
 
 def train_bpe(vocab: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab` ids, without special tokens, that cuts pieces as Qwen
-    does."""
+    """A byte-level BPE of at most `vocab` ids, without special tokens.
+
+    It cuts pieces as Qwen does.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -43,11 +45,10 @@ def train_bpe(vocab: int) -> Tokenizer:
 
 
 def make_tokenizer(folder: Path | str, *, vocab: int = 400) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab` ids with Qwen's special tokens and chat template, saved
-    in `folder`.
+    """Saves a byte-level BPE with Qwen's special tokens and chat template in `folder`; returns it.
 
-    Pieces are cut as Qwen cuts them, so that one token runs past a tag (`>\\n\\n`), as in its
-    vocabulary.
+    It has at most `vocab` ids. Pieces are cut as Qwen cuts them, so that one token runs past a tag
+    (`>\\n\\n`), as in its vocabulary.
     """
     tokenizer = train_bpe(vocab - len(SPECIAL_TOKENS))
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
@@ -68,8 +69,10 @@ def make_tiny_qwen2(
     vocab: int = 400,
     seed: int = 0,
 ) -> Path:
-    """`folder`, holding a random Qwen2 in float32 (biases and norms are random too) and its
-    tokenizer."""
+    """Saves a random Qwen2 in float32 and its tokenizer in `folder`; returns the folder.
+
+    Biases and norms are random too.
+    """
     tokenizer = make_tokenizer(folder, vocab=vocab)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -102,11 +105,10 @@ def perturb(model: torch.nn.Module, *, seed: int, scale: float) -> None:
 
 @torch.no_grad()
 def rig(model: Qwen2ForCausalLM, chain: list[int]) -> None:
-    """Makes an untied model say `chain` greedily: after `chain[i]` comes `chain[i + 1]`. The ids
-    must differ.
+    """Makes an untied model say `chain` greedily: after `chain[i]` comes `chain[i + 1]`.
 
-    Attention and MLP write nothing, so that the last hidden state is the embedding of the last
-    token, and the head is a table of who follows whom.
+    The ids must differ. Attention and MLP write nothing, so that the last hidden state is the
+    embedding of the last token, and the head is a table of who follows whom.
     """
     assert len(set(chain)) == len(chain), "a token has one successor"
     for layer in model.model.layers:

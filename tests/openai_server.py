@@ -13,12 +13,11 @@ SIDE = "Read the passages below"
 
 
 class Player:
-    """Answers the k-th request about a question with the k-th turn of its script, the last one for
-    ever after.
+    """Answers the k-th request about a question with the k-th turn of its script.
 
-    A script belongs to the question that contains its key. A turn that is a Response is sent as it
-    is, `HANG` never. Text is cut as the protocol does: at `max_tokens` words, and before the first
-    stop string.
+    The last turn is repeated for ever. A script belongs to the question that contains its key. A
+    turn that is a Response is sent as it is, `HANG` never. Text is cut as the protocol does: at
+    `max_tokens` words, and before the first stop string.
     """
 
     HANG = Response(headers={"x-hang": "1"})

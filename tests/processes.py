@@ -1,5 +1,6 @@
-"""Processes that a test starts, found again by a mark in their environment; a disk that is full."""
+"""Processes that a test starts, waits for and finds by a mark; a disk that is full."""
 
+import asyncio
 import os
 import resource
 import time
@@ -21,6 +22,14 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+async def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Returns when the condition holds, and lets the other tasks of this loop work until then."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.001)
+
+
 def marked(mark: str) -> list[int]:
     """Living processes with the mark in their environment."""
     found = []
@@ -35,8 +44,10 @@ def marked(mark: str) -> list[int]:
 
 @contextmanager
 def family() -> Iterator[tuple[dict[str, str], Callable[[], list[int]]]]:
-    """(environment for what the test starts, processes alive with it). None may be left at the
-    end."""
+    """The environment for what a test starts, and a function that lists what is alive with it.
+
+    None may be left at the end.
+    """
     mark = f"{MARK}={uuid.uuid4().hex}"
     try:
         yield {**os.environ, MARK: mark.partition("=")[2]}, lambda: marked(mark)
@@ -49,8 +60,10 @@ def family() -> Iterator[tuple[dict[str, str], Callable[[], list[int]]]]:
 
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes: writes raise OSError, as on a full
-    disk."""
+    """Lets no file of this process grow beyond `size` bytes.
+
+    Writes raise OSError, as on a full disk.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

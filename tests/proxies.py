@@ -44,8 +44,10 @@ def refusing_proxy() -> Iterator[tuple[str, list[str]]]:
 
 
 def behind(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """Sets the environment of a machine whose only way out is the proxy at `address`, and which
-    exempts nobody."""
+    """Sets the environment of a machine whose only way out is the proxy at `address`.
+
+    It exempts nobody.
+    """
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
         monkeypatch.delenv(variable.upper(), raising=False)

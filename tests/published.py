@@ -1,5 +1,4 @@
-"""The command lines that the original Search-R1 and verl publish, as their scripts give them to
-main_ppo."""
+"""The command lines that the original Search-R1 and verl publish for main_ppo."""
 
 ORIGINAL = {
     "data.train_files": "data/nq_hotpotqa_train/train.parquet",

@@ -37,8 +37,10 @@ def write_corpus(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def retrieval_server(
     folder: Path, *flags: str, port: int | None = None
 ) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """(URL, process) of a server over what `write_corpus` wrote, started by its path, ended on the
-    way out."""
+    """Starts a server over what `write_corpus` wrote; yields its URL and process.
+
+    It is started by its path, and ended on the way out.
+    """
     index = ["--index_path", str(folder / "bm25"), "--corpus_path", str(folder / "corpus.jsonl")]
     with server_process([sys.executable, str(SERVER), *index, *flags], port) as running:
         yield running
@@ -48,7 +50,7 @@ def retrieval_server(
 def server_process(
     command: list[str], port: int | None = None
 ) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """(URL, process) of a server once it is ready, ended on the way out."""
+    """Starts a server and waits until it is ready; yields its URL and process, then ends it."""
     port = port or free_port()
     server = subprocess.Popen([*command, "--port", str(port)])
     try:

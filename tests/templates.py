@@ -1,7 +1,7 @@
-"""Tokenizers of the families that are trained: their special tokens and chat templates on a tiny
-byte-level BPE.
+"""Tokenizers of the families that are trained, on a tiny byte-level BPE.
 
-The templates are written for these tests, after the formats that the families publish.
+Special tokens and chat templates are theirs. The templates are written for these tests, after the
+formats that the families publish.
 """
 
 from dataclasses import dataclass
@@ -120,8 +120,10 @@ FAMILIES = {
 
 
 def make_family_tokenizer(folder: Path | str, name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family, saved in `folder` and loaded from there. Families with a BOS put
-    it before texts."""
+    """Saves the tokenizer of a family in `folder`, and returns it as loaded from there.
+
+    Families with a BOS put it before texts.
+    """
     family = FAMILIES[name]
     tokenizer = train_bpe(400)
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in family.special])

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST_FILES
+
 ROOT = Path(__file__).parents[1]
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -262,8 +264,10 @@ def test_that_rule_bites(call):
 
 
 def test_the_retrieval_server_needs_no_trainer():
-    """The extra `retrieval` is enough: engines with other needs import them when they are
-    chosen."""
+    """The extra `retrieval` is enough.
+
+    Engines with other needs import them when they are chosen.
+    """
     code = (
         "import sys, search_r1.search.retrieval_server, search_r1.search.index_builder; "
         "print(*sys.modules)"
@@ -284,3 +288,33 @@ def test_the_retrieval_server_needs_no_trainer():
         "verl",
     }
     assert not heavy & set(done.stdout.split())
+
+
+TESTS = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("*.py"))}
+
+
+def imports_a_test_module(text: str) -> bool:
+    modules = [name.split(".") for name in imports(ast.parse(text))]
+    return any(
+        parts[0] == "tests" and any(part.startswith("test_") for part in parts) for parts in modules
+    )
+
+
+def test_what_test_modules_share_is_in_no_test_module():
+    """It is a fixture of a conftest.py or stands in a helper module beside the tests."""
+    broken = [
+        str(path.relative_to(ROOT)) for path, text in TESTS.items() if imports_a_test_module(text)
+    ]
+    assert not broken
+    hidden = "noqa: " + "F811"
+    assert not [str(path.relative_to(ROOT)) for path, text in TESTS.items() if hidden in text]
+
+
+def test_that_rule_sees_test_modules():
+    assert imports_a_test_module("from tests.verl.test_config import composed")
+    assert imports_a_test_module("import tests.verl.test_config as other")
+    assert not imports_a_test_module("from tests.configs import composed")
+
+
+def test_the_longest_files_exist():
+    assert not [name for name in LONGEST_FILES if not (ROOT / "tests" / name).is_file()]

@@ -11,11 +11,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from tests import documented_metrics
 from verl.trainer.compose import check_overrides
 from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAM = re.compile(r"train_(?:ppo|grpo)\.sh|evaluate|infer|main_ppo|estimate|step_time")
 """What takes overrides."""
 OVERRIDE = re.compile(r"[+~]{0,2}[a-z_]+(?:\.\w+)*=.+")
@@ -95,8 +96,7 @@ def test_documented_defaults_are_what_hydra_composes():
 
 
 def command_lines(page):
-    """(configuration, overrides) of every whole command line in the blocks of a page that takes
-    overrides."""
+    """Configuration and overrides of every whole command line of a page that takes overrides."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     for line in "".join(blocks).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -142,3 +142,13 @@ def test_launch_scripts_are_short_and_scripts_parse():
     ]
     for script in [*scripts, ROOT / ".ci" / "run"]:
         subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_every_documented_metric_has_a_unit_a_formula_and_what_to_look_for():
+    rows = documented_metrics.rows()
+    lacking = [row["metric"] for row in rows if not all(row.values())]
+    names = [name for row in rows for name in documented_metrics.names_of(row["metric"])]
+    assert len(rows) > 80 and lacking == []
+    assert sorted(names) == sorted(set(names))
+    headers = re.findall(r"^\| metric .*", documented_metrics.PAGE.read_text(), re.MULTILINE)
+    assert set(headers) == {f"| {' | '.join(documented_metrics.COLUMNS)} |"}

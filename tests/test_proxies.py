@@ -1,5 +1,7 @@
-"""Behind a proxy, as on most clusters: the own servers are asked directly, what is public goes
-through the proxy."""
+"""Behind a proxy, as on most clusters.
+
+The program's own servers are asked directly, and what is public goes through the proxy.
+"""
 
 import socket
 from pathlib import Path
@@ -110,7 +112,6 @@ def test_what_is_no_address_is_left_to_the_request():
 
 
 def test_both_sides_have_the_same_rule():
-    """The retrieval side runs without verl, and verl without it, so neither can import the
-    other's."""
+    """The retrieval side runs without verl, and verl without it: neither imports the other's."""
     text = (ROOT / "search_r1/search/addresses.py").read_text()
     assert text == (ROOT / "verl/utils/addresses.py").read_text()

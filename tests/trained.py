@@ -16,8 +16,7 @@ from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, OptimConfi
 
 
 def make_run(root: Path, model: ModelConfig, ranks: int = 2, lr: float = 1e-2) -> torch.Tensor:
-    """Writes a run that went two steps, the first of them the best, and raised an alarm in the
-    second.
+    """Writes a run of two steps: the first is the best, the second raised an alarm.
 
     `hf` is the trainer's own export of the last step. Returns the log-probs of `ragged_batch` after
     it.

@@ -12,10 +12,10 @@ recovered from ids or text:
 """
 
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -170,6 +170,8 @@ class AgentLoop:
     top_level_keys: ClassVar[frozenset[str] | None] = None
     """Keys beside the library's own sections that this task lets users set, interpolated into its
     section; None: any."""
+    sections: ClassVar[Mapping[str, type[BaseModel]]] = {}
+    """Models of further top-level sections, which are not passed to the loop."""
     trainable: ClassVar[bool] = True
     """False where contexts are rewritten, so that trajectories can only be evaluated."""
 
@@ -218,10 +220,19 @@ class RewardFn(Protocol):
         """Raises TrajectoryFailed when a score cannot be had: that is not a score of 0.
 
         Any other exception is a mistake of the reward and ends the run.
-
-        A reward that also has `score_groups(groups)` is given the trajectories of each prompt
-        together, once all of them are scored, to change their `reward` in place. Training only.
         """
+        ...
+
+
+@runtime_checkable
+class GroupReward(Protocol):
+    """What a `RewardFn` may have besides: it compares the trajectories of each prompt.
+
+    Called once all of them are scored. Training only.
+    """
+
+    def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None:
+        """Changes the `reward` of the trajectories in place, those of a prompt together."""
         ...
 
 

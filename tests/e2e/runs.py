@@ -46,8 +46,10 @@ def write_questions(path: Path, template: str = "Question: {}?\n") -> Path:
 
 
 def arguments(folder: Path, model: Path, **more: Any) -> list[str]:
-    """Overrides for a run of a few seconds on the CPU; `more` uses `__` for the dots of a key, None
-    takes it out."""
+    """Overrides for a run of a few seconds on the CPU.
+
+    A key in `more` has `__` in the place of dots, and a value of None takes the key out.
+    """
     questions = write_questions(folder / "questions.parquet")
     settings = {
         "data.train_files": questions,
@@ -71,6 +73,8 @@ def arguments(folder: Path, model: Path, **more: Any) -> list[str]:
         "critic.model.pack_rows": "true",
         "actor_rollout_ref.rollout.n": 3,
         "actor_rollout_ref.rollout.cpu_kvcache_gb": 0.2,
+        # each is a process that imports for seconds
+        "actor_rollout_ref.rollout.num_agent_workers": 1,
         "actor_rollout_ref.actor.ppo_mini_batch_size": 6,
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 400,
         "trainer.default_local_dir": folder / "run",

@@ -1,5 +1,7 @@
-"""A task whose trajectories last: two turns, a pause and a search between them, for faults to hit
-the middle."""
+"""A task whose trajectories last, so that faults can hit the middle of one.
+
+A trajectory has two turns, and a pause and a search between them.
+"""
 
 import asyncio
 import time

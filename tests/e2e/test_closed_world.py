@@ -1,8 +1,6 @@
-"""The closed world's own run, small: the shipped base searches, so what breaks while searching
-shows."""
+"""A small run of the closed world, whose shipped base model searches."""
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from search_r1.launch import free_port
 from search_r1.search.engines import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import arguments, metrics, start, train
+from tests.processes import wait_for
 from tests.retrieval import retrieval_server
 from verl.rollout.vllm_server import VLLMServer
 from verl.workers.config import ModelConfig, RolloutConfig
@@ -61,8 +60,7 @@ def test_a_retriever_that_dies_mid_step_loses_nothing(tmp_path, world):
     port = free_port()
     with retrieval_server(world, port=port) as (url, server):
         run = start("grpo", settings(tmp_path, world, url, 500))
-        while len(metrics(tmp_path)) < 3 and run.poll() is None:
-            time.sleep(0.1)
+        wait_for(lambda: len(metrics(tmp_path)) >= 3 or run.poll() is not None, 600)
         server.kill()
         output, _ = run.communicate(timeout=120)
     assert run.returncode != 0

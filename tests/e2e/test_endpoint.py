@@ -1,5 +1,7 @@
-"""Prompting baselines against an OpenAI-compatible server that plays transcripts: right, wrong,
-malformed, endless."""
+"""Prompting baselines against an OpenAI-compatible server that plays transcripts.
+
+The transcripts are right, wrong, malformed and endless.
+"""
 
 import json
 import os
@@ -191,8 +193,7 @@ TAGGED = {
 
 @pytest.mark.parametrize("method", TAGGED)
 def test_methods_that_search_in_turns(method, questions, retriever):
-    """A search is answered in the next message, nonsense with a correction, and nobody searches for
-    ever."""
+    """The next message answers a search, or corrects nonsense, and nobody searches for ever."""
     template, search, stop, head, correction = TAGGED[method]
     ended = search if stop in search else search + stop
     scripts = {

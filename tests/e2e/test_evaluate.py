@@ -19,8 +19,10 @@ from verl.workers.config import ModelConfig
 pytestmark = pytest.mark.cpu_engine
 
 BASE = Path(__file__).parents[2] / "data" / "closed_world" / "base"
-QUESTIONS = 300
+QUESTIONS = 100
 SAMPLES = 2
+SEQUENCES = 16
+"""What the engine computes at once: far fewer than there are samples, so that most of them wait."""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,8 @@ def evaluate(folder, world, url, **more):
         "data__train_files": world / "train.parquet",
         "data__val_files": world / "test.parquet",
         "retriever__url": url,
+        "actor_rollout_ref__rollout__num_agent_workers": 2,
+        "actor_rollout_ref__rollout__max_num_seqs": SEQUENCES,
         "actor_rollout_ref__rollout__val_kwargs__n": SAMPLES,
         "actor_rollout_ref__rollout__val_kwargs__temperature": 1,
         **more,

@@ -1,5 +1,7 @@
-"""The supervised baselines: SFT on answers, rejection sampling; both resume behind the last
-finished round."""
+"""The supervised baselines: SFT on answers, and rejection sampling.
+
+Both resume behind the last finished round.
+"""
 
 import json
 import os

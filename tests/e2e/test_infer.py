@@ -1,5 +1,7 @@
-"""Asking a model: one question, a dialogue, a file; against scripted transcripts and a real
-engine."""
+"""Asking a model one question, in a dialogue, or a file of questions.
+
+Most tests play transcripts; one has a real engine.
+"""
 
 import json
 import os

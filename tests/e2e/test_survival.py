@@ -1,5 +1,7 @@
-"""Runs that are killed, starved, stopped and frozen. Each test says what was done to it, and what
-was compared."""
+"""Runs that are killed, starved, stopped and frozen.
+
+Each test says what was done to the run, and what was compared.
+"""
 
 import json
 import os
@@ -36,7 +38,7 @@ class Run:
 
     def __init__(self, folder, model, environment, prefix=(), **settings):
         fixed = {"max_turns": None, "trainer__save_hf": "false", "trainer__test_freq": 1000}
-        settings = {**fixed, "actor_rollout_ref__rollout__num_agent_workers": 1, **settings}
+        settings = {**fixed, **settings}
         extra = [] if not settings.pop("deterministic", False) else ["+mode=deterministic"]
         self.folder = folder
         (env, self.alive) = environment
@@ -132,14 +134,17 @@ BITS = {
 
 
 def test_killed_and_resumed_to_the_last_bit(tmp_path, model):
-    """Everything killed by SIGKILL in step 5 of 6, resumed from the checkpoint of step 3: same
-    prompts, same tokens, same losses to the last bit as an undisturbed run, same final weights.
+    """A run that was killed and resumed equals an undisturbed one to the last bit.
 
-    Then resumed once more from that checkpoint on two ranks instead of one: the prompts in the same
-    order; in the first step the same tokens, and a loss within rounding: each log-prob is off by at
-    most d (what trainer and engine, two implementations of the same sums, differ by in these runs,
-    at most 1e-5), so that the loss, a mean of A * ratio, is off by at most 2 d max|A|. Later steps
-    drift apart, because Adam divides rounding by rounding where gradients are near zero."""
+    All its processes get SIGKILL in step 5 of 6, and it is resumed from the checkpoint of step 3.
+    Prompts, tokens, losses and final weights are those of the undisturbed run.
+
+    Then that checkpoint is resumed once more, on two ranks instead of one. The prompts come in the
+    same order. The first step has the same tokens, and a loss within rounding: each log-prob is off
+    by at most d (what trainer and engine, two implementations of the same sums, differ by in these
+    runs, at most 1e-5), so that the loss, a mean of A * ratio, is off by at most 2 d max|A|. Later
+    steps drift apart, because Adam divides rounding by rounding where gradients are near zero.
+    """
     straight, killed, wider = (tmp_path / name for name in ("straight", "killed", "wider"))
     for folder in (straight, killed, wider):
         folder.mkdir()
@@ -197,11 +202,14 @@ def flaky_retriever(folder):
 
 @pytest.mark.slow
 def test_every_part_is_killed_in_turn(tmp_path, model):
-    """SIGKILL, each in the middle of a rollout: the engine's server, vLLM's engine process, the
-    retrieval server (back after it was missed), the driver; then a training rank is killed and one
-    is frozen (SIGSTOP), so that the watchdog has to end the run. The run goes to its end by itself,
-    trains on every batch once and in order, fails no trajectory, samples from the trainer's weights
-    after every repair, and leaves no process."""
+    """A run whose parts are killed one after the other goes to its end by itself.
+
+    SIGKILL, each in the middle of a rollout, for the engine's server, vLLM's engine process, the
+    retrieval server (back after it was missed) and the driver. Then a training rank is killed and
+    one is frozen (SIGSTOP), so that the watchdog has to end the run. The run trains on every batch
+    once and in order, fails no trajectory, samples from the trainer's weights after every repair,
+    and leaves no process.
+    """
     settings = {
         "trainer__total_training_steps": 8,
         "trainer__save_freq": 1,
@@ -248,9 +256,11 @@ def test_every_part_is_killed_in_turn(tmp_path, model):
 
 
 def test_asked_to_stop(tmp_path, model):
-    """SIGTERM: the step is finished and saved, status 143. Ctrl-C once: the same, 130. Ctrl-C
-    twice: at once, 130; what was saved before is there. Every batch was trained on once, by three
-    runs of the same command."""
+    """Three runs of the same command are stopped, and train on every batch once.
+
+    SIGTERM: the step is finished and saved, status 143. Ctrl-C once: the same, 130. Ctrl-C twice:
+    it ends at once, 130, and what was saved before is there.
+    """
     settings = {
         "trainer__total_training_steps": 40,
         "agent__pause_s": 1,
@@ -283,10 +293,13 @@ def test_asked_to_stop(tmp_path, model):
 
 
 def test_asynchronous_and_killed(tmp_path, model):
-    """Two engines beside the training, batches rolled out two steps ahead, new weights between
-    turns, validation on an engine of its own. Everything killed after step 5, then resumed: every
-    batch is trained on once and in order although others were under way; no token is older than two
-    versions; trajectories change weights between turns."""
+    """An asynchronous run is killed after step 5 and resumed.
+
+    Two engines work beside the training, batches are rolled out two steps ahead, weights change
+    between turns, and an engine of its own validates. Every batch is trained on once and in order
+    although others were under way; no token is older than two versions; trajectories change weights
+    between turns.
+    """
     settings = {
         "async_training__max_staleness": 2,
         "algorithm__rollout_correction__rollout_is": "token",
@@ -322,10 +335,13 @@ def test_asynchronous_and_killed(tmp_path, model):
     assert sorted(validated) == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
-    """A signal that leaves its bound in step 4 for good: rolled back to step 2, whose weights
-    rolled out the last healthy step, with half the learning rate, and when it comes again, stopped;
-    the state of each alarm is kept."""
+    """A signal leaves its bound in step 4 for good.
+
+    The run is rolled back to step 2, whose weights rolled out the last healthy step, with half the
+    learning rate. When the signal comes again, the run ends. The state of each alarm is kept.
+    """
     reward = tmp_path / "reward.py"
     reward.write_text(
         "calls = 0\n"
@@ -371,9 +387,12 @@ def test_a_collapse_is_rolled_back_until_it_ends_the_run(tmp_path, model):
     )
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite(tmp_path, model):
-    """An infinite loss: the step is skipped and its batch kept; after the allowed number of steps
-    the run ends."""
+    """Steps with an infinite loss are skipped and their batch is kept.
+
+    After the allowed number of such steps the run ends.
+    """
     settings = {
         "trainer__max_skipped_steps": 2,
         "actor_rollout_ref__actor__entropy_coeff": 1e39,
@@ -395,9 +414,11 @@ def test_a_loss_that_is_not_finite(tmp_path, model):
 
 @pytest.mark.slow
 def test_a_full_disk(tmp_path, model):
-    """A disk on which one checkpoint fits and not two: the second fails, is told, and training goes
-    on to the last step; the first one stays, and no half of another beside it; the run does not
-    call itself finished."""
+    """Training goes on to its last step on a disk on which one checkpoint fits and not two.
+
+    The second checkpoint fails, and the console says so. The first one stays, with no half of
+    another beside it, and the run does not call itself finished.
+    """
     if subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False
     ).returncode:

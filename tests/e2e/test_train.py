@@ -93,6 +93,7 @@ def test_ppo_on_two_fsdp_ranks_with_a_custom_reward(tmp_path, model, retriever, 
     more = {
         "retriever__url": retriever,
         "trainer__n_gpus_per_node": 2,
+        "actor_rollout_ref__rollout__num_agent_workers": 2,
         "critic__ppo_mini_batch_size": 12,
         "trainer__total_training_steps": 2,
         "trainer__critic_warmup": 1,

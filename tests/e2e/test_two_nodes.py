@@ -1,9 +1,7 @@
-"""Two Ray nodes on one machine: ranks of one group on both, a whole training, and what is left of
-it: nothing."""
+"""Two Ray nodes on one machine: ranks of one group on both, a whole training, nothing left."""
 
 import os
 import re
-import time
 import uuid
 from collections import Counter
 from pathlib import Path
@@ -18,6 +16,7 @@ from ray.cluster_utils import Cluster
 
 from tests.e2e.runs import arguments, metrics, train
 from tests.models import make_tiny_qwen2
+from tests.processes import wait_for
 from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import (
@@ -69,8 +68,10 @@ def driver(cluster):
 
 
 def marked(mark):
-    """{pid: command} of the living processes with the mark, those left out that Ray keeps for its
-    next job."""
+    """The commands of the living processes with the mark, by process id.
+
+    Those that Ray keeps for its next job are left out.
+    """
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -114,6 +115,7 @@ def run(tmp_path_factory, cluster, mark, retriever):
     more = {
         "trainer__ray_address": cluster.address,
         "trainer__nnodes": 2,
+        "actor_rollout_ref__rollout__num_agent_workers": 2,
         "trainer__total_training_steps": 2,
     }
     status, output = train("grpo", arguments(folder, model, retriever__url=retriever, **more))
@@ -157,12 +159,7 @@ def test_the_cluster_outlives_the_run_and_nothing_else_does(run, cluster, mark, 
     assert Counter(name for name, *_ in found)["WorkerHost"] >= 2 and {
         state for _, state, _ in found
     } == {"DEAD"}
-    deadline = time.monotonic() + 60
-    while (
-        left := {pid: command for pid, command in marked(mark).items() if pid not in before}
-    ) and (time.monotonic() < deadline):
-        time.sleep(0.1)
-    assert not left
+    wait_for(lambda: marked(mark).keys() <= before.keys())
 
 
 def test_without_an_address_a_run_has_a_ray_of_its_own(

@@ -1,8 +1,7 @@
-"""A CUDA device without a card: tensors that say `cuda` and hold no numbers, `torch.cuda` answered
-by a stand-in.
+"""A CUDA device without a card.
 
-`load` comes before the import of torch, and in a process of its own: it cannot be undone. `mode`
-has the tensors.
+Tensors say `cuda` and hold no numbers, and a stand-in answers `torch.cuda`. `load` comes before the
+import of torch, and in a process of its own: it cannot be undone. `mode` has the tensors.
 """
 
 import ctypes
@@ -49,8 +48,7 @@ class OutOfMemory(RuntimeError):
 
 
 class Memory:
-    """What is on one card: the trainer's tensors, what its allocator keeps of freed ones, and the
-    engine's part.
+    """The trainer's tensors on one card, what its allocator keeps, and the engine's part.
 
     `reserved` never falls by itself: what torch frees stays with the process until `empty_cache`,
     and an engine in another process cannot have it.

@@ -1,5 +1,4 @@
-"""A vLLM engine that computes nothing: it keeps vLLM's order of sleep, pause and transfer, and
-counts memory.
+"""A vLLM engine that computes nothing, keeps vLLM's order of calls and counts memory.
 
 `VLLMServer` builds it in the place of `AsyncLLM`. Each of its processes receives weights through
 vLLM's own `IPCWeightTransferEngine` or packed NCCL consumer; only CUDA IPC and NCCL themselves are
@@ -136,8 +135,11 @@ class StubEngine:
         self.current = self.current and level == 1
 
     async def wake_up(self, tags: list[str] | None = None) -> bool:
-        """Tags that do not sleep only warn; the scheduler goes on when nothing sleeps any more
-        (v1/engine/core.py)."""
+        """Wakes what sleeps under these tags.
+
+        Tags that do not sleep only warn; the scheduler goes on when nothing sleeps any more
+        (v1/engine/core.py).
+        """
         tags = tags or [WEIGHTS, KV_CACHE]
         self.log(f"wake {'+'.join(tags)}")
         if set(tags) <= self.asleep:
@@ -191,8 +193,7 @@ class StubEngine:
 
 
 class Receiver:
-    """The engine process of one card, up to the model: vLLM's own class, the model a list of what
-    arrived."""
+    """The engine process of one card: vLLM's own class, with a list of arrivals for a model."""
 
     def __init__(
         self, shared: Engines, backend: str, gpu: int, rank: int, init_info: dict[str, Any]
@@ -250,8 +251,10 @@ class Receiver:
 
 
 class Group:
-    """NCCL's communicator of trainer and engine processes: rank 0 tells the others the sizes of
-    what it would send."""
+    """NCCL's communicator of trainer and engine processes.
+
+    Rank 0 tells the others the sizes of what it would send.
+    """
 
     def __init__(self, shared: Engines, rank: int, size: int) -> None:
         self.shared = shared

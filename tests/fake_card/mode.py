@@ -33,8 +33,7 @@ FACTORIES = ("arange", "zeros", "ones", "full", "scalar_tensor")
 
 
 class CardMode(FakeTensorMode):
-    """FakeTensorMode with values, with a count of what is on the card, and a list of
-    collectives."""
+    """FakeTensorMode with values, a count of what is on the card, and a list of collectives."""
 
     def __init__(self, memory: Memory, log_collective: Callable[[str, list[Any]], None]) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -124,8 +123,10 @@ class CardMode(FakeTensorMode):
     def _with_values(
         self, func: Any, args: Any, values: list[Any] | None, spec: Any, out: Any
     ) -> Any:
-        """`out` with its values, where those of the arguments are known; else what was written to
-        has none any more."""
+        """`out` with its values, where those of the arguments are known.
+
+        Else what was written to has none any more.
+        """
         if values is None:
             for tensor, argument in zip(args, func._schema.arguments, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
@@ -180,8 +181,7 @@ def _numbers_on_the_host(mode: CardMode) -> None:
 
 
 def _sizes_of_storages(mode: CardMode) -> None:
-    """FSDP2 frees gathered parameters, and takes room for them again, by resizing their
-    storages."""
+    """Counts what FSDP2 frees and takes again by resizing storages of gathered parameters."""
     resize = torch.UntypedStorage.resize_
 
     def resize_(storage: Any, size: int) -> None:
@@ -193,8 +193,10 @@ def _sizes_of_storages(mode: CardMode) -> None:
 
 
 def _fsdp(memory: Memory) -> None:
-    """Fake tensors say where FSDP2 has moved them; what DTensor makes to learn shapes is on no
-    card."""
+    """Lets fake tensors say where FSDP2 has moved them.
+
+    What DTensor makes to learn shapes is on no card.
+    """
     move = _fsdp_init._move_states_to_device
     propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 

@@ -1,5 +1,7 @@
-"""Eight training ranks, of which the first does the real work on a fake card and the others are
-like it."""
+"""Eight training ranks, the first of which does the real work on a fake card.
+
+The others are like it.
+"""
 
 from collections.abc import Callable
 from typing import Any

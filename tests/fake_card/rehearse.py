@@ -98,8 +98,10 @@ def configuration(case: dict[str, Any], path: str, run_dir: str) -> Any:
 
 
 class ScriptedWorker:
-    """`AgentLoopWorker` whose loop searches without a retriever: router and engines are the real
-    ones."""
+    """`AgentLoopWorker` whose loop searches without a retriever.
+
+    Router and engines are the real ones.
+    """
 
     def __init__(self, config: Any, engines: Any, max_under_way: int) -> None:
         self.engines = engines
@@ -271,8 +273,7 @@ class Rehearsal:
 
 
 def estimated(config: Any, gpu_gib: float) -> dict[str, float]:
-    """GiB at the peak of each phase by `verl.trainer.estimate`, for the micro-batches of the
-    rehearsal."""
+    """Peak GiB of each phase by `verl.trainer.estimate`, for the rehearsal's micro-batches."""
     from dataclasses import replace
 
     from verl.estimate.memory import Pass, peak

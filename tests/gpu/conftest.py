@@ -1,5 +1,4 @@
-"""What is marked `gpu` is skipped where there is no CUDA device, or not the packages that the mark
-names."""
+"""Skips what is marked `gpu` without a CUDA device, or without the packages in the mark."""
 
 import importlib.util
 

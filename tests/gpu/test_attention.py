@@ -1,5 +1,7 @@
-"""Half precision on a GPU: torch's variable-length kernel against float32, a sequence at a time;
-FlashAttention."""
+"""Half precision on a GPU, against float32 with one sequence at a time.
+
+The kernels are torch's variable-length one and FlashAttention's.
+"""
 
 import pytest
 import torch
@@ -18,8 +20,10 @@ WINDOW = 5
 def attend(
     device: str, dtype: torch.dtype, heads: int, kv_heads: int, window: int | None
 ) -> list[torch.Tensor]:
-    """Output [1, T, H, D] and gradients of query, key and value [1, H, T, D] of packed sequences,
-    for one input."""
+    """Output and gradients of packed sequences, for one input.
+
+    The output is [1, T, H, D]; the gradients of query, key and value are [1, H, T, D].
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:

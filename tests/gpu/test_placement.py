@@ -1,5 +1,7 @@
-"""The real command on GPUs: engines that share the trainer's (sleep, CUDA IPC), and engines on
-their own (NCCL)."""
+"""The real command on GPUs, with engines beside the trainer and on GPUs of their own.
+
+The former sleep and use CUDA IPC, the latter NCCL.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -69,8 +69,10 @@ def _rank(
 
 
 def batch() -> DataProto:
-    """Ragged rows; trained are 40 tokens of every 160, the others of a response are
-    observations."""
+    """Ragged rows of which 40 tokens in every 160 are trained.
+
+    The others of a response are observations.
+    """
     generator = torch.Generator().manual_seed(2)
     lengths = torch.randint(RESPONSE // 4, RESPONSE + 1, (ROWS, 1), generator=generator)
     column = torch.arange(RESPONSE).expand(ROWS, -1)
@@ -98,8 +100,7 @@ TRAINED = batch().batch["response_mask"].bool()
 def gradient(
     path: str, dtype: str, checkpointing: bool = False, compiled: bool = False
 ) -> dict[str, Any]:
-    """Log-probs and whole gradient of a batch, and by how many bytes the GPU's allocated memory
-    rose at most."""
+    """Log-probs and whole gradient of a batch, and the largest rise of GPU memory in bytes."""
     worker = Worker()
     config = ModelConfig(
         path=path, enable_gradient_checkpointing=checkpointing, use_torch_compile=compiled

@@ -1,5 +1,4 @@
-"""The container files: what they copy is there, and a change of the code leaves the layer of the
-packages alone."""
+"""The container files copy what exists, and keep the layer of the packages when code changes."""
 
 import re
 from pathlib import Path

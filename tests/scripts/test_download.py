@@ -19,8 +19,10 @@ COMMIT = "a" * 40
 
 
 class Hub:
-    """Data sets as {repository: {file: bytes}}; `cut`: how many more file bodies break off
-    half-way."""
+    """Data sets as {repository: {file: bytes}}.
+
+    `cut` says how many more file bodies break off half-way.
+    """
 
     def __init__(self, files):
         self.files = files

@@ -1,5 +1,7 @@
-"""The scripts for several machines: Ray itself joined with a token; the SLURM script against a
-SLURM of a few lines."""
+"""The scripts for several machines.
+
+Ray itself is joined with a token; the SLURM script meets a SLURM of a few lines.
+"""
 
 import json
 import os
@@ -7,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 from search_r1.launch import free_port
 from tests.e2e.runs import ROOT
+from tests.processes import wait_for
 from verl.trainer.config import validate
 from verl.utils.errors import ConfigError
 
@@ -45,8 +47,10 @@ def executable(path, text):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout whose environment is already set up: only the scripts for several machines are the
-    real ones."""
+    """A checkout whose environment is already set up.
+
+    Only the scripts for several machines are the real ones.
+    """
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT / "scripts/multinode", folder / "scripts" / "multinode")
     (folder / "scripts" / "setup.sh").write_text(
@@ -57,8 +61,10 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def slurm(checkout):
-    """The environment of a job on three nodes; what it calls is written to `commands` and
-    `calls`."""
+    """The environment of a job on three nodes.
+
+    What it calls is written to `commands` and `calls`.
+    """
     bin_dir = checkout / "bin"
     bin_dir.mkdir()
     executable(bin_dir / "srun", COMMAND_STUB.format(name="srun", body="exec sleep 600"))
@@ -93,13 +99,6 @@ def job(checkout, env, *overrides):
         wait_for(lambda: (checkout / "trained").exists() or running.poll() is not None)
         yield running
         running.wait(60)
-
-
-def wait_for(condition, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def calls(checkout):

@@ -1,5 +1,4 @@
-"""The sweep of algorithms: every run composes and validates; what a finished run leaves becomes a
-row and a table."""
+"""Every run of the sweep of algorithms composes and validates, and becomes a row of a table."""
 
 import json
 import sys

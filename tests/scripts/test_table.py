@@ -1,5 +1,4 @@
-"""The script of the paper's table: its commands compose; a method is evaluated, and trained where
-it learns."""
+"""The script of the paper's table composes, evaluates each method and trains what learns."""
 
 import os
 import shlex

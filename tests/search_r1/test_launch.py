@@ -34,6 +34,7 @@ from verl.trainer.config import validate
 from verl.utils.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
+SURROUNDED = ROOT / "tests" / "programs" / "surrounded.py"
 SMALL = WorldConfig(
     train_people=20,
     test_people=20,
@@ -153,40 +154,17 @@ def test_an_unknown_option_is_named():
         read_setup({"setup": {"world_options": {"fillers": 10}}})
 
 
-SURROUND = """
-import logging, pathlib, sys
-from search_r1.launch import RetrievalServer, run
-logging.basicConfig(format="%(message)s")
-folder = pathlib.Path(sys.argv[1])
-with RetrievalServer(folder / "bm25", str(folder / "corpus.jsonl"), 1) as server:
-    (folder / "server").write_text(f"{server.port} {server.process.pid}")
-    status = run([sys.executable, "-c", sys.argv[2], server.url], server)
-sys.exit(status)
-"""
-SEARCHES = """
-import httpx, os, pathlib, signal, sys, time
-folder = pathlib.Path(os.environ["FOLDER"])
-def search():
-    try:
-        return httpx.post(sys.argv[1], json={"queries": ["Torvel"]}, timeout=5).status_code
-    except httpx.TransportError:
-        return 0
-"""
-
-
 @pytest.fixture
 def launch(tmp_path):
-    """`launch(body)`: the launcher of a program with this body, with a server over one passage,
-    running."""
+    """`launch(behaviour)`: tests/programs/searches.py, launched with a server over one passage."""
     write_corpus(tmp_path, [{"id": "0", "contents": '"Torvel"\nTorvel lies in Marna.'}])
     with family() as (env, alive):
+        env.update(PYTHONPATH=str(ROOT))
 
-        def begin(body: str) -> "subprocess.Popen[str]":
-            env.update(FOLDER=str(tmp_path), PYTHONPATH=str(ROOT))
+        def begin(behaviour: str) -> "subprocess.Popen[str]":
             begin.alive = alive
-            command = [sys.executable, "-c", SURROUND, str(tmp_path), SEARCHES + body]
             return subprocess.Popen(
-                command,
+                [sys.executable, str(SURROUNDED), behaviour, str(tmp_path)],
                 env=env,
                 text=True,
                 stdout=subprocess.PIPE,
@@ -204,8 +182,7 @@ def server_of(folder: Path) -> int:
 
 
 def test_a_killed_server_comes_back_at_its_address(tmp_path, launch):
-    body = "(folder / 'ready').touch()\nwhile not (folder / 'killed').exists(): time.sleep(0.02)\n"
-    launcher = launch(body + "while search() != 200: time.sleep(0.1)")
+    launcher = launch("searches_until_answered")
     os.kill(server_of(tmp_path), signal.SIGKILL)
     (tmp_path / "killed").touch()
     output, _ = launcher.communicate(timeout=60)
@@ -214,12 +191,7 @@ def test_a_killed_server_comes_back_at_its_address(tmp_path, launch):
 
 
 def test_a_signal_reaches_the_program_once_and_the_server_stays_until_its_end(tmp_path, launch):
-    body = (
-        "got = []\nfor n in (2, 15): signal.signal(n, lambda n, frame: got.append(n))\n"
-        "(folder / 'ready').touch()\nwhile not got: time.sleep(0.02)\n"
-        "time.sleep(0.5)\nassert search() == 200 and got == [2]\nsys.exit(130)"
-    )
-    launcher = launch(body)
+    launcher = launch("searches_after_a_signal")
     server_of(tmp_path)
     os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
     output, _ = launcher.communicate(timeout=60)
@@ -228,7 +200,7 @@ def test_a_signal_reaches_the_program_once_and_the_server_stays_until_its_end(tm
 
 
 def test_nothing_outlives_a_killed_launcher(tmp_path, launch):
-    launcher = launch("(folder / 'ready').touch(); time.sleep(600)")
+    launcher = launch("works")
     server_of(tmp_path)
     assert len(launch.alive()) == 3
     launcher.kill()

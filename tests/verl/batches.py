@@ -1,6 +1,9 @@
-"""Batches made on the spot."""
+"""Batches made on the spot, and a model of their vocabulary."""
+
+from pathlib import Path
 
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from verl.protocol import DataProto
 from verl.workers.actor import policy_loss
@@ -76,3 +79,20 @@ def policy_loss_of(
     loss, metrics = policy_loss(config, new, nothing, DataProto.from_dict(columns), counts)
     del metrics["entropy"], metrics["pg_loss"]
     return loss, metrics
+
+
+def make_model(path: Path) -> str:
+    """Folder of a random Qwen2 with a tied head."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return str(path)

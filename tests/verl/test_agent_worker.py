@@ -5,54 +5,13 @@ import asyncio
 
 import pytest
 
-from tests.models import make_tokenizer
-from verl.agent import Completion, Trajectory, TrajectoryFailed, context_digest
-from verl.rollout.agent_worker import AgentLoopWorker, Failure, Job
-from verl.rollout.router import Router
-
-
-class Engine:
-    """Answers every call with two tokens; `generate.remote` as on a Ray handle."""
-
-    class generate:
-        @staticmethod
-        async def remote(request_id, prompt_ids, sampling):
-            await asyncio.sleep(0)
-            return Completion([1, 2], [-0.5, -0.25], "stop", None, 3, context_digest(prompt_ids))
-
-
-class Breaking:
-    """Fails the first `failures` runs of each question, in its second environment call."""
-
-    def __init__(self, failures: int) -> None:
-        self.failures = failures
-        self.runs = {}
-
-    async def run(self, prompt_ids, row, generate):
-        name = row["name"]
-        self.runs[name] = self.runs.get(name, 0) + 1
-        trajectory = Trajectory(prompt_ids)
-        trajectory.add_completion(await generate(prompt_ids, max_tokens=5, stop=["x"]))
-        if self.runs[name] <= self.failures:
-            raise TrajectoryFailed("retriever is down", num_calls=2)
-        return trajectory
-
-
-def worker(tmp_path, failures: int, max_under_way: int = 8) -> AgentLoopWorker:
-    made = AgentLoopWorker.__new__(AgentLoopWorker)
-    made.agent = Breaking(failures)
-    made.engines = Router([Engine()])
-    made.tokenizer = make_tokenizer(tmp_path)
-    made.reward = lambda trajectory, row: {"score": 1.0}
-    made.limit(max_under_way)
-    return made
-
-
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "log_probs": True}
+from tests.verl.fake_agent import SAMPLING, make_worker
+from verl.agent import Trajectory
+from verl.rollout.agent_worker import Failure, Job
 
 
 async def test_one_failure_is_repeated_from_the_start(tmp_path):
-    (result,) = await worker(tmp_path, 1).run([Job("u", "s", {"name": "a"}, [7])], SAMPLING)
+    (result,) = await make_worker(tmp_path, 1).run([Job("u", "s", {"name": "a"}, [7])], SAMPLING)
     assert (
         isinstance(result, Trajectory)
         and result.token_ids == [7, 1, 2]
@@ -63,7 +22,7 @@ async def test_one_failure_is_repeated_from_the_start(tmp_path):
 
 async def test_two_failures_give_it_up_with_the_number_of_searches(tmp_path):
     jobs = [Job("u", f"s{i}", {"name": str(i)}, [7]) for i in range(3)]
-    made = worker(tmp_path, 2)
+    made = make_worker(tmp_path, 2)
     assert await made.run(jobs, SAMPLING) == [Failure("retriever is down", 2)] * 3
     assert made.engines.load == [0]
 
@@ -86,7 +45,7 @@ class Broken:
 
 
 async def test_an_unforeseen_exception_ends_the_batch_and_leaves_nothing_behind(tmp_path):
-    made = worker(tmp_path, 0)
+    made = make_worker(tmp_path, 0)
     made.agent = broken = Broken()
     with pytest.raises(ZeroDivisionError):
         await made.run([Job("u", f"s{i}", {"name": str(i)}, [7]) for i in range(3)], SAMPLING)
@@ -118,7 +77,7 @@ async def test_batches_share_the_places_first_come_first_served_and_their_progre
 ):
     """A batch that came first is never overtaken, so one that is waited for cannot starve behind a
     later one."""
-    made = worker(tmp_path, 0, max_under_way=2)
+    made = make_worker(tmp_path, 0, max_under_way=2)
     made.agent = agent = Counting()
     names = {"train": [f"t{i}" for i in range(5)], "val": [f"v{i}" for i in range(4)]}
     calls = [

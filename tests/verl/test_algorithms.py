@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.verl.batches import policy_loss_of
-from tests.verl.test_core_algos import JUNK, masks, normal, with_junk
+from tests.verl.drawn import JUNK, masks, normal, with_junk
 from verl.trainer.ppo.core_algos import (
     POLICY_LOSSES,
     agg_loss,

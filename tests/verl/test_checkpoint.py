@@ -20,17 +20,14 @@ from transformers import AutoModelForCausalLM
 from tests.distributed import run_ranks
 from tests.models import make_tiny_qwen2
 from tests.verl.batches import ragged_batch
+from tests.verl.workers import Workers, build, save
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.utils.checkpoint import training_state
 from verl.utils.checkpoint_storage import CheckpointError
 from verl.utils.run_folder import complete, discard, find_latest, pending_folder
-from verl.workers.actor import ActorWorker
-from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
-from verl.workers.critic import CriticConfig, CriticWorker
+from verl.workers.config import OptimConfig
 
 ROOT = Path(__file__).parents[2]
-OPTIM = OptimConfig(lr=1e-2, lr_warmup_steps_ratio=0.5)
-Workers = tuple[ActorWorker, CriticWorker]
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +35,6 @@ def model(tmp_path_factory):
     return str(
         make_tiny_qwen2(tmp_path_factory.mktemp("model"), layers=1, width=32, vocab=300, tied=True)
     )
-
-
-def build(
-    path: str, lora_rank: int = 0, offload: bool = False, optim: OptimConfig = OPTIM
-) -> Workers:
-    model = ModelConfig(path=path, lora_rank=lora_rank, enable_gradient_checkpointing=False)
-    fsdp = FSDPConfig(dtype="float32", optimizer_offload=offload)
-    actor = ActorWorker(model, ActorConfig(optim=optim, fsdp_config=fsdp), RolloutConfig(), 10)
-    return actor, CriticWorker(CriticConfig(model=model, optim=optim, fsdp_config=fsdp), 10)
 
 
 def train(workers: Workers, steps: int = 1) -> None:
@@ -74,11 +62,6 @@ def everything(workers: Workers) -> dict:
     return {
         i: whole(training_state(s)) | {"ticks": s.ticks, "lr": s.lr} for i, s in enumerate(states)
     }
-
-
-def save(workers: Sequence[Any], root: str, asynchronous: bool = False) -> None:
-    for worker, role in zip(workers, ("actor", "critic"), strict=False):
-        worker.save_checkpoint(f"{root}/{role}", asynchronous)
 
 
 def finish(workers: Sequence[Any]) -> None:
@@ -369,10 +352,8 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, model):
         or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
     ):
         pytest.skip("unshare -rm is not permitted here, so no disk of a few MB can be mounted")
-    code = (
-        f"from tests.verl.test_checkpoint import on_a_small_disk as f; f({model!r}, "
-        f"{str(tmp_path)!r})"
-    )
+    call = f"on_a_small_disk({model!r}, {str(tmp_path)!r})"
+    code = f"from tests.verl.test_checkpoint import on_a_small_disk; {call}"
     script = 'mount -t tmpfs -o size=4m tmpfs "$1" && cd "$2" && exec "$3" -c "$4"'
     done = subprocess.run(
         [

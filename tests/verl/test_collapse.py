@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tests.verl.test_config import composed
+from tests.configs import composed
 from verl.trainer.config import validate
 from verl.trainer.ppo.collapse import Bound, CollapseWatch, CollapseWatchConfig, replay
 from verl.utils.errors import ConfigError

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from tests.distributed import run_ranks
-from tests.verl.batches import ragged_batch
-from tests.verl.test_update import make_model
+from tests.verl.batches import make_model, ragged_batch
 from verl.protocol import DataProto
 from verl.single_controller.decorator import dispatch, registered
 from verl.single_controller.worker import Worker

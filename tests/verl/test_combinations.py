@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.configs import composed
 from tests.verl.batches import RESPONSE, ROWS, ragged_batch
-from tests.verl.test_config import composed
 from verl.protocol import DataProto
 from verl.trainer.checks import combination_problems
 from verl.trainer.config import AlgorithmConfig, PPOConfig, RolloutCorrectionConfig

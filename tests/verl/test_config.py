@@ -4,21 +4,19 @@ at once."""
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import Gemma3TextConfig, Qwen2Config
 
+from tests.configs import ROOT, composed
 from tests.models import make_tiny_qwen2
 from verl.trainer.checks import context_problems, critic_problems
 from verl.trainer.config import validate
 from verl.utils.errors import ConfigError
 from verl.workers.config import ModelConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "configs" / "experiment"
 RECIPES = sorted((EXPERIMENTS / "nq_hotpotqa").glob("*-*.yaml"))
 OTHER_RECIPES = sorted(
@@ -27,11 +25,6 @@ OTHER_RECIPES = sorted(
 ALGOS = ("grpo", "ppo")
 OWN = ["experiment=own_data", "setup.corpus_path=c.jsonl", "setup.questions=q.jsonl"]
 OWN_MODEL = ["experiment=own_model", *OWN[1:], "actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B"]
-
-
-def composed(config: str, *overrides: str) -> dict:
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        return OmegaConf.to_container(compose(config, list(overrides)), resolve=True)
 
 
 @pytest.mark.parametrize("recipe", [r.stem for r in RECIPES])

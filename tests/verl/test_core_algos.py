@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.verl.batches import policy_loss_of
+from tests.verl.drawn import JUNK, masks, normal, with_junk
 from verl.trainer.ppo.core_algos import (
     AdaptiveKLController,
     FixedKLController,
@@ -25,31 +26,6 @@ from verl.workers.update import Counts
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 KINDS = ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
-JUNK = [math.nan, math.inf, -math.inf, 1e4, -1e4]
-
-
-@st.composite
-def masks(draw, max_rows=6, max_cols=9):
-    """[B, R] of 0 / 1 with at least one 1; rows may be fully masked."""
-    rows = draw(st.integers(1, max_rows))
-    cols = draw(st.integers(1, max_cols))
-    bits = draw(
-        st.lists(
-            st.lists(st.integers(0, 1), min_size=cols, max_size=cols), min_size=rows, max_size=rows
-        )
-    )
-    bits[draw(st.integers(0, rows - 1))][draw(st.integers(0, cols - 1))] = 1
-    return torch.tensor(bits)
-
-
-def normal(mask, seed, *tail):
-    return torch.randn(
-        *mask.shape, *tail, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    )
-
-
-def with_junk(x, mask, junk):
-    return torch.where(mask.bool(), x, junk)
 
 
 def twin_agg(rows, mask, mode, num_tokens=None, num_seqs=None):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.verl.test_core_algos import JUNK, masks, normal, with_junk
+from tests.verl.drawn import JUNK, masks, normal, with_junk
 from verl.protocol import DataProto
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import accepted, importance_weights, log_ratios, mismatch

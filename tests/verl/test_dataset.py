@@ -10,6 +10,7 @@ import pytest
 
 from tests.models import make_tokenizer
 from tests.templates import make_family_tokenizer
+from tests.verl.questions import row
 from verl.trainer.preparation import load_dataset
 from verl.utils.answers import answers_of
 from verl.utils.dataset import (
@@ -20,14 +21,6 @@ from verl.utils.dataset import (
     sample_spread,
 )
 from verl.utils.errors import DataError
-
-
-def row(source="set", text="Who?", target=("A",)):
-    return {
-        "data_source": source,
-        "prompt": [{"role": "user", "content": text}],
-        "reward_model": {"ground_truth": {"target": list(target)}},
-    }
 
 
 def dataset(folder, rows, limit=50):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.verl.batches import ragged_batch
-from tests.verl.test_update import make_model
+from tests.verl.batches import make_model, ragged_batch
 from verl.single_controller.worker import Worker
 from verl.workers.actor import policy_loss
 from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, OptimConfig

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.keys import SIGNAL, Bench, Case, Probe, Setting, defaults_of
-from tests.search_r1.agent.test_loop import ADA, ANSWER, SEARCH, Engine, Library
+from tests.search_r1.agent.scripted import ADA, ANSWER, SEARCH, Engine, Library
 from tests.templates import make_family_tokenizer
-from tests.verl.test_dataset import row
-from tests.verl.test_steps_of_trainer import ROWS, SMALL, Questions, make_processes, trainer_over
+from tests.verl.fake_roles import ROWS, SMALL, Questions, make_processes, trainer_over
+from tests.verl.questions import row
 from verl.rollout.vllm_server import VLLMServer
 from verl.single_controller import worker_group
 from verl.single_controller.worker_group import WorkerHost

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.verl.test_checkpoints_of_run import Run, rewind
-from tests.verl.test_config import composed
-from tests.verl.test_steps_of_trainer import SMALL, Questions, make_processes
+from tests.configs import composed
+from tests.verl.fake_roles import SMALL, Questions, make_processes
+from tests.verl.fake_run import Run, rewind
 from verl.trainer.config import validate
 from verl.trainer.ppo.collapse import Alarm, Signal
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, TrainingCollapsed, TrainingDiverged

@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from tests.verl.batches import ragged_batch
-from tests.verl.test_checkpoints_of_run import Run
-from tests.verl.test_dataset import row
+from tests.verl.fake_run import Run
+from tests.verl.questions import row
 from verl.trainer import driver
 from verl.trainer.compose import CONFIGS
 from verl.trainer.config import PPOConfig, validate

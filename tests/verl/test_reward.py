@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import make_tokenizer
-from tests.verl.test_agent_worker import SAMPLING, Breaking
-from tests.verl.test_agent_worker import worker as make_worker
+from tests.verl.fake_agent import SAMPLING, Breaking, make_worker
 from verl.agent import Segment, Source, Trajectory, TrajectoryFailed
 from verl.rollout.agent_worker import Failure, Job
 from verl.trainer.ppo.batch_source import trajectory_metrics
@@ -28,11 +26,6 @@ ROW = {
     "reward_model": {"ground_truth": {"target": ["A"]}},
     "extra_info": {"question": "Who?"},
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def finished() -> Trajectory:

@@ -1,5 +1,4 @@
-"""The supervisor around small scripts: what is restarted, what is not, where signals go, and that
-nothing is left."""
+"""The supervisor around a small driver: restarts, signals, and that nothing is left."""
 
 import json
 import signal
@@ -12,48 +11,20 @@ import pytest
 from tests.processes import family, wait_for
 
 ROOT = Path(__file__).parents[2]
-HEAD = """
-import os, pathlib, signal, subprocess, sys, time
-from verl.trainer.supervise import Stop, follow_supervisor
-own = follow_supervisor()
-run = pathlib.Path(os.environ["RUN"])
-with (run / "starts").open("a") as file:
-    file.write(f"{own}\\n")
-start = len((run / "starts").read_text().split())
-def checkpoint(step):
-    (run / "pending").write_text(str(step))
-    os.replace(run / "pending", run / "latest_checkpointed_iteration.txt")
-def ready():
-    (run / "ready").touch()
-"""
-SUPERVISE = """
-import logging, sys
-from verl.trainer.supervise import supervise
-logging.basicConfig(format="%(message)s")
-command = [sys.executable, "-c", sys.argv[1]]
-sys.exit(supervise(command, sys.argv[2], int(sys.argv[3]), pause_s=0.01, grace_s=2.0))
-"""
-DESCENDANT = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+SUPERVISOR = ROOT / "tests" / "programs" / "supervisor.py"
 
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(body, max_restarts)`: the supervisor of a driver with this body, running."""
+    """`start(behaviour, max_restarts)`: the supervisor of tests/programs/driver.py, running."""
     with family() as (env, alive):
+        env.update(PYTHONPATH=str(ROOT))
 
-        def begin(body: str, max_restarts: int = 3) -> "subprocess.Popen[str]":
-            env.update(RUN=str(tmp_path), PYTHONPATH=str(ROOT))
-            command = [
-                sys.executable,
-                "-c",
-                SUPERVISE,
-                HEAD + body,
-                str(tmp_path),
-                str(max_restarts),
-            ]
+        def begin(behaviour: str, max_restarts: int = 3) -> "subprocess.Popen[str]":
+            arguments = [behaviour, str(tmp_path), str(max_restarts)]
             begin.alive = alive
             return subprocess.Popen(
-                command,
+                [sys.executable, str(SUPERVISOR), *arguments],
                 env=env,
                 text=True,
                 stdout=subprocess.PIPE,
@@ -78,9 +49,7 @@ def restarts(folder: Path) -> list[dict]:
 
 
 def test_a_killed_driver_continues_from_its_checkpoint(tmp_path, start):
-    status, output = end(
-        start("if start == 1: checkpoint(7); os.kill(os.getpid(), signal.SIGKILL)")
-    )
+    status, output = end(start("is_killed_after_a_checkpoint"))
     assert status == 0
     assert starts(tmp_path) == ["False", "True"]
     assert [(r["signal"], r["step"]) for r in restarts(tmp_path)] == [("SIGKILL", 7)]
@@ -92,7 +61,7 @@ def test_a_killed_driver_continues_from_its_checkpoint(tmp_path, start):
 
 def test_a_restart_before_the_first_own_checkpoint_is_told_so(tmp_path, start):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("40")
-    status, _ = end(start("if start < 3: os.abort()\nif start == 3: checkpoint(2); os.abort()"))
+    status, _ = end(start("aborts_three_times"))
     assert status == 0
     assert starts(tmp_path) == ["False", "False", "False", "True"]
     assert [(r["signal"], r["step"]) for r in restarts(tmp_path)] == [
@@ -103,7 +72,7 @@ def test_a_restart_before_the_first_own_checkpoint_is_told_so(tmp_path, start):
 
 
 def test_what_is_lost_again_and_again_ends_with_what_to_do(tmp_path, start):
-    status, output = end(start("sys.exit(75)", max_restarts=2))
+    status, output = end(start("is_lost", max_restarts=2))
     assert status == 75
     assert len(starts(tmp_path)) == 3
     assert [r["status"] for r in restarts(tmp_path)] == [75, 75]
@@ -115,43 +84,26 @@ def test_what_is_lost_again_and_again_ends_with_what_to_do(tmp_path, start):
 
 
 def test_progress_begins_the_count_anew(tmp_path, start):
-    status, output = end(
-        start("if start < 6: checkpoint(start // 2); sys.exit(75)", max_restarts=2)
-    )
+    status, output = end(start("is_lost_but_progresses", max_restarts=2))
     assert status == 0 and len(starts(tmp_path)) == 6
     assert "restart 2 of" not in output  # even the same step, when it was written again
 
 
 @pytest.mark.parametrize("status", [1, 2, 137])
 def test_other_ends_are_final(tmp_path, start, status):
-    assert end(start(f"sys.exit({status})"))[0] == status
+    assert end(start(f"exits_{status}"))[0] == status
     assert len(starts(tmp_path)) == 1 and not (tmp_path / "restarts.jsonl").exists()
 
 
 def test_no_restart_where_none_is_wanted(tmp_path, start):
-    status, output = end(start("os.kill(os.getpid(), signal.SIGKILL)", max_restarts=0))
+    status, output = end(start("is_killed", max_restarts=0))
     assert status == 137 and len(starts(tmp_path)) == 1
     assert "the run ended by SIGKILL; given up after no restart" in output
 
 
-FINISHES_ITS_STEP = """
-with Stop() as stop:
-    ready()
-    try:
-        while not stop.requested:
-            time.sleep(0.01)
-        (run / "noted").touch()
-        time.sleep(1.0 if len(sys.argv) == 1 else 600)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    checkpoint(3)
-sys.exit(128 + stop.requested)
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_signal_is_passed_on_once_and_the_status_comes_back(tmp_path, start, number):
-    supervisor = start(FINISHES_ITS_STEP)
+    supervisor = start("finishes_its_step")
     wait_for((tmp_path / "ready").exists)
     supervisor.send_signal(number)
     status, output = end(supervisor)
@@ -164,7 +116,7 @@ def test_one_signal_is_passed_on_once_and_the_status_comes_back(tmp_path, start,
 
 
 def test_the_second_signal_ends_the_driver_at_once(tmp_path, start):
-    supervisor = start(FINISHES_ITS_STEP.replace("1.0 if len(sys.argv) == 1 else 600", "600"))
+    supervisor = start("has_a_long_step")
     wait_for((tmp_path / "ready").exists)
     supervisor.send_signal(signal.SIGTERM)
     wait_for((tmp_path / "noted").exists)
@@ -175,11 +127,7 @@ def test_the_second_signal_ends_the_driver_at_once(tmp_path, start):
 
 
 def test_a_driver_that_ignores_the_second_signal_is_killed_with_its_session(tmp_path, start):
-    ignores = (
-        "[signal.signal(n, lambda *a: (run / 'got').open('a').write('x')) for n in (2, 15)]; "
-        "ready()\n"
-    )
-    supervisor = start(f"{DESCENDANT} {ignores}while True: time.sleep(1)")
+    supervisor = start("ignores_signals")
     wait_for((tmp_path / "ready").exists)
     for got in ("x", "xx"):
         supervisor.send_signal(signal.SIGINT)
@@ -191,14 +139,14 @@ def test_a_driver_that_ignores_the_second_signal_is_killed_with_its_session(tmp_
 
 
 def test_a_signal_in_the_pause_ends_the_run(tmp_path, start):
-    supervisor = start("sys.exit(75)", max_restarts=1000)
+    supervisor = start("is_lost", max_restarts=1000)
     wait_for(lambda: (tmp_path / "restarts.jsonl").exists() and len(restarts(tmp_path)) >= 4)
     supervisor.send_signal(signal.SIGTERM)
     assert end(supervisor)[0] in (143, 75)  # in a pause, or while the driver was starting
 
 
 def test_nothing_outlives_a_killed_supervisor(tmp_path, start):
-    supervisor = start(f"{DESCENDANT} ready(); time.sleep(600)")
+    supervisor = start("works_with_a_descendant")
     wait_for((tmp_path / "ready").exists)
     assert len(start.alive()) == 3
     supervisor.kill()
@@ -206,8 +154,7 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path, start):
 
 
 def test_what_a_killed_driver_leaves_is_gone_before_the_next_start(tmp_path, start):
-    body = f"if start == 1: {DESCENDANT} ready(); os.kill(os.getpid(), 9)\nelse: time.sleep(600)"
-    supervisor = start(body)
+    supervisor = start("is_killed_beside_a_descendant")
     wait_for(lambda: (tmp_path / "starts").exists() and len(starts(tmp_path)) == 2)
     assert len(start.alive()) == 2
     supervisor.kill()

@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed import run_ranks
 from tests.models import make_tiny_qwen2
-from tests.verl.test_checkpoint import build, save
+from tests.verl.workers import build, save
 from verl.protocol import DataProto
 from verl.trainer.ppo.checkpoints import read_state
 from verl.utils.checkpoint_storage import CheckpointError, Index, StoredTensor, read_index

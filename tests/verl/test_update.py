@@ -1,15 +1,13 @@
 """The gradient of a mini-batch depends on neither micro-batch size nor the number of ranks, nor on
 who holds what."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.distributed import run_ranks
-from tests.verl.batches import VOCAB, ragged_batch
+from tests.verl.batches import make_model, ragged_batch
 from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
@@ -21,23 +19,6 @@ from verl.workers.fsdp_model import TrainState, build_model
 from verl.workers.update import Budget, update_mini_batches
 
 ACTOR = ActorConfig(use_kl_loss=True, kl_loss_coef=0.1, entropy_coeff=0.01)
-
-
-def make_model(path: Path) -> str:
-    """Folder of a random Qwen2 with a tied head."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
         problems.append(
             "actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train"
         )
-    if not getattr(agent, "trainable", True):
+    if not agent.trainable:
         problems.append(
             f"agent._target_={config.agent['_target_']}: its contexts are rewritten, for "
             "evaluation only"

@@ -10,11 +10,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from verl.agent import ComputeScore, Row, Source, Trajectory, TrajectoryFailed
+from verl.agent import ComputeScore, GroupReward, Row, Source, Trajectory, TrajectoryFailed
 from verl.utils.answers import plain
 from verl.utils.config import Config
 from verl.utils.errors import ConfigError, RewardError
@@ -104,12 +104,6 @@ async def score(reward: Callable[[Trajectory, Row], Any], trajectory: Trajectory
     except Exception as error:
         raise RewardError(f"{raised_by(name_of(reward), error)}, for {described(row)}") from error
     take(result, trajectory, name_of(reward))
-
-
-class GroupReward(Protocol):
-    """A reward that compares the trajectories of one prompt."""
-
-    def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None: ...
 
 
 def compare(

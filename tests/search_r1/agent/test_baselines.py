@@ -8,7 +8,7 @@ import pytest
 from search_r1.agent.baselines import IRCoTLoop, RagLoop, ReActLoop, SearchO1Loop
 from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.search.client import Passage
-from tests.search_r1.agent.test_loop import ADA, Engine, Library, tokenizer  # noqa: F401
+from tests.search_r1.agent.scripted import ADA, Engine, Library
 from verl.agent import Source
 from verl.utils.errors import DataError
 
@@ -17,7 +17,7 @@ LONG = Passage("8", '"Long"', "A long story about nothing. " * 60, 1.0)
 ASK = "<|begin_search_query|>Ada<|end_search_query|>"
 
 
-def roll(loop_class, tokenizer, turns, passages=(ADA,), row=ROW, **config):  # noqa: F811
+def roll(loop_class, tokenizer, turns, passages=(ADA,), row=ROW, **config):
     budgets = {"max_start_length": 300, "max_prompt_length": 1200, "max_obs_length": 200} | config
     loop = loop_class(SearchAgentConfig(**budgets), tokenizer)
     loop.search.client = Library(list(passages))
@@ -25,7 +25,7 @@ def roll(loop_class, tokenizer, turns, passages=(ADA,), row=ROW, **config):  # n
     return asyncio.run(loop.run([1, 2, 3], row, engine)), engine
 
 
-def test_contexts_keep_to_their_budgets_whatever_is_found_and_thought(tokenizer):  # noqa: F811
+def test_contexts_keep_to_their_budgets_whatever_is_found_and_thought(tokenizer):
     thought = "I wonder about many things. " * 40
     o1, engine = roll(
         SearchO1Loop,
@@ -53,7 +53,7 @@ def test_contexts_keep_to_their_budgets_whatever_is_found_and_thought(tokenizer)
 
 
 @pytest.mark.parametrize("loop_class", [SearchO1Loop, RagLoop, ReActLoop])
-def test_own_tokens_alone_are_trained_and_contexts_are_prefixes(loop_class, tokenizer):  # noqa: F811
+def test_own_tokens_alone_are_trained_and_contexts_are_prefixes(loop_class, tokenizer):
     turns = [f"t {ASK}\nAction: Search[Ada]", "a finding", "<answer> Torvel </answer>"]
     trajectory, _ = roll(
         loop_class, tokenizer, turns if loop_class is SearchO1Loop else [turns[0], turns[2]]
@@ -66,7 +66,7 @@ def test_own_tokens_alone_are_trained_and_contexts_are_prefixes(loop_class, toke
     assert any(s.source is Source.OBSERVATION for s in trajectory.segments)
 
 
-def test_a_template_needs_the_question(tokenizer):  # noqa: F811
+def test_a_template_needs_the_question(tokenizer):
     with pytest.raises(DataError, match=r"set row has no extra_info.question"):
         roll(RagLoop, tokenizer, [], row={"data_source": "set", "extra_info": None})
     trajectory, engine = roll(
@@ -78,7 +78,7 @@ def test_a_template_needs_the_question(tokenizer):  # noqa: F811
         SearchAgentConfig(template="nope")
 
 
-def test_ircot_searches_for_each_sentence_until_it_answers(tokenizer):  # noqa: F811
+def test_ircot_searches_for_each_sentence_until_it_answers(tokenizer):
     turns = [
         "Ada was born in Torvel. And more.",
         "So it is. <answer> Torvel </answer>",
@@ -95,7 +95,7 @@ def test_ircot_searches_for_each_sentence_until_it_answers(tokenizer):  # noqa: 
     )
 
 
-def test_the_last_turn_of_ircot_is_whole(tokenizer):  # noqa: F811
+def test_the_last_turn_of_ircot_is_whole(tokenizer):
     trajectory, _ = roll(IRCoTLoop, tokenizer, ["I go on. And on."] * 3, max_turns=2)
     own = [tokenizer.decode(s.token_ids) for s in trajectory.segments if s.source is Source.MODEL]
     assert own == ["I go on. ", "I go on. ", "I go on. And on. "]

@@ -9,61 +9,14 @@ from hypothesis import strategies as st
 from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.launch import free_port
 from search_r1.prompts import INVALID_ACTION
-from search_r1.search.client import Passage, SearchError
+from search_r1.search.client import Passage
 from search_r1.search.client.config import RetrieverConfig
-from tests.models import make_tokenizer
 from tests.retrieval import retrieval_server, write_corpus
-from verl.agent import Completion, Source, TrajectoryFailed, context_digest
+from tests.search_r1.agent.scripted import ADA, ANSWER, BLOCK, SEARCH, Engine, Library, shown
+from verl.agent import Source, TrajectoryFailed
 from verl.utils.tokenizer import encode_text
 
-ADA = Passage("7", '"Ada Marin"', "Ada Marin was born in Torvel.", 2.5)
-BLOCK = '<information>Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.</information>\n\n'
 PROMPT = "Question: Where was Ada Marin born?\n"
-SEARCH = "<think> t </think> <search> Ada </search>"
-ANSWER = "<think> t </think> <answer> Torvel </answer>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-class Engine:
-    """Says the given turns: texts that stand for what was sampled, stop strings and special tokens
-    included."""
-
-    def __init__(self, tokenizer, turns):
-        self.tokenizer = tokenizer
-        self.turns = list(turns)
-        self.calls = []
-
-    async def __call__(self, prompt_ids, *, max_tokens, stop=()):
-        ids = self.tokenizer(self.turns.pop(0), add_special_tokens=False)["input_ids"][:max_tokens]
-        self.calls.append((list(prompt_ids), max_tokens, list(stop)))
-        return Completion(
-            ids, [-0.5] * len(ids), "stop", None, len(self.calls), context_digest(prompt_ids)
-        )
-
-
-class Library:
-    """Finds the same passages for every query, or fails."""
-
-    def __init__(self, passages, fail_at=None):
-        self.passages = passages
-        self.fail_at = fail_at
-        self.queries = []
-
-    async def search(self, query):
-        self.queries.append(query)
-        if len(self.queries) == self.fail_at:
-            raise SearchError("the library is on fire")
-        return self.passages
-
-    def take_errors(self):
-        return {"timeout": 1} if len(self.queries) == 1 else {}
-
-    async def close(self):
-        pass
 
 
 def make_loop(tokenizer, passages=(ADA,), fail_at=None, **config):
@@ -82,10 +35,6 @@ def roll(tokenizer, turns, loop=None, row=None):
     for given_ids, _, _ in engine.calls:
         assert given_ids == trajectory.token_ids[: len(given_ids)]
     return trajectory, engine
-
-
-def shown(trajectory, tokenizer):
-    return [(str(s.source), tokenizer.decode(s.token_ids)) for s in trajectory.segments]
 
 
 def test_golden_trace(tokenizer):

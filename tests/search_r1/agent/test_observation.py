@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from search_r1.agent.observation import encode_passages, neutralise
 from search_r1.prompts import INFORMATION_END, INFORMATION_START, OBSERVATION_TAIL
-from tests.models import make_tokenizer
 from verl.utils.tokenizer import encode_text
 
 PASSAGES = [
@@ -36,11 +35,6 @@ NASTY = st.lists(
     ),
     max_size=10,
 ).map("".join)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_block_is_the_originals_text_in_the_originals_tokens(tokenizer):

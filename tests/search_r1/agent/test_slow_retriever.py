@@ -10,7 +10,7 @@ from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.search.client.config import RetrieverConfig
 from tests.models import make_tokenizer
 from tests.retrieval import serving, wait_until_ready
-from tests.search_r1.search.test_server import app
+from tests.search_r1.search.echo import app
 from verl.agent import Completion, Trajectory, context_digest
 from verl.rollout.agent_worker import AgentLoopWorker, Job
 from verl.rollout.router import Router

@@ -10,7 +10,7 @@ from search_r1.agent.baselines import ReActLoop, SearchO1Loop
 from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.prompts import INVALID_ACTION, INVALID_MESSAGE
 from tests.e2e.runs import ROOT
-from tests.search_r1.agent.test_loop import ADA, ANSWER, BLOCK, SEARCH, Engine, Library, shown
+from tests.search_r1.agent.scripted import ADA, ANSWER, BLOCK, SEARCH, Engine, Library, shown
 from tests.templates import FAMILIES
 from verl.agent import Completion, Source, context_digest
 

@@ -14,8 +14,7 @@ import pytest
 
 from search_r1.rewards.config import SearchRewardConfig
 from tests.keys import Bench, Case, Probe, Setting, defaults_of
-from tests.models import make_tokenizer
-from tests.search_r1.rewards.test_rewards import trajectory_of
+from tests.search_r1.rewards.trajectories import trajectory_of
 from verl.agent import Source, Trajectory, TrajectoryFailed
 from verl.trainer.config import build_reward
 
@@ -227,11 +226,6 @@ TABLE = [
     Case("reward.judge_endpoint.backoff_s", 2.0, waits_for_a_broken_judge, JUDGED),
     Case("reward.judge_endpoint.max_concurrent", 3, requests_at_a_time, JUDGED),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("case", TABLE, ids=[f"{case.key}={case.other}" for case in TABLE])

@@ -29,10 +29,10 @@ from search_r1.rewards.matching import (
     normalize_answer,
     substring_match,
 )
-from tests.models import make_tokenizer
 from tests.retrieval import serving
+from tests.search_r1.rewards.trajectories import trajectory_of
 from tests.templates import make_family_tokenizer
-from verl.agent import Segment, Source, Trajectory, TrajectoryFailed
+from verl.agent import Source, TrajectoryFailed
 from verl.trainer.config import validate
 from verl.trainer.driver import check_trainable
 from verl.utils.errors import ConfigError
@@ -47,11 +47,6 @@ WORDS = st.lists(
     max_size=6,
 )
 TEXT = st.one_of(WORDS.map(" ".join), st.text(max_size=20))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize(
@@ -112,20 +107,6 @@ def test_gold_answers():
         "a"
     ]
     assert gold_answers("a") == ["a"] and gold_answers(["a", 7]) == ["a", "7"]
-
-
-def trajectory_of(tokenizer, *segments):
-    made = [
-        Segment(
-            Source.MODEL if author == "M" else Source.OBSERVATION,
-            encode_text(tokenizer, text),
-            policy_version=3,
-        )
-        for author, text in segments
-    ]
-    return Trajectory(
-        encode_text(tokenizer, "For example, <answer> Beijing </answer>. Question: x?\n"), made
-    )
 
 
 def score(tokenizer, trajectory, gold, **weights):

@@ -13,7 +13,7 @@ from search_r1.search.client.client import encodable
 from search_r1.search.client.config import RetrieverConfig
 from search_r1.search.client.errors import ServerBusy
 from tests.retrieval import retrieval_server, serving, write_corpus
-from tests.search_r1.search.test_server import ROWS, Engine, Gate, app
+from tests.search_r1.search.echo import ROWS, Engine, Gate, app
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from search_r1.search.engines.bm25 import BM25Retriever
 from search_r1.search.server.app import create_app
 from search_r1.search.server.service import ServerSettings
 from tests.retrieval import serving, wait_until_ready, write_corpus
-from tests.search_r1.search.test_server import ROWS
+from tests.search_r1.search.echo import ROWS
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 """Beyond 200, other ones at every run."""

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
 from tests.models import make_tiny_qwen2, perturb, rig
+from tests.processes import until
 from tests.trained import edit_json
 from verl.agent import Completion, context_digest
 from verl.rollout.vllm_server import VLLMServer, stop_token_ids
@@ -73,6 +74,10 @@ class Lab:
         }
         defaults["log_probs"] = True
         return self.server.generate(f"r{next(self.names)}", prompt, defaults | sampling)
+
+    def unfinished(self) -> int:
+        """Requests that the engine has accepted and not ended."""
+        return self.server.engine.output_processor.get_num_unfinished_requests()
 
     def sync(self, model: Qwen2ForCausalLM, version: int = 0) -> None:
         async def run():
@@ -331,7 +336,7 @@ def test_versions_and_requests_around_a_sync(lab):
 
     async def scene():
         running = asyncio.create_task(lab.generate(prompt, max_tokens=60, seed=1))
-        await asyncio.sleep(0.05)
+        await until(lambda: lab.unfinished() == 1 or running.done())
         await lab.server.begin_weight_update()
         waiting = asyncio.create_task(lab.generate(prompt, max_tokens=10))
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
@@ -351,7 +356,7 @@ def test_cancelled_requests_leave_the_others_alone(lab):
 
     async def scene():
         tasks = [asyncio.create_task(lab.generate(p, max_tokens=200)) for p in prompts(20)]
-        await asyncio.sleep(0.1)
+        await until(lambda: lab.unfinished() == 20)
         for task in tasks[::2]:
             task.cancel()
         return await asyncio.gather(*tasks, return_exceptions=True)
@@ -359,7 +364,7 @@ def test_cancelled_requests_leave_the_others_alone(lab):
     (results,) = lab.run(scene())
     assert any(isinstance(r, asyncio.CancelledError) for r in results[::2])
     assert all(isinstance(r, Completion) for r in results[1::2])
-    assert lab.server.engine.output_processor.get_num_unfinished_requests() == 0
+    assert lab.unfinished() == 0
 
 
 def test_a_prompt_beyond_the_context_is_an_error(lab):

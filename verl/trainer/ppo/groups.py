@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from verl.agent import RewardFn, Source, Trajectory
+from verl.agent import GroupReward, RewardFn, Source, Trajectory
 from verl.rollout.agent_worker import Failure, Job
 from verl.utils.errors import RewardError
 from verl.utils.reward import compare
@@ -28,7 +28,7 @@ def score_groups(
     Returns the results. A trajectory that this leaves without a finite score is a failure. Raises
     RewardError when the reward raises.
     """
-    if not hasattr(reward, "score_groups"):
+    if not isinstance(reward, GroupReward):
         return list(results)
     compared_jobs, compared, _ = surviving(jobs, results, min_group)
     if not compared:
