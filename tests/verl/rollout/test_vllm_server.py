@@ -76,8 +76,13 @@ class Lab:
         return self.server.generate(f"r{next(self.names)}", prompt, defaults | sampling)
 
     def unfinished(self) -> int:
-        """Requests that the engine has accepted and not ended."""
+        """Number of requests that were made and have not ended."""
         return self.server.engine.output_processor.get_num_unfinished_requests()
+
+    def writing(self) -> int:
+        """Number of them of which the engine has sampled a token."""
+        states = self.server.engine.output_processor.request_states.values()
+        return sum(not state.is_prefilling for state in states)
 
     def sync(self, model: Qwen2ForCausalLM, version: int = 0) -> None:
         async def run():
@@ -336,7 +341,7 @@ def test_versions_and_requests_around_a_sync(lab):
 
     async def scene():
         running = asyncio.create_task(lab.generate(prompt, max_tokens=60, seed=1))
-        await until(lambda: lab.unfinished() == 1 or running.done())
+        await until(lambda: lab.writing() == 1 or running.done())
         await lab.server.begin_weight_update()
         waiting = asyncio.create_task(lab.generate(prompt, max_tokens=10))
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
