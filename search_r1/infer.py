@@ -158,16 +158,16 @@ def show_colored(
     source: str, text: str, out: IO[str] | None = None, call_tags: Sequence[str] = ("search",)
 ) -> None:
     """Writes a part, in colours where a terminal reads them (and NO_COLOR is not set)."""
-    out = sys.stdout if out is None else out
-    if out.isatty() and "NO_COLOR" not in os.environ:
+    file = sys.stdout if out is None else out
+    if file.isatty() and "NO_COLOR" not in os.environ:
         if source == Source.OBSERVATION:
             text = f"{COLORS['observation']}{text}{PLAIN}"
         for tag in ("think", *call_tags, "answer"):
             color = COLORS.get(tag, COLORS["search"])
             text = text.replace(f"<{tag}>", f"{color}<{tag}>")
             text = text.replace(f"</{tag}>", f"</{tag}>{PLAIN}")
-    out.write(text)
-    out.flush()
+    file.write(text)
+    file.flush()
 
 
 async def ask_aloud(session: InferenceSession, questions: Iterator[str]) -> None:
