@@ -306,8 +306,9 @@ def with_full_path(text: str, folder: Path, paths: frozenset[str], models: froze
         return text
     key = parsed[0].key_or_group
     value = parsed[0].value()
-    is_text = isinstance(value, str) and value != ""
-    is_local = is_text and (folder / Path(value).expanduser()).exists()
+    is_local = False
+    if isinstance(value, str) and value:
+        is_local = (folder / Path(value).expanduser()).exists()
     if (key in paths and value) or (key in models and is_local):
         return f"{text.partition('=')[0]}={resolved(value, folder)}"
     return text
