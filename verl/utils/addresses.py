@@ -1,8 +1,7 @@
-"""Which addresses are asked directly, whatever proxy the environment names: those of this machine
-and of its cluster.
+"""Which addresses are asked directly, whatever proxy the environment names.
 
-`search_r1/search/addresses.py` and `verl/utils/addresses.py` are one text: the retrieval side runs
-without verl.
+They are those of this machine and of its cluster. `search_r1/search/addresses.py` and
+`verl/utils/addresses.py` are one text: the retrieval side runs without verl.
 """
 
 import ipaddress
@@ -18,8 +17,7 @@ ICANN)."""
 
 
 def direct(*urls: str) -> dict[str, None]:
-    """The `mounts` of an httpx client by which it asks the internal ones of these addresses without
-    a proxy.
+    """The `mounts` of an httpx client that asks internal addresses without a proxy.
 
     About all others the environment decides (`http_proxy`, `https_proxy`, `no_proxy`).
     """
@@ -28,8 +26,9 @@ def direct(*urls: str) -> dict[str, None]:
 
 
 def host_of(url: str) -> str:
-    """The host of an address; empty where there is none, which the request itself will complain
-    about.
+    """The host of an address, empty where there is none.
+
+    The request itself will complain about that.
 
     >>> host_of("http://Node7:8000/retrieve"), host_of("http://[::1]:8000"), host_of("http://[::1")
     ('node7', '::1', '')
@@ -46,11 +45,10 @@ def bracketed(host: str) -> str:
 
 
 def is_internal(host: str) -> bool:
-    """Whether a host is of this machine or its cluster: no public proxy could reach it, or it is
-    not a proxy's to know.
+    """Whether a host is of this machine or its cluster.
 
-    Loopback, private and link-local numbers, names without a dot, names of private domains, the
-    machine's own name.
+    No public proxy could reach it, or it is not a proxy's to know. Loopback, private and link-local
+    numbers, names without a dot, names of private domains, the machine's own name.
 
     >>> [is_internal(host) for host in ("127.0.0.1", "10.1.2.3", "fe80::1", "node7", "db.internal")]
     [True, True, True, True, True]
