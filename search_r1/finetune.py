@@ -37,7 +37,7 @@ from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.model_names import full_path
 from verl.utils.processes import dying_with_this
-from verl.utils.run_folder import claim, pending_place, replace_folder
+from verl.utils.run_folder import claim, replacing
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
 
 
@@ -98,9 +98,8 @@ class Finetune:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.train(self.rows(folder), folder)
             self.model = str(folder / "hf")
-        pending = pending_place(final)
-        shutil.copytree(self.model, pending)
-        replace_folder(pending, final, carry_over=True)
+        with replacing(final, carry_over=True) as pending:
+            shutil.copytree(self.model, pending, dirs_exist_ok=True)
         return final
 
     def made_of(self) -> dict[str, Any]:

@@ -48,8 +48,7 @@ Index = slice | Sequence[int] | np.ndarray | torch.Tensor
 
 @dataclass
 class DataProto:
-    """Rows of tensors (`batch`) and of objects (`non_tensor_batch`), with `meta_info` about all of
-    them.
+    """Rows of tensors (`batch`) and of objects (`non_tensor_batch`), with `meta_info` about them.
 
     Every operation returns a new object; tensors may be shared with the old one.
 
@@ -91,8 +90,10 @@ class DataProto:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DataProto":
-        """The batch in a file of `save`. Runs nothing that the file may hold: raises
-        UnpicklingError instead."""
+        """The batch in a file of `save`.
+
+        It runs nothing that the file may hold: it raises UnpicklingError instead.
+        """
         content = torch.load(path, weights_only=True)
         rest = json.loads(content["rest"])
         objects = {
@@ -184,8 +185,7 @@ class DataProto:
         )
 
     def repeat(self, repeat_times: int, interleave: bool = True) -> "DataProto":
-        """Each row `repeat_times` times: side by side (`interleave`), or the whole batch over and
-        over."""
+        """Each row `repeat_times` times: side by side (`interleave`), or batch after batch."""
         rows = np.arange(len(self))
         return self[np.repeat(rows, repeat_times) if interleave else np.tile(rows, repeat_times)]
 
@@ -199,14 +199,14 @@ class DataProto:
 
 
 def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) -> DataProto:
-    """The batch of `trajectories`, in their order: the columns that the schema gives to the agent
-    loop and reward.
+    """The batch of `trajectories`, in their order.
 
-    A row with prompt [p, q] and response  m m o o m  (m sampled, o observed), where P = 3, R = 6:
+    It has the columns that the schema gives to the agent loop and the reward. A row with prompt [p,
+    q] and response m m o o m (m sampled, o observed), where P = 3, R = 6:
 
-        prompts        . p q          attention_mask  0 1 1 | 1 1 1 1 1 0
-        responses      m m o o m .    response_mask           1 1 0 0 1 0
-        scores         0 0 0 0 s 0
+    prompts        . p q          attention_mask  0 1 1 | 1 1 1 1 1 0
+    responses      m m o o m .    response_mask           1 1 0 0 1 0
+    scores         0 0 0 0 s 0
 
     Raises ValueError for a trajectory without a sampled token: it has nothing to train, the caller
     drops and counts it. And for a sampled segment that does not have a log-prob for every token.
@@ -219,9 +219,6 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
     sampled = response_mask.any(axis=1)
     if not sampled.all():
         raise ValueError(f"trajectory {int(np.argmin(sampled))} has no token of the policy")
-    last = real.shape[1] - 1 - np.argmax(response_mask[:, ::-1], axis=1)
-    scores = np.zeros(real.shape, dtype=np.float32)
-    scores[np.arange(len(trajectories)), last] = [t.reward["score"] for t in trajectories]
     columns = {
         "prompts": prompts,
         "responses": spread(tokens.ids, real, pad_token_id),
@@ -230,17 +227,25 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
         "rollout_log_probs": spread(tokens.log_probs, real, 0.0),
         "policy_versions": spread(tokens.versions, real, -1),
         "turns": spread(tokens.turns, real, -1),
-        "token_level_scores": scores,
+        "token_level_scores": token_level_scores(trajectories, response_mask),
         "truncated": np.array([t.truncated for t in trajectories]),
         "void_turns": np.array([t.void_turns for t in trajectories]),
     }
     return DataProto.from_dict({key: torch.from_numpy(column) for key, column in columns.items()})
 
 
+def token_level_scores(trajectories: Sequence[Trajectory], response_mask: np.ndarray) -> np.ndarray:
+    """The score of each trajectory on its last policy token, 0 elsewhere: [B, R], float32."""
+    # the first true entry from the right; every row has one
+    last = response_mask.shape[1] - 1 - np.argmax(response_mask[:, ::-1], axis=1)
+    scores = np.zeros(response_mask.shape, dtype=np.float32)
+    scores[np.arange(len(trajectories)), last] = [t.reward["score"] for t in trajectories]
+    return scores
+
+
 @dataclass(frozen=True)
 class ResponseTokens:
-    """The response tokens of many trajectories, one after the other, and what is known of each:
-    arrays [N]."""
+    """The response tokens of many trajectories, one after the other: arrays [N]."""
 
     ids: np.ndarray
     log_probs: np.ndarray
@@ -252,11 +257,11 @@ class ResponseTokens:
 
 
 def response_tokens(trajectories: Sequence[Trajectory]) -> ResponseTokens:
-    """All response tokens. Raises ValueError for a sampled segment with another number of log-probs
-    than tokens.
+    """All response tokens of `trajectories`.
 
-    Tokens are Python integers in lists; all of them become one array at once, which is much faster
-    than row by row.
+    Raises ValueError for a sampled segment with another number of log-probs than tokens. Tokens are
+    Python integers in lists; all of them become one array at once, which is much faster than row by
+    row.
     """
     segments = [segment for trajectory in trajectories for segment in trajectory.segments]
     lengths = np.array([len(segment.token_ids) for segment in segments], dtype=np.int64)
@@ -304,7 +309,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.nd
 
 
 def spread(values: np.ndarray, real: np.ndarray, pad: float) -> np.ndarray:
-    """`values` [N] at the N places where `real` [B, L] is true, row by row, and `pad` elsewhere."""
+    """`values` [N] where `real` [B, L] is true, row by row, and `pad` elsewhere."""
     whole = np.full(real.shape, pad, dtype=values.dtype)
     whole[real] = values
     return whole

@@ -1,5 +1,4 @@
-"""The benchmarks of the paper in the training schema: from the Hugging Face hub, or from their
-native files."""
+"""The benchmarks of the paper in the training schema, from the hub or from native files."""
 
 import argparse
 import asyncio
@@ -100,8 +99,10 @@ def read_hub(name: str, split: str) -> tuple[str, Any]:
 def to_training_row(
     row: dict[str, Any], name: str, split: str, index: int, prompt: str
 ) -> dict[str, Any]:
-    """The row as the original's scripts write it, with what is known of gold passages in
-    `extra_info`."""
+    """The row as the original's scripts write it.
+
+    What is known of gold passages is in `extra_info`.
+    """
     gold = {key: row[key] for key in ("gold_titles", "gold_ids", "hops") if row.get(key)}
     question = with_mark(row["question"])
     answers = row["golden_answers"]
@@ -178,8 +179,10 @@ def parse_sources(text: str) -> list[Source]:
 def command(
     description: str, default_sources: str, default_dir: str, splits: Sequence[str], template: str
 ) -> int:
-    """The command line that the scripts of `scripts/data_process` share: writes a parquet file for
-    each of `splits`."""
+    """Runs the command line that the scripts of `scripts/data_process` share.
+
+    It writes a parquet file for each of `splits`.
+    """
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add(

@@ -1,8 +1,7 @@
-"""What the files of a folder were made from: they are made anew when that changes, but never where
-a user's stand.
+"""What the files of a folder were made from.
 
-A record beside them holds the inputs, and a hash of each file, which tells whether it was changed
-by hand since.
+They are made anew when that changes, but never where a user's files are. A record beside them holds
+the inputs, and a hash of each file, which tells whether it was changed by hand since.
 """
 
 import hashlib
@@ -24,11 +23,10 @@ def sha256(path: Path) -> str:
 
 
 def is_current(folder: Path, inputs: dict[str, Any], names: Sequence[str]) -> bool:
-    """Whether the files `names` of `folder` are there and were made from `inputs`; if not, they may
-    be made.
+    """Whether the files `names` of `folder` are there and were made from `inputs`.
 
-    Files that were changed by hand are current while their inputs are. Raises DataError where
-    making them would replace what was not made here, or was changed by hand.
+    If not, they may be made. Files that were changed by hand are current while their inputs are.
+    Raises DataError where making them would replace what was not made here, or was changed by hand.
     """
     there = [name for name in names if (folder / name).exists()]
     if not there:
@@ -55,8 +53,10 @@ def is_current(folder: Path, inputs: dict[str, Any], names: Sequence[str]) -> bo
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What stands in the record of a folder; None without one. Raises DataError for something else
-    in its place."""
+    """The record of a folder, None without one.
+
+    Raises DataError for something else in its place.
+    """
     path = folder / RECORD
     if not path.is_file():
         return None
@@ -72,8 +72,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def making(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write files in, which move to `folder`, with a record, when the block ends
-    without an error."""
+    """Gives a folder to write files in.
+
+    They move to `folder`, with a record, when the block ends without an error.
+    """
     pending = folder / "making.tmp"
     shutil.rmtree(pending, ignore_errors=True)  # of a process that was killed
     pending.mkdir(parents=True)

@@ -1,5 +1,6 @@
-"""`python -m search_r1.data.prepare --questions FILE --out DIR`: questions and answers into
-training files.
+"""Questions and answers into training files.
+
+    python -m search_r1.data.prepare --questions FILE --out DIR
 
 FILE is JSONL, JSON, CSV, TSV or parquet with `question` and `answer`, `answers` or
 `golden_answers`, or in the native form of a benchmark (docs/data.md); rows that already have the
@@ -53,8 +54,10 @@ def convert(record: dict[str, Any], source: str, template: str, index: int) -> d
 
 
 def prepare(path: Path, template: str, skip_bad: bool = False) -> list[dict[str, Any]]:
-    """All rows of a file. Raises DataError listing the first problems and their number, unless bad
-    rows are skipped."""
+    """All rows of a file as training rows.
+
+    Raises DataError listing the first problems and their number, unless bad rows are skipped.
+    """
     rows = []
     problems = []
     for index, (place, record) in enumerate(read_rows(path)):
@@ -85,13 +88,15 @@ def inputs_of(path: Path, template: str, test_size: int, skip_bad: bool = False)
 
 
 def questions(rows: list[dict[str, Any]]) -> set[str]:
-    """The different prompts of the rows, normalised as answers are: without case, articles and
-    punctuation."""
+    """The different prompts of the rows, normalised as answers are.
+
+    Case, articles and punctuation do not count.
+    """
     return {normalize_answer(row["prompt"][-1]["content"]) for row in rows}
 
 
-def main() -> None:
-    """Command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m search_r1.data.prepare", description="Make training files."
     )
@@ -120,7 +125,12 @@ def main() -> None:
         action="store_true",
         help="make the files even where others stand, or they were changed by hand",
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Makes the files that the command line asks for, unless they are current."""
+    args = build_parser().parse_args()
     try:
         inputs = inputs_of(args.questions, args.template, args.test_size, args.skip_bad)
         if not args.overwrite and is_current(args.out, inputs, (TRAIN, TEST)):

@@ -1,5 +1,6 @@
-"""`python -m search_r1.data.rejection --trajectories FILE --out FILE`: rows for rejection-sampling
-fine-tuning.
+"""Rows for rejection-sampling fine-tuning.
+
+    python -m search_r1.data.rejection --trajectories FILE --out FILE
 
 Keeps the trajectories of a run (`<run folder>/trajectories/*.jsonl`) that scored high enough, as
 rows of `verl.trainer.sft`: the ids that were sampled, with loss on the policy's own tokens only
@@ -18,8 +19,10 @@ from verl.utils.errors import DataError
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a trajectory file. Raises DataError naming file and line for a line that is no
-    such record."""
+    """The records of a trajectory file.
+
+    Raises DataError naming file and line for a line that is no such record.
+    """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

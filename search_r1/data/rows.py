@@ -1,11 +1,11 @@
-"""Reading question files of every kind, row by row, with the place of each for messages."""
+"""Question files of every kind, read row by row; messages say where a row is."""
 
 import csv
 import gzip
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,47 +27,72 @@ Record = dict[str, Any] | str
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Record]]:
-    """(place for messages, record or what is wrong with the line) of each row; blank lines are
-    none.
+    """Each row of a file: where it is, for messages, and its record or what is wrong with it.
 
-    Raises DataError for a file that cannot be read.
+    Blank lines are no rows. Raises DataError for a file that cannot be read.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     kind = Path(path.name.removesuffix(".gz")).suffix
-    if kind == ".parquet":
-        try:
-            records = pq.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable parquet file ({error})") from error
-        yield from ((f"{path}, row {number}", record) for number, record in enumerate(records))
-    elif kind == ".csv":
-        text = read_text(path)
-        separator = separator_of(first_line(text))
-        if separator is None:
-            raise DataError(
-                f"{path}, line 1: no column named question, separated by one of "
-                f"{' '.join(map(repr, SEPARATORS))}; "
-                f"found {first_line(text)[:100]!r}"
-            )
-        yield from table_rows(path, text, separator)
-    elif kind in (".tsv", ".txt"):
-        text = read_text(path)
-        if "\t" in first_line(text) and separator_of(first_line(text)) == "\t":
-            yield from table_rows(path, text, "\t")
-        else:
-            yield from ((place, parse_topic(line)) for place, line in numbered(path, text))
-    elif kind in (".jsonl", ".json"):
-        text = read_text(path)
-        entries = (
-            parse_array(path, text) if text.lstrip().startswith("[") else parse_document(path, text)
-        )
-        if entries is None:
-            yield from ((place, parse_line(line)) for place, line in numbered(path, text))
-        else:
-            yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(entries))
-    else:
+    if kind not in READERS:
         raise DataError(f"{path}: expected {KINDS}")
+    yield from READERS[kind](path)
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
+    """`read_rows` of a parquet file."""
+    try:
+        records = pq.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error})") from error
+    for number, record in enumerate(records):
+        yield f"{path}, row {number}", record
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
+    """`read_rows` of a table whose separator its first line tells."""
+    text = read_text(path)
+    separator = separator_of(first_line(text))
+    if separator is None:
+        raise DataError(
+            f"{path}, line 1: no column named question, separated by one of "
+            f"{' '.join(map(repr, SEPARATORS))}; found {first_line(text)[:100]!r}"
+        )
+    yield from table_rows(path, text, separator)
+
+
+def tab_rows(path: Path) -> Iterator[tuple[str, Record]]:
+    """`read_rows` of a table with tabs, or of lines `question <tab> answers` without a header."""
+    text = read_text(path)
+    if "\t" in first_line(text) and separator_of(first_line(text)) == "\t":
+        yield from table_rows(path, text, "\t")
+        return
+    for where, line in numbered(path, text):
+        yield where, parse_topic(line)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, Record]]:
+    """`read_rows` of JSONL, of a JSON array, or of one object that holds the records."""
+    text = read_text(path)
+    parse = parse_array if text.lstrip().startswith("[") else parse_document
+    entries = parse(path, text)
+    if entries is None:
+        for where, line in numbered(path, text):
+            yield where, parse_line(line)
+        return
+    for number, entry in enumerate(entries):
+        yield f"{path}, entry {number}", entry
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, Record]]]] = {
+    ".parquet": parquet_rows,
+    ".csv": csv_rows,
+    ".tsv": tab_rows,
+    ".txt": tab_rows,
+    ".jsonl": json_rows,
+    ".json": json_rows,
+}
+"""By the ending of the file's name."""
 
 
 def first_line(text: str) -> str:
@@ -76,8 +101,10 @@ def first_line(text: str) -> str:
 
 
 def separator_of(header: str) -> str | None:
-    """What separates the columns of a table: the first that leaves a column of questions. None
-    without one."""
+    """What separates the columns of a table, None without a column of questions.
+
+    It is the first separator that leaves such a column.
+    """
     for separator in SEPARATORS:
         columns = next(csv.reader([header], delimiter=separator), [])
         if QUESTION_COLUMNS & {column.strip() for column in columns}:
@@ -86,8 +113,10 @@ def separator_of(header: str) -> str | None:
 
 
 def table_rows(path: Path, text: str, separator: str) -> Iterator[tuple[str, Record]]:
-    """(place, record) of each row of a table whose first line names its columns. Raises DataError
-    for no table."""
+    """Each row of a table whose first line names its columns, with its line for messages.
+
+    Raises DataError for what is no table.
+    """
     table = text.lstrip()
     blank_lines = text[: len(text) - len(table)].count("\n")
     reader = csv.DictReader(io.StringIO(table, newline=""), delimiter=separator)
@@ -102,6 +131,7 @@ def table_rows(path: Path, text: str, separator: str) -> Iterator[tuple[str, Rec
 
 
 def numbered(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    """The lines that are not blank, each with its number for messages."""
     return (
         (f"{path}, line {number}", line)
         for number, line in enumerate(text.split("\n"), 1)
@@ -110,6 +140,7 @@ def numbered(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 
 def read_text(path: Path) -> str:
+    """The text of a file, gzipped or not. Raises DataError if it cannot be read or decoded."""
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
@@ -137,9 +168,8 @@ def parse_array(path: Path, text: str) -> list[Record]:
     try:
         entries = json.loads(text)
     except ValueError as error:
-        if (
-            "\n[" in text.strip() or "]\n" in text.strip()
-        ):  # one array a line: JSONL of the wrong kind
+        # one array a line: JSONL of the wrong kind
+        if "\n[" in text.strip() or "]\n" in text.strip():
             return [parse_line(line) for line in text.split("\n") if line.strip()]
         raise DataError(f"{path}: not JSON ({error})") from error
     return [
@@ -149,8 +179,7 @@ def parse_array(path: Path, text: str) -> list[Record]:
 
 
 def parse_document(path: Path, text: str) -> Sequence[Record] | None:
-    """The records of a file that is one JSON object, as SQuAD and TriviaQA are published; None for
-    JSONL.
+    """The records of a file that is one JSON object, as SQuAD is published; None for JSONL.
 
     Raises DataError for an object over several lines that holds no records.
     """
@@ -162,8 +191,7 @@ def parse_document(path: Path, text: str) -> Sequence[Record] | None:
     if records is None and "\n" in text.strip():
         raise DataError(
             f"{path}: one object with the keys {', '.join(document)}: expected one object per "
-            "line, an array of them, "
-            "or an object that holds them under data"
+            "line, an array of them, or an object that holds them under data"
         )
     return records
 
@@ -195,7 +223,7 @@ def parse_cells(record: dict[Any, Any]) -> Record:
     return parsed
 
 
-def texts(value: Any) -> list[str]:
+def texts(value: object) -> list[str]:
     """The non-empty texts of a value or list of values. Raises ValueError for anything nested."""
     return [text.strip() for text in answers_of(value)]
 
@@ -209,8 +237,10 @@ def texts_under(key: str, record: dict[str, Any]) -> list[str]:
 
 
 def question_and_answers(record: dict[str, Any]) -> tuple[str, list[str]]:
-    """Of a record that `normalise` has read. Raises ValueError when it lacks one, or holds
-    something else there."""
+    """The question and the answers of a record that `normalise` has read.
+
+    Raises ValueError when it lacks one, or holds something else there.
+    """
     question = record.get("question") or ""
     if not isinstance(question, str):
         raise ValueError(f"question: expected a text, got {kind_of(question)}")
@@ -223,8 +253,10 @@ def question_and_answers(record: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def settle(problems: Sequence[str], skip_bad: bool) -> None:
-    """Raises DataError listing `problems`; with `skip_bad` says how many rows are left out, and why
-    the first is."""
+    """Raises DataError listing `problems`.
+
+    With `skip_bad` it only says how many rows are left out, and why the first is.
+    """
     if problems and not skip_bad:
         raise DataError(listed(problems))
     if problems:
@@ -234,8 +266,10 @@ def settle(problems: Sequence[str], skip_bad: bool) -> None:
 def training_row(
     question: str, answers: list[str], source: str, prompt: str, **extra: Any
 ) -> dict[str, Any]:
-    """A line of the training parquet in the original's schema. `extra`: what else is known (split,
-    index, gold)."""
+    """A line of the training parquet in the original's schema.
+
+    `extra`: what else is known (split, index, gold).
+    """
     return {
         "data_source": source,
         "prompt": [{"role": "user", "content": prompt}],

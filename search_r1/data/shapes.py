@@ -1,7 +1,7 @@
-"""The native records of the benchmarks, told by their keys, as `question`, `golden_answers` and
-what is known of gold.
+"""The native records of the benchmarks in one form: `question`, `golden_answers`, gold.
 
-Pure functions: a record that no shape fits is returned as it is.
+A record's keys tell which benchmark it is of. Pure functions: a record that no shape fits is
+returned as it is.
 """
 
 import ast
@@ -29,8 +29,10 @@ def supporting_facts(r: Record) -> Record:
 
 
 def paragraphs(r: Record) -> Record:
-    """MuSiQue, and HotpotQA with paragraphs: the titles of the supporting ones, hops from the id
-    where it says so."""
+    """MuSiQue, and HotpotQA with paragraphs: the titles of the supporting ones.
+
+    Hops come from the id where it says so.
+    """
     gold = [p["title"] for p in r["paragraphs"] if p.get("is_supporting") or p.get("is_gold")]
     hops = HOPS.search(str(r.get("id")))
     titles = list(dict.fromkeys(gold))
@@ -68,8 +70,10 @@ def triviaqa(r: Record) -> Record:
 
 
 def natural_questions(r: Record) -> Record:
-    """Natural Questions, of the hub or as published: the short answers of all annotators, or their
-    yes or no."""
+    """Natural Questions, of the hub or as published: the answers of all annotators.
+
+    They are their short answers, or their yes or no.
+    """
     annotations = r["annotations"]
     if isinstance(annotations, dict):  # the hub has columns
         columns = annotations.values()
@@ -90,8 +94,10 @@ def natural_questions(r: Record) -> Record:
 
 
 def short_answers(spans: Any, r: Record) -> list[str]:
-    """The texts of spans of a record of Natural Questions, which gives either them or the places of
-    their tokens."""
+    """The texts of spans of a record of Natural Questions.
+
+    The record gives either the texts or the positions of their tokens.
+    """
     if isinstance(spans, dict):
         return list(spans["text"])
     return [span["text"] if "text" in span else tokens_between(r, span) for span in spans]
@@ -126,8 +132,7 @@ def webquestions(r: Record) -> Record:
 
 
 def verl_style(r: Record) -> Record:
-    """A training row of another project, whose prompt is the bare question or keeps it in
-    `extra_info`."""
+    """A training row of another project, with its question as prompt or in `extra_info`."""
     extra = r.get("extra_info") or {}
     truth = r["reward_model"]["ground_truth"]
     prompt = r["prompt"]
@@ -148,8 +153,7 @@ def flashrag(r: Record) -> Record:
 
 
 def plain(r: Record) -> Record:
-    """`question` and `answer` under whatever case: NQ-open, SQuAD, WebQuestions of the hub,
-    Bamboogle, R1-Searcher.
+    """`question` and `answer` under whatever case: NQ-open, SQuAD, Bamboogle and others.
 
     Gold is what `ctxs` marks so.
     """
@@ -170,8 +174,7 @@ def plain(r: Record) -> Record:
 
 
 def answers_in(answers: Any) -> Any:
-    """The answers in SQuAD's form (`text` and `answer_start`) or TriviaQA's (`value` and
-    `aliases`), without doubles.
+    """The answers in SQuAD's form (`text`) or TriviaQA's (`value` and `aliases`), without doubles.
 
     Anything else as it is, a list or dict also where a text prints it.
     """
@@ -211,8 +214,7 @@ def unprinted(value: Any) -> Any:
 
 
 def unfold(document: Any) -> list[Record] | None:
-    """The records of a file that is one object: SQuAD's articles, TriviaQA's `Data`, any `data`.
-    None without them."""
+    """The records of a file that is one object (SQuAD's, TriviaQA's, any `data`), else None."""
     entries = document.get("Data") or document.get("data") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         return None
@@ -230,8 +232,10 @@ def unfold(document: Any) -> list[Record] | None:
 
 
 def titles_of(facts: Any) -> list[str]:
-    """The different titles of supporting facts: pairs of title and sentence, or a list of titles
-    under `title`."""
+    """The different titles of supporting facts.
+
+    The facts are pairs of title and sentence, or a list of titles under `title`.
+    """
     titles = facts["title"] if isinstance(facts, dict) else [fact[0] for fact in facts]
     return list(dict.fromkeys(titles))
 
@@ -270,8 +274,10 @@ SHAPES: list[tuple[Callable[[Record], bool], Callable[[Record], Record]]] = [
 
 
 def normalise(record: Record) -> Record | str:
-    """The record as `question`, `golden_answers` and, where known, `id`, `gold_titles`, `hops`; or
-    what is wrong."""
+    """The record in the one form, or what is wrong with it.
+
+    Its keys are `question`, `golden_answers` and, where known, `id`, `gold_titles`, `hops`.
+    """
     reader = next((read for fits, read in SHAPES if fits(record)), None)
     if reader is None:
         return record

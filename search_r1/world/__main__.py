@@ -1,5 +1,7 @@
-"""`python -m search_r1.world --out DIR`: writes corpus.jsonl, train.parquet and the held-out
-question files."""
+"""Writes a closed world: corpus.jsonl, train.parquet and the held-out question files.
+
+python -m search_r1.world --out DIR
+"""
 
 import argparse
 import json

@@ -1,5 +1,6 @@
-"""`python -m search_r1.world.base --out DIR`: builds the base model of the closed world, from
-random weights.
+"""Builds the base model of the closed world: `python -m search_r1.world.base --out DIR`.
+
+It begins with random weights.
 
 Stages of supervised fine-tuning (traces.py): recalling facts from a list, then reading them out of
 passages in clean traces, each until the copied words are right often enough; reading at a decaying
@@ -95,8 +96,10 @@ def train(
     rng: random.Random,
     asked: int,
 ) -> None:
-    """Runs `stages` on the model in `start` and writes it to `out`, then asks it so many fresh
-    questions."""
+    """Runs `stages` on the model in `start` and writes it to `out`.
+
+    Then it asks the model so many fresh questions.
+    """
     tokenizer = AutoTokenizer.from_pretrained(start)
     config = SFTConfig(
         model=ModelConfig(path=start, enable_gradient_checkpointing=False),
@@ -126,11 +129,10 @@ def train(
 
 
 def answered(path: str | Path, count: int = 300, seed: int = 1) -> float:
-    """The reading gate: share of `count` fresh questions of one to three hops that the model in
-    `path` answers right.
+    """The reading gate: the share of `count` fresh questions that a model answers right.
 
-    It is given a clean trace up to its last passages, gold ones at any rank among distractors, and
-    goes on greedily.
+    The questions have one to three hops. It is given a clean trace up to its last passages, gold
+    ones at any rank among distractors, and goes on greedily.
     """
     model: Any = Qwen2ForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)

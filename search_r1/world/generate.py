@@ -1,10 +1,10 @@
-"""A closed world of fictional people, cities, companies and countries: its passages and its
-questions.
+"""A closed world of fictional people, cities, companies and countries.
 
-Every name is two invented syllables ("Torvel"), each one token each: names must be copied, not
-looked up. The splits `train`, `test` and `spare` (passages nobody asks about) are islands: no fact
-leads from one to another, so entities of test questions appear in no training question. The island
-`common` is the same for every seed: its facts are what a base model may know without searching.
+It has passages and questions about them. Every name is two invented syllables ("Torvel"), each one
+token each: names must be copied, not looked up. The splits `train`, `test` and `spare` (passages
+nobody asks about) are islands: no fact leads from one to another, so entities of test questions
+appear in no training question. The island `common` is the same for every seed: its facts are what a
+base model may know without searching.
 """
 
 import random
@@ -135,8 +135,10 @@ def fresh_name(rng: random.Random, taken: set[str]) -> str:
 
 
 def passage(entity: Entity, rng: random.Random, filler: int = 0) -> tuple[str, str]:
-    """(title with its quotes, text): the entity's facts, and sentences without a fact between
-    them."""
+    """The title of an entity's passage, in quotes, and its text.
+
+    The text has the entity's facts, and sentences without a fact between them.
+    """
     sentences = [RELATIONS[r].state(entity.name, y) + "." for r, y in entity.facts.items()]
     for _ in range(filler):
         sentences.insert(rng.randint(0, len(sentences)), rng.choice(FILLER).format(entity.name))
@@ -199,8 +201,10 @@ def relation_chains(hops: int) -> list[tuple[str, ...]]:
 
 
 def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) -> list[Question]:
-    """Up to `count` different questions, spread evenly over the kinds of chains; no path visits an
-    entity twice."""
+    """Up to `count` different questions, spread evenly over the kinds of chains.
+
+    No path visits an entity twice.+
+    """
     by_chain: list[list[Question]] = []
     for chain in relation_chains(hops):
         questions = [Question(chain, path) for e in island if (path := follow(island, e, chain))]
@@ -213,8 +217,10 @@ def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) ->
 
 
 def follow(island: dict[str, Entity], name: str, chain: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The path of names from `name` along `chain`; None if it is of another kind or comes back to a
-    name."""
+    """The path of names from `name` along `chain`.
+
+    None if `name` is of another kind or the path comes back to a name.
+    """
     path = [name]
     for relation in chain:
         if relation not in island[path[-1]].facts:

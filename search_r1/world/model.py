@@ -1,11 +1,11 @@
-"""The base model before training: a small Qwen2, its weights random in a form that learns to look
-things up quickly.
+"""The base model before training: a small Qwen2 with random weights.
 
-To answer from passages, a model must find where a name and a relation stood before and copy what
-followed: an induction circuit (Olsson et al. 2022, arXiv 2209.11895), which a plain random start
-takes tens of minutes to find on a CPU. Here heads of the first layer begin by looking one, two and
-three tokens back, and in every layer queries equal keys, so that attention begins by matching
-content (mimetic initialization, Trockman and Kolter 2023, arXiv 2305.09828).
+Their form is one that learns to look things up quickly. To answer from passages, a model must find
+where a name and a relation stood before and copy what followed: an induction circuit (Olsson et al.
+2022, arXiv 2209.11895), which a plain random start takes tens of minutes to find on a CPU. Here
+heads of the first layer begin by looking one, two and three tokens back, and in every layer queries
+equal keys, so that attention begins by matching content (mimetic initialization, Trockman and
+Kolter 2023, arXiv 2305.09828).
 """
 
 from typing import Any

@@ -21,8 +21,10 @@ NAME = re.compile(rf"\b({'|'.join(FIRST)})([a-z]{{3}})\b")
 
 
 def training_texts(rng: random.Random, count: int = 1500) -> Iterator[str]:
-    """Traces without tags. A line break between the halves of each name keeps any pair from
-    becoming one token."""
+    """Traces without tags.
+
+    A line break between the halves of each name keeps any pair from becoming one token.
+    """
     writer = TraceWriter(rng, POOR)
     for _ in range(count):
         text = "\n".join(p.text or format_passages(p.passages) for p in writer())
@@ -30,10 +32,10 @@ def training_texts(rng: random.Random, count: int = 1500) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], syllables: Sequence[str]) -> PreTrainedTokenizerFast:
-    """At most VOCAB_SIZE ids, each of `syllables` one of them (capitalised ones also after a space
-    or a quote).
+    """Trains a tokenizer of at most VOCAB_SIZE ids, each of `syllables` one of them.
 
-    The protocol's tags are one ordinary token each: decoding keeps them.
+    Capitalised syllables are also one id after a space or a quote. The protocol's tags are one
+    ordinary token each: decoding keeps them.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -58,8 +58,10 @@ MAX_TURNS = 4
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a trace. `kind`: prompt, model, read (the model's, copied out of a passage) or
-    observation."""
+    """Part of a trace.
+
+    `kind`: prompt, model, read (the model's, copied out of a passage) or observation.
+    """
 
     kind: str
     text: str
@@ -67,8 +69,10 @@ class Piece:
 
 
 class RecallWriter:
-    """Draws lists of `count` facts, stated once and again in another order: nearly every word is
-    one to look up."""
+    """Draws lists of `count` facts, stated once and again in another order.
+
+    Nearly every word is then one to look up.
+    """
 
     def __init__(self, rng: random.Random, count: int = 8) -> None:
         self.rng = rng
@@ -96,8 +100,10 @@ class RecallWriter:
 
 
 class TraceWriter:
-    """Draws traces of one to three hops, every search with `num_passages` passages in random
-    order."""
+    """Draws traces of one to three hops.
+
+    Every search brings `num_passages` passages in random order.
+    """
 
     def __init__(
         self,
@@ -185,8 +191,7 @@ class TraceWriter:
     def observation(
         self, question: Question, known: int | None, query: str, taken: set[str]
     ) -> Piece:
-        """The passage of path[known], if any, among others such as word matching brings for
-        `query`."""
+        """The passage of path[known], if any, among others that match a word of `query`."""
         rng = self.rng
         entities = []
         kind = rng.choice(KINDS)
@@ -205,8 +210,10 @@ class TraceWriter:
         return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
 
     def distractor(self, query: str, kind: str, taken: set[str]) -> Entity:
-        """An entity of the same or any kind, often one with the query as the object of a fact:
-        those match it."""
+        """An entity of the same or any kind.
+
+        Often `query` is the object of one of its facts: such entities match the query.
+        """
         kind = kind if self.rng.random() < 0.4 else self.rng.choice(KINDS)
         entity = self.entity(fresh_name(self.rng, taken), kind, taken)
         if self.rng.random() < 0.4:
@@ -215,8 +222,10 @@ class TraceWriter:
 
 
 def encode_trace(pieces: Sequence[Piece], tokenizer: Any) -> dict[str, list[int]]:
-    """`input_ids`, `loss_mask` (1 on the model's tokens) and `read_mask` (1 on what it copied out
-    of a passage)."""
+    """`input_ids` of a trace, and masks: `loss_mask` and `read_mask`.
+
+    `loss_mask` is 1 on the model's tokens, `read_mask` on what it copied out of a passage.
+    """
     ids: list[int] = []
     loss: list[int] = []
     read: list[int] = []

@@ -47,8 +47,10 @@ class VLLMServer:
         self.stop_token_ids: list[int] = []
 
     async def start(self) -> None:
-        """Builds the engine. Its weights are the initial ones, or on GPU random ones until the
-        first sync (`dummy`)."""
+        """Builds the engine.
+
+        Its weights are the initial ones, or on GPU random ones until the first sync (`dummy`).
+        """
         os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
         if self.device == "cuda":
             self._build(**self._gpu_arguments())
@@ -61,8 +63,10 @@ class VLLMServer:
         self.stop_token_ids = stop_token_ids(self.model)
 
     def _engine_ended(self) -> None:
-        """Ends this process with its engine, so that both are replaced. vLLM leaves calls to a dead
-        engine hanging."""
+        """Ends this process with its engine, so that both are replaced.
+
+        vLLM leaves calls to a dead engine hanging.
+        """
         if self.engine is not None:
             os._exit(1)
 
@@ -92,10 +96,10 @@ class VLLMServer:
         )
 
     def _cpu_arguments(self) -> dict[str, Any]:
-        """Model and scheduler share one process: for small models the hop between two costs more
-        than the model.
+        """vLLM's arguments on a CPU, where model and scheduler share one process.
 
-        Threads are counted, not pinned: vLLM's own binding puts all replicas on the same cores.
+        For small models the hop between two processes costs more than the model. Threads are
+        counted, not pinned: vLLM's own binding puts all replicas on the same cores.
         """
         share = len(os.sched_getaffinity(0)) // self.num_replicas
         threads = self.config.cpu_threads or max(1, share - 1)
@@ -137,11 +141,12 @@ class VLLMServer:
     async def generate(
         self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
     ) -> Completion:
-        """One completion. `sampling`: temperature, top_p, top_k, max_tokens, stop, seed; log_probs,
-        without which they are zeros and the engine is spared some work.
+        """One completion of a prompt.
 
-        A stop string stays in the output, on the token that completes it, and so does a token that
-        ends a turn; nothing that was not sampled is added.
+        `sampling`: temperature, top_p, top_k, max_tokens, stop, seed; log_probs, without which they
+        are zeros and the engine is spared some work. A stop string stays in the output, on the
+        token that completes it, and so does a token that ends a turn; nothing that was not sampled
+        is added.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -226,8 +231,7 @@ class VLLMServer:
         self.updating = False
 
     async def sleep(self, level: int) -> None:
-        """Frees GPU memory: level 1 keeps the weights in host memory, level 2 drops them (vLLM's
-        levels)."""
+        """Frees GPU memory: level 1 moves the weights to host memory, level 2 drops them."""
         await self.engine.sleep(level)
 
     async def wake_up(self, tags: list[str]) -> None:
@@ -243,8 +247,10 @@ class VLLMServer:
         return stacks()
 
     async def shutdown(self) -> None:
-        """Ends the engine's process. It holds nothing to save, and left to itself takes more than
-        its 5 s of grace."""
+        """Ends the engine's process.
+
+        It holds nothing to save, and left to itself takes more than its 5 s of grace.
+        """
         engine = self.engine
         self.engine = None
         if engine is not None:
@@ -252,11 +258,11 @@ class VLLMServer:
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
-    """Tokens by which a turn ends: EOS of the tokenizer, every EOS of the generation configuration,
-    and the token by which the chat template ends a turn, which may be neither (`<|im_end|>` of
-    Qwen's base models).
+    """Tokens by which a turn ends.
 
-    The engine is told all of them: by itself it would not stop at the template's.
+    They are EOS of the tokenizer, every EOS of the generation configuration, and the token by which
+    the chat template ends a turn, which may be neither (`<|im_end|>` of Qwen's base models). The
+    engine is told all of them: by itself it would not stop at the template's.
     """
     from transformers import AutoTokenizer
     from vllm.transformers_utils.config import try_get_generation_config

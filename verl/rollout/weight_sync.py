@@ -1,5 +1,7 @@
-"""How the engines get the trainer's weights: a memory file system on CPU, vLLM's own weight
-transfer on GPU."""
+"""How the engines get the trainer's weights.
+
+On CPU through a memory file system, on GPU by vLLM's own weight transfer.
+"""
 
 import os
 import shutil
@@ -36,8 +38,10 @@ HEADS = {
 
 @contextmanager
 def memory_folder() -> Iterator[str]:
-    """A folder in the memory file system, removed on the way out; so are those of processes that
-    were killed."""
+    """A folder in the memory file system, removed on the way out.
+
+    So are the folders of processes that were killed.
+    """
     remove_dead_folders()
     with tempfile.TemporaryDirectory(
         prefix=f"{own_prefix()}{os.getpid()}-", dir=MEMORY_FILES
@@ -46,8 +50,10 @@ def memory_folder() -> Iterator[str]:
 
 
 def own_prefix() -> str:
-    """How our folders there begin; a process number follows, which means something in one namespace
-    only."""
+    """How our folders there begin.
+
+    A process number follows, which means something in one namespace only.
+    """
     return f"verl-{os.stat('/proc/self/ns/pid').st_ino}-"
 
 
@@ -84,16 +90,20 @@ def write_engine_model(model: ModelConfig, folder: str) -> None:
 
 
 def has_head(config: PretrainedConfig) -> bool:
-    """Whether the engine of this family has a head; Gemma 2's has the embedding alone, so that
-    nothing stays behind."""
+    """Whether the engine of this family has a head.
+
+    Gemma 2's has the embedding alone, so that nothing stays behind.
+    """
     return config.model_type != "gemma2"
 
 
 def write_weights(
     parameters: Iterable[tuple[str, torch.Tensor]], folder: str, own_head: bool = True
 ) -> None:
-    """Writes `model.safetensors`; with `own_head` an explicit one: a copy of the embedding where
-    they are tied."""
+    """Writes `model.safetensors`.
+
+    With `own_head` it has an explicit head: a copy of the embedding where they are tied.
+    """
     weights = {name: tensor.detach().cpu() for name, tensor in parameters}
     for embedding, head in HEADS.items():
         if (
@@ -156,10 +166,10 @@ class WeightSender:
             self.engine.shutdown()
 
     def _transfer(self) -> None:
-        """Sends through vLLM. Whatever happens to rank 0, it gathers with the other ranks to the
-        end.
+        """Sends through vLLM.
 
-        A group that was broken up because an engine died may raise as well; the death is the cause.
+        Whatever happens to rank 0, it gathers with the other ranks to the end. A group that was
+        broken up because an engine died may raise as well; the death is the cause.
         """
         try:
             self.engine.send_weights()
@@ -171,13 +181,18 @@ class WeightSender:
         self.client.raise_failure()
 
     def _buffer_size(self) -> int:
-        """Bytes of the packed transfer: 1 GiB, as in vLLM, or the largest tensor, which must fit
-        (embeddings of 7B)."""
+        """Bytes of the packed transfer.
+
+        They are 1 GiB, as in vLLM, or those of the largest tensor, which must fit (embeddings of
+        7B).
+        """
         return max(2**30, *(p.numel() * self.dtype.itemsize for p in self.model.parameters()))
 
     def _connect_ipc(self) -> Any:
-        """vLLM's trainer engine over CUDA IPC. Its ranks must be exactly those that share GPUs with
-        the engines."""
+        """vLLM's trainer engine over CUDA IPC.
+
+        Its ranks must be exactly those that share GPUs with the engines.
+        """
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         return self._connect(
@@ -187,11 +202,11 @@ class WeightSender:
         )
 
     def _connect_nccl(self, engine_ranks: int) -> Any:
-        """vLLM's trainer engine over NCCL: rank 0 broadcasts to a group of itself and all engine
-        processes.
+        """vLLM's trainer engine over NCCL.
 
-        A broadcast never ends when one of the group is gone, so rank 0 breaks the group up as soon
-        as it hears of it. The engines that are left stay in their broadcast: all must be replaced.
+        Rank 0 broadcasts to a group of itself and all engine processes. A broadcast never ends when
+        one of the group is gone, so rank 0 breaks the group up as soon as it hears of it. The
+        engines that are left stay in their broadcast: all must be replaced.
         """
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -232,8 +247,10 @@ def reserved_port() -> Iterator[int]:
 
 
 def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
-    """vLLM's view of the policy: names of its checkpoint, whole tensors of the engine's dtype,
-    adapters merged."""
+    """vLLM's view of the policy: whole tensors under the names of its checkpoint.
+
+    They have the engine's dtype, adapters are merged.
+    """
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class PolicySource(WeightSource):
@@ -272,8 +289,10 @@ class EngineClient:
         """Called at the first failure, in the thread that noticed it."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Tells every replica; over NCCL each has the ranks that follow on those of the one
-        before."""
+        """Connects every engine.
+
+        Over NCCL the ranks of an engine follow on those of the one before.
+        """
         infos = [dict(init_info) for _ in self.servers]
         for place, info in enumerate(infos):
             if "rank_offset" in info:

@@ -1,5 +1,7 @@
-"""How a method of a worker is called on all ranks: what each rank gets, and what the driver gets
-back."""
+"""How a method of a worker is called on all ranks.
+
+A mode says what each rank gets, and what the driver gets back.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,8 +33,7 @@ class Registered:
     """Columns that are sent where the batch has them."""
 
     def select(self, method: str, args: Sequence[Any]) -> tuple[Any, ...]:
-        """The arguments, each batch among them with the columns that the method reads and no
-        others.
+        """The arguments, each batch among them with only the columns that the method reads.
 
         Raises KeyError naming `method` and the columns that a batch lacks.
         """

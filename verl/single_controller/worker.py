@@ -16,8 +16,10 @@ PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 
 
 class Worker:
-    """Base of the roles that live on a rank. The process group must exist
-    (`init_process_group`)."""
+    """Base of the roles that live on a rank.
+
+    The process group must exist (`init_process_group`).
+    """
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
@@ -37,11 +39,11 @@ def current_device() -> torch.device:
 def init_process_group(
     rank: int, world_size: int, store: Store | None, device: str, threads: int | None = None
 ) -> None:
-    """Joins this process to the group: nccl on `cuda`, gloo on `cpu` (with `threads` threads per
-    rank).
+    """Joins this process to the group: nccl on `cuda`, gloo on `cpu`.
 
-    The ranks meet in `store`, or where torchrun's environment says. Ranks with a GPU have gloo as
-    well, for what FSDP keeps on the host (`param_offload`).
+    On `cpu` a rank has `threads` threads. The ranks meet in `store`, or where torchrun's
+    environment says. Ranks with a GPU have gloo as well, for what FSDP keeps on the host
+    (`param_offload`).
     """
     if device == "cuda":
         torch.cuda.set_device(0)
@@ -66,8 +68,10 @@ def seed_everything(seed: int) -> None:
 
 
 def make_deterministic() -> None:
-    """Makes torch choose kernels that give the same bits every time, or raise where there is
-    none."""
+    """Makes torch choose kernels that give the same bits every time.
+
+    Torch raises where there is none.
+    """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
 

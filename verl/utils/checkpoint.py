@@ -34,8 +34,7 @@ class Checkpointer:
         self.pending: tuple[str, int, Future[Any]] | None = None
 
     def save(self, path: str, asynchronous: bool = False) -> None:
-        """Writes model, optimizer, place in the schedule and each rank's random state, as they are,
-        under `path`.
+        """Writes model, optimizer, ticks of the schedule and each rank's random state under `path`.
 
         With `asynchronous` it returns once they are copied to host memory (as much again as the
         rank's share of them), and `finish` must be called. Raises CheckpointError, also for an
@@ -54,8 +53,10 @@ class Checkpointer:
                 save(content, **where)
 
     def finish(self) -> None:
-        """Waits until an asynchronous save is on the disk. Raises CheckpointError on every rank if
-        it failed on any."""
+        """Waits until an asynchronous save is on the disk.
+
+        Raises CheckpointError on every rank if it failed on any.
+        """
         if self.pending is None:
             return
         (path, size, future) = self.pending
@@ -64,12 +65,11 @@ class Checkpointer:
             future.result()
 
     def load(self, path: str) -> None:
-        """Restores what `save` wrote, on any number of ranks. Learning rate, betas and weight decay
-        stay as they are.
+        """Restores what `save` wrote, on any number of ranks.
 
-        A rank that was not there when it was saved takes rank 0's place in the schedule and keeps
-        the random state it was seeded with. Raises CheckpointError when it cannot be read,
-        FileNotFoundError when it is not there.
+        Learning rate, betas and weight decay stay as they are. A rank that was not there when it
+        was saved takes rank 0's place in the schedule and keeps the random state it was seeded
+        with. Raises CheckpointError when it cannot be read, FileNotFoundError when it is not there.
         """
         self.finish()
         stored = read_index(path).tensors
@@ -97,11 +97,11 @@ class Checkpointer:
 
 
 def training_state(state: Any) -> dict[str, Any]:
-    """`model` and `optimizer` under names that do not depend on ranks; the tensors are those that
-    train.
+    """`model` and `optimizer` under names that do not depend on ranks.
 
-    Reading the state of an optimizer that has not stepped makes torch take one step with a gradient
-    and a learning rate of zero. That step is undone: all that an optimizer keeps begins as zeros.
+    The tensors are those that train. Reading the state of an optimizer that has not stepped makes
+    torch take one step with a gradient and a learning rate of zero. That step is undone: all that
+    an optimizer keeps begins as zeros.
     """
     fresh = not state.optimizer.state
     model, optimizer = get_state_dict(state.model, state.optimizer)
@@ -115,16 +115,18 @@ def training_state(state: Any) -> dict[str, Any]:
 
 
 def tensors_of(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds of a `training_state`: all but the optimizer's settings, which the
-    configuration has."""
+    """What a checkpoint holds of a `training_state`.
+
+    It is all but the optimizer's settings, which the configuration has.
+    """
     return {"model": content["model"], "optimizer": content["optimizer"]["state"]}
 
 
 def saved_weights(path: str) -> dict[str, torch.Tensor]:
-    """Tensors of the model in a checkpoint by name, on the meta device: shapes and dtypes without
-    the values.
+    """Tensors of the model in a checkpoint by name, on the meta device.
 
-    In this process alone. Raises as `read_index` does.
+    They have shapes and dtypes without the values. In this process alone. Raises as `read_index`
+    does.
     """
     prefix = "model."
     return {
@@ -168,8 +170,10 @@ def from_json_tensor(tensor: torch.Tensor) -> Any:
 
 @contextmanager
 def _explained(done: str, path: str, size: int | None = None) -> Iterator[None]:
-    """Turns torch's report of the ranks that failed, which is no Exception, into a
-    CheckpointError."""
+    """Turns torch's report of the ranks that failed into a CheckpointError.
+
+    The report is not an Exception.
+    """
     try:
         yield
     except CheckpointException as error:
@@ -199,8 +203,7 @@ def _own_key() -> str:
 
 
 def rng_state() -> dict[str, Any]:
-    """Random state of python, numpy, torch and the accelerator of this process, as JSON can hold
-    it."""
+    """Random state of python, numpy, torch and the accelerator, as JSON can hold it."""
     name, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),

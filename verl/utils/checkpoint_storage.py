@@ -36,8 +36,10 @@ Shape = list[NonNegativeInt]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read. The message names the folder, the ranks and what
-    stopped them."""
+    """A checkpoint could not be written or read.
+
+    The message names the folder, the ranks and what stopped them.
+    """
 
 
 class Chunk(Config):
@@ -77,8 +79,10 @@ class TensorWriter(FileSystemWriter):
     """Writes the files as torch does, and the index as JSON."""
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Writes the index, on one rank, once the files of all are written. Raises TypeError for
-        what is no tensor."""
+        """Writes the index, on one rank, once the files of all ranks are written.
+
+        Raises TypeError for what is no tensor.
+        """
         places = {result.index: result.storage_data for written in results for result in written}
         tensors = {
             name: _stored(name, entry, places)

@@ -69,10 +69,10 @@ class RLHFDataset:
 def read_questions(
     files: Sequence[str], max_samples: int | None = None, sample_seed: int = 0
 ) -> tuple[list[str], list[Row]]:
-    """The rows of all files, each with its place for messages, all of them or the sample of
-    `sample_spread`.
+    """The rows of all files, each with its file and number for messages.
 
-    Raises DataError listing the rows that `read_row` refuses.
+    With `max_samples` they are the sample of `sample_spread`. Raises DataError listing the rows
+    that `read_row` refuses.
     """
     places: list[str] = []
     rows: list[Row] = []
@@ -94,11 +94,11 @@ def read_questions(
 
 
 def read_row(record: dict[str, Any]) -> Row:
-    """A row in the form that agents and rewards read: its prompt is a list of messages, its answers
-    are texts.
+    """A row in the form that agents and rewards read.
 
-    A prompt that is a text is one message of the user; a number is its text. Raises ValueError
-    naming the key and what was expected for what cannot be read.
+    Its prompt is a list of messages, its answers are texts. A prompt that is a text is one message
+    of the user; a number is its text. Raises ValueError naming the key and what was expected for
+    what cannot be read.
     """
     source = record["data_source"]
     extra = record.get("extra_info")
@@ -135,10 +135,10 @@ def read_prompt(prompt: object) -> list[dict[str, Any]]:
 
 
 def read_truth(reward_model: object) -> dict[str, Any]:
-    """`reward_model` with the accepted answers as texts: `ground_truth` is one, a list, or holds
-    either as `target`.
+    """`reward_model` with the accepted answers as texts.
 
-    Raises ValueError where there is no answer, or something else in its place.
+    `ground_truth` is an answer, a list of them, or holds either as `target`. Raises ValueError
+    where there is no answer, or something else in its place.
     """
     if not isinstance(reward_model, dict | None):
         raise ValueError(
@@ -167,10 +167,10 @@ def read_target(target: object, key: str) -> str | list[str]:
 
 
 def sample_spread(rows: Sequence[Row], count: int, seed: int) -> list[int]:
-    """Row numbers of `count` rows drawn with `seed`, every data_source with its share of them, and
-    at least one.
+    """Row numbers of `count` rows drawn with `seed`.
 
-    A smaller sample is part of every larger one. All rows where there are no more.
+    Every data_source has its share of them, and at least one. A smaller sample is part of every
+    larger one. All rows where there are no more.
     """
     by_source: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
@@ -183,8 +183,7 @@ def sample_spread(rows: Sequence[Row], count: int, seed: int) -> list[int]:
 
 
 def questions_digest(rows: Sequence[Row]) -> str:
-    """What tells a list of questions from another one, or from the same in another order; answers
-    do not count."""
+    """A digest of a list of questions and of their order; answers do not count."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row["data_source"], row["prompt"]], default=str).encode())
@@ -192,8 +191,10 @@ def questions_digest(rows: Sequence[Row]) -> str:
 
 
 def sample_per_source(rows: Sequence[Row], count: int, seed: int) -> list[int]:
-    """Row numbers of up to `count` rows of every data_source; those of one do not depend on the
-    other sources."""
+    """Row numbers of up to `count` rows of every data_source.
+
+    Those of one source do not depend on the other sources.
+    """
     by_source: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         by_source[row["data_source"]].append(number)
@@ -205,8 +206,10 @@ def sample_per_source(rows: Sequence[Row], count: int, seed: int) -> list[int]:
 
 
 def read_parquet(path: str) -> list[Row]:
-    """The rows of one training file. Raises DataError if it is missing, unreadable, or lacks a
-    column."""
+    """The rows of one training file.
+
+    Raises DataError if the file is missing, unreadable, or lacks a column.
+    """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file")
     try:
@@ -222,11 +225,11 @@ def read_parquet(path: str) -> list[Row]:
 
 
 class ResumableSampler:
-    """Batches of row numbers, epoch after epoch; its whole state is (epoch, position, batches
-    drawn).
+    """Batches of row numbers, epoch after epoch.
 
-    Each epoch is a new permutation drawn from (seed, epoch); the last, smaller part of an epoch is
-    carried into the next, so that every batch is full and no row is dropped.
+    Its whole state is the epoch, the position and the number of batches drawn. Each epoch is a new
+    permutation drawn from (seed, epoch); the last, smaller part of an epoch is carried into the
+    next, so that every batch is full and no row is dropped.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:

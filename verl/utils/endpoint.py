@@ -1,5 +1,5 @@
-"""A client of OpenAI-compatible HTTP endpoints: retries, time-outs, a bound on what is under
-way."""
+"""A client of OpenAI-compatible HTTP endpoints, with retries, time-outs and a bound on its
+calls."""
 
 import asyncio
 import os
@@ -49,10 +49,10 @@ class Endpoint:
         self.slots = asyncio.Semaphore(config.max_concurrent)
 
     async def post(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """`read` of the JSON reply. A ValueError, KeyError, IndexError or TypeError of `read` is an
-        unusable reply.
+        """Posts `body` and returns what `read` makes of the JSON reply.
 
-        Raises EndpointFailed.
+        A ValueError, KeyError, IndexError or TypeError of `read` is an unusable reply. Raises
+        EndpointFailed.
         """
         cause = ""
         for attempt in range(self.config.max_retries + 1):

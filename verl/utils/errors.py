@@ -5,8 +5,10 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """The configuration cannot work. The message lists every problem, one per line, with its
-    key."""
+    """The configuration cannot work.
+
+    The message lists every problem, one per line, with its key.
+    """
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__(
@@ -15,8 +17,10 @@ class ConfigError(ValueError):
         self.problems = problems
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Exceptions are copied between processes by their arguments, which here is not the
-        message."""
+        """How the exception is copied between processes.
+
+        That is done by its arguments, which here are not the message.
+        """
         return type(self), (self.problems,)
 
 
@@ -25,13 +29,17 @@ class DataError(ValueError):
 
 
 class RewardError(RuntimeError):
-    """A reward does not work: it raised, or it lacks what the configuration reads. The message
-    names it."""
+    """A reward does not work: it raised, or it lacks what the configuration reads.
+
+    The message names it.
+    """
 
 
 class ModelError(ValueError):
-    """A name means no model that can be loaded: the message says what was found there and what was
-    expected."""
+    """A name means no model that can be loaded.
+
+    The message says what was found there and what was expected.
+    """
 
 
 MAX_LISTED = 20

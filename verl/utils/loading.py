@@ -19,8 +19,10 @@ def load_class(target: str, key: str) -> Any:
 
 
 def load_function(path: str, name: str, key: str) -> Any:
-    """The function `name` of the Python file `path`. Raises ConfigError naming `key`, also when the
-    file raises."""
+    """Loads the function `name` of the Python file `path`.
+
+    Raises ConfigError naming `key`, also when the file raises.
+    """
     if not Path(path).is_file():
         raise ConfigError([f"{key}.path={path}: no such file"])
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)

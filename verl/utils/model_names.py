@@ -35,11 +35,11 @@ EXPECTED = (
 
 
 def ready_model(name: str) -> str | None:
-    """The Hugging Face folder (by its full path) or the hub name that `name` means; None for a
-    checkpoint to export.
+    """The Hugging Face folder (its full path) or the hub name that `name` means.
 
-    What is not there and not the name of a checkpoint may be on the hub, unless it can only be a
-    place on this machine. Raises ModelError as `find_checkpoint` does.
+    None for a checkpoint to export. What is not there and not the name of a checkpoint may be on
+    the hub, unless it can only be a place on this machine. Raises ModelError as `find_checkpoint`
+    does.
     """
     path = Path(name)
     if is_model(path) and not path.name.endswith(PENDING):
@@ -53,8 +53,10 @@ def ready_model(name: str) -> str | None:
 
 
 def is_place(name: str) -> bool:
-    """Whether a name is a path whatever stands there, not one of the hub: it begins as paths do,
-    has more than one slash, or would lie among runs, as `runs/typo` does."""
+    """Whether a name is a path, whatever is there, and not one of the hub.
+
+    It begins as paths do, has more than one slash, or would lie among runs, as `runs/typo` does.+
+    """
     beginning, slash, rest = name.partition("/")
     if not slash:
         return False
@@ -67,15 +69,16 @@ def is_place(name: str) -> bool:
 
 
 def full_path(name: str) -> str:
-    """The full path of a file or folder that is there; anything else, such as the name of a hub, as
-    it is."""
+    """The full path of a file or folder that is there; any other name as it is."""
     path = Path(name)
     return str(path.resolve()) if path.exists() else name
 
 
 def weights_of(model: str) -> list[list[str | int]]:
-    """Name, size and time of each file of weights in a model's folder: what tells the model from
-    its next version."""
+    """Name, size and time of each file of weights in a model's folder.
+
+    They tell the model from its next version.+
+    """
     files = sorted(Path(model).glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
@@ -108,10 +111,10 @@ def find_checkpoint(name: str) -> Path:
 
 
 def finished_model(run: Path) -> Path | None:
-    """The Hugging Face folder of a run that has ended: made of its newest checkpoint, or all that
-    the run left.
+    """The Hugging Face folder of a run that has ended.
 
-    One that an earlier end of the run left is not it.
+    It was made of the newest checkpoint, or is all that the run left. One that an earlier end of
+    the run left is not it.
     """
     model = run / HF
     if not is_model(model):

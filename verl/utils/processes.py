@@ -18,8 +18,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def ended(pid: int, timeout_s: float | None = None) -> bool:
-    """Whether the process has ended within `timeout_s` seconds (None: waits for it). Does not reap
-    a child."""
+    """Whether the process has ended within `timeout_s` seconds (None: waits for it).
+
+    A child is not reaped.+
+    """
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -37,8 +39,10 @@ def _ended(process: int, timeout_s: float | None = None) -> bool:
 
 
 def follow(pid: int, action: Callable[[], object]) -> None:
-    """Calls `action` from a thread of its own when the process `pid` ends. Raises
-    ProcessLookupError if it has."""
+    """Calls `action` from a thread of its own when the process `pid` ends.
+
+    Raises ProcessLookupError if it has.+
+    """
     process = os.pidfd_open(pid)
 
     def watch() -> None:
@@ -49,8 +53,10 @@ def follow(pid: int, action: Callable[[], object]) -> None:
 
 
 def dying_with_this() -> Callable[[], None]:
-    """A `preexec_fn`: the kernel kills the new process when the thread that starts it ends. Linux,
-    prctl(2)."""
+    """A `preexec_fn` by which the kernel kills a process when the thread that started it ends.
+
+    Linux, prctl(2).+
+    """
     parent = os.getpid()
 
     def die_with_parent() -> None:
@@ -84,10 +90,10 @@ def session_over(session: int, timeout_s: float) -> bool:
 
 
 def kill_session(session: int, timeout_s: float = 10.0) -> list[int]:
-    """The processes of a session that are left after all were killed for `timeout_s` seconds; not
-    the calling one.
+    """Kills the processes of a session, and returns those left after `timeout_s` seconds.
 
-    The session's leader must not have been reaped, or its number may be another's by now.
+    The calling process is spared. The session's leader must not have been reaped, or its number may
+    be another's by now.
     """
     deadline = time.monotonic() + timeout_s
     while (
@@ -110,8 +116,10 @@ def exit_status(returncode: int) -> int:
 
 
 class Forward:
-    """Passes SIGINT and SIGTERM on to the processes it starts, one for one. `received`: their
-    numbers, in order."""
+    """Passes SIGINT and SIGTERM on to the processes it starts, one for one.
+
+    `received`: their numbers, in order.+
+    """
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -124,8 +132,10 @@ class Forward:
         env: dict[str, str] | None = None,
         preexec_fn: Callable[[], object] | None = None,
     ) -> int:
-        """The command's process, running in a session of its own: a terminal's Ctrl-C reaches it by
-        this way only."""
+        """Starts the command in a session of its own, and returns its process.
+
+        A terminal's Ctrl-C reaches it in this way only.+
+        """
         self._child = subprocess.Popen(
             command, start_new_session=True, env=env, preexec_fn=preexec_fn
         )

@@ -36,12 +36,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def held(root: str | Path, patience_s: float = 60.0) -> Iterator[None]:
-    """Keeps other runs out of the run folder, which is made if need be. Whoever is killed lets go
-    of it.
+    """Keeps other runs out of the run folder, which is made if need be.
 
-    Waits `patience_s` for a run that is just ending, or whose machine a file system still takes for
-    alive. Raises ConfigError when another run keeps the folder. Where files cannot be locked, it is
-    not kept.
+    A process that is killed gives it up. Waits `patience_s` for a run that is just ending, or whose
+    machine a file system still takes for alive. Raises ConfigError when another run keeps the
+    folder. Where files cannot be locked, it is not kept.
     """
     folder = Path(root)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,8 +58,7 @@ def held(root: str | Path, patience_s: float = 60.0) -> Iterator[None]:
 
 
 def _take(lock: IO[str], patience_s: float, folder: Path) -> bool:
-    """Whether the file could be locked in that time. Raises OSError where files cannot be
-    locked."""
+    """Whether the file could be locked in that time. Raises OSError where files cannot be."""
     deadline = time.monotonic() + patience_s
     told = False
     while True:
@@ -94,8 +92,7 @@ def step_of(folder: Path) -> int:
 
 
 def complete(root: str | Path, step: int) -> Path:
-    """The folder of the checkpoint of `step`, which is complete from now on and the one to resume
-    from.
+    """Makes the checkpoint of `step` complete and the one to resume from; returns its folder.
 
     Raises FileNotFoundError when nothing was written for that step.
     """
@@ -109,22 +106,25 @@ def complete(root: str | Path, step: int) -> Path:
 
 
 def name_latest(root: str | Path, step: int) -> None:
-    """Makes `step` the one to resume from. After a roll back, newer folders stay until training
-    comes by again."""
+    """Makes `step` the one to resume from.
+
+    After a roll back, newer folders stay until training reaches their steps again.
+    """
     write_atomically(Path(root) / LATEST, str(step))
 
 
 def discard(root: str | Path, step: int) -> None:
-    """Deletes what was written of a checkpoint that did not become complete; nothing may be
-    there."""
+    """Deletes what there is of a checkpoint that did not become complete."""
     pending = pending_folder(root, step)
     if pending.exists():
         shutil.rmtree(pending)
 
 
 def remove_leftovers(root: str | Path) -> list[str]:
-    """Names of the folders deleted because a crash left them unfinished. No writer may be at
-    work."""
+    """Deletes the folders that a crash left unfinished, and returns their names.
+
+    No writer may be at work.
+    """
     leftovers = [p for p in sorted(Path(root).glob(f"*{PENDING}")) if p.is_dir()]
     for path in leftovers:
         shutil.rmtree(path)
@@ -195,10 +195,10 @@ def mark_best(root: str | Path, step: int, metric: str, value: float) -> bool:
 
 
 def prune(root: str | Path, keep: int | None, protected: Collection[int] = ()) -> list[int]:
-    """Steps whose checkpoints were deleted: all but the newest `keep`, the best, the latest and the
-    `protected`.
+    """Deletes old checkpoints, and returns their steps.
 
-    Nothing is deleted without `keep`, nor what is newer than the latest (a roll back gave it up).
+    All but the newest `keep`, the best, the latest and the `protected` are deleted. Nothing is
+    deleted without `keep`, nor what is newer than the latest (a roll back gave it up).
     """
     latest = find_latest(root)
     record = best(root)
@@ -213,11 +213,10 @@ def prune(root: str | Path, keep: int | None, protected: Collection[int] = ()) -
 
 
 def claim(path: Path, made_of: dict[str, Any], what: str) -> None:
-    """Writes to `path` what the results beside it are made of, so that a later start does not add
-    others to them.
+    """Writes to `path` what the results beside it are made of.
 
-    Raises DataError, naming what differs, when they are made of something else. `what` says what
-    the results are.
+    A later start then does not add others to them. Raises DataError, naming what differs, when they
+    are made of something else. `what` says what the results are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(made_of, indent=1)
@@ -233,8 +232,10 @@ def claim(path: Path, made_of: dict[str, Any], what: str) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file at once: a reader sees the old text or the new, after a power failure as
-    well."""
+    """Replaces the file at once.
+
+    A reader sees the old text or the new, after a power failure as well.
+    """
     pending = path.with_name(path.name + PENDING)
     with pending.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -244,12 +245,18 @@ def write_atomically(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def pending_place(path: Path) -> Path:
-    """Where the folder `path` is written until it is whole, without what a crash has left there."""
+@contextmanager
+def replacing(path: Path, carry_over: bool = False) -> Iterator[Path]:
+    """Gives an empty folder to write to, which replaces the folder `path` after the block.
+
+    A block that raises replaces nothing. `carry_over`: as in `replace_folder`.
+    """
     pending = path.with_name(path.name + PENDING)
     if pending.exists():
-        shutil.rmtree(pending)
-    return pending
+        shutil.rmtree(pending)  # left behind by a crash
+    pending.mkdir(parents=True)
+    yield pending
+    replace_folder(pending, path, carry_over)
 
 
 def replace_folder(new: Path, path: Path, carry_over: bool = False) -> None:
@@ -284,8 +291,10 @@ def delete_folder(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the file, or the list of a folder's files, is on the disk. FileNotFoundError if
-    it is missing."""
+    """Waits until the file, or the list of a folder's files, is on the disk.
+
+    Raises FileNotFoundError if it is missing.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,14 +8,13 @@ Part = tuple[int, list[int]]
 
 
 def balance(lengths: Sequence[int], num_parts: int, equal_size: bool = True) -> list[list[int]]:
-    """Positions of `lengths` in `num_parts` parts with nearly equal sums, parts with more rows
-    first.
+    """Positions of `lengths` in `num_parts` parts with nearly equal sums.
 
-    With `equal_size` the numbers of rows differ by at most one: `DataProto.chunk` of the
-    concatenated parts gives them back. Deterministic. Parts are empty only with fewer rows than
-    parts. Raises ValueError for `num_parts` < 1. Largest differencing (Karmarkar and Karp 1982):
-    start from many divisions of few rows each, and keep merging the two most uneven ones, the heavy
-    parts of one with the light parts of the other.
+    Parts with more rows come first. With `equal_size` the numbers of rows differ by at most one:
+    `DataProto.chunk` of the concatenated parts gives them back. Deterministic. Parts are empty only
+    with fewer rows than parts. Raises ValueError for `num_parts` < 1. Largest differencing
+    (Karmarkar and Karp 1982): start from many divisions of few rows each, and keep merging the two
+    most uneven ones, the heavy parts of one with the light parts of the other.
 
     >>> balance([8, 1, 7, 2], 2)
     [[0, 1], [2, 3]]
@@ -38,8 +37,10 @@ def balance(lengths: Sequence[int], num_parts: int, equal_size: bool = True) -> 
 
 
 def _division(parts: Iterable[Part], num_parts: int) -> tuple[int, list[Part]]:
-    """(minus its spread, `parts` with empty ones added, light to heavy): a heap pops the most
-    uneven division first."""
+    """`parts` from light to heavy, with empty ones added, behind minus their spread.
+
+    A heap then pops the most uneven division first.
+    """
     filled = list(parts)
     filled = sorted([(0, []) for _ in range(num_parts - len(filled))] + filled)
     return filled[0][0] - filled[-1][0], filled

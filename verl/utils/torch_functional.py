@@ -1,5 +1,7 @@
-"""Masked statistics and log-probabilities. A masked entry never reaches a result, whatever it
-holds, NaN included."""
+"""Masked statistics and log-probabilities.
+
+A masked entry never reaches a result, whatever it holds, NaN included.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,24 +31,27 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """`values` with the mean (kept if not `shift_mean`) removed and unit variance over the mask; 0
-    outside it."""
+    """`values` with mean 0 and unit variance over the mask; 0 outside of it.
+
+    Without `shift_mean` they keep their mean.
+    """
     mean = masked_mean(values, mask)
     whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
     return torch.where(mask.bool(), whitened if shift_mean else whitened + mean, 0.0)
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of `labels` [...] under `logits` [..., vocab] / temperature, in float32
-    (float64 for float64)."""
+    """Log-probability of `labels` [...] under `logits` [..., vocab] / temperature.
+
+    It is in float32, or in float64 for float64 logits.
+    """
     return _by_rows(partial(_label_logprobs, temperature=temperature), logits, labels)
 
 
 def logprobs_and_entropy(
     logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_grad: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """`logprobs_from_logits`, and the entropy of the same distributions, in one pass over the
-    logits.
+    """`logprobs_from_logits`, and the entropy of the same distributions, in one pass.
 
     Without `entropy_grad` the backward pass is spared the entropy.
     """
@@ -57,8 +62,10 @@ def logprobs_and_entropy(
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats of the distributions `logits` [..., vocab], in float32 (float64 for float64
-    logits)."""
+    """Entropy in nats of the distributions `logits` [..., vocab].
+
+    It is in float32, or in float64 for float64 logits.
+    """
     return _by_rows(_entropy, logits)
 
 
@@ -97,8 +104,11 @@ def _entropy_of(log_p: Tensor) -> Tensor:
 
 
 def _by_rows(fn: Callable[..., Tensor], logits: Tensor, *columns: Tensor) -> Tensor:
-    """`fn` over chunks of rows. With several chunks each is recomputed in the backward pass, so
-    that the float32 copy of one chunk at a time is alive."""
+    """`fn` over chunks of rows.
+
+    With several chunks each is recomputed in the backward pass, so that the float32 copy of one
+    chunk at a time is alive.
+    """
     rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     chunks = [
         logits.flatten(0, -2).split(rows),

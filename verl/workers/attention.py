@@ -22,8 +22,7 @@ from the shapes."""
 
 
 def choose_attention(config: PretrainedConfig, on_gpu: bool, dtype: torch.dtype) -> str:
-    """flash_attention_2 where it is installed and the dtype allows it, else torch's own attention,
-    packed.
+    """flash_attention_2 where it is installed and the dtype allows it, else packed attention.
 
     On a GPU the latter runs the same kernel, which torch carries. What counts as installed is said
     by transformers: its flash_attention_2 does not work with other packages whose module is
@@ -62,11 +61,10 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of [1, H, T, D] within each sequence: [1, T, H, D]. An entry of
-    transformers' interface.
+    """Causal attention of [1, H, T, D] within each sequence, as [1, T, H, D].
 
-    On a GPU in half precision torch's variable-length kernel, elsewhere its sdpa, a sequence at a
-    time. Raises ValueError for what neither can do.
+    It is an entry of transformers' interface. On a GPU in half precision torch's variable-length
+    kernel, elsewhere its sdpa, a sequence at a time. Raises ValueError for what neither can do.
     """
     if softcap is not None or s_aux is not None or cu_seq_lens_q is None or max_length_q is None:
         raise ValueError(

@@ -19,10 +19,10 @@ BLOCK = re.compile(r"^.*?\.\d+\.")
 def checkpoint_format(
     model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """`weights` as the checkpoint of `model` has them, a decoder layer at a time; `weights` go
-    layer by layer.
+    """`weights` as the checkpoint of `model` has them, a decoder layer at a time.
 
-    What belongs together lies within one layer. Works on tensors of the meta device too.
+    `weights` come layer by layer. What belongs together lies within one layer. Works on tensors of
+    the meta device too.
     """
     for _, group in groupby(weights, key=_block_of):
         yield from revert_weight_conversion(model, dict(group)).items()

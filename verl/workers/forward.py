@@ -63,10 +63,10 @@ def forward_log_probs(
     with_entropy: bool,
     entropy_grad: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs [b, R] of the trained tokens under logits / temperature, and their entropy [b, R];
-    0 elsewhere.
+    """Log-probs [b, R] of the trained tokens under logits / temperature, and their entropy.
 
-    Only states in which the policy chose a token go through the head: observations cost no logits.
+    Both are [b, R], 0 elsewhere. Only states in which the policy chose a token go through the head:
+    observations cost no logits.
     """
     rows = pack(data)
     logits = model(**rows.inputs, logits_to_keep=rows.chosen_at).logits[0]

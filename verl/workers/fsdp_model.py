@@ -94,13 +94,12 @@ class TrainState:
 def build_model(
     config: ModelConfig, head: Head, fsdp: FSDPConfig, mesh: DeviceMesh
 ) -> PreTrainedModel:
-    """The sharded model, in evaluation mode (no dropout: log-probs before and after the update must
-    agree).
+    """Builds the sharded model, in evaluation mode.
 
-    Every rank reads the weights to host memory and keeps its shard. A value head is a new linear
-    layer, the same on all ranks because rank 0's seed initialises it. `model.packs_rows` says
-    whether rows may share a forward pass. Raises ConfigError for a model that cannot be trained
-    here.
+    It has no dropout: log-probs before and after the update must agree. Every rank reads the
+    weights to host memory and keeps its shard. A value head is a new linear layer, the same on all
+    ranks because rank 0's seed initialises it. `model.packs_rows` says whether rows may share a
+    forward pass. Raises ConfigError for a model that cannot be trained here.
     """
     dtype = getattr(torch, fsdp.model_dtype)
     packing = packing_of(config, head, mesh.device_type == "cuda", getattr(torch, fsdp.dtype))
@@ -137,11 +136,10 @@ def build_model(
 
 
 def checkpoint_in_evaluation(layer: torch.nn.Module) -> None:
-    """Lets a layer checkpoint, which transformers' layers do only while training, and compute as in
-    evaluation.
+    """Lets a layer checkpoint its activations and compute as in evaluation.
 
-    Some families ask the layer itself whether to drop out (OPT) or to add noise, so it says so only
-    until it computes.
+    Layers of transformers checkpoint only while they train. Some families ask the layer itself
+    whether to drop out (OPT) or to add noise, so it says so only until it computes.
     """
     compute = layer.forward
 
@@ -221,8 +219,10 @@ def build_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], floa
 
 
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and whole tensors as in a checkpoint, adapters merged, gathered one by one. A
-    collective: every rank must exhaust it."""
+    """Names and whole tensors as in a checkpoint, adapters merged, gathered one by one.
+
+    A collective: every rank must exhaust it.
+    """
     return checkpoint_format(
         base_model(model), merged(dict(model.named_parameters()), scaling(model), whole)
     )

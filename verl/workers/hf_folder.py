@@ -1,8 +1,7 @@
-"""Trained weights as a Hugging Face folder: what anyone who loads the source of the training can
-load instead of it.
+"""Trained weights as a Hugging Face folder.
 
-Everything but the weights comes from that source, not from the model in memory, whose config has
-settings of training.
+Whoever can load the source of the training can load the folder instead of it. Everything but the
+weights comes from that source, not from the model in memory, whose config has settings of training.
 """
 
 import json
@@ -19,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.hub import cached_file
 
 from verl.utils.model_names import ORIGIN
-from verl.utils.run_folder import pending_place, replace_folder
+from verl.utils.run_folder import replacing
 from verl.workers.checkpoint_names import checkpoint_format
 from verl.workers.config import ModelConfig
 from verl.workers.fsdp_model import whole
@@ -32,10 +31,10 @@ Read = Callable[[Any], torch.Tensor]
 def save_trained(
     model: PreTrainedModel, config: ModelConfig, path: str, origin: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a trained, possibly sharded model to the folder `path`, whole or not at all. Other
-    files in it stay.
+    """Writes a trained, possibly sharded model to the folder `path`, whole or not at all.
 
-    A collective: all ranks gather, rank 0 writes. `origin` is written beside it.
+    Other files in the folder stay. A collective: all ranks gather, rank 0 writes. `origin` is
+    written beside it.
     """
     skeleton = skeleton_of(config)
     weights = exported_weights(skeleton, saved_tensors(model), whole, source_dtype(config))
@@ -48,11 +47,11 @@ def save_trained(
 
 
 def skeleton_of(config: ModelConfig) -> PreTrainedModel:
-    """The policy without storage for its weights, adapters included: its names, shapes and
-    unchanged config.
+    """The policy without storage for its weights, adapters included.
 
-    Of a checkpoint that has towers for images or sound beside a language model, it is the language
-    model. Raises OSError or ValueError where there is no such model.
+    It has the names, the shapes and the unchanged config. Of a checkpoint that has towers for
+    images or sound beside a language model, it is the language model. Raises OSError or ValueError
+    where there is no such model.
     """
     source = AutoConfig.from_pretrained(
         config.path, trust_remote_code=config.trust_remote_code, **config.architecture
@@ -104,25 +103,23 @@ def write_folder(
     path: str | Path,
     origin: Mapping[str, str],
 ) -> None:
-    """Writes model, tokenizer and `origin` to the folder `path`, whole or not at all. Other files
-    in it stay."""
+    """Writes model, tokenizer and `origin` to the folder `path`, whole or not at all.
+
+    Other files in the folder stay.
+    """
     target = Path(path).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    pending = pending_place(target)
-    pending.mkdir()
-    save_torch_state_dict(weights, pending)
     dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
-    write_config(base_model(skeleton), dtype, pending)
-    copy_companions(config, pending)
     source = config.tokenizer_path or config.path
-    AutoTokenizer.from_pretrained(
-        source, trust_remote_code=config.trust_remote_code
-    ).save_pretrained(pending)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     record = {"base_model": config.path, **origin}
-    (pending / ORIGIN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for file in pending.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
-        file.chmod((pending / "config.json").stat().st_mode)
-    replace_folder(pending, target, carry_over=True)
+    with replacing(target, carry_over=True) as folder:
+        save_torch_state_dict(weights, folder)
+        write_config(base_model(skeleton), dtype, folder)
+        copy_companions(config, folder)
+        tokenizer.save_pretrained(folder)
+        (folder / ORIGIN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for file in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
+            file.chmod((folder / "config.json").stat().st_mode)
 
 
 def write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
@@ -133,12 +130,11 @@ def write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> No
 
 
 def copy_companions(config: ModelConfig, folder: Path) -> None:
-    """Copies what belongs to a model beside weights, config and tokenizer into `folder`, which has
-    a config.json.
+    """Copies what belongs to a model beside its weights, config and tokenizer.
 
-    That is generation_config.json (sampling, every id that ends a turn) byte for byte, because
-    transformers refuses to write some that it reads; and the Python files of a model with code of
-    its own, to which the config then refers.
+    It goes into `folder`, which has a config.json. That is generation_config.json (sampling, every
+    id that ends a turn) byte for byte, because transformers refuses to write some that it reads;
+    and the Python files of a model with code of its own, to which the config then refers.
     """
     source = source_file(config, "config.json")
     assert source is not None, "the config was read from there"
@@ -157,15 +153,19 @@ def copy_companions(config: ModelConfig, folder: Path) -> None:
 
 
 def source_file(config: ModelConfig, name: str) -> Path | None:
-    """The file `name` of the source, from the hub's cache where it is no folder; None if it has no
-    such file."""
+    """The file `name` of the source, None if the source has none.
+
+    Of a model of the hub it is the cached file.
+    """
     found = cached_file(config.path, name, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 
 
 def source_dtype(config: ModelConfig) -> torch.dtype | None:
-    """The dtype of the source: what its config states, or else that of its first weights; None
-    where neither says."""
+    """The dtype that the config of the source states, or else that of its first weights.
+
+    None where neither says.
+    """
     source: Any = AutoConfig.from_pretrained(
         config.path, trust_remote_code=config.trust_remote_code
     )

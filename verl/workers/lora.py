@@ -1,5 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT, and the plain weights that they amount
-to."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT, and the weights they amount to."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -17,11 +16,10 @@ VALUE_HEAD = "score"
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
-    """`model` frozen, with trained adapters at `target_modules`; a value head, being new, stays
-    trained as well.
+    """Freezes `model` and adds trained adapters at `target_modules`.
 
-    Raises ConfigError for adapters that could not be merged into plain weights, and for a value
-    head of another name.
+    A value head is new and stays trained as well. Raises ConfigError for adapters that could not be
+    merged into plain weights, and for a value head of another name.
     """
     lora = LoraConfig(
         r=config.lora_rank,

@@ -87,8 +87,7 @@ def packing_of(
 
 
 class Probe:
-    """A shallow random copy of a model, rows for it, and what its plain forward pass makes of each
-    row alone."""
+    """A shallow random copy of a model, with rows and what its plain forward pass makes of each."""
 
     def __init__(
         self,
@@ -108,8 +107,10 @@ class Probe:
 
     @torch.no_grad()
     def decide(self, attention: str, also: Sequence[str] = OTHERS) -> Packing | str:
-        """The first way that gives what the plain forward pass gives, packed before alone; or why
-        there is none."""
+        """The first way that gives what the plain forward pass gives, or why there is none.
+
+        Packed ways are tried before rows alone.+
+        """
         try:
             if self.model._can_set_attn_implementation():
                 _use(self.model, "eager")  # it can do all that a family asks for
@@ -157,8 +158,7 @@ class Probe:
         return forward_log_probs(self.model, rows, 1.0, with_entropy=False)[0]
 
     def _plain(self) -> torch.Tensor:
-        """[b, R] by the model's own forward pass, a row at a time, without any argument but its
-        tokens."""
+        """[b, R] by the model's own forward pass, a row at a time, with its tokens alone."""
         result = torch.zeros(self.rows.batch["responses"].shape)
         for place, length in enumerate(LENGTHS):
             ids = torch.cat(
@@ -185,8 +185,10 @@ class Probe:
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
-    """Lets dynamic RoPE depend on the present rows alone; transformers keeps the frequencies of the
-    longest so far."""
+    """Lets dynamic RoPE depend on the present rows alone.
+
+    transformers keeps the frequencies of the longest row so far.+
+    """
 
     def reset(module: Any, _: Any) -> None:
         module.max_seq_len_cached = module.original_max_seq_len

@@ -1,8 +1,8 @@
-"""A shallow random copy of a model: its real configuration with few layers and narrow MLPs, built
-in about a second.
+"""A shallow random copy of a model, built in about a second.
 
-What such a copy does is decided by structure alone: which layers there are, how they attend, which
-arguments reach them. Widths of attention stay real, because families derive other sizes from them.
+It has the model's real configuration with few layers and narrow MLPs. What such a copy does is
+decided by structure alone: which layers there are, how they attend, which arguments reach them.
+Widths of attention stay real, because families derive other sizes from them.
 """
 
 from typing import Any, Literal
@@ -48,11 +48,11 @@ def shallow_model(
     stretched_rope: bool = True,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A random float32 model on the CPU with the layer types of `config`. The same in every
-    process.
+    """A random float32 model on the CPU with the layer types of `config`.
 
-    `stretched_rope`: rows may be so long that RoPE of the kinds `LENGTH_DEPENDENT` is stretched.
-    Raises whatever transformers raises for a configuration that it cannot build.
+    It is the same in every process. `stretched_rope`: rows may be so long that RoPE of the kinds
+    `LENGTH_DEPENDENT` is stretched. Raises whatever transformers raises for a configuration that it
+    cannot build.
     """
     kept = _layers_to_keep(config, head, trust_remote_code)
     shrunk = shallow_config(config, kept, stretched_rope)
@@ -66,8 +66,10 @@ def shallow_model(
 def shallow_config(
     config: PretrainedConfig, layers: int, stretched_rope: bool = True
 ) -> PretrainedConfig:
-    """`config` with its first `layers` layers, small MLPs, few experts, a small vocabulary and
-    short windows."""
+    """`config` with few layers, small MLPs, few experts, a small vocabulary and short windows.
+
+    It keeps the first `layers` layers.+
+    """
     entries = config.to_dict()
     text = config.get_text_config()
     if text is config:
@@ -137,8 +139,10 @@ def _layers_to_keep(config: PretrainedConfig, head: Head, trust_remote_code: boo
 
 
 def _kind(layer: torch.nn.Module) -> tuple[Any, ...]:
-    """What tells one layer from another: its modules, their shapes and their settings, but not its
-    place."""
+    """What tells one layer from another: its modules, their shapes and their settings.
+
+    Its index among the layers does not count.
+    """
     parts: list[Any] = []
     for name, module in layer.named_modules():
         settings = tuple(
@@ -195,8 +199,10 @@ def _shorten_rope(text: PretrainedConfig) -> None:
 
 @torch.no_grad()
 def _randomize(model: torch.nn.Module) -> None:
-    """Weights that keep activations near 1, so that what leaks from one row into another is not
-    lost in rounding."""
+    """Gives weights that keep activations near 1.
+
+    What leaks from one row into another is then not lost in rounding.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue

@@ -20,8 +20,10 @@ class TrainedWorker(Worker):
 
     @register(Dispatch.ONE_TO_ALL)
     def save_checkpoint(self, path: str, asynchronous: bool = False) -> None:
-        """Writes the training state; with `asynchronous` in the background, until
-        `finish_checkpoint`."""
+        """Writes the training state, with `asynchronous` in the background.
+
+        It is then complete after `finish_checkpoint`.
+        """
         self.checkpointer.save(path, asynchronous)
 
     @register(Dispatch.ONE_TO_ALL)

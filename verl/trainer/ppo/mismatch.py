@@ -15,10 +15,10 @@ rounding cannot explain. The second and third are judged, not measured on a GPU.
 
 
 class FirstBatch:
-    """Compares the first batch that it is given, whose weights are the trainer's, and says once
-    what it finds.
+    """Compares the probabilities of the first batch, and says once what it finds.
 
-    A sampler that is cut (top_p, top_k) is known to differ.
+    The weights of that batch are the trainer's. A sampler that is cut (top_p, top_k) is known to
+    differ.
     """
 
     def __init__(self, config: Any, message: Callable[[str], None]) -> None:
@@ -42,8 +42,7 @@ class FirstBatch:
 
 
 def mismatch_warning(data: DataProto, engine: str, trainer: str, corrected: bool) -> str | None:
-    """What to do when engine and trainer give the same tokens other probabilities; None where they
-    agree.
+    """What to do when engine and trainer give the same tokens other probabilities, else None.
 
     The batch was sampled, uncut (no top_p or top_k), from the weights that its `old_log_probs` are
     of. `engine`, `trainer`: dtypes of the computation. `corrected`: the loss allows for the
