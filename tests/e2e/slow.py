@@ -9,7 +9,7 @@ from pathlib import Path
 
 from search_r1.search.client import RetrievalClient, SearchError
 from search_r1.search.client.config import RetrieverConfig
-from verl.agent import Trajectory, TrajectoryFailed
+from verl.agent import AgentLoop, Trajectory, TrajectoryFailed
 from verl.utils.config import Config
 from verl.utils.reward import policy_text
 
@@ -23,19 +23,12 @@ class SlowConfig(Config):
     """File that says when a trajectory last reached the pause."""
 
 
-class TwoTurns:
+class TwoTurns(AgentLoop):
     Config = SlowConfig
-    top_level_keys = frozenset()
 
     def __init__(self, config, tokenizer):
-        self.config = config
-        self.tokenizer = tokenizer
+        super().__init__(config, tokenizer)
         self.client = None
-
-    def preflight(self):
-        return []
-
-    async def close(self): ...
 
     async def run(self, prompt_ids, row, generate):
         trajectory = Trajectory(prompt_ids, stop_reason="stop")
@@ -54,10 +47,6 @@ class TwoTurns:
             return (await self.client.search(query))[0].text
         except SearchError as error:
             raise TrajectoryFailed(str(error), 1) from error
-
-    @staticmethod
-    def reduce_metrics(trajectories):
-        return {}
 
 
 class Length:

@@ -320,7 +320,8 @@ class PPOConfig(Config):
     def num_mini_batches(self) -> dict[str, int]:
         """Optimizer steps per rollout batch and epoch, of the actor and of the critic if any."""
         # torch, which the protocol needs, would take seconds where only help is asked for
-        from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH
+        from verl.agent import AgentLoop
+from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH
 
         actor = self.actor_rollout_ref.actor
         steps = {ACTOR_MINI_BATCH: self.rollout_batch_size // actor.ppo_mini_batch_size}
@@ -372,12 +373,14 @@ def validate(raw: dict[str, Any]) -> PPOConfig:
 def section_class(name: str, section: Any) -> Any:
     """The class that a section names.
 
-    Raises ConfigError where there is none, or none with a model of the section.
+    Raises ConfigError where there is none, or one that cannot stand there.
     """
     target = section.get("_target_") if isinstance(section, dict) else None
     if not isinstance(target, str):
         raise ConfigError([f"{name}._target_: name the class to use"])
     cls = load_class(target, f"{name}._target_")
+    if name == "agent" and not (isinstance(cls, type) and issubclass(cls, AgentLoop)):
+        raise ConfigError([f"agent._target_={target}: expected a subclass of verl.agent.AgentLoop"])
     model = getattr(cls, "Config", None)
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         raise ConfigError(
