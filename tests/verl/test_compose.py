@@ -133,8 +133,7 @@ def test_wrong_values_name_key_value_and_what_was_expected(override, line):
 def test_a_class_without_a_model_of_its_section():
     (line,) = invalid("agent._target_=search_r1.prompts.build_prompt")
     assert line == (
-        "agent._target_=search_r1.prompts.build_prompt: expected a class with `Config`, the "
-        "pydantic model of agent"
+        "agent._target_=search_r1.prompts.build_prompt: expected a subclass of verl.agent.AgentLoop"
     )
 
 

@@ -17,6 +17,7 @@ from pydantic import (
     field_validator,
 )
 
+from verl.agent import AgentLoop
 from verl.trainer.checks import combination_problems
 from verl.trainer.ppo.collapse import CollapseWatchConfig
 from verl.utils.config import Config, OneOf, problems_of
@@ -320,8 +321,7 @@ class PPOConfig(Config):
     def num_mini_batches(self) -> dict[str, int]:
         """Optimizer steps per rollout batch and epoch, of the actor and of the critic if any."""
         # torch, which the protocol needs, would take seconds where only help is asked for
-        from verl.agent import AgentLoop
-from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH
+        from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH
 
         actor = self.actor_rollout_ref.actor
         steps = {ACTOR_MINI_BATCH: self.rollout_batch_size // actor.ppo_mini_batch_size}
