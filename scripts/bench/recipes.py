@@ -16,11 +16,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from verl.estimate import report as estimate
+from verl.estimate import sizing, step_time
+from verl.estimate.assumptions import card, default_assumptions
 from verl.estimate.engine_memory import retriever_memory
 from verl.estimate.memory import GIB
 from verl.estimate.report import Estimate
 from verl.estimate.step_time import StepTime
-from verl.trainer import estimate, sizing, step_time
 from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,18 +115,18 @@ def rows_of(config_name: str, experiment: str, overrides: list[str]) -> tuple[li
     step_time.refuse_other_schedules(config)
     longest = sizing.longest_trajectory(config)
     roles = sizing.roles_of(config, longest, sizing.load_shapes(str(SHAPES)))
-    assumptions = step_time.default_assumptions()
+    assumptions = default_assumptions()
     retriever = retriever_memory(WIKI_18, config.trainer.n_gpus_per_node)
     memory: list[Row] = []
     time: list[Row] = []
-    for card, gib in CARDS.items():
+    for kind, gib in CARDS.items():
         alone, beside = (
             estimate.estimate(config, roles, longest, gib * GIB, taken)
             for taken in (0.0, retriever)
         )
-        seconds = StepTime(config, roles, longest, step_time.card(card, gib), assumptions)
-        memory.append((name, memory_row(card, alone, beside, seconds.mean_tokens)))
-        time.append((name, time_row(card, seconds)))
+        seconds = StepTime(config, roles, longest, card(kind, gib), assumptions)
+        memory.append((name, memory_row(kind, alone, beside, seconds.mean_tokens)))
+        time.append((name, time_row(kind, seconds)))
     return memory, time
 
 

@@ -203,7 +203,7 @@ def relation_chains(hops: int) -> list[tuple[str, ...]]:
 def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) -> list[Question]:
     """Up to `count` different questions, spread evenly over the kinds of chains.
 
-    No path visits an entity twice.+
+    No path visits an entity twice.
     """
     by_chain: list[list[Question]] = []
     for chain in relation_chains(hops):
@@ -249,31 +249,44 @@ def make_world(config: WorldConfig) -> World:
         ("spare", config.spare_people),
     ):
         islands[split] = make_island(rng, people, taken) if people else {}
-    everyone = [e for island in islands.values() for e in island.values()]
+    everyone = [entity for island in islands.values() for entity in island.values()]
     rng.shuffle(everyone)
-    ids = {e.name: str(i) for i, e in enumerate(everyone)}
-    lines = [
-        {"id": ids[e.name], "contents": "\n".join(passage(e, rng, config.filler))} for e in everyone
+    ids = {entity.name: str(number) for number, entity in enumerate(everyone)}
+    passages = [
+        {"id": ids[entity.name], "contents": "\n".join(passage(entity, rng, config.filler))}
+        for entity in everyone
     ]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for file, questions in questions_of(islands, config, rng).items():
+        split = file.split("_")[0]
+        rows[file] = [
+            row(question, split, index, ids, common) for index, question in enumerate(questions)
+        ]
+    return World(passages, rows)
 
+
+def questions_of(
+    islands: dict[str, dict[str, Entity]], config: WorldConfig, rng: random.Random
+) -> dict[str, list[Question]]:
+    """The questions of each file. Half of the common facts are asked in training, half held out."""
+    common = islands["common"]
     known = ask(common, 1, len(common) * 2, rng)
     half = len(known) // 2
     seen = int(config.common_share * config.train_questions)
-    train = [q for h in (1, 2) for q in ask(islands["train"], h, config.train_questions // 2, rng)]
+    train: list[Question] = []
+    for hops in (1, 2):
+        train += ask(islands["train"], hops, config.train_questions // 2, rng)
     train += [known[i % half] for i in range(seen)]
     rng.shuffle(train)
-    test = [q for h in (1, 2) for q in ask(islands["test"], h, config.test_questions // 2, rng)]
-    files = {
+    test: list[Question] = []
+    for hops in (1, 2):
+        test += ask(islands["test"], hops, config.test_questions // 2, rng)
+    return {
         "train": train,
         "test": test,
         "test_common": known[half:],
         "test_3hop": ask(islands["test"], 3, config.test_questions // 2, rng),
     }
-    rows = {
-        f: [row(q, f.split("_")[0], i, ids, common) for i, q in enumerate(qs)]
-        for f, qs in files.items()
-    }
-    return World(lines, rows)
 
 
 def row(

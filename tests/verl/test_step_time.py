@@ -9,14 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from verl.estimate.assumptions import Gpu, default_assumptions
 from verl.estimate.flops import forward_flops, update_flops
 from verl.estimate.memory import GIB, Pass, Role, Sizes
 from verl.estimate.sizing import Longest
 from verl.estimate.step_time import (
     Batch,
-    Gpu,
     StepTime,
-    default_assumptions,
     main,
     num_validations,
 )

@@ -55,7 +55,7 @@ def ready_model(name: str) -> str | None:
 def is_place(name: str) -> bool:
     """Whether a name is a path, whatever is there, and not one of the hub.
 
-    It begins as paths do, has more than one slash, or would lie among runs, as `runs/typo` does.+
+    It begins as paths do, has more than one slash, or would lie among runs, as `runs/typo` does.
     """
     beginning, slash, rest = name.partition("/")
     if not slash:
@@ -77,7 +77,7 @@ def full_path(name: str) -> str:
 def weights_of(model: str) -> list[list[str | int]]:
     """Name, size and time of each file of weights in a model's folder.
 
-    They tell the model from its next version.+
+    They tell the model from its next version.
     """
     files = sorted(Path(model).glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -20,7 +20,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def ended(pid: int, timeout_s: float | None = None) -> bool:
     """Whether the process has ended within `timeout_s` seconds (None: waits for it).
 
-    A child is not reaped.+
+    A child is not reaped.
     """
     try:
         process = os.pidfd_open(pid)
@@ -41,7 +41,7 @@ def _ended(process: int, timeout_s: float | None = None) -> bool:
 def follow(pid: int, action: Callable[[], object]) -> None:
     """Calls `action` from a thread of its own when the process `pid` ends.
 
-    Raises ProcessLookupError if it has.+
+    Raises ProcessLookupError if it has.
     """
     process = os.pidfd_open(pid)
 
@@ -55,7 +55,7 @@ def follow(pid: int, action: Callable[[], object]) -> None:
 def dying_with_this() -> Callable[[], None]:
     """A `preexec_fn` by which the kernel kills a process when the thread that started it ends.
 
-    Linux, prctl(2).+
+    Linux, prctl(2).
     """
     parent = os.getpid()
 
@@ -118,7 +118,7 @@ def exit_status(returncode: int) -> int:
 class Forward:
     """Passes SIGINT and SIGTERM on to the processes it starts, one for one.
 
-    `received`: their numbers, in order.+
+    `received`: their numbers, in order.
     """
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class Forward:
     ) -> int:
         """Starts the command in a session of its own, and returns its process.
 
-        A terminal's Ctrl-C reaches it in this way only.+
+        A terminal's Ctrl-C reaches it in this way only.
         """
         self._child = subprocess.Popen(
             command, start_new_session=True, env=env, preexec_fn=preexec_fn

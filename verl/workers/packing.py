@@ -109,7 +109,7 @@ class Probe:
     def decide(self, attention: str, also: Sequence[str] = OTHERS) -> Packing | str:
         """The first way that gives what the plain forward pass gives, or why there is none.
 
-        Packed ways are tried before rows alone.+
+        Packed ways are tried before rows alone.
         """
         try:
             if self.model._can_set_attn_implementation():
@@ -187,7 +187,7 @@ class Probe:
 def forget_lengths(model: PreTrainedModel) -> None:
     """Lets dynamic RoPE depend on the present rows alone.
 
-    transformers keeps the frequencies of the longest row so far.+
+    transformers keeps the frequencies of the longest row so far.
     """
 
     def reset(module: Any, _: Any) -> None:

@@ -68,7 +68,7 @@ def shallow_config(
 ) -> PretrainedConfig:
     """`config` with few layers, small MLPs, few experts, a small vocabulary and short windows.
 
-    It keeps the first `layers` layers.+
+    It keeps the first `layers` layers.
     """
     entries = config.to_dict()
     text = config.get_text_config()
