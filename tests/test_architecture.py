@@ -160,8 +160,8 @@ def test_pure_modules_pull_in_no_machinery(module):
     assert done.stdout.split() == []
 
 
-NODES_OF_A_FILE = 3600
-NODES_OF_MOST_FUNCTIONS = 300
+NODES_OF_A_FILE = 3000
+NODES_OF_MOST_FUNCTIONS = 250
 """Nodes of the syntax tree: what there is to read, however it is broken into lines."""
 
 

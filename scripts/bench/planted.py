@@ -166,6 +166,7 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (
         LOOP,
         "        trajectory.add_observation(ids, **facts)",
-        "        trajectory.add_completion(Completion(ids, [0.0] * len(ids), 'stop'), **facts)",
+        "        trajectory.add_completion("
+        "Completion(ids, [0.0] * len(ids), 'stop', None, 0, 0), **facts)",
     ),
 )

@@ -48,7 +48,7 @@ from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn, user_tur
 
 class SearchAgentConfig(Config):
     max_turns: PositiveInt = 4
-    """Turns that may search; one more turn, without search, is forced after them."""
+    """Turns that may search or call another tool; one more, that may not, is forced after them."""
     do_search: bool = True
     """False: no search; without another tool that is a single turn, the R1 baseline."""
     tools: list[dict[str, Any]] = []

@@ -2,14 +2,22 @@
 
 A tool of one's own is a class in one file, and one line of the configuration:
 
+    from search_r1.agent.formats import tagged
+    from search_r1.agent.tools import Tool, ToolResponse
+
     class Calculator(Tool):
         name = "calculator"
         format = tagged("calculate", "result")
 
         async def execute(self, argument: str) -> ToolResponse:
-            return ToolResponse(str(evaluate(argument)))
+            try:
+                return ToolResponse(str(evaluate(argument)))
+            except ValueError:  # the policy wrote no sum
+                return ToolResponse("that is no sum", valid=False)
 
     agent.tools=[{_target_: my_module.Calculator}]
+
+The module is found in the repository's root and in the folders of PYTHONPATH.
 
 The loop does the rest: it stops the engine where a call ends, splices the result in as an
 observation, which is never trained, puts the protocol's tags in it into round brackets, cuts it to
@@ -19,12 +27,13 @@ observation, which is never trained, puts the protocol's tags in it into round b
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import iscoroutinefunction
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, TypeAdapter
 
 from search_r1.agent.actions import SEARCH_TOOL
-from search_r1.agent.formats import ToolFormat
+from search_r1.agent.formats import SEARCH_R1, ToolFormat
 from verl.utils.config import Config
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class
@@ -73,7 +82,11 @@ class Tool:
         return []
 
     async def execute(self, argument: str) -> ToolResponse:
-        """Runs a call. Raises ToolFailed when the environment, not the policy, is at fault."""
+        """Runs a call.
+
+        A call that the policy got wrong is a response that is not `valid`. Raises ToolFailed when
+        the environment is at fault; any other exception is a mistake of the tool and ends the run.
+        """
         raise NotImplementedError
 
     def trajectory_facts(self) -> dict[str, Any]:
@@ -92,9 +105,16 @@ def tool_class(section: Section) -> type[Tool]:
     try:
         cls = load_class(target, "_target_")
     except ConfigError as error:
-        raise ValueError(f"a tool; {error.problems[0]}") from error
+        raise ValueError(
+            f"a tool; {error.problems[0]}. Modules are found in the repository's root and in the "
+            "folders of PYTHONPATH"
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, Tool)):
         raise ValueError("a subclass of search_r1.agent.tools.Tool")
+    if missing := [name for name in ("name", "format") if not hasattr(cls, name)]:
+        raise ValueError(f"a tool with {' and '.join(missing)}, which {target} does not have")
+    if not iscoroutinefunction(cls.execute):
+        raise ValueError(f"a tool whose execute is `async def`, which that of {target} is not")
     return cls
 
 
@@ -119,6 +139,9 @@ def check_sections(sections: Sequence[Section]) -> list[Section]:
     names = Counter([SEARCH_TOOL, *(cls.name for cls in classes)])
     if repeated := [name for name, times in names.items() if times > 1]:
         raise ValueError(f"tools of different names, but {repeated[0]} is there twice")
+    stops = Counter([SEARCH_R1.stop, *(cls.format.stop for cls in classes)])
+    if repeated := [stop for stop, times in stops.items() if times > 1]:
+        raise ValueError(f"tools that are called differently, but {repeated[0]} ends calls of two")
     return checked
 
 

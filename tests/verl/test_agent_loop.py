@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from tests.configs import composed
 from tests.e2e.toy import SingleTurn
-from tests.verl.test_config import composed
 from verl.agent import AgentLoop, Completion, Trajectory, context_digest
 from verl.trainer.config import build_agent, validate
 from verl.utils.errors import ConfigError

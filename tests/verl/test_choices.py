@@ -5,7 +5,7 @@ from typing import Annotated
 import pytest
 from pydantic import ValidationError
 
-from tests.verl.test_config import composed
+from tests.configs import composed
 from verl.trainer.config import AlgorithmConfig, RolloutCorrectionConfig, validate
 from verl.trainer.ppo.core_algos import (
     ADVANTAGE_ESTIMATORS,

@@ -25,6 +25,7 @@ def test_collate_draws_the_masks():
         [9], [Segment(Source.MODEL, [6], [-0.6], policy_version=4)], reward={"score": 0.25}
     )
     batch = collate_trajectories([trajectory(), short], pad_token_id=0).batch
+    assert trajectory().response_mask == batch["response_mask"][0].tolist()
     assert batch["prompts"].tolist() == [[7, 8], [0, 9]]
     assert batch["responses"].tolist() == [[1, 2, 3, 4, 5], [6, 0, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0, 0]]

@@ -55,7 +55,7 @@ class Fate:
     also: Callable[[Any], dict[str, Any]] | None = None
     """Further keys here that follow from the value."""
 
-    def apply(self, value: Any, given: Given) -> dict[str, Any]:
+    def apply(self, value: object, given: Given) -> dict[str, Any]:
         """Keys and values here. Raises Refused."""
         converted = value if self.convert is None else self.convert(value, given)
         found = {self.key: converted} if self.key else {}
@@ -88,7 +88,7 @@ def ignored(note: str) -> Fate:
 def ignored_if(allowed: Sequence[Any], note: str) -> Fate:
     """A key of which only some values can be ignored; others are refused for the same reason."""
 
-    def check(value: Any, given: Given) -> None:
+    def check(value: object, given: Given) -> None:
         if value not in allowed:
             raise Refused(note)
 
@@ -100,12 +100,12 @@ def gpus(given: Given) -> int:
     return given.get("trainer.nnodes", 1) * given.get("trainer.n_gpus_per_node", 8)
 
 
-def per_gpu(value: Any, given: Given) -> int | None:
+def per_gpu(value: int | None, given: Given) -> int | None:
     """A global micro-batch as one GPU's share."""
     return None if value is None else max(1, value // gpus(given))
 
 
-def all_if_negative(value: Any, given: Given) -> int | None:
+def all_if_negative(value: int | None, given: Given) -> int | None:
     """A number of rows; None for all, where verl writes -1."""
     return None if value is None or value < 0 else value
 
@@ -123,7 +123,7 @@ class Translation:
     num_same: int = 0
     """Keys that mean the same in both projects."""
 
-    def take(self, key: str, value: Any, fate: Fate, given: Given) -> None:
+    def take(self, key: str, value: object, fate: Fate, given: Given) -> None:
         """Adds what became of a key that the other project has, or the reason of its refusal."""
         there = f"{key}={written(value)}"
         try:
@@ -137,7 +137,7 @@ class Translation:
         else:
             self.lines.append(f"{there}: {describe(fate, became)}")
 
-    def keep(self, key: str, value: Any) -> None:
+    def keep(self, key: str, value: object) -> None:
         """Adds a key that means the same in both projects."""
         self.values[key] = value
         self.num_same += 1
@@ -239,24 +239,24 @@ WITH_PARAMETERS = "gradients are where the parameters are (param_offload)"
 AS_SAMPLED = "the sampled ids are kept"
 
 
-def engine(value: Any, given: Given) -> str:
+def engine(value: object, given: Given) -> str:
     """The engine: vLLM in the place of any other, unless it is an endpoint."""
-    return value if value in ("vllm", "openai") else "vllm"
+    return "openai" if value == "openai" else "vllm"
 
 
-def searches(value: Any, given: Given) -> int:
+def searches(value: int | None, given: Given) -> int:
     """The most searches of a trajectory whose last turn answers."""
     if value is None:
         raise Refused("the number of turns must be bounded: set max_turns, the most searches")
     return max(1, value - 1)
 
 
-def trajectories(value: Any, given: Given) -> int:
+def trajectories(value: int, given: Given) -> int:
     """Trajectories of a mini-batch, which verl counts in prompts."""
     return value * given.get(f"{ROLLOUT}.n", 1)
 
 
-def warm_up_share(value: Any, given: Given) -> float:
+def warm_up_share(value: float | None, given: Given) -> float:
     """A number of warm-up steps as the share of all."""
     if value is None or value <= 0:
         return given.get(f"{ACTOR}.optim.lr_warmup_steps_ratio", 0.0)
@@ -268,7 +268,7 @@ def warm_up_share(value: Any, given: Given) -> float:
     return value / given["trainer.total_training_steps"]
 
 
-def loggers(value: Any, given: Given) -> list[str]:
+def loggers(value: str | list[str], given: Given) -> list[str]:
     """The loggers that exist here."""
     names = [value] if isinstance(value, str) else value
     return [name for name in names if name in ("console", "wandb")]

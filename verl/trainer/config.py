@@ -370,7 +370,7 @@ def validate(raw: dict[str, Any]) -> PPOConfig:
     return config
 
 
-def section_class(name: str, section: Any) -> Any:
+def section_class(name: str, section: object) -> Any:
     """The class that a section names.
 
     Raises ConfigError where there is none, or one that cannot stand there.

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from verl.agent import Trajectory
 from verl.rollout.agent_worker import Failure, Job
@@ -30,7 +31,11 @@ MIN_RESULTS = 20
 
 
 def evaluate(
-    config: PPOConfig, val_set: RLHFDataset, rollout: Rollout, tokenizer: Any, path: Path
+    config: PPOConfig,
+    val_set: RLHFDataset,
+    rollout: Rollout,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
 ) -> None:
     """Appends the records of the questions that `path` lacks, `val_kwargs.n` per question, under
     their `row`.
@@ -67,7 +72,11 @@ def evaluate(
 
 
 def write(
-    file: Any, row: int, jobs: list[Job], trajectories: list[Trajectory], tokenizer: Any
+    file: TextIO,
+    row: int,
+    jobs: list[Job],
+    trajectories: list[Trajectory],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[float]:
     """Appends the records of a question; their scores."""
     for trajectory in trajectories:

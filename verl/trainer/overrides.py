@@ -1,7 +1,6 @@
 """Reads overrides, and writes them so that Hydra's grammar reads them back as they are meant."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -28,7 +27,7 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def written(value: Any) -> str:
+def written(value: object) -> str:
     """A value as an override has it.
 
     >>> written([None, True, 1e-06, "a,b", {"k": 1}])

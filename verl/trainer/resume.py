@@ -239,8 +239,8 @@ class Change:
     field: str
     """Name within the section; with the names of entries where the field is a mapping."""
     key: str
-    old: Any
-    new: Any
+    old: object
+    new: object
 
     def __str__(self) -> str:
         return f"{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}"
@@ -323,7 +323,7 @@ def _changes(
             yield Change(section, path, f"{prefix}{path}", before, after)
 
 
-def unequal(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+def unequal(old: object, new: object, path: str) -> Iterator[tuple[str, Any, Any]]:
     """(path, old, new) of the values that differ, entry by entry in mappings.
 
     A missing entry counts as null.
@@ -335,6 +335,6 @@ def unequal(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
         yield path, old, new
 
 
-def same_place(old: Any, new: Any) -> bool:
+def same_place(old: object, new: object) -> bool:
     """Whether both name one file or folder, such as a relative path and its full one."""
     return isinstance(old, str) and isinstance(new, str) and full_path(old) == full_path(new)

@@ -123,7 +123,7 @@ def expectation(details: ErrorDetails) -> str:
     return details["msg"].removeprefix("Value error, ")
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as it is written on a command line."""
     if value is None:
         return "null"

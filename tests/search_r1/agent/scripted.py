@@ -1,17 +1,15 @@
 """A scripted engine and a library of passages made by hand, for trajectories of agent loops."""
 
+from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.search.client import Passage, SearchError
 from verl.agent import Completion, context_digest
 
 ADA = Passage("7", '"Ada Marin"', "Ada Marin was born in Torvel.", 2.5)
-
-
 BLOCK = '<information>Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.</information>\n\n'
 
 
+PROMPT = "Question: Where was Ada Marin born?\n"
 SEARCH = "<think> t </think> <search> Ada </search>"
-
-
 ANSWER = "<think> t </think> <answer> Torvel </answer>"
 
 
@@ -55,3 +53,11 @@ class Library:
 
 def shown(trajectory, tokenizer):
     return [(str(s.source), tokenizer.decode(s.token_ids)) for s in trajectory.segments]
+
+
+def make_loop(tokenizer, passages=(ADA,), fail_at=None, **config):
+    """A loop of Search-R1 whose searches a `Library` answers; `config` are keys of `agent`."""
+    loop = SearchAgentLoop(SearchAgentConfig(**config), tokenizer)
+    if loop.search is not None:
+        loop.search.client = Library(list(passages), fail_at)
+    return loop

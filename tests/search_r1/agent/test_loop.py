@@ -12,18 +12,18 @@ from search_r1.prompts import INVALID_ACTION
 from search_r1.search.client import Passage
 from search_r1.search.client.config import RetrieverConfig
 from tests.retrieval import retrieval_server, write_corpus
-from tests.search_r1.agent.scripted import ADA, ANSWER, BLOCK, SEARCH, Engine, Library, shown
+from tests.search_r1.agent.scripted import (
+    ADA,
+    ANSWER,
+    BLOCK,
+    PROMPT,
+    SEARCH,
+    Engine,
+    make_loop,
+    shown,
+)
 from verl.agent import Source, TrajectoryFailed
 from verl.utils.tokenizer import encode_text
-
-PROMPT = "Question: Where was Ada Marin born?\n"
-
-
-def make_loop(tokenizer, passages=(ADA,), fail_at=None, **config):
-    loop = SearchAgentLoop(SearchAgentConfig(**config), tokenizer)
-    if loop.search is not None:
-        loop.search.client = Library(list(passages), fail_at)
-    return loop
 
 
 def roll(tokenizer, turns, loop=None, row=None):

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from search_r1.agent.baselines import RagLoop
+from search_r1.agent.formats import tagged
 from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
 from search_r1.agent.tools import Tool
 from search_r1.evaluation.behaviour import behaviour, read_history
@@ -17,7 +18,7 @@ from search_r1.rewards.config import SearchRewardConfig
 from search_r1.search.client import Passage
 from tests.e2e.runs import ROOT
 from tests.models import make_tokenizer
-from tests.search_r1.agent.test_loop import (
+from tests.search_r1.agent.scripted import (
     ADA,
     ANSWER,
     BLOCK,
@@ -183,6 +184,24 @@ def test_rewards_evaluation_and_inference_know_it(tokenizer, loop):
 
 class Twin(Tool):
     name = "search"
+    format = tagged("ask", "told")
+
+
+class Rival(Tool):
+    name = "rival"
+    format = tagged("search", "found")
+
+
+class Nameless(Tool):
+    format = tagged("ask", "told")
+
+
+class Waitless(Tool):
+    name = "waitless"
+    format = tagged("ask", "told")
+
+    def execute(self, argument):
+        return argument
 
 
 @pytest.mark.parametrize(
@@ -198,6 +217,19 @@ class Twin(Tool):
             "agent.tools=[{_target_: tests.search_r1.agent.test_tools.Twin}]",
             "expected tools of different names, but search is there twice",
         ),
+        (
+            "agent.tools=[{_target_: tests.search_r1.agent.test_tools.Rival}]",
+            "expected tools that are called differently, but </search> ends calls of two",
+        ),
+        (
+            "agent.tools=[{_target_: tests.search_r1.agent.test_tools.Nameless}]",
+            "expected a tool with name",
+        ),
+        (
+            "agent.tools=[{_target_: tests.search_r1.agent.test_tools.Waitless}]",
+            "expected a tool whose execute is `async def`",
+        ),
+        ("agent.tools=[{_target_: nowhere.Tool}]", "in the folders of PYTHONPATH"),
     ],
 )
 def test_a_wrong_section_is_refused_before_the_start(line, message):

@@ -1,9 +1,9 @@
 """A warning when the engine samples from another distribution than the one that is trained."""
 
 from collections.abc import Callable
-from typing import Any
 
 from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.metrics import rollout_gap
 
 MISMATCH_FLOAT32 = 1e-3
@@ -21,7 +21,7 @@ class FirstBatch:
     differ.
     """
 
-    def __init__(self, config: Any, message: Callable[[str], None]) -> None:
+    def __init__(self, config: PPOConfig, message: Callable[[str], None]) -> None:
         self.config = config
         self.message = message
         self.compared = False

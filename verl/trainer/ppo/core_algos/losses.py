@@ -232,7 +232,11 @@ def compute_entropy_loss(
     num_tokens: Count = None,
     num_seqs: Count = None,
 ) -> Tensor:
-    """Entropy (nats) of `logits` [B, R, vocab] over the mask, aggregated by `agg_loss`."""
+    """Entropy (nats) of `logits` [B, R, vocab] over the mask, aggregated by `agg_loss`.
+
+    For logits at hand. Training has the entropy of each token from the forward pass, which holds
+    no logits, and adds it in `policy_loss` of verl/workers/actor.py.
+    """
     mask = response_mask.bool()
     # selected first: a masked row of logits has no path to the gradient
     entropy = entropy_from_logits(logits[mask])
