@@ -1,6 +1,6 @@
 """The estimators of advantages from rewards.
 
-To add one, write a function and name it in ADVANTAGE_ESTIMATORS.
+To add one, write a function and name it in ADVANTAGE_ESTIMATORS (CONTRIBUTING.md lists the rest).
 """
 
 from collections.abc import Callable
