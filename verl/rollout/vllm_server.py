@@ -221,7 +221,7 @@ class VLLMServer:
         self.updating = True
         await self.engine.start_weight_update()
 
-    async def update_weights(self, update_info: Any) -> None:
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self.engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))

@@ -314,7 +314,7 @@ def with_full_path(text: str, folder: Path, paths: frozenset[str], models: froze
     return text
 
 
-def resolved(value: Any, folder: Path) -> str:
+def resolved(value: object, folder: Path) -> str:
     """A path, or a list of paths, as the complete value of an override.
 
     What is interpolated, and a name of the hub, stays.

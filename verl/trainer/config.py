@@ -29,6 +29,8 @@ from verl.utils.tokenizer import template_problems
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from verl.trainer.ppo.core_algos.advantages import AdvantageEstimator
 
 
@@ -68,7 +70,7 @@ class DataConfig(Config):
 
     @field_validator("train_files", "val_files", mode="before")
     @classmethod
-    def _one_file(cls, value: Any) -> Any:
+    def _one_file(cls, value: object) -> Any:
         return [value] if isinstance(value, str) else value
 
 
@@ -435,13 +437,13 @@ def build_tokenizer(config: PPOConfig) -> Any:
     return tokenizer
 
 
-def build_agent(config: PPOConfig, tokenizer: Any) -> Any:
+def build_agent(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> Any:
     """The agent loop that `agent._target_` names."""
     cls = load_class(config.agent["_target_"], "agent._target_")
     return cls(cls.Config.model_validate(_without_target(config.agent)), tokenizer)
 
 
-def build_reward(config: PPOConfig, tokenizer: Any) -> Any:
+def build_reward(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> Any:
     """The reward: a `custom_reward_function`, or the class that `reward._target_` names."""
     custom = config.custom_reward_function
     if custom.path is not None:

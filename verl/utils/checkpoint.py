@@ -158,7 +158,7 @@ def num_bytes(content: dict[str, Any]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def json_tensor(value: Any) -> torch.Tensor:
+def json_tensor(value: object) -> torch.Tensor:
     """`value` as JSON, in bytes [length], uint8."""
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 

@@ -94,7 +94,7 @@ class TensorWriter(FileSystemWriter):
 class TensorReader(FileSystemReader):
     """Reads what TensorWriter wrote."""
 
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+    def read_metadata(self, *_: object, **__: object) -> Metadata:
         """The index as torch wants it. Raises as `read_index` does."""
         metadata = Metadata({}, storage_data={}, storage_meta=StorageMeta(load_id=self.load_id))
         for name, tensor in read_index(self.path).tensors.items():

@@ -59,7 +59,7 @@ def packed_attention(
     max_length_q: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of [1, H, T, D] within each sequence, as [1, T, H, D].
 

@@ -7,7 +7,6 @@ configuration says so reliably.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -190,7 +189,7 @@ def forget_lengths(model: PreTrainedModel) -> None:
     transformers keeps the frequencies of the longest row so far.
     """
 
-    def reset(module: Any, _: Any) -> None:
+    def reset(module: torch.nn.Module, _: object) -> None:
         module.max_seq_len_cached = module.original_max_seq_len
         module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
 
