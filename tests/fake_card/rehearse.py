@@ -166,8 +166,8 @@ class Rehearsal:
         import vllm.v1.engine.async_llm as async_llm
 
         from tests.fake_card import cluster, engine, mode, ranks
+        from verl.rollout import manager as rollout
         from verl.single_controller import worker_group
-        from verl.trainer.ppo import rollout
 
         engine.check_calls(engine.StubEngine)
         self.engines = engine.Engines(self.memories, weight_bytes, self.log)
@@ -276,10 +276,10 @@ def estimated(config: Any, gpu_gib: float) -> dict[str, float]:
     """Peak GiB of each phase by `verl.trainer.estimate`, for the rehearsal's micro-batches."""
     from dataclasses import replace
 
+    from verl.estimate import memory
     from verl.estimate.memory import Pass, peak
     from verl.estimate.report import total
     from verl.estimate.sizing import Longest, roles_of
-    from verl.trainer import memory
 
     length = PROMPT + TURNS * TURN + (TURNS - 1) * OBSERVATION
     roles = []
