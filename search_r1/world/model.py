@@ -40,7 +40,8 @@ def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
         bos_token_id=None,
     )
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id  # pyright: ignore
+    config.eos_token_id = tokenizer.eos_token_id  # pyright: ignore
+    config.pad_token_id = tokenizer.pad_token_id  # pyright: ignore
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         embedding = model.model.embed_tokens.weight

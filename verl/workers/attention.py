@@ -89,7 +89,8 @@ def packed_attention(
             **grouped,
         )
         return out[None], None
-    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window), None  # pyright: ignore
+    out = _one_by_one(query, key, value, cu_seq_lens_q, scaling, sliding_window)  # pyright: ignore
+    return out, None
 
 
 @torch.compiler.disable
