@@ -308,7 +308,7 @@ class EngineClient:
         self.failure = None
         self._call("start_weight_update")
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: Any) -> None:
         self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

@@ -189,7 +189,7 @@ def forget_lengths(model: PreTrainedModel) -> None:
     transformers keeps the frequencies of the longest row so far.
     """
 
-    def reset(module: torch.nn.Module, _: object) -> None:
+    def reset(module: Any, _: object) -> None:
         module.max_seq_len_cached = module.original_max_seq_len
         module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
 
