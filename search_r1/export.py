@@ -35,8 +35,8 @@ def loadable_model(name: str) -> str:
                 model = str(export_to(checkpoint, checkpoint / HF))
     except OSError as error:
         raise ModelError(
-            f"{checkpoint}: no {HF} folder could be written there ({error}); "
-            f"python -m search_r1.export {checkpoint} --out DIR writes it elsewhere"
+            f"{checkpoint}: no {HF} folder could be written there ({error}); python -m "
+            f"search_r1.export {checkpoint} --out DIR writes it elsewhere"
         ) from error
     return model
 

@@ -308,8 +308,8 @@ def prepare_questions(setup: SetupConfig, config: DictConfig) -> None:
         raise DataError(
             f"setup.questions={path} is made into {TRAIN} and {TEST} of one folder, but "
             f"data.train_files={config.data.train_files} and "
-            f"data.val_files={config.data.val_files}: name these, or "
-            "set setup.questions=null to train on your own files"
+            f"data.val_files={config.data.val_files}: name these, or set setup.questions=null to "
+            "train on your own files"
         )
     try:
         current = is_current(folder, inputs_of(path, template, test_size), (TRAIN, TEST))

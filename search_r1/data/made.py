@@ -35,8 +35,7 @@ def is_current(folder: Path, inputs: dict[str, Any], names: Sequence[str]) -> bo
     if record is None:
         raise DataError(
             f"{folder / there[0]} is there, and nothing beside it ({RECORD}) says what it was made "
-            "from: remove it, or "
-            "name another folder"
+            "from: remove it, or name another folder"
         )
     differing = sorted(key for key in inputs if record["inputs"].get(key) != inputs[key])
     if not differing and len(there) == len(names):
@@ -46,8 +45,7 @@ def is_current(folder: Path, inputs: dict[str, Any], names: Sequence[str]) -> bo
         why = f"its {', '.join(differing)} changed" if differing else "files beside it are missing"
         raise DataError(
             f"{folder / changed[0]} would be made anew, because {why}, but it was changed by hand "
-            "since: remove it, or "
-            "name another folder"
+            "since: remove it, or name another folder"
         )
     return False
 

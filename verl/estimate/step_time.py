@@ -122,9 +122,9 @@ class StepTime:
         searching = searches / self.a.retriever_queries_per_s
         last, longest = self.longest_seconds()
         formula = (
-            f"max(decode {decode:.1f} [{decoding}] + prefill {prefill:.1f}, "
-            f"searches {searching:.1f} [{searches:,.0f} at {self.a.retriever_queries_per_s:g}/s]) "
-            f"+ longest trajectory alone {last:.1f} [{longest}]"
+            f"max(decode {decode:.1f} [{decoding}] + prefill {prefill:.1f}, searches "
+            f"{searching:.1f} [{searches:,.0f} at {self.a.retriever_queries_per_s:g}/s]) + longest "
+            f"trajectory alone {last:.1f} [{longest}]"
         )
         return max(decode + prefill, searching) + last, formula
 
@@ -277,8 +277,8 @@ def refuse_other_schedules(config: PPOConfig) -> None:
         raise ConfigError(
             [
                 "step time is computed for engines on the trainer's GPUs alone "
-                "(actor_rollout_ref.hybrid_engine=true, "
-                "rollout.name=vllm): elsewhere rollout and update overlap"
+                "(actor_rollout_ref.hybrid_engine=true, rollout.name=vllm): elsewhere rollout and "
+                "update overlap"
             ]
         )
 

@@ -46,8 +46,7 @@ class Registered:
         if missing:
             raise KeyError(
                 f"{method} reads the column(s) {', '.join(missing)}, which the batch does not "
-                "have; "
-                f"it has {', '.join(data.batch)}"
+                f"have; it has {', '.join(data.batch)}"
             )
         present = [name for name in self.optional if name in data.batch]
         return data.select([*self.columns, *present])

@@ -85,10 +85,9 @@ class RayResourcePool:
                 logger.warning("%s; waiting %g s for that", cannot_place(bundles), later)
                 if not self.group.wait(later):
                     raise RuntimeError(
-                        f"{cannot_place(bundles)}: lower trainer.nnodes / "
-                        "trainer.n_gpus_per_node (or actor_rollout_ref.rollout.nnodes / "
-                        "n_gpus_per_node), add nodes, or end what holds them "
-                        "(`ray status` shows it)"
+                        f"{cannot_place(bundles)}: lower trainer.nnodes / trainer.n_gpus_per_node "
+                        "(or actor_rollout_ref.rollout.nnodes / n_gpus_per_node), add nodes, or "
+                        "end what holds them (`ray status` shows it)"
                     )
         return self.group
 

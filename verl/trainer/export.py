@@ -71,8 +71,7 @@ def model_config_of(
     if run is None:
         raise ModelError(
             f"{checkpoint}: no {RUN_CONFIG} in the folders above it. It says what the run began "
-            "with and is in the run "
-            "folder: copy it along with the checkpoint"
+            "with and is in the run folder: copy it along with the checkpoint"
         )
     path = run / RUN_CONFIG
     try:

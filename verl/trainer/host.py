@@ -114,8 +114,8 @@ def socket_problems() -> list[str]:
     ]
     return [
         f"{given}={folder}: the sockets of {owner} would have paths of "
-        f"{len(os.fsencode(folder + name))} bytes, and "
-        f"{SOCKET_PATH_BYTES} is the most: set {variable}: {SHORT}"
+        f"{len(os.fsencode(folder + name))} bytes, and {SOCKET_PATH_BYTES} is the most: set "
+        f"{variable}: {SHORT}"
         for given, folder, name, owner, variable in needs
         if len(os.fsencode(folder + name)) > SOCKET_PATH_BYTES
     ]
@@ -172,6 +172,6 @@ def shared_memory_problems(folder: str, needed: int, why: str) -> list[str]:
         return []
     return [
         f"{folder} has {free / 2**20:,.0f} MiB left; {why} {needed / 2**20:,.0f}: remove what "
-        "others left there, or "
-        f"make it larger (docker run --shm-size=16g, or mount -o remount,size=16G {folder})"
+        "others left there, or make it larger (docker run --shm-size=16g, or mount -o "
+        f"remount,size=16G {folder})"
     ]

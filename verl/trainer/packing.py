@@ -53,11 +53,9 @@ def rope_problems(config: "PPOConfig") -> list[str]:
         return []
     return [
         f"data.max_prompt_length + data.max_response_length = {config.max_model_len} is more than "
-        "the "
-        f"{rope_limit(hf_config)} tokens up to which RoPE of type {'/'.join(sorted(kinds))} is not "
-        "stretched "
-        f"({model.path}): beyond, engine and trainer choose its frequencies differently. Shorten "
-        "the contexts, or set "
+        f"the {rope_limit(hf_config)} tokens up to which RoPE of type {'/'.join(sorted(kinds))} is "
+        f"not stretched ({model.path}): beyond, engine and trainer choose its frequencies "
+        "differently. Shorten the contexts, or set "
         "++actor_rollout_ref.model.override_config.rope_parameters to a type without that choice, "
         "such as yarn"
     ]
@@ -79,8 +77,7 @@ def cpu_engine_problems(config: "PPOConfig") -> list[str]:
     if experts > 1:
         return [
             f"{where} has {experts} experts, which an engine on the CPU does not take over in a "
-            "weight sync: train it "
-            "on GPUs, or take a dense model"
+            "weight sync: train it on GPUs, or take a dense model"
         ]
     if text.model_type in WRONG_ON_CPU:
         return [

@@ -132,9 +132,8 @@ def collate(examples: Sequence[Example], max_length: int) -> DataProto:
         ):
             raise DataError(
                 f"row {number}: {size} input_ids and {len(example['loss_mask'])} loss_mask values "
-                "with "
-                f"{sum(example['loss_mask'])} ones; expected equal lengths of at most {max_length} "
-                "and a one"
+                f"with {sum(example['loss_mask'])} ones; expected equal lengths of at most "
+                f"{max_length} and a one"
             )
     width = max(len(e["input_ids"]) for e in examples)
 

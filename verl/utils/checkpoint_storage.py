@@ -133,10 +133,9 @@ def old_format(file: Path) -> str:
     """What is wrong with a checkpoint that has a pickle where JSON is expected, and what to do."""
     return (
         f"{file}: a pickle, from a version that saved its checkpoints so. Reading it would run "
-        "whatever it holds, so "
-        "it is not read. Finish the run with the version that began it, or begin a new one, in "
-        "another folder, from an "
-        "export of its policy (actor_rollout_ref.model.path=.../hf)"
+        "whatever it holds, so it is not read. Finish the run with the version that began it, or "
+        "begin a new one, in another folder, from an export of its policy "
+        "(actor_rollout_ref.model.path=.../hf)"
     )
 
 

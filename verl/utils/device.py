@@ -78,10 +78,8 @@ def driver_problem(cuda: str) -> str | None:
         return None
     return (
         f"the NVIDIA driver is {driver}, and CUDA {cuda} needs {oldest} or newer: update the "
-        "driver, or install "
-        f"NVIDIA's package cuda-compat-{cuda.replace('.', '-')} (data-center GPUs) and put its "
-        "folder into "
-        "LD_LIBRARY_PATH"
+        f"driver, or install NVIDIA's package cuda-compat-{cuda.replace('.', '-')} (data-center "
+        "GPUs) and put its folder into LD_LIBRARY_PATH"
     )
 
 
@@ -117,10 +115,8 @@ def cuda_problem() -> str | None:
     if not gpus:
         return (
             "torch and vLLM are builds for CUDA, and nvidia-smi lists no GPU: run on a node that "
-            "has one (in a "
-            "container: --gpus all, in a SLURM job: --gpus-per-node), or make an environment for "
-            "the CPU "
-            f"({CPU_ENVIRONMENT})"
+            "has one (in a container: --gpus all, in a SLURM job: --gpus-per-node), or make an "
+            f"environment for the CPU ({CPU_ENVIRONMENT})"
         )
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles"):

@@ -29,8 +29,7 @@ ORIGIN = "training.json"
 """File in a Hugging Face folder that says what it was made of: `base_model`, `checkpoint`."""
 EXPECTED = (
     "expected a Hugging Face folder (with config.json), a run folder, its best, latest or "
-    "global_step_N, or a folder "
-    "in its alarms"
+    "global_step_N, or a folder in its alarms"
 )
 
 
@@ -167,8 +166,7 @@ def _best(run: Path) -> Path:
     if record is None:
         raise ModelError(
             f"{run}: has no best checkpoint ({BEST}): none was saved at a step whose validation "
-            "gave "
-            f"trainer.best_metric. {_present(run)}"
+            f"gave trainer.best_metric. {_present(run)}"
         )
     return _checkpoint_in(folder_of(run, record["step"]))
 

@@ -225,8 +225,7 @@ def claim(path: Path, made_of: dict[str, Any], what: str) -> None:
     if different := [key for key in mine if theirs.get(key) != mine[key]]:
         raise DataError(
             f"{path}: what lies beside it is of another {what} (not the same: "
-            f"{', '.join(different)}): name another "
-            "place, or delete both"
+            f"{', '.join(different)}): name another place, or delete both"
         )
     write_atomically(path, text)
 

@@ -74,9 +74,8 @@ def packing_of(
         raise ConfigError(
             [
                 f"model.path={config.path}: no shallow copy of {hf_config.model_type} can be "
-                "built, so that nothing is "
-                f"known of it ({_first_line(error)}); model.pack_rows=false trains it a row at a "
-                "time without a probe"
+                f"built, so that nothing is known of it ({_first_line(error)}); "
+                "model.pack_rows=false trains it a row at a time without a probe"
             ]
         ) from error
     on_cpu = _on_cpu(attention, hf_config)
@@ -120,9 +119,8 @@ class Probe:
         except Exception as error:
             return (
                 f"does not run in a plain forward pass on the CPU: {_first_line(error)}. Where "
-                "that is a kernel for "
-                "GPUs (flash-linear-attention, causal-conv1d), model.pack_rows=false trains a row "
-                "at a time, unprobed"
+                "that is a kernel for GPUs (flash-linear-attention, causal-conv1d), "
+                "model.pack_rows=false trains a row at a time, unprobed"
             )
         ways = [
             (attention, True),

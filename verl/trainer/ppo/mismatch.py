@@ -59,22 +59,20 @@ def mismatch_warning(data: DataProto, engine: str, trainer: str, corrected: bool
         return None
     if exact or mean > MISMATCH_WRONG:
         cure = (
-            "This is not rounding: the engine has other weights or computes this family in another "
-            "way. Stop the run; "
-            "check actor_rollout_ref.model (path, override_config) and docs/results/families.md"
+            "This is not rounding: the engine has other weights or computes this family in "
+            "another way. Stop the run; check actor_rollout_ref.model (path, override_config) and "
+            "docs/results/families.md"
         )
     elif corrected:
         return None
     else:
         cure = (
             "Set algorithm.rollout_correction.rollout_is=token (or rollout_rs=sequence), or bring "
-            "the dtypes together: "
-            "actor_rollout_ref.rollout.dtype and actor_rollout_ref.actor.fsdp_config.dtype "
-            "(float16 rounds eight times "
-            "more finely than bfloat16)"
+            "the dtypes together: actor_rollout_ref.rollout.dtype and "
+            "actor_rollout_ref.actor.fsdp_config.dtype (float16 rounds eight times more finely "
+            "than bfloat16)"
         )
     return (
         f"WARNING: engine ({engine}) and trainer ({trainer}) differ by {mean:.2g} nats a token "
-        "under the same weights "
-        f"(at most {largest:.2g}); below {bound:g} is normal. {cure}"
+        f"under the same weights (at most {largest:.2g}); below {bound:g} is normal. {cure}"
     )
