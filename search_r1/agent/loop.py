@@ -1,13 +1,12 @@
 """One trajectory: generate, parse, call a tool, splice its result in, generate.
 
-    <think> .. </think> <search> q </search> | \\n\\n<information>..</information>\\n\\n | ..
-    <answer> a </answer>
-    MODEL                                     OBSERVATION                              MODEL
+    <think> .. </think> <search> q </search>  MODEL
+    \\n\\n<information> .. </information>\\n\\n   OBSERVATION
+    <think> .. </think> <answer> a </answer>  MODEL
 
 `max_turns` turns may call a tool, which is search unless `tools` adds others; one more, forced, may
-only answer. The policy's tokens are kept as
-they were sampled, also where a token that completes a tag runs past it (`>\\n\\n`): text is only
-decoded to find the action.
+only answer. The policy's tokens are kept as they were sampled, also where a token that completes a
+tag runs past it (`>\\n\\n`): text is only decoded to find the action.
 
 A policy may end its turn (`<|im_end|>`, EOS) although the trajectory goes on. Where the chat
 template ends turns with that token, it stays and is trained, and the environment answers with a

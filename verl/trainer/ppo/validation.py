@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl.agent import Source, Trajectory
+from verl.agent import AgentLoop, Source, Trajectory
 from verl.rollout.agent_worker import Failure, Job
 from verl.rollout.job import Submitted
 from verl.rollout.manager import RolloutManager
@@ -100,26 +100,33 @@ def score(
     that failed twice is counted (`val/failed`), not scored.
     """
     check_failures(results, config.trainer.max_failed_share)
-    done = [(job, r) for job, r in zip(jobs, results, strict=True) if isinstance(r, Trajectory)]
+    sampled = [(job, r) for job, r in zip(jobs, results, strict=True) if isinstance(r, Trajectory)]
     by_source: dict[str, list[tuple[Job, Trajectory]]] = defaultdict(list)
-    for job, trajectory in done:
+    for job, trajectory in sampled:
         if not trajectory.num_tokens(Source.MODEL):
             trajectory.reward = {"score": 0.0}
         by_source[job.row["data_source"]].append((job, trajectory))
     metrics = failure_metrics(results, "val")
-    for source, sampled in by_source.items():
-        trajectories = [trajectory for _, trajectory in sampled]
-        metrics[f"val/test_score/{source}"] = mean_score(trajectories)
-        if config.actor_rollout_ref.rollout.val_kwargs.n > 1:
-            samples = config.actor_rollout_ref.rollout.val_kwargs.n
-            metrics[f"val/pass@{samples}/{source}"] = share_solved(sampled)
-        figures = component_means(trajectories) | task.agent.reduce_metrics(trajectories)
+    samples = config.actor_rollout_ref.rollout.val_kwargs.n
+    for source, of_source in by_source.items():
+        figures = figures_of(of_source, samples, task.agent)
         metrics |= {f"val/{name}/{source}": value for name, value in figures.items()}
-    trajectories = [trajectory for _, trajectory in done]
+    trajectories = [trajectory for _, trajectory in sampled]
     metrics["val/test_score/all"] = mean_score(trajectories)
-    for name, value in task.agent.reduce_metrics(trajectories).items():
-        metrics[f"val/{name}"] = value
-    return metrics, trajectory_records([job for job, _ in done], trajectories, task.tokenizer)
+    figures = task.agent.reduce_metrics(trajectories)
+    metrics |= {f"val/{name}": value for name, value in figures.items()}
+    return metrics, trajectory_records([job for job, _ in sampled], trajectories, task.tokenizer)
+
+
+def figures_of(
+    sampled: Sequence[tuple[Job, Trajectory]], samples: int, agent: AgentLoop
+) -> dict[str, float]:
+    """The metrics of one data source, of which each question has up to `samples` trajectories."""
+    trajectories = [trajectory for _, trajectory in sampled]
+    figures = {"test_score": mean_score(trajectories)}
+    if samples > 1:
+        figures[f"pass@{samples}"] = share_solved(sampled)
+    return figures | component_means(trajectories) | agent.reduce_metrics(trajectories)
 
 
 def share_solved(sampled: Sequence[tuple[Job, Trajectory]]) -> float:
