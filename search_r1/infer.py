@@ -150,8 +150,8 @@ def answer_of(trajectory: Trajectory, tokenizer: Any) -> str | None:
 
 def call_tags(agent: AgentLoop) -> list[str]:
     """Names of the tags in which the tools of a loop are called, `search` always among them."""
-    formats = [tool.format for tool in getattr(agent, "tools", ())]
-    return list(dict.fromkeys(["search", *(f.call_tag for f in formats if f.call_tag)]))
+    dialect = getattr(agent, "dialect", None)
+    return ["search"] if dialect is None else list(dialect.call_tags)
 
 
 def show_colored(

@@ -146,12 +146,7 @@ REACT_INVALID_MESSAGE = (
     "and </answer>."
 )
 
-SEARCH_END = "</search>"
 ANSWER_END = "</answer>"
-INFORMATION_START = "<information>"
-INFORMATION_END = "</information>"
-OBSERVATION_HEAD = f"\n\n{INFORMATION_START}"
-OBSERVATION_TAIL = f"{INFORMATION_END}\n\n"
 
 
 def build_prompt(question: str, template: str, context: str = "", reasoning: str = "") -> str:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from search_r1.agent.actions import SEARCH_TOOL
 from search_r1.rewards.matching import normalize_answer
+from search_r1.tools.base import SEARCH_TOOL
 from verl.agent import Row, Source, Trajectory
 from verl.utils.errors import DataError
 

@@ -3,9 +3,8 @@
 import ast
 import operator
 
-from search_r1.agent.formats import tagged
-from search_r1.agent.tools import Tool, ToolFailed, ToolResponse
-from verl.utils.config import Config
+from search_r1.tools.base import Tool, ToolConfig, ToolFailed, ToolResponse
+from search_r1.tools.formats import tagged
 
 OPERATORS = {
     ast.Add: operator.add,
@@ -15,7 +14,7 @@ OPERATORS = {
 }
 
 
-class CalculatorConfig(Config):
+class CalculatorConfig(ToolConfig):
     digits: int = 6
     """Significant digits of a result."""
     plugged_in: bool = True
@@ -27,9 +26,11 @@ class Calculator(Tool):
     Config = CalculatorConfig
     name = "calculator"
     format = tagged("calculate", "result")
-    description = "You can calculate by writing <calculate> 2 * (3 + 4) </calculate>."
+    description = "Calculates the value of an arithmetic expression."
+    instruction = "You can calculate by writing <calculate> 2 * (3 + 4) </calculate>."
 
     def __init__(self, config: CalculatorConfig) -> None:
+        super().__init__(config)
         self.config = config
         self.closed = False
 
@@ -42,7 +43,7 @@ class Calculator(Tool):
         try:
             value = evaluate(ast.parse(argument, mode="eval").body)
         except (SyntaxError, KeyError, TypeError, ZeroDivisionError):
-            return ToolResponse(f"no number: {argument}", valid=False)
+            return ToolResponse(f"no number: {argument}", error="no_number")
         return ToolResponse(f"{value:.{self.config.digits}g}", facts={"value": value})
 
     async def close(self) -> None:

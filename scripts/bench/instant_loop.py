@@ -3,10 +3,13 @@ there at once."""
 
 from pathlib import Path
 
+from search_r1.agent.actions import ToolCall
 from search_r1.agent.agent_data import AgentData
+from search_r1.agent.dialects import Observation
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.agent.observation import encode_passages
-from search_r1.agent.tools import ToolResponse
+from search_r1.tools.base import SEARCH_TOOL, ToolResponse
+from search_r1.tools.toolbox import Executed
 
 TEXT = "Dupsel joined Fonzuv. Dupsel elected Mebkol. Sogvig inhabits Dupsel. Sogvig serves Zogpug."
 MIN_TURN = 32
@@ -43,7 +46,6 @@ class InstantLoop(SearchAgentLoop):
         return []
 
     async def _turn(self, data: AgentData, may_call: bool) -> None:
-        assert self.search is not None
         trajectory = data.trajectory
         length = MIN_TURN + hash((*trajectory.prompt_ids, data.turns)) % (
             self.config.max_response_length - MIN_TURN
@@ -56,8 +58,8 @@ class InstantLoop(SearchAgentLoop):
         if not may_call:
             trajectory.stop_reason = "answer"
             return
-        data.counts[self.search.name].latency_s.append(0.0)
         query = self.tokenizer.decode(completion.token_ids)
         ids, cut = encode_passages(PAIRS, self.tokenizer, self.config.max_obs_length, "")
-        response = ToolResponse("", facts={"passages": FOUND})
-        self._observe(data, self.search, query, response, ids, cut)
+        response = ToolResponse("", facts={"query": query, "passages": FOUND})
+        call = ToolCall(SEARCH_TOOL, {"query": query})
+        self._observe(data, call, Executed(response, 0.0), Observation(ids, cut))

@@ -22,6 +22,8 @@ UPDATE = "verl/workers/update.py"
 FORWARD = "verl/workers/forward.py"
 SYNC = "verl/rollout/weight_sync.py"
 LOOP = "search_r1/agent/loop.py"
+DIALECTS = "search_r1/agent/dialects.py"
+COUNTS = "search_r1/agent/agent_data.py"
 
 PLANTED: tuple[tuple[str, str, str], ...] = (
     (LOSSES, "ratio = inputs.log_ratio.detach().exp()", "ratio = inputs.log_ratio.exp()"),
@@ -145,14 +147,14 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
         "if len(context) >= self.config.max_prompt_length:",
     ),
     (LOOP, "trajectory.truncated = True", "trajectory.truncated = False"),
-    (LOOP, "        trajectory.void_turns += isinstance(action, Invalid)\n", ""),
+    (LOOP, "        trajectory.void_turns += turn.is_void\n", ""),
     (
         LOOP,
         "may_call=data.turns < self.max_calls",
         "may_call=data.turns <= self.max_calls",
     ),
-    (LOOP, "neutralise(response.text, self.tag)", "response.text"),
-    (LOOP, "        counts.valid_calls += response.valid\n", "        counts.valid_calls += 1\n"),
+    (DIALECTS, "neutralise(response.text, self.tag)", "response.text"),
+    (COUNTS, "if error := executed.response.error:", "if error := executed.response.text:"),
     (
         LOOP,
         "max_tokens=self.config.max_response_length",
@@ -165,8 +167,9 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     ),
     (
         LOOP,
-        "        trajectory.add_observation(ids, **facts)",
-        "        trajectory.add_completion("
-        "Completion(ids, [0.0] * len(ids), 'stop', None, 0, 0), **facts)",
+        "        data.trajectory.add_observation(observation.token_ids, **facts)",
+        "        ids = observation.token_ids\n"
+        "        said = Completion(ids, [0.0] * len(ids), 'stop', None, 0, 0)\n"
+        "        data.trajectory.add_completion(said, **facts)",
     ),
 )

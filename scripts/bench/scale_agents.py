@@ -12,7 +12,8 @@ from synthetic import FakeEngine, Words, World, make_tokenizer, serve
 from transformers import AutoTokenizer
 
 from search_r1.agent import loop
-from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
+from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.loop import SearchAgentLoop
 from search_r1.launch import free_port
 from search_r1.rewards.compose import SearchReward
 from search_r1.rewards.config import SearchRewardConfig

@@ -4,15 +4,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SEARCH = re.compile(r"<search>(.*?)</search>", re.DOTALL)
+from search_r1.tools.base import SEARCH_TOOL, Arguments, ToolResponse
+from search_r1.tools.formats import SEARCH_R1
+
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-SEARCH_TOOL = "search"
-"""Name of the tool that searches."""
 
 
 @dataclass(frozen=True)
-class ToolCall:
-    """A call of the tool that has this name."""
+class TextCall:
+    """A call as the text of a turn has it: the tool's name and what stands between the tags."""
 
     tool: str
     argument: str
@@ -30,10 +30,38 @@ class Invalid:
     """Neither a call nor an answer."""
 
 
-Action = ToolCall | Answer | Invalid
+Action = TextCall | Answer | Invalid
 CallPatterns = Mapping[str, re.Pattern[str]]
 """How each tool is called, by its name; the first group of a pattern is the argument."""
-SEARCH_ALONE: CallPatterns = {SEARCH_TOOL: SEARCH}
+SEARCH_ALONE: CallPatterns = {SEARCH_TOOL: SEARCH_R1.call}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the environment answers."""
+
+    tool: str
+    """Name of the tool, as the policy wrote it."""
+    arguments: Arguments
+    malformed: ToolResponse | None = None
+    """The answer to a call that cannot be executed."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn asks for: calls, or an answer, or neither, which is invalid."""
+
+    calls: tuple[ToolCall, ...] = ()
+    answer: str | None = None
+    asks_in_vain: bool = False
+    """Whether it asks for a search where there is no tool: that is not answered, but not void."""
+    overrun: str = ""
+    """What the policy wrote behind its action."""
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the turn neither calls nor answers."""
+        return not (self.calls or self.asks_in_vain) and self.answer is None
 
 
 def parse_action(text: str, call_patterns: CallPatterns = SEARCH_ALONE) -> tuple[Action, int]:
@@ -43,7 +71,7 @@ def parse_action(text: str, call_patterns: CallPatterns = SEARCH_ALONE) -> tuple
     call with an empty argument is no call: there is nothing to ask.
 
     >>> parse_action("<think> hm </think> <search> capital of Peru </search>\\n\\n")
-    (ToolCall(tool='search', argument='capital of Peru'), 54)
+    (TextCall(tool='search', argument='capital of Peru'), 54)
     """
     found = [
         (match, tool)
@@ -56,4 +84,4 @@ def parse_action(text: str, call_patterns: CallPatterns = SEARCH_ALONE) -> tuple
     content = match.group(1).strip()
     if tool is None:
         return Answer(content), match.end()
-    return (ToolCall(tool, content) if content else Invalid()), match.end()
+    return (TextCall(tool, content) if content else Invalid()), match.end()

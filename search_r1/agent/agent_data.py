@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from search_r1.agent.actions import SEARCH_TOOL
-from search_r1.agent.tools import Tool
+from search_r1.agent.actions import ToolCall
+from search_r1.agent.dialects import Observation
+from search_r1.tools.base import SEARCH_TOOL, Tool
+from search_r1.tools.toolbox import Executed
 from verl.agent import Generate, Row, Trajectory
 
 GOLD_KEYS = ("hops", "gold_ids", "gold_titles")
@@ -13,13 +15,25 @@ GOLD_KEYS = ("hops", "gold_ids", "gold_titles")
 
 @dataclass
 class CallCounts:
-    """The executed calls of one tool in a trajectory."""
+    """The calls of one tool in a trajectory, all of them answered."""
 
     calls: int = 0
-    valid_calls: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    """Calls that the policy got wrong, by what was wrong."""
     cut: int = 0
     """Results that were cut to fit into an observation."""
+    tokens: int = 0
+    """Tokens of the observations, with what stands around the results."""
     latency_s: list[float] = field(default_factory=list)
+
+    def add(self, executed: Executed, observation: Observation) -> None:
+        """Counts a call."""
+        self.calls += 1
+        if error := executed.response.error:
+            self.errors[error] = self.errors.get(error, 0) + 1
+        self.cut += observation.cut
+        self.tokens += len(observation.token_ids)
+        self.latency_s.append(executed.latency_s)
 
 
 @dataclass
@@ -36,9 +50,15 @@ class AgentData:
     """What a turn's last token brought behind the tag that it completed."""
     counts: dict[str, CallCounts] = field(init=False)
     """By the name of the tool."""
+    unknown: CallCounts = field(default_factory=CallCounts)
+    """Calls of tools that do not exist, or that could not be read at all."""
 
     def __post_init__(self) -> None:
         self.counts = {tool.name: CallCounts() for tool in self.tools}
+
+    def count(self, call: ToolCall, executed: Executed, observation: Observation) -> None:
+        """Counts a call under its tool."""
+        self.counts.get(call.tool, self.unknown).add(executed, observation)
 
     @property
     def num_calls(self) -> int:
@@ -46,7 +66,7 @@ class AgentData:
         return sum(counts.calls for counts in self.counts.values())
 
     def facts(self) -> dict[str, Any]:
-        """The `info` of the finished trajectory; `tools` is there only beside search."""
+        """The `info` of the finished trajectory."""
         search = self.counts.get(SEARCH_TOOL, CallCounts())
         facts: dict[str, Any] = {
             "turns": self.turns,
@@ -58,13 +78,7 @@ class AgentData:
         }
         extra = self.row.get("extra_info") or {}
         facts |= {key: extra[key] for key in GOLD_KEYS if extra.get(key) is not None}
-        further = {tool.name: self._facts_of(tool) for tool in self.tools if not is_search(tool)}
-        return facts | ({"tools": further} if further else {})
-
-    def _facts_of(self, tool: Tool) -> dict[str, Any]:
-        tags = {"call_tag": tool.format.call_tag, "result_tag": tool.format.result_tag}
-        return tags | asdict(self.counts[tool.name])
-
-
-def is_search(tool: Tool) -> bool:
-    return tool.name == SEARCH_TOOL
+        facts["tools"] = {name: asdict(counts) for name, counts in self.counts.items()}
+        if self.unknown.calls:
+            facts["unknown_calls"] = self.unknown.errors
+        return facts

@@ -7,12 +7,12 @@ import re
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from search_r1.agent.actions import Answer, parse_action
+from search_r1.agent.actions import Answer, ToolCall, parse_action
 from search_r1.agent.agent_data import AgentData
-from search_r1.agent.formats import REACT, SEARCH_O1, ToolFormat
-from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
+from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.dialects import Observation, TagWords
+from search_r1.agent.loop import SearchAgentLoop
 from search_r1.agent.observation import encode_observation, neutralise
-from search_r1.agent.tools import Tool, ToolResponse
 from search_r1.prompts import (
     ANSWER_END,
     REACT_INVALID_ACTION,
@@ -23,6 +23,8 @@ from search_r1.prompts import (
     build_prompt,
     format_passages,
 )
+from search_r1.tools.base import SEARCH_TOOL, ToolResponse
+from search_r1.tools.formats import REACT, SEARCH_O1
 from search_r1.trajectory import required_question
 from verl.agent import Segment, Source, Trajectory
 from verl.utils.tokenizer import encode_text
@@ -33,30 +35,29 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 class ReActLoop(SearchAgentLoop):
     """Thought, action, observation (ReAct, arXiv 2210.03629)."""
 
-    search_format: ClassVar[ToolFormat] = REACT
-    invalid_action: ClassVar[str] = REACT_INVALID_ACTION
-    invalid_message: ClassVar[str] = REACT_INVALID_MESSAGE
+    words: ClassVar[TagWords] = TagWords(REACT, REACT_INVALID_ACTION, REACT_INVALID_MESSAGE)
 
 
 class SearchO1Loop(SearchAgentLoop):
     """Search-o1 (arXiv 2501.05366): a second call of the engine condenses what a search found."""
 
-    search_format: ClassVar[ToolFormat] = SEARCH_O1
-    invalid_action: ClassVar[str] = SEARCH_O1_INVALID_ACTION
-    invalid_message: ClassVar[str] = SEARCH_O1_INVALID_MESSAGE
+    words: ClassVar[TagWords] = TagWords(
+        SEARCH_O1, SEARCH_O1_INVALID_ACTION, SEARCH_O1_INVALID_MESSAGE
+    )
 
     async def _revise(
-        self, data: AgentData, tool: Tool, argument: str, response: ToolResponse
+        self, data: AgentData, call: ToolCall, response: ToolResponse
     ) -> ToolResponse:
         """Replaces passages by what of them helps the reasoning."""
-        if tool is not self.search:
+        if call.tool != SEARCH_TOOL:
             return response
-        passages = neutralise(response.text, self.tag)
+        query = call.arguments["query"]
+        passages = neutralise(response.text)
         context = fit(self.tokenizer, passages, self.config.max_obs_length)
-        room = max(1, self.config.max_prompt_length - len(self._side_prompt("", argument, context)))
+        room = max(1, self.config.max_prompt_length - len(self._side_prompt("", query, context)))
         written = data.trajectory.response_ids[-room:]
         reasoning = self.tokenizer.decode(written, skip_special_tokens=True)
-        side_prompt = self._side_prompt(reasoning, argument, context)
+        side_prompt = self._side_prompt(reasoning, query, context)
         completion = await data.generate(side_prompt, max_tokens=self.config.max_response_length)
         finding = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
         facts = {"condensed_from_tokens": len(side_prompt)}
@@ -78,14 +79,14 @@ class RagLoop(SearchAgentLoop):
 
     async def _begin(self, data: AgentData) -> None:
         """Searches, and makes the prompt with what was found."""
-        assert self.search is not None
         question = required_question(data.row)
-        response = await self._call(data, self.search, question)
-        context = neutralise(response.text, self.tag)
+        call = ToolCall(SEARCH_TOOL, {"query": question})
+        (found,) = await self._execute(data, [call])
+        context = neutralise(found.response.text)
         fitting = fit(self.tokenizer, context, self.config.max_obs_length)
         template = self.config.template or "rag"
         data.trajectory.prompt_ids = self.ask(build_prompt(question, template, fitting))
-        self._observe(data, self.search, question, response, [], cut=fitting != context)
+        self._observe(data, call, found, Observation([], cut=fitting != context))
 
 
 class IRCoTLoop(SearchAgentLoop):
@@ -106,11 +107,11 @@ class IRCoTLoop(SearchAgentLoop):
 
     async def _collect(self, data: AgentData, query: str) -> None:
         """Searches, and appends what was found."""
-        assert self.search is not None
-        response = await self._call(data, self.search, query)
-        text = neutralise(response.text, self.tag)
+        call = ToolCall(SEARCH_TOOL, {"query": query})
+        (found,) = await self._execute(data, [call])
+        text = neutralise(found.response.text)
         ids, cut = encode_observation(text, self.tokenizer, self.config.max_obs_length, "")
-        self._observe(data, self.search, query, response, ids, cut)
+        self._observe(data, call, found, Observation(ids, cut))
 
     async def _turn(self, data: AgentData, may_call: bool) -> None:
         """Generates a sentence; in the last turn all that is said."""
@@ -155,7 +156,7 @@ class IRCoTLoop(SearchAgentLoop):
         """The prompt with every passage found so far, each once, and the sentences so far."""
         found = [p for s in trajectory.segments for p in s.info.get("passages", ())]
         unique = {p["id"]: (p["title"], p["text"]) for p in found}
-        passages = neutralise(format_passages(list(unique.values())), self.tag)
+        passages = neutralise(format_passages(list(unique.values())))
         own = [t for s in trajectory.segments if s.source is Source.MODEL for t in s.token_ids]
         room = self.config.max_prompt_length - self.config.max_start_length - len(own)
         context = fit(self.tokenizer, passages, max(1, room))

@@ -1,7 +1,7 @@
 """The search task's metrics of a batch, under the original's names where it has them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     metrics |= _overruns(stats)
     metrics |= _latency(stats)
     metrics |= _errors(stats)
-    metrics |= _further_tools(stats)
+    metrics |= _tools(stats)
     metrics |= _by_hops(stats)
     metrics |= _recall(trajectories)
     return {name: float(value) for name, value in metrics.items()}
@@ -71,25 +71,56 @@ def _latency(stats: list[Stats]) -> dict[str, float]:
 
 def _errors(stats: list[Stats]) -> dict[str, float]:
     """Failed attempts to search, by kind, those included that a retry made good."""
-    total: Counter[str] = Counter()
-    for s in stats:
-        total.update(s.get("search_errors", {}))
+    total = sum_counts(s.get("search_errors", {}) for s in stats)
     return {
         "env/search_errors": total.total(),
-        **{f"env/search_errors/{kind}": n for kind, n in sorted(total.items())},
+        **{f"env/search_errors/{kind}": n for kind, n in total.items()},
     }
 
 
-def _further_tools(stats: list[Stats]) -> dict[str, float]:
-    """Calls of every tool beside search: executed ones, valid ones, and the share that was cut."""
+def _tools(stats: list[Stats]) -> dict[str, float]:
+    """What the calls of every tool brought, and those of tools that do not exist."""
     metrics: dict[str, float] = {}
     for name in sorted({name for s in stats for name in s.get("tools", {})}):
-        counts = [s["tools"][name] for s in stats]
-        calls = sum(c["calls"] for c in counts)
-        metrics[f"env/{name}/calls"] = calls / len(counts)
-        metrics[f"env/{name}/valid_calls"] = sum(c["valid_calls"] for c in counts) / len(counts)
-        metrics[f"env/{name}/truncated"] = sum(c["cut"] for c in counts) / max(1, calls)
+        metrics |= _tool(name, [s["tools"][name] for s in stats if name in s.get("tools", {})])
+    unknown = sum_counts(s.get("unknown_calls", {}) for s in stats)
+    metrics |= {f"tool/unknown/errors/{kind}": n / len(stats) for kind, n in unknown.items()}
+    failures: dict[str, Counter[str]] = defaultdict(Counter)
+    for s in stats:
+        for name, kinds in s.get("tool_failures", {}).items():
+            failures[name].update(kinds)
+    for name, kinds in sorted(failures.items()):
+        metrics |= {f"tool/{name}/failures/{kind}": n for kind, n in sorted(kinds.items())}
     return metrics
+
+
+def _tool(name: str, counts: list[dict[str, Any]]) -> dict[str, float]:
+    """The metrics `tool/<name>/...`: per trajectory, but for shares and times per call."""
+    calls = sum(c["calls"] for c in counts)
+    errors = sum_counts(c["errors"] for c in counts)
+    metrics = {
+        f"tool/{name}/calls": calls / len(counts),
+        f"tool/{name}/errors": errors.total() / len(counts),
+        f"tool/{name}/tokens": sum(c["tokens"] for c in counts) / len(counts),
+        f"tool/{name}/truncated": sum(c["cut"] for c in counts) / max(1, calls),
+    }
+    metrics |= {f"tool/{name}/errors/{kind}": n / len(counts) for kind, n in errors.items()}
+    if seconds := [x for c in counts for x in c["latency_s"]]:
+        p50, p95 = np.percentile(seconds, [50, 95])
+        metrics |= {f"tool/{name}/latency_s/p50": p50, f"tool/{name}/latency_s/p95": p95}
+    return metrics
+
+
+def sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """The sum of several counts, its names in order.
+
+    >>> sum_counts([{"b": 1}, {"a": 2, "b": 1}])
+    Counter({'a': 2, 'b': 2})
+    """
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return Counter(dict(sorted(total.items())))
 
 
 def _by_hops(stats: list[Stats]) -> dict[str, float]:

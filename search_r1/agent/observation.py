@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from search_r1.agent.formats import SEARCH_R1, ToolFormat
 from search_r1.prompts import format_passages
+from search_r1.tools.formats import SEARCH_R1, ToolFormat
 from verl.utils.tokenizer import encode_text
 
 TAGS = ("think", "search", "information", "answer")

@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 
 from search_r1.rewards.matching import gold_answers, holds_gold, normalize_answer
+from search_r1.tools.base import SEARCH_TOOL
 from search_r1.trajectory import (
     GoldPassages,
     Record,
@@ -185,7 +186,7 @@ def latency_figures(histories: Sequence[SearchHistory]) -> Figures:
 def tool_figures(histories: Sequence[SearchHistory]) -> Figures:
     """Executed calls per record of every tool beside search."""
     counts = [h.record["info"].get("tools", {}) for h in histories]
-    names = sorted({name for tools in counts for name in tools})
+    names = sorted({name for tools in counts for name in tools} - {SEARCH_TOOL})
     return {
         f"calls/{name}": sum(tools.get(name, {"calls": 0})["calls"] for tools in counts)
         / len(histories)

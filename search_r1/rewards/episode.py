@@ -47,7 +47,7 @@ class Episode:
 def read_episode(trajectory: Trajectory, row: Row, tokenizer: Any) -> Episode:
     """The episode of a trajectory; special tokens are no text."""
     searches = read_searches(trajectory)
-    further = trajectory.info.get("tools", {}).values()
+    tags = trajectory.info.get("tags", {"call": ["search"], "result": ["information"]})
     return Episode(
         question=question_of(row),
         golds=gold_answers(row["reward_model"]["ground_truth"]),
@@ -55,11 +55,8 @@ def read_episode(trajectory: Trajectory, row: Row, tokenizer: Any) -> Episode:
         queries=[search.query for search in searches],
         passages=[search.texts for search in searches],
         own_tokens=trajectory.num_tokens(Source.MODEL),
-        call_tags=("search", *(tool["call_tag"] for tool in further if tool["call_tag"])),
-        result_tags=(
-            "information",
-            *(tool["result_tag"] for tool in further if tool["result_tag"]),
-        ),
+        call_tags=tuple(tags["call"]),
+        result_tags=tuple(tags["result"]),
     )
 
 

@@ -45,6 +45,8 @@ class RetrieverConfig(BaseModel):
     """How long a search waits for company."""
     max_query_chars: PositiveInt = 4096
     """A longer query is cut: the policy may write any, and no server should refuse it."""
+    cache_size: NonNegativeInt = 0
+    """Results that each agent worker keeps, by their query: a repeated search asks no server."""
 
     @field_validator("url")
     @classmethod

@@ -1,6 +1,7 @@
 """A scripted engine and a library of passages made by hand, for trajectories of agent loops."""
 
-from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
+from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.loop import SearchAgentLoop
 from search_r1.search.client import Passage, SearchError
 from verl.agent import Completion, context_digest
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search_r1.agent.actions import Answer, Invalid, ToolCall, parse_action
+from search_r1.agent.actions import Answer, Invalid, TextCall, parse_action
 
 TAGS = [
     f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")
@@ -20,8 +20,8 @@ PIECES = st.lists(
 @pytest.mark.parametrize(
     ("text", "action", "rest"),
     [
-        ("<think> t </think> <search> q </search>", ToolCall("search", "q"), ""),
-        ("<search>\nwho\nwhere </search>\n\n", ToolCall("search", "who\nwhere"), "\n\n"),
+        ("<think> t </think> <search> q </search>", TextCall("search", "q"), ""),
+        ("<search>\nwho\nwhere </search>\n\n", TextCall("search", "who\nwhere"), "\n\n"),
         ("<answer> A </answer><", Answer("A"), "<"),
         ("<answer></answer>", Answer(""), ""),
         ("<search>  </search>", Invalid(), ""),
@@ -29,8 +29,8 @@ PIECES = st.lists(
         ("q </search>", Invalid(), ""),
         ("<search> q <answer> a </answer>", Answer("a"), ""),
         ("<search> q <answer> a </answer> b </search>", Answer("a"), " b </search>"),
-        ("<answer> x <search> q </search> </answer>", ToolCall("search", "q"), " </answer>"),
-        ("<search> a <search> b </search>", ToolCall("search", "a <search> b"), ""),
+        ("<answer> x <search> q </search> </answer>", TextCall("search", "q"), " </answer>"),
+        ("<search> a <search> b </search>", TextCall("search", "a <search> b"), ""),
         ("<answer> 1 </answer> <answer> 2 </answer>", Answer("1"), " <answer> 2 </answer>"),
         ("", Invalid(), ""),
     ],
@@ -52,7 +52,7 @@ def test_agrees_with_a_scan_for_the_first_closing_tag(text):
             expected = (
                 Answer(content)
                 if pair.group(1) == "answer"
-                else ToolCall("search", content)
+                else TextCall("search", content)
                 if content
                 else Invalid()
             )

@@ -6,7 +6,8 @@ import asyncio
 import pytest
 
 from search_r1.agent.baselines import IRCoTLoop, RagLoop, ReActLoop, SearchO1Loop
-from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
+from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.loop import SearchAgentLoop
 from search_r1.search.client import Passage
 from tests.search_r1.agent.scripted import ADA, Engine, Library
 from verl.agent import Source

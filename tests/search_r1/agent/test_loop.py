@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
+from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.loop import SearchAgentLoop
 from search_r1.launch import free_port
 from search_r1.prompts import INVALID_ACTION
 from search_r1.search.client import Passage
@@ -237,7 +238,12 @@ def test_metrics_by_hand(tokenizer):
     )[0]
     metrics = loop.reduce_metrics([one, two, none])
     latency = {name: metrics.pop(name) for name in list(metrics) if "latency" in name}
-    assert set(latency) == {"env/retrieval_latency_s/p50", "env/retrieval_latency_s/p95"}
+    assert set(latency) == {
+        f"{name}/{percentile}"
+        for name in ("env/retrieval_latency_s", "tool/search/latency_s")
+        for percentile in ("p50", "p95")
+    }
+    shown_tokens = len(one.segments[1].token_ids) + len(two.segments[1].token_ids)
     assert metrics == pytest.approx(
         {
             "env/number_of_actions/mean": 2.0,
@@ -259,6 +265,10 @@ def test_metrics_by_hand(tokenizer):
             "env/overrun/other": 0.0,
             "env/gold_recall": (1 + 0.5 + 0) / 3,
             "env/gold_retrieved": 1 / 3,
+            "tool/search/calls": 2 / 3,
+            "tool/search/errors": 0.0,
+            "tool/search/tokens": shown_tokens / 3,
+            "tool/search/truncated": 0.0,
         }
     )
 

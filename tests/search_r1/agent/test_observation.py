@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search_r1.agent.observation import encode_passages, neutralise
-from search_r1.prompts import INFORMATION_END, INFORMATION_START, OBSERVATION_TAIL
+from search_r1.tools.formats import SEARCH_R1
 from verl.utils.tokenizer import encode_text
 
 PASSAGES = [
@@ -63,7 +63,7 @@ def test_no_passage_is_an_empty_block(tokenizer):
 
 def test_cut_inside_the_block_at_every_length(tokenizer):
     whole, _ = encode_passages(PASSAGES, tokenizer, 500, "")
-    tail = encode_text(tokenizer, OBSERVATION_TAIL)
+    tail = encode_text(tokenizer, SEARCH_R1.tail)
     for limit in range(24, len(whole)):
         ids, cut = encode_passages(PASSAGES, tokenizer, limit, "")
         assert cut and len(ids) == limit
@@ -84,6 +84,6 @@ def test_passages_never_become_control(tokenizer, title, text, limit):
     ids, _ = encode_passages([(title, text), (text, title)], tokenizer, limit, "")
     decoded = tokenizer.decode(ids)
     assert len(ids) <= limit and not set(ids) & set(tokenizer.all_special_ids)
-    assert decoded.startswith("\n\n" + INFORMATION_START) and decoded.endswith(OBSERVATION_TAIL)
-    assert decoded.count(INFORMATION_START) == 1 and decoded.count(INFORMATION_END) == 1
+    assert decoded.startswith(SEARCH_R1.head) and decoded.endswith(SEARCH_R1.tail)
+    assert decoded.count("<information>") == 1 and decoded.count("</information>") == 1
     assert "<answer>" not in decoded and "</answer>" not in decoded

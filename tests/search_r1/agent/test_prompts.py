@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from search_r1.prompts import INVALID_ACTION, OBSERVATION_HEAD, build_prompt, format_passages
+from search_r1.prompts import INVALID_ACTION, build_prompt, format_passages
+from search_r1.tools.formats import SEARCH_R1
 
 ROLLOUTS = Path(__file__).resolve().parents[4] / "shared/data/searchr1_trajectories"
 
@@ -44,12 +45,12 @@ def test_information_blocks_of_real_rollouts_byte_for_byte(run):
         )
     assert len(blocks) > 100
     for block in blocks:
-        documents = re.split(r"\n(?=Doc \d+\(Title: )", block.removeprefix(OBSERVATION_HEAD))
+        documents = re.split(r"\n(?=Doc \d+\(Title: )", block.removeprefix(SEARCH_R1.head))
         pairs = [
             re.fullmatch(r'Doc \d+\(Title: ("[^\n]*?"|[^\n]*?)\) (.*)', d, re.DOTALL).groups()
             for d in documents
         ]
-        assert OBSERVATION_HEAD + format_passages(pairs) == block.rstrip(" ")
+        assert SEARCH_R1.head + format_passages(pairs) == block.rstrip(" ")
 
 
 def test_invalid_action_sentence_is_pinned():

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
+from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.loop import SearchAgentLoop
 from search_r1.search.client.config import RetrieverConfig
 from tests.models import make_tokenizer
 from tests.retrieval import serving, wait_until_ready

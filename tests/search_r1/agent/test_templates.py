@@ -7,7 +7,8 @@ import re
 import pytest
 
 from search_r1.agent.baselines import ReActLoop, SearchO1Loop
-from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
+from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.loop import SearchAgentLoop
 from search_r1.prompts import INVALID_ACTION, INVALID_MESSAGE
 from tests.e2e.runs import ROOT
 from tests.search_r1.agent.scripted import ADA, ANSWER, BLOCK, SEARCH, Engine, Library, shown
@@ -236,7 +237,7 @@ def test_the_methods_correct_an_ended_turn_in_their_own_words(family):
         (SearchO1Loop, "Search with <|begin_search"),
     ):
         trajectory = roll(tokenizer, ["Torvel.<|im_end|>", ANSWER], loop_class)
-        assert f"<|im_start|>user\n{loop_class.invalid_message}<|im_end|>" in tokenizer.decode(
+        assert f"<|im_start|>user\n{loop_class.words.invalid_message}<|im_end|>" in tokenizer.decode(
             trajectory.segments[1].token_ids
         )
-        assert words in loop_class.invalid_message
+        assert words in loop_class.words.invalid_message

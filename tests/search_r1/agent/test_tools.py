@@ -8,14 +8,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from search_r1.agent.baselines import RagLoop
-from search_r1.agent.formats import tagged
-from search_r1.agent.loop import SearchAgentConfig, SearchAgentLoop
-from search_r1.agent.tools import Tool
+from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.loop import SearchAgentLoop
 from search_r1.evaluation.behaviour import behaviour, read_history
 from search_r1.infer import call_tags
 from search_r1.rewards.compose import SearchReward
 from search_r1.rewards.config import SearchRewardConfig
 from search_r1.search.client import Passage
+from search_r1.tools.base import Tool
+from search_r1.tools.formats import tagged
 from tests.e2e.runs import ROOT
 from tests.models import make_tokenizer
 from tests.search_r1.agent.scripted import (
@@ -80,16 +81,16 @@ def test_it_is_called_beside_search_and_its_result_is_spliced_in_and_masked(toke
     own = [s.source is Source.MODEL for s in trajectory.segments for _ in s.token_ids]
     assert trajectory.response_mask == [int(written) for written in own]
     facts = trajectory.segments[3].info
-    assert {key: facts[key] for key in ("turn", "kind", "argument", "value", "cut")} == {
+    assert {key: facts[key] for key in ("turn", "kind", "arguments", "value", "cut")} == {
         "turn": 2,
         "kind": "calculator",
-        "argument": "2 * (3 + 4)",
+        "arguments": {"argument": "2 * (3 + 4)"},
         "value": 14,
         "cut": False,
     }
     assert trajectory.stop_reason == "answer" and trajectory.void_turns == 0
     asyncio.run(loop.close())
-    assert loop.tools_by_name["calculator"].closed
+    assert loop.toolbox.tools["calculator"].closed
 
 
 def test_its_calls_are_counted_apart_from_searches(tokenizer, loop):
@@ -97,18 +98,27 @@ def test_its_calls_are_counted_apart_from_searches(tokenizer, loop):
     one, _ = roll(loop, tokenizer, [SEARCH, CALCULATE, wrong, ANSWER])
     none, _ = roll(loop, tokenizer, [ANSWER])
     counts = one.info["tools"]["calculator"]
-    assert (counts["calls"], counts["valid_calls"], len(counts["latency_s"])) == (2, 1, 2)
+    assert (counts["calls"], counts["errors"]) == (2, {"no_number": 1})
+    assert len(counts["latency_s"]) == 2
     assert one.info["searches"] == 1 and one.info["valid_actions"] == 4
     assert len(one.info["latency_s"]) == 1
     metrics = loop.reduce_metrics([one, none])
     assert metrics["env/number_of_valid_search"] == 0.5
     assert metrics["env/ratio_of_valid_action"] == 1.0
-    named = {name: value for name, value in metrics.items() if "calculator" in name}
-    assert named == {
-        "env/calculator/calls": 1.0,
-        "env/calculator/valid_calls": 0.5,
-        "env/calculator/truncated": 0.0,
+    named = {
+        name.removeprefix("tool/calculator/"): value
+        for name, value in metrics.items()
+        if "calculator" in name and "latency" not in name
     }
+    tokens = [len(one.segments[at].token_ids) for at in (3, 5)]
+    assert named == {
+        "calls": 1.0,
+        "errors": 0.5,
+        "errors/no_number": 0.5,
+        "tokens": sum(tokens) / 2,
+        "truncated": 0.0,
+    }
+    assert {"tool/calculator/latency_s/p50", "tool/calculator/latency_s/p95"} < set(metrics)
 
 
 def test_no_result_of_any_tool_speaks_for_the_policy(tokenizer, loop):
@@ -130,7 +140,7 @@ def test_a_long_result_is_cut_inside_and_counted(tokenizer):
     assert engine.calls[0][2] == ["</calculate>", "</answer>"], "it needs no search beside it"
     assert len(observation.token_ids) == 40 and observation.info["cut"]
     assert tokenizer.decode(observation.token_ids).endswith("</result>\n\n")
-    assert loop.reduce_metrics([trajectory])["env/calculator/truncated"] == 1
+    assert loop.reduce_metrics([trajectory])["tool/calculator/truncated"] == 1
 
 
 def test_a_tool_that_breaks_fails_the_trajectory_and_is_named_before_the_start(tokenizer):
@@ -179,26 +189,32 @@ def test_rewards_evaluation_and_inference_know_it(tokenizer, loop):
     assert (figures["searches"], figures["calls/calculator"], figures["valid_actions"]) == (1, 1, 1)
     assert call_tags(loop) == ["search", "calculate"]
     alone, _ = roll(make_loop(tokenizer), tokenizer, [SEARCH, ANSWER], row)
-    assert "tools" not in alone.info, "without a further tool a record says nothing of them"
+    assert "tags" not in alone.info, "search alone is called in the tags of Search-R1"
 
 
 class Twin(Tool):
     name = "search"
     format = tagged("ask", "told")
 
+    async def execute(self, argument):
+        return argument
+
 
 class Rival(Tool):
     name = "rival"
     format = tagged("search", "found")
 
+    async def execute(self, argument):
+        return argument
+
 
 class Nameless(Tool):
-    format = tagged("ask", "told")
+    async def execute(self, argument):
+        return argument
 
 
 class Waitless(Tool):
     name = "waitless"
-    format = tagged("ask", "told")
 
     def execute(self, argument):
         return argument
@@ -210,20 +226,16 @@ class Waitless(Tool):
         (LINE.replace("}", ", digit: 3}"), "agent.tools.0.digit: there is no such key"),
         (LINE.replace("}", ", digits: many}"), "agent.tools.0.digits=many: expected a whole"),
         (LINE.replace("Calculator}", "Abacus}"), "has no attribute 'Abacus'"),
-        (LINE.replace("Calculator}", "evaluate}"), "expected a subclass of search_r1.agent.tools"),
+        (LINE.replace("Calculator}", "evaluate}"), "expected a subclass of search_r1.tools"),
         ("agent.tools=[{digits: 3}]", "expected a section whose _target_ names the class"),
         ("agent.tools=[calculator]", "agent.tools.0=calculator: expected a section"),
         (
-            "agent.tools=[{_target_: tests.search_r1.agent.test_tools.Twin}]",
-            "expected tools of different names, but search is there twice",
-        ),
-        (
-            "agent.tools=[{_target_: tests.search_r1.agent.test_tools.Rival}]",
-            "expected tools that are called differently, but </search> ends calls of two",
+            LINE.replace("}", ", cache_size: 3}"),
+            "expected cache_size=0 for tests.calculator.Calculator",
         ),
         (
             "agent.tools=[{_target_: tests.search_r1.agent.test_tools.Nameless}]",
-            "expected a tool with name",
+            "expected a tool with a name",
         ),
         (
             "agent.tools=[{_target_: tests.search_r1.agent.test_tools.Waitless}]",
@@ -237,3 +249,16 @@ def test_a_wrong_section_is_refused_before_the_start(line, message):
         validate(composed(line))
     (problem,) = caught.value.problems
     assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Twin", "expected tools of different names, but search is there twice"),
+        ("Rival", "expected tools that are called differently, but </search> ends calls of two"),
+    ],
+)
+def test_tools_that_cannot_be_told_apart_are_refused_before_the_start(tokenizer, name, message):
+    line = f"agent.tools=[{{_target_: tests.search_r1.agent.test_tools.{name}}}]"
+    problems = build_agent(validate(composed(line)), tokenizer).preflight()
+    assert any(message in problem for problem in problems)

@@ -1,10 +1,7 @@
-"""How the calls of a tool are written, and what stands around its results."""
+"""How the calls of a tool are written in tags, and what stands around its results."""
 
 import re
 from dataclasses import dataclass
-
-from search_r1.agent.actions import SEARCH
-from search_r1.prompts import OBSERVATION_HEAD, OBSERVATION_TAIL, SEARCH_END
 
 
 @dataclass(frozen=True)
@@ -50,14 +47,7 @@ def tagged(call_tag: str, result_tag: str) -> ToolFormat:
     )
 
 
-SEARCH_R1 = ToolFormat(
-    SEARCH,
-    SEARCH_END,
-    OBSERVATION_HEAD,
-    OBSERVATION_TAIL,
-    call_tag="search",
-    result_tag="information",
-)
+SEARCH_R1 = tagged("search", "information")
 SEARCH_O1 = ToolFormat(
     re.compile(r"<\|begin_search_query\|>(.*?)<\|end_search_query\|>", re.DOTALL),
     "<|end_search_query|>",

@@ -2,27 +2,34 @@
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel
-
-from search_r1.agent.actions import SEARCH_TOOL
-from search_r1.agent.formats import SEARCH_R1, ToolFormat
-from search_r1.agent.tools import Tool, ToolFailed, ToolResponse
 from search_r1.prompts import format_passages
 from search_r1.search.client import RetrievalClient, SearchError, check_server
 from search_r1.search.client.config import RetrieverConfig
+from search_r1.tools.base import SEARCH_TOOL, Schema, Tool, ToolConfig, ToolFailed, ToolResponse
+from search_r1.tools.formats import SEARCH_R1, ToolFormat
 
 
 class SearchTool(Tool):
-    """Asks the retrieval server. The prompts' own words say how to call it."""
+    """Asks the retrieval server. The prompts' own words say how to call it in tags."""
 
-    Config: ClassVar[type[BaseModel]] = RetrieverConfig
-    name: ClassVar[str] = SEARCH_TOOL
-    argument_key: ClassVar[str] = "query"
+    pure: ClassVar[bool] = True
+    name = SEARCH_TOOL
+    argument_key = "query"
+    description = "Searches a corpus and returns the passages that match best."
+    instruction = ""
 
     def __init__(self, config: RetrieverConfig, format: ToolFormat = SEARCH_R1) -> None:
+        # The client has limits of its own, which know what a busy server is.
+        limits = ToolConfig(max_concurrency=None, deadline_s=None, cache_size=config.cache_size)
+        super().__init__(limits)
         self.config = config
         self.format = format
         self.client = RetrievalClient(config)
+
+    @property
+    def parameters(self) -> Schema:
+        query = {"type": "string", "description": "What to search for."}
+        return {"type": "object", "properties": {"query": query}, "required": ["query"]}
 
     def preflight(self) -> list[str]:
         """The servers that do not answer."""
@@ -37,7 +44,7 @@ class SearchTool(Tool):
             raise ToolFailed(str(error)) from error
         text = format_passages([(p.title, p.text) for p in passages])
         facts = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
-        return ToolResponse(text, facts={"passages": facts})
+        return ToolResponse(text, facts={"query": argument, "passages": facts})
 
     def trajectory_facts(self) -> dict[str, Any]:
         """Failed attempts to search, by kind.

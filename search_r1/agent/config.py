@@ -1,0 +1,54 @@
+"""The `agent` section of the search task."""
+
+from typing import Any
+
+from pydantic import PositiveInt, field_validator
+
+from search_r1.prompts import TEMPLATES
+from search_r1.search.client.config import RetrieverConfig
+from search_r1.tools.sections import Section, check_sections
+from verl.utils.config import Config
+
+
+class SearchAgentConfig(Config):
+    max_turns: PositiveInt = 4
+    """Turns that may search or call another tool; one more, that may not, is forced after them."""
+    do_search: bool = True
+    """False: no search; without another tool that is a single turn, the R1 baseline."""
+    tools: list[dict[str, Any]] = []
+    """Further tools: for each the class, `_target_`, and the keys of its `Config`
+    (search_r1/tools/base.py)."""
+    max_parallel_calls: PositiveInt = 8
+    """Calls of one turn that are executed, all at the same time; further ones are answered with an
+    error."""
+    record_calls: str | None = None
+    """Folder to which every executed call of a tool is written, one JSON line each."""
+    replay_calls: str | None = None
+    """Folder of recorded calls that answers in the tools' place; a call that is not there fails."""
+    template: str | None = None
+    """Prompt template to ask `extra_info.question` in; null: the prompt of the data."""
+    apply_chat_template_kwargs: dict[str, Any] = {}
+    """Further arguments of the tokenizer's chat template, for prompts made from `template`."""
+    max_start_length: PositiveInt = 2048
+    """Longest prompt, in tokens."""
+    max_prompt_length: PositiveInt = 4096
+    """Longest context of any turn, in tokens; a trajectory that reaches it ends."""
+    max_response_length: PositiveInt = 500
+    """Most tokens of one turn."""
+    max_obs_length: PositiveInt = 500
+    """Most tokens of one observation; passages are cut inside their block."""
+    stop_at_answer: bool = True
+    """End a turn at </answer>; false lets the policy emit EOS itself."""
+    retriever: RetrieverConfig = RetrieverConfig()
+
+    @field_validator("template")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in TEMPLATES:
+            raise ValueError(f"expected null or one of {', '.join(TEMPLATES)}")
+        return value
+
+    @field_validator("tools")
+    @classmethod
+    def _known_tools(cls, value: list[Section]) -> list[Section]:
+        return check_sections(value)
