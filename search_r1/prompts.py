@@ -30,6 +30,14 @@ FAST_PROMPT = (
     "Question: {question}\n"
 )
 """Without forced thinking before every action (Search-R1++, 2602.19526)."""
+TOOLS_PROMPT = (
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first every "
+    "time you get new information. If you find you lack some knowledge, call the tools, as often "
+    "as you want. When you know the answer, put it, in a few words, inside <answer> and </answer>, "
+    "without detailed illustrations. For example, <answer> Beijing </answer>. Question: "
+    "{question}\n"
+)
+"""For tools that the prompt shows already, by their schemas or instructions."""
 RAG_PROMPT = (
     "Answer the given question with the help of the context, which may or may not be useful. "
     "You should first have a reasoning process in mind and then provides the answer. Show your "
@@ -100,6 +108,7 @@ IRCOT_PROMPT = (
 TEMPLATES = {
     "search": SEARCH_PROMPT,
     "fast": FAST_PROMPT,
+    "tools": TOOLS_PROMPT,
     "r1": R1_PROMPT,
     "rag": RAG_PROMPT,
     "short": SHORT_PROMPT,
@@ -126,6 +135,12 @@ INVALID_MESSAGE = (
 )
 """Said by the user, to a chat model that ended its turn without an action. The original has no such
 message: it drops the token that ends the turn, and lets the model go on with the sentence above."""
+
+NATIVE_INVALID_MESSAGE = (
+    "Your previous turn neither called a tool nor gave the answer. Call a tool, or put the final "
+    "answer inside <answer> and </answer>."
+)
+"""Said to a policy that calls tools as its chat template writes calls."""
 
 SEARCH_O1_INVALID_ACTION = (
     "\n"

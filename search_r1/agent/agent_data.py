@@ -8,6 +8,7 @@ from search_r1.agent.dialects import Observation
 from search_r1.tools.base import SEARCH_TOOL, Tool
 from search_r1.tools.toolbox import Executed
 from verl.agent import Generate, Row, Trajectory
+from verl.utils.tokenizer import Message
 
 GOLD_KEYS = ("hops", "gold_ids", "gold_titles")
 """What of a row's `extra_info` metrics and rewards read in the trajectory's `info`."""
@@ -50,6 +51,10 @@ class AgentData:
     """What a turn's last token brought behind the tag that it completed."""
     counts: dict[str, CallCounts] = field(init=False)
     """By the name of the tool."""
+    messages: list[Message] = field(default_factory=list)
+    """Those of the prompt, where the loop made it."""
+    shown: list[str] = field(default_factory=list)
+    """The results of the calls so far, as they were shown."""
     unknown: CallCounts = field(default_factory=CallCounts)
     """Calls of tools that do not exist, or that could not be read at all."""
 

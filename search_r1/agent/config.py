@@ -9,12 +9,18 @@ from search_r1.search.client.config import RetrieverConfig
 from search_r1.tools.sections import Section, check_sections
 from verl.utils.config import Config
 
+TAGS = "tags"
+
 
 class SearchAgentConfig(Config):
     max_turns: PositiveInt = 4
     """Turns that may search or call another tool; one more, that may not, is forced after them."""
     do_search: bool = True
     """False: no search; without another tool that is a single turn, the R1 baseline."""
+    format: str = TAGS
+    """How tools are called. `tags`: Search-R1's own, `<search> .. </search>`. `auto`: as the
+    tokenizer's chat template writes calls. Or the name of a tool parser of vLLM, such as `hermes`
+    or `qwen3_xml` (docs/tools.md)."""
     tools: list[dict[str, Any]] = []
     """Further tools: for each the class, `_target_`, and the keys of its `Config`
     (search_r1/tools/base.py)."""

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from search_r1.agent.actions import Answer, TextCall, ToolCall, Turn, parse_action
 from search_r1.agent.config import SearchAgentConfig
@@ -16,6 +16,7 @@ from search_r1.agent.observation import encode_observation, neutralise, tag_patt
 from search_r1.prompts import ANSWER_END
 from search_r1.tools.base import SEARCH_TOOL, Tool, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
+from verl.agent import Trajectory
 from verl.utils.tokenizer import Message, encode_chat, encode_text, user_turn
 
 
@@ -26,11 +27,15 @@ class Observation:
     token_ids: list[int]
     cut: bool = False
     """Whether the result was cut to fit."""
+    shown: str = ""
+    """The text of the result, as far as it is shown."""
 
 
 class Dialect(Protocol):
     """What the agent loop asks of a dialect."""
 
+    shows_tools: ClassVar[bool] = False
+    """Whether prompts show the tools, so that those of the data are made anew."""
     call_tags: tuple[str, ...]
     """Names of the tags in which tools are called."""
     result_tags: tuple[str, ...]
@@ -69,6 +74,15 @@ class Dialect(Protocol):
         """What a policy is told whose turn was invalid."""
         ...
 
+    def departure(
+        self, trajectory: Trajectory, messages: Sequence[Message], shown: Sequence[str]
+    ) -> str | None:
+        """Where a chat template would have written the trajectory otherwise.
+
+        None where the trajectory is not meant to be what a template writes.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class TagWords:
@@ -81,7 +95,7 @@ class TagWords:
     """The same as a user's message: the answer where the policy has ended its turn."""
 
 
-class TagDialect:
+class TagDialect(Dialect):
     """Calls in tags, each tool in its own, within the policy's turn."""
 
     def __init__(

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 from search_r1.agent.actions import ToolCall, Turn
 from search_r1.agent.agent_data import AgentData
-from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.config import TAGS, SearchAgentConfig
 from search_r1.agent.dialects import Dialect, Observation, TagDialect, TagWords
 from search_r1.agent.metrics import reduce_metrics
 from search_r1.config import FinetuneConfig, SetupConfig
@@ -70,15 +70,29 @@ class SearchAgentLoop(AgentLoop):
             config.record_calls,
             config.replay_calls,
         )
-        self.dialect: Dialect = TagDialect(config, tokenizer, self.tools, self.words)
+        self.dialect = self._dialect()
         self.max_calls = config.max_turns if self.tools else 0
         template_kwargs = config.apply_chat_template_kwargs
         self.ends_of_template = user_turn(tokenizer, **template_kwargs).before
         self.turn_ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, **template_kwargs)}
 
+    def _dialect(self) -> Dialect:
+        """How calls and results are written. Raises ConfigError where the model does not fit."""
+        if self.config.format == TAGS:
+            return TagDialect(self.config, self.tokenizer, self.tools, self.words)
+        from search_r1.agent.native import NativeDialect
+
+        return NativeDialect(self.config, self.tokenizer, self.tools)
+
     def preflight(self) -> list[str]:
         """Budgets that cannot hold one call of a tool, and what the tools themselves lack."""
         problems = self._budget_problems()
+        own_words = self.words is not SearchAgentLoop.words or not self.calls_tools
+        if own_words and self.config.format != TAGS:
+            problems.append(
+                f"agent.format={self.config.format}: this method has a format of its own; remove "
+                "the key"
+            )
         if self.config.tools and not self.calls_tools:
             problems.append("agent.tools: this method searches by itself and calls no other tool")
         problems += naming_problems(self.tools)
@@ -116,6 +130,9 @@ class SearchAgentLoop(AgentLoop):
         while not trajectory.stop_reason:
             await self._turn(data, may_call=data.turns < self.max_calls)
         trajectory.info |= data.facts() | self.dialect_facts()
+        departure = self.dialect.departure(trajectory, data.messages, data.shown)
+        if departure is not None:
+            trajectory.info["template_departure"] = departure
         if failures := self.toolbox.take_failures():
             trajectory.info["tool_failures"] = failures
         for tool in self.tools:
@@ -132,8 +149,12 @@ class SearchAgentLoop(AgentLoop):
         """Before the first turn: makes the prompt, where it is not that of the data."""
         if self.config.template is not None:
             prompt = build_prompt(required_question(data.row), self.config.template)
-            instructions = self.dialect.instructions()
-            data.trajectory.prompt_ids = self.ask(f"{instructions} {prompt}".lstrip())
+            text = f"{self.dialect.instructions()} {prompt}".lstrip()
+            data.messages = [{"role": "user", "content": text}]
+        elif self.dialect.shows_tools:
+            data.messages = list(data.row["prompt"])
+        if data.messages:
+            data.trajectory.prompt_ids = self.dialect.ask(data.messages)
 
     def ask(self, text: str) -> list[int]:
         """Ids of a text as the only message of a user."""
@@ -250,6 +271,7 @@ class SearchAgentLoop(AgentLoop):
         if response.error:
             facts["error"] = response.error
         data.count(call, executed, observation)
+        data.shown.append(observation.shown)
         data.trajectory.add_observation(observation.token_ids, **facts)
 
 

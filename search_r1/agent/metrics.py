@@ -23,6 +23,7 @@ def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     metrics |= _latency(stats)
     metrics |= _errors(stats)
     metrics |= _tools(stats)
+    metrics |= _departures(stats)
     metrics |= _by_hops(stats)
     metrics |= _recall(trajectories)
     return {name: float(value) for name, value in metrics.items()}
@@ -121,6 +122,18 @@ def sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     for count in counts:
         total.update(count)
     return Counter(dict(sorted(total.items())))
+
+
+def _departures(stats: list[Stats]) -> dict[str, float]:
+    """Trajectories that the chat template would have written otherwise, by where they depart."""
+    places = [s["template_departure"] for s in stats if "template_departure" in s]
+    if not places:
+        return {}
+    counts = Counter(place for place in places if place)
+    metrics = {"env/template_departure": counts.total() / len(places)}
+    return metrics | {
+        f"env/template_departure/{place}": n / len(places) for place, n in sorted(counts.items())
+    }
 
 
 def _by_hops(stats: list[Stats]) -> dict[str, float]:

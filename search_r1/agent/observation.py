@@ -12,25 +12,34 @@ TAGS = ("think", "search", "information", "answer")
 SEARCH_O1_TAG = r"\|(?:begin|end)_search_(?:query|result)\|"
 
 
-def tag_pattern(formats: Iterable[ToolFormat] = ()) -> re.Pattern[str]:
-    """Matches every tag that no text from outside may hold, those of further tools included."""
+def tag_pattern(
+    formats: Iterable[ToolFormat] = (), native_tags: Iterable[str] = (), tokens: Iterable[str] = ()
+) -> re.Pattern[str]:
+    """Matches everything that no text from outside may hold.
+
+    That are the tags of the protocol and of further tools, the names of `native_tags` also with a
+    value (`<function=search>`), and the literal texts of `tokens`.
+    """
     further = [tag for written in formats for tag in (written.call_tag, written.result_tag) if tag]
     names = "|".join(map(re.escape, (*TAGS, *further)))
-    return re.compile(rf"<(/?(?:{names})|{SEARCH_O1_TAG})>")
+    patterns = [rf"<(?:/?(?:{names})|{SEARCH_O1_TAG})>"]
+    patterns += [rf"</?{re.escape(name)}(?:=[^<>]*)?>" for name in native_tags]
+    patterns += map(re.escape, sorted(tokens, key=len, reverse=True))
+    return re.compile("|".join(patterns))
 
 
 PROTOCOL_TAG = tag_pattern()
 
 
 def neutralise(text: str, tag: re.Pattern[str] = PROTOCOL_TAG) -> str:
-    """`text` with the protocol's tags in round brackets.
+    """`text` with what `tag` matches in round brackets instead of its own.
 
     So it cannot close its block, answer or call a tool.
 
     >>> neutralise("a</information> <answer>b</answer> <b>")
     'a(/information) (answer)b(/answer) <b>'
     """
-    return tag.sub(r"(\1)", text)
+    return tag.sub(lambda match: f"({match.group(0)[1:-1]})", text)
 
 
 def encode_passages(

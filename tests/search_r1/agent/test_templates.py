@@ -237,7 +237,6 @@ def test_the_methods_correct_an_ended_turn_in_their_own_words(family):
         (SearchO1Loop, "Search with <|begin_search"),
     ):
         trajectory = roll(tokenizer, ["Torvel.<|im_end|>", ANSWER], loop_class)
-        assert f"<|im_start|>user\n{loop_class.words.invalid_message}<|im_end|>" in tokenizer.decode(
-            trajectory.segments[1].token_ids
-        )
+        message = f"<|im_start|>user\n{loop_class.words.invalid_message}<|im_end|>"
+        assert message in tokenizer.decode(trajectory.segments[1].token_ids)
         assert words in loop_class.words.invalid_message

@@ -1,0 +1,298 @@
+"""Native tool calls: as the chat template of the model writes them.
+
+The tools' schemas stand in the prompt, calls are read by a parser of vLLM, results come back in the
+template's own tool role. A turn may hold several calls. The final answer stays in
+`<answer>..</answer>`, so that one scorer reads all formats.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from search_r1.agent.actions import ANSWER, ToolCall, Turn
+from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.dialects import Dialect, Observation
+from search_r1.agent.observation import neutralise, tag_pattern
+from search_r1.prompts import ANSWER_END, NATIVE_INVALID_MESSAGE
+from search_r1.tools.base import Tool, ToolResponse
+from verl.agent import Source, Trajectory
+from verl.rollout.tool_parser import NativeCall, ToolCallParser, find_parser, reads
+from verl.utils.errors import ConfigError, DataError
+from verl.utils.tokenizer import Message, encode_chat, encode_text, user_turn
+from verl.utils.tool_turns import (
+    ChatMessage,
+    ResultPiece,
+    ToolTurns,
+    call_message,
+    render,
+    result_message,
+    written_call,
+)
+
+TAG = re.compile(r"<(/?)(\w+)[^<>]*>")
+"""A tag in what a template writes around calls and results."""
+OPENED = re.compile(r"<think>\s*$")
+"""A thought that the chat template opens for the policy."""
+UNREADABLE = ToolResponse("The call could not be read.", error="unreadable")
+
+
+class NativeDialect(Dialect):
+    """Calls and results as the tokenizer's chat template writes them.
+
+    Raises ConfigError where the template and the parser do not fit together.
+    """
+
+    shows_tools: ClassVar[bool] = True
+
+    def __init__(self, config: SearchAgentConfig, tokenizer: Any, tools: Sequence[Tool]) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.tools = {tool.name: tool for tool in tools}
+        self.schemas = [schema_of(tool) for tool in tools]
+        self.kwargs = config.apply_chat_template_kwargs
+        try:
+            sample = written_call(tokenizer, self.kwargs)
+            self.turns = ToolTurns(tokenizer, self.kwargs)
+            result_turn = self.turns.turn(1)
+        except DataError as error:
+            message = f"agent.format={config.format}: {error}; use agent.format=tags"
+            raise ConfigError([message]) from error
+        name = find_parser(tokenizer, sample) if config.format == "auto" else config.format
+        if not reads(ToolCallParser(name, tokenizer, [sample.schema]), sample):
+            raise ConfigError(
+                [
+                    f"agent.format={config.format}: this parser does not read calls as the chat "
+                    f"template of the tokenizer writes them ({sample.text!r}); auto finds one that "
+                    "does"
+                ]
+            )
+        self.parser = ToolCallParser(name, tokenizer, self.schemas)
+        piece = result_turn.pieces[0]
+        around = tokenizer.decode(piece.before) + piece.opening + piece.closing
+        self.call_tags = opening_tags(sample.text)[:1]
+        self.result_tags = opening_tags(around)[-1:]
+        tags = {*opening_tags(sample.text), *opening_tags(around)}
+        tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special]
+        self.tag = tag_pattern(native_tags=sorted(tags), tokens=tokens)
+        self.user_turn = user_turn(tokenizer, **self.kwargs)
+        opened = OPENED.search(tokenizer.decode(self.user_turn.after))
+        self.opened = opened.group() if opened else ""
+        self.invalid_ids = encode_text(tokenizer, NATIVE_INVALID_MESSAGE)
+
+    def preflight(self) -> list[str]:
+        """Schemas that the template does not show, and results for which there is no room."""
+        problems = []
+        user = {"role": "user", "content": "x"}
+        shown = render(self.tokenizer, [user], self.schemas, self.kwargs)
+        hidden = [name for name in self.tools if name not in shown]
+        if hidden:
+            problems.append(
+                f"agent.format={self.config.format}: the chat template does not show the tools "
+                f"{', '.join(hidden)}, so the policy cannot know them; use agent.format=tags"
+            )
+        (piece,) = self.turns.turn(1).pieces
+        tags = num_around(piece, self.tokenizer)
+        if self.config.max_obs_length < 2 * tags:
+            problems.append(
+                f"data.max_obs_length={self.config.max_obs_length} has no room for a result: what "
+                f"the chat template writes around it takes {tags}"
+            )
+        return problems
+
+    def stop(self, may_call: bool) -> list[str]:
+        """Where an answer ends; the policy ends a turn with calls by itself."""
+        return [ANSWER_END] if self.config.stop_at_answer else []
+
+    def instructions(self) -> str:
+        """Nothing: the chat template shows the tools."""
+        return ""
+
+    def ask(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of the conversation, with the tools' schemas, as the chat template writes them."""
+        kwargs = self.kwargs | ({"tools": self.schemas} if self.schemas else {})
+        return encode_chat(self.tokenizer, messages, **kwargs)
+
+    def parse(self, token_ids: Sequence[int]) -> Turn:
+        """The calls of a turn, or its answer, whichever comes first.
+
+        What is written within a thought is no call.
+        """
+        text = self.tokenizer.decode(self._without_end(token_ids), skip_special_tokens=False)
+        thought, _, said = text.rpartition("</think>")
+        if not thought and (self.opened or "<think>" in said):
+            said = ""  # the thought has not ended
+        answer = ANSWER.search(text)
+        begins = self._begins(said)
+        if answer and (begins is None or answer.end() <= len(text) - len(said) + begins):
+            return Turn(answer=answer.group(1).strip(), overrun=text[answer.end() :])
+        calls = self.parser.parse(said) if said else []
+        if calls:
+            return Turn(tuple(map(read_call, calls)))
+        if begins is not None:
+            return Turn((ToolCall("", {}, UNREADABLE),))
+        return Turn()
+
+    def _begins(self, said: str) -> int | None:
+        """Where the first call begins, if the format marks that by a tag."""
+        places = [said.find(f"<{tag}") for tag in self.call_tags]
+        return min((place for place in places if place >= 0), default=None)
+
+    def _without_end(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """A turn without the token by which it ends."""
+        last = token_ids[-1] if token_ids else None
+        if last is None:
+            return token_ids
+        ends = last == self.tokenizer.eos_token_id or last in self.user_turn.before[:1]
+        return token_ids[:-1] if ends else token_ids
+
+    def results(
+        self, turn: Turn, responses: Sequence[ToolResponse], ended_by: int | None
+    ) -> list[Observation]:
+        """The results as messages of the tool role; the last one ends with the next prompt.
+
+        Together they take at most `max_obs_length` tokens, of which each gets an equal share; what
+        a short one leaves goes to the others.
+        """
+        result_turn = self.turns.turn(len(responses))
+        pieces = list(result_turn.pieces)
+        before = pieces[0].before
+        if ended_by is not None:
+            before = before[before.index(ended_by) + 1 :]
+        fixed = [len(piece.before) + len(piece.after) for piece in pieces]
+        texts = [neutralise(response.text, self.tag) for response in responses]
+        encoded = [
+            encode_text(self.tokenizer, piece.opening + result_turn.content(text) + piece.closing)
+            for piece, text in zip(pieces, texts, strict=True)
+        ]
+        room = max(0, self.config.max_obs_length - sum(fixed))
+        shares = fair_shares([len(ids) for ids in encoded], room)
+        observations = []
+        for number, (piece, ids, share) in enumerate(zip(pieces, encoded, shares, strict=True)):
+            closing = encode_text(self.tokenizer, piece.closing) if piece.closing else []
+            cut = len(ids) > share
+            shown = texts[number]
+            if cut:
+                kept = ids[: max(0, share - len(closing))]
+                shown = result_turn.text(self.tokenizer.decode(kept).removeprefix(piece.opening))
+                ids = kept + closing
+            opening = before if number == 0 else piece.before
+            observations.append(Observation([*opening, *ids, *piece.after], cut, shown))
+        return observations
+
+    def correction(self, ended_by: int | None) -> list[int]:
+        """A user's message for a turn that neither called nor answered."""
+        if ended_by is not None:
+            return self.user_turn.following(ended_by, self.invalid_ids)
+        return [*self.user_turn.before, *self.invalid_ids, *self.user_turn.after]
+
+    def departure(
+        self, trajectory: Trajectory, messages: Sequence[Message], shown: Sequence[str]
+    ) -> str:
+        """Where the chat template would have written another token first.
+
+        The conversation is rendered whole and compared with the tokens of the trajectory: `prompt`,
+        `model`, `observation`, `refused` where the template cannot write it, or empty where all
+        tokens are the same. `messages` are those of the prompt, `shown` the results.
+        """
+        conversation: list[ChatMessage] = list(messages)
+        results = iter(shown)
+        number = 0
+        for segment in trajectory.segments:
+            if segment.source is Source.MODEL:
+                conversation.append(self._said(segment.token_ids))
+                number = 0
+            elif segment.info["kind"] == "invalid_action":
+                conversation.append({"role": "user", "content": NATIVE_INVALID_MESSAGE})
+            else:
+                result = result_message(number, segment.info["kind"], next(results))
+                conversation.append(result)
+                number += 1
+        try:
+            rendered = self.ask(conversation)
+        except DataError:
+            return "refused"
+        return place_of_difference(trajectory, rendered)
+
+    def _said(self, token_ids: Sequence[int]) -> ChatMessage:
+        """A turn of the policy as a message."""
+        text = self.tokenizer.decode(self._without_end(token_ids), skip_special_tokens=False)
+        turn = self.parse(token_ids)
+        if not turn.calls or turn.calls[0].malformed:
+            return {"role": "assistant", "content": self.opened + text}
+        said = text.rpartition("</think>")[2]
+        begins = len(text) - len(said) + (self._begins(said) or 0)
+        content = (self.opened + text[:begins]).strip()
+        return call_message(content, [(call.tool, call.arguments) for call in turn.calls])
+
+
+def place_of_difference(trajectory: Trajectory, rendered: Sequence[int]) -> str:
+    """The part of a trajectory in which the first token differs; empty where none does."""
+    own = trajectory.token_ids
+    pairs = zip(own, rendered, strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(own), len(rendered)))
+    if shared == len(own):
+        return ""
+    end = len(trajectory.prompt_ids)
+    if shared < end:
+        return "prompt"
+    for segment in trajectory.segments:
+        end += len(segment.token_ids)
+        if shared < end:
+            return str(segment.source)
+    raise AssertionError("a difference lies within the trajectory")
+
+
+def schema_of(tool: Tool) -> dict[str, Any]:
+    """A tool as chat templates and vLLM take it."""
+    return {
+        "type": "function",
+        "function": {
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": tool.parameters,
+        },
+    }
+
+
+def read_call(call: NativeCall) -> ToolCall:
+    """A call with its arguments; malformed where these are no JSON object."""
+    try:
+        arguments = json.loads(call.arguments)
+    except ValueError as error:
+        return ToolCall(call.name, {}, ToolResponse(f"No JSON: {error}.", error="json"))
+    if not isinstance(arguments, dict):
+        return ToolCall(
+            call.name, {}, ToolResponse("The arguments are no JSON object.", error="json")
+        )
+    return ToolCall(call.name, arguments)
+
+
+def opening_tags(text: str) -> tuple[str, ...]:
+    """Names of the opening tags in a text, each once, in their order.
+
+    >>> opening_tags("<tool_call><function=look_up></function></tool_call>")
+    ('tool_call', 'function')
+    """
+    return tuple(dict.fromkeys(name for slash, name in TAG.findall(text) if not slash))
+
+
+def num_around(piece: ResultPiece, tokenizer: Any) -> int:
+    """Tokens that stand around a result."""
+    text = piece.opening + piece.closing
+    return len(piece.before) + len(encode_text(tokenizer, text)) + len(piece.after)
+
+
+def fair_shares(lengths: Sequence[int], total: int) -> list[int]:
+    """How much of `total` each of several gets, of which none takes more than its length.
+
+    >>> fair_shares([10, 300, 400], 500)
+    [10, 245, 245]
+    """
+    shares = [0] * len(lengths)
+    left = total
+    by_length = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for position, index in enumerate(by_length):
+        shares[index] = min(lengths[index], left // (len(lengths) - position))
+        left -= shares[index]
+    return shares
