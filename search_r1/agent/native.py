@@ -17,9 +17,9 @@ from search_r1.agent.observation import neutralise, tag_pattern
 from search_r1.prompts import ANSWER_END, NATIVE_INVALID_MESSAGE
 from search_r1.tools.base import Tool, ToolResponse
 from verl.agent import Source, Trajectory
-from verl.rollout.tool_parser import NativeCall, ToolCallParser, find_parser, reads
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.tokenizer import Message, encode_chat, encode_text, user_turn
+from verl.utils.tool_parser import NativeCall, ToolCallParser, find_parser, reads
 from verl.utils.tool_turns import (
     ChatMessage,
     ResultPiece,
