@@ -177,22 +177,17 @@ def infer_moments(role: Role) -> dict[str, dict[str, float]]:
 def update_moments(role: Role) -> dict[str, dict[str, float]]:
     """Bytes at the moments of a forward and backward pass, one of which is its peak.
 
-    The pass is not that of the first micro-batch: the sharded gradients are there already.
+    The pass is one after the first micro-batch, so that the sharded gradients already exist.
     """
     assert role.update is not None
-    s = role.sizes
-    w = role.width
-    tokens, trained, _ = role.update
     ahead = int(role.world > 1)  # layers in the buffer of an all-gather
     stays = 0 if role.reshards else role.gathered(0)
-    logits = w * s.vocab * trained
-    chunks = CHUNKS_TRAIN * FLOAT32 * min(s.vocab * trained, CHUNK_ELEMENTS)
-    saved = layer_saved(s, w) * tokens
-    # a checkpointed layer keeps its input alone, and all the rest while it runs again
-    kept = s.layers * (w * s.hidden * tokens if role.checkpointing else saved)
-    top = kept + (FLOAT32 + 2 * w) * s.hidden * tokens  # with what the last norm keeps
-    backward = 2 * w * s.intermediate * tokens + saved * role.checkpointing
+    num_logits = role.sizes.vocab * role.update.trained
+    logits = role.width * num_logits
+    chunks = CHUNKS_TRAIN * FLOAT32 * min(num_logits, CHUNK_ELEMENTS)
     gathering = role.gathering if role.reshards else stays
+    held = activations(role, role.update.tokens)
+    top = held.with_last_norm
     whole = unreduced(role)
     moments = {
         "loss": {GATHERED: stays, KEPT: top, LOGITS: 2 * logits, CHUNKS: chunks},
@@ -200,8 +195,8 @@ def update_moments(role: Role) -> dict[str, dict[str, float]]:
         "head": {GATHERED: role.gathered(ahead), KEPT: top, LOGITS: logits, REDUCED: whole.head},
         "layer": {
             GATHERED: role.gathered(1 + ahead),
-            KEPT: kept,
-            LAYER: backward,
+            KEPT: held.kept,
+            LAYER: held.of_layer,
             REDUCED: whole.layer,
         },
         "embedding": {GATHERED: role.gathered(0), REDUCED: whole.embedding},
@@ -209,6 +204,31 @@ def update_moments(role: Role) -> dict[str, dict[str, float]]:
     }
     own = {GRADIENTS: 0.0 if role.fsdp.param_offload else role.gradients}
     return {f"backward, {name}" if name != "loss" else name: own | m for name, m in moments.items()}
+
+
+class Activations(NamedTuple):
+    """Bytes of activations during a backward pass."""
+
+    kept: float
+    """What all layers keep from the forward pass."""
+    with_last_norm: float
+    """The same, and what the last norm keeps."""
+    of_layer: float
+    """What the layer whose backward pass runs holds beside what is kept."""
+
+
+def activations(role: Role, tokens: float) -> Activations:
+    """The activations of a forward and backward pass over `tokens`."""
+    s = role.sizes
+    w = role.width
+    saved = layer_saved(s, w) * tokens
+    # a checkpointed layer keeps its input alone, and all the rest while it runs again
+    kept = s.layers * (w * s.hidden * tokens if role.checkpointing else saved)
+    return Activations(
+        kept=kept,
+        with_last_norm=kept + (FLOAT32 + 2 * w) * s.hidden * tokens,
+        of_layer=2 * w * s.intermediate * tokens + saved * role.checkpointing,
+    )
 
 
 class Unreduced(NamedTuple):

@@ -44,6 +44,11 @@ def sleep_level(rollout: RolloutConfig) -> int:
     return 1 if rollout.engine_kwargs.get("speculative_config") else 2
 
 
+def fitting_replicas(rollout: RolloutConfig, num_gpus: int) -> int:
+    """The number of engines that so many GPUs hold, at least one."""
+    return max(1, num_gpus // rollout.tensor_model_parallel_size)
+
+
 class RolloutManager:
     """Engines with their agent workers, and the version of the weights that the engines hold.
 
@@ -74,23 +79,14 @@ class RolloutManager:
         self.colocated = config.actor_rollout_ref.hybrid_engine
         self.sleeps = device == "cuda" and self.colocated
         self.sleep_level = sleep_level(rollout)
-        tp = rollout.tensor_model_parallel_size
-        fitting = max(1, len(locations) // tp) if device == "cuda" else 1
+        fitting = fitting_replicas(rollout, len(locations)) if device == "cuda" else 1
         self.replicas = replicas or rollout.num_replicas or fitting
         self.servers = [self._spawn_server(rank) for rank in range(self.replicas)]
         self.capacity = 2 * self.replicas * rollout.max_num_seqs
         """Trajectories under way that keep the engines busy: as many again as they compute are
         searching."""
-        workers = rollout.num_agent_workers
-        share = math.ceil(self.capacity / workers)
-        self.workers = [
-            spawn(AgentLoopWorker, config, Router(self.servers), share, num_cpus=0)
-            for _ in range(workers)
-        ]
-        get(
-            [server.start.remote() for server in self.servers]
-            + [ready(worker) for worker in self.workers]
-        )
+        self.workers = [self._spawn_worker() for _ in range(rollout.num_agent_workers)]
+        self._build_all()
         self.lifelines = [server.wait_for_death.remote() for server in self.servers]
         self.actor: Any = None
         self.next_worker = self.restarts = 0
@@ -124,6 +120,16 @@ class RolloutManager:
             num_cpus=0,
             env={"VLLM_NO_USAGE_STATS": "1"},
         )
+
+    def _spawn_worker(self) -> Any:
+        """Starts an agent worker, which has its share of `capacity` under way."""
+        share = math.ceil(self.capacity / self.config.actor_rollout_ref.rollout.num_agent_workers)
+        return spawn(AgentLoopWorker, self.config, Router(self.servers), share, num_cpus=0)
+
+    def _build_all(self) -> None:
+        """Waits until engines and agent workers are built, all of them at the same time."""
+        engines = [server.start.remote() for server in self.servers]
+        get(engines + [ready(worker) for worker in self.workers])
 
     def report_progress_to(self, on_progress: Callable[[], object]) -> None:
         """Calls `on_progress` from now on when a trajectory that is waited for has finished."""
@@ -199,11 +205,9 @@ class RolloutManager:
         except ActorDied as error:
             raise WorkerLost("an agent worker died, and its trajectories with it") from error
         self.restarts = 0
-        results: dict[str, Trajectory | Failure] = {
-            job.session: result
-            for part, out in zip(submitted.parts, done, strict=True)
-            for job, result in zip(part, out, strict=True)
-        }
+        results: dict[str, Trajectory | Failure] = {}
+        for part, out in zip(submitted.parts, done, strict=True):
+            results |= {job.session: result for job, result in zip(part, out, strict=True)}
         return submitted.jobs, [results[job.session] for job in submitted.jobs]
 
     def _first_ready(self, calls: Sequence[Any], told: Sequence[Submitted] = ()) -> int:
@@ -242,12 +246,10 @@ class RolloutManager:
             self.on_progress()
         self.finished = finished
         for batch in told:
-            done = sum(
-                len(part)
-                if first_ready([call], timeout_s=0) is not None
-                else finished.get(part[0].session, 0)
-                for part, call in zip(batch.parts, batch.running, strict=True)
-            )
+            done = 0
+            for part, call in zip(batch.parts, batch.running, strict=True):
+                has_ended = first_ready([call], timeout_s=0) is not None
+                done += len(part) if has_ended else finished.get(part[0].session, 0)
             logger.info(
                 "%s: %s of %s trajectories", batch.name, f"{done:,}", f"{len(batch.jobs):,}"
             )

@@ -121,20 +121,9 @@ class SFTTrainer:
 def collate(examples: Sequence[Example], max_length: int) -> DataProto:
     """The first token of each row as its prompt, the others as its response, padded on the right.
 
-    Raises DataError for a row that is too long, has no trained token, or whose mask does not fit.
+    Raises DataError as `check_examples` does.
     """
-    for number, example in enumerate(examples):
-        size = len(example["input_ids"])
-        if (
-            len(example["loss_mask"]) != size
-            or size > max_length
-            or not any(example["loss_mask"][1:])
-        ):
-            raise DataError(
-                f"row {number}: {size} input_ids and {len(example['loss_mask'])} loss_mask values "
-                f"with {sum(example['loss_mask'])} ones; expected equal lengths of at most "
-                f"{max_length} and a one"
-            )
+    check_examples(examples, max_length)
     width = max(len(e["input_ids"]) for e in examples)
 
     def column(values: list[list[int]]) -> torch.Tensor:
@@ -154,6 +143,23 @@ def collate(examples: Sequence[Example], max_length: int) -> DataProto:
         },
         meta_info={"num_mini_batches": {"mini_batch": 1}},
     )
+
+
+def check_examples(examples: Sequence[Example], max_length: int) -> None:
+    """Raises DataError for a row that cannot be trained on.
+
+    Such a row is longer than `max_length`, has no trained token after its first one, or has a mask
+    of another length.
+    """
+    for number, example in enumerate(examples):
+        mask = example["loss_mask"]
+        size = len(example["input_ids"])
+        if len(mask) != size or size > max_length or not any(mask[1:]):
+            raise DataError(
+                f"row {number}: {size} input_ids and {len(mask)} loss_mask values "
+                f"with {sum(mask)} ones; expected equal lengths of at most "
+                f"{max_length} and a one"
+            )
 
 
 def read_examples(files: Sequence[str]) -> list[Example]:

@@ -59,13 +59,9 @@ def policy_loss(
     mean_of_tokens = partial(
         agg_loss, loss_mask=mask, loss_agg_mode="token-mean", num_tokens=counts.num_tokens
     )
-    inputs = loss_inputs(config, log_probs, rows)
-    pg_losses, counted = POLICY_LOSSES[config.policy_loss.loss_mode](inputs)
-    if "rollout_is_weights" in batch:
-        pg_losses = pg_losses * torch.where(mask, batch["rollout_is_weights"], 0.0)
+    pg_losses, counted = token_losses(config, log_probs, rows)
     loss = aggregate(pg_losses)
     metrics = {name: mean_of_tokens(values) for name, values in counted.items()}
-    metrics["ppo_kl"] = mean_of_tokens(-inputs.log_ratio.detach())
     metrics["pg_loss"] = loss.detach()
     metrics["entropy"] = mean_of_tokens(entropy.detach())
     if config.entropy_coeff:
@@ -79,6 +75,22 @@ def policy_loss(
         metrics["likelihood_loss"] = mean_of_tokens(lost.detach())
         loss = loss + config.policy_loss.llds_coef * aggregate(lost)
     return loss, metrics
+
+
+def token_losses(
+    config: ActorConfig, log_probs: torch.Tensor, rows: DataProto
+) -> tuple[torch.Tensor, Metrics]:
+    """The policy loss of each trained token, and what is counted beside it, all [b, R].
+
+    Importance weights of `rollout_correction` are applied where the batch has them.
+    """
+    batch = rows.batch
+    inputs = loss_inputs(config, log_probs, rows)
+    pg_losses, counted = POLICY_LOSSES[config.policy_loss.loss_mode](inputs)
+    if "rollout_is_weights" in batch:
+        mask = batch["response_mask"].bool()
+        pg_losses = pg_losses * torch.where(mask, batch["rollout_is_weights"], 0.0)
+    return pg_losses, {**counted, "ppo_kl": -inputs.log_ratio.detach()}
 
 
 def loss_inputs(config: ActorConfig, log_probs: torch.Tensor, rows: DataProto) -> LossInputs:

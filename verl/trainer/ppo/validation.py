@@ -101,21 +101,30 @@ def score(
     """
     check_failures(results, config.trainer.max_failed_share)
     sampled = [(job, r) for job, r in zip(jobs, results, strict=True) if isinstance(r, Trajectory)]
-    by_source: dict[str, list[tuple[Job, Trajectory]]] = defaultdict(list)
-    for job, trajectory in sampled:
+    trajectories = [trajectory for _, trajectory in sampled]
+    for trajectory in trajectories:
         if not trajectory.num_tokens(Source.MODEL):
             trajectory.reward = {"score": 0.0}
-        by_source[job.row["data_source"]].append((job, trajectory))
-    metrics = failure_metrics(results, "val")
     samples = config.actor_rollout_ref.rollout.val_kwargs.n
-    for source, of_source in by_source.items():
-        figures = figures_of(of_source, samples, task.agent)
-        metrics |= {f"val/{name}/{source}": value for name, value in figures.items()}
-    trajectories = [trajectory for _, trajectory in sampled]
+    metrics = failure_metrics(results, "val") | source_metrics(sampled, samples, task.agent)
     metrics["val/test_score/all"] = mean_score(trajectories)
     figures = task.agent.reduce_metrics(trajectories)
     metrics |= {f"val/{name}": value for name, value in figures.items()}
     return metrics, trajectory_records([job for job, _ in sampled], trajectories, task.tokenizer)
+
+
+def source_metrics(
+    sampled: Sequence[tuple[Job, Trajectory]], samples: int, agent: AgentLoop
+) -> dict[str, float]:
+    """`val/<name>/<source>`: the figures of every data source, see `figures_of`."""
+    by_source: dict[str, list[tuple[Job, Trajectory]]] = defaultdict(list)
+    for job, trajectory in sampled:
+        by_source[job.row["data_source"]].append((job, trajectory))
+    metrics: dict[str, float] = {}
+    for source, of_source in by_source.items():
+        figures = figures_of(of_source, samples, agent)
+        metrics |= {f"val/{name}/{source}": value for name, value in figures.items()}
+    return metrics
 
 
 def figures_of(
