@@ -104,6 +104,11 @@ class Trajectory:
         return [t for s in self.segments for t in s.token_ids]
 
     @property
+    def response_length(self) -> int:
+        """Tokens after the prompt, whoever wrote them."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
     def response_mask(self) -> list[int]:
         return [int(s.source is Source.MODEL) for s in self.segments for _ in s.token_ids]
 

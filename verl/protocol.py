@@ -175,14 +175,14 @@ class DataProto:
         """The rows of all parts, with the meta_info of the first."""
         if not parts:
             return DataProto()
-        return DataProto.from_dict(
-            {k: torch.cat([p.batch[k] for p in parts]) for k in parts[0].batch},
-            {
-                k: np.concatenate([p.non_tensor_batch[k] for p in parts])
-                for k in parts[0].non_tensor_batch
-            },
-            parts[0].meta_info,
-        )
+        first = parts[0]
+        tensors: dict[str, torch.Tensor] = {}
+        for key in first.batch:
+            tensors[key] = torch.cat([part.batch[key] for part in parts])
+        objects: dict[str, np.ndarray] = {}
+        for key in first.non_tensor_batch:
+            objects[key] = np.concatenate([part.non_tensor_batch[key] for part in parts])
+        return DataProto.from_dict(tensors, objects, first.meta_info)
 
     def repeat(self, repeat_times: int, interleave: bool = True) -> "DataProto":
         """Each row `repeat_times` times: side by side (`interleave`), or batch after batch."""
@@ -213,7 +213,7 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
     """
     prompts, prompt_real = pad_left([t.prompt_ids for t in trajectories], pad_token_id)
     tokens = response_tokens(trajectories)
-    lengths = np.array([sum(len(s.token_ids) for s in t.segments) for t in trajectories])
+    lengths = np.array([t.response_length for t in trajectories])
     real = np.arange(lengths.max()) < lengths[:, None]
     response_mask = spread(tokens.turns >= 0, real, False)
     sampled = response_mask.any(axis=1)

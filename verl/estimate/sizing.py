@@ -18,6 +18,7 @@ from verl.utils.errors import ConfigError
 from verl.workers.config import ActorConfig, CriticConfig, ModelConfig, RefConfig, RolloutConfig
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from transformers import PretrainedConfig, PreTrainedModel
 
 Found = TypeVar("Found")
@@ -248,11 +249,11 @@ def sizes_of(model: "PreTrainedModel", text: "PretrainedConfig", vocab: int) -> 
     """The sizes of a model; `text` is the config of its decoder."""
     from verl.workers.fsdp_model import decoder_layers
 
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
+    layers = [num_parameters(layer) for layer in decoder_layers(model)]
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Sizes(
-        params=sum(p.numel() for p in model.parameters()),
+        params=num_parameters(model),
         layer=max(layers),
         layers=len(layers),
         hidden=text.hidden_size,
@@ -262,6 +263,11 @@ def sizes_of(model: "PreTrainedModel", text: "PretrainedConfig", vocab: int) -> 
         vocab=vocab,
         head_norms=any(".q_norm." in name for name, _ in model.named_parameters()),
     )
+
+
+def num_parameters(module: "Module") -> int:
+    """The number of parameters of a module and of the modules in it."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def refuse_unknown(path: str, text: "PretrainedConfig") -> None:

@@ -94,19 +94,15 @@ class RayResourcePool:
     def spawn_hosts(self) -> tuple[list[ActorHandle], list[dict[str, Any]]]:
         """Starts all processes of the pool; returns them and their locations by rank."""
         group = self.get_placement_group()
-        hosts = [
-            ray.remote(concurrency_groups={WATCH: 1})(WorkerHost)  # pyright: ignore
-            .options(
-                num_cpus=1,
-                num_gpus=int(self.use_gpu),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=node
-                ),
-            )
-            .remote()
-            for node, size in enumerate(self.process_on_nodes)
-            for _ in range(size)
-        ]
+        host_class = ray.remote(concurrency_groups={WATCH: 1})(WorkerHost)  # pyright: ignore
+        hosts: list[ActorHandle] = []
+        for node, size in enumerate(self.process_on_nodes):
+            on_node = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node)
+            for _ in range(size):
+                host = host_class.options(
+                    num_cpus=1, num_gpus=int(self.use_gpu), scheduling_strategy=on_node
+                )
+                hosts.append(host.remote())
         return hosts, ray.get([host.location.remote() for host in hosts])
 
 

@@ -21,10 +21,11 @@ def balance(lengths: Sequence[int], num_parts: int, equal_size: bool = True) -> 
     """
     if num_parts < 1:
         raise ValueError(f"num_parts must be at least 1, got {num_parts}")
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    rows_alone: list[Part] = [(length, [row]) for row, length in enumerate(lengths)]
+    rows_alone.sort(key=lambda part: -part[0])
     block = num_parts if equal_size else 1
-    blocks = [order[start : start + block] for start in range(0, len(order), block)] or [[]]
-    heap = [_division([(lengths[row], [row]) for row in rows], num_parts) for rows in blocks]
+    starts = range(0, max(1, len(rows_alone)), block)  # without rows there is one empty division
+    heap = [_division(rows_alone[start : start + block], num_parts) for start in starts]
     heapq.heapify(heap)
     while len(heap) > 1:
         one = heapq.heappop(heap)[1]

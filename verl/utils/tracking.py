@@ -121,15 +121,7 @@ class Tracking:
         if self.wandb:
             import wandb
 
-            rows: list[Any] = [
-                [
-                    r["data_source"],
-                    r["prompt"],
-                    "".join(s["text"] for s in r["segments"]),
-                    r["reward"]["score"],
-                ]
-                for r in records[:samples]
-            ]
+            rows: list[Any] = [_table_row(record) for record in records[:samples]]
             table = wandb.Table(columns=["data_source", "prompt", "response", "score"], data=rows)
             self.wandb.log({STEP: step, f"{name}/trajectories": table})
         return path
@@ -153,6 +145,12 @@ class Tracking:
             self._write()
         if self.wandb:
             self.wandb.finish()
+
+
+def _table_row(record: dict[str, Any]) -> list[Any]:
+    """A trajectory as a row of the wandb table: data source, prompt, response, score."""
+    response = "".join(segment["text"] for segment in record["segments"])
+    return [record["data_source"], record["prompt"], response, record["reward"]["score"]]
 
 
 def _start_wandb(

@@ -201,9 +201,8 @@ def _ragged_rows(vocab: int) -> DataProto:
     """Rows of `LENGTHS` random tokens below `vocab`, trained on all but their prompts."""
     generator = torch.Generator().manual_seed(0)
     width = max(LENGTHS) - PROMPT
-    real = torch.tensor(
-        [[int(place < length - PROMPT) for place in range(width)] for length in LENGTHS]
-    )
+    response_lengths = torch.tensor(LENGTHS) - PROMPT
+    real = (torch.arange(width) < response_lengths[:, None]).long()
     tokens = torch.randint(2, vocab, (len(LENGTHS), PROMPT + width), generator=generator)
     return DataProto.from_dict(
         {

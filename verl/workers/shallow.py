@@ -145,15 +145,16 @@ def _kind(layer: torch.nn.Module) -> tuple[Any, ...]:
     """
     parts: list[Any] = []
     for name, module in layer.named_modules():
-        settings = tuple(
-            (key, value)
-            for key, value in sorted(vars(module).items())
-            if isinstance(value, (bool, int, float, str))
-            and not any(part in key for part in ("idx", "layer_id"))
-        )
+        settings = tuple(item for item in sorted(vars(module).items()) if _is_setting(*item))
         parts.append((name, type(module).__name__, settings))
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
     return (*parts, shapes)
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Whether an attribute of a module is a plain value other than the index of its layer."""
+    is_index = "idx" in name or "layer_id" in name
+    return isinstance(value, (bool, int, float, str)) and not is_index
 
 
 def _shrink(entries: Entries, config: PretrainedConfig, layers: int) -> None:

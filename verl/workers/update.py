@@ -185,7 +185,9 @@ def update_mini_batches(
 def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     """The metrics of all steps: means of their finite values, and how many steps there were."""
     names = steps[0] if steps else ()
-    metrics = {name: _mean([step[name] for step in steps]) for name in names}
+    metrics: dict[str, float] = {}
+    for name in names:
+        metrics[name] = _mean([step[name] for step in steps])
     metrics["skipped_steps"] = sum(step["skipped_steps"] for step in steps)
     metrics["optimizer_steps"] = len(steps) - metrics["skipped_steps"]
     return metrics

@@ -28,7 +28,7 @@ def build_batch(
     `meta_info["rank_sizes"]` is what each rank gets. Without `state_masking` every response token
     is trained on (the paper's ablation); this is the only place that decides it.
     """
-    lengths = [len(t.prompt_ids) + sum(len(s.token_ids) for s in t.segments) for t in trajectories]
+    lengths = [len(t.prompt_ids) + t.response_length for t in trajectories]
     position = np.arange(len(lengths))
     mini_batches = {
         column: position * number // len(lengths) for column, number in num_mini_batches.items()
