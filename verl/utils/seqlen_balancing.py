@@ -1,20 +1,21 @@
-"""Even shares of work: rows of unequal length spread over ranks."""
+"""Spreads rows of unequal length over ranks, with nearly equal sums of lengths."""
 
 import heapq
 from collections.abc import Iterable, Sequence
 
 Part = tuple[int, list[int]]
-"""Sum of lengths, rows."""
+"""The sum of the lengths of some rows, and these rows."""
 
 
 def balance(lengths: Sequence[int], num_parts: int, equal_size: bool = True) -> list[list[int]]:
     """Positions of `lengths` in `num_parts` parts with nearly equal sums.
 
-    Parts with more rows come first. With `equal_size` the numbers of rows differ by at most one:
-    `DataProto.chunk` of the concatenated parts gives them back. Deterministic. Parts are empty only
-    with fewer rows than parts. Raises ValueError for `num_parts` < 1. Largest differencing
-    (Karmarkar and Karp 1982): start from many divisions of few rows each, and keep merging the two
-    most uneven ones, the heavy parts of one with the light parts of the other.
+    Parts with more rows come first. With `equal_size` the numbers of rows differ by at most one, so
+    that `DataProto.chunk` of the concatenated parts gives the parts back. The result is
+    deterministic. A part is empty only if there are fewer rows than parts. Raises ValueError for
+    `num_parts` < 1. The method is largest differencing (Karmarkar and Karp 1982): it starts with
+    many divisions of few rows each, and repeatedly merges the two most uneven ones, the heavy parts
+    of one with the light parts of the other.
 
     >>> balance([8, 1, 7, 2], 2)
     [[0, 1], [2, 3]]
@@ -38,9 +39,9 @@ def balance(lengths: Sequence[int], num_parts: int, equal_size: bool = True) -> 
 
 
 def _division(parts: Iterable[Part], num_parts: int) -> tuple[int, list[Part]]:
-    """`parts` from light to heavy, with empty ones added, behind minus their spread.
+    """The parts from light to heavy, filled up with empty ones, and before them minus their spread.
 
-    A heap then pops the most uneven division first.
+    So a heap pops the most uneven division first.
     """
     filled = list(parts)
     filled = sorted([(0, []) for _ in range(num_parts - len(filled))] + filled)
