@@ -32,7 +32,7 @@ REFUSED = {
     "num_local_experts": "it has experts, whose activations depend on the routing",
     "linear_num_value_heads": "it has layers of linear attention, whose states are not counted",
 }
-"""Entries of a model's config, and why a model that has one cannot be estimated."""
+"""By entry of a model's config: why a model that has it cannot be estimated."""
 
 
 class Longest(NamedTuple):
@@ -42,11 +42,11 @@ class Longest(NamedTuple):
     trained_share: float
     """The largest share of its tokens that is trained on."""
     keys: str
-    """What decides it."""
+    """The configuration keys that bound its length."""
     turns: int | None
-    """Searches at most; None where the agent does not bound them."""
+    """The most searches; None where the agent does not bound them."""
     written: int
-    """Tokens that the policy writes at most."""
+    """The most tokens that the policy writes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +75,9 @@ def answer(
     argv: Sequence[str] | None,
     compute: Callable[[argparse.Namespace], Found],
 ) -> tuple[argparse.Namespace, Found]:
-    """Reads a command line and returns it with what `compute` makes of it.
+    """Parses a command line and returns the arguments and the result of `compute` on them.
 
-    Ends the program with status 2, and with the reason, where the configuration cannot work.
+    Where the configuration cannot work, prints the reason and ends the program with status 2.
     """
     args = parser.parse_intermixed_args(argv)
     try:
