@@ -1,2 +1,4 @@
-"""A compact RL training library for language models: Ray, FSDP2, vLLM. It knows nothing of any
-task."""
+"""A compact RL training library for language models, on Ray, FSDP2 and vLLM.
+
+It knows nothing of any task.
+"""

@@ -1,6 +1,6 @@
 """What a task implements to be trained: an agent loop and a reward.
 
-Pure: it imports numpy and pydantic alone. tests/e2e/toy.py is a whole task.
+This module imports only numpy and pydantic. tests/e2e/toy.py is a complete task.
 
 A trajectory is a prompt followed by segments. A segment says who wrote its tokens, and everything
 that later needs to know (loss mask, importance ratios, reward text, logs) is derived from it, never
@@ -79,8 +79,8 @@ class Segment:
 class Trajectory:
     """A prompt and what followed.
 
-    `reward` holds finite numbers: `score`, and components to log. What else a reward said is in
-    `info["reward"]`.
+    `reward` holds finite numbers: `score`, and components to log. Everything else that the reward
+    function returned is in `info["reward"]`.
     """
 
     prompt_ids: list[int]
@@ -104,12 +104,17 @@ class Trajectory:
         return [t for s in self.segments for t in s.token_ids]
 
     @property
+    def response_length(self) -> int:
+        """Tokens after the prompt, whoever wrote them."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
     def response_mask(self) -> list[int]:
         return [int(s.source is Source.MODEL) for s in self.segments for _ in s.token_ids]
 
     @property
     def rollout_log_probs(self) -> list[float]:
-        """Zero where the policy did not write."""
+        """Log-probs of the response tokens, 0 where the policy did not write."""
         return [
             x
             for s in self.segments
@@ -144,8 +149,9 @@ class Trajectory:
 class TrajectoryFailed(Exception):
     """The environment broke, not the policy: the trajectory is run once more, then dropped.
 
-    `num_calls` is the number of environment calls the trajectory had made, the failed one included:
-    dropping is biased against trajectories that make many, so the failure rate is reported by it.
+    `num_calls` is the number of environment calls the trajectory had made, the failed one included.
+    Trajectories that make many calls are dropped more often, so the failure rate is also reported
+    for each number of calls.
     """
 
     def __init__(self, message: str, num_calls: int) -> None:
@@ -168,8 +174,8 @@ class AgentLoop:
     Config: ClassVar[type[BaseModel]] = AnySection
     """Validates the `agent` section (without `_target_`). By default every key is taken."""
     top_level_keys: ClassVar[frozenset[str] | None] = None
-    """Keys beside the library's own sections that this task lets users set, interpolated into its
-    section; None: any."""
+    """Top-level keys that this task lets users set, beside the library's own sections, and that
+    its section refers to; None: any key."""
     sections: ClassVar[Mapping[str, type[BaseModel]]] = {}
     """Models of further top-level sections, which are not passed to the loop."""
     trainable: ClassVar[bool] = True
@@ -217,18 +223,19 @@ class RewardFn(Protocol):
     def __call__(
         self, trajectory: Trajectory, row: Row
     ) -> dict[str, float] | Awaitable[dict[str, float]]:
-        """Raises TrajectoryFailed when a score cannot be had: that is not a score of 0.
+        """Returns `score` and any components to log.
 
-        Any other exception is a mistake of the reward and ends the run.
+        Raises TrajectoryFailed when no score can be computed, which is not a score of 0. Any other
+        exception counts as a bug of the reward and ends the run.
         """
         ...
 
 
 @runtime_checkable
 class GroupReward(Protocol):
-    """What a `RewardFn` may have besides: it compares the trajectories of each prompt.
+    """What a `RewardFn` may also implement: a comparison of the trajectories of each prompt.
 
-    Called once all of them are scored. Training only.
+    It is called in training only, once all trajectories of a batch are scored.
     """
 
     def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None:

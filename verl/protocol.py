@@ -69,7 +69,7 @@ class DataProto:
         non_tensors: dict[str, np.ndarray] | None = None,
         meta_info: dict[str, Any] | None = None,
     ) -> "DataProto":
-        """Raises ValueError when the columns differ in length."""
+        """Makes a batch of these columns. Raises ValueError when they differ in length."""
         data = cls(dict(tensors), dict(non_tensors or {}), dict(meta_info or {}))
         lengths = {key: len(column) for key, column in data._columns()}
         if len(set(lengths.values())) > 1:
@@ -90,9 +90,9 @@ class DataProto:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DataProto":
-        """The batch in a file of `save`.
+        """Reads the batch from a file that `save` wrote.
 
-        It runs nothing that the file may hold: it raises UnpicklingError instead.
+        Code that a file may contain is never run: UnpicklingError is raised instead.
         """
         content = torch.load(path, weights_only=True)
         rest = json.loads(content["rest"])
@@ -105,14 +105,14 @@ class DataProto:
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the tensors as arrays of these rows alone, in host memory.
 
-        A tensor would be pickled with its whole storage, so that a part of a batch would bring all
-        of it along. Arrays are also what Ray lays into shared memory as they are.
+        A tensor is pickled with its whole storage, so a part of a batch would bring the whole batch
+        along. Ray also puts arrays into shared memory without converting them.
         """
         arrays = {key: column.detach().cpu().numpy() for key, column in self.batch.items()}
         return {**vars(self), "batch": arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Makes tensors of the arrays; shared memory is read-only, so what lies there is copied."""
+        """Makes tensors of the arrays. Those in shared memory are read-only and are copied."""
         vars(self).update(state)
         arrays: dict[str, np.ndarray] = state["batch"]
         self.batch = {
@@ -140,7 +140,7 @@ class DataProto:
     def select(
         self, batch_keys: Sequence[str], non_tensor_batch_keys: Sequence[str] = ()
     ) -> "DataProto":
-        """The named columns only. Raises KeyError for a missing one."""
+        """A batch of the named columns only. Raises KeyError for a missing one."""
         return DataProto(
             {k: self.batch[k] for k in batch_keys},
             {k: self.non_tensor_batch[k] for k in non_tensor_batch_keys},
@@ -175,14 +175,14 @@ class DataProto:
         """The rows of all parts, with the meta_info of the first."""
         if not parts:
             return DataProto()
-        return DataProto.from_dict(
-            {k: torch.cat([p.batch[k] for p in parts]) for k in parts[0].batch},
-            {
-                k: np.concatenate([p.non_tensor_batch[k] for p in parts])
-                for k in parts[0].non_tensor_batch
-            },
-            parts[0].meta_info,
-        )
+        first = parts[0]
+        tensors: dict[str, torch.Tensor] = {}
+        for key in first.batch:
+            tensors[key] = torch.cat([part.batch[key] for part in parts])
+        objects: dict[str, np.ndarray] = {}
+        for key in first.non_tensor_batch:
+            objects[key] = np.concatenate([part.non_tensor_batch[key] for part in parts])
+        return DataProto.from_dict(tensors, objects, first.meta_info)
 
     def repeat(self, repeat_times: int, interleave: bool = True) -> "DataProto":
         """Each row `repeat_times` times: side by side (`interleave`), or batch after batch."""
@@ -208,12 +208,12 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
     responses      m m o o m .    response_mask           1 1 0 0 1 0
     scores         0 0 0 0 s 0
 
-    Raises ValueError for a trajectory without a sampled token: it has nothing to train, the caller
-    drops and counts it. And for a sampled segment that does not have a log-prob for every token.
+    Raises ValueError for a trajectory without a sampled token, which cannot be trained on (callers
+    drop and count these beforehand), and for a sampled segment without a log-prob for every token.
     """
     prompts, prompt_real = pad_left([t.prompt_ids for t in trajectories], pad_token_id)
     tokens = response_tokens(trajectories)
-    lengths = np.array([sum(len(s.token_ids) for s in t.segments) for t in trajectories])
+    lengths = np.array([t.response_length for t in trajectories])
     real = np.arange(lengths.max()) < lengths[:, None]
     response_mask = spread(tokens.turns >= 0, real, False)
     sampled = response_mask.any(axis=1)
@@ -259,9 +259,8 @@ class ResponseTokens:
 def response_tokens(trajectories: Sequence[Trajectory]) -> ResponseTokens:
     """All response tokens of `trajectories`.
 
-    Raises ValueError for a sampled segment with another number of log-probs than tokens. Tokens are
-    Python integers in lists; all of them become one array at once, which is much faster than row by
-    row.
+    The lists of all trajectories become one array, which is much faster than one array for each
+    row. Raises ValueError for a sampled segment with another number of log-probs than tokens.
     """
     segments = [segment for trajectory in trajectories for segment in trajectory.segments]
     lengths = np.array([len(segment.token_ids) for segment in segments], dtype=np.int64)
@@ -285,7 +284,7 @@ def response_tokens(trajectories: Sequence[Trajectory]) -> ResponseTokens:
 
 
 def turn_numbers(trajectory: Trajectory) -> list[int]:
-    """For each segment the number of the policy's turn that it is, -1 for what others wrote."""
+    """The number of the policy's turn for each segment, -1 for segments that others wrote."""
     numbers: list[int] = []
     turn = -1
     for segment in trajectory.segments:
@@ -301,7 +300,7 @@ def flat(lists: Sequence[Sequence[float]], dtype: type[np.generic]) -> np.ndarra
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of unequal length [B, longest], int64, padded on the left, and where they are real."""
+    """Rows padded on the left, [B, longest] int64, and a mask of the real entries."""
     lengths = np.array([len(row) for row in rows])
     width = lengths.max()
     real = np.arange(width) >= width - lengths[:, None]

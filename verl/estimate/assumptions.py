@@ -42,7 +42,7 @@ ASSUMPTIONS = {
     "sleep_wake_s": (3.0, "seconds to put the engines to sleep and to wake them"),
     "driver_s": (3.0, "seconds of the driver: building the batch, advantages, records"),
 }
-"""By flag: the default, and what it is."""
+"""The assumptions by the name of their flag: the default, and what the assumption means."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Gpu:
     """What a card can do at most, and how much memory it has."""
 
     flops: float
-    """Per second."""
+    """Floating-point operations per second."""
     bandwidth: float
     """Bytes per second."""
     memory: float

@@ -1,10 +1,10 @@
-"""What shares a GPU with the trainer, as pure functions of sizes: vLLM's engine, and a retriever.
+"""Memory of what shares a GPU with the trainer: vLLM's engine, and a retriever.
 
 vLLM takes `gpu_memory_utilization` of the GPU, whatever else is on it. Of that share it subtracts
 its weights, what a profile run of `max_num_batched_tokens` takes at its peak, and its CUDA graphs;
 the rest becomes KV cache (vLLM 0.32, `Worker.determine_available_memory`). When it starts, its
-whole share must be free (`request_memory`), or it refuses. Bytes throughout, of one GPU. Nothing
-here was measured on a GPU.
+whole share must be free (`request_memory`), or it refuses. All figures are bytes on one GPU, and
+pure functions of sizes. Nothing here was measured on a GPU.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class EngineMemory:
     """Logits of `max_num_seqs` tokens in the engine's dtype, and the sampler's float32 copy."""
     graphs: float
     kv_cache: float
-    """What is left; negative where the engine cannot start."""
+    """What is left for keys and values; negative where the engine cannot start."""
     kv_bytes_per_token: float
 
     @property
@@ -56,11 +56,11 @@ class EngineMemory:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that the KV cache holds: the GPUs of an engine hold the same, each its heads."""
+        """Tokens in the KV cache. Every GPU of an engine holds the same ones, for its own heads."""
         return max(0, int(self.kv_cache // self.kv_bytes_per_token))
 
     def entries(self) -> Entries:
-        """The share by name."""
+        """The parts of the share by name."""
         return {
             ("engine", WEIGHTS): self.weights,
             ("engine", PROFILE): self.profile,
@@ -92,7 +92,7 @@ def kv_bytes_per_token(sizes: Sizes, rollout: RolloutConfig) -> float:
 def retriever_memory(passages: int, gpus: int) -> float:
     """Bytes of an exact FAISS index of E5 vectors, sharded over `gpus` GPUs.
 
-    They are those of the fullest GPU, which has the encoder too.
+    The figure is that of the fullest GPU, which also holds the encoder.
     """
     index = passages * VECTOR_NUMBERS * VECTOR_BYTES / gpus
     return index + (FAISS_SCRATCH_GIB + ENCODER_GIB) * GIB

@@ -6,7 +6,7 @@ from verl.estimate.memory import Role, Sizes
 def layer_flops(sizes: Sizes, tokens: float, length: float) -> float:
     """FLOPs of all layers in a forward pass over `tokens` in rows of `length`.
 
-    They are those of the matrix products and of causal attention.
+    Counts the matrix products and causal attention.
     """
     attention = sizes.hidden * 2 * (sizes.queries + sizes.keys)
     products = attention + 3 * sizes.hidden * sizes.intermediate
@@ -29,8 +29,8 @@ def update_flops(role: Role, tokens: float, trained: float, length: float) -> fl
     """FLOPs of a forward and a backward pass.
 
     The backward pass costs two forward passes, or one where only adapters have gradients. With
-    checkpointing a layer runs forward again, but for its last product, whose result no gradient
-    needs.
+    checkpointing each layer runs forward a second time, except for its last product, because no
+    gradient needs the result of that.
     """
     sizes = role.sizes
     backward = 2 if role.whole else 1

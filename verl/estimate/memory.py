@@ -1,9 +1,10 @@
 """What is alive on one GPU at the peak of each phase, as pure functions of sizes.
 
-docs/memory.md has them as formulas.
+docs/memory.md has the formulas.
 
-Phases do not overlap: rollout, log-probs (actor, reference, values), critic update, actor update. A
-phase has moments, of which the fullest counts. Bytes throughout; a rank is a GPU.
+The phases are rollout, log-probs (actor, reference, values), critic update and actor update; they
+do not overlap. A phase is estimated at several moments, and the one that takes most is its peak.
+All figures are bytes, and each rank has one GPU.
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,11 @@ WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 CONTEXTS_GIB = 4.0
 """CUDA contexts of trainer and engine, NCCL, library workspaces, fragmentation: a guess."""
 CHUNKS_INFER = 2
-"""Copies in float32 of a chunk of logits that `verl.utils.torch_functional` has at once.
+"""Float32 copies of a chunk of logits that `verl.utils.torch_functional` holds at once.
 
-This is their number without a gradient."""
+This is the number in a pass without a gradient."""
 CHUNKS_TRAIN = 4
-"""The same with a gradient."""
+"""The same in a pass with a gradient."""
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer state"
 GRADIENTS = "gradients"
@@ -44,9 +45,9 @@ class Sizes:
     """The sizes of a decoder of the Llama family: numbers of parameters, and widths."""
 
     params: int
-    """In all."""
+    """Parameters of the whole model."""
     layer: int
-    """Of the largest layer, which is one group of FSDP."""
+    """Parameters of the largest layer. FSDP shards every layer as one group."""
     layers: int
     hidden: int
     queries: int
@@ -91,7 +92,7 @@ class Role:
 
     @property
     def width(self) -> int:
-        """Bytes of one number of the computation."""
+        """Bytes of one number in the dtype of the computation."""
         return WIDTH[self.fsdp.dtype]
 
     @property
@@ -111,16 +112,17 @@ class Role:
         return self.trained * width / self.world
 
     def gathered(self, layers: int) -> float:
-        """Bytes of gathered parameters: the root and so many layers, or all without resharding."""
+        """Bytes of gathered parameters: the root and `layers` layers, or all without resharding."""
         if not self.reshards:
             return self.width * self.sizes.params
         return self.width * (self.sizes.root + layers * self.sizes.layer)
 
     @property
     def gathering(self) -> float:
-        """Bytes while the root is gathered.
+        """Bytes of gathered parameters while the root is being gathered.
 
-        It is in a buffer and where it is used; on one rank there is its cast instead of a buffer.
+        The root is then held twice: in the buffer of the all-gather and in its final place. On one
+        rank its cast takes the place of the buffer.
         """
         s = self.sizes
         casts = self.fsdp.dtype != self.fsdp.model_dtype
@@ -177,22 +179,17 @@ def infer_moments(role: Role) -> dict[str, dict[str, float]]:
 def update_moments(role: Role) -> dict[str, dict[str, float]]:
     """Bytes at the moments of a forward and backward pass, one of which is its peak.
 
-    The pass is not that of the first micro-batch: the sharded gradients are there already.
+    The pass is one after the first micro-batch, so that the sharded gradients already exist.
     """
     assert role.update is not None
-    s = role.sizes
-    w = role.width
-    tokens, trained, _ = role.update
     ahead = int(role.world > 1)  # layers in the buffer of an all-gather
     stays = 0 if role.reshards else role.gathered(0)
-    logits = w * s.vocab * trained
-    chunks = CHUNKS_TRAIN * FLOAT32 * min(s.vocab * trained, CHUNK_ELEMENTS)
-    saved = layer_saved(s, w) * tokens
-    # a checkpointed layer keeps its input alone, and all the rest while it runs again
-    kept = s.layers * (w * s.hidden * tokens if role.checkpointing else saved)
-    top = kept + (FLOAT32 + 2 * w) * s.hidden * tokens  # with what the last norm keeps
-    backward = 2 * w * s.intermediate * tokens + saved * role.checkpointing
+    num_logits = role.sizes.vocab * role.update.trained
+    logits = role.width * num_logits
+    chunks = CHUNKS_TRAIN * FLOAT32 * min(num_logits, CHUNK_ELEMENTS)
     gathering = role.gathering if role.reshards else stays
+    held = activations(role, role.update.tokens)
+    top = held.with_last_norm
     whole = unreduced(role)
     moments = {
         "loss": {GATHERED: stays, KEPT: top, LOGITS: 2 * logits, CHUNKS: chunks},
@@ -200,8 +197,8 @@ def update_moments(role: Role) -> dict[str, dict[str, float]]:
         "head": {GATHERED: role.gathered(ahead), KEPT: top, LOGITS: logits, REDUCED: whole.head},
         "layer": {
             GATHERED: role.gathered(1 + ahead),
-            KEPT: kept,
-            LAYER: backward,
+            KEPT: held.kept,
+            LAYER: held.of_layer,
             REDUCED: whole.layer,
         },
         "embedding": {GATHERED: role.gathered(0), REDUCED: whole.embedding},
@@ -211,8 +208,33 @@ def update_moments(role: Role) -> dict[str, dict[str, float]]:
     return {f"backward, {name}" if name != "loss" else name: own | m for name, m in moments.items()}
 
 
+class Activations(NamedTuple):
+    """Bytes of activations during a backward pass."""
+
+    kept: float
+    """What all layers keep from the forward pass."""
+    with_last_norm: float
+    """The same, and what the last norm keeps."""
+    of_layer: float
+    """What the layer whose backward pass runs holds beside what is kept."""
+
+
+def activations(role: Role, tokens: float) -> Activations:
+    """The activations of a forward and backward pass over `tokens`."""
+    s = role.sizes
+    w = role.width
+    saved = layer_saved(s, w) * tokens
+    # a checkpointed layer keeps its input alone, and all the rest while it runs again
+    kept = s.layers * (w * s.hidden * tokens if role.checkpointing else saved)
+    return Activations(
+        kept=kept,
+        with_last_norm=kept + (FLOAT32 + 2 * w) * s.hidden * tokens,
+        of_layer=2 * w * s.intermediate * tokens + saved * role.checkpointing,
+    )
+
+
 class Unreduced(NamedTuple):
-    """Bytes of whole gradients that wait for their reduction, at moments of a backward pass."""
+    """Bytes of gradients that are not reduced yet, at moments of a backward pass."""
 
     head: float
     layer: float
@@ -221,16 +243,18 @@ class Unreduced(NamedTuple):
 
 
 def unreduced(role: Role) -> Unreduced:
-    """The whole gradients of a pass: FSDP reduces a layer's when it is through, the root's last.
+    """Bytes of the whole gradients that are not reduced yet, at moments of a backward pass.
 
-    A reduction has the gradient in float32 beside its source, then beside the rank's sum.
+    FSDP reduces the gradients of a layer as soon as its backward pass is done, and those of the
+    root last. A reduction holds the gradient in float32, first beside the original, then beside the
+    rank's part of the sum.
     """
     s = role.sizes
     w = role.width
     # parameters with a gradient, of a layer and of the root; adapters are in layers alone
     layer, root = (s.layer, s.root) if role.whole else (role.trained / s.layers, 0)
     head = w * s.vocab * s.hidden * role.whole
-    # gradients of a tied embedding and head are beside their sum
+    # a tied embedding and head have a gradient each, which are held beside their sum
     tied = 0 < s.root < 2 * s.vocab * s.hidden
     root_gradients = w * root + 2 * head * tied
     reducing = FLOAT32 + max(w, FLOAT32 / role.world)
@@ -246,7 +270,7 @@ def resting(roles: Sequence[Role], phase: str, active: Role | None = None) -> En
     """Bytes that the roles keep during a phase, beside the passes of the `active` role.
 
     Without resharding a forward pass leaves its parameters gathered until the next backward pass.
-    The reference has none.
+    The reference has no backward pass, so its parameters stay gathered.
     """
     entries: Entries = {}
     for role in roles:
@@ -263,8 +287,8 @@ def peak(
 ) -> tuple[Entries, str]:
     """What is alive at the peak of a phase, and at which moment that is.
 
-    `always` stays through all phases beside the roles. `engine` is what an engine has while it is
-    awake.
+    `always`: what is there in all phases, beside the roles. `engine`: what an engine holds while it
+    is awake.
     """
     always = {("", CONTEXTS): CONTEXTS_GIB * GIB} | always
     if phase == "rollout":

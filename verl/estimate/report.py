@@ -27,12 +27,12 @@ from verl.estimate.sizing import (
 from verl.trainer.config import PPOConfig
 
 Peaks = Mapping[str, tuple[Entries, str]]
-"""By phase what is alive at its peak, and where in it that is."""
+"""For each phase what is alive at its peak, and the moment of the peak."""
 NO_RETRIEVER = (
     "; no retriever on these GPUs is counted (--retriever-passages N counts an exact E5 index of N)"
 )
 OWNERS = ["actor", "ref", "critic", "engine", "retriever", ""]
-"""Whose entries there are, in the order of the table."""
+"""Whose entries the table lists, in its order."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Estimate:
     roles: Sequence[Role]
     longest: Longest
     limit: float
-    """Bytes of a GPU."""
+    """Memory of a GPU in bytes."""
     retriever: float
-    """Bytes of a retriever on each GPU."""
+    """Bytes that a retriever takes on each GPU."""
     engine: EngineMemory | None
-    """None where another service answers instead of engines."""
+    """None where the rollout uses an endpoint instead of engines."""
     peaks: Peaks
 
     @property
@@ -103,7 +103,7 @@ def estimate(
 ) -> Estimate:
     """Computes the memory of every phase on a GPU of `limit` bytes.
 
-    `retriever`: bytes of it that a retriever has.
+    `retriever`: bytes of the GPU that a retriever takes.
     """
     rollout = config.actor_rollout_ref.rollout
     engine = (
@@ -173,7 +173,7 @@ def engine_text(found: Estimate, mean_tokens: int) -> str:
 def verdict(peaks: Peaks, roles: Sequence[Role], limit: float, retriever: float = 0.0) -> str:
     """What is left of `limit` bytes, or what is too large.
 
-    Of every phase that exceeds the limit it names the three largest entries that keys shrink, and
+    For every phase above the limit it names the three largest entries that keys can shrink, and
     these keys.
     """
     sums = {phase: total(entries) for phase, (entries, _) in peaks.items()}
@@ -197,9 +197,10 @@ def verdict(peaks: Peaks, roles: Sequence[Role], limit: float, retriever: float 
 def shrinkable(
     over: Mapping[str, Entries], roles: Sequence[Role]
 ) -> list[tuple[tuple[str, str], tuple[float, list[str]]]]:
-    """The three largest entries of each phase that keys shrink, with their bytes and these keys.
+    """The three largest entries of each phase that keys can shrink, with bytes and keys.
 
-    An entry of several phases is there once, with its largest size and the keys of all of them.
+    An entry that occurs in several phases is listed once, with its largest size and the keys of all
+    these phases.
     """
     by_name: dict[str, Role] = {role.name: role for role in roles}
     found: dict[tuple[str, str], tuple[float, list[str]]] = {}

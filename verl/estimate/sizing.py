@@ -18,6 +18,7 @@ from verl.utils.errors import ConfigError
 from verl.workers.config import ActorConfig, CriticConfig, ModelConfig, RefConfig, RolloutConfig
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from transformers import PretrainedConfig, PreTrainedModel
 
 Found = TypeVar("Found")
@@ -31,7 +32,7 @@ REFUSED = {
     "num_local_experts": "it has experts, whose activations depend on the routing",
     "linear_num_value_heads": "it has layers of linear attention, whose states are not counted",
 }
-"""Entries of a model's config, and why a model that has one cannot be estimated."""
+"""By entry of a model's config: why a model that has it cannot be estimated."""
 
 
 class Longest(NamedTuple):
@@ -41,11 +42,11 @@ class Longest(NamedTuple):
     trained_share: float
     """The largest share of its tokens that is trained on."""
     keys: str
-    """What decides it."""
+    """The configuration keys that bound its length."""
     turns: int | None
-    """Searches at most; None where the agent does not bound them."""
+    """The most searches; None where the agent does not bound them."""
     written: int
-    """Tokens that the policy writes at most."""
+    """The most tokens that the policy writes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,9 +75,9 @@ def answer(
     argv: Sequence[str] | None,
     compute: Callable[[argparse.Namespace], Found],
 ) -> tuple[argparse.Namespace, Found]:
-    """Reads a command line and returns it with what `compute` makes of it.
+    """Parses a command line and returns the arguments and the result of `compute` on them.
 
-    Ends the program with status 2, and with the reason, where the configuration cannot work.
+    Where the configuration cannot work, prints the reason and ends the program with status 2.
     """
     args = parser.parse_intermixed_args(argv)
     try:
@@ -248,11 +249,11 @@ def sizes_of(model: "PreTrainedModel", text: "PretrainedConfig", vocab: int) -> 
     """The sizes of a model; `text` is the config of its decoder."""
     from verl.workers.fsdp_model import decoder_layers
 
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)]
+    layers = [num_parameters(layer) for layer in decoder_layers(model)]
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Sizes(
-        params=sum(p.numel() for p in model.parameters()),
+        params=num_parameters(model),
         layer=max(layers),
         layers=len(layers),
         hidden=text.hidden_size,
@@ -262,6 +263,11 @@ def sizes_of(model: "PreTrainedModel", text: "PretrainedConfig", vocab: int) -> 
         vocab=vocab,
         head_norms=any(".q_norm." in name for name, _ in model.named_parameters()),
     )
+
+
+def num_parameters(module: "Module") -> int:
+    """The number of parameters of a module and of the modules in it."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def refuse_unknown(path: str, text: "PretrainedConfig") -> None:

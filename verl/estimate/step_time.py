@@ -1,11 +1,12 @@
-"""Seconds of a training step, verb by verb, from stated assumptions: to judge a first run by.
+"""Seconds of a training step, verb by verb, computed from stated assumptions.
 
-    python -m verl.trainer.step_time --config-name grpo experiment=nq_hotpotqa/qwen2.5-3b-grpo --gpu
-    h100
+    python -m verl.trainer.step_time --config-name grpo \
+        experiment=nq_hotpotqa/qwen2.5-3b-grpo --gpu h100
 
-Every verb is printed with its formula; every assumption is a flag. The figures are computed and not
-measured: a run that is several times slower than this has something to look for, and the timer
-`timing_s/...` of the verb says where. Needs no GPU, and of the model only its Hugging Face config.
+Every verb is printed with its formula; every assumption is a flag. The figures are computed, not
+measured. They are there to judge a first run by: if it is several times slower, something is wrong,
+and the timer `timing_s/...` of the slow verb says where. Needs no GPU, and of the model only its
+Hugging Face config.
 """
 
 import argparse
@@ -42,7 +43,7 @@ class Verb(NamedTuple):
     """The name of its timer."""
     seconds: float
     formula: str
-    """How the seconds come about."""
+    """How the seconds are computed, as text."""
 
 
 class Batch(NamedTuple):
@@ -95,8 +96,8 @@ class StepTime:
     def engine_rate(self, running: float, context: float) -> float:
         """Decoded tokens/s of one engine with `running` trajectories of `context` tokens.
 
-        A step reads the weights and the running contexts' keys and values, or is bound by its
-        products.
+        A decoding step takes as long as the slower of two things: reading the weights and the keys
+        and values of the running contexts, or computing the matrix products.
         """
         rollout = self.config.actor_rollout_ref.rollout
         tp = rollout.tensor_model_parallel_size
@@ -113,8 +114,8 @@ class StepTime:
     def rollout_seconds(self, batch: Batch) -> tuple[float, str]:
         """Seconds to roll out a batch, and the formula.
 
-        Engines or retriever bound it from below, whichever is slower; the longest trajectory comes
-        on top, alone at the end.
+        The slower of engines and retriever sets the time for the batch. The longest trajectory,
+        which runs alone at the end, is added.
         """
         decode, decoding = self.decode_seconds(batch)
         prefill = self.prefill_seconds(batch)
@@ -163,7 +164,7 @@ class StepTime:
         return mini_batches * ceil(per_mini_batch / max(limit, self.mean_tokens))
 
     def computing(self, flops: float) -> tuple[float, str]:
-        """Seconds that all ranks compute, and the formula."""
+        """Seconds that all ranks together need for `flops`, and the formula."""
         efficiency = self.a.train_efficiency
         seconds = flops / (self.world * self.gpu.flops * efficiency)
         peak = self.gpu.flops / 1e12
@@ -286,7 +287,7 @@ def refuse_other_schedules(config: PPOConfig) -> None:
 def report(found: StepTime, questions: int | None) -> str:
     """The verbs, their sum, and the hours of the run, as text.
 
-    `questions`: of a validation; None: `data.val_data_num`.
+    `questions`: number of validation questions; None: `data.val_data_num`.
     """
     verbs = found.verbs()
     step = sum(verb.seconds for verb in verbs)

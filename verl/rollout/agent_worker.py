@@ -27,12 +27,12 @@ class Job:
     row: Row
     prompt_ids: list[int]
     seed: int | None = None
-    """Seeds each engine call of the trajectory, where calls are seeded."""
+    """Seed of every engine call of the trajectory; None where calls are not seeded."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A trajectory that twice was broken by the environment, or got no score."""
+    """A trajectory that the environment broke twice, or that got no score."""
 
     message: str
     num_calls: int
@@ -51,10 +51,9 @@ class Engines(Protocol):
 class AgentLoopWorker:
     """Owns one agent loop and one reward; serves batches of jobs.
 
-    At most `max_under_way` trajectories are under way, of all batches together, and the others wait
-    in the order in which they came. More would not keep the engines busier. They would only all
-    search at the same time, and a retriever that is slower than the engines would then answer most
-    of them after their deadline.
+    At most `max_under_way` trajectories run at a time, over all batches; the others wait in the
+    order in which they came. More would not keep the engines busier. They would search at the same
+    time, and a retriever that is slower than the engines would answer most of them too late.
     """
 
     def __init__(self, config: PPOConfig, engines: Engines, max_under_way: int) -> None:
@@ -72,7 +71,7 @@ class AgentLoopWorker:
     async def run(
         self, jobs: Sequence[Job], sampling: dict[str, Any]
     ) -> list[Trajectory | Failure]:
-        """The trajectories of `jobs`, in their order, with their rewards.
+        """Rolls out and scores `jobs`, and returns the trajectories in the same order.
 
         An exception other than TrajectoryFailed ends all of them.
         """
@@ -94,9 +93,9 @@ class AgentLoopWorker:
             del self.finished[batch]
 
     async def progress(self) -> dict[str, int]:
-        """How many trajectories have finished, of each call of `run` that is under way.
+        """Returns how many trajectories of each running call of `run` have finished.
 
-        A call is named by the session of its first job.
+        The key of a call is the session of its first job.
         """
         return dict(self.finished)
 
@@ -139,7 +138,7 @@ class AgentLoopWorker:
         cast("Router", self.engines).replace(replica, server)
 
     def stacks(self) -> str:
-        """What the threads of this process are doing."""
+        """Returns the stacks of the threads of this process."""
         return stacks()
 
     async def close(self) -> None:

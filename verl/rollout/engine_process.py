@@ -1,4 +1,4 @@
-"""What is mixed into vLLM's worker, inside the engine's process."""
+"""An extension of vLLM's worker class, which runs inside the engine's process."""
 
 import os
 import signal
@@ -7,14 +7,14 @@ from verl.utils.processes import follow
 
 
 class FollowServer:
-    """Ends the engine with the process that started it.
+    """Ends the engine when the process that started it ends.
 
-    vLLM's engine outlives a server that was killed (Ray kills its actors when the driver dies), and
-    keeps its memory.
+    Without this the engine would outlive a server that was killed (Ray kills its actors when the
+    driver dies), and keep its memory.
     """
 
     def follow(self, server: int) -> int:
-        """Process of the engine. Watches the process `server`, its parent, from a thread."""
+        """Watches the parent process `server` from a thread, and returns this process's id."""
         engine = os.getpid() if os.getppid() == server else os.getppid()
 
         def end() -> None:

@@ -16,9 +16,9 @@ class Submitted:
 
     jobs: list[Job]
     parts: list[list[Job]]
-    """The jobs of each agent worker."""
+    """The jobs that each agent worker got."""
     running: list[Any]
-    """The call of each agent worker."""
+    """The pending call to each of these agent workers."""
     name: str = "rollout"
     """What the progress messages call them."""
 
@@ -28,7 +28,7 @@ class Rollout(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Trajectories under way that keep it busy."""
+        """The number of trajectories that must be under way to keep it busy."""
         ...
 
     def submit(

@@ -1,5 +1,4 @@
-"""Rollouts from a thread of this process, on engines that are elsewhere (an endpoint): no Ray is
-started."""
+"""Rollouts on an endpoint, from a thread of this process and without Ray."""
 
 import asyncio
 import threading
@@ -16,7 +15,7 @@ from verl.workers.config import SamplingConfig
 
 
 class LocalRollout:
-    """What `evaluate` uses of a RolloutManager."""
+    """The part of a RolloutManager's interface that `evaluate` uses."""
 
     def __init__(self, config: PPOConfig) -> None:
         rollout = config.actor_rollout_ref.rollout
@@ -38,18 +37,18 @@ class LocalRollout:
     def submit(
         self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int
     ) -> Submitted:
-        """Starts `sampling.n` trajectories per row. An endpoint is not seeded."""
+        """Starts `sampling.n` trajectories per row. `seed` is ignored: an endpoint takes none."""
         jobs = make_jobs(rows, prompts, sampling, None)
         return Submitted(jobs, [jobs], [self._start(self.worker.run(jobs, sampling.params()))])
 
     def first_done(self, pending: Sequence[Submitted]) -> int:
-        """Place of one of them that has ended; waits for it."""
+        """Waits until one of them has ended; returns its index."""
         futures = [submitted.running[0] for submitted in pending]
         done, _ = wait(futures, return_when=FIRST_COMPLETED)
         return futures.index(next(iter(done)))
 
     def collect(self, submitted: Submitted) -> tuple[list[Job], list[Trajectory | Failure]]:
-        """Jobs and results."""
+        """Waits for jobs and results, in the order in which they were submitted."""
         return submitted.jobs, submitted.running[0].result()
 
     def shutdown(self) -> None:

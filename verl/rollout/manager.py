@@ -25,32 +25,36 @@ from verl.workers.config import RolloutConfig, SamplingConfig
 
 logger = logging.getLogger(__name__)
 MAX_RESTARTS = 3
-"""Engines that may be restarted between two batches."""
+"""The most restarts of engines between two batches."""
 PROGRESS_S = 60.0
-"""How often the agent workers are asked how far they are, while their trajectories are waited
-for."""
+"""Seconds between two questions to the agent workers how far they are, during a wait."""
 ANSWER_S = 5.0
-"""How long their answers are waited for."""
+"""Seconds to wait for an answer to that."""
 
 
 def sleep_level(rollout: RolloutConfig) -> int:
     """vLLM's level of sleep for the engines.
 
-    At level 2 the weights are dropped, because the transfer at every wake-up brings all of them.
-    Level 1 would copy them to pinned host memory and back for nothing (3B: 6 GB an engine, 48 GB a
-    node of eight). No transfer brings the draft model of speculative decoding, so there level 1 it
-    is. Buffers, such as the tables of rotary embeddings, are kept at both levels.
+    Level 2 drops the weights, and the transfer at every wake-up brings all of them back. Level 1
+    would copy them to pinned host memory and back for nothing (3B: 6 GB an engine, 48 GB a node of
+    eight). But no transfer brings the draft model of speculative decoding, so level 1 is used with
+    it. Buffers, such as the tables of rotary embeddings, are kept at both levels.
     """
     return 1 if rollout.engine_kwargs.get("speculative_config") else 2
+
+
+def fitting_replicas(rollout: RolloutConfig, num_gpus: int) -> int:
+    """The number of engines that so many GPUs hold, at least one."""
+    return max(1, num_gpus // rollout.tensor_model_parallel_size)
 
 
 class RolloutManager:
     """Engines with their agent workers, and the version of the weights that the engines hold.
 
-    An engine that dies is started again and given the present weights; its trajectories go on
-    meanwhile where there is another one, else then. `locations`: one place per accelerator of the
+    An engine that dies is started again and given the present weights. Its trajectories go on at
+    once on another engine, or else when it is back. `locations`: one place per accelerator of the
     engines, in the order of the ranks. `pinned`: the engines keep weights that the actor may no
-    longer have, and are lost with them.
+    longer have, so an engine that dies cannot be replaced.
     """
 
     def __init__(
@@ -74,29 +78,20 @@ class RolloutManager:
         self.colocated = config.actor_rollout_ref.hybrid_engine
         self.sleeps = device == "cuda" and self.colocated
         self.sleep_level = sleep_level(rollout)
-        tp = rollout.tensor_model_parallel_size
-        fitting = max(1, len(locations) // tp) if device == "cuda" else 1
+        fitting = fitting_replicas(rollout, len(locations)) if device == "cuda" else 1
         self.replicas = replicas or rollout.num_replicas or fitting
         self.servers = [self._spawn_server(rank) for rank in range(self.replicas)]
         self.capacity = 2 * self.replicas * rollout.max_num_seqs
-        """Trajectories under way that keep the engines busy: as many again as they compute are
-        searching."""
-        workers = rollout.num_agent_workers
-        share = math.ceil(self.capacity / workers)
-        self.workers = [
-            spawn(AgentLoopWorker, config, Router(self.servers), share, num_cpus=0)
-            for _ in range(workers)
-        ]
-        get(
-            [server.start.remote() for server in self.servers]
-            + [ready(worker) for worker in self.workers]
-        )
+        """Trajectories under way that keep the engines busy: twice as many as they compute at a
+        time, because about half of them are searching."""
+        self.workers = [self._spawn_worker() for _ in range(rollout.num_agent_workers)]
+        self._build_all()
         self.lifelines = [server.wait_for_death.remote() for server in self.servers]
         self.actor: Any = None
         self.next_worker = self.restarts = 0
         self.on_progress: Callable[[], object] = lambda: None
-        """Called when a trajectory that is waited for has finished, within `progress_s` or the time
-        of the batch."""
+        """Called when a trajectory that is waited for has finished, at most `progress_s` seconds
+        late."""
         self.progress_s = min(PROGRESS_S, config.trainer.hang_timeout_s / 4)
         self.finished: dict[str, int] = {}
 
@@ -125,29 +120,39 @@ class RolloutManager:
             env={"VLLM_NO_USAGE_STATS": "1"},
         )
 
+    def _spawn_worker(self) -> Any:
+        """Starts an agent worker, which has its share of `capacity` under way."""
+        share = math.ceil(self.capacity / self.config.actor_rollout_ref.rollout.num_agent_workers)
+        return spawn(AgentLoopWorker, self.config, Router(self.servers), share, num_cpus=0)
+
+    def _build_all(self) -> None:
+        """Waits until engines and agent workers are built, all of them at the same time."""
+        engines = [server.start.remote() for server in self.servers]
+        get(engines + [ready(worker) for worker in self.workers])
+
     def report_progress_to(self, on_progress: Callable[[], object]) -> None:
-        """Calls `on_progress` from now on when a trajectory that is waited for has finished."""
+        """Sets the function to call when a trajectory that is waited for has finished."""
         self.on_progress = on_progress
 
     def announce_version(self, version: int) -> None:
-        """Says which version `update_weights` will bring.
+        """Sets the version that the next `update_weights` will bring.
 
-        An engine that is started anew before that has these weights already.
+        An engine that is restarted before that call gets these weights already.
         """
         self.version = version
 
     def connect(self, actor: Any) -> None:
-        """Names the actor whose weights the engines take."""
+        """Sets the actor from which the engines get their weights."""
         self.actor = actor
         actor.connect_engines(self.name, self.servers, self.colocated)
 
     def generate(
         self, rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int
     ) -> tuple[list[Job], list[Trajectory | Failure]]:
-        """`sampling.n` trajectories per row, side by side, each with its job: one fresh uuid per
-        row is their group.
+        """Rolls out `sampling.n` trajectories per row; returns jobs and results in the same order.
 
-        `seed` seeds every call where `rollout.per_request_seed` is set.
+        The trajectories of a row are side by side and share a new uuid as their group. `seed` seeds
+        every call where `rollout.per_request_seed` is set.
         """
         return self.collect(self.submit(rows, prompts, sampling, seed))
 
@@ -159,10 +164,10 @@ class RolloutManager:
         seed: int,
         name: str = "rollout",
     ) -> Submitted:
-        """Starts what `generate` does; `collect` waits for it.
+        """Starts to roll out as `generate` does, and returns at once; `collect` waits for the end.
 
-        There is no limit to what may be submitted: an agent worker has its share of `capacity`
-        under way and lets the rest wait.
+        Any number of trajectories may be submitted: an agent worker runs its share of `capacity` at
+        a time and lets the rest wait.
         """
         jobs = make_jobs(rows, prompts, sampling, seed if self.seeded else None)
         parts: list[list[Job]] = [[] for _ in self.workers]
@@ -177,7 +182,7 @@ class RolloutManager:
         return Submitted(jobs, [part for part in parts if part], running, name)
 
     def first_done(self, pending: Sequence[Submitted]) -> int:
-        """Place of one of them that has ended; waits for it. Each must be of one prompt."""
+        """Waits until one of them has ended; returns its index. Each must be of one prompt."""
         return self._first_ready([submitted.running[0] for submitted in pending])
 
     def is_done(self, submitted: Submitted) -> bool:
@@ -191,25 +196,26 @@ class RolloutManager:
             waiting.pop(self._first_ready(waiting, pending))
 
     def collect(self, submitted: Submitted) -> tuple[list[Job], list[Trajectory | Failure]]:
-        """Jobs and results, in the order in which they were submitted. Raises WorkerLost if an
-        agent worker died."""
+        """Waits for jobs and results, in the order in which they were submitted.
+
+        Raises WorkerLost if an agent worker died.
+        """
         self.drain([submitted])
         try:
             done = get(submitted.running)
         except ActorDied as error:
             raise WorkerLost("an agent worker died, and its trajectories with it") from error
         self.restarts = 0
-        results: dict[str, Trajectory | Failure] = {
-            job.session: result
-            for part, out in zip(submitted.parts, done, strict=True)
-            for job, result in zip(part, out, strict=True)
-        }
+        results: dict[str, Trajectory | Failure] = {}
+        for part, out in zip(submitted.parts, done, strict=True):
+            results |= {job.session: result for job, result in zip(part, out, strict=True)}
         return submitted.jobs, [results[job.session] for job in submitted.jobs]
 
     def _first_ready(self, calls: Sequence[Any], told: Sequence[Submitted] = ()) -> int:
-        """Place of a call that has ended; waits for one, and restarts engines that die meanwhile.
+        """Waits until a call has ended, and returns its index.
 
-        Says now and then how far the batches in `told` are.
+        Restarts engines that die meanwhile, and logs now and then how far the batches in `told`
+        are.
         """
         while True:
             place = first_ready([*calls, *self.lifelines], timeout_s=self.progress_s)
@@ -227,36 +233,37 @@ class RolloutManager:
             self._transfer()
 
     def _look_for_progress(self, told: Sequence[Submitted]) -> None:
-        """Calls `on_progress` if trajectories have finished since the last time, and says how many
-        of `told` have."""
+        """Calls `on_progress` if trajectories have finished since the last time.
+
+        Also logs how many trajectories of each batch in `told` have finished.
+        """
         finished: dict[str, int] = {}
         asked = [worker.progress.remote() for worker in self.workers]
         for call in asked:
             if first_ready([call], timeout_s=ANSWER_S) is None:
-                continue  # at work, or hanging: the watchdog decides by what it hears
+                continue  # busy or hanging: without progress the watchdog ends the run
             try:
                 finished |= get(call)
             except ActorDied:
-                continue  # so has the call that is waited for
+                continue  # the call that is waited for ends as well and raises this
         if finished != self.finished:
             self.on_progress()
         self.finished = finished
         for batch in told:
-            done = sum(
-                len(part)
-                if first_ready([call], timeout_s=0) is not None
-                else finished.get(part[0].session, 0)
-                for part, call in zip(batch.parts, batch.running, strict=True)
-            )
+            done = 0
+            for part, call in zip(batch.parts, batch.running, strict=True):
+                has_ended = first_ready([call], timeout_s=0) is not None
+                done += len(part) if has_ended else finished.get(part[0].session, 0)
             logger.info(
                 "%s: %s of %s trajectories", batch.name, f"{done:,}", f"{len(batch.jobs):,}"
             )
 
     def restart_dead(self, asleep: bool = False, whole_group: bool = False) -> None:
-        """Starts every engine anew that has died, `asleep` like the others if they are.
+        """Restarts every engine that has died.
 
-        With `whole_group` all of them: those that live wait for the dead ones and will not return.
-        Raises WorkerLost when that happens again and again.
+        `asleep`: the other engines sleep, so the new ones are put to sleep as well. `whole_group`:
+        all engines are restarted, because those that live wait for the dead ones and will not
+        return. Raises WorkerLost when engines die again and again.
         """
         dead = [
             rank
@@ -274,18 +281,17 @@ class RolloutManager:
             )
         for rank in dead:
             logger.warning("%s engine %d is lost; starting it again", self.name, rank)
-            kill(self.servers[rank])  # it may only be out of reach
+            kill(self.servers[rank])  # it may be alive and only out of reach
             self.servers[rank] = self._spawn_server(rank)
         try:
             self._bring_up(dead, asleep)
-        except RayError as error:  # its predecessor could be
+        except RayError as error:  # the first start worked, so this is no mistake of the user
             raise WorkerLost(f"a {self.name} engine died and could not be started again") from error
 
     def _bring_up(self, ranks: Sequence[int], asleep: bool) -> None:
-        """Builds the engines of these ranks and puts them in the places of those before them."""
-        if (
-            self.sleeps and self.actor is not None
-        ):  # a new engine needs its share of the GPU at once
+        """Builds the new engines of these ranks and has the agent workers use them."""
+        if self.sleeps and self.actor is not None:
+            # a new engine needs its share of the GPU at once
             self.actor.free_cached_memory()
         get([self.servers[rank].start.remote() for rank in ranks])
         if self.actor is not None:  # nothing is sampled from initial weights
@@ -299,16 +305,16 @@ class RolloutManager:
             self.connect(self.actor)
 
     def update_weights(self, version: int) -> None:
-        """Gives the engines the actor's weights, under a new version."""
+        """Transfers the actor's weights to the engines, under a new version."""
         self.version = version
         self.restart_dead(asleep=self.sleeps)
         self._transfer(wakes=self.sleeps)
 
     def _transfer(self, wakes: bool = False) -> None:
-        """Brings the actor's weights to all engines, as often as one of them dies under it.
+        """Transfers the actor's weights to all engines; starts over if one dies meanwhile.
 
-        Engines on GPUs of their own are one NCCL group with the actor: if one is lost while weights
-        travel, the others stay in the broadcast, and all are replaced.
+        Engines on GPUs of their own form one NCCL group with the actor. If one is lost during the
+        transfer, the others hang in the broadcast, and all are replaced.
         """
         while self.actor is not None:
             in_broadcast = False
@@ -334,9 +340,9 @@ class RolloutManager:
                 self.restart_dead(whole_group=in_broadcast)
 
     def sleep(self) -> None:
-        """Frees the accelerators for the update, where they are shared.
+        """Frees the accelerators for the update, where engines and training share them.
 
-        An engine that has died holds none; `update_weights` starts it again.
+        An engine that has died is left alone; `update_weights` starts it again.
         """
         for call in [
             server.sleep.remote(self.sleep_level) for server in self.servers if self.sleeps
@@ -347,7 +353,7 @@ class RolloutManager:
                 logger.warning("a %s engine died before it could sleep", self.name)
 
     def stacks(self) -> dict[str, Any]:
-        """Calls that say what each process is doing."""
+        """Starts a call to each process that returns its stacks; the calls by process name."""
         named = [(f"{self.name} engine {i}", server) for i, server in enumerate(self.servers)]
         named += [
             (f"{self.name} agent worker {i}", worker) for i, worker in enumerate(self.workers)

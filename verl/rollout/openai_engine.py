@@ -1,8 +1,9 @@
 """An OpenAI-compatible endpoint in the place of an engine, for evaluation only.
 
-It takes and gives text. Agent loops think in ids, of a tokenizer that the user names for budgets;
-here ids become text and back. With `api=chat` a context is the first user message, what the loop
-adds to it later the next ones, and what the model wrote the assistant's.
+The endpoint takes and returns text, while agent loops work with ids of a tokenizer that the user
+names for counting tokens; this module converts between them. With `api=chat` the first context is
+the first user message, what the loop adds later becomes further user messages, and what the model
+wrote becomes the assistant's.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ Messages = list[dict[str, str]]
 
 
 class OpenAIEngine:
-    """Called as a Router is, by one agent worker."""
+    """Has the interface of a Router, and serves one agent worker."""
 
     def __init__(
         self, config: OpenAIConfig, model: str, tokenizer: PreTrainedTokenizerBase
@@ -30,12 +31,12 @@ class OpenAIEngine:
         self.endpoint = Endpoint(config)
         self.leading_ids = leading_ids(tokenizer)
         self.sessions: dict[str, list[tuple[list[int], Messages]]] = {}
-        """The contexts of each trajectory, and what was said in them."""
+        """For each trajectory its contexts so far, each with the conversation it stands for."""
 
     async def generate(
         self, session: str, prompt_ids: list[int], sampling: dict[str, Any]
     ) -> Completion:
-        """One completion for the session. Raises TrajectoryFailed."""
+        """Requests one completion for the session. Raises TrajectoryFailed."""
         messages = self._messages(session, prompt_ids)
         text, reason = await self.complete(messages, self._text(prompt_ids), sampling)
         ids = encode_text(self.tokenizer, text)
@@ -44,10 +45,7 @@ class OpenAIEngine:
         return Completion(ids, [0.0] * len(ids), reason, None, -1, context_digest(prompt_ids))
 
     def _messages(self, session: str, prompt_ids: list[int]) -> Messages:
-        """The longest known conversation that the context begins with, and the rest.
-
-        The rest is the user's next message.
-        """
+        """The longest known conversation that begins the context, and the rest as user message."""
         fitting = [
             known
             for known in self.sessions.get(session, ())
@@ -70,7 +68,7 @@ class OpenAIEngine:
     async def complete(
         self, messages: Messages, prompt: str, sampling: dict[str, Any]
     ) -> tuple[str, str]:
-        """The text and the finish reason of one reply. Raises TrajectoryFailed."""
+        """Requests one reply; returns its text and finish reason. Raises TrajectoryFailed."""
         body = {
             "model": self.model,
             "temperature": sampling["temperature"],
@@ -96,7 +94,7 @@ class OpenAIEngine:
 def read_choice(reply: dict[str, Any], chat: bool, stop: Sequence[str]) -> tuple[str, str]:
     """The text and the finish reason of a reply.
 
-    The stop string, which the protocol takes away, is put back.
+    The stop string, which the protocol removes, is appended again.
     """
     choice = reply["choices"][0]
     text = (choice["message"]["content"] or "") if chat else choice["text"]
@@ -104,7 +102,7 @@ def read_choice(reply: dict[str, Any], chat: bool, stop: Sequence[str]) -> tuple
     if not isinstance(text, str):
         raise ValueError(f"expected text, got {text!r:.80}")
     if reason == "stop":
-        found = choice.get("stop_reason")  # vLLM says which
+        found = choice.get("stop_reason")  # vLLM reports which one it was
         known = isinstance(found, str) and found in stop and not text.endswith(found)
         text += found if known else closing(text, stop)
     return text, reason

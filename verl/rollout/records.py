@@ -1,4 +1,4 @@
-"""Trajectories as JSON: to read, and to train on again."""
+"""Trajectories as JSON, for people to read and for fine-tuning on them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def trajectory_records(
 def trajectory_record(
     job: Job, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """What is kept of one trajectory."""
+    """One trajectory as JSON."""
     return {
         "uid": job.uid,
         "data_source": job.row["data_source"],
@@ -38,7 +38,7 @@ def trajectory_record(
 
 
 def segment_record(segment: Segment, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What is kept of one segment: its source, text, ids and facts."""
+    """One segment as JSON: its source, text, ids and facts."""
     return {
         "source": str(segment.source),
         "text": tokenizer.decode(segment.token_ids),

@@ -8,16 +8,16 @@ from verl.agent import Completion, TrajectoryFailed
 from verl.single_controller.worker_group import ActorDied, ActorHandle, ActorUnavailableError
 
 MAX_LOST = 3
-"""Engines that may die under one call before the call counts as their cause."""
+"""Deaths of engines during one call after which the call counts as their cause."""
 
 
 class Router:
     """Keeps a session (trajectory) on the engine that started it.
 
-    That engine's cache holds the session's earlier turns. `servers`: of each engine the actor that
-    answers `generate.remote(request_id, prompt_ids, sampling)` with an awaitable. When an engine
-    dies, the calls that it was answering are made again on another one, or wait until there is one
-    (`replace`): a call is its tokens, so nothing of the trajectory is lost.
+    That engine's cache holds the session's earlier turns. `servers`: the actor of each engine,
+    which answers `generate.remote(request_id, prompt_ids, sampling)` with an awaitable. When an
+    engine dies, the calls that it was answering are repeated on another one, or wait until there is
+    one (`replace`). A call contains all its tokens, so nothing of the trajectory is lost.
     """
 
     def __init__(self, servers: Sequence[Any]) -> None:
@@ -31,7 +31,7 @@ class Router:
     async def generate(
         self, session: str, prompt_ids: list[int], sampling: dict[str, Any]
     ) -> Completion:
-        """One completion for the session; a new one goes to the engine with the fewest sessions.
+        """Returns one completion. A new session goes to the engine with the fewest sessions.
 
         Raises TrajectoryFailed when MAX_LOST engines died while they answered this call.
         """
@@ -41,14 +41,14 @@ class Router:
             self.calls += 1
             try:
                 return await server.generate.remote(f"{session}-{self.calls}", prompt_ids, sampling)
-            except ActorDied as error:  # out of reach is not dead: it will not be replaced
+            except ActorDied as error:  # one that is only unavailable will not be replaced
                 if self.servers[replica] is server and not isinstance(error, ActorUnavailableError):
                     self.dead.add(replica)
                 self.forget(session)
         raise TrajectoryFailed(f"{MAX_LOST} engines died while they answered the same call", 0)
 
     async def _replica_of(self, session: str) -> int:
-        if self.sessions.get(session) in self.dead:  # it died while the session was elsewhere
+        if self.sessions.get(session) in self.dead:  # it died between two calls of the session
             self.forget(session)
         while session not in self.sessions:
             if alive := [i for i in range(len(self.servers)) if i not in self.dead]:

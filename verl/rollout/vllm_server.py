@@ -49,7 +49,8 @@ class VLLMServer:
     async def start(self) -> None:
         """Builds the engine.
 
-        Its weights are the initial ones, or on GPU random ones until the first sync (`dummy`).
+        It begins with the initial weights, or with random ones until the first sync
+        (`load_format=dummy`, on GPUs).
         """
         os.environ.update({"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
         if self.device == "cuda":
@@ -83,8 +84,8 @@ class VLLMServer:
             "enforce_eager": self.config.enforce_eager,
             "trust_remote_code": self.model.trust_remote_code,
             "hf_overrides": self.model.architecture,
-            "generation_config": "vllm",  # no sampling defaults beside ours
-            # of what was sampled from: after temperature and truncation
+            "generation_config": "vllm",  # no sampling defaults of the model
+            # those of the distribution that was sampled from: after temperature and truncation
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
@@ -98,15 +99,16 @@ class VLLMServer:
     def _cpu_arguments(self) -> dict[str, Any]:
         """vLLM's arguments on a CPU, where model and scheduler share one process.
 
-        For small models the hop between two processes costs more than the model. Threads are
-        counted, not pinned: vLLM's own binding puts all replicas on the same cores.
+        For small models sending a call to another process costs more than the model itself.
+        Threads are limited in number but not pinned, because vLLM's own pinning puts all replicas
+        on the same cores.
         """
         share = len(os.sched_getaffinity(0)) // self.num_replicas
         threads = self.config.cpu_threads or max(1, share - 1)
         os.environ.update({"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
         # spinning threads starve whoever else needs the core
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        # of the model only: the engine keeps a process of its own
+        # concerns the model's process only: the engine keeps a process of its own
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return {
             # compiling takes 20 s and gained nothing at the sizes that a CPU can train
@@ -141,12 +143,12 @@ class VLLMServer:
     async def generate(
         self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
     ) -> Completion:
-        """One completion of a prompt.
+        """Samples one completion of a prompt.
 
-        `sampling`: temperature, top_p, top_k, max_tokens, stop, seed; log_probs, without which they
-        are zeros and the engine is spared some work. A stop string stays in the output, on the
-        token that completes it, and so does a token that ends a turn; nothing that was not sampled
-        is added.
+        `sampling`: temperature, top_p, top_k, max_tokens, stop, seed, and log_probs; without
+        log_probs they are returned as zeros and the engine does less work. A stop string stays in
+        the output, up to the token that completes it, and so does a token that ends a turn. No
+        token that was not sampled is added.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -172,7 +174,7 @@ class VLLMServer:
             ):
                 final = output
         except EngineDeadError:
-            os._exit(1)  # before the error is taken for one of the call
+            os._exit(1)  # raised instead, it would look like an error of this call
         assert final is not None, "the engine ended a request without an output"
         completion = final.outputs[0]
         ids = list(completion.token_ids)
@@ -194,7 +196,7 @@ class VLLMServer:
         await self.engine.pause_generation(mode="wait", clear_cache=True)
 
     async def finish_weight_update_and_resume(self, version: int) -> None:
-        """Forgets what the old weights computed, then generates again under `version`."""
+        """Resets the prefix cache, which is of the old weights, and resumes under `version`."""
         await self.engine.reset_prefix_cache()
         self.version = version
         await self.engine.resume_generation()
@@ -213,8 +215,8 @@ class VLLMServer:
     async def start_weight_update(self) -> None:
         """Makes the engine ready for new weights.
 
-        A transfer that was broken off, because another engine died, is ended first: vLLM refuses a
-        second one beside it, and all that it left half loaded is loaded again.
+        Ends a transfer that was broken off because another engine died, since vLLM refuses to
+        start a second one. What it had loaded is loaded again.
         """
         if self.updating:
             await self.engine.finish_weight_update()
@@ -235,7 +237,7 @@ class VLLMServer:
         await self.engine.sleep(level)
 
     async def wake_up(self, tags: list[str]) -> None:
-        """Takes memory back for `weights`, then for `kv_cache`."""
+        """Allocates the GPU memory of `tags` again: `weights` first, later `kv_cache`."""
         await self.engine.wake_up(tags)
 
     async def wait_for_death(self) -> None:
@@ -243,13 +245,14 @@ class VLLMServer:
         await asyncio.Event().wait()
 
     def stacks(self) -> str:
-        """What the threads of this process are doing."""
+        """Returns the stacks of the threads of this process."""
         return stacks()
 
     async def shutdown(self) -> None:
         """Ends the engine's process.
 
-        It holds nothing to save, and left to itself takes more than its 5 s of grace.
+        It is killed: it has nothing to save, and would take more than its 5 s of grace to end by
+        itself.
         """
         engine = self.engine
         self.engine = None
@@ -258,11 +261,11 @@ class VLLMServer:
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
-    """Tokens by which a turn ends.
+    """The tokens that end a turn.
 
-    They are EOS of the tokenizer, every EOS of the generation configuration, and the token by which
-    the chat template ends a turn, which may be neither (`<|im_end|>` of Qwen's base models). The
-    engine is told all of them: by itself it would not stop at the template's.
+    They are EOS of the tokenizer, every EOS of the generation configuration, and the token with
+    which the chat template ends a turn. That may be none of the others (`<|im_end|>` of Qwen's base
+    models), and the engine would not stop at it without being told.
     """
     from transformers import AutoTokenizer
     from vllm.transformers_utils.config import try_get_generation_config

@@ -1,6 +1,6 @@
 """How the engines get the trainer's weights.
 
-On CPU through a memory file system, on GPU by vLLM's own weight transfer.
+On CPU they are written to a memory file system, on GPU they are sent by vLLM's weight transfer.
 """
 
 import os
@@ -38,9 +38,9 @@ HEADS = {
 
 @contextmanager
 def memory_folder() -> Iterator[str]:
-    """A folder in the memory file system, removed on the way out.
+    """Makes a folder in the memory file system, and removes it after the block.
 
-    So are the folders of processes that were killed.
+    Folders that killed processes left behind are removed as well.
     """
     remove_dead_folders()
     with tempfile.TemporaryDirectory(
@@ -50,9 +50,9 @@ def memory_folder() -> Iterator[str]:
 
 
 def own_prefix() -> str:
-    """How our folders there begin.
+    """The prefix of the names of our folders there, followed by a process number.
 
-    A process number follows, which means something in one namespace only.
+    It names the process namespace, because a process number has a meaning only there.
     """
     return f"verl-{os.stat('/proc/self/ns/pid').st_ino}-"
 
@@ -67,16 +67,16 @@ def remove_dead_folders() -> None:
 
 
 def write_engine_model(model: ModelConfig, folder: str) -> None:
-    """The model as the CPU engine must see it: with a head of its own.
+    """Writes a copy of the model for the CPU engine, with a head that is not tied.
 
-    That engine packs `lm_head` apart from the embedding and does not repack it on a reload, so that
-    with tied weights the head would stay behind (rollout and trainer log-probs then differ by 1-2
-    nats while training seems to work).
+    That engine packs `lm_head` apart from the embedding and does not pack it again on a reload.
+    With tied weights the head would keep its old values: rollout and trainer log-probs would differ
+    by 1 to 2 nats while training seems to work.
     """
     policy = AutoModelForCausalLM.from_pretrained(
         model.path, dtype=torch.float32, trust_remote_code=model.trust_remote_code
     )
-    # of the language model alone, where the checkpoint has towers for images beside it
+    # the language model alone, where the checkpoint also has towers for images
     config = policy.config
     config.tie_word_embeddings = not has_head(config)
     config.architectures = [type(policy).__name__]
@@ -90,9 +90,9 @@ def write_engine_model(model: ModelConfig, folder: str) -> None:
 
 
 def has_head(config: PretrainedConfig) -> bool:
-    """Whether the engine of this family has a head.
+    """Whether vLLM's model of this family has a head.
 
-    Gemma 2's has the embedding alone, so that nothing stays behind.
+    That of Gemma 2 has only the embedding, so no head can keep old values.
     """
     return config.model_type != "gemma2"
 
@@ -102,7 +102,7 @@ def write_weights(
 ) -> None:
     """Writes `model.safetensors`.
 
-    With `own_head` it has an explicit head: a copy of the embedding where they are tied.
+    With `own_head` the file has a head in any case: a copy of the embedding where they are tied.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in parameters}
     for embedding, head in HEADS.items():
@@ -115,7 +115,7 @@ def write_weights(
 
 
 class WeightSender:
-    """The trainer's half of a sync; lives on every training rank, rank 0 talks to the engines."""
+    """The trainer's side of a sync. Every training rank has one; rank 0 talks to the engines."""
 
     def __init__(
         self,
@@ -141,9 +141,10 @@ class WeightSender:
             )
 
     def send(self) -> None:
-        """Brings the present weights to all engines. A collective over the training ranks.
+        """Sends the present weights to all engines. A collective over the training ranks.
 
-        Raises on rank 0 what an engine raised, after every rank is through: none is left waiting.
+        Raises on rank 0 what an engine raised, once every rank is done, so that none is left
+        waiting.
         """
         if self.engine is not None:
             self._transfer()
@@ -161,15 +162,16 @@ class WeightSender:
             dist.barrier()
 
     def close(self) -> None:
-        """Releases the connection. Nothing of vLLM's waits for the engines, which may be gone."""
+        """Releases the connection, without waiting for the engines, which may be gone."""
         if self.engine is not None:
             self.engine.shutdown()
 
     def _transfer(self) -> None:
         """Sends through vLLM.
 
-        Whatever happens to rank 0, it gathers with the other ranks to the end. A group that was
-        broken up because an engine died may raise as well; the death is the cause.
+        Whatever happens to rank 0, it takes part in all gathers, because the other ranks wait for
+        it. A group that was broken up because an engine died may raise too; then the death of the
+        engine is raised instead.
         """
         try:
             self.engine.send_weights()
@@ -181,15 +183,15 @@ class WeightSender:
         self.client.raise_failure()
 
     def _buffer_size(self) -> int:
-        """Bytes of the packed transfer.
+        """Bytes of the buffer of a packed transfer.
 
-        They are 1 GiB, as in vLLM, or those of the largest tensor, which must fit (embeddings of
-        7B).
+        1 GiB as in vLLM, or the size of the largest tensor where that is more (embeddings of 7B),
+        because it must fit.
         """
         return max(2**30, *(p.numel() * self.dtype.itemsize for p in self.model.parameters()))
 
     def _connect_ipc(self) -> Any:
-        """vLLM's trainer engine over CUDA IPC.
+        """Builds vLLM's trainer engine over CUDA IPC.
 
         Its ranks must be exactly those that share GPUs with the engines.
         """
@@ -202,11 +204,11 @@ class WeightSender:
         )
 
     def _connect_nccl(self, engine_ranks: int) -> Any:
-        """vLLM's trainer engine over NCCL.
+        """Builds vLLM's trainer engine over NCCL.
 
         Rank 0 broadcasts to a group of itself and all engine processes. A broadcast never ends when
-        one of the group is gone, so rank 0 breaks the group up as soon as it hears of it. The
-        engines that are left stay in their broadcast: all must be replaced.
+        a member of the group is gone, so rank 0 breaks the group up as soon as it hears of that.
+        The engines that are left hang in their broadcast, and all must be replaced.
         """
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -221,7 +223,7 @@ class WeightSender:
                     packed_buffer_size_bytes=self._buffer_size(),
                 )
             )
-        if engine.model_update_group is not None:  # rank 0's
+        if engine.model_update_group is not None:  # only rank 0 has one
             self.client.on_failure = engine.model_update_group.destroy
         return engine
 
@@ -236,9 +238,10 @@ class WeightSender:
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port that the system gives to nobody else meanwhile.
+    """Reserves a free port for the duration of the block.
 
-    It is bound but not listened to, so that a listener with SO_REUSEADDR, as vLLM's, gets it.
+    The port is bound but not listened to, so that a listener with SO_REUSEADDR, such as vLLM's,
+    still gets it.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -247,9 +250,9 @@ def reserved_port() -> Iterator[int]:
 
 
 def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
-    """vLLM's view of the policy: whole tensors under the names of its checkpoint.
+    """The policy as a source of weights for vLLM: whole tensors under their checkpoint names.
 
-    They have the engine's dtype, adapters are merged.
+    They are in the engine's dtype, with adapters merged.
     """
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
@@ -265,7 +268,7 @@ def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
             return self.rest
 
         def exhaust(self) -> None:
-            """Gathers what the last pass left: a rank that stops early blocks the others."""
+            """Gathers what the last pass left over: a rank that stops early blocks the others."""
             for _ in self.rest:
                 pass
 
@@ -273,12 +276,12 @@ def policy_source(model: PreTrainedModel, dtype: torch.dtype) -> Any:
 
 
 class EngineClient:
-    """vLLM's `VLLMWeightSyncClient` over the handles of all replicas.
+    """Implements vLLM's `VLLMWeightSyncClient` with the Ray handles of all replicas.
 
-    A transfer is a chain of collectives of the training ranks, of which rank 0 alone speaks to the
-    engines: an exception would take it out of the chain and leave the others in a barrier for the
-    30 minutes of their process group. So the first failure is kept, the calls after it are left
-    out, and `raise_failure` raises it once all ranks are through.
+    A transfer is a chain of collectives of the training ranks, and only rank 0 calls the engines.
+    An exception would take rank 0 out of the chain and leave the others in a barrier until the 30
+    minutes of their process group are over. So the first failure is kept, later calls are skipped,
+    and `raise_failure` raises it once all ranks are done.
     """
 
     def __init__(self, servers: Sequence[Any], ranks_per_server: int = 1) -> None:
@@ -291,7 +294,7 @@ class EngineClient:
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connects every engine.
 
-        Over NCCL the ranks of an engine follow on those of the one before.
+        Over NCCL the ranks of an engine come after those of the engine before it.
         """
         infos = [dict(init_info) for _ in self.servers]
         for place, info in enumerate(infos):

@@ -1,1 +1,4 @@
-"""The vocabulary of the single controller. Only `worker_group` imports ray."""
+"""The single controller: workers on ranks and how the driver calls them.
+
+Only `worker_group` imports ray.
+"""

@@ -18,7 +18,7 @@ class Dispatch(StrEnum):
 
     ONE_TO_ALL = "one_to_all"  # the same arguments to every rank; a list of results
     DP_COMPUTE_PROTO = "dp_compute_proto"  # rows split over the ranks; their rows concatenated
-    # rows split over the ranks; the result of rank 0, already reduced there
+    # rows split over the ranks; the result of rank 0, which the ranks have reduced already
     DP_COMPUTE_METRIC = "dp_compute_metric"
 
 
@@ -87,7 +87,7 @@ def dispatch(mode: Dispatch, world_size: int, args: tuple[Any, ...]) -> list[tup
     """The arguments of each rank.
 
     A DataProto is split by `meta_info["rank_sizes"]` if present (rows are ordered by rank), else as
-    evenly as possible; ranks may get unequal numbers of rows, also none.
+    evenly as possible. Ranks may get different numbers of rows, or none.
     """
     if mode is Dispatch.ONE_TO_ALL:
         return [args] * world_size

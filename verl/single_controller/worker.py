@@ -1,4 +1,4 @@
-"""What every accelerator process is: a rank of one process group."""
+"""What all accelerator processes have in common: each is a rank of one process group."""
 
 import faulthandler
 import os
@@ -68,16 +68,16 @@ def seed_everything(seed: int) -> None:
 
 
 def make_deterministic() -> None:
-    """Makes torch choose kernels that give the same bits every time.
+    """Makes torch use only kernels that give the same bits every time.
 
-    Torch raises where there is none.
+    Torch raises for an operation that has no such kernel.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
 
 
 def stacks() -> str:
-    """Where every Python thread of this process is."""
+    """The stack of every Python thread of this process, as text."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

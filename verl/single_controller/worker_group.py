@@ -31,13 +31,13 @@ from verl.utils.errors import ConfigError, DataError, RewardError
 
 logger = logging.getLogger(__name__)
 SOON_S = 10
-"""How long the cluster may take in silence to place the processes."""
+"""Seconds that the cluster may take to place the processes before a message says so."""
 ActorDied = (RayActorError, OutOfMemoryError, NodeDiedError)
-"""What a call raises whose process died.
+"""What a call raises when its process died.
 
-Of a process that Ray ended for want of memory it is not a RayActorError."""
+For a process that Ray killed because memory ran out it is not a RayActorError."""
 LIVENESS_S = 30
-"""How long a process that answers nothing is waited for before it counts as lost."""
+"""Seconds after which a process that does not answer counts as lost."""
 
 
 class WorkerLost(RuntimeError):
@@ -48,7 +48,7 @@ class WorkerLost(RuntimeError):
 
 
 class RayClassWithInitArgs:
-    """A worker class and the arguments to build it with, on every rank alike."""
+    """A worker class and its arguments, which are the same on every rank."""
 
     def __init__(self, cls: type[Worker], *args: Any, **kwargs: Any) -> None:
         self.cls = cls
@@ -70,7 +70,7 @@ class RayResourcePool:
         return sum(self.process_on_nodes)
 
     def get_placement_group(self) -> PlacementGroup:
-        """One bundle per node, no two on the same node; made once.
+        """Makes the placement group once: one bundle per node, no two on the same node.
 
         Raises RuntimeError when the cluster cannot provide them in time.
         """
@@ -94,24 +94,20 @@ class RayResourcePool:
     def spawn_hosts(self) -> tuple[list[ActorHandle], list[dict[str, Any]]]:
         """Starts all processes of the pool; returns them and their locations by rank."""
         group = self.get_placement_group()
-        hosts = [
-            ray.remote(concurrency_groups={WATCH: 1})(WorkerHost)  # pyright: ignore
-            .options(
-                num_cpus=1,
-                num_gpus=int(self.use_gpu),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=node
-                ),
-            )
-            .remote()
-            for node, size in enumerate(self.process_on_nodes)
-            for _ in range(size)
-        ]
+        host_class = ray.remote(concurrency_groups={WATCH: 1})(WorkerHost)  # pyright: ignore
+        hosts: list[ActorHandle] = []
+        for node, size in enumerate(self.process_on_nodes):
+            on_node = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node)
+            for _ in range(size):
+                host = host_class.options(
+                    num_cpus=1, num_gpus=int(self.use_gpu), scheduling_strategy=on_node
+                )
+                hosts.append(host.remote())
         return hosts, ray.get([host.location.remote() for host in hosts])
 
 
 def cannot_place(bundles: list[dict[str, float]]) -> str:
-    """What was asked of the cluster, and what each of its nodes has, in use or not."""
+    """A message: what was asked of the cluster, and what each of its nodes has, in use or not."""
     has: list[str] = []
     for node in ray.nodes():
         if node["Alive"]:
@@ -121,7 +117,7 @@ def cannot_place(bundles: list[dict[str, float]]) -> str:
 
 
 def placement(locations: Sequence[dict[str, Any]]) -> str:
-    """Which ranks are on which node.
+    """Which ranks are on which node, as text.
 
     >>> first = {"ip": "10.0.0.1", "node_id": "4fd9f15d43"}
     >>> placement([first, first, {"ip": "10.0.0.2", "node_id": "7c84312646"}])
@@ -184,7 +180,7 @@ class WorkerHost:
 
     @ray.method(concurrency_group=WATCH)
     def stacks(self) -> str:
-        """What the threads of this process are doing."""
+        """Returns the stacks of the threads of this process."""
         return stacks()
 
     def add_role(self, role: str, spec: RayClassWithInitArgs) -> None:
@@ -219,7 +215,7 @@ class RayWorkerGroup:
         self.methods: dict[str, dict[str, Registered]] = {}
 
     def add_role(self, role: str, spec: RayClassWithInitArgs) -> "RoleView":
-        """Builds the role on every rank (collectives allowed) and returns its methods."""
+        """Builds the role on every rank and returns its methods. Constructors may communicate."""
         self._wait(role, [host.add_role.remote(role, spec) for host in self.hosts])
         self.methods[role] = registered(spec.cls)
         return self[role]
@@ -253,9 +249,9 @@ class RayWorkerGroup:
             raise
 
     def lost_ranks(self) -> list[str]:
-        """The ranks that do not answer, with their locations.
+        """Asks all ranks and returns those that do not answer, with their locations.
 
-        The others answer, although their collectives fail when a rank is lost.
+        Ranks that are alive answer, even while their collectives fail because of a lost one.
         """
         pings: list[Any] = [host.stacks.remote() for host in self.hosts]
         answered, _ = ray.wait(pings, num_returns=len(pings), timeout=LIVENESS_S)
@@ -266,7 +262,7 @@ class RayWorkerGroup:
         ]
 
     def stacks(self) -> dict[str, Any]:
-        """Calls that say what the threads of each rank are doing, by name of the rank."""
+        """Starts a call to each rank that returns its stacks; the calls by name of the rank."""
         return {f"rank {rank}": host.stacks.remote() for rank, host in enumerate(self.hosts)}
 
     def shutdown(self) -> None:
@@ -295,20 +291,20 @@ def spawn(
     env: dict[str, str] | None = None,
     **kw: Any,
 ) -> Any:
-    """The handle of a Ray actor made from the plain class `cls`, on `node_id` if given."""
+    """Starts a Ray actor of the plain class `cls`, on `node_id` if given; returns its handle."""
     options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": env or {}}}
     # asyncio actors: thousands of trajectories wait in one process
     options["max_concurrency"] = 10_000
-    options["enable_task_events"] = False  # a call of the engine each: Ray would keep 100,000
+    options["enable_task_events"] = False  # Ray would keep 100,000 of them, one per call
     if node_id:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return ray.remote(cls).options(**options).remote(*args, **kw)
 
 
 def as_they_end(calls: Sequence[Any]) -> list[Any]:
-    """Results in the order of the calls.
+    """Waits for the results, in the order of the calls.
 
-    Raises what the first call to fail raised, while others may still hang.
+    As soon as a call fails it raises what that call raised, even if others still hang.
     """
     results: dict[Any, Any] = {}
     while waiting := [call for call in calls if call not in results]:
@@ -327,9 +323,9 @@ def died(call: ray.ObjectRef) -> bool:
 
 
 def ready(actor: ActorHandle) -> ray.ObjectRef:
-    """A call that ends when the actor has been built.
+    """Starts a call that ends when the actor has been built.
 
-    Getting it raises what the actor's constructor raised.
+    Getting its result raises what the actor's constructor raised.
     """
     return actor.__ray_ready__.remote()
 
@@ -337,7 +333,7 @@ def ready(actor: ActorHandle) -> ray.ObjectRef:
 def get(calls: ray.ObjectRef | Sequence[ray.ObjectRef]) -> Any:
     """Waits for the results of actor calls. Raises what a call raised.
 
-    An error that a user can act on comes as it was raised, without the traceback of the other
+    An error that a user can act on is raised as itself, without the traceback of the other
     process.
     """
     try:

@@ -1,7 +1,8 @@
-"""What is wrong with a configuration whose keys and types are right.
+"""Checks of a configuration whose keys and types are right.
 
-Every problem names the key and the reason. `combination_problems` reads the configuration alone,
-`environment_problems` the machine, the model and the endpoints that it names.
+Each check returns its problems as texts that name the key and the reason. `combination_problems`
+reads the configuration alone; `environment_problems` also looks at the machine, the model and the
+endpoints that it names.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,13 +32,13 @@ class GPUPool(Protocol):
 
 
 class Preflight(Protocol):
-    """An agent, as far as it is asked before the start."""
+    """The part of an agent that is called before the start."""
 
     def preflight(self) -> list[str]: ...
 
 
 def combination_problems(config: "PPOConfig") -> list[str]:
-    """Settings that are valid alone and cannot work together."""
+    """Settings that are valid by themselves but cannot work together."""
     rules = (
         mini_batch_problems,
         group_problems,
@@ -77,7 +78,7 @@ def mini_batch_problems(config: "PPOConfig") -> list[str]:
 
 
 def group_problems(config: "PPOConfig") -> list[str]:
-    """Algorithms and filters that compare the trajectories of a prompt, where there is only one."""
+    """Algorithms and filters that compare the trajectories of a prompt, but there is only one."""
     algorithm = config.algorithm
     if config.actor_rollout_ref.rollout.n >= 2:
         return []
@@ -120,7 +121,7 @@ def parallelism_problems(config: "PPOConfig") -> list[str]:
 
 
 def context_length_problems(config: "PPOConfig") -> list[str]:
-    """Limits of lengths in which a prompt and its first turn find no room."""
+    """Limits of lengths that leave no room for a prompt and its first turn."""
     data = config.data
     problems: list[str] = []
     if config.max_model_len < data.max_start_length + data.max_response_length:
@@ -148,7 +149,7 @@ def truncation_problems(config: "PPOConfig") -> list[str]:
 
 
 def aggregation_problems(config: "PPOConfig") -> list[str]:
-    """Aggregations of the loss without their divisor, or against what the algorithm is about."""
+    """Aggregations of the loss that lack their divisor or contradict the algorithm."""
     actor = config.actor_rollout_ref.actor
     mode = actor.loss_agg_mode
     problems: list[str] = []
@@ -179,7 +180,7 @@ def aggregation_problems(config: "PPOConfig") -> list[str]:
 
 
 def loss_mode_problems(config: "PPOConfig") -> list[str]:
-    """Losses that the number of optimizer steps, or training on all tokens, makes meaningless."""
+    """Loss settings that do not fit the number of optimizer steps, or training on all tokens."""
     actor = config.actor_rollout_ref.actor
     steps = config.rollout_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
     bypasses = config.algorithm.rollout_correction.bypass_mode
@@ -205,7 +206,7 @@ def loss_mode_problems(config: "PPOConfig") -> list[str]:
 
 
 def kl_problems(config: "PPOConfig") -> list[str]:
-    """A KL to the reference that counts twice, or whose coefficient nothing reads."""
+    """A KL to the reference that is applied twice, or whose coefficient is never read."""
     algorithm = config.algorithm
     problems: list[str] = []
     if algorithm.use_kl_in_reward and config.actor_rollout_ref.actor.use_kl_loss:
@@ -223,7 +224,7 @@ def kl_problems(config: "PPOConfig") -> list[str]:
 
 
 def correction_problems(config: "PPOConfig") -> list[str]:
-    """Corrections that correct twice, that correct nothing, or that leave everything out."""
+    """Rollout corrections that are applied twice, have no effect, or reject every token."""
     correction = config.algorithm.rollout_correction
     problems: list[str] = []
     if correction.bypass_mode:
@@ -252,7 +253,7 @@ def correction_problems(config: "PPOConfig") -> list[str]:
 
 
 def schedule_problems(config: "PPOConfig") -> list[str]:
-    """Warm-ups of a critic during which nothing would learn, or after which nothing is left."""
+    """Critic warm-ups without a critic, or that leave no steps for the policy."""
     warmup = config.trainer.critic_warmup
     total = config.trainer.total_training_steps
     if warmup and not config.use_critic:
@@ -270,7 +271,7 @@ def schedule_problems(config: "PPOConfig") -> list[str]:
 
 
 def async_problems(config: "PPOConfig") -> list[str]:
-    """Stale data that nothing allows for, and engines that could not roll out during an update."""
+    """Stale data without a loss that corrects for it, and engines that sleep during an update."""
     correction = config.algorithm.rollout_correction
     rollout = config.actor_rollout_ref.rollout
     staleness = config.async_training.max_staleness
@@ -348,7 +349,7 @@ def deterministic_problems(config: "PPOConfig") -> list[str]:
 
 
 def collapse_problems(config: "PPOConfig") -> list[str]:
-    """A collapse watch that could never raise an alarm, or has nothing to answer it with."""
+    """A collapse watch that could never raise an alarm, or could not respond to one."""
     watch = config.trainer.collapse_watch
     problems: list[str] = []
     if 0 < len(watch.active) < watch.min_signals:
@@ -365,7 +366,7 @@ def collapse_problems(config: "PPOConfig") -> list[str]:
 
 
 def endpoint_problems(config: "PPOConfig") -> list[str]:
-    """What an endpoint that takes the place of the engine lacks."""
+    """Missing settings of an endpoint that is used instead of the engine."""
     rollout = config.actor_rollout_ref.rollout
     problems: list[str] = []
     if rollout.name != "openai":
@@ -382,11 +383,11 @@ def endpoint_problems(config: "PPOConfig") -> list[str]:
 
 
 def environment_problems(config: "PPOConfig", agent: Preflight, gpus: int) -> list[str]:
-    """What a run needs beside its configuration and does not find.
+    """What a run needs from its environment and does not find.
 
-    Usable GPUs, a model that can hold a trajectory, an endpoint or a retriever that answers,
-    folders that can be written, shared memory that is large enough. `gpus`: how many a run on CUDA
-    needs on this machine, 0 if they are elsewhere.
+    Checks for usable GPUs, a model that can hold a trajectory, an endpoint or a retriever that
+    answers, folders that can be written, and enough shared memory. `gpus`: how many GPUs a run on
+    CUDA needs on this machine, 0 if they are elsewhere.
     """
     rollout = config.actor_rollout_ref.rollout
     if rollout.name == "openai":
@@ -403,7 +404,7 @@ def environment_problems(config: "PPOConfig", agent: Preflight, gpus: int) -> li
 def device_problems(config: "PPOConfig", gpus: int) -> list[str]:
     """Why this machine cannot run what trainer.device asks for.
 
-    `auto` never means the CPU where a GPU is meant.
+    `auto` never falls back to the CPU on a machine or in an environment that is meant for GPUs.
     """
     wanted = config.trainer.device
     if wanted == "cpu":
@@ -458,9 +459,9 @@ def critic_problems(config: "PPOConfig") -> list[str]:
 
 
 def context_problems(config: "PPOConfig") -> list[str]:
-    """A model that cannot hold a whole trajectory.
+    """A model whose context is too short for a whole trajectory.
 
-    The engine would refuse it as well, but only after everything has started.
+    The engine would refuse it too, but only after everything has started.
     """
     model = config.actor_rollout_ref.model
     text = hf_config_of(model).get_text_config()

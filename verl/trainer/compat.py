@@ -1,9 +1,9 @@
-"""Command lines of other projects: what became of their keys.
+"""Translation of the command lines of other projects.
 
-`compat=verl` takes a command line of verl whole, `compat=search_r1` one of the original Search-R1.
-What has an equal is translated, what cannot change the training is ignored, what would silently
-train something else is refused; all of it is listed with its reason. docs/migration.md has the
-tables.
+`compat=verl` accepts a command line of verl, `compat=search_r1` one of the original Search-R1. A
+key that has an equivalent is translated, one that cannot change the training is ignored, and one
+that would silently train something else is refused. Each is listed with the reason.
+docs/migration.md has the tables.
 """
 
 import logging
@@ -18,9 +18,9 @@ from verl.utils.loading import load_class
 
 logger = logging.getLogger(__name__)
 PROJECTS = {"search_r1": "search_r1.compat.SEARCH_R1", "verl": "verl.trainer.compat.VERL"}
-"""Where a project is described, by the value of `compat`.
+"""The dotted path of a project's description, by the value of `compat`.
 
-What a task describes is loaded by name, as its classes are.
+It is loaded by name, as the classes of a task are, so the library imports no task.
 """
 OPEN_SECTIONS = (
     "apply_chat_template_kwargs",
@@ -29,9 +29,9 @@ OPEN_SECTIONS = (
     "extra_body",
     "panels",
 )
-"""Sections whose keys this project does not know beforehand."""
+"""Sections that accept any key."""
 OWN_GROUPS = ("algo", "experiment", "method", "mode")
-"""What chooses a file of configs/."""
+"""Keys that choose a file of configs/."""
 
 Given = Mapping[str, Any]
 """All keys of a command line with their values."""
@@ -39,30 +39,30 @@ Convert = Callable[[Any, Given], Any]
 
 
 class Refused(ValueError):
-    """A value that has no equal here; the message says why."""
+    """A value that has no equivalent here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of a key of another project."""
+    """How a key of another project is translated, or why it is not."""
 
     key: str = ""
-    """The key here; empty: there is none."""
+    """The key in this project; empty if there is none."""
     note: str = ""
     """How it differs, or why there is none."""
     convert: Convert | None = None
-    """Makes the value here of the value there; None: both are the same. Raises Refused."""
+    """Converts the value; None: it stays the same. Raises Refused."""
     also: Callable[[Any], dict[str, Any]] | None = None
-    """Further keys here that follow from the value."""
+    """Gives further keys of this project that follow from the value."""
 
     def apply(self, value: object, given: Given) -> dict[str, Any]:
-        """Keys and values here. Raises Refused."""
+        """The keys and values in this project. Raises Refused."""
         converted = value if self.convert is None else self.convert(value, given)
         found = {self.key: converted} if self.key else {}
         return found | (self.also(value) if self.also is not None else {})
 
     def __str__(self) -> str:
-        """In words, after the key's name there."""
+        """The translation in words, to be put after the name of the other project's key."""
         if not self.key:
             return f"has no equal here: {self.note}"
         return f"is {self.key} here" + (f" ({self.note})" if self.note else "")
@@ -73,11 +73,11 @@ class Project:
     """Another project's command line."""
 
     keys: Mapping[str, Fate]
-    """What became of its keys. A key of this project that is absent means the same in both."""
+    """How its keys are translated. A key of ours that is absent here means the same in both."""
     defaults: Mapping[str, Any]
-    """Keys here, with the values that are in force there unless a command line names others."""
+    """Keys of this project, with the values that are the other project's defaults."""
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What its own configuration files set, in its keys, by the names of the files."""
+    """The keys and values that its own configuration files set, by the names of the files."""
 
 
 def ignored(note: str) -> Fate:
@@ -86,7 +86,7 @@ def ignored(note: str) -> Fate:
 
 
 def ignored_if(allowed: Sequence[Any], note: str) -> Fate:
-    """A key of which only some values can be ignored; others are refused for the same reason."""
+    """A key that is ignored with some values, and refused for the reason `note` with others."""
 
     def check(value: object, given: Given) -> None:
         if value not in allowed:
@@ -112,19 +112,19 @@ def all_if_negative(value: int | None, given: Given) -> int | None:
 
 @dataclass
 class Translation:
-    """What became of the keys of one command line."""
+    """The translation of one command line."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    """Keys and values here."""
+    """Keys and values in this project."""
     lines: list[str] = field(default_factory=list)
-    """What is said of the keys that are not the same in both projects."""
+    """Messages about the keys that are not the same in both projects."""
     problems: list[str] = field(default_factory=list)
-    """What cannot be taken."""
+    """Messages about the keys that are refused."""
     num_same: int = 0
-    """Keys that mean the same in both projects."""
+    """The number of keys that mean the same in both projects."""
 
     def take(self, key: str, value: object, fate: Fate, given: Given) -> None:
-        """Adds what became of a key that the other project has, or the reason of its refusal."""
+        """Adds the translation of a key of the other project, or the reason why it is refused."""
         there = f"{key}={written(value)}"
         try:
             became = fate.apply(value, given)
@@ -143,14 +143,14 @@ class Translation:
         self.num_same += 1
 
     def add_defaults(self, defaults: Mapping[str, Any]) -> None:
-        """Adds what is in force in the other project where a command line does not say so."""
+        """Adds the other project's defaults for keys that the command line does not set."""
         for key, value in defaults.items():
             if key not in self.values:
                 self.lines.append(f"{key}={written(value)}: the default there")
                 self.values[key] = value
 
     def overrides(self, known: frozenset[str]) -> list[str]:
-        """The command line in this project's keys; what is not `known` is added to a section."""
+        """The command line in this project's keys. Keys that are not `known` get a leading ++."""
         prefixes = {key: "" if key in known else "++" for key in self.values}
         keys = [f"{prefixes[key]}{key}={written(value)}" for key, value in self.values.items()]
         return ["~experiment", *keys]
@@ -159,7 +159,7 @@ class Translation:
 def translate(
     project_name: str, overrides: Sequence[str], config_name: str, known: frozenset[str]
 ) -> list[str]:
-    """Translates overrides into this project's keys, and logs what became of each.
+    """Translates overrides into this project's keys, and logs how each was translated.
 
     `config_name`: the configuration file that the command line names. `known`: all keys of this
     project. Raises ConfigError listing what is refused.
@@ -186,7 +186,7 @@ def translate(
 
 
 def describe(fate: Fate, became: Mapping[str, Any]) -> str:
-    """What is said of a key that was taken."""
+    """The message about a key that was translated or ignored."""
     if not became:
         return f"ignored: {fate.note}"
     note = f" ({fate.note})" if fate.note else ""
@@ -194,9 +194,9 @@ def describe(fate: Fate, became: Mapping[str, Any]) -> str:
 
 
 def read_keys(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Keys and values, and what is wrong with arguments that are neither.
+    """Keys and values, and messages about arguments that are not key=value.
 
-    Of a key that comes twice the last value counts.
+    If a key comes twice, the last value counts.
     """
     parsed, problems = parse(overrides)
     given: dict[str, Any] = {}
@@ -213,12 +213,12 @@ def read_keys(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def is_open(key: str) -> bool:
-    """Whether a key stands in a section that takes any."""
+    """Whether a key is in a section that accepts any key."""
     return any(section in key.split(".")[:-1] for section in OPEN_SECTIONS)
 
 
 def fates_of(key: str) -> dict[str, Fate]:
-    """What became of a key, by the projects that have it; the original Search-R1 first."""
+    """The translations of a key by project, for the projects that have it, Search-R1 first."""
     projects: dict[str, Project] = {
         name: load_class(path, "compat") for name, path in PROJECTS.items()
     }
@@ -240,12 +240,12 @@ AS_SAMPLED = "the sampled ids are kept"
 
 
 def engine(value: object, given: Given) -> str:
-    """The engine: vLLM in the place of any other, unless it is an endpoint."""
+    """The engine: `openai` for an endpoint, vLLM instead of any other."""
     return "openai" if value == "openai" else "vllm"
 
 
 def searches(value: int | None, given: Given) -> int:
-    """The most searches of a trajectory whose last turn answers."""
+    """The most searches of a trajectory: one less than its turns, since the last one answers."""
     if value is None:
         raise Refused("the number of turns must be bounded: set max_turns, the most searches")
     return max(1, value - 1)
@@ -275,7 +275,7 @@ def loggers(value: str | list[str], given: Given) -> list[str]:
 
 
 def common_model(section: str) -> dict[str, Fate]:
-    """Keys of a model that the projects have in common."""
+    """Translations of a model's keys, which both projects have."""
     return {
         f"{section}.use_remove_padding": ignored(PACKED),
         f"{section}.external_lib": ignored_if(

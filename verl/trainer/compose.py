@@ -24,7 +24,7 @@ from verl.utils.errors import ConfigError
 register_models()
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HUB = "hf:"
-"""How the name of a data set of the Hugging Face hub begins where a path may stand too."""
+"""The prefix of a data set of the Hugging Face hub, in keys that also accept paths."""
 HELP = {"--help", "-h", "--hydra-help", "--version"}
 SHOWING = HELP | {"--cfg", "-c", "--info", "-i"}
 
@@ -35,15 +35,15 @@ class CommandLine(NamedTuple):
     config_name: str
     overrides: list[str]
     flags: list[str]
-    """All other arguments, those of Hydra."""
+    """All other arguments; they are Hydra's."""
     multirun: bool
-    """Whether each combination of values is a run."""
+    """Whether each combination of values is a run of its own."""
     is_foreign: bool
     """Whether the configuration is not in configs/; then nothing can be checked beforehand."""
 
     @property
     def only_shows(self) -> bool:
-        """Whether the user asks for help or for the composed configuration, and not for a run."""
+        """Whether the user wants to see help or the composed configuration instead of a run."""
         return any(flag.partition("=")[0] in SHOWING for flag in self.flags)
 
 
@@ -74,7 +74,7 @@ def read_command_line(argv: Sequence[str], default_config: str) -> CommandLine:
 
 
 def checked_arguments(argv: Sequence[str], default_config: str) -> list[str]:
-    """The arguments for a program that Hydra starts. Exits listing all wrong overrides."""
+    """Returns the arguments for Hydra. Exits with a list of all wrong overrides, if any."""
     try:
         line = read_command_line(argv, default_config)
         if not HELP & set(line.flags) and not line.is_foreign:
@@ -85,7 +85,7 @@ def checked_arguments(argv: Sequence[str], default_config: str) -> list[str]:
 
 
 def without(argv: Sequence[str], taken: Sequence[str]) -> list[str]:
-    """`argv` less the arguments `taken`, which are in it in the same order.
+    """`argv` without the arguments `taken`, which are in it in the same order.
 
     >>> without(["-m", "a=1", "--cfg", "job", "b=2"], ["a=1", "b=2"])
     ['-m', '--cfg', 'job']
@@ -115,9 +115,9 @@ def take_compat(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def own_config(name: str, default: str, flags: Sequence[str]) -> tuple[str, list[str]]:
-    """The configuration to start from, and the flags that are meant for Hydra.
+    """The configuration of this project to start from, and the flags for Hydra.
 
-    Flags that name another project's configuration are left out.
+    Flags that name a configuration of another project are left out.
     """
     foreign = ("--config-name", "--config-path", "--config-dir", "-cn", "-cp", "-cd")
     kept: list[str] = []
@@ -155,7 +155,7 @@ def as_plain(config: DictConfig) -> dict[str, Any]:
 
 
 def missing_keys(config: DictConfig, prefix: str = "") -> list[str]:
-    """The keys of mandatory values (`???`) that nobody has set."""
+    """The keys of mandatory values (`???`) that are not set."""
     found: list[str] = []
     for key in map(str, config):
         path = f"{prefix}{key}"
@@ -196,7 +196,7 @@ def check_overrides(config_name: str, overrides: Sequence[str], *, sweeps: bool 
 
 
 def is_group(override: Override) -> bool:
-    """Whether an override chooses a file of a folder of configs/, or is about Hydra itself."""
+    """Whether an override chooses a file of configs/, or concerns Hydra itself."""
     name = override.key_or_group
     return name == "hydra" or name.startswith(("hydra.", "hydra/")) or (CONFIGS / name).is_dir()
 
@@ -242,7 +242,7 @@ def key_problems(overrides: Sequence[Override], known: frozenset[str]) -> list[s
 
 
 def replaces_section(override: Override, known: Iterable[str]) -> bool:
-    """Whether a single value takes the place of keys."""
+    """Whether an override gives a single value for a whole section of keys."""
     value = override.value()
     if value is None or isinstance(value, dict) or "${" in str(value):
         return False
@@ -250,9 +250,10 @@ def replaces_section(override: Override, known: Iterable[str]) -> bool:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """What is said of a key that does not exist.
+    """The message about a key that does not exist.
 
-    It is what became of the key if it is another project's, else the nearest key of this one.
+    It says how the key is translated if it is one of another project, else it names the nearest key
+    of this project.
     """
     for project, became in fates_of(key).items():
         return f"{key}: {became} (compat={project} translates a whole command line)"
@@ -260,7 +261,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def sweep_problem(override: Override) -> str:
-    """What is said of several values where one is expected."""
+    """The message about several values where one is expected."""
     key, _, text = str(override.input_line).partition("=")
     return f"{key}={text}: several values; a list is written [{text}], a text with commas in quotes"
 
@@ -291,16 +292,16 @@ def dotted(section: Mapping[str, Any], prefix: str) -> Iterable[str]:
 def absolute(
     overrides: Sequence[str], folder: Path, paths: Iterable[str], models: Iterable[str]
 ) -> list[str]:
-    """The overrides with their paths, which are relative to `folder`, made complete.
+    """The overrides with relative paths made absolute; they are relative to `folder`.
 
-    `paths`: the keys of paths. `models`: the keys of paths that may also be names of a hub; a value
-    of theirs is a path where there is something at it in `folder`.
+    `paths`: keys whose values are paths. `models`: keys whose values are paths or names of the hub;
+    such a value is taken for a path if it exists in `folder`.
     """
     return [with_full_path(text, folder, frozenset(paths), frozenset(models)) for text in overrides]
 
 
 def with_full_path(text: str, folder: Path, paths: frozenset[str], models: frozenset[str]) -> str:
-    """One override with its path, if it has one, made complete."""
+    """One override with its path, if it has one, made absolute."""
     parsed, _ = parse([text])
     if not parsed or parsed[0].is_delete() or parsed[0].is_sweep_override():
         return text
@@ -315,9 +316,9 @@ def with_full_path(text: str, folder: Path, paths: frozenset[str], models: froze
 
 
 def resolved(value: object, folder: Path) -> str:
-    """A path, or a list of paths, as the complete value of an override.
+    """A path, or a list of paths, made absolute and written as the value of an override.
 
-    What is interpolated, and a name of the hub, stays.
+    Interpolations and names of the hub stay as they are.
     """
     if isinstance(value, list):
         return f"[{','.join(resolved(entry, folder) for entry in value)}]"

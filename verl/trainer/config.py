@@ -1,6 +1,6 @@
-"""The configuration of a run: its models, its validation, and the objects that it names.
+"""The configuration of a run: its pydantic models, its validation, and the objects that it names.
 
-It is validated once, at the boundary; all problems of a kind are told together.
+It is validated once, when the run starts, and all problems of a kind are reported together.
 """
 
 from pathlib import Path
@@ -52,19 +52,19 @@ class DataConfig(Config):
     max_obs_length: PositiveInt = 500
     """Most tokens of one observation."""
     train_data_num: PositiveInt | None = None
-    """Use a fixed random sample of so many training questions, every data_source with its share;
-    null: all."""
+    """Use a fixed random sample of this many training questions, with each data_source in
+    proportion; null: all."""
     train_sample_seed: int = 0
     """Seed of that sample."""
     val_data_num: PositiveInt | None = None
-    """Use a fixed random sample of so many validation questions, every data_source with its share;
-    null: all."""
+    """Use a fixed random sample of this many validation questions, with each data_source in
+    proportion; null: all."""
     val_sample_per_source: PositiveInt | None = None
-    """Use a fixed random sample of so many validation questions of every data_source; null: all."""
+    """Use a fixed random sample of this many validation questions per data_source; null: all."""
     val_sample_seed: int = 0
     """Seed of these two samples."""
     shuffle_train_dataloader: bool = True
-    """A new permutation every epoch, drawn from trainer.seed."""
+    """Draw a new order of the questions every epoch, from trainer.seed."""
     apply_chat_template_kwargs: dict[str, Any] = {}
     """Further arguments of the tokenizer's chat template."""
 
@@ -96,7 +96,7 @@ class FilterGroupsConfig(Config):
     metric: str = "score"
     """Which number of the reward must differ: score, or a component that every trajectory has."""
     max_num_gen_batches: PositiveInt = 10
-    """Rollout batches per training step at most; then the step trains on what there is."""
+    """Most rollout batches per training step; after that the step trains on the groups it has."""
 
 
 Level = Annotated[str, OneOf("verl.trainer.ppo.core_algos.LEVELS")]
@@ -111,18 +111,19 @@ class RolloutCorrectionConfig(Config):
     rollout_is_threshold: PositiveFloat = 2.0
     """Largest weight."""
     rollout_rs: Level | None = None
-    """Leave tokens, or whole sequences, out of the loss whose ratio is outside of the thresholds;
-    null: do not."""
+    """Leave tokens, or whole sequences, out of the loss if their ratio is outside of the
+    thresholds; null: do not."""
     rollout_rs_threshold: PositiveFloat = 2.0
     """Largest ratio that stays."""
     rollout_rs_threshold_lower: PositiveFloat | None = None
     """Smallest ratio that stays; null: 1 / rollout_rs_threshold."""
     rollout_token_veto_threshold: float | None = Field(default=None, gt=0, lt=1)
-    """Leave a sequence out in which some token's ratio is below this, such as 1e-4; null: none."""
+    """Leave out a sequence if the ratio of any of its tokens is below this, such as 1e-4; null: do
+    not."""
     bypass_mode: bool = False
-    """Take the sampler's log-probs for the old ones: the clip is then a trust region around the
-    policy that sampled, stale as it may be. False: the old log-probs are the present weights'
-    (decoupled PPO, arXiv 2505.24298)."""
+    """Use the sampler's log-probs as old log-probs: the clip is then a trust region around the
+    policy that sampled, even if that is stale. False: compute old log-probs with the weights before
+    the update (decoupled PPO, arXiv 2505.24298)."""
 
     @property
     def corrects(self) -> bool:
@@ -149,12 +150,13 @@ class AlgorithmConfig(Config):
     lam: float = Field(default=1.0, ge=0, le=1)
     """GAE lambda."""
     norm_adv_by_std_in_grpo: bool = True
-    """Divide by the group's standard deviation; false is Dr. GRPO's numerator."""
+    """Divide by the group's standard deviation; false: do not, as in Dr. GRPO."""
     filter_groups: FilterGroupsConfig = FilterGroupsConfig()
     loss_filters: list[LossFilter] = []
-    """Trajectories left out of the policy loss, after their group's advantages were computed: of
-    groups that all score the same; with a turn that neither acts nor answers (SimpleTIR, arXiv
-    2509.02479); cut off by a limit."""
+    """Filters that leave trajectories out of the policy loss, after the advantages of their group
+    were computed. zero_variance: groups that all score the same. void_turn: trajectories with a
+    turn that neither acts nor answers (SimpleTIR, arXiv 2509.02479). truncated: trajectories cut
+    off by a limit."""
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
     use_kl_in_reward: bool = False
     """Subtract the KL to the reference from the rewards (PPO)."""
@@ -167,11 +169,11 @@ class AsyncTrainingConfig(Config):
     """Rolling out while the weights are updated."""
 
     max_staleness: NonNegativeInt = 0
-    """Batches of prompts that are rolled out ahead: tokens are at most so many weight versions old
-    when they are trained on. 0: synchronous; 1 with partial_rollout=false: one step off."""
+    """Batches of prompts that are rolled out ahead; tokens are at most this many weight versions
+    old when they are trained on. 0: synchronous; 1 with partial_rollout=false: one step off."""
     partial_rollout: bool = True
-    """New weights reach trajectories under way between two of their turns; false: they wait until
-    all have ended."""
+    """Give new weights to trajectories under way between two of their turns; false: wait with the
+    weights until all trajectories have ended."""
 
 
 class TrainerConfig(Config):
@@ -188,7 +190,7 @@ class TrainerConfig(Config):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where torch sees one."""
     nnodes: PositiveInt = 1
-    """Nodes."""
+    """Nodes of the training."""
     n_gpus_per_node: PositiveInt = 8
     """Training processes per node: GPUs, or gloo ranks on CPU."""
     threads_per_rank: PositiveInt | None = None
@@ -208,12 +210,12 @@ class TrainerConfig(Config):
     val_only: bool = False
     """Validate and stop."""
     test_freq: int = -1
-    """Validate every so many steps, and at the end; -1: only at the end."""
+    """Steps between two validations, with another one at the end; -1: only at the end."""
     save_freq: int = -1
-    """Checkpoint every so many steps, and at the end; -1: only at the end."""
+    """Steps between two checkpoints, with another one at the end; -1: only at the end."""
     max_ckpt_to_keep: PositiveInt | None = None
-    """So many newest checkpoints stay, the best, and the one that a roll-back would need; null:
-    all."""
+    """Number of newest checkpoints to keep, beside the best one and the one that a roll-back would
+    need; null: all."""
     best_metric: str | None = "val/test_score/all"
     """Also keep the checkpoint of the step with the highest value of this metric; null: do not."""
     async_save: bool = True
@@ -226,19 +228,19 @@ class TrainerConfig(Config):
     save_hf: bool = True
     """Write the final policy in Hugging Face format to default_local_dir/hf."""
     rollout_data_freq: int = 10
-    """Write the trajectories of every so many training steps; -1: never. Validations are always
+    """Training steps between two writes of trajectories; -1: never. Those of validations are always
     written."""
     max_failed_share: float = Field(default=0.1, ge=0, le=1)
     """Stop when a larger share of a batch's trajectories failed (environment, not policy)."""
     max_skipped_steps: PositiveInt = 3
-    """Stop after so many training steps in a row with a loss or gradient that is not finite."""
+    """Stop after this many training steps in a row with a loss or gradient that is not finite."""
     max_restarts: NonNegativeInt = 3
-    """Start the driver again so many times in a row, without a new checkpoint in between, after it
-    was lost: killed, or a rank or an engine was, or it hung."""
+    """Most restarts of the driver in a row without a new checkpoint in between. It is restarted
+    when it, a rank or an engine was killed, and when it hung."""
     hang_timeout_s: PositiveFloat = 3600.0
-    """Longest time without progress, in seconds: none of the verbs of a training step begins, and
-    no trajectory that is waited for finishes. Then all stacks are written to the run folder and the
-    driver is started again."""
+    """Longest time without progress, in seconds: no verb of a training step begins, and no
+    trajectory that is waited for finishes. After it all stacks are written to the run folder and
+    the driver is restarted."""
     collapse_watch: CollapseWatchConfig = CollapseWatchConfig()
 
 
@@ -246,8 +248,8 @@ class CustomRewardConfig(Config):
     path: str | None = None
     """Python file."""
     name: str = "compute_score"
-    """Function in it: compute_score(data_source, solution_str, ground_truth, extra_info), called by
-    these names. It returns a number, or a dict with one under `score`."""
+    """Function in that file, called with keywords: compute_score(data_source, solution_str,
+    ground_truth, extra_info). It returns a number, or a dict with a number under `score`."""
 
 
 class PPOConfig(Config):
@@ -286,7 +288,7 @@ class PPOConfig(Config):
 
     @property
     def _estimator(self) -> "AdvantageEstimator":
-        # torch, which the estimators need, would take seconds where only help is asked for
+        # imported here because the estimators need torch, which delays --help by seconds
         from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS
 
         return ADVANTAGE_ESTIMATORS[self.algorithm.adv_estimator]
@@ -297,7 +299,7 @@ class PPOConfig(Config):
 
     @property
     def num_gpus(self) -> int:
-        """GPUs of the training and of engines that have their own.
+        """The number of GPUs of the training and of engines with GPUs of their own.
 
         On the CPU it is the number of training processes.
         """
@@ -321,8 +323,8 @@ class PPOConfig(Config):
 
     @property
     def num_mini_batches(self) -> dict[str, int]:
-        """Optimizer steps per rollout batch and epoch, of the actor and of the critic if any."""
-        # torch, which the protocol needs, would take seconds where only help is asked for
+        """Optimizer steps per rollout batch and epoch, for the actor and the critic if any."""
+        # imported here because the protocol needs torch, which delays --help by seconds
         from verl.protocol import ACTOR_MINI_BATCH, CRITIC_MINI_BATCH
 
         actor = self.actor_rollout_ref.actor
@@ -333,17 +335,17 @@ class PPOConfig(Config):
         return steps
 
     def total_training_steps(self, num_rows: int) -> int:
-        """trainer.total_training_steps, or the steps of trainer.total_epochs over so many rows."""
+        """trainer.total_training_steps, or the steps of trainer.total_epochs over `num_rows`."""
         if self.trainer.total_training_steps is not None:
             return self.trainer.total_training_steps
         return max(1, self.trainer.total_epochs * num_rows // self.data.train_batch_size)
 
 
 def validate(raw: dict[str, Any]) -> PPOConfig:
-    """The typed configuration of a composed one.
+    """Validates a composed configuration and returns it as a typed one.
 
-    Raises ConfigError listing every wrong key and value; where there is none, every combination
-    that cannot work.
+    Raises ConfigError listing every wrong key and value or, if there is none, every combination of
+    values that cannot work.
     """
     problems: list[str] = []
     keys_of_task: set[str] = set()
@@ -353,7 +355,7 @@ def validate(raw: dict[str, Any]) -> PPOConfig:
             cls = section_class(section, raw.get(section))
         except ConfigError as error:
             problems += error.problems
-            keys_of_task |= raw.keys()  # without the class nobody knows which keys are the task's
+            keys_of_task |= raw.keys()  # only the class knows which keys are the task's
             continue
         keys = getattr(cls, "top_level_keys", frozenset())
         keys_of_task |= raw.keys() if keys is None else keys
@@ -373,9 +375,9 @@ def validate(raw: dict[str, Any]) -> PPOConfig:
 
 
 def section_class(name: str, section: object) -> Any:
-    """The class that a section names.
+    """Loads the class that a section names.
 
-    Raises ConfigError where there is none, or one that cannot stand there.
+    Raises ConfigError if it does not exist or is not of the kind that the section needs.
     """
     target = section.get("_target_") if isinstance(section, dict) else None
     if not isinstance(target, str):
@@ -407,11 +409,11 @@ def _without_target(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_tokenizer(config: PPOConfig) -> Any:
-    """The tokenizer of the policy.
+    """Loads the tokenizer of the policy.
 
-    For a chat endpoint it only counts and cuts: the endpoint applies its own template. Raises
-    ConfigError when there is none at the configured path, or for arguments that its chat template
-    does not read.
+    With a chat endpoint it is only used to count and cut tokens, because the endpoint applies its
+    own template. Raises ConfigError when there is no tokenizer at the configured path, and for
+    arguments that its chat template does not read.
     """
     from transformers import AutoTokenizer
 
@@ -438,13 +440,13 @@ def build_tokenizer(config: PPOConfig) -> Any:
 
 
 def build_agent(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """The agent loop that `agent._target_` names."""
+    """Builds the agent loop that `agent._target_` names."""
     cls = load_class(config.agent["_target_"], "agent._target_")
     return cls(cls.Config.model_validate(_without_target(config.agent)), tokenizer)
 
 
 def build_reward(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """The reward: a `custom_reward_function`, or the class that `reward._target_` names."""
+    """Builds the reward: a `custom_reward_function`, or the class that `reward._target_` names."""
     custom = config.custom_reward_function
     if custom.path is not None:
         function = load_function(custom.path, custom.name, "custom_reward_function")

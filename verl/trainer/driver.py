@@ -56,11 +56,11 @@ def drive(raw: dict[str, Any], stop: Stop) -> int:
 
 
 def status_of(error: Exception) -> int | None:
-    """Says what a known error is and returns its exit status; None if its traceback is needed."""
+    """Logs a known error and returns its exit status; None for one whose traceback is needed."""
     if isinstance(error, (ConfigError, DataError, CheckpointError, *ENDINGS)):
         sys.stderr.write(f"error: {error}\n")
         return 1
-    # a RayTaskError is one of our own code
+    # a RayTaskError is an error of our own code, raised in another process
     if isinstance(error, (WorkerLost, RayError)) and not isinstance(error, RayTaskError):
         logger.error("lost: %s", error)
         return LOST
@@ -92,7 +92,7 @@ def gpus_here(config: PPOConfig) -> int:
 def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
     """Raises ConfigError for engines and agent loops whose trajectories cannot be trained on.
 
-    Also for dynamic sampling on a metric that the reward does not have.
+    It also raises for dynamic sampling by a metric that the reward does not have.
     """
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
@@ -116,10 +116,10 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
 
 
 def checkpoint_to_resume(config: PPOConfig, train_set: RLHFDataset) -> Path | None:
-    """Finds the checkpoint that the run goes on from; None if the run begins anew.
+    """Finds the checkpoint to resume from; None if the run starts from the beginning.
 
-    Says what the configuration changes since then. Raises ConfigError when the run must not go on
-    from it, CheckpointError when it cannot be read.
+    Logs what has changed in the configuration since then. Raises ConfigError when the run must not
+    resume from it, CheckpointError when it cannot be read.
     """
     root = config.trainer.default_local_dir
     folder = find_latest(root)
@@ -145,14 +145,14 @@ def train(
     stop: Stop,
     resume: Path | None,
 ) -> None:
-    """Starts Ray and all processes, trains from `resume` on, and ends them all.
+    """Starts Ray and all processes, trains from the checkpoint `resume`, and ends all of them.
 
-    The policy of a run that reached its end is written to the run folder.
+    When the run has reached its end, the policy is written to the run folder.
     """
     root = config.trainer.default_local_dir
     remove_leftovers(root)
     start_ray(config)
-    stop.listen()  # Ray has taken SIGTERM
+    stop.listen()  # again, because Ray has installed its own handler of SIGTERM
     tracking = None
     try:
         with Watchdog(config.trainer.hang_timeout_s, root) as watchdog:
@@ -180,7 +180,7 @@ def train(
 
 
 def fit(trainer: RayPPOTrainer) -> None:
-    """Trains; an ending that is no fault of the processes leaves the last checkpoint whole."""
+    """Trains. An error of ENDINGS is raised after the checkpoint under way is complete."""
     try:
         trainer.fit()
     except ENDINGS:
@@ -189,9 +189,9 @@ def fit(trainer: RayPPOTrainer) -> None:
 
 
 def write_policy(config: PPOConfig, processes: Processes, step: int, resume: Path | None) -> None:
-    """Writes the policy of the last `step` in Hugging Face format, if `trainer.save_hf` says so.
+    """Writes the policy of the last `step` in Hugging Face format, if `trainer.save_hf` is set.
 
-    A run that had nothing left to train writes it only where it is missing.
+    A run that had nothing left to train writes it only if it is missing.
     """
     root = config.trainer.default_local_dir
     has_trained = resume is None or step_of(resume) < step
@@ -201,7 +201,7 @@ def write_policy(config: PPOConfig, processes: Processes, step: int, resume: Pat
 
 
 def has_policy_of(root: str, step: int) -> bool:
-    """Whether the run folder holds the final policy, of the checkpoint of `step`, its newest."""
+    """Whether the run folder has the final policy, made from its newest checkpoint `step`."""
     newest = find_latest(root)
     is_last = newest is not None and newest.name == folder_of(root, step).name
     return is_last and finished_model(Path(root)) is not None
@@ -210,8 +210,8 @@ def has_policy_of(root: str, step: int) -> bool:
 def start_tracking(config: PPOConfig, resume: Path | None) -> Tracking:
     """Starts writing metrics.
 
-    Metrics after the checkpoint that the run starts from, or all where there is none, are dropped,
-    because they will be written again. The wandb run of a checkpoint goes on.
+    Metrics of later steps than the checkpoint `resume`, or all metrics without one, are dropped
+    because they will be written again. The wandb run of the checkpoint is continued.
     """
     trainer = config.trainer
     truncate_metrics(trainer.default_local_dir, step_of(resume) if resume else -1)

@@ -1,7 +1,7 @@
-"""Rolling out held-out questions with the engines alone: no training worker is started.
+"""Evaluation: held-out questions are rolled out by the engines, without training workers.
 
-The same agent loop, reward and engines as in training. Finished questions are written as they come,
-so that an interrupted evaluation goes on where it was.
+Agent loop, reward and engines are the same as in training. Each question is written as soon as it
+is finished, so an interrupted evaluation can be continued.
 """
 
 import json
@@ -27,7 +27,7 @@ from verl.utils.run_folder import claim
 
 logger = logging.getLogger(__name__)
 MIN_RESULTS = 20
-"""Trajectories to see before a share of failures means something."""
+"""The fewest trajectories from which a share of failures is computed."""
 
 
 def evaluate(
@@ -37,12 +37,11 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
 ) -> None:
-    """Appends the records of the questions that `path` lacks, `val_kwargs.n` per question, under
-    their `row`.
+    """Rolls out the questions that the file `path` lacks, and appends their records.
 
-    A question of which the environment broke a
-    trajectory twice is not written: the next call asks it again. Raises RolloutFailed when more
-    than `trainer.max_failed_share` of the trajectories failed; what has finished is kept.
+    There are `val_kwargs.n` records per question, each with its `row`. A question with a failed
+    trajectory is not written, so the next call asks it again. Raises RolloutFailed when more than
+    `trainer.max_failed_share` of the trajectories failed; what has finished is kept.
     """
     done, scores = finished(path, config.actor_rollout_ref.rollout.val_kwargs.n)
     todo = [row for row in range(len(val_set)) if row not in done]
@@ -78,7 +77,7 @@ def write(
     trajectories: list[Trajectory],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[float]:
-    """Appends the records of a question; their scores."""
+    """Appends the records of a question, and returns their scores."""
     for trajectory in trajectories:
         trajectory.reward = trajectory.reward or {"score": 0.0}
     for record in trajectory_records(jobs, trajectories, tokenizer):
@@ -90,8 +89,10 @@ def write(
 def stream(
     todo: list[int], val_set: RLHFDataset, rollout: Rollout, config: PPOConfig
 ) -> Iterator[tuple[int, list[Job], list[Trajectory | Failure]]]:
-    """(row, its jobs, their results) as questions finish; `rollout.capacity` trajectories are
-    always under way."""
+    """Yields row, jobs and results of each question as it finishes.
+
+    `rollout.capacity` trajectories are always under way.
+    """
     sampling = config.actor_rollout_ref.rollout.val_kwargs
     seed = config.trainer.seed
     rows: list[int] = []
@@ -113,8 +114,10 @@ def stream(
 
 
 def identify(config: PPOConfig, val_set: RLHFDataset, path: Path) -> None:
-    """Writes down what is evaluated on what. Raises DataError when another evaluation already
-    stands there."""
+    """Writes to `path` which model is evaluated, and on which questions.
+
+    Raises DataError when the file is that of another evaluation.
+    """
     questions = [[row["data_source"], row["prompt"], row["reward_model"]] for row in val_set.rows]
     rollout = config.actor_rollout_ref.rollout
     model = config.actor_rollout_ref.model
@@ -136,13 +139,14 @@ def identify(config: PPOConfig, val_set: RLHFDataset, path: Path) -> None:
 
 
 def finished(path: Path, samples: int) -> tuple[set[int], list[float]]:
-    """Rows that `path` has all samples of, and their scores; what a kill cut off is removed from
-    the file."""
+    """Returns the rows of which `path` has all samples, and their scores.
+
+    Incomplete questions, which an interrupted evaluation leaves, are removed from the file.
+    """
     if not path.exists():
         return set(), []
-    lines = path.read_text(encoding="utf-8").split("\n")[
-        :-1
-    ]  # the last one is empty, or was cut off
+    # the last line is empty, or was cut off
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     records = [json.loads(line) for line in lines]
     counts = Counter(record["row"] for record in records)
     whole = [i for i, record in enumerate(records) if counts[record["row"]] == samples]

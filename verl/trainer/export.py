@@ -1,7 +1,7 @@
-"""A checkpoint's policy as a Hugging Face folder: in one process, without a GPU, whatever number of
-ranks wrote it.
+"""Export of a checkpoint's policy to a Hugging Face folder.
 
-Weights are read one by one, so that about the exported model fits in memory, not the checkpoint.
+It runs in one process without a GPU, whatever number of ranks wrote the checkpoint. Weights are
+read one by one, so it needs about as much memory as the exported model, not the whole checkpoint.
 Names, shapes, config, tokenizer and generation settings are those of the model that the run began
 with.
 """
@@ -37,13 +37,13 @@ SECTION = "actor_rollout_ref.model"
 def export(
     checkpoint: Path, out: Path, base: str | None = None, tokenizer: str | None = None
 ) -> None:
-    """Writes the policy of a checkpoint to the Hugging Face folder `out`, whole or not at all,
-    adapters merged.
+    """Writes the policy of a checkpoint to the Hugging Face folder `out`.
 
-    checkpoint: the folder that has `actor` in it, somewhere below the run's config.yaml. base,
-    tokenizer: where the model that the run began with and its tokenizer are, if not where
-    config.yaml says. Raises ModelError, ConfigError for a config.yaml that cannot be read,
-    CheckpointError for damaged parts, OSError.
+    The folder is written whole or not at all, with adapters merged. `checkpoint`: the folder that
+    contains `actor`, somewhere below the run's config.yaml. `base`, `tokenizer`: paths of the model
+    that the run began with and of its tokenizer, where they differ from config.yaml. Raises
+    ModelError, ConfigError for a config.yaml that cannot be read, CheckpointError for damaged
+    parts, OSError.
     """
     config = model_config_of(checkpoint, base, tokenizer)
     skeleton = skeleton_or_error(checkpoint, config)
@@ -65,8 +65,7 @@ def export(
 def model_config_of(
     checkpoint: Path, base: str | None = None, tokenizer: str | None = None
 ) -> ModelConfig:
-    """The model section of the run that a checkpoint belongs to, `base` and `tokenizer` in the
-    place of its paths."""
+    """The model section of the run of a checkpoint; `base` and `tokenizer` replace its paths."""
     run = run_folder_of(checkpoint)
     if run is None:
         raise ModelError(
@@ -98,8 +97,7 @@ def model_config_of(
 
 
 def skeleton_or_error(checkpoint: Path, config: ModelConfig) -> PreTrainedModel:
-    """`skeleton_of(config)`. Raises ModelError where the model that the run began with cannot be
-    read."""
+    """Returns `skeleton_of(config)`. Raises ModelError where the initial model cannot be read."""
     try:
         return skeleton_of(config)
     except (OSError, ValueError) as error:
@@ -113,8 +111,7 @@ def skeleton_or_error(checkpoint: Path, config: ModelConfig) -> PreTrainedModel:
 def check_fit(
     skeleton: PreTrainedModel, saved: dict[str, torch.Tensor], checkpoint: Path, config: ModelConfig
 ) -> None:
-    """Raises ModelError when a checkpoint does not hold the weights of `skeleton`, naming the first
-    that differ."""
+    """Raises ModelError, naming weights, when a checkpoint does not have those of `skeleton`."""
     differing: list[str] = []
     for name, tensor in saved_tensors(skeleton).items():
         there = tuple(saved[name].shape) if name in saved else None

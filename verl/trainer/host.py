@@ -1,5 +1,7 @@
-"""What a run needs of the machine it is started on: folders that can be written, short socket
-paths, shared memory."""
+"""Checks of the machine that a run is started on.
+
+They cover folders that can be written, short socket paths, and shared memory.
+"""
 
 import errno
 import os
@@ -24,7 +26,7 @@ FLOAT32_BYTES = 4
 
 
 def host_problems(config: "PPOConfig") -> list[str]:
-    """What this machine lacks for a run whose engines are here; each problem with its cure."""
+    """What this machine lacks for a run with engines on it; each problem names its cure."""
     problems = folder_problems(config) + socket_problems()
     if config.device == "cpu":
         return problems + weight_problems(config)
@@ -32,7 +34,7 @@ def host_problems(config: "PPOConfig") -> list[str]:
 
 
 def folder_problems(config: "PPOConfig") -> list[str]:
-    """Folders that engines and Ray write to, and cannot."""
+    """Folders that engines and Ray must write to and cannot."""
     folders = {
         "Ray's temporary folder": (f"{ray_folder()}/ray", f"set RAY_TMPDIR: {SHORT}"),
         "the temporary folder": (temporary_folder(), f"set TMPDIR: {SHORT}"),
@@ -62,8 +64,10 @@ def folder_problems(config: "PPOConfig") -> list[str]:
 
 
 def run_folder_problems(run_folder: str) -> list[str]:
-    """Whether the run folder can be written. A full disk is no reason to end a run, which goes on
-    without writing."""
+    """Why the run folder cannot be written, if so.
+
+    A full disk is no problem here, because a run goes on without writing.
+    """
     problem = write_problem(Path(run_folder), full_is_fine=True)
     return (
         [f"trainer.default_local_dir={run_folder} {problem}: name another folder"]
@@ -86,8 +90,7 @@ def has_weights(name: str) -> bool:
 
 
 def write_problem(folder: Path, full_is_fine: bool = False) -> str | None:
-    """Why nothing can be written to a folder, or to the first one above it that is there; None if
-    something can."""
+    """Why a folder, or the nearest existing one above it, cannot be written; None if it can."""
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     try:
         with tempfile.TemporaryFile(dir=there) as file:
@@ -132,10 +135,9 @@ def temporary_folder() -> str:
 
 
 def weight_problems(config: "PPOConfig") -> list[str]:
-    """Whether the memory file system holds the weights of the policy in float32, as engines on the
-    CPU read them.
+    """Whether the memory file system has room for the policy's weights in float32.
 
-    What processes that were killed have left there is removed first.
+    Engines on the CPU read them from there. Files that killed processes left are removed first.
     """
     from verl.rollout.weight_sync import MEMORY_FILES, remove_dead_folders
     from verl.workers.hf_folder import skeleton_of
@@ -143,7 +145,7 @@ def weight_problems(config: "PPOConfig") -> list[str]:
     if problem := write_problem(Path(MEMORY_FILES)):
         return [f"{MEMORY_FILES} {problem}: weights travel through it to engines on the CPU"]
     remove_dead_folders()
-    # adapters do not travel
+    # engines get merged weights, not adapters
     merged = config.actor_rollout_ref.model.model_copy(update={"lora_rank": 0})
     policy: Any = skeleton_of(merged)
     tied = policy.config.get_text_config().tie_word_embeddings
@@ -165,7 +167,7 @@ def nccl_problems(config: "PPOConfig") -> list[str]:
 
 
 def shared_memory_problems(folder: str, needed: int, why: str) -> list[str]:
-    """Whether the file system of a folder has so many bytes left."""
+    """Whether the file system of a folder has `needed` bytes left."""
     state = os.statvfs(folder)
     free = state.f_bavail * state.f_frsize
     if free >= needed:

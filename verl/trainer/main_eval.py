@@ -1,9 +1,9 @@
 """`python -m verl.trainer.main_eval --config-name CONFIG [key=value ...]`: evaluates a model.
 
-The configuration is that of training; `actor_rollout_ref.model.path`, a Hugging Face model, is
-evaluated on `data.val_files` as `actor_rollout_ref.rollout.val_kwargs` say, and
-`trainer.default_local_dir`/evaluation.jsonl gets the trajectories. An interrupted evaluation goes
-on where it was.
+The configuration is that of a training. `actor_rollout_ref.model.path`, a Hugging Face model, is
+evaluated on `data.val_files`, sampled as `actor_rollout_ref.rollout.val_kwargs` says. The
+trajectories are written to `trainer.default_local_dir`/evaluation.jsonl. An interrupted evaluation
+continues where it was.
 """
 
 import signal
@@ -37,7 +37,7 @@ RESULT = "evaluation.jsonl"
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="grpo")
 def main(cfg: DictConfig) -> None:
-    """Evaluates; errors that a user can act on become plain messages."""
+    """Evaluates. Errors that a user can act on become plain messages."""
     try:
         run_eval(as_plain(cfg))
     except (ConfigError, DataError, RewardError, RolloutFailed) as error:
@@ -48,11 +48,11 @@ def main(cfg: DictConfig) -> None:
 
 
 def run_eval(raw: dict[str, Any]) -> Path:
-    """Evaluates; returns the file of trajectories.
+    """Evaluates, and returns the path of the file of trajectories.
 
     Raises ConfigError or DataError before anything is started, RolloutFailed after.
     """
-    # no weight sync will bring the weights
+    # the engines must read the weights, because no weight sync brings them
     raw["actor_rollout_ref"]["rollout"]["load_format"] = "auto"
     config, task = prepare(raw)
     val_set = load_val_set(config, task.tokenizer)
@@ -66,7 +66,7 @@ def run_eval(raw: dict[str, Any]) -> Path:
 
 
 def gpus_of_engines(config: PPOConfig) -> int:
-    """How many GPUs the engines take on a node: all, unless their number is given."""
+    """The number of GPUs that the engines take on a node: all, unless it is configured."""
     rollout = config.actor_rollout_ref.rollout
     all_of_them = config.trainer.n_gpus_per_node
     if rollout.num_replicas is None:
@@ -76,7 +76,7 @@ def gpus_of_engines(config: PPOConfig) -> int:
 
 @contextmanager
 def rollout_of(config: PPOConfig) -> Iterator[RolloutManager | LocalRollout]:
-    """Starts what generates: engines under Ray, or for an endpoint this process alone."""
+    """Starts the rollout: engines under Ray, or a client of an endpoint in this process."""
     if config.actor_rollout_ref.rollout.name == "openai":
         local = LocalRollout(config)
         try:

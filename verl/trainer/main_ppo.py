@@ -1,7 +1,7 @@
 """`python -m verl.trainer.main_ppo key=value ...`: trains.
 
-The command is a supervisor, light and without Ray or torch; it starts itself again as the driver
-(`verl.trainer.driver`), and restarts that when it is lost.
+The command is a supervisor, which imports neither Ray nor torch. It starts itself a second time as
+the driver (`verl.trainer.driver`), and restarts the driver when that is lost.
 """
 
 import sys
@@ -19,7 +19,7 @@ from verl.utils.errors import ConfigError
 
 @hydra.main(config_path=str(CONFIGS), config_name="ppo", version_base=None)
 def main(cfg: DictConfig) -> None:
-    """Supervises the training, or under the supervisor trains.
+    """Supervises the training, or trains if a supervisor has started this process.
 
     A job of a multirun has no supervisor and is its own driver.
     """
@@ -31,7 +31,7 @@ def main(cfg: DictConfig) -> None:
     if has_checkpoints is None and HydraConfig.get().mode != RunMode.MULTIRUN:
         status = supervise_driver(sys.argv[1:], raw["trainer"])
     else:
-        if has_checkpoints:  # resume_mode=disable is about what an earlier run has written
+        if has_checkpoints:  # resume_mode=disable concerns only checkpoints of earlier runs
             raw["trainer"]["resume_mode"] = "auto"
         status = drive(raw)
     if status:
@@ -41,7 +41,7 @@ def main(cfg: DictConfig) -> None:
 def drive(raw: dict[str, Any]) -> int:
     """Trains within this process; returns the exit status."""
     with Stop() as stop:
-        from verl.trainer import driver  # brings torch and Ray, which a supervisor does without
+        from verl.trainer import driver  # imports torch and Ray, which a supervisor does not need
 
         return driver.drive(raw, stop)
 

@@ -8,7 +8,7 @@ from hydra.errors import HydraException
 
 
 def parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """The overrides, and what is wrong with texts that are none."""
+    """The parsed overrides, and messages about texts that are no overrides."""
     parser = OverridesParser.create()
     parsed: list[Override] = []
     problems: list[str] = []
@@ -28,7 +28,7 @@ def first_line(error: Exception) -> str:
 
 
 def written(value: object) -> str:
-    """A value as an override has it.
+    """A value as it is written in an override.
 
     >>> written([None, True, 1e-06, "a,b", {"k": 1}])
     "[null,true,1e-06,'a,b',{k:1}]"

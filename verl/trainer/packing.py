@@ -1,5 +1,4 @@
-"""How the rows of a run go through its models: decided once, in the driver, before anything is
-started."""
+"""The decision whether rows are packed: taken once, in the driver, before anything starts."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 WRONG_ON_CPU = ("lfm2",)
-"""Types of models whose log-probs of vLLM 0.32 on the CPU differ from those of transformers."""
+"""Model types for which vLLM 0.32 on the CPU gives other log-probs than transformers."""
 
 
 def decide_packing(config: "PPOConfig") -> "PPOConfig":
-    """`config` with the probe's verdict on policy and critic in it, which goes to the log.
+    """Probes policy and critic; logs the verdicts and returns `config` with them.
 
     Raises ConfigError, with the key of the model, for one that cannot be trained here.
     """
@@ -43,8 +42,8 @@ def decide_packing(config: "PPOConfig") -> "PPOConfig":
 def rope_problems(config: "PPOConfig") -> list[str]:
     """Contexts so long that trainer and engine would stretch RoPE differently.
 
-    For longrope and dynamic RoPE transformers chooses the frequencies by the length of each row,
-    vLLM once for all by the longest context that it is told of.
+    For longrope and dynamic RoPE, transformers chooses the frequencies by the length of each row,
+    vLLM once by the longest context that it is configured for.
     """
     model = config.actor_rollout_ref.model
     hf_config = hf_config_of(model)
@@ -64,9 +63,9 @@ def rope_problems(config: "PPOConfig") -> list[str]:
 def cpu_engine_problems(config: "PPOConfig") -> list[str]:
     """Families that vLLM computes wrongly on the CPU (docs/results/families.md has the figures).
 
-    Mixtures of experts: its CPU kernels keep experts in a packed form that its reload leaves wrong,
-    so that engine and trainer differ by 2.7 nats and more after a sync. Short convolutions of LFM2:
-    they differ by 1 from the start.
+    Mixtures of experts: the CPU kernels keep the experts in a packed form that a reload does not
+    update, so that engine and trainer differ by 2.7 nats and more after a sync. Short convolutions
+    of LFM2: engine and trainer differ by 1 nat from the start.
     """
     model = config.actor_rollout_ref.model
     text = hf_config_of(model).get_text_config()
@@ -90,7 +89,7 @@ def cpu_engine_problems(config: "PPOConfig") -> list[str]:
 def _decide(
     config: "PPOConfig", key: str, model: ModelConfig, fsdp: FSDPConfig, problems: list[str]
 ) -> ModelConfig:
-    """`model` with the verdict; what stands against the model is added to `problems`."""
+    """Probes `model` and returns it with the verdict, or adds the reason to `problems`."""
     head: Head = "value" if key.startswith("critic") else "lm"
     on_gpu = config.device == "cuda"
     dtype = getattr(torch, fsdp.dtype)
@@ -104,7 +103,7 @@ def _decide(
 
 
 def in_words(packing: Packing) -> str:
-    """One line for the log."""
+    """The verdict as one line for the log."""
     if packing.packs and packing.reason:
         return f"rows share forward passes, because {packing.reason}"
     if packing.packs:
@@ -119,7 +118,7 @@ def in_words(packing: Packing) -> str:
 
 
 def decided(model: ModelConfig, packing: Packing) -> ModelConfig:
-    """`model` with the verdict in it, so that no other process has to probe again."""
+    """`model` with the verdict, so that no other process has to probe it again."""
     override = model.override_config
     if not packing.packs and packing.attention in OTHERS:
         override = override | {"attn_implementation": packing.attention}

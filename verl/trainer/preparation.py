@@ -1,6 +1,6 @@
-"""What training and evaluation do alike before their first process starts, and how Ray starts.
+"""Preparation of trainings and evaluations: checks, data and task, and the start of Ray.
 
-Everything that can be wrong with a run is found here.
+Everything that can be wrong with a run is found here, before its first process starts.
 """
 
 import logging
@@ -24,7 +24,7 @@ from verl.utils.run_folder import write_atomically
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained or evaluated beside the policy's weights."""
+    """What a run trains or evaluates a policy on: its tokenizer, agent loop and reward."""
 
     tokenizer: PreTrainedTokenizerBase
     agent: AgentLoop
@@ -32,7 +32,7 @@ class Task:
 
 
 def set_up_logging() -> None:
-    """Sends times and messages to the console."""
+    """Makes log messages appear on the console, with their times."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
@@ -49,7 +49,7 @@ def prepare(raw: dict[str, Any]) -> tuple[PPOConfig, Task]:
 
 
 def load_train_set(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> RLHFDataset:
-    """The training questions: all, or a fixed sample of `train_data_num`."""
+    """Loads the training questions: all, or a fixed sample of `train_data_num`."""
     data = config.data
     return load_dataset(
         config, tokenizer, data.train_files, data.train_data_num, data.train_sample_seed
@@ -57,7 +57,7 @@ def load_train_set(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> RLH
 
 
 def load_val_set(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> RLHFDataset:
-    """The held-out questions: all, a fixed sample of `val_data_num`, or of every data source."""
+    """Loads the held-out questions: all, or a fixed sample of them or of every data source."""
     data = config.data
     val_set = load_dataset(
         config, tokenizer, data.val_files, data.val_data_num, data.val_sample_seed
@@ -75,10 +75,10 @@ def load_dataset(
     limit: int | None,
     seed: int,
 ) -> RLHFDataset:
-    """The questions of `files`, a sample of `limit` if it is given.
+    """Loads the questions of `files`, or a sample of `limit` of them.
 
-    Raises DataError naming file and row; for a missing file it names the command that makes it, if
-    the configuration knows one.
+    Raises DataError naming file and row. For a missing file it names the command that makes it, if
+    the configuration has one.
     """
     data = config.data
     missing = [path for path in files if not Path(path).is_file()]
@@ -93,7 +93,7 @@ def load_dataset(
 
 
 def check_environment(config: PPOConfig, agent: AgentLoop, gpus: int) -> None:
-    """Raises ConfigError when something is missing that the run needs beside its configuration.
+    """Raises ConfigError when something is missing that the run needs from its environment.
 
     `gpus`: how many GPUs it needs on this machine.
     """
@@ -109,12 +109,12 @@ def write_config(raw: dict[str, Any], config: PPOConfig) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(raw)))
-    except OSError as error:  # a run that is started again on a full disk goes on
+    except OSError as error:  # a run that is restarted on a full disk must go on
         logging.getLogger(__name__).warning("%s", error)
 
 
 def start_ray(config: PPOConfig) -> None:
-    """Starts a Ray of our own, or joins the cluster at `trainer.ray_address`."""
+    """Starts a local Ray, or joins the cluster at `trainer.ray_address`."""
     address = config.trainer.ray_address
     ray.init(
         # without an address Ray would join RAY_ADDRESS, or whatever runs on this machine

@@ -1,9 +1,9 @@
 """What a run may change of its configuration when it is resumed.
 
-A checkpoint holds what a run has become: weights, moments of the optimizer, steps, the position in
-the data. All else comes from the configuration, so a changed key takes effect by itself, and is
-told. A change is refused if it would silently give a saved number another meaning. Every field of
-every section is decided on here; a test finds one that is not.
+A checkpoint holds the state that a run has reached: weights, moments of the optimizer, steps, the
+position in the data. Everything else comes from the configuration, so a changed key takes effect by
+itself, and is logged. A change is refused if it would silently give a saved number another meaning.
+The tables below decide about every field of every section; a test finds a field that is missing.
 """
 
 import json
@@ -44,7 +44,7 @@ FIXED: dict[type[Config], dict[str, str]] = {
 """Keys that must not change, and why."""
 
 WITHOUT_MEANING: dict[type[Config], list[str]] = {
-    # The training questions are compared themselves, wherever they are read from.
+    # Instead of these the training questions themselves are compared.
     trainer_config.DataConfig: ["train_files", "train_data_num", "train_sample_seed", "made_by"],
     trainer_config.TrainerConfig: [
         "project_name",
@@ -66,7 +66,7 @@ WITHOUT_MEANING: dict[type[Config], list[str]] = {
         "extra_body",
     ],
 }
-"""Keys that are about this start alone: a change is not told."""
+"""Keys that concern a single start; a change is not logged."""
 
 TAKES_EFFECT: dict[type[Config], list[str]] = {
     trainer_config.DataConfig: [
@@ -143,7 +143,7 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "max_roll_backs",
     ],
     trainer_config.CustomRewardConfig: ["path", "name"],
-    PPOConfig: ["agent", "reward"],  # whole: nothing of a task is in a checkpoint
+    PPOConfig: ["agent", "reward"],  # all their keys: a checkpoint holds nothing of a task
     workers_config.ModelConfig: [
         "trust_remote_code",
         "enable_gradient_checkpointing",
@@ -228,12 +228,12 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
     ],
     workers_config.ActorRolloutRefConfig: ["hybrid_engine"],
 }
-"""Keys that a resumed run has as they are configured: a change is told."""
+"""Keys that take effect in a resumed run as they are configured; a change is logged."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A value that is not what it was when the checkpoint was made."""
+    """A value of the configuration that has changed since the checkpoint was written."""
 
     section: type[Config]
     field: str
@@ -260,7 +260,7 @@ class Change:
 def check_resume(folder: Path, config: PPOConfig, questions: Sequence[Row]) -> list[Change]:
     """The changes of `config` since the checkpoint in `folder`, all of which take effect.
 
-    Raises ConfigError listing what must not have changed, and CheckpointError when the checkpoint
+    Raises ConfigError listing changes that are refused, and CheckpointError when the checkpoint
     cannot be read.
     """
     saved = read_state(folder)
@@ -295,8 +295,8 @@ def check_resume(folder: Path, config: PPOConfig, questions: Sequence[Row]) -> l
 def changes_since(saved: dict[str, Any], config: PPOConfig) -> list[Change]:
     """Every value in which `config` differs from `saved`, the configuration of a checkpoint.
 
-    A key that only one of them knows belongs to another version, and is no change. The critic's
-    section counts where both have a critic.
+    A key that only one of them has belongs to another version of the code, and is no change. The
+    critic's section is compared only if both runs have a critic.
     """
     present = config.model_dump(mode="json")
     with_critic = config.use_critic and had_critic(saved)
@@ -336,5 +336,5 @@ def unequal(old: object, new: object, path: str) -> Iterator[tuple[str, Any, Any
 
 
 def same_place(old: object, new: object) -> bool:
-    """Whether both name one file or folder, such as a relative path and its full one."""
+    """Whether both name the same file or folder, such as a relative and an absolute path."""
     return isinstance(old, str) and isinstance(new, str) and full_path(old) == full_path(new)

@@ -1,4 +1,4 @@
-"""Lets a list of defaults in configs/ name a pydantic model: its defaults are the configuration.
+"""Lets a defaults list in configs/ name a pydantic model, whose defaults Hydra then composes.
 
     defaults:
       - verl.trainer.config.PPOConfig           # the keys of the library
@@ -6,7 +6,7 @@
       - _self_                                  # what differs from them
 
 So a default is written once, in the model that validates it. A task's models are found by their
-names, as its classes are by `_target_`, so the library knows no task.
+dotted names, as its classes are by `_target_`, so the library imports no task.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ class ModelSource(ConfigSource):
         return SCHEME
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """The defaults of a model. Raises ConfigError where there is none of that name."""
+        """The defaults of a model. Raises ConfigError if there is no model of that name."""
         model = load_class(config_path.removesuffix(".yaml"), "defaults")
         return ConfigResult(
             provider=self.provider,
@@ -60,7 +60,7 @@ class ModelSource(ConfigSource):
         return True
 
     def is_config(self, config_path: str) -> bool:
-        """Whether it looks like the name of a class; files of the same name are found before."""
+        """Whether the path looks like the name of a class. Files of that name are found first."""
         name = config_path.removesuffix(".yaml")
         return "." in name and all(part.isidentifier() for part in name.split("."))
 

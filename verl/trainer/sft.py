@@ -1,11 +1,13 @@
-"""Supervised fine-tuning on token rows with a loss mask: the SFT baseline, and the warm start of
-small models.
+"""Supervised fine-tuning on rows of tokens with a loss mask.
 
-    python -m verl.trainer.sft model.path=DIR train_files=[rows.jsonl] output=DIR
-    total_training_steps=500 torchrun --nproc-per-node 8 -m verl.trainer.sft ...
+It serves for the SFT baseline, and for the warm start of small models.
 
-A row is `input_ids` and `loss_mask` (1 = trained). It uses the sharded model and the optimizer step
-of the actor.
+    python -m verl.trainer.sft model.path=DIR train_files=[rows.jsonl] output=DIR \
+        total_training_steps=500
+    torchrun --nproc-per-node 8 -m verl.trainer.sft ...
+
+A row has `input_ids` and `loss_mask` (1 = trained). The sharded model and the optimizer step are
+those of the actor.
 """
 
 import json
@@ -58,7 +60,7 @@ class SFTConfig(Config):
     train_batch_size: PositiveInt = 64
     """Rows per optimizer step, over all ranks."""
     max_token_len_per_gpu: PositiveInt = 16384
-    """Most tokens in a forward-backward pass of one rank: what its memory is proportional to."""
+    """Most tokens in a forward-backward pass of one rank, to which its memory is proportional."""
     max_length: PositiveInt = 4096
     """A longer row is an error."""
     total_training_steps: PositiveInt = 1000
@@ -72,8 +74,10 @@ class SFTConfig(Config):
 
 
 class SFTTrainer:
-    """Steps on examples. The process group must exist; every rank passes the same examples and
-    trains on its share."""
+    """Trains a model on examples.
+
+    The process group must exist. Every rank passes the same examples and trains on its share.
+    """
 
     def __init__(self, config: SFTConfig) -> None:
         self.config = config
@@ -90,7 +94,7 @@ class SFTTrainer:
         )
 
     def step(self, examples: Sequence[Example]) -> dict[str, float]:
-        """One optimizer step on the mean loss of the trained tokens of all `examples`.
+        """Takes one optimizer step on the mean loss of the trained tokens of all `examples`.
 
         Returns `loss`, `grad_norm`, `lr`, `skipped_steps` and `watched`: the share of watched
         tokens that the model gave more than half of the probability to (a lower bound of greedy
@@ -121,20 +125,9 @@ class SFTTrainer:
 def collate(examples: Sequence[Example], max_length: int) -> DataProto:
     """The first token of each row as its prompt, the others as its response, padded on the right.
 
-    Raises DataError for a row that is too long, has no trained token, or whose mask does not fit.
+    Raises DataError as `check_examples` does.
     """
-    for number, example in enumerate(examples):
-        size = len(example["input_ids"])
-        if (
-            len(example["loss_mask"]) != size
-            or size > max_length
-            or not any(example["loss_mask"][1:])
-        ):
-            raise DataError(
-                f"row {number}: {size} input_ids and {len(example['loss_mask'])} loss_mask values "
-                f"with {sum(example['loss_mask'])} ones; expected equal lengths of at most "
-                f"{max_length} and a one"
-            )
+    check_examples(examples, max_length)
     width = max(len(e["input_ids"]) for e in examples)
 
     def column(values: list[list[int]]) -> torch.Tensor:
@@ -156,9 +149,28 @@ def collate(examples: Sequence[Example], max_length: int) -> DataProto:
     )
 
 
+def check_examples(examples: Sequence[Example], max_length: int) -> None:
+    """Raises DataError for a row that cannot be trained on.
+
+    Such a row is longer than `max_length`, has no trained token after its first one, or has a mask
+    of another length.
+    """
+    for number, example in enumerate(examples):
+        mask = example["loss_mask"]
+        size = len(example["input_ids"])
+        if len(mask) != size or size > max_length or not any(mask[1:]):
+            raise DataError(
+                f"row {number}: {size} input_ids and {len(mask)} loss_mask values "
+                f"with {sum(mask)} ones; expected equal lengths of at most "
+                f"{max_length} and a one"
+            )
+
+
 def read_examples(files: Sequence[str]) -> list[Example]:
-    """Rows of JSONL or parquet files. Raises DataError naming file and row for one without its two
-    lists."""
+    """Reads the rows of JSONL or parquet files.
+
+    Raises DataError naming file and row for a row that lacks one of its two lists.
+    """
     examples: list[Example] = []
     for path in files:
         if not Path(path).is_file():
@@ -183,8 +195,10 @@ def read_examples(files: Sequence[str]) -> list[Example]:
 
 
 def read_lines(path: str) -> list[Any]:
-    """The values of a JSONL file, blank lines aside. Raises DataError naming the line that is no
-    JSON."""
+    """Reads the values of a JSONL file, without blank lines.
+
+    Raises DataError naming the line that is not JSON.
+    """
     values: list[Any] = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         try:
@@ -201,7 +215,7 @@ def batches(examples: Sequence[Example], config: SFTConfig) -> Iterator[list[Exa
 
 
 def start_process_group(threads: int | None = None) -> None:
-    """The group that torchrun's environment describes; without it, this process alone."""
+    """Joins the process group of torchrun's environment; without it, a group of this process."""
     rank = int(os.getenv("RANK", "0"))
     size = int(os.getenv("WORLD_SIZE", "1"))
     kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,8 +225,10 @@ def start_process_group(threads: int | None = None) -> None:
 
 
 def read_config(overrides: Sequence[str]) -> SFTConfig:
-    """The configuration of key=value arguments. Raises ConfigError listing everything that is wrong
-    with them."""
+    """The configuration of key=value arguments.
+
+    Raises ConfigError listing everything that is wrong with them.
+    """
     if bad := [f"{text}: expected key=value" for text in overrides if "=" not in text]:
         raise ConfigError(bad)
     given = OmegaConf.create()
@@ -237,12 +253,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
     if device.has_cuda_engine() and (problem := device.cuda_problem()):
-        sys.exit(f"error: {problem}")  # an environment for GPUs is not there to train on the CPU
+        sys.exit(f"error: {problem}")  # an environment for GPUs must not train on the CPU
     start_process_group()
     seed_everything(config.seed)
     try:
         trainer = SFTTrainer(config)
-    except ConfigError as error:  # the same on every rank: a model that cannot be trained
+    except ConfigError as error:  # a model that cannot be trained; every rank has this error
         sys.exit(f"error: {error}")
     rows = batches(examples, config)
     progress = tqdm(range(config.total_training_steps), desc="sft", disable=dist.get_rank() > 0)

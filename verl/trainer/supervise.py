@@ -1,5 +1,4 @@
-"""Who starts, stops and restarts a run: the supervisor around the driver, and the request to stop
-within it."""
+"""The supervisor, which starts, stops and restarts the driver, and the driver's request to stop."""
 
 import json
 import logging
@@ -26,8 +25,9 @@ from verl.utils.run_folder import LATEST
 
 logger = logging.getLogger(__name__)
 LOST = 75
-"""Exit status of a driver that lost what it cannot replace: a rank, an engine, the patience for a
-hang. EX_TEMPFAIL."""
+"""Exit status (EX_TEMPFAIL) of a driver that a restart may help.
+
+It lost a rank or an engine that it cannot replace, or it hung."""
 RESTARTS = "restarts.jsonl"
 SUPERVISED = "VERL_SUPERVISED"
 MAX_PAUSE_S = 60.0
@@ -47,7 +47,7 @@ def supervise_driver(
     return supervise(
         [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
         str(trainer["default_local_dir"]),
-        limit if isinstance(limit, int) else 0,  # what is no number is the driver's to refuse
+        limit if isinstance(limit, int) else 0,  # the driver reports a value that is no number
         meanwhile=meanwhile,
     )
 
@@ -60,12 +60,13 @@ def supervise(
     grace_s: float = 20.0,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> int:
-    """Runs `command`, again while it ends by a signal or with LOST; returns the exit status.
+    """Runs `command`, restarts it when it ends by a signal or with LOST; returns the exit status.
 
-    At most `max_restarts` times in a row without a new checkpoint in `run_dir` in between;
-    `pause_s` seconds before the first restart, twice as many before each further one. SIGINT and
-    SIGTERM are passed on, and end it; `grace_s` seconds after the second its session is killed.
-    `meanwhile` is called about once a second while the command runs.
+    There are at most `max_restarts` restarts in a row without a new checkpoint in `run_dir` in
+    between. The pause before the first restart is `pause_s` seconds, and doubles each time up to a
+    minute. SIGINT and SIGTERM are passed on, and there is no restart after them; `grace_s` seconds
+    after the second signal the session of the command is killed. `meanwhile` is called about once a
+    second while the command runs.
     """
     latest = Path(run_dir) / LATEST
     first = seen = checkpoint(latest)
@@ -98,10 +99,10 @@ def supervise(
 
 
 def checkpoint(latest: Path) -> tuple[int, int]:
-    """Step of the newest checkpoint, and when it was named (ns); zeros if none is named."""
+    """Step of the newest checkpoint, and when it became that (ns); zeros if there is none."""
     try:
         return int(latest.read_text()), latest.stat().st_mtime_ns
-    except (FileNotFoundError, ValueError):  # what is no number is the driver's to tell
+    except (FileNotFoundError, ValueError):  # the driver reports a value that is no number
         return 0, 0
 
 
@@ -112,7 +113,7 @@ def run_once(
     grace_s: float,
     meanwhile: Callable[[], object],
 ) -> int:
-    """Runs the command once; returns its return code, with nothing of its session left.
+    """Runs the command once, ends what is left of its session, and returns the return code.
 
     `own`: whether this run has written checkpoints.
     """
@@ -125,7 +126,7 @@ def run_once(
         if deadline is not None and time.monotonic() > deadline:
             break
     else:
-        # what follows the driver tidies up first: shared memory, locks
+        # processes that end with the driver need time to clean up shared memory and locks
         session_over(child, min(SETTLE_S, grace_s))
     if left := kill_session(child):
         logger.warning("processes of the run that could not be killed: %s", left)
@@ -133,7 +134,7 @@ def run_once(
 
 
 def is_lost(returncode: int) -> bool:
-    """Whether a restart may help. SIGINT and SIGTERM are somebody's wish."""
+    """Whether a restart may help. After SIGINT and SIGTERM it is not wanted."""
     return returncode == LOST or (returncode < 0 and -returncode not in STOP_SIGNALS)
 
 
@@ -151,15 +152,17 @@ def where(step: int) -> str:
 
 
 def rest(seconds: float, signals: Forward) -> None:
-    """Sleeps, but not through a signal."""
+    """Sleeps until a signal is received, `seconds` at most."""
     deadline = time.monotonic() + seconds
     while not signals.received and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def record(run_dir: str, returncode: int, step: int) -> None:
-    """Appends a restart to restarts.jsonl: when (UTC), what ended the run, the step it continues
-    after."""
+    """Appends a restart to restarts.jsonl.
+
+    It records the time (UTC), what ended the run, and the step after which it continues.
+    """
     how = {"signal": signal.Signals(-returncode).name} if returncode < 0 else {"status": returncode}
     line = json.dumps(
         {"time": datetime.now(UTC).isoformat(timespec="seconds"), **how, "step": step}
@@ -173,7 +176,7 @@ def record(run_dir: str, returncode: int, step: int) -> None:
 
 
 def given_up(run_dir: str, max_restarts: int, returncode: int, step: int) -> str:
-    """What is said when a run is not started again."""
+    """The message when a run is not restarted."""
     times = (
         f"{max_restarts} restarts without a new checkpoint in between"
         if max_restarts
@@ -189,11 +192,11 @@ def given_up(run_dir: str, max_restarts: int, returncode: int, step: int) -> str
 
 
 def follow_supervisor() -> bool | None:
-    """Within the driver: whether this run has written checkpoints before this start; None: there is
-    no supervisor.
+    """Makes the driver and its session end when the supervisor ends.
 
-    From here on the driver and its session end with the supervisor. The mark is taken out of the
-    environment, so that no other program takes itself for the driver.
+    Returns whether this run has written checkpoints before this start, or None if there is no
+    supervisor. The mark of the supervisor is removed from the environment, so that no other program
+    takes itself for the driver.
     """
     mark = os.environ.pop(SUPERVISED, None)
     if mark is None:
@@ -203,13 +206,13 @@ def follow_supervisor() -> bool | None:
         follow(supervisor, end_session)
     except ProcessLookupError:
         end_session()
-    if os.getppid() != supervisor:  # the number is another's by now
+    if os.getppid() != supervisor:  # it has ended, and its number may be another process's by now
         end_session()
     return bool(own)
 
 
 def end_session() -> None:
-    """Kills this process, and before it all of its session if it leads one."""
+    """Kills this process, and first all processes of its session if it leads one."""
     if os.getsid(0) == os.getpid():
         kill_session(os.getpid())
     os.kill(os.getpid(), signal.SIGKILL)
@@ -218,17 +221,16 @@ def end_session() -> None:
 class Stop:
     """A request to end the run: `requested` is the signal's number, 0 before there is one.
 
-    The first SIGTERM or SIGINT is noted; a SIGINT after that raises KeyboardInterrupt in the main
-    thread. A further SIGTERM does not: who sends it to all processes of a job reaches the driver
-    twice.
+    The first SIGTERM or SIGINT is noted. A SIGINT after that raises KeyboardInterrupt in the main
+    thread. A second SIGTERM does not, because a SIGTERM to all processes of a job reaches the
+    driver twice: directly, and through the supervisor.
     """
 
     def __init__(self) -> None:
         self.requested = 0
 
     def listen(self) -> None:
-        """Installs the handlers. To be called again after `ray.init`, which takes SIGTERM for
-        itself."""
+        """Installs the handlers. Call it again after `ray.init`, which replaces that of SIGTERM."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
@@ -242,7 +244,7 @@ class Stop:
         text = (
             f"{name}: finishing the step under way, then a checkpoint; Ctrl-C again to exit now\n"
         )
-        # logging is not for handlers
+        # logging is not safe in signal handlers
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
     def __enter__(self) -> "Stop":

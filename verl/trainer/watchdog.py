@@ -1,5 +1,4 @@
-"""The end of a run that hangs: where every process stands is written down, then the driver leaves
-with LOST."""
+"""The watchdog: when a run hangs, it writes all stacks and ends the driver with LOST."""
 
 import faulthandler
 import logging
@@ -22,14 +21,11 @@ def leave() -> None:
 
 
 class Watchdog:
-    """Calls `on_hang` when nothing was heard for `timeout_s` seconds, after writing all stacks to
-    `folder`/stacks.
+    """Writes all stacks to `folder`/stacks and calls `on_hang` after `timeout_s` without progress.
 
-    What counts is a verb that begins, and a trajectory that finishes within one
-    (`RolloutManager.on_progress`): a validation may take hours as long as it gets on.
-
-    `stacks()` gives those of the other processes by their name, and has `stacks_timeout_s` seconds
-    for it.
+    Progress is a verb that begins, or a trajectory that finishes (`RolloutManager.on_progress`): a
+    validation may take hours as long as trajectories finish. `stacks()` returns the stacks of the
+    other processes by name, and has `stacks_timeout_s` seconds to do so.
     """
 
     def __init__(
@@ -50,15 +46,15 @@ class Watchdog:
         self._last = ("start", time.monotonic())
 
     def watch(self, stacks: Callable[[], dict[str, str]]) -> None:
-        """Also writes these stacks when the run hangs, of processes that are there by now."""
+        """Sets the function that returns the stacks of the other processes, once these exist."""
         self.stacks = stacks
 
     def beat(self, name: str) -> None:
-        """Says that the verb `name` begins, so all before it has ended."""
+        """Notes that the verb `name` begins."""
         self._last = (name, time.monotonic())
 
     def progress(self) -> None:
-        """Says that the present verb got on: however long it takes in all, it does not hang."""
+        """Notes that the present verb makes progress, so that it does not count as hanging."""
         self.beat(self._last[0])
 
     def _watch(self) -> None:
@@ -82,8 +78,10 @@ class Watchdog:
             self.on_hang()
 
     def _write(self, what: str) -> Path:
-        """The file of stacks: the driver's first, so that they are there whatever becomes of the
-        others."""
+        """Writes the file of stacks and returns its path.
+
+        The driver's stacks are written first, in case those of the others cannot be had.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.txt"
         with path.open("w") as file:
@@ -95,7 +93,7 @@ class Watchdog:
         return path
 
     def _others(self) -> dict[str, str]:
-        """What `stacks()` gives, or why it gives nothing."""
+        """Returns the result of `stacks()`, or a message why there is none."""
         found: dict[str, str] = {"other processes": f"no answer within {self.stacks_timeout_s:g} s"}
 
         def ask() -> None:

@@ -1,11 +1,11 @@
-"""Accepted answers as data files hold them: a text, a number, or a list of those."""
+"""Reads accepted answers in the forms that data files have: a text, a number, or a list."""
 
 import math
 from typing import Any
 
 
 def answers_of(value: object) -> list[str]:
-    """The texts of a value or of a list of values; numbers are as they are written.
+    """The accepted answers, as texts, in a value or a list of values.
 
     Blank texts, None and NaN are left out. Raises ValueError saying what was found instead of a
     text or a number.
@@ -26,7 +26,7 @@ def text_of(value: object) -> str:
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    # a column of integers in which some are missing comes as floats
+    # a column of integers with missing values is read as floats
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, str | int | float):
@@ -35,13 +35,13 @@ def text_of(value: object) -> str:
 
 
 def plain(value: object) -> Any:
-    """A NumPy array as a list, a NumPy number as a number; anything else as it is."""
+    """A NumPy array as a list, a NumPy number as a number, anything else unchanged."""
     tolist = getattr(value, "tolist", None)
     return tolist() if callable(tolist) else value
 
 
 def kind_of(value: object) -> str:
-    """What a value is, for messages: a dict by its keys, a list by what it holds."""
+    """The kind of a value, for messages: a dict with its keys, a list with its kinds of items."""
     if isinstance(value, dict):
         return f"a dict (keys: {', '.join(map(str, value)) or 'none'})"
     if isinstance(value, list | tuple):

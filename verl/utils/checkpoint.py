@@ -22,10 +22,10 @@ from verl.utils.checkpoint_storage import CheckpointError, TensorReader, TensorW
 
 
 class Checkpointer:
-    """Saves and loads one training state. Every method is a collective, the constructor too.
+    """Saves and loads one training state. Every method is a collective, also the constructor.
 
-    Ranks agree over a gloo group of their own: the background thread's messages cannot mix with
-    those of training, nor with another role's.
+    Ranks communicate over a gloo group of their own, so that messages of the background thread
+    cannot mix with those of training or of another role.
     """
 
     def __init__(self, state: Any) -> None:
@@ -36,9 +36,9 @@ class Checkpointer:
     def save(self, path: str, asynchronous: bool = False) -> None:
         """Writes model, optimizer, ticks of the schedule and each rank's random state under `path`.
 
-        With `asynchronous` it returns once they are copied to host memory (as much again as the
-        rank's share of them), and `finish` must be called. Raises CheckpointError, also for an
-        earlier save that was not finished.
+        With `asynchronous` it returns once they are copied to host memory, which takes the size of
+        the rank's share, and `finish` must be called. Raises CheckpointError, also if an earlier
+        save was not finished.
         """
         self.finish()
         content = tensors_of(training_state(self.state))
@@ -67,9 +67,10 @@ class Checkpointer:
     def load(self, path: str) -> None:
         """Restores what `save` wrote, on any number of ranks.
 
-        Learning rate, betas and weight decay stay as they are. A rank that was not there when it
-        was saved takes rank 0's place in the schedule and keeps the random state it was seeded
-        with. Raises CheckpointError when it cannot be read, FileNotFoundError when it is not there.
+        Learning rate, betas and weight decay stay as configured. A rank that did not exist when the
+        checkpoint was written takes rank 0's position in the schedule and keeps its own random
+        state. Raises CheckpointError if the checkpoint cannot be read, FileNotFoundError if it does
+        not exist.
         """
         self.finish()
         stored = read_index(path).tensors
@@ -99,9 +100,9 @@ class Checkpointer:
 def training_state(state: Any) -> dict[str, Any]:
     """`model` and `optimizer` under names that do not depend on ranks.
 
-    The tensors are those that train. Reading the state of an optimizer that has not stepped makes
-    torch take one step with a gradient and a learning rate of zero. That step is undone: all that
-    an optimizer keeps begins as zeros.
+    The tensors are the live ones, not copies. Reading the state of an optimizer that has not
+    stepped makes torch take one step with a gradient and a learning rate of zero. That step is
+    undone by setting the optimizer's state to zeros.
     """
     fresh = not state.optimizer.state
     model, optimizer = get_state_dict(state.model, state.optimizer)
@@ -115,18 +116,17 @@ def training_state(state: Any) -> dict[str, Any]:
 
 
 def tensors_of(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds of a `training_state`.
+    """The part of a `training_state` that a checkpoint holds.
 
-    It is all but the optimizer's settings, which the configuration has.
+    It is everything but the optimizer's settings, which come from the configuration.
     """
     return {"model": content["model"], "optimizer": content["optimizer"]["state"]}
 
 
 def saved_weights(path: str) -> dict[str, torch.Tensor]:
-    """Tensors of the model in a checkpoint by name, on the meta device.
+    """Shapes and dtypes of the model's tensors in a checkpoint: meta tensors by name.
 
-    They have shapes and dtypes without the values. In this process alone. Raises as `read_index`
-    does.
+    No collective: it works in a single process. Raises as `read_index` does.
     """
     prefix = "model."
     return {
@@ -139,20 +139,20 @@ def saved_weights(path: str) -> dict[str, torch.Tensor]:
 
 
 def read_weight(path: str, name: str, like: torch.Tensor) -> torch.Tensor:
-    """The whole tensor `name`, whatever ranks hold its parts; `like` is that of `saved_weights`.
+    """Reads the whole tensor `name`, whatever ranks wrote it; `like` is that of `saved_weights`.
 
-    In this process alone. Raises CheckpointError when it cannot be read.
+    No collective: it works in a single process. Raises CheckpointError when it cannot be read.
     """
     tensor = torch.empty_like(like, device="cpu")
     with _explained("read", path), warnings.catch_warnings():
-        # that is what is meant
+        # reading without a process group is intended
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load({"model": {name: tensor}}, storage_reader=TensorReader(path), no_dist=True)
     return tensor
 
 
 def num_bytes(content: dict[str, Any]) -> int:
-    """Bytes of `tensors_of` a state, over all ranks."""
+    """Bytes of the tensors of `tensors_of`, over all ranks."""
     tensors = [*content["model"].values()]
     tensors += [tensor for values in content["optimizer"].values() for tensor in values.values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -170,9 +170,9 @@ def from_json_tensor(tensor: torch.Tensor) -> Any:
 
 @contextmanager
 def _explained(done: str, path: str, size: int | None = None) -> Iterator[None]:
-    """Turns torch's report of the ranks that failed into a CheckpointError.
+    """Turns torch's report of failed ranks into a CheckpointError.
 
-    The report is not an Exception.
+    The report derives from BaseException, so `except Exception` would miss it.
     """
     try:
         yield
@@ -192,7 +192,7 @@ def _explained(done: str, path: str, size: int | None = None) -> Iterator[None]:
 
 
 def _room(path: Path) -> int:
-    """Bytes that fit in the folder: those free on its disk and those it holds."""
+    """Bytes that a checkpoint in the folder can take: free bytes and those of its own files."""
     disk = next(p for p in (path, *path.absolute().parents) if p.exists())
     held = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.exists() else 0
     return shutil.disk_usage(disk).free + held

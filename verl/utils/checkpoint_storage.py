@@ -1,9 +1,9 @@
-"""How a checkpoint's tensors lie on the disk: torch's sharded files beside an index in JSON.
+"""Storage of a checkpoint's tensors: torch's sharded files, and an index in JSON.
 
 torch.distributed.checkpoint pickles its own index (`.metadata`) and every entry that is no tensor,
-and whoever reads a pickle runs what its writer put there. Here there is no pickle to read: the
-index is JSON, which is checked entry by entry, every entry is a tensor, and torch reads tensors
-with `weights_only=True`.
+and reading a pickle can run code that its writer put there. Here there is no pickle: the index is
+JSON, which is checked entry by entry, every entry is a tensor, and torch reads tensors with
+`weights_only=True`.
 """
 
 import os
@@ -31,7 +31,7 @@ from verl.utils.config import Config, problems_of
 from verl.utils.run_folder import INDEX, PICKLED_INDEX, write_atomically
 
 FileName = Annotated[str, Field(pattern=r"^__\d+_\d+\.distcp$")]
-"""A file beside the index, as torch names them; nothing outside of the folder."""
+"""The name of a file beside the index, as torch names them; no path out of the folder."""
 Shape = list[NonNegativeInt]
 
 
@@ -43,7 +43,7 @@ class CheckpointError(RuntimeError):
 
 
 class Chunk(Config):
-    """A part of a tensor, and the bytes of a file that hold it."""
+    """A part of a tensor, and the bytes in a file that hold it."""
 
     offsets: Shape
     sizes: Shape
@@ -81,7 +81,7 @@ class TensorWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Writes the index, on one rank, once the files of all ranks are written.
 
-        Raises TypeError for what is no tensor.
+        Raises TypeError for an entry that is no tensor.
         """
         places = {result.index: result.storage_data for written in results for result in written}
         tensors = {
@@ -95,7 +95,7 @@ class TensorReader(FileSystemReader):
     """Reads what TensorWriter wrote."""
 
     def read_metadata(self, *_: object, **__: object) -> Metadata:
-        """The index as torch wants it. Raises as `read_index` does."""
+        """Reads the index and returns it in torch's form. Raises as `read_index` does."""
         metadata = Metadata({}, storage_data={}, storage_meta=StorageMeta(load_id=self.load_id))
         for name, tensor in read_index(self.path).tensors.items():
             chunks = [
@@ -113,7 +113,7 @@ class TensorReader(FileSystemReader):
 
 
 def read_index(folder: str | os.PathLike[str]) -> Index:
-    """The index of the checkpoint in `folder`.
+    """Reads the index of the checkpoint in `folder`.
 
     Raises FileNotFoundError when there is none, CheckpointError when it cannot be used.
     """
@@ -130,7 +130,7 @@ def read_index(folder: str | os.PathLike[str]) -> Index:
 
 
 def old_format(file: Path) -> str:
-    """What is wrong with a checkpoint that has a pickle where JSON is expected, and what to do."""
+    """The message about a checkpoint with a pickled index instead of JSON, and what to do."""
     return (
         f"{file}: a pickle, from a version that saved its checkpoints so. Reading it would run "
         "whatever it holds, so it is not read. Finish the run with the version that began it, or "

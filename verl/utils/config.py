@@ -1,4 +1,4 @@
-"""What config models are made of, and how their errors are told.
+"""The base of config models, and messages about their errors.
 
 Config models are frozen, and a key that they do not declare is an error.
 """
@@ -15,7 +15,7 @@ from verl.utils.loading import load_class
 
 
 class Config(BaseModel):
-    """The base of every config model: validated once, at the boundary, and never written to."""
+    """The base of every config model. It is validated once and never changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -24,8 +24,8 @@ class Config(BaseModel):
 class OneOf:
     """Marks a text that must be one of the names in a table, `Annotated[str, OneOf("a.module.T")]`.
 
-    The table is the only list of the names. It is loaded when a value is validated, so a model can
-    be imported without what the table needs.
+    The table is the only list of the names. It is loaded when a value is validated, so the model
+    can be imported without the imports that the table needs.
     """
 
     table: str
@@ -36,7 +36,7 @@ class OneOf:
         return list(load_class(self.table, "table"))
 
     def check(self, value: str) -> str:
-        """The value. Raises the error of a literal where it is none of the names."""
+        """Returns the value, or raises pydantic's error of a literal if it is none of the names."""
         names = self.names
         if value in names:
             return value
@@ -60,9 +60,9 @@ EXPECTED = {
     "dict": "a section of keys",
     "model": "a section of keys",
 }
-"""By the beginning of pydantic's name for an error (`int_parsing`, `list_type`)."""
+"""What was expected, by the beginning of pydantic's type of error (`int_parsing`, `list_type`)."""
 ALTERNATIVES = {"str", "int", "float", "bool"}
-"""How pydantic names the alternatives of a union; no key is named so."""
+"""Names that pydantic gives to the alternatives of a union in an error; they are no keys."""
 BOUNDS = {
     "greater_than": ("gt", "a number above {}"),
     "greater_than_equal": ("ge", "{} or more"),
@@ -72,7 +72,7 @@ BOUNDS = {
     "too_short": ("min_length", "{} entries or more"),
     "too_long": ("max_length", "{} entries or fewer"),
 }
-"""By pydantic's name for an error: where the bound stands in it, and how it reads."""
+"""By pydantic's type of error: the entry of its context that has the bound, and the text."""
 
 
 def problems_of(
@@ -80,8 +80,8 @@ def problems_of(
 ) -> list[str]:
     """One line for every wrong key: the key, what was given and what was expected.
 
-    `prefix` is put before the keys. `model` is where the key is looked for that was meant by one
-    that does not exist.
+    `prefix` is put before the keys. For a key that does not exist, the nearest key of `model` is
+    suggested.
     """
     expected: dict[str, list[str]] = {}
     lines: dict[str, str] = {}
@@ -102,7 +102,7 @@ def problems_of(
 
 
 def key_of(details: ErrorDetails) -> str:
-    """The dotted key of an error, without what pydantic adds: names of a union's alternatives."""
+    """The dotted key of an error, without the names that pydantic adds for unions."""
     names = [str(part) for part in details["loc"]]
     return ".".join(name for name in names if "[" not in name and name not in ALTERNATIVES)
 
@@ -141,10 +141,10 @@ def keys_of_model(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name that was meant, empty where none is near.
+    """A hint at the known name that was probably meant; empty if there is none.
 
-    A near name is one with more sections before it, one that is spelt alike in the same section,
-    or one of another section.
+    Candidates are the same name with more sections before it, a similar name in the same section,
+    and the same name in another section.
 
     >>> did_you_mean("train_batch_size", ["data.train_batch_size"])
     '; did you mean data.train_batch_size?'

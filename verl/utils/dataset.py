@@ -1,4 +1,4 @@
-"""Questions from parquet files, in an order that can be resumed."""
+"""Questions from parquet files, and their order, which can be resumed."""
 
 import hashlib
 import json
@@ -25,9 +25,9 @@ COLUMNS = ("data_source", "prompt", "reward_model")
 class RLHFDataset:
     """Rows with their prompt ids. Every row is checked when it is loaded.
 
-    Raises DataError naming file, row and key for what `read_row` refuses, for a prompt that the
-    chat template refuses, and for one of more than `max_prompt_length` tokens. With `max_samples`
-    it holds so many rows, see `sample_spread`.
+    Raises DataError naming file, row and key for a row that `read_row` refuses, and for a prompt
+    that the chat template refuses or that has more than `max_prompt_length` tokens. With
+    `max_samples` it holds a sample of this many rows, see `sample_spread`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class RLHFDataset:
 def read_questions(
     files: Sequence[str], max_samples: int | None = None, sample_seed: int = 0
 ) -> tuple[list[str], list[Row]]:
-    """The rows of all files, each with its file and number for messages.
+    """Reads the rows of all files; returns the place of each (file and number), and the rows.
 
     With `max_samples` they are the sample of `sample_spread`. Raises DataError listing the rows
     that `read_row` refuses.
@@ -94,11 +94,11 @@ def read_questions(
 
 
 def read_row(record: dict[str, Any]) -> Row:
-    """A row in the form that agents and rewards read.
+    """Converts a record to the form that agents and rewards read.
 
-    Its prompt is a list of messages, its answers are texts. A prompt that is a text is one message
-    of the user; a number is its text. Raises ValueError naming the key and what was expected for
-    what cannot be read.
+    In that form the prompt is a list of messages, and answers are texts. A prompt that is a text
+    becomes one user message, and an answer that is a number becomes a text. Raises ValueError, for
+    a value that cannot be read, naming the key and what was expected.
     """
     source = record["data_source"]
     extra = record.get("extra_info")
@@ -114,7 +114,7 @@ def read_row(record: dict[str, Any]) -> Row:
 
 
 def read_prompt(prompt: object) -> list[dict[str, Any]]:
-    """Chat messages. Raises ValueError for what are none, or empty ones."""
+    """Chat messages. Raises ValueError for anything else and for empty messages."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else plain(prompt)
     if not messages and isinstance(messages, list | None):
         raise ValueError("prompt is empty")
@@ -137,8 +137,8 @@ def read_prompt(prompt: object) -> list[dict[str, Any]]:
 def read_truth(reward_model: object) -> dict[str, Any]:
     """`reward_model` with the accepted answers as texts.
 
-    `ground_truth` is an answer, a list of them, or holds either as `target`. Raises ValueError
-    where there is no answer, or something else in its place.
+    `ground_truth` is an answer, a list of answers, or a mapping with one of these under `target`.
+    Raises ValueError if there is no answer, or something else instead.
     """
     if not isinstance(reward_model, dict | None):
         raise ValueError(
@@ -167,10 +167,10 @@ def read_target(target: object, key: str) -> str | list[str]:
 
 
 def sample_spread(rows: Sequence[Row], count: int, seed: int) -> list[int]:
-    """Row numbers of `count` rows drawn with `seed`.
+    """Row numbers of a sample of `count` rows, drawn with `seed`.
 
-    Every data_source has its share of them, and at least one. A smaller sample is part of every
-    larger one. All rows where there are no more.
+    Every data_source is in it in proportion, with at least one row. A smaller sample is part of
+    every larger one. If there are no more than `count` rows, the sample is all of them.
     """
     by_source: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
@@ -183,7 +183,7 @@ def sample_spread(rows: Sequence[Row], count: int, seed: int) -> list[int]:
 
 
 def questions_digest(rows: Sequence[Row]) -> str:
-    """A digest of a list of questions and of their order; answers do not count."""
+    """A digest of a list of questions and of their order. Answers are not part of it."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row["data_source"], row["prompt"]], default=str).encode())
@@ -193,7 +193,7 @@ def questions_digest(rows: Sequence[Row]) -> str:
 def sample_per_source(rows: Sequence[Row], count: int, seed: int) -> list[int]:
     """Row numbers of up to `count` rows of every data_source.
 
-    Those of one source do not depend on the other sources.
+    The sample of one source does not depend on the other sources.
     """
     by_source: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
@@ -228,8 +228,8 @@ class ResumableSampler:
     """Batches of row numbers, epoch after epoch.
 
     Its whole state is the epoch, the position and the number of batches drawn. Each epoch is a new
-    permutation drawn from (seed, epoch); the last, smaller part of an epoch is carried into the
-    next, so that every batch is full and no row is dropped.
+    permutation drawn from (seed, epoch). A batch that an epoch cannot fill is filled from the next
+    one, so that every batch is full and no row is dropped.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:

@@ -1,7 +1,7 @@
 """Whether this machine can run on GPUs, and if not, what is missing and how to get it.
 
-Standard library alone, until a check asks torch: `scripts/setup.sh` uses it before anything is
-installed.
+Only the standard library is imported, except by checks that need torch, because `scripts/setup.sh`
+uses this module before anything is installed.
 """
 
 import os
@@ -13,19 +13,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 OLDEST_DRIVER = {"12": 525, "13": 580}
-"""Branch of the NVIDIA driver that each major version of CUDA needs (NVIDIA's CUDA compatibility
-guide)."""
+"""Branch of the NVIDIA driver that each major version of CUDA needs.
+
+From NVIDIA's CUDA compatibility guide."""
 CPU_ENVIRONMENT = "SETUP_DEVICE=cpu SETUP_VENV=.venv-cpu bash scripts/setup.sh"
-"""Command that makes an environment for the CPU beside one for GPUs."""
+"""Command that makes a second environment, for the CPU, beside one for GPUs."""
 SMI_S = 60
-"""Longest time for nvidia-smi to answer, in seconds: without persistence mode it wakes the
-driver."""
+"""Seconds that nvidia-smi may take; it is slow where it must first load the driver.
+
+That is the case without persistence mode."""
 
 
 def listed_gpus() -> list[str]:
-    """Names that `nvidia-smi -L` lists, one a GPU.
+    """The names of the GPUs that `nvidia-smi -L` lists.
 
-    There are none where there is no driver or it does not work.
+    There are none if there is no driver, or if it does not work.
     """
     return [line for line in _nvidia_smi("-L") if line.startswith("GPU ")]
 
@@ -65,9 +67,9 @@ def gpu_is_meant() -> bool:
 
 
 def driver_problem(cuda: str) -> str | None:
-    """What is wrong if the driver is older than CUDA `cuda` ("13.0") needs.
+    """A message if the driver is older than CUDA `cuda` ("13.0") needs.
 
-    None where it is not, or where nobody can tell.
+    None if it is new enough or its version is unknown.
     """
     driver = driver_version()
     oldest = OLDEST_DRIVER.get(cuda.partition(".")[0])
@@ -84,7 +86,7 @@ def driver_problem(cuda: str) -> str | None:
 
 
 def toolchain_problem() -> str | None:
-    """What keeps Triton from compiling a C file before its first kernel, None if nothing does."""
+    """Why Triton cannot compile the C file that it needs for kernels; None if it can."""
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.is_file():
         name = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -101,7 +103,7 @@ def toolchain_problem() -> str | None:
 
 
 def cuda_problem() -> str | None:
-    """Why torch cannot use a GPU here, and the cure; None where it can."""
+    """Why torch cannot use a GPU here, and the cure; None if it can."""
     import torch
 
     if torch.cuda.is_available():
@@ -130,7 +132,7 @@ def cuda_problem() -> str | None:
 
 
 def _reason_of_torch() -> str:
-    """What torch says when it is made to use CUDA."""
+    """Makes torch initialise CUDA, and returns its error."""
     import torch
 
     try:
@@ -141,7 +143,7 @@ def _reason_of_torch() -> str:
 
 
 def visible_problem(needed: int) -> str | None:
-    """What is wrong if torch sees fewer than `needed` GPUs, all on this machine; else None."""
+    """A message if torch sees fewer than `needed` GPUs on this machine; else None."""
     import torch
 
     found = torch.cuda.device_count()
@@ -153,8 +155,8 @@ def visible_problem(needed: int) -> str | None:
 
 
 def setup_problem() -> str | None:
-    """What keeps an environment for GPUs from working here, None if nothing does.
+    """Why an environment for GPUs does not work here; None if it does.
 
-    Its packages are installed.
+    Its packages must be installed.
     """
     return toolchain_problem() or cuda_problem()

@@ -1,5 +1,4 @@
-"""A client of OpenAI-compatible HTTP endpoints, with retries, time-outs and a bound on its
-calls."""
+"""A client of OpenAI-compatible HTTP endpoints, with retries, time-outs and limited concurrency."""
 
 import asyncio
 import os
@@ -14,7 +13,7 @@ from verl.utils.addresses import direct
 from verl.utils.config import Config
 
 HOPELESS = frozenset({400, 401, 403, 404, 405, 413, 422})
-"""Statuses that the same request would meet again."""
+"""HTTP statuses that the same request would get again, so that it is not retried."""
 T = TypeVar("T")
 
 
@@ -28,10 +27,10 @@ class EndpointConfig(Config):
     max_retries: NonNegativeInt = 4
     """Further attempts after errors, time-outs and replies that cannot be read."""
     backoff_s: PositiveFloat = 0.5
-    """Wait before the first further attempt; doubled each time, with jitter. A server's Retry-After
-    goes first."""
+    """Seconds to wait before the first further attempt; doubled each time, with jitter. A server's
+    Retry-After takes precedence."""
     max_concurrent: PositiveInt = 32
-    """Requests at a time, per process."""
+    """Most requests at a time, per process."""
 
 
 class EndpointFailed(Exception):
@@ -39,7 +38,7 @@ class EndpointFailed(Exception):
 
 
 class Endpoint:
-    """Belongs to one event loop."""
+    """A client of one endpoint. It may be used in one event loop only."""
 
     def __init__(self, config: EndpointConfig) -> None:
         self.config = config
@@ -51,8 +50,8 @@ class Endpoint:
     async def post(self, path: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
         """Posts `body` and returns what `read` makes of the JSON reply.
 
-        A ValueError, KeyError, IndexError or TypeError of `read` is an unusable reply. Raises
-        EndpointFailed.
+        If `read` raises ValueError, KeyError, IndexError or TypeError, the reply counts as unusable
+        and the request is retried. Raises EndpointFailed after the last attempt.
         """
         cause = ""
         for attempt in range(self.config.max_retries + 1):
@@ -82,13 +81,16 @@ def headers(config: EndpointConfig) -> dict[str, str]:
 
 
 def retry_after(reply: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait, where it gives them as a number; a minute at most."""
+    """Seconds that the server asks to wait, if it gives a number; at most a minute."""
     text = reply.headers.get("retry-after", "")
     return min(60.0, float(text)) if text.replace(".", "", 1).isdigit() else None
 
 
 def check_endpoint(config: EndpointConfig) -> str | None:
-    """What is wrong with the endpoint, None if it lists its models or does not know how to."""
+    """Asks the endpoint for its models, and returns what is wrong with it.
+
+    None if it lists them or does not support listing.
+    """
     try:
         with httpx.Client(mounts=direct(config.url), headers=headers(config), timeout=10) as client:
             status = client.get(f"{config.url.rstrip('/')}/models").status_code

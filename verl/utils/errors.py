@@ -17,9 +17,9 @@ class ConfigError(ValueError):
         self.problems = problems
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How the exception is copied between processes.
+        """Lets the exception be pickled, so that it can be sent to other processes.
 
-        That is done by its arguments, which here are not the message.
+        By default that is done with `args`, which here is the message and not the list of problems.
         """
         return type(self), (self.problems,)
 
@@ -29,14 +29,14 @@ class DataError(ValueError):
 
 
 class RewardError(RuntimeError):
-    """A reward does not work: it raised, or it lacks what the configuration reads.
+    """A reward does not work: it raised, or it lacks an entry that the configuration needs.
 
-    The message names it.
+    The message names the reward.
     """
 
 
 class ModelError(ValueError):
-    """A name means no model that can be loaded.
+    """A name does not stand for a model that can be loaded.
 
     The message says what was found there and what was expected.
     """
@@ -46,6 +46,6 @@ MAX_LISTED = 20
 
 
 def listed(problems: Sequence[str]) -> str:
-    """The first problems, a line each, and how many more there are."""
+    """The first problems, one per line, and how many more there are."""
     more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
     return "\n".join([*problems[:MAX_LISTED], *more])

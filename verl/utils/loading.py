@@ -1,4 +1,4 @@
-"""Classes and functions named in a configuration."""
+"""Loads classes and functions that a configuration names."""
 
 import importlib
 import importlib.util
@@ -10,7 +10,7 @@ from verl.utils.errors import ConfigError
 
 
 def load_class(target: str, key: str) -> Any:
-    """The object at the dotted path `target`. Raises ConfigError naming `key`."""
+    """Imports the object at the dotted path `target`. Raises ConfigError naming `key`."""
     module, _, name = target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -39,7 +39,7 @@ def load_function(path: str, name: str, key: str) -> Any:
 
 
 def place_of(error: Exception, path: str) -> str:
-    """The exception that a user's file raised, and the last of its lines on the way there."""
+    """The exception that a user's file raised, and the line of the file that led to it."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)

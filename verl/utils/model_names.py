@@ -1,9 +1,9 @@
-"""What a user may call a model: a Hugging Face folder or hub name, a run folder, a checkpoint.
+"""Names that a user may give for a model: Hugging Face folders, hub names, runs, checkpoints.
 
 runs/grpo                   a run folder: its finished model, or else its newest checkpoint
 runs/grpo/global_step_20    a checkpoint
 runs/grpo/alarms/step_12    the state that an alarm left, a checkpoint too
-runs/grpo/best, .../latest  the checkpoints that the run calls so; there need be no such folders
+runs/grpo/best, .../latest  the checkpoints that the run marks so; these are no real folders
 runs/grpo/hf                a Hugging Face folder, which has a config.json
 """
 
@@ -24,9 +24,9 @@ from verl.utils.run_folder import (
 
 RUN_CONFIG = "config.yaml"
 HF = "hf"
-"""Name of the Hugging Face folder in a run folder, and in a checkpoint that was exported."""
+"""Name of the Hugging Face folder in a run folder or an exported checkpoint."""
 ORIGIN = "training.json"
-"""File in a Hugging Face folder that says what it was made of: `base_model`, `checkpoint`."""
+"""File in a Hugging Face folder that says what it was made from: `base_model`, `checkpoint`."""
 EXPECTED = (
     "expected a Hugging Face folder (with config.json), a run folder, its best, latest or "
     "global_step_N, or a folder in its alarms"
@@ -36,9 +36,9 @@ EXPECTED = (
 def ready_model(name: str) -> str | None:
     """The Hugging Face folder (its full path) or the hub name that `name` means.
 
-    None for a checkpoint to export. What is not there and not the name of a checkpoint may be on
-    the hub, unless it can only be a place on this machine. Raises ModelError as `find_checkpoint`
-    does.
+    None if `name` means a checkpoint, which must be exported first. A name that does not exist here
+    is taken for one of the hub, unless it can only be a path (`is_place`). Raises ModelError as
+    `find_checkpoint` does.
     """
     path = Path(name)
     if is_model(path) and not path.name.endswith(PENDING):
@@ -52,9 +52,9 @@ def ready_model(name: str) -> str | None:
 
 
 def is_place(name: str) -> bool:
-    """Whether a name is a path, whatever is there, and not one of the hub.
+    """Whether a name can only be a path, even if nothing is there, and not a name of the hub.
 
-    It begins as paths do, has more than one slash, or would lie among runs, as `runs/typo` does.
+    It begins like a path, has more than one slash, or would be beside runs, as `runs/typo` is.
     """
     beginning, slash, rest = name.partition("/")
     if not slash:
@@ -68,7 +68,7 @@ def is_place(name: str) -> bool:
 
 
 def full_path(name: str) -> str:
-    """The full path of a file or folder that is there; any other name as it is."""
+    """The full path of a file or folder that exists; any other name unchanged."""
     path = Path(name)
     return str(path.resolve()) if path.exists() else name
 
@@ -76,16 +76,17 @@ def full_path(name: str) -> str:
 def weights_of(model: str) -> list[list[str | int]]:
     """Name, size and time of each file of weights in a model's folder.
 
-    They tell the model from its next version.
+    They serve to recognise that the folder holds other weights than before.
     """
     files = sorted(Path(model).glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def find_checkpoint(name: str) -> Path:
-    """The full path of the complete checkpoint that `name` means, of a run folder the newest.
+    """The full path of the complete checkpoint that `name` means.
 
-    Raises ModelError saying what was found and what was expected.
+    For a run folder it is the newest one. Raises ModelError saying what was found and what was
+    expected.
     """
     path = Path(name).resolve()
     if path.name.endswith(PENDING) and path.exists():
@@ -110,10 +111,10 @@ def find_checkpoint(name: str) -> Path:
 
 
 def finished_model(run: Path) -> Path | None:
-    """The Hugging Face folder of a run that has ended.
+    """The Hugging Face folder of a run that has ended, None if there is none.
 
-    It was made of the newest checkpoint, or is all that the run left. One that an earlier end of
-    the run left is not it.
+    It must have been made from the newest checkpoint, or there must be no checkpoint. One that was
+    written before the run was continued does not count.
     """
     model = run / HF
     if not is_model(model):
@@ -132,17 +133,17 @@ def run_folder_of(path: Path) -> Path | None:
 
 
 def is_model(folder: Path) -> bool:
-    """Whether it is a Hugging Face folder."""
+    """Whether `folder` is a Hugging Face folder."""
     return (folder / "config.json").is_file()
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether it holds a policy, all of it: also in a format that reading it refuses."""
+    """Whether `folder` holds a complete policy, even in a format that cannot be read any more."""
     return any((folder / "actor" / name).is_file() for name in (INDEX, PICKLED_INDEX))
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is the folder of a run, by any one of the things that a run may leave."""
+    """Whether `folder` is a run folder: whether it has any of the files that runs write."""
     return (folder / RUN_CONFIG).is_file() or is_model(folder / HF) or bool(steps(folder))
 
 
@@ -172,7 +173,7 @@ def _best(run: Path) -> Path:
 
 
 def _present(run: Path) -> str:
-    """What a run folder has to offer, as a sentence."""
+    """The models and checkpoints that a run folder has, as a sentence."""
     names = [folder_of(run, step).name for step in steps(run)]
     if best(run) is not None:
         names.append("best")

@@ -1,4 +1,4 @@
-"""Processes that end together: what follows whom, and what is left of a session."""
+"""Processes that end together: children that follow parents, and sessions."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def ended(pid: int, timeout_s: float | None = None) -> bool:
-    """Whether the process has ended within `timeout_s` seconds (None: waits for it).
+    """Waits `timeout_s` seconds (None: any time) and returns whether the process has ended.
 
     A child is not reaped.
     """
@@ -41,7 +41,7 @@ def _ended(process: int, timeout_s: float | None = None) -> bool:
 def follow(pid: int, action: Callable[[], object]) -> None:
     """Calls `action` from a thread of its own when the process `pid` ends.
 
-    Raises ProcessLookupError if it has.
+    Raises ProcessLookupError if it has ended already.
     """
     process = os.pidfd_open(pid)
 
@@ -53,9 +53,9 @@ def follow(pid: int, action: Callable[[], object]) -> None:
 
 
 def dying_with_this() -> Callable[[], None]:
-    """A `preexec_fn` by which the kernel kills a process when the thread that started it ends.
+    """A `preexec_fn` that makes the kernel kill the child when the thread that started it ends.
 
-    Linux, prctl(2).
+    It uses prctl(2) of Linux.
     """
     parent = os.getpid()
 
@@ -69,7 +69,7 @@ def dying_with_this() -> Callable[[], None]:
 
 
 def session_members(session: int) -> list[int]:
-    """Living processes of a session, zombies left out. proc_pid_stat(5)."""
+    """The living processes of a session, without zombies, from /proc (proc_pid_stat(5))."""
     members = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it ended in between
@@ -80,7 +80,7 @@ def session_members(session: int) -> list[int]:
 
 
 def session_over(session: int, timeout_s: float) -> bool:
-    """Whether a session is left without a process within `timeout_s` seconds."""
+    """Waits `timeout_s` seconds at most; returns whether a session has no process any more."""
     deadline = time.monotonic() + timeout_s
     while session_members(session):
         if time.monotonic() > deadline:
@@ -92,8 +92,8 @@ def session_over(session: int, timeout_s: float) -> bool:
 def kill_session(session: int, timeout_s: float = 10.0) -> list[int]:
     """Kills the processes of a session, and returns those left after `timeout_s` seconds.
 
-    The calling process is spared. The session's leader must not have been reaped, or its number may
-    be another's by now.
+    The calling process is not killed. The leader of the session must not have been reaped yet,
+    because its number could then belong to another process.
     """
     deadline = time.monotonic() + timeout_s
     while (
@@ -107,7 +107,7 @@ def kill_session(session: int, timeout_s: float = 10.0) -> list[int]:
 
 
 def exit_status(returncode: int) -> int:
-    """What a shell reports: 128 + n for a process that signal n ended.
+    """The exit status as a shell reports it: 128 + n for a process that signal n ended.
 
     >>> exit_status(2), exit_status(-9)
     (2, 137)
@@ -116,9 +116,9 @@ def exit_status(returncode: int) -> int:
 
 
 class Forward:
-    """Passes SIGINT and SIGTERM on to the processes it starts, one for one.
+    """Starts a process, and passes every SIGINT and SIGTERM of this process on to it.
 
-    `received`: their numbers, in order.
+    `received`: the numbers of these signals, in order.
     """
 
     def __init__(self) -> None:
@@ -132,25 +132,26 @@ class Forward:
         env: dict[str, str] | None = None,
         preexec_fn: Callable[[], object] | None = None,
     ) -> int:
-        """Starts the command in a session of its own, and returns its process.
+        """Starts the command in a session of its own, and returns its process id.
 
-        A terminal's Ctrl-C reaches it in this way only.
+        Because of the session, a terminal's Ctrl-C reaches it only through this object.
         """
         self._child = subprocess.Popen(
             command, start_new_session=True, env=env, preexec_fn=preexec_fn
         )
-        self._flush()  # what came while it was started
+        self._flush()  # signals that came while it was started
         return self._child.pid
 
     def reap(self) -> int:
-        """The return code of what was started, waited for."""
+        """Waits for the process, and returns its return code."""
         assert self._child is not None
-        child, self._child = self._child, None  # from here on its number may be another's
+        # once it is reaped, its number may belong to another process
+        child, self._child = self._child, None
         return child.wait()
 
     def _flush(self) -> None:
         while self._child is not None and self._pending:
-            with suppress(IndexError, ProcessLookupError):  # a handler within this loop was faster
+            with suppress(IndexError, ProcessLookupError):  # a handler has sent it in between
                 os.kill(self._child.pid, self._pending.pop(0))
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
@@ -170,6 +171,6 @@ class Forward:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._child is not None:  # an exception passes by
+        if self._child is not None:  # the block was left by an exception
             kill_session(self._child.pid)
             self.reap()

@@ -1,6 +1,6 @@
-"""The one boundary that every reward passes.
+"""Calls rewards and checks their results.
 
-What a reward returned becomes a score, components to log, and facts to keep.
+Every result passes through here, and becomes a score, components to log, and facts to keep.
 """
 
 import inspect
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
-"""What a reward function is called with, by name."""
+"""The names of the arguments of a reward function."""
 LARGEST_SCORE = float(np.finfo(np.float32).max)
-"""Batches hold scores in float32, where a larger one would be infinite."""
+"""The largest score: batches hold scores in float32, where a larger one would be infinite."""
 MAX_SHOWN = 120
-"""Characters of a question or a value in a message."""
+"""Most characters of a question or a value in a message."""
 
 
 class FunctionReward:
     """Calls `compute_score(data_source, solution_str, ground_truth, extra_info)`.
 
-    That may be a coroutine function. `solution_str` is the text of the policy's own tokens: neither
-    the prompt nor anything the environment wrote, so without the `<think>` that some chat templates
-    open.
+    `compute_score` may be a coroutine function. `solution_str` is the text of the policy's own
+    tokens, without the prompt and without what the environment wrote. So it lacks a `<think>` that
+    the chat template has written.
     """
 
     class Config(Config):
@@ -55,7 +55,7 @@ class FunctionReward:
 
 
 def policy_text(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What the policy wrote, turn after turn, without special tokens."""
+    """The text that the policy wrote in all turns, without special tokens."""
     turns = [s.token_ids for s in trajectory.segments if s.source is Source.MODEL]
     return "".join(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in turns)
 
@@ -66,7 +66,7 @@ def check_signature(function: object, key: str) -> None:
         raise ConfigError([f"{key}: expected a function, got a {type(function).__name__}"])
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some callables of compiled modules have none
+    except (TypeError, ValueError):  # some callables of compiled modules have no signature
         return
     try:
         signature.bind(**dict.fromkeys(ARGUMENTS))
@@ -81,7 +81,7 @@ def check_signature(function: object, key: str) -> None:
 
 
 def name_of(reward: object) -> str:
-    """How messages call a reward: the function with its file, or the class."""
+    """The name of a reward in messages: the function with its file, or the class."""
     function: Any = reward.compute_score if isinstance(reward, FunctionReward) else reward
     if not hasattr(function, "__qualname__"):
         return f"{type(function).__module__}.{type(function).__qualname__}"
@@ -90,10 +90,10 @@ def name_of(reward: object) -> str:
 
 
 async def score(reward: Callable[[Trajectory, Row], Any], trajectory: Trajectory, row: Row) -> None:
-    """Writes what `reward` says to `trajectory`: numbers to `reward`, all else to `info["reward"]`.
+    """Calls `reward` and writes its result to `trajectory`, see `take`.
 
-    Raises TrajectoryFailed when that holds no finite score, and RewardError when the reward raises
-    anything else.
+    Raises TrajectoryFailed when the result has no finite score, and RewardError when the reward
+    raises anything else than TrajectoryFailed.
     """
     try:
         result = reward(trajectory, row)
@@ -111,8 +111,8 @@ def compare(
 ) -> dict[int, TrajectoryFailed]:
     """Lets `reward.score_groups` change the rewards of `groups` in place.
 
-    Returns the failures of the trajectories that are then without a finite score, by their `id`.
-    Raises RewardError when it raises.
+    Returns, by the `id` of trajectories, the failures of those that have no finite score
+    afterwards. Raises RewardError when the reward raises.
     """
     name = f"{name_of(reward)}, score_groups"
     try:
@@ -133,15 +133,16 @@ def compare(
 def take(result: object, trajectory: Trajectory, name: str) -> None:
     """Writes the `result` of the reward called `name` to `trajectory`.
 
-    Raises TrajectoryFailed without a finite score. A result is a number or a mapping with one under
-    `score`; a bool, a NumPy or a torch value with one element is one. Other entries that are finite
-    numbers are components; what else the mapping holds is kept in `info["reward"]`.
+    A result is a number, or a mapping with a number under `score`; a bool and a NumPy or torch
+    value with one element count as numbers. Other entries of the mapping that are finite numbers
+    are components and go to `reward` with the score. The rest is kept in `info["reward"]`. Raises
+    TrajectoryFailed if there is no finite score.
     """
     given = result if isinstance(result, Mapping) else {"score": result}
     entries = {str(key): value for key, value in given.items()}
     read = {key: number_of(value) for key, value in entries.items()}
     numbers = {key: number for key, number in read.items() if number is not None}
-    if not abs(numbers.get("score", math.nan)) <= LARGEST_SCORE:  # NaN is not, either
+    if not abs(numbers.get("score", math.nan)) <= LARGEST_SCORE:  # also true for NaN
         raise TrajectoryFailed(
             f"{name} returned {outline(result)}: expected a finite number, or a dict with one "
             "under 'score'",
@@ -154,7 +155,7 @@ def take(result: object, trajectory: Trajectory, name: str) -> None:
 
 
 def number_of(value: object) -> float | None:
-    """A number, a bool, or an array or tensor of one element, as a float; None for all else."""
+    """A number, a bool, or an array or tensor of one element as a float; None for all else."""
     item = getattr(value, "item", None)
     if callable(item):
         try:
@@ -165,9 +166,9 @@ def number_of(value: object) -> float | None:
 
 
 def outline(result: object) -> str:
-    """What a reward returned, for messages.
+    """A description of what a reward returned, for messages.
 
-    The same mistake reads the same for every trajectory, so that it can be counted.
+    It is the same for every trajectory with the same mistake, so that messages can be counted.
     """
     if isinstance(result, Mapping):
         if "score" in result:
@@ -181,7 +182,7 @@ def outline(result: object) -> str:
 
 
 def as_json(value: object) -> Any:
-    """`value` in a form that trajectory files can hold: as it is, as a list, or as its text."""
+    """`value` in a form that JSON can express: unchanged, as a list, or as its text."""
     value = plain(value)
     try:
         json.dumps(value)
@@ -191,7 +192,7 @@ def as_json(value: object) -> Any:
 
 
 def raised_by(name: str, error: Exception) -> str:
-    """The exception of a reward, and the line of its code that raised it."""
+    """A message: the exception of a reward, and the line of its code that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return (
@@ -200,7 +201,7 @@ def raised_by(name: str, error: Exception) -> str:
 
 
 def described(row: Row) -> str:
-    """The row that a message is about: its source, its question, its ground truth."""
+    """A row in a message: its source, its question, its ground truth."""
     prompt = row.get("prompt")
     asked = prompt[-1]["content"] if prompt else ""
     question = shortened((row.get("extra_info") or {}).get("question") or asked)
@@ -209,6 +210,6 @@ def described(row: Row) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value as it is printed, MAX_SHOWN characters of it at most."""
+    """The text of a value, cut to MAX_SHOWN characters."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

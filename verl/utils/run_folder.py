@@ -24,23 +24,24 @@ LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpoint.json"
 INDEX = "index.json"
 PICKLED_INDEX = ".metadata"
-"""The list of the tensors in a folder of a checkpoint, which is written last; and what torch calls
-its own."""
+"""The index of the tensors in a checkpoint's folder, which is written last; the second name is
+that of torch's own index."""
 PREFIX = "global_step_"
 PENDING = ".tmp"
 LOCK = ".lock"
-"""A file that the run that is using the folder has locked. It stays: what counts is the lock."""
+"""A file that a run locks while it uses the folder. The file itself is never deleted."""
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def held(root: str | Path, patience_s: float = 60.0) -> Iterator[None]:
-    """Keeps other runs out of the run folder, which is made if need be.
+    """Keeps other runs out of the run folder during the block; makes the folder if necessary.
 
-    A process that is killed gives it up. Waits `patience_s` for a run that is just ending, or whose
-    machine a file system still takes for alive. Raises ConfigError when another run keeps the
-    folder. Where files cannot be locked, it is not kept.
+    The lock is released when the process is killed. Waits up to `patience_s` seconds for another
+    run to release it: the run may just be ending, or a network file system may not have noticed
+    that its machine is dead. Raises ConfigError when the other run keeps the lock. On a file system
+    without locks nothing is locked.
     """
     folder = Path(root)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,10 @@ def held(root: str | Path, patience_s: float = 60.0) -> Iterator[None]:
 
 
 def _take(lock: IO[str], patience_s: float, folder: Path) -> bool:
-    """Whether the file could be locked in that time. Raises OSError where files cannot be."""
+    """Tries to lock the file for `patience_s` seconds, and returns whether that worked.
+
+    Raises OSError on a file system without locks.
+    """
     deadline = time.monotonic() + patience_s
     told = False
     while True:
@@ -77,12 +81,12 @@ def _take(lock: IO[str], patience_s: float, folder: Path) -> bool:
 
 
 def folder_of(root: str | Path, step: int) -> Path:
-    """Where the complete checkpoint of `step` is, or will be."""
+    """The folder of the complete checkpoint of `step`."""
     return Path(root) / f"{PREFIX}{step}"
 
 
 def pending_folder(root: str | Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written until it is complete."""
+    """The folder in which the checkpoint of `step` is written until it is complete."""
     return Path(root) / f"{PREFIX}{step}{PENDING}"
 
 
@@ -99,7 +103,7 @@ def complete(root: str | Path, step: int) -> Path:
     folder = folder_of(root, step)
     record = best(root)
     if record and record["step"] == step:
-        (Path(root) / BEST).unlink()  # other weights had that value
+        (Path(root) / BEST).unlink()  # it belongs to the weights that are replaced
     replace_folder(pending_folder(root, step), folder)
     name_latest(root, step)
     return folder
@@ -114,7 +118,7 @@ def name_latest(root: str | Path, step: int) -> None:
 
 
 def discard(root: str | Path, step: int) -> None:
-    """Deletes what there is of a checkpoint that did not become complete."""
+    """Deletes the files of a checkpoint that was not completed."""
     pending = pending_folder(root, step)
     if pending.exists():
         shutil.rmtree(pending)
@@ -123,7 +127,7 @@ def discard(root: str | Path, step: int) -> None:
 def remove_leftovers(root: str | Path) -> list[str]:
     """Deletes the folders that a crash left unfinished, and returns their names.
 
-    No writer may be at work.
+    No checkpoint may be under way.
     """
     leftovers = [p for p in sorted(Path(root).glob(f"*{PENDING}")) if p.is_dir()]
     for path in leftovers:
@@ -140,8 +144,9 @@ def steps(root: str | Path) -> list[int]:
 def find_latest(root: str | Path) -> Path | None:
     """Folder of the checkpoint to resume from, None if there is none.
 
-    That is the one the marker names. Without it, the newest before it (a newer one was given up by
-    a roll back), or the newest of all; a warning says so.
+    That is the one that the marker names. If that one is missing, it is the newest before it,
+    because newer ones were given up by a roll-back. Without a marker it is the newest of all. In
+    both cases there is a warning.
     """
     marker = Path(root) / LATEST
     found = steps(root)
@@ -165,16 +170,17 @@ def find_latest(root: str | Path) -> Path | None:
 
 
 def best(root: str | Path) -> dict[str, Any] | None:
-    """`step`, `metric` and `value` of the best checkpoint, None before there is one."""
+    """Reads `step`, `metric` and `value` of the best checkpoint; None if there is none yet."""
     path = Path(root) / BEST
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def mark_best(root: str | Path, step: int, metric: str, value: float) -> bool:
-    """Whether `step` is now the best checkpoint: its `value` is above that of the best so far.
+    """Marks the checkpoint of `step` as the best if it is, and returns whether it is.
 
-    The first one is, and the first under another `metric`; NaN is never better. The checkpoint must
-    be complete, else FileNotFoundError.
+    It is the best if its `value` is higher than that of the best so far, or if there is none with
+    this `metric` yet. NaN is never better. Raises FileNotFoundError unless the checkpoint is
+    complete.
     """
     if not folder_of(root, step).is_dir():
         raise FileNotFoundError(
@@ -197,8 +203,8 @@ def mark_best(root: str | Path, step: int, metric: str, value: float) -> bool:
 def prune(root: str | Path, keep: int | None, protected: Collection[int] = ()) -> list[int]:
     """Deletes old checkpoints, and returns their steps.
 
-    All but the newest `keep`, the best, the latest and the `protected` are deleted. Nothing is
-    deleted without `keep`, nor what is newer than the latest (a roll back gave it up).
+    It keeps the newest `keep`, the best, the latest, the `protected`, and those that are newer than
+    the latest because a roll-back gave them up. Without `keep` nothing is deleted.
     """
     latest = find_latest(root)
     record = best(root)
@@ -213,10 +219,11 @@ def prune(root: str | Path, keep: int | None, protected: Collection[int] = ()) -
 
 
 def claim(path: Path, made_of: dict[str, Any], what: str) -> None:
-    """Writes to `path` what the results beside it are made of.
+    """Writes to `path` what the results beside it are made from, as `made_of` says.
 
-    A later start then does not add others to them. Raises DataError, naming what differs, when they
-    are made of something else. `what` says what the results are.
+    So a later start cannot add results of something else. Raises DataError, naming the difference,
+    if the file exists and says that they are made from something else. `what`: a word for the
+    results.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(made_of, indent=1)
@@ -231,9 +238,9 @@ def claim(path: Path, made_of: dict[str, Any], what: str) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file at once.
+    """Replaces the content of the file atomically.
 
-    A reader sees the old text or the new, after a power failure as well.
+    A reader sees either the old or the new text, also after a power failure.
     """
     pending = path.with_name(path.name + PENDING)
     with pending.open("w", encoding="utf-8") as file:
@@ -246,9 +253,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path, carry_over: bool = False) -> Iterator[Path]:
-    """Gives an empty folder to write to, which replaces the folder `path` after the block.
+    """Makes an empty folder to write to, which replaces the folder `path` after the block.
 
-    A block that raises replaces nothing. `carry_over`: as in `replace_folder`.
+    If the block raises, nothing is replaced. `carry_over`: as in `replace_folder`.
     """
     pending = path.with_name(path.name + PENDING)
     if pending.exists():
@@ -259,10 +266,10 @@ def replacing(path: Path, carry_over: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, path: Path, carry_over: bool = False) -> None:
-    """Renames the folder `new` to `path`, its content on the disk before that.
+    """Renames the folder `new` to `path`, once all its content is on the disk.
 
-    What was at `path` is deleted; with `carry_over` the files in it that `new` lacks stay, except
-    weights.
+    The folder that was at `path` is deleted. With `carry_over` the files in it that `new` lacks are
+    kept, except weights.
     """
     for file in [new, *new.rglob("*")]:
         _sync(file)
@@ -283,7 +290,7 @@ def replace_folder(new: Path, path: Path, carry_over: bool = False) -> None:
 
 
 def delete_folder(path: Path) -> None:
-    """Deletes a folder that never looks complete while half of it is gone."""
+    """Deletes a folder in a way that it never looks complete while parts are gone."""
     doomed = path.with_name(path.name + PENDING)
     os.rename(path, doomed)
     shutil.rmtree(doomed)

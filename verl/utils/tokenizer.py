@@ -1,7 +1,7 @@
-"""Text to ids with one rule: text from outside (questions, passages) never becomes a control token.
+"""Encoding of text and chats, in which text from outside never becomes a control token.
 
-What a chat template puts around messages is always read off the template itself. docs/templates.md
-shows the result for each family of models.
+Text from outside is questions and passages. What a chat template writes around messages is always
+taken from the template itself; docs/templates.md shows the result for each family of models.
 """
 
 import re
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 MARK = re.compile("\x00(\\d+)\x00")
-"""Stands for a message in a rendered template, where its number is between the two NULs."""
+"""A placeholder for a message in a rendered template, with its number between two NULs."""
 
 OWN_ARGUMENTS = frozenset({"messages", "tokenize", "add_generation_prompt"})
-"""Arguments of a chat template that callers cannot choose."""
+"""Arguments of a chat template that are set here and not by callers."""
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
@@ -34,10 +34,9 @@ def encode_chat(
 ) -> list[int]:
     """Ids of `messages` with the generation prompt.
 
-    `kwargs` are further arguments of the chat template, which alone decides about BOS. Without a
-    template: the bare contents, behind what the tokenizer puts before every text (`leading_ids`).
-    Special tokens are those of the template only. Raises DataError where the template refuses the
-    messages.
+    `kwargs` are further arguments of the chat template, which also decides about BOS. Without a
+    template the ids are those of the contents alone, after the `leading_ids` of the tokenizer. Only
+    the template can bring in special tokens. Raises DataError if the template refuses the messages.
     """
     if not has_template(tokenizer):
         text = "".join(message["content"] for message in messages)
@@ -54,9 +53,9 @@ def has_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def template_problems(tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any]) -> list[str]:
-    """What is wrong with further arguments of the chat template, one line each.
+    """Messages about wrong further arguments of the chat template.
 
-    A line begins with the argument's name.
+    Each is one line and begins with the name of the argument.
     """
     template = tokenizer.get_chat_template() if has_template(tokenizer) else ""
     problems: list[str] = []
@@ -74,7 +73,7 @@ def template_problems(tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str,
 
 
 def leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer puts before every text: `[BOS]` of Llama and Gemma, nothing of Qwen."""
+    """The ids that the tokenizer puts before every text: BOS for Llama and Gemma, none for Qwen."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
@@ -82,9 +81,9 @@ def leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Texts of all special tokens, the longest first.
+    """The texts of all special tokens, the longest first.
 
-    Those without a role (`<|start_header_id|>`) are among them.
+    Special tokens without a role, such as `<|start_header_id|>`, are included.
     """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
@@ -95,23 +94,23 @@ class UserTurn:
     """What a chat template writes around a user's message that follows an assistant's."""
 
     before: list[int]
-    """From the assistant's last word to the user's first: the end of the turn, then the opening of
-    the user's."""
+    """What stands between the assistant's and the user's text: the end of the assistant's turn, and
+    the beginning of the user's."""
     after: list[int]
-    """From the user's last word to the assistant's first: ends with the generation prompt."""
+    """What stands between the user's text and the assistant's, up to the generation prompt."""
 
     def following(self, end: int, message: list[int]) -> list[int]:
-        """What follows the token `end`, which was sampled to end a turn, up to the next turn.
+        """The ids after the token `end`, which was sampled to end a turn, up to the next turn.
 
-        Raises ValueError for a token by which the template does not end a turn.
+        Raises ValueError for a token with which the template does not end a turn.
         """
         return [*self.before[self.before.index(end) + 1 :], *message, *self.after]
 
 
 def user_turn(tokenizer: "PreTrainedTokenizerBase", **kwargs: Any) -> UserTurn:
-    """The UserTurn of a chat template, read off its rendering of three messages.
+    """The UserTurn of a chat template, taken from its rendering of three messages.
 
-    Both parts are empty without a template. Raises DataError for a template that cannot write such
+    Without a template both parts are empty. Raises DataError for a template that cannot render such
     a conversation.
     """
     if not has_template(tokenizer):
@@ -130,7 +129,7 @@ def user_turn(tokenizer: "PreTrainedTokenizerBase", **kwargs: Any) -> UserTurn:
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase", **kwargs: Any) -> int:
-    """The token by which an assistant's turn ends: the template's, or EOS without a template.
+    """The token that ends an assistant's turn: that of the template, or EOS without a template.
 
     Raises DataError for a tokenizer that has neither.
     """
@@ -173,10 +172,11 @@ def _encode_around_controls(
     controls: Sequence[str],
     kwargs: dict[str, Any],
 ) -> list[int]:
-    """Ids of messages that spell special tokens.
+    """Ids of messages whose text contains special tokens.
 
-    The template is rendered around marks and cut at its own special tokens; what stands between
-    these is plain text. The white space around a message stays for the template to strip.
+    The template is rendered with placeholders instead of messages, and split at its own special
+    tokens. The text between these is encoded as plain text, with the messages put back. White space
+    around a message is kept around its placeholder, because a template may strip it.
     """
     cores = [message["content"].strip() for message in messages]
     marked: list[Message] = []

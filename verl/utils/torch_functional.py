@@ -1,6 +1,6 @@
 """Masked statistics and log-probabilities.
 
-A masked entry never reaches a result, whatever it holds, NaN included.
+A masked entry never affects a result, whatever its value, even NaN.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**26
-"""Logits that are upcast to float32 at one time: 256 MiB."""
+"""Most logits that are upcast to float32 at a time (256 MiB)."""
 
 
 def masked_sum(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """`values` with mean 0 and unit variance over the mask; 0 outside of it.
 
-    Without `shift_mean` they keep their mean.
+    Without `shift_mean` the mean is kept.
     """
     mean = masked_mean(values, mask)
     whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
@@ -53,7 +53,7 @@ def logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`logprobs_from_logits`, and the entropy of the same distributions, in one pass.
 
-    Without `entropy_grad` the backward pass is spared the entropy.
+    Without `entropy_grad` the entropy has no gradient, which saves work in the backward pass.
     """
     both = _by_rows(
         partial(_both, temperature=temperature, entropy_grad=entropy_grad), logits, labels
@@ -104,10 +104,10 @@ def _entropy_of(log_p: Tensor) -> Tensor:
 
 
 def _by_rows(fn: Callable[..., Tensor], logits: Tensor, *columns: Tensor) -> Tensor:
-    """`fn` over chunks of rows.
+    """Applies `fn` to chunks of rows, and concatenates the results.
 
-    With several chunks each is recomputed in the backward pass, so that the float32 copy of one
-    chunk at a time is alive.
+    If there are several chunks, each is recomputed in the backward pass, so that only one chunk at
+    a time has a float32 copy in memory.
     """
     rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     chunks = [

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, the console and wandb where asked."""
+"""Writes metrics and trajectories: to files always, to the console and wandb if configured."""
 
 import json
 import logging
@@ -18,13 +18,13 @@ STEP = "training/global_step"
 
 
 class Savable(Protocol):
-    """A batch, as a DataProto is one."""
+    """A batch that can be saved, such as a DataProto."""
 
     def save(self, path: Path) -> None: ...
 
 
 class Timers:
-    """Seconds spent under each name since the last `pop`."""
+    """Measures the seconds spent under each name since the last `pop`."""
 
     def __init__(self, on_start: Callable[[str], None] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
@@ -40,7 +40,7 @@ class Timers:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def pop(self) -> dict[str, float]:
-        """`timing_s/<name>` of everything timed, and forgets it."""
+        """Returns `timing_s/<name>` for all names, and starts from 0 again."""
         seconds = self.seconds
         self.seconds = {}
         return {f"timing_s/{name}": value for name, value in seconds.items()}
@@ -77,8 +77,8 @@ class Tracking:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Appends one line to metrics.jsonl and sends the metrics on.
 
-        Numbers that are not finite become null there. A line that cannot be written (a full disk)
-        is told, kept, and written with the next one.
+        Numbers that are not finite become null in the file. If a line cannot be written (a full
+        disk), that is logged, and the line is written together with the next one.
         """
         again = {panel: metrics[key] for panel, key in self.panels.items() if key in metrics}
         metrics = {**metrics, **again}
@@ -102,14 +102,14 @@ class Tracking:
             logger.warning("%s: %s; kept in memory until it can be written", path, error)
 
     def message(self, text: str) -> None:
-        """Writes a line to the console, where it is among the loggers."""
+        """Writes a line to the console, if that is one of the loggers."""
         if self.console:
             logger.info(text)
 
     def log_trajectories(
         self, name: str, records: Sequence[dict[str, Any]], step: int, samples: int = 8
     ) -> Path:
-        """Writes trajectories/<name>_<step>.jsonl, and the first ones as a wandb table."""
+        """Writes trajectories/<name>_<step>.jsonl, and the first `samples` as a wandb table."""
         path = self.run_dir / "trajectories" / f"{name}_{step:06d}.jsonl"
         try:
             path.parent.mkdir(exist_ok=True)
@@ -121,15 +121,7 @@ class Tracking:
         if self.wandb:
             import wandb
 
-            rows: list[Any] = [
-                [
-                    r["data_source"],
-                    r["prompt"],
-                    "".join(s["text"] for s in r["segments"]),
-                    r["reward"]["score"],
-                ]
-                for r in records[:samples]
-            ]
+            rows: list[Any] = [_table_row(record) for record in records[:samples]]
             table = wandb.Table(columns=["data_source", "prompt", "response", "score"], data=rows)
             self.wandb.log({STEP: step, f"{name}/trajectories": table})
         return path
@@ -137,22 +129,28 @@ class Tracking:
     def keep(self, batch: Savable, name: str) -> str:
         """Writes a batch to the file `name` of the run folder.
 
-        Returns, for a message, where it is or why it is not there.
+        Returns a text for a message: the path, or why the batch could not be written.
         """
         path = self.run_dir / name
         try:
             path.parent.mkdir(exist_ok=True)
             batch.save(path)
-        except (OSError, RuntimeError) as error:  # the latter is torch's own of a full disk
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
             return f"could not be written: {error}"
         return f"is in {path}"
 
     def finish(self) -> None:
-        """Writes what could not be written so far, if it can be now, and ends the run of wandb."""
+        """Tries again to write lines that could not be written, and ends the wandb run."""
         if self.unwritten:
             self._write()
         if self.wandb:
             self.wandb.finish()
+
+
+def _table_row(record: dict[str, Any]) -> list[Any]:
+    """A trajectory as a row of the wandb table: data source, prompt, response, score."""
+    response = "".join(segment["text"] for segment in record["segments"])
+    return [record["data_source"], record["prompt"], response, record["reward"]["score"]]
 
 
 def _start_wandb(
@@ -187,9 +185,9 @@ def _has_wandb_key() -> bool:
 
 
 def truncate_metrics(run_dir: str, step: int, moved_to: Path | None = None) -> None:
-    """Drops the lines of metrics.jsonl after `step`: a resumed run writes them again.
+    """Drops the lines of metrics.jsonl after `step`, which a resumed run will write again.
 
-    With `moved_to` they are kept there. A last line that a kill cut off is dropped as well.
+    With `moved_to` they are moved to that file. An incomplete last line is dropped as well.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():

@@ -40,11 +40,10 @@ def policy_loss(
 ) -> tuple[torch.Tensor, Metrics]:
     """This micro-batch's share of the actor's loss and of each metric.
 
-    The loss is the policy's, minus the entropy bonus, plus the KL to the reference and the loss of
-    likelihood where these are configured. log_probs, entropy: [b, R]. `pg_loss` is the policy's
-    part of the loss, aggregated as the loss is; all other metrics are means over the trained
-    tokens, whatever `loss_agg_mode` says, so that a bound on one of them means the same in every
-    run.
+    The loss is the policy loss minus the entropy bonus, plus the KL to the reference and the
+    likelihood loss of LLDS if these are configured. log_probs, entropy: [b, R]. The metric
+    `pg_loss` is the policy loss, aggregated by `loss_agg_mode`. All other metrics are means over
+    the trained tokens, so that a limit on one of them means the same in every run.
     """
     batch = rows.batch
     mask = batch["response_mask"].bool()
@@ -59,13 +58,9 @@ def policy_loss(
     mean_of_tokens = partial(
         agg_loss, loss_mask=mask, loss_agg_mode="token-mean", num_tokens=counts.num_tokens
     )
-    inputs = loss_inputs(config, log_probs, rows)
-    pg_losses, counted = POLICY_LOSSES[config.policy_loss.loss_mode](inputs)
-    if "rollout_is_weights" in batch:
-        pg_losses = pg_losses * torch.where(mask, batch["rollout_is_weights"], 0.0)
+    pg_losses, counted = token_losses(config, log_probs, rows)
     loss = aggregate(pg_losses)
     metrics = {name: mean_of_tokens(values) for name, values in counted.items()}
-    metrics["ppo_kl"] = mean_of_tokens(-inputs.log_ratio.detach())
     metrics["pg_loss"] = loss.detach()
     metrics["entropy"] = mean_of_tokens(entropy.detach())
     if config.entropy_coeff:
@@ -81,8 +76,27 @@ def policy_loss(
     return loss, metrics
 
 
+def token_losses(
+    config: ActorConfig, log_probs: torch.Tensor, rows: DataProto
+) -> tuple[torch.Tensor, Metrics]:
+    """The policy loss of each trained token, and what is counted beside it, all [b, R].
+
+    Importance weights of `rollout_correction` are applied where the batch has them.
+    """
+    batch = rows.batch
+    inputs = loss_inputs(config, log_probs, rows)
+    pg_losses, counted = POLICY_LOSSES[config.policy_loss.loss_mode](inputs)
+    if "rollout_is_weights" in batch:
+        mask = batch["response_mask"].bool()
+        pg_losses = pg_losses * torch.where(mask, batch["rollout_is_weights"], 0.0)
+    return pg_losses, {**counted, "ppo_kl": -inputs.log_ratio.detach()}
+
+
 def loss_inputs(config: ActorConfig, log_probs: torch.Tensor, rows: DataProto) -> LossInputs:
-    """What the functions of POLICY_LOSSES get: `clip_ratio` is the side that is not configured."""
+    """The arguments of the functions in POLICY_LOSSES.
+
+    `clip_ratio` is used for a side of the clip range that is not configured by itself.
+    """
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     return LossInputs.masked(
@@ -112,7 +126,7 @@ class ActorWorker(TrainedWorker):
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
     def compute_log_prob(self, data: DataProto) -> DataProto:
-        """`old_log_probs` [B, R] under the present weights, at the sampling temperature."""
+        """Computes `old_log_probs` [B, R] with the present weights, at the sampling temperature."""
         rollout = self.rollout
         model = self.state.model
         budget = Budget.of(
@@ -129,7 +143,7 @@ class ActorWorker(TrainedWorker):
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """Takes one optimizer step per mini-batch of `actor.ppo_mini_batch_size`.
 
-        `use_kl_loss` needs `ref_log_prob`.
+        With `use_kl_loss` the batch must have `ref_log_prob`.
         """
 
         def loss_fn(rows: DataProto, counts: Counts) -> tuple[torch.Tensor, Metrics]:
@@ -158,12 +172,12 @@ class ActorWorker(TrainedWorker):
 
     @register(Dispatch.ONE_TO_ALL)
     def describe(self) -> str:
-        """The policy in one line."""
+        """A description of the policy in one line."""
         return describe(self.state.model)
 
     @register(Dispatch.ONE_TO_ALL)
     def connect_engines(self, name: str, servers: Sequence[Any], colocated: bool) -> None:
-        """Names the engines that `send_weights(name)` serves; they replace those of that name."""
+        """Sets the engines to which `send_weights(name)` sends, instead of any before them."""
         if name in self.senders:
             self.senders.pop(name).close()
         self.senders[name] = WeightSender(
@@ -177,19 +191,19 @@ class ActorWorker(TrainedWorker):
 
     @register(Dispatch.ONE_TO_ALL)
     def free_cached_memory(self) -> None:
-        """Returns what torch has cached on this GPU, because an engine is about to take it."""
+        """Frees the memory that torch has cached on this GPU, because an engine will need it."""
         torch.cuda.empty_cache()
 
     @register(Dispatch.ONE_TO_ALL)
     def send_weights(self, name: str) -> None:
-        """Brings the present weights to the engines of that name, which must wait for them."""
+        """Sends the present weights to the engines of that name, which must be waiting for them."""
         self.senders[name].send()
 
     @register(Dispatch.ONE_TO_ALL)
     def save_pretrained(self, path: str, checkpoint: str | None = None) -> None:
         """Writes the policy in Hugging Face format, with its tokenizer.
 
-        `checkpoint`: the name of the checkpoint that has the same weights.
+        `checkpoint`: the name of the checkpoint with the same weights.
         """
         origin = {} if checkpoint is None else {"checkpoint": checkpoint}
         save_trained(self.state.model, self.model_config, path, origin)

@@ -1,7 +1,7 @@
-"""Attention over packed sequences: no token attends across its own, and none is spent on padding.
+"""Attention over packed sequences: within each sequence only, and without padding.
 
-One row holds all sequences of a micro-batch, one after the other; `cu_seq_lens` [n + 1] says where
-each starts.
+One row holds all sequences of a micro-batch, one after the other. `cu_seq_lens` [n + 1] says where
+each starts, and where the last one ends.
 """
 
 from inspect import signature
@@ -17,18 +17,19 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 PACKED = "packed"
 """Name of `packed_attention` among the attention implementations of transformers."""
 NAMES_GROUPS = "enable_gqa" in signature(varlen.varlen_attn).parameters
-"""Whether torch's kernel wants to be told that heads share keys and values. That of 2.11 sees it
-from the shapes."""
+"""Whether torch's kernel has an argument for heads that share keys and values.
+
+That of torch 2.11 has none, and takes it from the shapes."""
 
 
 def choose_attention(config: PretrainedConfig, on_gpu: bool, dtype: torch.dtype) -> str:
-    """flash_attention_2 where it is installed and the dtype allows it, else packed attention.
+    """flash_attention_2 if it is installed and the dtype allows it, else packed attention.
 
-    On a GPU the latter runs the same kernel, which torch carries. What counts as installed is said
-    by transformers: its flash_attention_2 does not work with other packages whose module is
-    flash_attn, such as flash-attn-4. Models that cap their attention scores (Gemma 2) get eager
-    attention instead of the latter: torch's kernels cannot do that. Its memory grows with the
-    square of a micro-batch's tokens.
+    On a GPU packed attention runs the same kernel, which comes with torch. Whether
+    flash_attention_2 is installed is asked of transformers, because it does not work with other
+    packages whose module is flash_attn, such as flash-attn-4. Models that cap their attention
+    scores (Gemma 2) get eager attention instead of packed attention, because torch's kernels cannot
+    cap. The memory of eager attention grows with the square of a micro-batch's tokens.
     """
     if on_gpu and dtype != torch.float32 and is_flash_attn_2_available():
         return "flash_attention_2"
@@ -36,7 +37,7 @@ def choose_attention(config: PretrainedConfig, on_gpu: bool, dtype: torch.dtype)
 
 
 def packed_arguments(lengths: torch.Tensor) -> dict[str, Any]:
-    """What the model passes down to the attention of packed sequences of these lengths [n]."""
+    """Arguments that a model passes on to its attention, for packed sequences of `lengths` [n]."""
     starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max())
     return {
@@ -63,8 +64,9 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of [1, H, T, D] within each sequence, as [1, T, H, D].
 
-    It is an entry of transformers' interface. On a GPU in half precision torch's variable-length
-    kernel, elsewhere its sdpa, a sequence at a time. Raises ValueError for what neither can do.
+    It implements transformers' interface of attention functions. On a GPU in half precision it runs
+    torch's variable-length kernel, otherwise torch's sdpa for one sequence after the other. Raises
+    ValueError for arguments that neither supports.
     """
     if softcap is not None or s_aux is not None or cu_seq_lens_q is None or max_length_q is None:
         raise ValueError(
@@ -117,7 +119,7 @@ def _one_by_one(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
         outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1)  # contiguous, as some families need it
+    return torch.cat(outputs, dim=1)  # contiguous, which some families need
 
 
 AttentionInterface.register(PACKED, packed_attention)

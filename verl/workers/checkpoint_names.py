@@ -1,8 +1,8 @@
-"""Weights under the names of their checkpoint, which every engine reads.
+"""Weights under the names of their checkpoint, which all engines can read.
 
-transformers keeps some weights in another form than the checkpoints: the experts of a layer in one
-tensor, or a language model without the prefix that it has beside a vision tower. It knows the way
-back.
+transformers holds some weights in another form than checkpoints do: the experts of a layer in one
+tensor, or a language model without the prefix that it has beside a vision tower. It also has the
+conversion back, which is used here.
 """
 
 import re
@@ -19,10 +19,10 @@ BLOCK = re.compile(r"^.*?\.\d+\.")
 def checkpoint_format(
     model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """`weights` as the checkpoint of `model` has them, a decoder layer at a time.
+    """Converts `weights` to the form of the model's checkpoint, one decoder layer at a time.
 
-    `weights` come layer by layer. What belongs together lies within one layer. Works on tensors of
-    the meta device too.
+    `weights` must be ordered by layer; weights that are converted together are always of one layer.
+    Meta tensors can be converted too.
     """
     for _, group in groupby(weights, key=_block_of):
         yield from revert_weight_conversion(model, dict(group)).items()

@@ -20,7 +20,7 @@ class ModelConfig(Config):
     path: str
     """Hugging Face directory or hub name of the initial weights."""
     tokenizer_path: str | None = None
-    """Null: the tokenizer beside the weights."""
+    """Hugging Face directory or hub name of the tokenizer; null: the one beside the weights."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights."""
     enable_gradient_checkpointing: bool = True
@@ -35,9 +35,9 @@ class ModelConfig(Config):
     target_modules: str | list[str] = "all-linear"
     """Names of the linear layers that get adapters."""
     pack_rows: bool | None = None
-    """Whether trajectories share a forward pass. Null: if a probe on a shallow random copy of the
-    model shows that they stay apart; otherwise each passes alone, which is exact and slower. True:
-    without a probe."""
+    """Whether trajectories share a forward pass. Null: they do if a probe on a shallow random copy
+    of the model shows that they do not affect each other; otherwise each passes alone, which is
+    exact and slower. True: they do, without a probe."""
     override_config: dict[str, Any] = {}
     """Entries of the Hugging Face config to replace, in training and in the engine (for instance
     rope_parameters); attn_implementation chooses the attention of the training."""
@@ -58,9 +58,10 @@ class OptimConfig(Config):
     lr_warmup_steps_ratio: float = Field(default=0.0, ge=0, le=1)
     """Linear warm-up, as a share of trainer.total_training_steps."""
     lr_scheduler_type: Literal["constant", "cosine"] = "constant"
-    """Shape after the warm-up. One tick per training step, as in the original."""
+    """Shape of the schedule after the warm-up. It moves once per training step, as in the
+    original."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Where cosine ends, as a share of lr."""
+    """Learning rate at the end of cosine, as a share of lr."""
 
 
 class FSDPConfig(Config):
@@ -82,7 +83,7 @@ class PolicyLossConfig(Config):
     """vanilla is PPO's clip; gspo clips whole sequences (2507.18071), cispo the weight of REINFORCE
     (2506.13585)."""
     llds_coef: NonNegativeFloat = 0.0
-    """Weight of the likelihood-preserving regulariser of LLDS (2512.04220), .1 to .2 there."""
+    """Weight of the likelihood-preserving regulariser of LLDS (2512.04220), which uses .1 to .2."""
 
 
 class ActorConfig(Config):
@@ -90,10 +91,10 @@ class ActorConfig(Config):
     ppo_mini_batch_size: PositiveInt = 256
     """Trajectories per optimizer step."""
     ppo_micro_batch_size_per_gpu: PositiveInt | None = None
-    """Most trajectories in a forward-backward pass of one rank; null: as many as its tokens allow.
-    The gradient does not depend on it."""
+    """Most trajectories in a forward-backward pass of one rank; null: limited by tokens only. The
+    gradient does not depend on it."""
     ppo_max_token_len_per_gpu: PositiveInt = 16384
-    """Most tokens in such a pass: what its memory is proportional to. A longer trajectory passes
+    """Most tokens in such a pass, to which its memory is proportional. A longer trajectory passes
     alone."""
     ppo_epochs: PositiveInt = 1
     """Passes over each rollout batch."""
@@ -109,8 +110,8 @@ class ActorConfig(Config):
     """token-mean is what the original's code does; seq-mean-token-mean is the paper's printed
     formula."""
     loss_scale_factor: PositiveFloat | None = None
-    """Constant divisor of loss_agg_mode=seq-mean-token-sum-norm (Dr. GRPO): most tokens that a
-    policy may write."""
+    """Constant divisor of loss_agg_mode=seq-mean-token-sum-norm (Dr. GRPO): the most tokens that
+    the policy may write in a trajectory."""
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus. The original's default is 0.001."""
     use_kl_loss: bool = False
@@ -148,7 +149,7 @@ class CriticConfig(Config):
     cliprange_value: PositiveFloat = 0.5
     """Clip range of the value update."""
     loss_agg_mode: LossAggMode = "token-mean"
-    """As in the actor, but for seq-mean-token-sum-norm, which has no divisor here."""
+    """As in the actor, except for seq-mean-token-sum-norm, which has no divisor here."""
     grad_clip: PositiveFloat = 1.0
     """Maximum norm of the gradient."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
@@ -161,9 +162,9 @@ class SamplingConfig(Config):
     temperature: NonNegativeFloat = 1.0
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus; below 1 the sampler's distribution is not the trainer's."""
+    """Nucleus sampling; below 1 the sampler's distribution differs from the trainer's."""
     top_k: int = -1
-    """-1: all tokens."""
+    """Sample from this many most probable tokens; -1: from all."""
     n: PositiveInt = 1
     """Trajectories per prompt: the group size of GRPO (`n_agent` of the original)."""
 
@@ -184,7 +185,7 @@ class ValSamplingConfig(SamplingConfig):
     temperature: NonNegativeFloat = 0.0
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus."""
+    """Nucleus sampling."""
     n: PositiveInt = 1
     """Trajectories per question, for pass@k and their mean."""
 
@@ -219,9 +220,9 @@ class RolloutConfig(SamplingConfig):
     num_replicas: PositiveInt | None = None
     """Engines; null: as many as their GPUs hold (GPUs / tensor_model_parallel_size), one on CPU."""
     num_val_replicas: NonNegativeInt = 0
-    """Further engines for validation alone, on GPUs of nnodes x n_gpus_per_node: they keep the
-    weights with which a validation began until it ends, while training goes on. 0: validation waits
-    on the same engines."""
+    """Further engines for validation alone, on GPUs of nnodes x n_gpus_per_node. They keep the
+    weights of a validation until it ends, while training goes on. 0: validations use the engines of
+    the training, which waits for them."""
     tensor_model_parallel_size: PositiveInt = 1
     """GPUs per engine."""
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1)
@@ -251,8 +252,8 @@ class RolloutConfig(SamplingConfig):
     num_agent_workers: PositiveInt = 8
     """CPU processes that run agent loops, rewards included."""
     per_request_seed: bool = False
-    """Seed every engine call on its own: the same tokens whatever runs beside it, at some cost in
-    speed."""
+    """Seed every engine call on its own, so that its tokens do not depend on what else runs; this
+    costs some speed."""
     val_kwargs: ValSamplingConfig = ValSamplingConfig()
 
 

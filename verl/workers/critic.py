@@ -35,7 +35,7 @@ class CriticWorker(TrainedWorker):
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
     def compute_values(self, data: DataProto) -> DataProto:
-        """values [B, R]."""
+        """Computes `values` [B, R]."""
         forward = partial(forward_values, self.state.model)
         return DataProto({"values": map_micro_batches(data, self.budget, self.device, forward)})
 

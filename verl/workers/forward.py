@@ -1,4 +1,4 @@
-"""A model run on rows of a batch, packed: log-probs and values of the tokens that are trained on.
+"""Forward passes over packed rows of a batch: log-probs and values of the trained tokens.
 
 Shapes: b rows of a micro-batch, P prompt, R response, T real tokens of all rows, V vocabulary.
 """
@@ -16,27 +16,27 @@ from verl.workers.attention import packed_arguments
 
 @dataclass(frozen=True)
 class Packed:
-    """The real tokens of some rows in one row of their own."""
+    """The real tokens of several rows, packed in one row."""
 
     inputs: dict[str, Any]
     """Arguments of the model: input_ids and position_ids [1, T], and what its attention needs."""
     chosen_at: torch.Tensor
-    """[n] positions of the states in which the n trained tokens were chosen: one before the
-    tokens."""
+    """[n] positions of the states in which the n trained tokens were chosen. They are one before
+    the positions of the tokens."""
     labels: torch.Tensor
-    """[n] the trained tokens."""
+    """[n] ids of the trained tokens."""
     response_mask: torch.Tensor
-    """[b, R] where they belong."""
+    """[b, R] positions of the trained tokens in the rows."""
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """[n] to [b, R], 0 elsewhere."""
+        """Puts `values` [n] at the trained tokens of [b, R], with 0 elsewhere."""
         return torch.zeros(
             self.response_mask.shape, dtype=values.dtype, device=values.device
         ).masked_scatter(self.response_mask, values)
 
 
 def pack(data: DataProto) -> Packed:
-    """`data` without its padding. Rows need a token before their first trained one."""
+    """Packs the rows of `data`. Each needs a token before its first trained one."""
     prompts = data.batch["prompts"]
     responses = data.batch["responses"]
     real = data.batch["attention_mask"].bool()
@@ -63,10 +63,10 @@ def forward_log_probs(
     with_entropy: bool,
     entropy_grad: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs [b, R] of the trained tokens under logits / temperature, and their entropy.
+    """Log-probs of the trained tokens under logits / temperature, and the entropy there.
 
-    Both are [b, R], 0 elsewhere. Only states in which the policy chose a token go through the head:
-    observations cost no logits.
+    Both are [b, R] and 0 elsewhere. Only states in which the policy chose a token go through the
+    head, so observations cost no logits.
     """
     rows = pack(data)
     logits = model(**rows.inputs, logits_to_keep=rows.chosen_at).logits[0]
@@ -77,7 +77,7 @@ def forward_log_probs(
 
 
 def log_probs_of_rows(model: PreTrainedModel, data: DataProto, temperature: float) -> torch.Tensor:
-    """Log-probs alone: [b, R]."""
+    """`forward_log_probs` without the entropy: [b, R]."""
     return forward_log_probs(model, data, temperature, with_entropy=False)[0]
 
 

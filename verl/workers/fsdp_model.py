@@ -1,6 +1,6 @@
-"""Building a sharded model: load, adapters, shard (FSDP2), optimizer, schedule, full parameters.
+"""Builds a model: loads it, adds adapters, shards it (FSDP2), adds optimizer and schedule.
 
-One code path for 1..N ranks, nccl or gloo.
+It also gathers full parameters. The code path is the same for any number of ranks, nccl or gloo.
 """
 
 import math
@@ -29,24 +29,23 @@ from verl.workers.shallow import Head
 
 @dataclass
 class TrainState:
-    """A model with what trains it.
+    """A model with its optimizer and schedule.
 
-    The learning rate is never stored: it follows from the configuration (`peak_lr`, `schedule`) and
-    from what happened in the run (`ticks`, `lr_factor`). So a resumed run has the rate that it is
-    configured with.
+    The learning rate is never saved. It follows from the configuration (`peak_lr`, `schedule`) and
+    from the history of the run (`ticks`, `lr_factor`), so a resumed run uses the configured rate.
     """
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     peak_lr: float
     schedule: Callable[[int], float]
-    """Share of the peak learning rate after so many ticks."""
+    """The share of the peak learning rate after a number of ticks."""
     optimizer_offload: bool = False
     """Whether the optimizer's state is on the host between updates."""
     ticks: int = 0
     """Training steps so far in which this model was updated."""
     lr_factor: float = 1.0
-    """What roll-backs have multiplied the learning rate by."""
+    """The factor by which roll-backs have multiplied the learning rate."""
 
     def __post_init__(self) -> None:
         self._set_lr()
@@ -57,15 +56,15 @@ class TrainState:
         return self.peak_lr * self.lr_factor * self.schedule(self.ticks)
 
     def tick(self) -> None:
-        """Moves on along the schedule, after a training step."""
+        """Moves one step along the schedule, after a training step."""
         self.go_to(self.ticks + 1, self.lr_factor)
 
     def scale_lr(self, factor: float) -> None:
-        """Multiplies the learning rate, from the next step on and in what is saved."""
+        """Multiplies the learning rate by `factor`, which is saved with checkpoints."""
         self.go_to(self.ticks, self.lr_factor * factor)
 
     def go_to(self, ticks: int, lr_factor: float) -> None:
-        """Takes this place in the schedule."""
+        """Sets the position in the schedule, and the factor of the learning rate."""
         self.ticks = ticks
         self.lr_factor = lr_factor
         self._set_lr()
@@ -75,11 +74,11 @@ class TrainState:
             group["lr"] = self.lr
 
     def load_optimizer(self, device: torch.device) -> None:
-        """Brings the optimizer's state to `device`, where it steps."""
+        """Moves the optimizer's state to `device`, for the optimizer steps."""
         self._move_optimizer(device)
 
     def offload_optimizer(self) -> None:
-        """Moves the optimizer's state to the host, with `optimizer_offload`."""
+        """Moves the optimizer's state to the host, if `optimizer_offload` is set."""
         self._move_optimizer(torch.device("cpu"))
 
     def _move_optimizer(self, device: torch.device) -> None:
@@ -96,10 +95,10 @@ def build_model(
 ) -> PreTrainedModel:
     """Builds the sharded model, in evaluation mode.
 
-    It has no dropout: log-probs before and after the update must agree. Every rank reads the
-    weights to host memory and keeps its shard. A value head is a new linear layer, the same on all
-    ranks because rank 0's seed initialises it. `model.packs_rows` says whether rows may share a
-    forward pass. Raises ConfigError for a model that cannot be trained here.
+    There is no dropout, because old and new log-probs must be comparable. Every rank reads the
+    weights to host memory and keeps its shard. A value head is a new linear layer, and is the same
+    on all ranks because it is initialised with rank 0's seed. `model.packs_rows` says whether rows
+    may share a forward pass. Raises ConfigError for a model that cannot be trained here.
     """
     dtype = getattr(torch, fsdp.model_dtype)
     packing = packing_of(config, head, mesh.device_type == "cuda", getattr(torch, fsdp.dtype))
@@ -124,7 +123,7 @@ def build_model(
     layers = decoder_layers(model)
     if config.use_torch_compile:
         for layer in layers:
-            # the hooks of FSDP stay outside
+            # only forward is compiled, so that the hooks of FSDP stay outside
             layer.forward = torch.compile(layer.forward, dynamic=True)
     if config.enable_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -136,10 +135,11 @@ def build_model(
 
 
 def checkpoint_in_evaluation(layer: torch.nn.Module) -> None:
-    """Lets a layer checkpoint its activations and compute as in evaluation.
+    """Makes a layer checkpoint its activations and still compute as in evaluation.
 
-    Layers of transformers checkpoint only while they train. Some families ask the layer itself
-    whether to drop out (OPT) or to add noise, so it says so only until it computes.
+    Layers of transformers checkpoint only in training mode. Some families read that mode of the
+    layer to decide about dropout (OPT) or noise, so the layer is in training mode only until its
+    computation begins.
     """
     compute = layer.forward
 
@@ -178,8 +178,8 @@ def shard(
 def build_train_state(
     model: PreTrainedModel, optim: OptimConfig, total_steps: int, fsdp: FSDPConfig | None = None
 ) -> TrainState:
-    """The model with its optimizer and schedule; `total_steps` counts training steps (ticks)."""
-    # with param_offload the optimizer steps on the host: its state never moves
+    """Builds optimizer and schedule of a model. `total_steps` counts training steps (ticks)."""
+    # with param_offload the optimizer steps on the host, so its state stays there
     moves = fsdp is not None and fsdp.optimizer_offload and not fsdp.param_offload
     return TrainState(
         model,
@@ -191,10 +191,10 @@ def build_train_state(
 
 
 def build_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of the trained parameters: fused AdamW.
+    """Builds the optimizer of the trained parameters: fused AdamW.
 
-    This is the only place that names it. Checkpoints take whatever state an optimizer has; the
-    estimate of memory counts AdamW's two averages (`verl.estimate.memory.resident`).
+    This is the only place that names it. Checkpoints save any optimizer's state, but the estimate
+    of memory counts AdamW's two averages (`verl.estimate.memory.resident`).
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(
@@ -203,7 +203,7 @@ def build_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.O
 
 
 def build_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """The share of the peak learning rate after so many ticks: a linear warm-up, then the decay."""
+    """A function from ticks to the share of the peak learning rate: linear warm-up, then decay."""
     warmup = int(optim.lr_warmup_steps_ratio * total_steps)
 
     def share(ticks: int) -> float:
@@ -219,9 +219,9 @@ def build_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], floa
 
 
 def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and whole tensors as in a checkpoint, adapters merged, gathered one by one.
+    """Gathers the parameters one by one: names and whole tensors, with adapters merged.
 
-    A collective: every rank must exhaust it.
+    Names are those of a checkpoint. A collective: every rank must exhaust the iterator.
     """
     return checkpoint_format(
         base_model(model), merged(dict(model.named_parameters()), scaling(model), whole)
@@ -229,17 +229,18 @@ def full_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]
 
 
 def full_shapes(model: PreTrainedModel) -> list[tuple[str, torch.Size]]:
-    """Names and shapes of what `full_parameters` gives, in its order, without gathering."""
+    """The names and shapes that `full_parameters` gives, in the same order, without gathering."""
     named = ((plain_name(name), value) for name, value in model.named_parameters())
     empty = ((name, torch.empty(value.shape, device="meta")) for name, value in named if name)
     return [(name, tensor.shape) for name, tensor in checkpoint_format(base_model(model), empty)]
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
-    """The unsharded tensor, on the device of the mesh.
+    """The unsharded tensor, on the device of the mesh. A collective for sharded tensors.
 
-    With `param_offload` the shards rest on the host. They are gathered on the GPU all the same:
-    over NVLink instead of TCP (gloo), and into a tensor that NCCL and CUDA IPC can hand on.
+    With `param_offload` the shards are on the host. They are moved to the GPU before they are
+    gathered, so that they travel over NVLink instead of TCP (gloo), and so that the result can be
+    sent by NCCL and CUDA IPC.
     """
     if isinstance(value, DTensor):
         shards: Any = value.to(value.device_mesh.device_type)
@@ -248,7 +249,7 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 
 def describe(model: PreTrainedModel) -> str:
-    """Size, trained share and attention in one line."""
+    """The size, trained share and attention of a model, in one line."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total = sum(n for n, _ in sizes)
     trained = sum(n for n, trains in sizes if trains)

@@ -1,7 +1,8 @@
-"""Trained weights as a Hugging Face folder.
+"""Writes trained weights as a Hugging Face folder.
 
-Whoever can load the source of the training can load the folder instead of it. Everything but the
-weights comes from that source, not from the model in memory, whose config has settings of training.
+The folder can be loaded wherever the model that the training started from can be. Everything but
+the weights comes from that model, the source, and not from the model in memory, whose config has
+settings of training.
 """
 
 import json
@@ -33,8 +34,8 @@ def save_trained(
 ) -> None:
     """Writes a trained, possibly sharded model to the folder `path`, whole or not at all.
 
-    Other files in the folder stay. A collective: all ranks gather, rank 0 writes. `origin` is
-    written beside it.
+    Other files in the folder are kept. A collective: all ranks gather, rank 0 writes. `origin` is
+    written to a file in the folder.
     """
     skeleton = skeleton_of(config)
     weights = exported_weights(skeleton, saved_tensors(model), whole, source_dtype(config))
@@ -47,11 +48,11 @@ def save_trained(
 
 
 def skeleton_of(config: ModelConfig) -> PreTrainedModel:
-    """The policy without storage for its weights, adapters included.
+    """Builds the policy, with adapters, without storage for its weights.
 
-    It has the names, the shapes and the unchanged config. Of a checkpoint that has towers for
-    images or sound beside a language model, it is the language model. Raises OSError or ValueError
-    where there is no such model.
+    It has the names, the shapes and the unchanged config of the source. If that has towers for
+    images or sound beside a language model, the skeleton is that of the language model. Raises
+    OSError or ValueError if there is no such model.
     """
     source = AutoConfig.from_pretrained(
         config.path, trust_remote_code=config.trust_remote_code, **config.architecture
@@ -62,7 +63,7 @@ def skeleton_of(config: ModelConfig) -> PreTrainedModel:
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, layer by layer, a tied one under its first name only."""
+    """Parameters and persistent buffers, layer by layer. Tied ones have their first name only."""
     first_names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     return {
         name: value
@@ -76,8 +77,8 @@ def exported_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and whole tensors as in a published checkpoint of `skeleton`, adapters merged.
 
-    `read` gives the tensor of a value of `tensors`, whose keys are those of `saved_tensors`.
-    Parameters are rounded to `dtype` where it is given; buffers stay as they are.
+    `tensors` has the keys of `saved_tensors`; `read` turns one of its values into a tensor.
+    Parameters are rounded to `dtype` if it is given; buffers stay as they are.
     """
     plain = base_model(skeleton)
     buffers = {name for name, _ in plain.named_buffers()}
@@ -91,7 +92,7 @@ def exported_weights(
 
 
 def on_host(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor in host memory of its own: parts of one tensor are not written twice."""
+    """Copies each tensor to host memory of its own, so that shared storage is not written twice."""
     for name, tensor in weights:
         yield name, tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
@@ -105,7 +106,7 @@ def write_folder(
 ) -> None:
     """Writes model, tokenizer and `origin` to the folder `path`, whole or not at all.
 
-    Other files in the folder stay.
+    Other files in the folder are kept.
     """
     target = Path(path).absolute()
     dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
@@ -118,23 +119,24 @@ def write_folder(
         copy_companions(config, folder)
         tokenizer.save_pretrained(folder)
         (folder / ORIGIN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        for file in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
+        # safetensors makes its files readable by the owner only
+        for file in folder.glob("*.safetensors"):
             file.chmod((folder / "config.json").stat().st_mode)
 
 
 def write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
-    """Writes config.json: the source's, and what its weights here are."""
+    """Writes config.json: that of the source, with the dtype of the weights in this folder."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     model.config.save_pretrained(folder)
 
 
 def copy_companions(config: ModelConfig, folder: Path) -> None:
-    """Copies what belongs to a model beside its weights, config and tokenizer.
+    """Copies the other files of the source to `folder`, which must have a config.json.
 
-    It goes into `folder`, which has a config.json. That is generation_config.json (sampling, every
-    id that ends a turn) byte for byte, because transformers refuses to write some that it reads;
-    and the Python files of a model with code of its own, to which the config then refers.
+    They are generation_config.json (sampling, all ids that end a turn), and the Python files of a
+    model with code of its own, to which the config is made to refer. The former is copied byte for
+    byte, because transformers refuses to write some contents that it reads.
     """
     source = source_file(config, "config.json")
     assert source is not None, "the config was read from there"
@@ -155,7 +157,7 @@ def copy_companions(config: ModelConfig, folder: Path) -> None:
 def source_file(config: ModelConfig, name: str) -> Path | None:
     """The file `name` of the source, None if the source has none.
 
-    Of a model of the hub it is the cached file.
+    For a model of the hub it is the cached file.
     """
     found = cached_file(config.path, name, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
@@ -164,7 +166,7 @@ def source_file(config: ModelConfig, name: str) -> Path | None:
 def source_dtype(config: ModelConfig) -> torch.dtype | None:
     """The dtype that the config of the source states, or else that of its first weights.
 
-    None where neither says.
+    None if neither states one.
     """
     source: Any = AutoConfig.from_pretrained(
         config.path, trust_remote_code=config.trust_remote_code

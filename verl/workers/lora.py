@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT, and the weights they amount to."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by PEFT, and their merging into the weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -18,8 +18,8 @@ VALUE_HEAD = "score"
 def add_adapters(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     """Freezes `model` and adds trained adapters at `target_modules`.
 
-    A value head is new and stays trained as well. Raises ConfigError for adapters that could not be
-    merged into plain weights, and for a value head of another name.
+    A value head is new, so it is trained as well. Raises ConfigError for adapters that could not be
+    merged into plain weights, and for a value head with an unexpected name.
     """
     lora = LoraConfig(
         r=config.lora_rank,
@@ -50,12 +50,12 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The Hugging Face model within."""
+    """The Hugging Face model without PEFT's wrapper."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def scaling(model: PreTrainedModel) -> float:
-    """What the product of the two adapter matrices is multiplied with; 0 without adapters."""
+    """The factor of the product of the two adapter matrices; 0 without adapters."""
     if not isinstance(model, PeftModel):
         return 0.0
     lora = cast(LoraConfig, model.peft_config["default"])
@@ -63,14 +63,17 @@ def scaling(model: PreTrainedModel) -> float:
 
 
 def plain_name(name: str) -> str | None:
-    """The Hugging Face name of a parameter, None of an adapter's."""
+    """The Hugging Face name of a parameter, None for that of an adapter."""
     return None if ".lora_" in name else name.removeprefix(PREFIX).replace(BASE, "")
 
 
 def merged(
     parameters: Mapping[str, Any], scale: float, whole: Callable[[Any], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face names and `whole` tensors, adapters added to their weights: W + scale * B A."""
+    """Hugging Face names and whole tensors, with adapters merged: W + scale * B A.
+
+    `whole` gathers a parameter.
+    """
     for name, value in parameters.items():
         if (plain := plain_name(name)) is None:
             continue

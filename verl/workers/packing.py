@@ -1,8 +1,8 @@
-"""Whether trajectories may share a forward pass of a model: decided by trying it.
+"""A probe that decides whether trajectories may share a forward pass of a model.
 
-Most families keep packed rows apart. Recurrent layers carry one row's state into the next, some
-attention looks past the borders, some kinds of RoPE depend on the longest row; nothing in a
-configuration says so reliably.
+In most families packed rows do not affect each other. But recurrent layers carry the state of one
+row into the next, some attention crosses the borders of rows, and some kinds of RoPE depend on the
+longest row. Configurations do not say so reliably, so it is tried.
 """
 
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ from verl.workers.shallow import (
 )
 
 BOUND = 1e-3
-"""Largest difference of a log-prob or value, in float32, that passes for rounding."""
+"""Largest difference of a log-prob or value, in float32, that counts as rounding."""
 LENGTHS = (11, 29, 17)
-"""Tokens of the rows of a probe: the short ones stand before and behind a longer one."""
+"""Tokens of each row of a probe: there are short rows before and after a longer one."""
 PROMPT = 3
 OTHERS = ("sdpa", "eager")
-"""Implementations of transformers that are tried, a row at a time, where the chosen one does not
-do."""
+"""Attention implementations of transformers that are tried, one row at a time, if the chosen one
+does not work."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Packing:
     packs: bool
     """Whether rows may share a forward pass; otherwise each passes alone."""
     gap: float = 0.0
-    """How far this way is from the model's plain forward pass of each row: nats, or units of the
+    """Largest difference from the model's plain forward pass of each row, in nats or units of the
     value."""
     reason: str = ""
-    """What was tried before, and how far off it was."""
+    """What was tried before, and how large its differences were."""
 
 
 def packing_of(
     config: ModelConfig, head: Head, on_gpu: bool, dtype: torch.dtype, longest: int | None = None
 ) -> Packing:
-    """How rows of this model go through it. `longest`: most tokens of a row, where that is known.
+    """Decides how rows of this model go through it. `longest`: most tokens of a row, if known.
 
-    `pack_rows`, where it is set, is taken at its word. Raises ConfigError for a model that is not
-    causal, or cannot be run the way that training runs models.
+    If `pack_rows` is set, it is not checked. Raises ConfigError for a model that is not causal, or
+    that cannot be run in the way in which training runs models.
     """
     hf_config = AutoConfig.from_pretrained(
         config.path, trust_remote_code=config.trust_remote_code, **config.architecture
@@ -86,7 +86,7 @@ def packing_of(
 
 
 class Probe:
-    """A shallow random copy of a model, with rows and what its plain forward pass makes of each."""
+    """A shallow random copy of a model, and rows to compare its forward passes on."""
 
     def __init__(
         self,
@@ -106,13 +106,13 @@ class Probe:
 
     @torch.no_grad()
     def decide(self, attention: str, also: Sequence[str] = OTHERS) -> Packing | str:
-        """The first way that gives what the plain forward pass gives, or why there is none.
+        """The first way with the results of the plain forward pass, or why there is none.
 
-        Packed ways are tried before rows alone.
+        Packed rows are tried before rows that pass alone.
         """
         try:
             if self.model._can_set_attn_implementation():
-                _use(self.model, "eager")  # it can do all that a family asks for
+                _use(self.model, "eager")  # it supports everything that families need
             if not self._is_causal():
                 return "is not causal: its states depend on what comes after (an encoder?)"
             truth = self._plain()
@@ -139,7 +139,7 @@ class Probe:
         return f"cannot be trained here: {'; '.join(seen)}, against its plain forward pass"
 
     def _gap(self, attention: str, packs: bool, truth: torch.Tensor) -> float | str:
-        """How far this way is from the truth, or the error in which it ends."""
+        """The largest difference of this way from `truth`, or the error that it raises."""
         try:
             _use(self.model, attention)
             if packs:
@@ -150,13 +150,13 @@ class Probe:
             return _first_line(error)
 
     def _ours(self, rows: DataProto) -> torch.Tensor:
-        """[b, R] by the forward pass of training."""
+        """Log-probs or values [b, R], by the forward pass of training."""
         if self.head == "value":
             return forward_values(self.model, rows)
         return forward_log_probs(self.model, rows, 1.0, with_entropy=False)[0]
 
     def _plain(self) -> torch.Tensor:
-        """[b, R] by the model's own forward pass, a row at a time, with its tokens alone."""
+        """Log-probs or values [b, R], by the model's own forward pass of each row alone."""
         result = torch.zeros(self.rows.batch["responses"].shape)
         for place, length in enumerate(LENGTHS):
             ids = torch.cat(
@@ -171,7 +171,7 @@ class Probe:
         return result
 
     def _is_causal(self) -> bool:
-        """Whether the states of a row stay the same when its last tokens are others."""
+        """Whether the states of a row do not change when its last tokens do."""
         ids = torch.cat([self.rows.batch["prompts"][1], self.rows.batch["responses"][1]])[None]
         others = ids.clone()
         others[:, -WINDOW:] = ids[:, :WINDOW]
@@ -183,9 +183,9 @@ class Probe:
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
-    """Lets dynamic RoPE depend on the present rows alone.
+    """Makes dynamic RoPE depend on the present rows only.
 
-    transformers keeps the frequencies of the longest row so far.
+    By itself, transformers keeps the frequencies of the longest row so far.
     """
 
     def reset(module: Any, _: object) -> None:
@@ -201,9 +201,8 @@ def _ragged_rows(vocab: int) -> DataProto:
     """Rows of `LENGTHS` random tokens below `vocab`, trained on all but their prompts."""
     generator = torch.Generator().manual_seed(0)
     width = max(LENGTHS) - PROMPT
-    real = torch.tensor(
-        [[int(place < length - PROMPT) for place in range(width)] for length in LENGTHS]
-    )
+    response_lengths = torch.tensor(LENGTHS) - PROMPT
+    real = (torch.arange(width) < response_lengths[:, None]).long()
     tokens = torch.randint(2, vocab, (len(LENGTHS), PROMPT + width), generator=generator)
     return DataProto.from_dict(
         {
@@ -218,9 +217,10 @@ def _ragged_rows(vocab: int) -> DataProto:
 
 
 def _on_cpu(attention: str, config: PretrainedConfig) -> str:
-    """What stands for an implementation on the CPU: kernels of a GPU do the same as `PACKED`.
+    """The implementation that represents `attention` on the CPU.
 
-    They also cap attention scores (Gemma 2), which `PACKED` cannot and eager attention can.
+    It is `PACKED` for kernels of a GPU, which compute the same. But they can also cap attention
+    scores (Gemma 2), which `PACKED` cannot; then it is eager attention.
     """
     if not attention.startswith("flash"):
         return attention

@@ -12,19 +12,19 @@ from verl.workers.update import INPUTS, Budget, map_micro_batches
 
 
 class ReferenceWorker(Worker):
-    """One rank of the reference. Made only when a KL term uses it."""
+    """One rank of the reference. There is one only if a KL is computed."""
 
     def __init__(self, model: ModelConfig, config: RefConfig, temperature: float) -> None:
         super().__init__()
         self.config = config
         self.temperature = temperature
-        # adapters begin as nothing: the weights below them are it
+        # new adapters change nothing, so the reference is the model without them
         plain = model.model_copy(update={"lora_rank": 0})
         self.model = build_model(plain, "lm", config.fsdp_config, self.mesh).requires_grad_(False)
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
-        """ref_log_prob [B, R], at the sampling temperature."""
+        """Computes `ref_log_prob` [B, R] at the sampling temperature."""
         config = self.config
         budget = Budget.of(
             self.model,

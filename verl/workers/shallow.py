@@ -1,8 +1,8 @@
 """A shallow random copy of a model, built in about a second.
 
-It has the model's real configuration with few layers and narrow MLPs. What such a copy does is
-decided by structure alone: which layers there are, how they attend, which arguments reach them.
-Widths of attention stay real, because families derive other sizes from them.
+It has the model's real configuration, but few layers and narrow MLPs. Whether rows affect each
+other depends only on structure: on the kinds of layers, their attention and the arguments that they
+get. The widths of attention are the real ones, because families derive other sizes from them.
 """
 
 from typing import Any, Literal
@@ -23,7 +23,7 @@ EXPERTS = 8
 WINDOW = 8
 """Window of sliding and chunked attention, in tokens."""
 ROPE_LIMIT = 14
-"""Tokens from which RoPE is stretched: between the rows of a probe."""
+"""Tokens from which on RoPE is stretched. Some rows of a probe are shorter, some longer."""
 MLP_KEYS = (
     "intermediate_size",
     "moe_intermediate_size",
@@ -50,9 +50,9 @@ def shallow_model(
 ) -> PreTrainedModel:
     """A random float32 model on the CPU with the layer types of `config`.
 
-    It is the same in every process. `stretched_rope`: rows may be so long that RoPE of the kinds
-    `LENGTH_DEPENDENT` is stretched. Raises whatever transformers raises for a configuration that it
-    cannot build.
+    It is the same in every process. `stretched_rope`: whether rows may be so long that RoPE of the
+    kinds `LENGTH_DEPENDENT` is stretched. Raises whatever transformers raises for a configuration
+    that it cannot build.
     """
     kept = _layers_to_keep(config, head, trust_remote_code)
     shrunk = shallow_config(config, kept, stretched_rope)
@@ -82,7 +82,7 @@ def shallow_config(
                 continue
             if getattr(config, key) is text:
                 _shrink(sub, text, layers)
-            else:  # towers for images or sound: built, and not run
+            else:  # towers for images or sound, which are built but not run
                 _shrink(sub, getattr(config, key), 1)
     shrunk = type(config).from_dict(entries)
     if stretched_rope and rope_kinds(config) & set(LENGTH_DEPENDENT):
@@ -93,14 +93,14 @@ def shallow_config(
 
 
 def rope_kinds(config: PretrainedConfig) -> set[str]:
-    """The kinds of RoPE of a configuration: of all layers, or of each layer type."""
+    """The kinds of RoPE in a configuration, which has one for all layers or one per layer type."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return {entry["rope_type"] for entry in (nested or [parameters]) if "rope_type" in entry}
 
 
 def rope_limit(config: PretrainedConfig) -> int:
-    """Tokens up to which RoPE of the kinds `LENGTH_DEPENDENT` is not stretched."""
+    """The most tokens for which RoPE of the kinds `LENGTH_DEPENDENT` is not stretched."""
     text = config.get_text_config()
     parameters = text.rope_parameters
     nested = [value for value in parameters.values() if isinstance(value, dict)]
@@ -118,9 +118,9 @@ def _build(config: PretrainedConfig, head: Head, trust_remote_code: bool) -> Pre
 
 
 def _layers_to_keep(config: PretrainedConfig, head: Head, trust_remote_code: bool) -> int:
-    """The shortest run of first layers in which every kind of layer occurs, `MOST_LAYERS` at most.
+    """How many first layers contain every kind of layer, `MOST_LAYERS` at most.
 
-    The real model is built without storage for it, so that no list of families is needed.
+    The real model is built without storage to find out, so that no list of families is needed.
     """
     number = config.get_text_config().num_hidden_layers
     with torch.device("meta"):
@@ -139,25 +139,26 @@ def _layers_to_keep(config: PretrainedConfig, head: Head, trust_remote_code: boo
 
 
 def _kind(layer: torch.nn.Module) -> tuple[Any, ...]:
-    """What tells one layer from another: its modules, their shapes and their settings.
+    """The kind of a layer: its modules, with their shapes and settings.
 
-    Its index among the layers does not count.
+    The index of the layer is not part of it.
     """
     parts: list[Any] = []
     for name, module in layer.named_modules():
-        settings = tuple(
-            (key, value)
-            for key, value in sorted(vars(module).items())
-            if isinstance(value, (bool, int, float, str))
-            and not any(part in key for part in ("idx", "layer_id"))
-        )
+        settings = tuple(item for item in sorted(vars(module).items()) if _is_setting(*item))
         parts.append((name, type(module).__name__, settings))
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
     return (*parts, shapes)
 
 
+def _is_setting(name: str, value: object) -> bool:
+    """Whether an attribute of a module is a plain value other than the index of its layer."""
+    is_index = "idx" in name or "layer_id" in name
+    return isinstance(value, (bool, int, float, str)) and not is_index
+
+
 def _shrink(entries: Entries, config: PretrainedConfig, layers: int) -> None:
-    """Changes `entries`, the dictionary of `config`, in place."""
+    """Reduces the sizes in `entries`, the dictionary of `config`, in place."""
 
     def key_of(name: str) -> str:
         return config.attribute_map.get(name, name)
@@ -187,7 +188,7 @@ def _cap(entries: Entries, keys: tuple[str, ...], most: int) -> None:
 
 
 def _shorten_rope(text: PretrainedConfig) -> None:
-    """Lets RoPE be stretched at `ROPE_LIMIT` tokens already."""
+    """Makes RoPE be stretched from `ROPE_LIMIT` tokens on."""
     text.max_position_embeddings = ROPE_LIMIT
     if hasattr(text, "original_max_position_embeddings"):
         text.original_max_position_embeddings = ROPE_LIMIT
@@ -199,9 +200,9 @@ def _shorten_rope(text: PretrainedConfig) -> None:
 
 @torch.no_grad()
 def _randomize(model: torch.nn.Module) -> None:
-    """Gives weights that keep activations near 1.
+    """Sets random weights that keep activations near 1.
 
-    What leaks from one row into another is then not lost in rounding.
+    Otherwise an effect of one row on another could be lost in rounding.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():

@@ -7,10 +7,10 @@ from verl.workers.fsdp_model import TrainState
 
 
 class TrainedWorker(Worker):
-    """One rank of a trained role: how its state is kept and changed from outside an update."""
+    """One rank of a trained role: saves, loads and changes its training state."""
 
     def set_state(self, state: TrainState) -> None:
-        """Takes what is trained. A collective."""
+        """Sets the training state, and makes its checkpointer. A collective."""
         self.state = state
         self.checkpointer = Checkpointer(state)
 
@@ -22,7 +22,7 @@ class TrainedWorker(Worker):
     def save_checkpoint(self, path: str, asynchronous: bool = False) -> None:
         """Writes the training state, with `asynchronous` in the background.
 
-        It is then complete after `finish_checkpoint`.
+        In the background it is complete only after `finish_checkpoint`.
         """
         self.checkpointer.save(path, asynchronous)
 

@@ -1,8 +1,8 @@
 """The optimizer steps that actor and critic share.
 
-Losses are divided by the counts of the whole mini-batch, over micro-batches and ranks, so the
-gradient depends on neither. Collectives must match, so ranks with fewer micro-batches run empty
-ones, and skipping is decided jointly.
+Losses are divided by counts of the whole mini-batch, over all micro-batches and ranks, so the
+gradient depends on neither. All ranks must run the same collectives, so ranks with fewer
+micro-batches run empty ones, and all decide together whether a step is skipped.
 """
 
 import math
@@ -25,36 +25,36 @@ Metrics = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Counts:
-    """What the rows of a mini-batch on all ranks train on."""
+    """Trained tokens and trajectories of a mini-batch, over all ranks."""
 
     num_tokens: int
     num_seqs: int
-    """Trajectories with a trained token: one that a loss filter has emptied does not count."""
+    """Trajectories with a trained token. One whose mask a loss filter has cleared has none."""
 
 
 LossFn = Callable[[DataProto, Counts], tuple[torch.Tensor, Metrics]]
-"""Gives the share of a micro-batch of the mini-batch's loss, and its share of the metrics.
+"""From a micro-batch to its share of the mini-batch's loss and metrics.
 
-Both sum to the whole."""
+The shares of all micro-batches add up to those of the mini-batch."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one forward pass may hold. A row with more tokens than that passes alone."""
+    """The limits of one forward pass. A row with more than `max_tokens` passes alone."""
 
     max_tokens: int
     max_rows: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, max_tokens: int, max_rows: int | None = None) -> "Budget":
-        """One row where the rows of this model may not share a pass (`packing.py`)."""
+        """A budget of one row if the rows of this model may not share a pass (`packing.py`)."""
         return cls(max_tokens, max_rows if getattr(model, "packs_rows", True) else 1)
 
 
 def micro_batches(lengths: list[int], budget: Budget, at_least: int = 1) -> list[list[int]]:
     """Positions of `lengths` in the fewest parts of nearly equal sums that fit the budget.
 
-    There are `at_least` so many parts; with fewer rows than parts the last ones are empty.
+    There are `at_least` parts or more. With fewer rows than parts the last parts are empty.
     """
     max_rows = budget.max_rows or max(1, len(lengths))
     number = max(
@@ -76,7 +76,7 @@ def micro_batches(lengths: list[int], budget: Budget, at_least: int = 1) -> list
 def empty_rows(data: DataProto) -> DataProto:
     """One row without a trained token, with the columns of `data`.
 
-    Its pass keeps a rank in step with the others.
+    A rank without rows runs it to take part in the collectives of the others.
     """
     columns = {
         k: torch.zeros((1, *v.shape[1:]), dtype=v.dtype, device=v.device)
@@ -89,29 +89,29 @@ def empty_rows(data: DataProto) -> DataProto:
 
 
 def reduce_sum(values: list[float], device: torch.device) -> list[float]:
-    """Sums over all ranks, in float64."""
+    """The sum of each value over all ranks, in float64. A collective."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
 
 
 def reduce_max(value: float, device: torch.device) -> float:
-    """Largest value of all ranks."""
+    """The largest value of all ranks. A collective."""
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total, op=dist.ReduceOp.MAX)
     return total.item()
 
 
 def run_micro_batches(data: DataProto, budget: Budget, device: torch.device) -> list[DataProto]:
-    """`micro_batches` of the rows, as many as on every other rank.
+    """Divides the rows into micro-batches, the same number on every rank. A collective.
 
-    Some are `empty_rows` where this rank has too few rows.
+    Some of them are `empty_rows` if this rank has too few rows.
     """
     lengths = data.batch["attention_mask"].sum(1).tolist()
     parts = micro_batches(lengths, budget)
     number = 0
     most = int(reduce_max(len(parts), device))
-    # a split into exactly `most` parts may not fit, and a larger one of any rank counts for all
+    # a division into `most` parts may not fit, and then all ranks take the larger number
     while most > number:
         number = most
         if len(parts) < number:
@@ -126,9 +126,9 @@ def map_micro_batches(
     device: torch.device,
     forward: Callable[[DataProto], torch.Tensor],
 ) -> torch.Tensor:
-    """`forward` [b, R] over micro-batches, without gradient.
+    """Runs `forward` over micro-batches without gradient.
 
-    Returns [B, R] on the CPU, in the order of `data`.
+    `forward` gives [b, R]; the result is [B, R], on the CPU and in the order of `data`.
     """
     rows = data.select(INPUTS).to(device)
     rows = rows.with_tensors(position=torch.arange(len(rows), device=device))
@@ -153,11 +153,11 @@ def update_mini_batches(
 ) -> dict[str, float]:
     """Takes one optimizer step per mini-batch and epoch; metrics are averaged over the steps.
 
-    `column` assigns the rows to mini-batches; `meta_info["num_mini_batches"][column]` says how many
-    there are, because a rank may hold no row of one. Rows without a trained token take no part, and
-    a mini-batch without such a token takes no step. `lr`: the learning rate of these steps.
-    `optimizer_steps`: steps taken. `skipped_steps`: steps given up because loss or gradient was not
-    finite.
+    `column` assigns the rows to mini-batches. `meta_info["num_mini_batches"][column]` says how many
+    there are, because a rank may have no row of one. Rows without a trained token are left out, and
+    a mini-batch without a trained token takes no step. Metrics beside those of `loss_fn`: `lr`, the
+    learning rate of these steps; `optimizer_steps`, the steps taken; `skipped_steps`, the steps
+    skipped because loss or gradient was not finite.
     """
     device = data.batch[column].device
     has_tokens = data.batch["response_mask"].bool().any(1)
@@ -172,7 +172,7 @@ def update_mini_batches(
             totals: dict[str, float] = {}
             for part in run_micro_batches(rows, budget, device):
                 loss, metrics = loss_fn(part, counts)
-                # FSDP averages gradients over ranks, and the loss is the global one already
+                # FSDP averages gradients over ranks, but these losses must be summed over them
                 (loss * dist.get_world_size()).backward()
                 add(totals, {"loss": loss.detach(), **metrics})
             steps.append(optimizer_step(state, totals, grad_clip, device))
@@ -185,14 +185,16 @@ def update_mini_batches(
 def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     """The metrics of all steps: means of their finite values, and how many steps there were."""
     names = steps[0] if steps else ()
-    metrics = {name: _mean([step[name] for step in steps]) for name in names}
+    metrics: dict[str, float] = {}
+    for name in names:
+        metrics[name] = _mean([step[name] for step in steps])
     metrics["skipped_steps"] = sum(step["skipped_steps"] for step in steps)
     metrics["optimizer_steps"] = len(steps) - metrics["skipped_steps"]
     return metrics
 
 
 def count_trained(rows: DataProto, device: torch.device) -> Counts:
-    """Trained tokens, and trajectories with at least one, in the rows of all ranks."""
+    """Counts trained tokens, and trajectories with one, in the rows of all ranks. A collective."""
     mask = rows.batch["response_mask"].bool()
     num_tokens, num_seqs = reduce_sum([float(mask.sum()), float(mask.any(1).sum())], device)
     return Counts(round(num_tokens), round(num_seqs))
@@ -207,7 +209,7 @@ def add(totals: dict[str, float], values: Metrics) -> None:
 def optimizer_step(
     state: TrainState, totals: dict[str, float], grad_clip: float, device: torch.device
 ) -> dict[str, float]:
-    """Steps with the gradients that are there, unless loss or gradient is not finite on any rank.
+    """Takes a step with the accumulated gradients, unless loss or gradient is not finite.
 
     `totals`: this rank's loss and metrics. Returns their sums over all ranks, `grad_norm`, and
     `skipped_steps`, 1 or 0.
@@ -217,7 +219,7 @@ def optimizer_step(
     names = sorted(totals)
     sums = reduce_sum([totals[name] for name in names], device)
     figures = dict(zip(names, sums, strict=True))
-    # both are the same number on every rank, so that all ranks decide alike
+    # both numbers are the same on every rank, so that all ranks decide alike
     finite = math.isfinite(norm) and math.isfinite(figures["loss"])
     if finite:
         state.optimizer.step()

@@ -1,4 +1,4 @@
-"""Rewards and advantages of a batch, by the functions of core_algos."""
+"""Rewards and advantages of a batch, computed by the functions of core_algos."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,10 +30,10 @@ def build_kl_controller(config: AlgorithmConfig) -> KLController:
 def restore_kl(
     controller: KLController, config: AlgorithmConfig, saved: Mapping[str, Any], value: float
 ) -> None:
-    """Lets an adaptive coefficient go on from `value`, unless its start was configured anew.
+    """Sets an adaptive coefficient to the saved `value`, unless its configured start has changed.
 
-    `saved` is the `kl_ctrl` that the value was reached with. A fixed coefficient is what is
-    configured.
+    `saved` is the `kl_ctrl` section with which the value was reached. A fixed coefficient stays as
+    it is configured.
     """
     ctrl = config.kl_ctrl
     same_start = ctrl.type == saved["type"] and ctrl.kl_coef == saved["kl_coef"]
@@ -44,10 +44,10 @@ def restore_kl(
 def apply_kl_penalty(
     data: DataProto, config: AlgorithmConfig, controller: KLController
 ) -> tuple[DataProto, dict[str, float]]:
-    """The batch with `token_level_rewards`, and the metrics of the KL in the reward.
+    """Adds `token_level_rewards`; returns the batch and the metrics of the KL in the reward.
 
-    Rewards are the scores, minus the KL to the reference with `use_kl_in_reward`; then `controller`
-    moves its coefficient.
+    Rewards are the scores. With `use_kl_in_reward` the KL to the reference is subtracted, and then
+    `controller` moves its coefficient.
     """
     batch = data.batch
     scores = batch["token_level_scores"]
@@ -68,9 +68,9 @@ def apply_kl_penalty(
 def compute_advantage(
     data: DataProto, config: AlgorithmConfig
 ) -> tuple[DataProto, dict[str, float]]:
-    """`advantages` and `returns` of the batch, by `adv_estimator`.
+    """The batch with `advantages` and `returns` by `adv_estimator`, and a metric.
 
-    The metric is the share of trajectories that teach anything.
+    The metric is the share of trajectories whose advantages are not all 0.
     """
     batch = data.batch
     # an estimator that needs one of these fails where the batch lacks it

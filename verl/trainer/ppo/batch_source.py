@@ -1,4 +1,4 @@
-"""From prompts to the batch of a training step: rolled out, scored, filtered, laid out."""
+"""Makes the batch of a training step: rolls out prompts, scores, filters and lays out rows."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,11 +27,11 @@ class Rollouts:
 
     jobs: list[Job] = field(default_factory=list)
     trajectories: list[Trajectory] = field(default_factory=list)
-    """Those to train on, each with its job."""
+    """The trajectories to train on, one for each of `jobs`."""
     num_batches: int = 0
     results: list[Trajectory | Failure] = field(default_factory=list)
     surviving: list[Trajectory] = field(default_factory=list)
-    """Those that could be trained on, also where dynamic sampling leaves them out."""
+    """All that could be trained on, including those that dynamic sampling leaves out."""
     dropped: Counter[str] = field(default_factory=Counter)
 
     def add(
@@ -48,7 +48,7 @@ class Rollouts:
 
     @property
     def num_groups(self) -> int:
-        """Prompts whose trajectories are to be trained on."""
+        """The number of prompts whose trajectories are to be trained on."""
         return len({job.uid for job in self.jobs})
 
     def metrics(self) -> dict[str, float]:
@@ -61,7 +61,7 @@ class Rollouts:
         }
 
     def nothing_left(self, filters: FilterGroupsConfig) -> str:
-        """Why no trajectory is left to train on, and what to do."""
+        """A message: why no trajectory is left to train on, and what to do."""
         if not self.surviving:
             counts = {**self.metrics(), "rollout/drawn": float(len(self.results))}
             listed = ", ".join(
@@ -99,10 +99,10 @@ class BatchSource:
         self.min_group = 2 if config.uses_groups else 1
 
     def roll_out(self, steps_left: int) -> Rollouts:
-        """Waits for the trajectories of a step, scored, and drops what cannot be trained on.
+        """Waits for the scored trajectories of a step, and drops what cannot be trained on.
 
-        With `algorithm.filter_groups` further batches are drawn until enough groups teach
-        something. `steps_left`: training steps that want a batch, this one included. Raises
+        With `algorithm.filter_groups` further batches are drawn until enough groups have differing
+        scores. `steps_left`: training steps that still need a batch, this one included. Raises
         NothingToLearn, RolloutFailed when too many failed, RewardError.
         """
         filters = self.config.algorithm.filter_groups
@@ -116,7 +116,7 @@ class BatchSource:
         return rollouts
 
     def _add_batch(self, rollouts: Rollouts, steps_left: int) -> None:
-        """Adds the next batch of prompts, without what failed or teaches nothing."""
+        """Adds the next batch of prompts, without failures and groups that all score the same."""
         filters = self.config.algorithm.filter_groups
         jobs, results = self.queue.next_batch(steps_left)
         results = score_groups(self.reward, jobs, results, self.min_group)
@@ -129,7 +129,7 @@ class BatchSource:
         rollouts.trajectories += trajectories
 
     def build(self, rollouts: Rollouts) -> DataProto:
-        """The batch that is trained on. Raises NothingToLearn where nothing is left for it."""
+        """Builds the batch to train on. Raises NothingToLearn when no trajectory is left."""
         config = self.config
         if not rollouts.trajectories:
             raise NothingToLearn(rollouts.nothing_left(config.algorithm.filter_groups))
@@ -143,25 +143,25 @@ class BatchSource:
         )
 
     def drain_before_sync(self) -> None:
-        """Waits for what is under way, where it may not change weights between two turns."""
+        """Waits for trajectories under way, unless they may get new weights between two turns."""
         self.queue.drain_before_sync()
 
     @property
     def epoch(self) -> int:
-        """Passes over the training questions that have been drawn whole."""
+        """The number of completed passes over the training questions."""
         return self.queue.epoch
 
     def state_dict(self) -> dict[str, int]:
-        """Where a resumed run draws its next batch."""
+        """The position in the data from which a resumed run draws its next batch."""
         return self.queue.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`; forgets what is under way."""
+        """Continues from a `state_dict`, and forgets the batches under way."""
         self.queue.load_state_dict(state)
 
 
 def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Reward components, tokens by author, and broken contexts, of which there must be none."""
+    """Reward components, tokens by author, and context violations, of which there must be none."""
     size = len(trajectories)
     metrics = {f"reward/{name}": mean for name, mean in component_means(trajectories).items()}
     for source in Source:

@@ -20,21 +20,21 @@ def build_batch(
     world_size: int,
     state_masking: bool,
 ) -> DataProto:
-    """The batch, its rows ordered by rank, with `uid`, `data_source` and a column per role.
+    """The batch, its rows ordered by rank, with `uid`, `data_source` and mini-batch columns.
 
-    `num_mini_batches` names the columns: for the actor, and for the critic where there is one, how
-    many optimizer steps the batch takes. Consecutive rows form mini-batches, so that a group stays
-    together; each mini-batch is spread over the ranks with nearly equal tokens.
-    `meta_info["rank_sizes"]` is what each rank gets. Without `state_masking` every response token
-    is trained on (the paper's ablation); this is the only place that decides it.
+    `num_mini_batches`: for the actor, and the critic if there is one, the name of its mini-batch
+    column and how many optimizer steps the batch takes. Consecutive rows form a mini-batch, so that
+    a group stays together; each mini-batch is spread over the ranks with nearly equal tokens.
+    `meta_info["rank_sizes"]` is the number of rows of each rank. Without `state_masking` every
+    response token is trained on (the paper's ablation); this is the only place that decides it.
     """
-    lengths = [len(t.prompt_ids) + sum(len(s.token_ids) for s in t.segments) for t in trajectories]
+    lengths = [len(t.prompt_ids) + t.response_length for t in trajectories]
     position = np.arange(len(lengths))
     mini_batches = {
         column: position * number // len(lengths) for column, number in num_mini_batches.items()
     }
     ranks = rows_of_ranks(lengths, list(mini_batches.values()), world_size)
-    # ordered before there is a batch, which is too large to be copied for it
+    # ordered before the batch is made, to avoid a copy of its large tensors
     order = [row for rank in ranks for row in rank]
     data = collate_trajectories([trajectories[row] for row in order], pad_token_id)
     if not state_masking:
@@ -56,11 +56,12 @@ def build_batch(
 def rows_of_ranks(
     lengths: Sequence[int], mini_batches: Sequence[np.ndarray], world_size: int
 ) -> list[list[int]]:
-    """The rows of each rank, which has nearly the same number of tokens of every mini-batch [B].
+    """The rows of each rank, with nearly the same number of tokens from every mini-batch.
 
-    Of several divisions into mini-batches (the actor's and the critic's), each piece between two
-    borders is spread, so that the mini-batches of all divisions are. Where rows do not divide
-    evenly, the parts with more rows go to another rank in each piece.
+    `mini_batches`: one division of the rows into mini-batches [B] for the actor, and one for the
+    critic. The borders of all divisions cut the batch into pieces. Each piece is spread over the
+    ranks, and so are the mini-batches, which consist of pieces. Where rows do not divide evenly,
+    another rank gets one more in each piece.
     """
     ranks: list[list[int]] = [[] for _ in range(world_size)]
     _, piece_of_row = np.unique(np.stack(mini_batches), axis=1, return_inverse=True)

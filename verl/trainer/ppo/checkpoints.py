@@ -1,5 +1,7 @@
-"""The checkpoints of a run, as its driver sees them: written in the background, named when whole,
-rolled back to."""
+"""The driver's side of checkpoints: they are written in the background, and rolled back to.
+
+A checkpoint gets its final name once it is complete.
+"""
 
 import json
 import math
@@ -17,8 +19,10 @@ ROLL_BACKS = "roll_backs.json"
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The driver's state in the checkpoint `folder`. Raises CheckpointError naming the file that
-    cannot be used."""
+    """Reads the driver's state from the checkpoint `folder`.
+
+    Raises CheckpointError naming the file that cannot be used.
+    """
     path = folder / TRAINER
     if not path.exists() and (folder / PICKLED_TRAINER).exists():
         raise CheckpointError(old_format(folder / PICKLED_TRAINER))
@@ -33,8 +37,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 class Checkpoints:
     """Saves and restores the trained roles together with the state of the driver.
 
-    A checkpoint that cannot be written (a full disk) is reported and given up: the run goes on with
-    the one before.
+    A checkpoint that cannot be written (a full disk) is reported and given up; the run goes on, and
+    the checkpoint before it stays.
     """
 
     def __init__(
@@ -46,16 +50,16 @@ class Checkpoints:
         self.roles = {name: roles[name] for name in ("actor", "critic") if name in roles}
         self.pending: int | None = None
         self.suspect_from: int | None = None
-        """The newest checkpoint before this step is kept: it is what a roll back would go to."""
+        """A roll-back would go to the newest checkpoint before this step, so that is kept."""
         self.failure: Exception | None = None
         """Why the last checkpoint was given up."""
         self.newest = 0
         self.scores: dict[int, float] = {}
         self.awaited: int | None = None
-        """The step whose score is still to come: its checkpoint is kept until then."""
+        """The step whose score is still to come. Its checkpoint is kept until then."""
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copies everything, and starts writing it; training may go on when this returns."""
+        """Copies the whole state and starts to write it. Training may go on when this returns."""
         self.complete()
         self.pending = step
         self.failure = None
@@ -65,7 +69,7 @@ class Checkpoints:
             self._give_up(self._finished() or error)
 
     def suspect(self, step: int) -> None:
-        """Keeps the newest checkpoint before `step`: a roll-back would go to it."""
+        """Keeps the newest checkpoint before `step`, because a roll-back would go to it."""
         self.suspect_from = step
 
     def await_score(self, step: int) -> None:
@@ -77,8 +81,10 @@ class Checkpoints:
         return run_folder.folder_of(self.root, step).is_dir()
 
     def snapshot(self, folder: Path, state: dict[str, Any]) -> None:
-        """Writes everything to a folder that no run resumes from by itself. Raises CheckpointError
-        or OSError."""
+        """Writes the whole state to a folder that is not resumed from automatically.
+
+        Raises CheckpointError or OSError.
+        """
         self.complete()
         self._write(folder, state, asynchronous=False)
 
@@ -90,11 +96,11 @@ class Checkpoints:
             role.save_checkpoint(str(folder / name), asynchronous)
 
     def complete(self, must_succeed: bool = False) -> None:
-        """Waits for the checkpoint under way, makes it the one to resume from, and deletes what is
-        not to be kept.
+        """Waits for the checkpoint under way, and makes it the one to resume from.
 
-        A checkpoint that failed is given up; with `must_succeed` the last one raises
-        CheckpointError or OSError.
+        Old checkpoints that need not be kept are deleted. A checkpoint that failed is given up.
+        With `must_succeed`, raises the CheckpointError or OSError of the last checkpoint if it
+        failed.
         """
         if self.pending is not None:
             self._complete(self.pending)
@@ -119,7 +125,7 @@ class Checkpoints:
             self.message(f"old checkpoints could not be deleted: {error}")
 
     def _finished(self) -> CheckpointError | None:
-        """Waits until no role writes any more; what the first to fail says."""
+        """Waits until no role is writing any more; returns the error of the first that failed."""
         errors: list[CheckpointError] = []
         for role in self.roles.values():
             try:
@@ -142,7 +148,7 @@ class Checkpoints:
             self.message(f"what was written of it could not be deleted: {error}")
 
     def score(self, step: int, metrics: dict[str, float]) -> None:
-        """Notes how good the policy of `step` is, by `trainer.best_metric`."""
+        """Records the value of `trainer.best_metric` for the policy of `step`."""
         self.awaited = None
         name = self.config.best_metric
         if name is not None and name in metrics:
@@ -150,7 +156,7 @@ class Checkpoints:
             self._rank(step)
 
     def _rank(self, step: int) -> None:
-        """Calls the checkpoint the best if it is, once it is whole and scored."""
+        """Marks the checkpoint of `step` as the best if it is complete, scored and the best."""
         name = self.config.best_metric
         if name is None or step not in self.scores or not self.exists(step):
             return
@@ -162,11 +168,10 @@ class Checkpoints:
             )
 
     def load(self, step: int) -> dict[str, Any]:
-        """Restores the roles as they were after `step`; what `save` was given as the driver's
-        state.
+        """Restores the roles as they were after `step`, and returns the saved state of the driver.
 
-        Learning rates are the configured ones; what roll-backs have multiplied them by, also since
-        then, stays.
+        Learning rates are the configured ones, multiplied by the factors of all roll-backs,
+        including those after the checkpoint was written.
         """
         folder = run_folder.folder_of(self.root, step)
         for name, role in self.roles.items():
@@ -182,27 +187,32 @@ class Checkpoints:
         return state
 
     def roll_backs(self) -> list[dict[str, float]]:
-        """What was rolled back in this run folder: `alarm` and `to` (steps), `lr_factor`."""
+        """Reads the roll-backs of this run folder: `alarm` and `to` (steps), `lr_factor`."""
         path = self.root / ROLL_BACKS
         return json.loads(path.read_text()) if path.exists() else []
 
     def rewind(self, alarm: int, lr_factor: float) -> int | None:
-        """The newest checkpoint before `suspect_from`, now the one to resume from; None if there is
-        none."""
+        """Makes the newest checkpoint before `suspect_from` the one to resume from.
+
+        Returns its step, or None if there is no such checkpoint.
+        """
         self.complete()
         step = self._healthy()
         if step is None:
             return None
         self.scores = {scored: value for scored, value in self.scores.items() if scored <= step}
         entries = [*self.roll_backs(), {"alarm": alarm, "to": step, "lr_factor": lr_factor}]
-        # first: a crash in between costs the factor, not a factor too many
+        # in this order, so that a crash in between loses the factor and does not apply it twice
         run_folder.name_latest(self.root, step)
         run_folder.write_atomically(self.root / ROLL_BACKS, json.dumps(entries))
         return step
 
     def _healthy(self) -> int | None:
-        """Where a roll back would go to: to none that an earlier one gave up, training may have
-        come by without replacing it."""
+        """The step that a roll-back would go to, None if there is none.
+
+        Checkpoints that an earlier roll-back gave up do not count. They may still be there, because
+        training may have passed their steps without replacing them.
+        """
         if self.suspect_from is None:
             return None
         found = [
@@ -217,5 +227,5 @@ class Checkpoints:
         return any(entry["to"] < step for entry in self._rolled_back_since(state))
 
     def _rolled_back_since(self, state: dict[str, Any]) -> list[dict[str, float]]:
-        """The roll-backs that a checkpoint with this state has not seen."""
+        """The roll-backs that happened after a checkpoint with this state was written."""
         return self.roll_backs()[state["roll_backs"] :]

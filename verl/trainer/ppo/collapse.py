@@ -1,5 +1,7 @@
-"""Collapse watch: tells from the metrics of training steps that a policy falls apart, before its
-reward tells."""
+"""The collapse watch: it detects that a policy collapses, from the metrics of training steps.
+
+It does so before the reward falls.
+"""
 
 import json
 import math
@@ -20,8 +22,10 @@ class TrainingCollapsed(RuntimeError):
 
 
 class Bound(Config):
-    """What a metric of a healthy run does not do. Every limit given counts; it must be finite in
-    any case."""
+    """Limits that a metric of a healthy run does not pass.
+
+    All limits that are given count. A value that is not finite is always out of bounds.
+    """
 
     below: float | None = None
     """Fall below this."""
@@ -32,7 +36,7 @@ class Bound(Config):
     rises_to: float | None = Field(default=None, gt=1)
     """Rise above this multiple of its reference."""
     falls_by: PositiveFloat | None = None
-    """Fall by more than this from its reference; for what can be negative."""
+    """Fall by more than this from its reference; for metrics that can be negative."""
 
     @model_validator(mode="after")
     def _limits_something(self) -> "Bound":
@@ -41,10 +45,10 @@ class Bound(Config):
         return self
 
     def broken(self, value: float, reference: float | None) -> str | None:
-        """The limit that `value` is out of, in words; None within bounds.
+        """The limit that `value` passes, in words; None if it is within bounds.
 
-        Without a reference (too little history) only `below` and `above` count; shares and
-        multiples of a reference that is not positive mean nothing, and do not either.
+        Without a reference (too little history) only `below` and `above` count. With a reference
+        that is not positive, `falls_to` and `rises_to` have no meaning and do not count.
         """
         if not math.isfinite(value):
             return "is not finite"
@@ -64,8 +68,11 @@ class Bound(Config):
 
 
 class CollapseWatchConfig(Config):
-    """Collapse shows in several signals at once, before it shows in the reward: one alone does not
-    raise an alarm."""
+    """When an alarm is raised, and what happens then.
+
+    A collapse shows in several signals at once before it shows in the reward, so one signal alone
+    raises no alarm.
+    """
 
     signals: dict[str, Bound | None] = {}
     """Metrics of a training step and their bounds (below, above: values; falls_to, rises_to:
@@ -73,19 +80,19 @@ class CollapseWatchConfig(Config):
     min_signals: PositiveInt = 2
     """Signals that must be out of bounds in one step."""
     patience: PositiveInt = 3
-    """Such steps in a row that raise an alarm, and healthy ones in a row before there can be
-    another."""
+    """The number of such steps in a row that raises an alarm; also the number of healthy steps in a
+    row before there can be another alarm."""
     min_history: PositiveInt = 1
     """Healthy values a signal needs before it has a reference."""
     window: PositiveInt = 20
-    """The reference is the median of so many last healthy values."""
+    """The reference is the median of this many last healthy values."""
     response: Literal["continue", "stop", "roll_back"] = "continue"
     """On an alarm, after its message and a snapshot: go on; end the run; or restore the newest
     healthy checkpoint."""
     lr_factor: float = Field(default=0.5, gt=0, le=1)
-    """What roll_back multiplies the learning rates by."""
+    """The factor by which roll_back multiplies the learning rates."""
     max_roll_backs: PositiveInt = 3
-    """The alarm after so many of them stops the run."""
+    """After this many roll-backs the next alarm stops the run."""
 
     @property
     def active(self) -> dict[str, Bound]:
@@ -107,14 +114,14 @@ class Signal:
 
 @dataclass(frozen=True)
 class Alarm:
-    """A collapse: the signals that are out of bounds, the one that left them first at the head."""
+    """A collapse: the signals that are out of bounds, in the order in which they left them."""
 
     step: int
     signals: tuple[Signal, ...]
 
     @property
     def since(self) -> int:
-        """The step in which the first signal moved."""
+        """The step in which the first signal left its bounds."""
         return self.signals[0].since
 
     def message(self) -> str:
@@ -145,10 +152,11 @@ class CollapseWatch:
         self.armed = True
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> Alarm | None:
-        """An alarm if this step completes a collapse.
+        """Takes the metrics of a step, and returns an alarm if it completes a collapse.
 
-        A metric that is absent is not observed: it counts neither for nor against, and what it was
-        last stands. A step with fewer than `min_signals` of them is passed over.
+        A metric that is absent counts as neither healthy nor out of bounds, and since when it has
+        been out of bounds is kept. A step that has fewer than `min_signals` of the watched metrics
+        is ignored.
         """
         seen = {name: float(metrics[name]) for name in self.bounds if name in metrics}
         if len(seen) < self.config.min_signals:
@@ -192,15 +200,15 @@ class CollapseWatch:
                 self.history[name] = [*self.history.get(name, []), value][-self.config.window :]
 
     def _reference(self, name: str) -> float | None:
-        # Learning moves every signal (entropy falls tenfold, length doubles), so the reference
-        # follows in a window; only healthy steps enter it, or a collapse would become its own
-        # reference. On recorded runs a window of 5 steps overlooked a collapse that took 10, and 20
-        # decided like all of the history.
+        # Learning moves every signal (entropy falls tenfold, length doubles), so the reference is
+        # that of a window. Only healthy steps enter it, or a collapse would become its own
+        # reference. On recorded runs a window of 5 steps missed a collapse that took 10 steps, and
+        # one of 20 decided like the whole history.
         history = self.history.get(name, [])
         return median(history) if len(history) >= self.config.min_history else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What later decisions depend on, as plain values."""
+        """The state that later decisions depend on, as plain values."""
         return {
             "history": {name: list(values) for name, values in self.history.items()},
             "since": dict(self.since),
@@ -210,9 +218,9 @@ class CollapseWatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`, which may have watched others.
+        """Continues from a `state_dict`, which may be that of other signals.
 
-        Signals that are new since then start without a history, and what is not watched any more is
+        Signals that are new start without a history, and those that are no longer watched are
         forgotten.
         """
         window = self.config.window
@@ -230,8 +238,8 @@ class CollapseWatch:
 def replay(path: Path, config: CollapseWatchConfig) -> list[Alarm]:
     """The alarms that a run would have raised, from its metrics.jsonl.
 
-    Of a step that a resumed run wrote again, the last values count; null is a number that was not
-    finite.
+    For a step that a resumed run wrote again, the last values count. A null in the file stands for
+    a number that was not finite.
     """
     steps: dict[int, dict[str, float]] = {}
     for line in path.read_text().splitlines():

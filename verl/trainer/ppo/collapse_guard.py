@@ -1,4 +1,4 @@
-"""What a run does about a collapse: it keeps the state, stops, or goes back."""
+"""The response of a run to a collapse: it keeps the state, and goes on, stops or rolls back."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,15 +36,15 @@ class CollapseGuard:
         alarm = self.watch.observe(step, metrics)
         if self.rolls_back:
             moved = min(self.watch.since.values(), default=step + 1)
-            # What a step shows was rolled out by the weights of the step before, or of older ones.
+            # a step's trajectories were rolled out by the weights of the step before, or older ones
             self.checkpoints.suspect(moved - 1 - self.max_staleness)
         return alarm
 
     def respond(self, alarm: Alarm, state: dict[str, Any]) -> int | None:
-        """Keeps the driver's `state` with the checkpoints, and does what is configured.
+        """Saves the state of the run at the alarm, and does what `response` says.
 
-        Returns the step to go back to, None to go on. Raises TrainingCollapsed when the run is to
-        end, or there is nothing left to go back to.
+        Returns the step to roll back to, or None to go on. Raises TrainingCollapsed when the run
+        must end, or when there is no checkpoint to roll back to. `state`: the driver's.
         """
         rolled_back = len(self.checkpoints.roll_backs())
         name = f"step_{alarm.step}" + (f"-{rolled_back}" if rolled_back else "")
@@ -67,7 +67,7 @@ class CollapseGuard:
         return healthy
 
     def _keep(self, alarm: Alarm, state: dict[str, Any], folder: Path) -> None:
-        """Writes the state of the alarm; a full disk does not keep it from being answered."""
+        """Writes the state at the alarm. A full disk does not prevent the response."""
         try:
             self.checkpoints.snapshot(folder, state)
             (folder / "alarm.txt").write_text(alarm.message() + "\n")
@@ -75,9 +75,9 @@ class CollapseGuard:
             self.tracking.message(f"the state of the alarm could not be written: {error}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What later alarms depend on, as plain values."""
+        """The state that later alarms depend on, as plain values."""
         return self.watch.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`."""
+        """Continues from a `state_dict`."""
         self.watch.load_state_dict(state)

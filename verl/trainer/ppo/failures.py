@@ -1,4 +1,4 @@
-"""Trajectories that the environment broke: counted, and too many of them end the run."""
+"""Counts trajectories that the environment broke, and ends the run when there are too many."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ class RolloutFailed(RuntimeError):
 def failure_metrics(
     results: Sequence[Trajectory | Failure], prefix: str = "rollout"
 ) -> dict[str, float]:
-    """Share of failed trajectories, in all and by their number of environment calls."""
+    """Share of failed trajectories, over all and by their number of environment calls."""
     failed = [result for result in results if isinstance(result, Failure)]
     metrics = {
         f"{prefix}/failed_share": len(failed) / len(results),
@@ -29,7 +29,7 @@ def failure_metrics(
 def check_failures(results: Sequence[Trajectory | Failure], limit: float) -> None:
     """Raises RolloutFailed, with the commonest causes, when too many trajectories failed.
 
-    `limit` is the largest share of failed ones that passes.
+    `limit` is the largest share of failed trajectories that is accepted.
     """
     failed = [result.message for result in results if isinstance(result, Failure)]
     if len(failed) <= limit * len(results) and len(failed) < len(results):

@@ -1,4 +1,4 @@
-"""What the policy loss sees: rows are filtered, and another sampler is corrected for."""
+"""Preparation of a batch for the policy loss: rows are filtered, and rollouts are corrected."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,8 +20,8 @@ from verl.utils.torch_functional import masked_mean, masked_sum
 def _zero_variance(data: DataProto) -> Tensor:
     """Rows [B] of groups that all score the same.
 
-    The scores say it, not the advantages: whitening, a critic or a KL in the reward make all of
-    those differ.
+    Scores are compared, not advantages, because whitening, a critic or a KL in the reward make
+    advantages differ where scores are the same.
     """
     scores = masked_sum(data.batch["token_level_scores"], data.batch["response_mask"], axis=-1)
     same = torch.zeros(len(data), dtype=torch.bool)
@@ -35,13 +35,13 @@ FILTERS: dict[str, Callable[[DataProto], Tensor]] = {
     "void_turn": lambda data: data.batch["void_turns"] > 0,
     "truncated": lambda data: data.batch["truncated"],
 }
-"""Rows [B] to leave out."""
+"""By the name of a filter: a function that gives the rows [B] to leave out."""
 
 
 def filter_loss(data: DataProto, names: Sequence[str]) -> tuple[DataProto, dict[str, float]]:
-    """The batch without the response mask of filtered rows, and the share that each filter took.
+    """Clears the response mask of filtered rows; returns the batch and the share of each filter.
 
-    Those rows are then neither trained on nor counted.
+    Filtered rows are then neither trained on nor counted.
     """
     metrics: dict[str, float] = {}
     left_out = torch.zeros(len(data), dtype=torch.bool)
@@ -56,12 +56,13 @@ def filter_loss(data: DataProto, names: Sequence[str]) -> tuple[DataProto, dict[
 def correct_rollout(
     data: DataProto, config: RolloutCorrectionConfig
 ) -> tuple[DataProto, dict[str, float]]:
-    """The batch as the policy loss is to see it, and `rollout_corr/*` about sampler and trainer.
+    """Applies the rollout correction; returns the batch and the metrics `rollout_corr/*`.
 
-    It has `rollout_is_weights` [B, R], where they are on, and lacks tokens that are not accepted.
+    The batch gets `rollout_is_weights` [B, R] if they are configured, and tokens that are not
+    accepted are removed from its response mask.
     """
     batch = data.batch
-    # without observations, also where they are trained on
+    # observations are excluded even if they are trained on: they were not sampled
     mask = batch["response_mask"].bool() & (batch["turns"] >= 0)
     old = batch["old_log_probs"]
     sampled = batch["rollout_log_probs"]

@@ -1,4 +1,4 @@
-"""Groups of trajectories, one group a prompt: scored together, kept or dropped together."""
+"""Groups: the trajectories of one prompt, which are compared, and kept or dropped together."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ def score_groups(
 ) -> list[Trajectory | Failure]:
     """Lets a reward that has `score_groups` compare the trajectories of each prompt.
 
-    Returns the results. A trajectory that this leaves without a finite score is a failure. Raises
-    RewardError when the reward raises.
+    Returns the results, in which a trajectory without a finite score afterwards is a failure.
+    Raises RewardError when the reward raises.
     """
     if not isinstance(reward, GroupReward):
         return list(results)
@@ -41,10 +41,11 @@ def score_groups(
 def surviving(
     jobs: Sequence[Job], results: Sequence[Trajectory | Failure], min_group: int
 ) -> tuple[list[Job], list[Trajectory], dict[str, int]]:
-    """The trajectories that can be trained on, and how many others were dropped, by metric.
+    """The trajectories that can be trained on with their jobs, and counts of dropped ones.
 
-    They did not fail, wrote a token, and their group keeps `min_group` members. With one survivor
-    the advantage of GRPO would be the bare reward, so its group goes too.
+    They did not fail, have a token of the policy, and their group has `min_group` such members. A
+    group with one survivor is dropped because its advantage in GRPO would be the bare reward. The
+    counts are by the name of their metric.
     """
     alive = [
         (job, result)
@@ -64,9 +65,9 @@ def surviving(
 def differing_groups(
     jobs: Sequence[Job], trajectories: Sequence[Trajectory], metric: str
 ) -> tuple[list[Job], list[Trajectory]]:
-    """The trajectories of groups that do not all have the same `metric` in their reward.
+    """The trajectories of groups in which the rewards differ in `metric`, with their jobs.
 
-    Raises RewardError naming what there is for a reward without it.
+    Raises RewardError, naming the entries that there are, for a reward without `metric`.
     """
     if lacking := [t for t in trajectories if metric not in t.reward]:
         raise RewardError(
@@ -85,7 +86,7 @@ def differing_groups(
 def first_groups(
     jobs: Sequence[Job], trajectories: Sequence[Trajectory], count: int
 ) -> tuple[list[Job], list[Trajectory]]:
-    """The trajectories of the first `count` groups."""
+    """The trajectories of the first `count` groups, with their jobs."""
     in_order = list(dict.fromkeys(job.uid for job in jobs))
     return of_groups(jobs, trajectories, set(in_order[:count]))
 

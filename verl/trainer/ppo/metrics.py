@@ -1,5 +1,7 @@
-"""Figures of a training batch under their final names. Shapes and keys: the schema of
-`verl.protocol`."""
+"""Metrics of a training batch under their final names.
+
+Shapes and columns are those of `verl.protocol`.
+"""
 
 import math
 from collections.abc import Mapping
@@ -14,17 +16,17 @@ from verl.utils.torch_functional import masked_mean, masked_sum, masked_var
 def compute_data_metrics(data: DataProto, max_length: int) -> dict[str, float]:
     """Rewards, advantages, lengths and rollout agreement of a batch that carries advantages.
 
-    Values and their explained variance only where the batch has a critic's `values`.
+    Values and their explained variance are there only if the batch has a critic's `values`.
     `response_length/*` counts everything after the prompt, `response_length_model/*` what the
     policy sampled, `response_length_observation/*` the rest. `response_length/clip_ratio` is the
-    share of trajectories, prompt included, of more than `max_length` tokens: those that ran out of
-    context. `actor/positive_log_prob` is the mean log-probability of the sampled tokens that the
-    advantage favours, absent where there are none: it rises while the policy learns, and falls
-    before a collapse (arXiv 2512.04220).
+    share of trajectories that ran out of context: they have more than `max_length` tokens, prompt
+    included. `actor/positive_log_prob` is the mean log-prob of the sampled tokens with a positive
+    advantage; it is absent if there are none. It rises while the policy learns, and falls before a
+    collapse (arXiv 2512.04220).
     """
     batch = data.batch
     mask = batch["response_mask"].bool()
-    sampled = mask & (batch["turns"] >= 0)  # without observations, also where they are trained on
+    sampled = mask & (batch["turns"] >= 0)  # no observations, even if they are trained on
     scores = masked_sum(batch["token_level_scores"], mask, axis=-1)
     metrics = {
         **_stats("critic/score", scores),
@@ -47,16 +49,20 @@ def compute_data_metrics(data: DataProto, max_length: int) -> dict[str, float]:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - var(returns - values) / var(returns) over the mask: 1 is a perfect critic, 0 one that
-    knows the mean."""
+    """1 - var(returns - values) / var(returns) over the mask.
+
+    It is 1 for a perfect critic and 0 for one that only knows the mean.
+    """
     return 1 - (masked_var(returns - values, mask) / (masked_var(returns, mask) + 1e-5)).item()
 
 
 def compute_throughput_metrics(
     data: DataProto, timing: Mapping[str, float], n_gpus: int
 ) -> dict[str, float]:
-    """Tokens of the batch (prompts included), seconds of the step, tokens per second and GPU, and
-    the share of the step that the other timers account for."""
+    """Tokens of the batch, seconds of the step, and tokens per second and GPU.
+
+    Prompts are included. Another metric is the share of the step that the other timers cover.
+    """
     tokens = int(data.batch["attention_mask"].sum())
     seconds = timing["timing_s/step"]
     return {
@@ -68,8 +74,10 @@ def compute_throughput_metrics(
 
 
 def staleness_metrics(data: DataProto, version: int) -> dict[str, float]:
-    """How many weight versions older than `version` the policy's tokens are: mean, max, and the
-    share of each age."""
+    """Age of the policy's tokens in weight versions before `version`.
+
+    The metrics are the mean, the maximum, and the share of each age.
+    """
     ages = version - data.batch["policy_versions"][data.batch["turns"] >= 0]
     shares = torch.bincount(ages) / len(ages)
     return {
@@ -80,8 +88,10 @@ def staleness_metrics(data: DataProto, version: int) -> dict[str, float]:
 
 
 def console_line(metrics: dict[str, float], step: int, total: int, eta_s: float) -> str:
-    """Step, reward, length, searches and speed in one line; task metrics where the task has
-    them."""
+    """Step, reward, length, searches and speed in one line.
+
+    Metrics of the task are left out if the task does not have them.
+    """
     parts = [f"step {step}/{total}", f"reward {metrics['critic/score/mean']:.3f}"]
     labels = {
         "reward/em": "EM",
@@ -113,7 +123,7 @@ def _length_metrics(batch: Mapping[str, Tensor], mask: Tensor, max_length: int) 
 
 
 def rollout_gap(rollout_log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far the trainer's log-probs are from those the engine sampled with, in nats."""
+    """Differences between the trainer's log-probs and those of the engine, in nats."""
     gap = torch.where(mask, (rollout_log_probs - old_log_probs).abs(), 0.0)
     return {
         "rollout/logprob_diff_mean": masked_mean(gap, mask).item(),

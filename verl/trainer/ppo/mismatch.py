@@ -9,16 +9,18 @@ from verl.trainer.ppo.metrics import rollout_gap
 MISMATCH_FLOAT32 = 1e-3
 MISMATCH_ROUNDED = 0.03
 MISMATCH_WRONG = 0.3
-"""Mean differences per token, in nats, between engine and trainer under the same weights: the most
-that is normal where both compute in float32, where one of them does not, and the least that
-rounding cannot explain. The second and third are judged, not measured on a GPU."""
+"""Mean differences per token, in nats, between engine and trainer under the same weights.
+
+They are the most that is normal if both compute in float32, the most that is normal otherwise, and
+the least that rounding cannot explain. The second and the third are a judgement, not measured on a
+GPU."""
 
 
 class FirstBatch:
-    """Compares the probabilities of the first batch, and says once what it finds.
+    """Compares the probabilities of engine and trainer on the first batch, and warns once.
 
-    The weights of that batch are the trainer's. A sampler that is cut (top_p, top_k) is known to
-    differ.
+    That batch was sampled from the trainer's weights. With top_p or top_k there is no comparison,
+    because the distributions are known to differ.
     """
 
     def __init__(self, config: PPOConfig, message: Callable[[str], None]) -> None:
@@ -27,7 +29,7 @@ class FirstBatch:
         self.compared = False
 
     def __call__(self, batch: DataProto) -> DataProto:
-        """The batch itself."""
+        """Checks the first batch; returns the batch unchanged."""
         section = self.config.actor_rollout_ref
         correction = self.config.algorithm.rollout_correction
         rollout = section.rollout
@@ -42,11 +44,11 @@ class FirstBatch:
 
 
 def mismatch_warning(data: DataProto, engine: str, trainer: str, corrected: bool) -> str | None:
-    """What to do when engine and trainer give the same tokens other probabilities, else None.
+    """A warning, with advice, if engine and trainer differ in their log-probs; else None.
 
-    The batch was sampled, uncut (no top_p or top_k), from the weights that its `old_log_probs` are
-    of. `engine`, `trainer`: dtypes of the computation. `corrected`: the loss allows for the
-    difference already.
+    The batch must have been sampled without top_p or top_k, from the weights of its
+    `old_log_probs`. `engine`, `trainer`: dtypes of the computation. `corrected`: whether the loss
+    corrects for the difference already.
     """
     batch = data.batch
     sampled = batch["response_mask"].bool() & (batch["turns"] >= 0)

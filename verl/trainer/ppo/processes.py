@@ -19,19 +19,19 @@ from verl.workers.critic import CriticWorker
 from verl.workers.reference import ReferenceWorker
 
 STACKS_S = 10
-"""How long the processes have to say what they are doing."""
+"""Seconds that the processes have to return their stacks."""
 
 
 @dataclass
 class Processes:
-    """What the trainer drives."""
+    """The processes that the trainer drives."""
 
     group: RayWorkerGroup
     roles: dict[str, Any]
     """`actor`, and `ref` and `critic` where the algorithm uses them."""
     rollout: RolloutManager
     val_rollout: RolloutManager
-    """The engines of the validation: `rollout` itself unless `rollout.num_val_replicas` is set."""
+    """The engines of the validation: the same as `rollout`, without `rollout.num_val_replicas`."""
 
     @property
     def rollouts(self) -> list[RolloutManager]:
@@ -40,7 +40,7 @@ class Processes:
         )
 
     def stacks(self) -> dict[str, str]:
-        """What every process is doing, as far as it answers."""
+        """Returns the stacks of every process, or that it did not answer."""
         calls = self.group.stacks()
         for rollout in self.rollouts:
             calls |= rollout.stacks()
@@ -57,7 +57,7 @@ class Processes:
 
 
 def answer(call: Any, timeout_s: float) -> str:
-    """What a process says, or that it says nothing."""
+    """Waits for the answer of a process, and returns it, or a text saying that there was none."""
     if first_ready([call], timeout_s) is None:
         return f"no answer within {timeout_s:.0f} s\n"
     try:
@@ -99,8 +99,10 @@ def start_processes(config: PPOConfig, device: str, total_steps: int) -> Process
 def start_rollouts(
     config: PPOConfig, device: str, training: list[dict[str, Any]]
 ) -> tuple[RolloutManager, RolloutManager]:
-    """Engines of the training and of the validation: where the training is, or on accelerators of
-    their own."""
+    """Starts the engines of the training and of the validation.
+
+    They are on the accelerators of the training, or on accelerators of their own.
+    """
     rollout = config.actor_rollout_ref.rollout
     places = training
     if not config.actor_rollout_ref.hybrid_engine and device == "cuda":

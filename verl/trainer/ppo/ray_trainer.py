@@ -46,7 +46,7 @@ class TrainingDiverged(RuntimeError):
 
 
 ENDINGS = (RolloutFailed, RewardError, TrainingDiverged, NothingToLearn, TrainingCollapsed)
-"""What ends a run and would come again if it were only started again."""
+"""Errors that end a run, and that would come again if it were restarted."""
 
 
 class RayPPOTrainer:
@@ -88,14 +88,14 @@ class RayPPOTrainer:
         )
         self.validator = Validator(config, val_set, processes.val_rollout, task, tracking)
         self.validates_again = False
-        """The run ended before the validation of the step that it resumes from."""
+        """Whether the run ended before the validation of the step that it resumes from."""
         self.kl_ctrl = build_kl_controller(config.algorithm)
         self.checkpoints = Checkpoints(config.trainer, processes.roles, tracking.message)
         self.guard = CollapseGuard(config, self.checkpoints, tracking)
         self.compare = FirstBatch(config, tracking.message)
         self.step = 0
         self.policy_version = -1
-        """Of the weights that the engines hold; every sync raises it."""
+        """Version of the weights that the engines hold; every sync raises it."""
         self.skipped_in_a_row = 0
 
     def fit(self) -> None:
@@ -137,7 +137,7 @@ class RayPPOTrainer:
         self.finish()
 
     def begin(self) -> None:
-        """Brings the weights to the engines, and validates and saves them where that is asked."""
+        """Syncs the weights to the engines, then validates and saves them if so configured."""
         self.sync_weights()
         if self.step == 0 and self.guard.rolls_back and not self.checkpoints.exists(0):
             self.save_checkpoint()
@@ -164,13 +164,13 @@ class RayPPOTrainer:
         return trainer.val_only or self.validates_again or is_first
 
     def is_due(self, frequency: int) -> bool:
-        """Whether something that comes every `frequency` steps, and at the end, comes now."""
+        """Whether something that is done every `frequency` steps, and at the end, is due now."""
         return self.step == self.total or (frequency > 0 and self.step % frequency == 0)
 
     def generate(self) -> tuple[DataProto, Metrics]:
-        """Waits for the scored trajectories of this step; the batch that they make.
+        """Waits for the scored trajectories of this step, and returns their batch.
 
-        Raises NothingToLearn where none of them can be trained on.
+        Raises NothingToLearn when none of them can be trained on.
         """
         with self.timers("gen"):
             rollouts = self.batches.roll_out(steps_left=self.total - self.step + 1)
@@ -202,28 +202,28 @@ class RayPPOTrainer:
             return self.compare(batch.union(self.actor.compute_log_prob(batch)))
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
-        """Adds the log-probs of the initial weights, where a KL is computed."""
+        """Adds the log-probs of the initial weights, if a KL is computed."""
         if self.reference is None:
             return batch
         with self.timers("ref"):
             return batch.union(self.reference.compute_ref_log_prob(batch))
 
     def values(self, batch: DataProto) -> DataProto:
-        """Adds the critic's values, where there is one."""
+        """Adds the critic's values, if there is a critic."""
         if self.critic is None:
             return batch
         with self.timers("values"):
             return batch.union(self.critic.compute_values(batch))
 
     def advantage(self, batch: DataProto) -> tuple[DataProto, Metrics]:
-        """Adds rewards, less the KL where it is in the reward, advantages and returns."""
+        """Adds rewards (minus the KL, if it is in the reward), advantages and returns."""
         with self.timers("adv"):
             batch, kl_metrics = apply_kl_penalty(batch, self.config.algorithm, self.kl_ctrl)
             batch, metrics = compute_advantage(batch, self.config.algorithm)
         return batch, kl_metrics | metrics
 
     def update_critic(self, batch: DataProto) -> Metrics:
-        """Trains the critic, where there is one."""
+        """Trains the critic, if there is one."""
         if self.critic is None:
             return {}
         with self.timers("update_critic"):
@@ -274,7 +274,7 @@ class RayPPOTrainer:
             )
 
     def sync_weights(self) -> None:
-        """Brings the policy's weights to the engines, under the next version."""
+        """Syncs the policy's weights to the engines, under the next version."""
         self.policy_version += 1
         self.rollout.announce_version(self.policy_version)
         with self.timers("settle"):
@@ -285,8 +285,8 @@ class RayPPOTrainer:
     def validate(self) -> Metrics:
         """Rolls out every held-out question under the present weights.
 
-        Engines of its own go on with it while the next steps are trained; otherwise this waits for
-        the metrics and returns them.
+        If the validation has its own engines, it goes on while the next steps are trained;
+        otherwise this waits for its metrics and returns them.
         """
         with self.timers("testing"):
             self.finish_validation()
@@ -299,9 +299,9 @@ class RayPPOTrainer:
         return {}
 
     def finish_validation(self) -> Metrics:
-        """Waits for the validation under way, if there is one; returns metrics of the present step.
+        """Waits for the validation under way, if any; returns its metrics if they are of this step.
 
-        Those of an earlier step get a line of their own.
+        Those of an earlier step are logged as a line of their own.
         """
         validated = self.validator.finish()
         if validated is None:
@@ -328,13 +328,13 @@ class RayPPOTrainer:
         self.tracking.message(console_line(line, self.step, self.total, seconds_left))
 
     def respond(self, alarm: Alarm) -> None:
-        """Does what is configured about a collapse. Raises TrainingCollapsed to end the run."""
+        """Responds to a collapse as configured. Raises TrainingCollapsed to end the run."""
         healthy = self.guard.respond(alarm, self.state_dict())
         if healthy is not None:
             self.roll_back(healthy)
 
     def roll_back(self, healthy: int) -> None:
-        """Goes on from the checkpoint of the step `healthy`, with a lower learning rate."""
+        """Continues from the checkpoint of the step `healthy`, with a lower learning rate."""
         self.validator.forget()
         self.sleep()
         self.load_checkpoint(healthy)
@@ -343,9 +343,9 @@ class RayPPOTrainer:
         self.tracking.message(f"rolled back to step {healthy}; learning rates times {factor}")
 
     def finish(self) -> None:
-        """Writes what is still under way: a validation, and the checkpoint of the last step.
+        """Completes what is under way: a validation, and the checkpoint of the last step.
 
-        After a request to stop the validation is left to the resumed run.
+        After a request to stop, the validation is left to the resumed run.
         """
         if not self.stop.requested:
             self.log_validation(self.finish_validation())
@@ -357,11 +357,11 @@ class RayPPOTrainer:
             self.checkpoints.complete(must_succeed=True)
 
     def save_checkpoint(self, alarm: Alarm | None = None) -> None:
-        """Starts to write everything that resuming needs.
+        """Starts to write a checkpoint of the present step.
 
-        A step whose alarm ends the run or sends it back is not saved: a run that dies before that
-        would resume as if it had been answered. A validation of earlier weights is finished first,
-        because they are in no checkpoint that the run would resume from.
+        A step with an alarm that ends the run or rolls it back is not saved: a run that dies before
+        the response would resume as if it had responded. A validation of earlier weights is
+        finished first, because a run that resumes here could not repeat it.
         """
         if alarm is not None and self.guard.changes_the_run:
             return
@@ -372,7 +372,7 @@ class RayPPOTrainer:
             self.checkpoints.save(self.step, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the states of the workers: values that JSON holds."""
+        """The state of the driver that a checkpoint holds, as values that JSON can express."""
         return {
             "config": self.config.model_dump(mode="json"),
             "questions": self.questions,
@@ -387,7 +387,7 @@ class RayPPOTrainer:
         }
 
     def load_checkpoint(self, step: int) -> None:
-        """Goes on after `step`, with its state and with the present configuration."""
+        """Restores the checkpoint of `step`; the configuration stays the present one."""
         state = self.checkpoints.load(step)
         self.step = state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
@@ -399,6 +399,6 @@ class RayPPOTrainer:
         done = recorded(self.tracking.run_dir, step)
         self.checkpoints.score(step, done)
         self.validates_again = state["validating"] and not done
-        # the sync that follows brings the version of the saved weights
+        # the next sync raises it to the version of the saved weights
         self.policy_version = state["version"] - 1
         self.tracking.message(f"resuming after step {self.step}")

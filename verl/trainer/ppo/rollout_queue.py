@@ -1,4 +1,4 @@
-"""Rolling out ahead of the training, by a bounded number of batches."""
+"""The queue of batches that are rolled out ahead of the training."""
 
 from collections import deque
 from typing import Any
@@ -14,11 +14,12 @@ from verl.utils.dataset import ResumableSampler, RLHFDataset
 class RolloutQueue:
     """Batches of prompts under way, trained on in the order in which they were drawn.
 
-    With `max_staleness` = s, s + 1 batches are under way while the next one is waited for, so that
-    one is at most s updates older than the weights it trains; with 0 training is synchronous. The
-    queue is first in, first out: taking whatever finishes first would prefer short trajectories,
-    and the order of the prompts would depend on timing. So the order alone says what is under way,
-    and the state to resume from is that of the oldest batch not yet trained on.
+    With `max_staleness` = s, s + 1 batches are under way while the next one is waited for. So the
+    weights that sampled a batch are at most s updates older than those that it trains; with s = 0
+    training is synchronous. The queue is first in, first out: taking whatever finishes first would
+    favour short trajectories, and the order of the prompts would depend on timing. Therefore the
+    batches under way follow from the order, and the state to resume from is that of the oldest
+    batch not yet trained on.
     """
 
     def __init__(self, config: PPOConfig, train_set: RLHFDataset, rollout: RolloutManager) -> None:
@@ -38,7 +39,7 @@ class RolloutQueue:
         """Waits for the oldest batch; returns its jobs and their results.
 
         Before it waits, it submits batches of the next steps. `steps_left`: training steps that
-        want a batch, this one included: none is rolled out that no step will see.
+        still need a batch, this one included; no more batches than that are submitted.
         """
         wanted = max(1, min(self.config.async_training.max_staleness + 1, steps_left))
         while len(self.under_way) < wanted:
@@ -56,23 +57,23 @@ class RolloutQueue:
         )
 
     def drain_before_sync(self) -> None:
-        """Waits for what is under way, where it may not change weights between two turns."""
+        """Waits for trajectories under way, unless they may get new weights between two turns."""
         if not self.config.async_training.partial_rollout:
             self.rollout.drain([submitted for _, submitted in self.under_way])
 
     @property
     def epoch(self) -> int:
-        """Passes over the training questions that have been drawn whole."""
+        """The number of completed passes over the training questions."""
         return self.sampler.epoch
 
     def state_dict(self) -> dict[str, int]:
-        """Where a resumed run draws its next batch: the ones under way are drawn again."""
+        """The position in the data to resume from; batches under way will be drawn again."""
         if self.under_way:
             state, _ = self.under_way[0]
             return state
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`; forgets what is under way."""
+        """Continues from a `state_dict`, and forgets the batches under way."""
         self.under_way.clear()
         self.sampler.load_state_dict(state)

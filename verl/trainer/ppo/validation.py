@@ -32,7 +32,7 @@ class Validated:
 class Validator:
     """Rolls out every held-out question, one validation at a time.
 
-    Engines of its own (`rollout.num_val_replicas`) go on with it while the next steps are trained.
+    With engines of its own (`rollout.num_val_replicas`) it goes on while further steps are trained.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Validator:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is a validation that `finish` would not have to wait for."""
+        """Whether a validation is under way and complete, so that `finish` would not wait."""
         return self._under_way is not None and self.rollout.is_done(self._under_way[1])
 
     def start(self, step: int) -> None:
-        """Starts to roll out, under the weights of `step`, which the engines hold."""
+        """Starts to roll out under the weights of `step`, which the engines must hold."""
         sampling = self.config.actor_rollout_ref.rollout.val_kwargs
         submitted = self.rollout.submit(
             self.val_set.rows,
@@ -96,26 +96,35 @@ def score(
     """`val/` metrics, by data source and over all, and the records of all trajectories.
 
     With `val_kwargs.n` = k samples per question, `val/pass@k` is the share of questions with a
-    sample that scores 1. A component is averaged over the trajectories that have it. A trajectory
-    that failed twice is counted (`val/failed`), not scored.
+    sample that scores 1. A reward component is averaged over the trajectories that have it. A
+    trajectory that failed twice is counted in `val/failed` and has no score.
     """
     check_failures(results, config.trainer.max_failed_share)
     sampled = [(job, r) for job, r in zip(jobs, results, strict=True) if isinstance(r, Trajectory)]
-    by_source: dict[str, list[tuple[Job, Trajectory]]] = defaultdict(list)
-    for job, trajectory in sampled:
+    trajectories = [trajectory for _, trajectory in sampled]
+    for trajectory in trajectories:
         if not trajectory.num_tokens(Source.MODEL):
             trajectory.reward = {"score": 0.0}
-        by_source[job.row["data_source"]].append((job, trajectory))
-    metrics = failure_metrics(results, "val")
     samples = config.actor_rollout_ref.rollout.val_kwargs.n
-    for source, of_source in by_source.items():
-        figures = figures_of(of_source, samples, task.agent)
-        metrics |= {f"val/{name}/{source}": value for name, value in figures.items()}
-    trajectories = [trajectory for _, trajectory in sampled]
+    metrics = failure_metrics(results, "val") | source_metrics(sampled, samples, task.agent)
     metrics["val/test_score/all"] = mean_score(trajectories)
     figures = task.agent.reduce_metrics(trajectories)
     metrics |= {f"val/{name}": value for name, value in figures.items()}
     return metrics, trajectory_records([job for job, _ in sampled], trajectories, task.tokenizer)
+
+
+def source_metrics(
+    sampled: Sequence[tuple[Job, Trajectory]], samples: int, agent: AgentLoop
+) -> dict[str, float]:
+    """`val/<name>/<source>`: the figures of every data source, see `figures_of`."""
+    by_source: dict[str, list[tuple[Job, Trajectory]]] = defaultdict(list)
+    for job, trajectory in sampled:
+        by_source[job.row["data_source"]].append((job, trajectory))
+    metrics: dict[str, float] = {}
+    for source, of_source in by_source.items():
+        figures = figures_of(of_source, samples, agent)
+        metrics |= {f"val/{name}/{source}": value for name, value in figures.items()}
+    return metrics
 
 
 def figures_of(
@@ -143,7 +152,7 @@ def mean_score(trajectories: Sequence[Trajectory]) -> float:
 
 
 def recorded(run_dir: Path, step: int) -> dict[str, float]:
-    """The `val/` metrics that the run folder has of `step`.
+    """Reads the `val/` metrics of `step` from the run folder.
 
     There are none if that validation was not finished.
     """

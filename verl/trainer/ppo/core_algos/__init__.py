@@ -1,17 +1,17 @@
 """The mathematics of PPO, GRPO and their relatives: tensors and floats in, tensors out.
 
-What a configuration chooses from is a dictionary of functions or a tuple of names:
+The choices of a configuration are dictionaries of functions or tuples of names:
 ADVANTAGE_ESTIMATORS, POLICY_LOSSES, LOSS_AGG_MODES, KL_PENALTIES, LEVELS.
 
 Shapes: B trajectories, R response tokens. `response_mask` [B, R] is non-zero on the tokens that the
 policy sampled; on every other position (observations, forced tokens, padding) inputs may hold
 anything, NaN included: they change neither a result nor a gradient, and results are 0 there.
 
-Losses are *additive*: they are sums over a micro-batch, divided by the token and sequence counts of
-the whole mini-batch (`num_tokens`, `num_seqs`: over all micro-batches and ranks; None: this batch
-is all there is). So are the metrics that come with them, always per token. Summed over
-micro-batches and ranks, both are the figures of the mini-batch, and the gradient does not depend on
-how the mini-batch was cut.
+Losses are *additive*: a loss is the sum over a micro-batch, divided by the token or sequence count
+of the whole mini-batch (`num_tokens`, `num_seqs`: over all micro-batches and ranks; None: the batch
+is the whole mini-batch). The metrics that come with a loss are additive too, and always per token.
+Summed over micro-batches and ranks, both give the figures of the mini-batch, and the gradient does
+not depend on how the mini-batch was divided.
 """
 
 from verl.trainer.ppo.core_algos.advantages import (

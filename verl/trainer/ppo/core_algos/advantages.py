@@ -1,4 +1,4 @@
-"""The estimators of advantages from rewards.
+"""Estimators of advantages from rewards.
 
 To add one, write a function and name it in ADVANTAGE_ESTIMATORS (CONTRIBUTING.md lists the rest).
 """
@@ -23,9 +23,10 @@ def compute_gae_advantage_return(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438).
 
-    Gives advantages, whitened over the mask, and the returns of the raw advantages, both [B, R].
-    Only policy tokens are time steps: the next value and the advantage are carried across masked
-    tokens, so that the result is that of the sequence with its observations cut out.
+    Returns the advantages, whitened over the mask, and the returns, which are the advantages before
+    whitening plus the values; both [B, R]. Only policy tokens are time steps: the next value and
+    the advantage are carried across masked tokens, so the result is that of the sequence with its
+    observations cut out.
     """
     mask = response_mask.bool()
     advantage = next_value = torch.zeros_like(values[:, 0])
@@ -54,8 +55,8 @@ def per_token(advantages: Tensor, response_mask: Tensor) -> Tensor:
 def centred(scores: Tensor, rows: Tensor) -> Tensor:
     """The scores of a group of at least two, minus their mean.
 
-    Equal scores become exactly 0: a rounding error of their mean would be blown up where it is
-    divided by a spread.
+    Equal scores become exactly 0, because a rounding error of their mean would become large when it
+    is divided by their std.
     """
     members = scores[rows] - scores[rows[0]]
     return members - members.mean()
@@ -69,12 +70,12 @@ def compute_grpo_outcome_advantage(
     norm_adv_by_std_in_grpo: bool = True,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
-    """GRPO (arXiv 2402.03300): each row's score, minus its group's mean, by its unbiased std.
+    """GRPO (arXiv 2402.03300): each row's score minus its group's mean, over the group's std.
 
-    Gives advantages and returns, which are the same, [B, R]. `index` [B] names the group of each
-    row. A group of one has no spread: as in verl its mean counts as 0 and its std as 1, so that the
-    advantage is the bare score; callers drop such groups beforehand. Without
-    `norm_adv_by_std_in_grpo` the std is left out (Dr. GRPO, arXiv 2503.20783).
+    Returns advantages and returns, which are the same, [B, R]. The std is the unbiased one. `index`
+    [B] names the group of each row. In a group of one the mean counts as 0 and the std as 1, as in
+    verl, so that the advantage is the bare score; callers drop such groups beforehand. Without
+    `norm_adv_by_std_in_grpo` there is no division by the std (Dr. GRPO, arXiv 2503.20783).
     """
     scores = masked_sum(token_level_rewards, response_mask, axis=-1)
     advantages = scores.clone()
@@ -101,10 +102,10 @@ def compute_dr_grpo_outcome_advantage(
 def compute_rloo_outcome_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, **_: object
 ) -> tuple[Tensor, Tensor]:
-    """RLOO (arXiv 2402.14740): each row's score minus the mean of the others of its group.
+    """RLOO (arXiv 2402.14740): each row's score minus the mean of the other rows of its group.
 
-    That is n / (n - 1) times the score minus the group's mean. A group of one: the bare score.
-    Gives advantages and returns, which are the same, [B, R].
+    That is n / (n - 1) times (score - group mean). A group of one has the bare score. Returns
+    advantages and returns, which are the same, [B, R].
     """
     scores = masked_sum(token_level_rewards, response_mask, axis=-1)
     advantages = scores.clone()
@@ -142,7 +143,7 @@ def compute_reinforce_plus_plus_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     """REINFORCE++ (arXiv 2501.03262): the returns, whitened over all policy tokens of the batch.
 
-    Gives these and the returns, both [B, R].
+    Returns the advantages and the returns before whitening, both [B, R].
     """
     returns = compute_returns(token_level_rewards, response_mask, gamma)
     return masked_whiten(returns, response_mask), returns
@@ -153,8 +154,8 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     """REINFORCE++-baseline (arXiv 2501.03262): the score minus the group's mean, whitened.
 
-    It is whitened over all policy tokens of the batch. A group of one: the bare score before
-    whitening. Gives advantages and returns, which are the same, [B, R].
+    It is whitened over all policy tokens of the batch. A group of one has the bare score before
+    whitening. Returns advantages and returns, which are the same, [B, R].
     """
     scores = masked_sum(token_level_rewards, response_mask, axis=-1)
     advantages = scores.clone()
@@ -172,16 +173,16 @@ def compute_turn_level_advantage(
     turns: Tensor,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
-    """Credit by turn: the return from a turn on, minus a baseline of the *others* of the group.
+    """Credit by turn: the return from a turn on, minus a baseline from the group's *other* rows.
 
     `turns` [B, R] numbers the policy's turns from 0, -1 elsewhere. The baseline of turn k is the
-    mean return from turn k on of the other rows that have a turn k; where there are none, the mean
-    of all that the others earned. A group of one: the bare return. Gives advantages and
-    returns-to-go, both [B, R].
+    mean return from turn k on of the other rows that have a turn k. If no other row has one, it is
+    the mean of the whole returns of the other rows. A group of one has the bare return. Returns
+    advantages and returns-to-go, both [B, R].
 
-    The estimate stays unbiased although the policy decides when to stop: which rows reach turn k
-    depends on what they did before, not on this row's turn k, and the row itself never enters its
-    own baseline. A group mean over the rows that reach turn k would not be unbiased.
+    The estimate is unbiased although the policy decides when to stop: which rows reach turn k
+    depends on what they did before, not on this row's turn k, and a row is never part of its own
+    baseline. A group mean over the rows that reach turn k would be biased.
     """
     mask = response_mask.bool()
     rewards = torch.where(mask, token_level_rewards, 0.0)
@@ -198,9 +199,9 @@ def compute_turn_level_advantage(
 
 
 def turn_baselines(to_go: Tensor, reached: Tensor, index: np.ndarray) -> Tensor:
-    """What each row [B, turns] is compared with, made from the other rows of its group.
+    """The baseline of each row and turn [B, turns], computed from the other rows of the group.
 
-    `to_go`: returns from each turn on; `reached`: the turns that a row has.
+    `to_go`: returns from each turn on. `reached`: whether a row has the turn. Both [B, turns].
     """
     baselines = torch.zeros_like(to_go)
     for rows in group_rows(index):
@@ -221,14 +222,14 @@ def turn_baselines(to_go: Tensor, reached: Tensor, index: np.ndarray) -> Tensor:
 class AdvantageEstimator:
     """A function from rewards to advantages and returns, both [B, R], and what it needs.
 
-    It is called with keywords, of which it takes those that it names: token_level_rewards and
-    response_mask [B, R], index [B] (the group of each row), values [B, R] (with a critic), turns
-    [B, R], gamma, lam, norm_adv_by_std_in_grpo.
+    The function is called with all of these keywords and names those that it uses:
+    token_level_rewards and response_mask [B, R], index [B] (the group of each row), values [B, R]
+    (with a critic), turns [B, R], gamma, lam, norm_adv_by_std_in_grpo.
     """
 
     compute: Callable[..., tuple[Tensor, Tensor]]
     uses_groups: bool = False
-    """Whether it compares the trajectories of one prompt, of which there must be two."""
+    """Whether it compares the trajectories of one prompt, so that there must be two or more."""
     uses_critic: bool = False
 
 

@@ -16,16 +16,16 @@ PERCENTILES = (1, 50, 99)
 
 
 def log_ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor) -> Tensor:
-    """Log of (probability under the trainer's policy / under the sampler's), clamped, [B, R].
+    """Log of the probability under the trainer's policy over that under the sampler's, [B, R].
 
-    It is 0 where masked.
+    It is clamped, and 0 where masked.
     """
     gap = torch.where(response_mask.bool(), old_log_probs - rollout_log_probs, 0.0)
     return gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def at_level(log_ratio: Tensor, response_mask: Tensor, level: str) -> Tensor:
-    """The log-weights of policy tokens [B, R]; what stands elsewhere has no meaning.
+    """The log-weights of policy tokens [B, R]; values elsewhere have no meaning.
 
     `token`: each token's own log-ratio. `sequence`: the sum over the sequence. `geometric`: the
     mean over it, which is the log of the geometric mean. Raises ValueError for another level.
@@ -61,9 +61,9 @@ def accepted(
 ) -> Tensor:
     """The policy tokens [B, R] that may be trained on: masked importance sampling (MIS).
 
-    At `token` level a token with a ratio outside of [low, high] is left out, at the other levels
-    its whole sequence; with `veto` every sequence is left out that has a token with a ratio below
-    it.
+    At `token` level a token whose ratio is outside of [low, high] is left out; at the other levels
+    a sequence whose ratio is outside. `level` None leaves out none. With `veto`, a sequence is also
+    left out if the ratio of one of its tokens is below `veto`.
     """
     mask = response_mask.bool()
     keep = mask
@@ -78,12 +78,12 @@ def accepted(
 def mismatch(
     old_log_probs: Tensor, rollout_log_probs: Tensor, response_mask: Tensor
 ) -> dict[str, float]:
-    """Figures of how far sampler and trainer are apart over the policy tokens.
+    """Figures of the difference between sampler and trainer over the policy tokens.
 
-    `kl`: estimate k1 of KL(sampler || trainer), in nats per token; `k3_kl`: estimate k3 of it,
-    which is never negative; `diff_mean`, `diff_max`: of the log-probs; `ratio/p*`: percentiles of
-    the tokens' ratios, `ratio/max` the largest; `ppl_ratio`: geometric mean of all ratios. Zeros
-    and ones for an empty mask.
+    `kl`: estimate k1 of KL(sampler || trainer), in nats per token. `k3_kl`: estimate k3 of it,
+    which is never negative. `diff_mean`, `diff_max`: absolute differences of the log-probs.
+    `ratio/p*`: percentiles of the tokens' ratios. `ratio/max`: the largest ratio. `ppl_ratio`:
+    geometric mean of all ratios. For an empty mask differences are 0 and ratios 1.
     """
     mask = response_mask.bool()
     log_ratio = log_ratios(old_log_probs, rollout_log_probs, mask)

@@ -1,4 +1,4 @@
-"""The KL to the reference: its estimators, controllers of its coefficient, and KL in the reward."""
+"""The KL to the reference: estimators, controllers of the coefficient, and KL in the reward."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to this before `exp`, not after it.
+"""Log-ratios are clamped to this range before `exp`.
 
-After it, an overflow would have the gradient 0 * inf = NaN."""
+Clamping after it would give an overflow the gradient 0 * inf = NaN."""
 MAX_LOW_VAR_KL = 10.0
 """The bound of `low_var_kl` per token, as in verl."""
 
 
 class AdaptiveKLController:
-    """A KL coefficient `value` that steers to a target KL (arXiv 1909.08593, section 2.2)."""
+    """Moves a KL coefficient `value` towards a target KL (arXiv 1909.08593, section 2.2)."""
 
     def __init__(self, init_kl_coef: float, target_kl: float, horizon: float) -> None:
         self.value = init_kl_coef
@@ -54,9 +54,9 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     """An estimate of KL(policy || reference) per token, from log-probs of sampled tokens.
 
     The estimators (joschu.net/blog/kl-approx.html) are functions of the log-ratio x: `kl` = `k1` is
-    x, `abs` its size, `mse` = `k2` half its square, `low_var_kl` = `k3` exp(-x) - 1 + x. Where an
-    input is NaN or infinite the result is NaN and the gradient 0: an unmasked one is seen in the
-    loss, a masked one has no effect. Raises ValueError for another name.
+    x, `abs` is |x|, `mse` = `k2` is x^2 / 2, `low_var_kl` = `k3` is exp(-x) - 1 + x. Where an input
+    is NaN or infinite the result is NaN and the gradient 0, so that an unmasked one shows in the
+    loss and a masked one has no effect. Raises ValueError for another name.
     """
     if kl_penalty not in KL_PENALTIES:
         raise ValueError(f"kl_penalty {kl_penalty!r}: expected one of {sorted(KL_PENALTIES)}")

@@ -1,4 +1,4 @@
-"""The losses of policy and critic; they are additive (see the package)."""
+"""The losses of policy and critic. They are additive, see the docstring of the package."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from verl.trainer.ppo.core_algos.kl import MAX_LOG_RATIO
 from verl.utils.torch_functional import entropy_from_logits, masked_mean, masked_sum
 
 Count = float | Tensor | None
-"""A number of the whole mini-batch; None where this batch is all there is."""
+"""A count over the whole mini-batch; None where this batch is the whole mini-batch."""
 Metrics = dict[str, Tensor]
 LOSS_AGG_MODES = (
     "token-mean",
@@ -31,7 +31,7 @@ def agg_loss(
     num_seqs: Count = None,
     loss_scale_factor: float | None = None,
 ) -> Tensor:
-    """A scalar from a loss per token [B, R]; it is additive (see the package).
+    """Aggregates a loss per token [B, R] to a scalar, which is additive (see the package).
 
     `token-mean`: sum / num_tokens. `token-sum`: sum. `seq-mean-token-sum`: sum / num_seqs.
     `seq-mean-token-mean`: sum over rows of the row's mean, / num_seqs. `seq-mean-token-sum-norm`:
@@ -93,7 +93,7 @@ class LossInputs:
         clip_ratio_high: float,
         clip_ratio_c: float = 3.0,
     ) -> "LossInputs":
-        """The inputs without what the masked positions hold."""
+        """The inputs with masked positions set to 0."""
         mask = response_mask.bool()
         return cls(
             log_prob=torch.where(mask, log_prob, 0.0),
@@ -106,14 +106,14 @@ class LossInputs:
         )
 
     def clip(self, ratio: Tensor) -> Tensor:
-        """`ratio` within the clip range."""
+        """`ratio` clamped to the clip range."""
         return ratio.clamp(1 - self.clip_ratio_low, 1 + self.clip_ratio_high)
 
 
 def compute_policy_loss_vanilla(inputs: LossInputs) -> tuple[Tensor, Metrics]:
     """PPO's clipped loss per token (arXiv 1707.06347), with the dual clip of arXiv 1912.09729.
 
-    `pg_clipfrac`, `pg_clipfrac_lower`: tokens that the clip and the dual clip hold.
+    `pg_clipfrac`, `pg_clipfrac_lower`: tokens on which the clip and the dual clip take effect.
     """
     advantages = inputs.advantages
     ratio = inputs.log_ratio.exp()
@@ -133,11 +133,12 @@ def compute_policy_loss_vanilla(inputs: LossInputs) -> tuple[Tensor, Metrics]:
 def compute_policy_loss_gspo(inputs: LossInputs) -> tuple[Tensor, Metrics]:
     """GSPO's loss (arXiv 2507.18071) in its token form.
 
-    A token has the ratio of its sequence, the geometric mean of the policy tokens' ratios, as
-    value, and the gradient of its own log-prob. The clip holds whole sequences.
+    The value of a token's ratio is that of its sequence: the geometric mean of the ratios of its
+    policy tokens. The gradient is that of the token's own log-prob. The clip takes effect on whole
+    sequences.
     """
     log_ratio = masked_mean(inputs.log_ratio, inputs.response_mask, axis=-1).unsqueeze(-1).detach()
-    # exp(log_prob - its own value) is 1: it brings the gradient and leaves the value
+    # log_prob minus its own value is 0, so this adds the gradient and keeps the value
     ratio = (inputs.log_prob - inputs.log_prob.detach() + log_ratio).exp()
     clipped_ratio = inputs.clip(ratio)
     pg_losses1 = -inputs.advantages * ratio
@@ -149,7 +150,7 @@ def compute_policy_loss_gspo(inputs: LossInputs) -> tuple[Tensor, Metrics]:
 def compute_policy_loss_cispo(inputs: LossInputs) -> tuple[Tensor, Metrics]:
     """CISPO's loss (arXiv 2506.13585): REINFORCE weighted by the clipped ratio.
 
-    No gradient flows through the ratio, so that a clipped token still learns.
+    No gradient flows through the ratio, so a clipped token still has a gradient.
     """
     ratio = inputs.log_ratio.detach().exp()
     clipped_ratio = inputs.clip(ratio)
@@ -160,13 +161,13 @@ def compute_policy_loss_cispo(inputs: LossInputs) -> tuple[Tensor, Metrics]:
 def compute_policy_loss_reinforce(inputs: LossInputs) -> tuple[Tensor, Metrics]:
     """REINFORCE (Williams 1992).
 
-    It has no ratio and no trust region: for one optimizer step per rollout batch.
+    It has no ratio and no trust region, so it is meant for one optimizer step per rollout batch.
     """
     return -inputs.advantages * inputs.log_prob, {}
 
 
 PolicyLoss = Callable[[LossInputs], tuple[Tensor, Metrics]]
-"""Gives the loss and what is counted beside it, both per token [B, R]."""
+"""Returns the loss and the metrics that come with it, all per token [B, R]."""
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     "vanilla": compute_policy_loss_vanilla,
@@ -182,8 +183,8 @@ def likelihood_losses(
 ) -> Tensor:
     """The likelihood-preserving regulariser of LLDS (arXiv 2512.04220), per token [B, R].
 
-    It is old minus new log-prob of the tokens that lost some, in responses that were not bad
-    (advantage of at least 0) and whose log-prob fell as a whole.
+    For tokens whose log-prob fell it is the old minus the new log-prob, in responses with an
+    advantage of at least 0 whose log-prob fell as a whole. Elsewhere it is 0.
     """
     mask = response_mask.bool()
     lost = -_log_ratio(log_prob, old_log_prob, mask)
@@ -204,9 +205,9 @@ def compute_value_loss(
 ) -> tuple[Tensor, Metrics]:
     """PPO's clipped loss of the critic, aggregated by `agg_loss`.
 
-    It is half the squared error of `vpreds` or, where that is worse, of `vpreds` held within
-    `cliprange_value` of the old `values`. Metrics: `vf_clipfrac` (share of tokens where it is
-    worse), `vpred_mean`.
+    It is half the larger of two squared errors: that of `vpreds`, and that of `vpreds` clipped to
+    `cliprange_value` around the old `values`. Metrics: `vf_clipfrac` (share of tokens where the
+    clipped one is larger), `vpred_mean`.
     """
     mask = response_mask.bool()
     vpreds, returns, values = (torch.where(mask, x, 0.0) for x in (vpreds, returns, values))
@@ -234,11 +235,11 @@ def compute_entropy_loss(
 ) -> Tensor:
     """Entropy (nats) of `logits` [B, R, vocab] over the mask, aggregated by `agg_loss`.
 
-    For logits at hand. Training has the entropy of each token from the forward pass, which holds
-    no logits, and adds it in `policy_loss` of verl/workers/actor.py.
+    For callers that have logits. In training the forward pass returns the entropy of each token
+    instead of logits, and `policy_loss` of verl/workers/actor.py adds it to the loss.
     """
     mask = response_mask.bool()
-    # selected first: a masked row of logits has no path to the gradient
+    # selected first, so that masked rows of logits get no gradient
     entropy = entropy_from_logits(logits[mask])
     per_token = torch.zeros(mask.shape, dtype=entropy.dtype, device=entropy.device).masked_scatter(
         mask, entropy
