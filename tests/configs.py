@@ -5,6 +5,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from verl.trainer.schema import register_models
+
+register_models()  # for a test outside of tests/, whose conftest does the same
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -217,6 +217,8 @@ class RewardFn(Protocol):
     """
 
     Config: ClassVar[type[BaseModel]]
+    """Validates the `reward` section (without `_target_`). AnySection takes every key, as a class
+    must that stands beside the stock configuration."""
 
     def __init__(self, config: Any, tokenizer: Any) -> None: ...
 

@@ -17,15 +17,13 @@ from pathlib import Path
 
 from search_r1.search.engines import bm25
 from search_r1.search.engines.encoder import DEFAULT_MODELS
-from search_r1.search.engines.load import DENSE
+from search_r1.search.engines.load import DENSE, INDEXED
 from search_r1.search.errors import CorpusError, RetrieverError
 from search_r1.search.extras import require
 from search_r1.search.index.files import locked
 from search_r1.search.index.manifest import MANIFEST, read_manifest
 from search_r1.search.index.reader import CorpusReader
 from search_r1.search.serve import positive
-
-METHODS = ("bm25", "lucene", *DENSE)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,8 +37,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--retrieval_method",
         default="bm25",
-        choices=METHODS,
-        help=f"one of {', '.join(METHODS)} (default: bm25)",
+        choices=INDEXED,
+        help=f"one of {', '.join(INDEXED)} (default: bm25)",
         metavar="NAME",
     )
     add(

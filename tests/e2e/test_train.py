@@ -135,7 +135,13 @@ def test_a_reward_that_raises_ends_the_run_with_its_line_and_no_traceback_of_our
     ("config", "flags"),
     [
         ("toy", ["--config-dir", "tests/e2e"]),
-        ("grpo", ["agent._target_=tests.e2e.toy.SingleTurn"]),
+        (
+            "grpo",
+            [
+                "agent._target_=tests.e2e.toy.SingleTurn",
+                "reward._target_=tests.e2e.toy.CountE",
+            ],
+        ),
     ],
     ids=["library alone", "beside the stock configuration"],
 )

@@ -1,7 +1,6 @@
 """A task without search: one generation, rewarded by its share of letters `e`."""
 
-from verl.agent import AgentLoop, Trajectory
-from verl.utils.config import Config
+from verl.agent import AgentLoop, AnySection, Trajectory
 from verl.utils.reward import policy_text
 
 
@@ -17,7 +16,7 @@ class SingleTurn(AgentLoop):
 
 
 class CountE:
-    Config = Config
+    Config = AnySection
 
     def __init__(self, config, tokenizer):
         self.tokenizer = tokenizer

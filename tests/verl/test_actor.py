@@ -56,7 +56,7 @@ def aggregated(values: torch.Tensor, mode: str) -> float:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "cispo", "reinforce"])
+@pytest.mark.parametrize("loss_mode", POLICY_LOSSES)
 def test_the_loss_of_the_policy_is_the_configured_one(loss_mode, mode):
     columns = ragged_batch(torch.float64).batch
     weights = normal(7).abs()

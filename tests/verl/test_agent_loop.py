@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from tests.configs import composed
-from tests.e2e.toy import SingleTurn
+from tests.e2e.toy import CountE, SingleTurn
 from verl.agent import AgentLoop, Completion, Trajectory, context_digest
-from verl.trainer.config import build_agent, validate
+from verl.trainer.config import build_agent, build_reward, validate
 from verl.utils.errors import ConfigError
 
 OWN = ("experiment=closed_world/grpo", "agent._target_=tests.e2e.toy.SingleTurn")
@@ -26,6 +26,11 @@ def test_it_takes_the_stock_configuration():
     assert trajectory.response_ids == [7] * 16 and trajectory.context_violations == 0
     assert loop.reduce_metrics([trajectory]) == {"toy/count": 1.0}
     asyncio.run(loop.close())
+
+
+def test_a_reward_of_ones_own_takes_the_stock_section_as_well():
+    config = validate(composed("grpo", *OWN, "reward._target_=tests.e2e.toy.CountE"))
+    assert isinstance(build_reward(config, tokenizer=None), CountE)
 
 
 def test_the_librarys_own_keys_are_checked_all_the_same():

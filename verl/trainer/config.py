@@ -142,9 +142,8 @@ LossFilter = Annotated[str, OneOf("verl.trainer.ppo.filters.FILTERS")]
 
 class AlgorithmConfig(Config):
     adv_estimator: Estimator = "gae"
-    """gae is PPO with a critic. grpo, dr_grpo (no std), rloo, reinforce_plus_plus_baseline and
-    turn_level compare the trajectories of one prompt; reinforce and reinforce_plus_plus take the
-    returns as they are, the latter whitened."""
+    """How rewards become advantages; docs/algorithms.md says what each does and needs. gae is PPO,
+    with a critic."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token of the policy."""
     lam: float = Field(default=1.0, ge=0, le=1)

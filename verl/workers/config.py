@@ -80,8 +80,7 @@ class FSDPConfig(Config):
 
 class PolicyLossConfig(Config):
     loss_mode: LossMode = "vanilla"
-    """vanilla is PPO's clip; gspo clips whole sequences (2507.18071), cispo the weight of REINFORCE
-    (2506.13585)."""
+    """The loss of the policy; docs/algorithms.md has each. vanilla is PPO's clip."""
     llds_coef: NonNegativeFloat = 0.0
     """Weight of the likelihood-preserving regulariser of LLDS (2512.04220), which uses .1 to .2."""
 
