@@ -75,9 +75,48 @@ class Segment:
     trainer."""
 
 
+@dataclass(frozen=True)
+class Rewrite:
+    """A place in a trajectory where the loop has written the context anew."""
+
+    at: int
+    """Number of the first segment after it."""
+    prompt_ids: list[int]
+    """The context from which the trajectory goes on."""
+
+
+@dataclass(frozen=True)
+class TrajectoryRow:
+    """What a trajectory says in one context: one row of a batch."""
+
+    prompt_ids: list[int]
+    segments: list[Segment]
+    first_turn: int = 0
+    """Turns of the policy before this row."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row, prompt included."""
+        return len(self.prompt_ids) + self.response_length
+
+    @property
+    def response_length(self) -> int:
+        """Tokens after the prompt, whoever wrote them."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the policy wrote any token of it."""
+        return any(s.token_ids for s in self.segments if s.source is Source.MODEL)
+
+
 @dataclass
 class Trajectory:
     """A prompt and what followed.
+
+    Where a loop writes the context anew (`rewrite`), the trajectory goes on in another row: each
+    row trains the tokens that the policy wrote in it, and all share reward and group. `segments`
+    are those of all rows, in the order of time.
 
     `reward` holds finite numbers: `score`, and components to log. Everything else that the reward
     function returned is in `info["reward"]`.
@@ -94,10 +133,45 @@ class Trajectory:
     """A turn was cut at its token limit, or the context was full: the policy did not end it."""
     void_turns: int = 0
     """Turns that neither acted nor answered, as the agent loop counts them."""
+    rewrites: list[Rewrite] = field(default_factory=list)
 
     @property
     def token_ids(self) -> list[int]:
-        return self.prompt_ids + self.response_ids
+        """The present context: prompt and segments of the last row."""
+        if not self.rewrites:
+            return self.prompt_ids + self.response_ids
+        last = self.rewrites[-1]
+        return last.prompt_ids + [t for s in self.segments[last.at :] for t in s.token_ids]
+
+    def rewrite(self, prompt_ids: Sequence[int]) -> None:
+        """Goes on from another context, in a new row.
+
+        What only adds to the present context is an observation, and the row goes on: tokens that
+        two contexts begin with alike are then not computed twice.
+        """
+        present = self.token_ids
+        if list(prompt_ids[: len(present)]) != present:
+            self.rewrites.append(Rewrite(len(self.segments), list(prompt_ids)))
+        elif len(prompt_ids) > len(present):
+            self.add_observation(list(prompt_ids[len(present) :]), kind="context")
+
+    @property
+    def rows(self) -> list[TrajectoryRow]:
+        """The rows, one for each context, those without a token of the policy left out.
+
+        A trajectory without any such token has one row.
+        """
+        if not self.rewrites:
+            return [TrajectoryRow(self.prompt_ids, self.segments)]
+        begins = [Rewrite(0, self.prompt_ids), *self.rewrites]
+        ends = [rewrite.at for rewrite in self.rewrites] + [len(self.segments)]
+        rows: list[TrajectoryRow] = []
+        turns = 0
+        for begin, end in zip(begins, ends, strict=True):
+            row = TrajectoryRow(begin.prompt_ids, self.segments[begin.at : end], turns)
+            turns += sum(s.source is Source.MODEL for s in row.segments)
+            rows.append(row)
+        return [row for row in rows if row.is_sampled] or rows[:1]
 
     @property
     def response_ids(self) -> list[int]:
@@ -127,7 +201,7 @@ class Trajectory:
     def add_completion(self, completion: Completion, **info: Any) -> None:
         """Appends what the engine sampled.
 
-        Counts a violation unless the engine was given exactly this trajectory so far.
+        Counts a violation unless the engine was given exactly the present context.
         """
         self.context_violations += completion.context_digest != context_digest(self.token_ids)
         self.truncated |= completion.finish_reason == "length"

@@ -1,6 +1,7 @@
 """The batch that travels between the driver and the workers.
 
-Shapes: B trajectories, P longest prompt, R longest response, T = P + R.
+Shapes: B rows, P longest prompt, R longest response, T = P + R. A trajectory is one row, or several
+where its context was written anew (`verl.agent.Trajectory.rewrite`).
 
 | key                 | shape    | dtype   | written by | meaning |
 |---|---|---|---|---|
@@ -20,6 +21,9 @@ Shapes: B trajectories, P longest prompt, R longest response, T = P + R.
 | truncated           | [B]      | bool    | agent loop | cut off by a token limit |
 | void_turns          | [B]      | int64   | agent loop | turns that neither acted nor answered |
 | rollout_is_weights  | [B, R]   | float32 | trainer    | importance weight, where these are on |
+| trajectory          | [B]      | int64   | trainer    | number of the row's trajectory |
+| row                 | [B]      | int64   | trainer    | number of the row in its trajectory |
+| seq_tokens          | [B]      | int64   | trainer    | trained tokens of all rows of the trajectory; only if it has several |
 | mini_batch          | [B]      | int64   | trainer    | the actor's optimizer step of the row |
 | critic_mini_batch   | [B]      | int64   | trainer    | the critic's, where there is one |
 | uid                 | [B]      | object  | trainer    | group of the row: one uuid per prompt |
@@ -38,7 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.agent import Source, Trajectory
+from verl.agent import Source, Trajectory, TrajectoryRow
 
 ACTOR_MINI_BATCH = "mini_batch"
 CRITIC_MINI_BATCH = "critic_mini_batch"
@@ -198,8 +202,36 @@ class DataProto:
         )
 
 
+@dataclass(frozen=True)
+class BatchRow:
+    """A row of a batch and where it comes from."""
+
+    trajectory: Trajectory
+    row: TrajectoryRow
+    trajectory_number: int
+    row_number: int
+    is_last: bool
+    """Whether it is the last row of its trajectory, which carries the score."""
+
+
+def rows_of(trajectories: Sequence[Trajectory]) -> list[BatchRow]:
+    """The rows of all trajectories, in their order."""
+    found: list[BatchRow] = []
+    for number, trajectory in enumerate(trajectories):
+        rows = trajectory.rows
+        for row_number, row in enumerate(rows):
+            is_last = row_number == len(rows) - 1
+            found.append(BatchRow(trajectory, row, number, row_number, is_last))
+    return found
+
+
 def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) -> DataProto:
-    """The batch of `trajectories`, in their order.
+    """The batch of `trajectories`, in their order. Raises ValueError as `collate_rows` does."""
+    return collate_rows(rows_of(trajectories), pad_token_id)
+
+
+def collate_rows(rows: Sequence[BatchRow], pad_token_id: int) -> DataProto:
+    """The batch of `rows`, in their order.
 
     It has the columns that the schema gives to the agent loop and the reward. A row with prompt [p,
     q] and response m m o o m (m sampled, o observed), where P = 3, R = 6:
@@ -211,14 +243,15 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
     Raises ValueError for a trajectory without a sampled token, which cannot be trained on (callers
     drop and count these beforehand), and for a sampled segment without a log-prob for every token.
     """
-    prompts, prompt_real = pad_left([t.prompt_ids for t in trajectories], pad_token_id)
-    tokens = response_tokens(trajectories)
-    lengths = np.array([t.response_length for t in trajectories])
+    prompts, prompt_real = pad_left([r.row.prompt_ids for r in rows], pad_token_id)
+    tokens = response_tokens([r.row for r in rows])
+    lengths = np.array([r.row.response_length for r in rows])
     real = np.arange(lengths.max()) < lengths[:, None]
     response_mask = spread(tokens.turns >= 0, real, False)
     sampled = response_mask.any(axis=1)
     if not sampled.all():
-        raise ValueError(f"trajectory {int(np.argmin(sampled))} has no token of the policy")
+        number = rows[int(np.argmin(sampled))].trajectory_number
+        raise ValueError(f"trajectory {number} has no token of the policy")
     columns = {
         "prompts": prompts,
         "responses": spread(tokens.ids, real, pad_token_id),
@@ -227,25 +260,29 @@ def collate_trajectories(trajectories: Sequence[Trajectory], pad_token_id: int) 
         "rollout_log_probs": spread(tokens.log_probs, real, 0.0),
         "policy_versions": spread(tokens.versions, real, -1),
         "turns": spread(tokens.turns, real, -1),
-        "token_level_scores": token_level_scores(trajectories, response_mask),
-        "truncated": np.array([t.truncated for t in trajectories]),
-        "void_turns": np.array([t.void_turns for t in trajectories]),
+        "token_level_scores": token_level_scores(rows, response_mask),
+        "truncated": np.array([r.trajectory.truncated for r in rows]),
+        "void_turns": np.array([r.trajectory.void_turns for r in rows]),
+        "trajectory": np.array([r.trajectory_number for r in rows]),
+        "row": np.array([r.row_number for r in rows]),
     }
     return DataProto.from_dict({key: torch.from_numpy(column) for key, column in columns.items()})
 
 
-def token_level_scores(trajectories: Sequence[Trajectory], response_mask: np.ndarray) -> np.ndarray:
+def token_level_scores(rows: Sequence[BatchRow], response_mask: np.ndarray) -> np.ndarray:
     """The score of each trajectory on its last policy token, 0 elsewhere: [B, R], float32."""
     # the first true entry from the right; every row has one
     last = response_mask.shape[1] - 1 - np.argmax(response_mask[:, ::-1], axis=1)
     scores = np.zeros(response_mask.shape, dtype=np.float32)
-    scores[np.arange(len(trajectories)), last] = [t.reward["score"] for t in trajectories]
+    scores[np.arange(len(rows)), last] = [
+        r.trajectory.reward["score"] if r.is_last else 0.0 for r in rows
+    ]
     return scores
 
 
 @dataclass(frozen=True)
 class ResponseTokens:
-    """The response tokens of many trajectories, one after the other: arrays [N]."""
+    """The response tokens of many rows, one after the other: arrays [N]."""
 
     ids: np.ndarray
     log_probs: np.ndarray
@@ -256,15 +293,15 @@ class ResponseTokens:
     """Int32: the number of the policy's turn, -1 for what others wrote."""
 
 
-def response_tokens(trajectories: Sequence[Trajectory]) -> ResponseTokens:
-    """All response tokens of `trajectories`.
+def response_tokens(rows: Sequence[TrajectoryRow]) -> ResponseTokens:
+    """All response tokens of `rows`.
 
-    The lists of all trajectories become one array, which is much faster than one array for each
+    The lists of all rows become one array, which is much faster than one array for each
     row. Raises ValueError for a sampled segment with another number of log-probs than tokens.
     """
-    segments = [segment for trajectory in trajectories for segment in trajectory.segments]
+    segments = [segment for row in rows for segment in row.segments]
     lengths = np.array([len(segment.token_ids) for segment in segments], dtype=np.int64)
-    turns = np.array([turn for t in trajectories for turn in turn_numbers(t)], dtype=np.int32)
+    turns = np.array([turn for row in rows for turn in turn_numbers(row)], dtype=np.int32)
     versions = np.array([segment.policy_version for segment in segments], dtype=np.int32)
     own = [segment for segment in segments if segment.source is Source.MODEL]
     for segment in own:
@@ -283,11 +320,11 @@ def response_tokens(trajectories: Sequence[Trajectory]) -> ResponseTokens:
     )
 
 
-def turn_numbers(trajectory: Trajectory) -> list[int]:
+def turn_numbers(row: TrajectoryRow) -> list[int]:
     """The number of the policy's turn for each segment, -1 for segments that others wrote."""
     numbers: list[int] = []
-    turn = -1
-    for segment in trajectory.segments:
+    turn = row.first_turn - 1
+    for segment in row.segments:
         own = segment.source is Source.MODEL
         turn += own
         numbers.append(turn if own else -1)

@@ -68,7 +68,11 @@ def read_turns(trajectory: Trajectory, tokenizer: Any) -> list[str]:
     """
     turns: list[str] = []
     before = trajectory.prompt_ids
-    for segment in trajectory.segments:
+    contexts = {rewrite.at: rewrite.prompt_ids for rewrite in trajectory.rewrites}
+    for number, segment in enumerate(trajectory.segments):
+        before = contexts.get(number, before)
+        if segment.info.get("kind") == SUMMARY:
+            continue
         if segment.source is Source.MODEL:
             opened = ends_with_think(before, tokenizer)
             said = tokenizer.decode(segment.token_ids, skip_special_tokens=True)

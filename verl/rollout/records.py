@@ -22,8 +22,13 @@ def trajectory_records(
 def trajectory_record(
     job: Job, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """One trajectory as JSON."""
+    """One trajectory as JSON; `rewrites` is there where the loop has written its context anew."""
+    rewrites = [
+        {"at": r.at, "prompt_ids": r.prompt_ids, "prompt": tokenizer.decode(r.prompt_ids)}
+        for r in trajectory.rewrites
+    ]
     return {
+        **({"rewrites": rewrites} if rewrites else {}),
         "uid": job.uid,
         "data_source": job.row["data_source"],
         "prompt": tokenizer.decode(trajectory.prompt_ids),

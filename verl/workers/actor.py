@@ -54,6 +54,7 @@ def policy_loss(
         num_tokens=counts.num_tokens,
         num_seqs=counts.num_seqs,
         loss_scale_factor=config.loss_scale_factor,
+        seq_tokens=batch.get("seq_tokens"),
     )
     mean_of_tokens = partial(
         agg_loss, loss_mask=mask, loss_agg_mode="token-mean", num_tokens=counts.num_tokens
@@ -138,7 +139,7 @@ class ActorWorker(TrainedWorker):
     @register(
         Dispatch.DP_COMPUTE_METRIC,
         columns=(*INPUTS, ACTOR_MINI_BATCH, "advantages", "old_log_probs"),
-        optional=("ref_log_prob", "rollout_is_weights"),
+        optional=("ref_log_prob", "rollout_is_weights", "seq_tokens"),
     )
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """Takes one optimizer step per mini-batch of `actor.ppo_mini_batch_size`.

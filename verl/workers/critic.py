@@ -39,7 +39,11 @@ class CriticWorker(TrainedWorker):
         forward = partial(forward_values, self.state.model)
         return DataProto({"values": map_micro_batches(data, self.budget, self.device, forward)})
 
-    @register(Dispatch.DP_COMPUTE_METRIC, columns=(*INPUTS, CRITIC_MINI_BATCH, "returns", "values"))
+    @register(
+        Dispatch.DP_COMPUTE_METRIC,
+        columns=(*INPUTS, CRITIC_MINI_BATCH, "returns", "values"),
+        optional=("seq_tokens",),
+    )
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """Takes one optimizer step per mini-batch of `critic.ppo_mini_batch_size`."""
 
@@ -53,6 +57,7 @@ class CriticWorker(TrainedWorker):
                 loss_agg_mode=self.config.loss_agg_mode,
                 num_tokens=counts.num_tokens,
                 num_seqs=counts.num_seqs,
+                seq_tokens=rows.batch.get("seq_tokens"),
             )
 
         return update_mini_batches(

@@ -194,9 +194,15 @@ def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def count_trained(rows: DataProto, device: torch.device) -> Counts:
-    """Counts trained tokens, and trajectories with one, in the rows of all ranks. A collective."""
+    """Counts trained tokens, and trajectories with one, in the rows of all ranks. A collective.
+
+    A row of a trajectory that has several counts as its share of the trajectory's tokens.
+    """
     mask = rows.batch["response_mask"].bool()
-    num_tokens, num_seqs = reduce_sum([float(mask.sum()), float(mask.any(1).sum())], device)
+    tokens = mask.sum(1)
+    whole = rows.batch.get("seq_tokens", tokens)
+    shares = tokens.double() / whole.clamp(min=1)
+    num_tokens, num_seqs = reduce_sum([float(tokens.sum()), float(shares.sum())], device)
     return Counts(round(num_tokens), round(num_seqs))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from verl.protocol import DataProto
@@ -14,6 +15,7 @@ from verl.trainer.ppo.core_algos import (
     compute_rewards,
     kl_penalty,
 )
+from verl.trainer.ppo.joined import Joined, has_several_rows, one_of_each
 from verl.utils.torch_functional import masked_mean
 
 KLController = AdaptiveKLController | FixedKLController
@@ -60,7 +62,7 @@ def apply_kl_penalty(
     )
     kld = kl_penalty(batch["old_log_probs"], batch["ref_log_prob"], config.kl_penalty)
     kl = masked_mean(kld, mask).item()
-    controller.update(kl, n_steps=len(data))
+    controller.update(kl, n_steps=len(mask[one_of_each(data)]))
     metrics = {"critic/kl": kl, "critic/kl_coeff": beta}
     return data.with_tensors(token_level_rewards=rewards), metrics
 
@@ -75,13 +77,16 @@ def compute_advantage(
     batch = data.batch
     # an estimator that needs one of these fails where the batch lacks it
     columns: dict[str, Any] = {
-        "index": data.non_tensor_batch.get("uid"),
+        "token_level_rewards": batch["token_level_rewards"],
+        "response_mask": batch["response_mask"],
         "values": batch.get("values"),
         "turns": batch.get("turns"),
+        "index": data.non_tensor_batch.get("uid"),
     }
+    joined = Joined.of(data, batch["response_mask"]) if has_several_rows(data) else None
+    if joined is not None:
+        columns = join_columns(columns, joined, data)
     advantages, returns = ADVANTAGE_ESTIMATORS[config.adv_estimator].compute(
-        token_level_rewards=batch["token_level_rewards"],
-        response_mask=batch["response_mask"],
         gamma=config.gamma,
         lam=config.lam,
         norm_adv_by_std_in_grpo=config.norm_adv_by_std_in_grpo,
@@ -89,4 +94,19 @@ def compute_advantage(
     )
     nonzero = (advantages.abs().amax(1) > 0).float().mean()
     shares = {"critic/advantages/nonzero_share": float(nonzero)}
+    if joined is not None:
+        advantages = joined.split(advantages)
+        returns = joined.split(returns)
     return data.with_tensors(advantages=advantages, returns=returns.to(torch.float32)), shares
+
+
+def join_columns(columns: dict[str, Any], joined: Joined, data: DataProto) -> dict[str, Any]:
+    """The columns of an estimator with a row for each trajectory instead of each context."""
+    tensors = {name: column for name, column in columns.items() if isinstance(column, torch.Tensor)}
+    whole: dict[str, Any] = {name: joined.join(column) for name, column in tensors.items()}
+    if "turns" in whole:
+        whole["turns"] = joined.join(columns["turns"], pad=-1)
+    if columns["index"] is not None:
+        _, first = np.unique(data.batch["trajectory"].numpy(), return_index=True)
+        whole["index"] = columns["index"][first]
+    return whole

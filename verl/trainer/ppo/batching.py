@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from verl.agent import Trajectory
-from verl.protocol import DataProto, collate_trajectories
+from verl.protocol import DataProto, collate_rows, rows_of
 from verl.rollout.agent_worker import Job
 from verl.utils.seqlen_balancing import balance
 
@@ -23,20 +23,23 @@ def build_batch(
     """The batch, its rows ordered by rank, with `uid`, `data_source` and mini-batch columns.
 
     `num_mini_batches`: for the actor, and the critic if there is one, the name of its mini-batch
-    column and how many optimizer steps the batch takes. Consecutive rows form a mini-batch, so that
-    a group stays together; each mini-batch is spread over the ranks with nearly equal tokens.
+    column and how many optimizer steps the batch takes. Consecutive trajectories form a mini-batch,
+    so that the rows of a trajectory, and its group, stay together; each mini-batch is spread over the ranks with nearly equal tokens.
     `meta_info["rank_sizes"]` is the number of rows of each rank. Without `state_masking` every
     response token is trained on (the paper's ablation); this is the only place that decides it.
     """
-    lengths = [len(t.prompt_ids) + t.response_length for t in trajectories]
-    position = np.arange(len(lengths))
+    rows = rows_of(trajectories)
+    lengths = [r.row.length for r in rows]
+    position = np.array([r.trajectory_number for r in rows])
     mini_batches = {
-        column: position * number // len(lengths) for column, number in num_mini_batches.items()
+        column: position * number // len(trajectories)
+        for column, number in num_mini_batches.items()
     }
     ranks = rows_of_ranks(lengths, list(mini_batches.values()), world_size)
     # ordered before the batch is made, to avoid a copy of its large tensors
     order = [row for rank in ranks for row in rank]
-    data = collate_trajectories([trajectories[row] for row in order], pad_token_id)
+    data = collate_rows([rows[row] for row in order], pad_token_id)
+    jobs_of_rows = [jobs[position[row]] for row in order]
     if not state_masking:
         prompt_len = data.batch["prompts"].shape[1]
         data = data.with_tensors(response_mask=data.batch["attention_mask"][:, prompt_len:])
@@ -46,8 +49,8 @@ def build_batch(
             **{column: torch.from_numpy(index[order]) for column, index in mini_batches.items()},
         },
         {
-            "uid": np.array([jobs[row].uid for row in order], dtype=object),
-            "data_source": np.array([jobs[row].row["data_source"] for row in order], dtype=object),
+            "uid": np.array([job.uid for job in jobs_of_rows], dtype=object),
+            "data_source": np.array([job.row["data_source"] for job in jobs_of_rows], dtype=object),
         },
         {"rank_sizes": [len(rank) for rank in ranks], "num_mini_batches": dict(num_mini_batches)},
     )

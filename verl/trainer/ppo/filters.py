@@ -14,6 +14,7 @@ from verl.trainer.ppo.core_algos import (
     log_ratios,
     mismatch,
 )
+from verl.trainer.ppo.joined import Joined, has_several_rows, one_of_each, sum_of_trajectory
 from verl.utils.torch_functional import masked_mean, masked_sum
 
 
@@ -24,6 +25,7 @@ def _zero_variance(data: DataProto) -> Tensor:
     advantages differ where scores are the same.
     """
     scores = masked_sum(data.batch["token_level_scores"], data.batch["response_mask"], axis=-1)
+    scores = sum_of_trajectory(scores, data)
     same = torch.zeros(len(data), dtype=torch.bool)
     for rows in group_rows(data.non_tensor_batch["uid"]):
         same[rows] = (scores[rows] == scores[rows[0]]).all()
@@ -47,7 +49,7 @@ def filter_loss(data: DataProto, names: Sequence[str]) -> tuple[DataProto, dict[
     left_out = torch.zeros(len(data), dtype=torch.bool)
     for name in names:
         rows = FILTERS[name](data)
-        metrics[f"rollout/filtered/{name}"] = float(rows.float().mean())
+        metrics[f"rollout/filtered/{name}"] = float(rows[one_of_each(data)].float().mean())
         left_out |= rows
     response_mask = data.batch["response_mask"] * ~left_out.unsqueeze(1)
     return data.with_tensors(response_mask=response_mask), metrics
@@ -68,10 +70,15 @@ def correct_rollout(
     sampled = batch["rollout_log_probs"]
     log_ratio = log_ratios(old, sampled, mask)
     metrics = mismatch(old, sampled, mask)
+    # sequences are whole trajectories, also where these are several rows
+    joined = Joined.of(data, mask) if has_several_rows(data) else None
+    ratio_of_seq = log_ratio if joined is None else joined.join(log_ratio)
+    mask_of_seq = mask if joined is None else joined.joined_mask
     if config.rollout_is is not None:
         weights = importance_weights(
-            log_ratio, mask, config.rollout_is, config.rollout_is_threshold
+            ratio_of_seq, mask_of_seq, config.rollout_is, config.rollout_is_threshold
         )
+        weights = weights if joined is None else joined.split(weights)
         metrics |= {
             "is_weight/mean": masked_mean(weights, mask).item(),
             "is_weight/max": weights.max().item(),
@@ -81,7 +88,8 @@ def correct_rollout(
     high = config.rollout_rs_threshold
     veto = config.rollout_token_veto_threshold
     if config.rollout_rs is not None or veto is not None:
-        out = mask & ~accepted(log_ratio, mask, config.rollout_rs, low, high, veto)
+        keep = accepted(ratio_of_seq, mask_of_seq, config.rollout_rs, low, high, veto)
+        out = mask & ~(keep if joined is None else joined.split(keep))
         metrics["left_out"] = masked_mean(out.float(), mask).item()
         data = data.with_tensors(response_mask=batch["response_mask"] * ~out)
     if config.bypass_mode:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from verl.protocol import DataProto
+from verl.trainer.ppo.joined import has_several_rows, one_of_each, sum_of_trajectory
 from verl.utils.torch_functional import masked_mean, masked_sum, masked_var
 
 
@@ -27,14 +28,15 @@ def compute_data_metrics(data: DataProto, max_length: int) -> dict[str, float]:
     batch = data.batch
     mask = batch["response_mask"].bool()
     sampled = mask & (batch["turns"] >= 0)  # no observations, even if they are trained on
-    scores = masked_sum(batch["token_level_scores"], mask, axis=-1)
+    scores = of_trajectories(masked_sum(batch["token_level_scores"], mask, axis=-1), data)
+    rewards = of_trajectories(masked_sum(batch["token_level_rewards"], mask, axis=-1), data)
     metrics = {
         **_stats("critic/score", scores),
         "critic/score/std": scores.float().std(correction=0).item(),
-        **_stats("critic/rewards", masked_sum(batch["token_level_rewards"], mask, axis=-1)),
+        **_stats("critic/rewards", rewards),
         **_stats("critic/advantages", batch["advantages"][mask]),
         **_stats("critic/returns", batch["returns"][mask]),
-        **_length_metrics(batch, sampled, max_length),
+        **_length_metrics(data, sampled, max_length),
         **rollout_gap(batch["rollout_log_probs"], batch["old_log_probs"], sampled),
     }
     positive = sampled & (batch["advantages"] > 0)
@@ -106,15 +108,25 @@ def console_line(metrics: dict[str, float], step: int, total: int, eta_s: float)
     return "  ".join([*parts, f"ETA {math.ceil(eta_s / 60)} min"])
 
 
-def _length_metrics(batch: Mapping[str, Tensor], mask: Tensor, max_length: int) -> dict[str, float]:
+def of_trajectories(values: Tensor, data: DataProto) -> Tensor:
+    """The sum of `values` [B] over the rows of each trajectory, [number of trajectories]."""
+    return sum_of_trajectory(values, data)[one_of_each(data)]
+
+
+def _length_metrics(data: DataProto, mask: Tensor, max_length: int) -> dict[str, float]:
+    batch = data.batch
     prompt_width = batch["prompts"].shape[1]
     attended = batch["attention_mask"].bool()
-    sampled = mask.sum(-1)
-    response = attended[:, prompt_width:].sum(-1)
+    prompts = attended[:, :prompt_width].sum(-1)
+    sampled = of_trajectories(mask.sum(-1), data)
+    response = of_trajectories(attended[:, prompt_width:].sum(-1), data)
+    too_long = of_trajectories((attended.sum(-1) > max_length).long(), data) > 0
+    rows = {"rows/mean": len(data) / len(response)} if has_several_rows(data) else {}
     return {
-        **_stats("prompt_length", attended[:, :prompt_width].sum(-1)),
+        **_stats("prompt_length", prompts),
         **_stats("response_length", response),
-        "response_length/clip_ratio": (attended.sum(-1) > max_length).float().mean().item(),
+        **rows,
+        "response_length/clip_ratio": too_long.float().mean().item(),
         **_stats("response_length_model", sampled),
         **_stats("response_length_observation", response - sampled),
         "state_tokens/total": sampled.sum().item(),

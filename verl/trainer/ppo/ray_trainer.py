@@ -23,6 +23,7 @@ from verl.trainer.ppo.collapse import Alarm, TrainingCollapsed
 from verl.trainer.ppo.collapse_guard import CollapseGuard
 from verl.trainer.ppo.failures import RolloutFailed
 from verl.trainer.ppo.filters import correct_rollout, filter_loss
+from verl.trainer.ppo.joined import with_seq_tokens
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
     compute_throughput_metrics,
@@ -227,7 +228,7 @@ class RayPPOTrainer:
         if self.critic is None:
             return {}
         with self.timers("update_critic"):
-            metrics = self.critic.update_critic(batch)
+            metrics = self.critic.update_critic(with_seq_tokens(batch))
         metrics["vf_loss"] = metrics.pop("loss")
         self.keep_nonfinite("critic", batch, metrics)
         return {f"critic/{name}": value for name, value in metrics.items()}
@@ -248,7 +249,7 @@ class RayPPOTrainer:
             )
             return shares | mismatch
         with self.timers("update_actor"):
-            metrics = self.actor.update_actor(batch)
+            metrics = self.actor.update_actor(with_seq_tokens(batch))
         self.keep_nonfinite("actor", batch, metrics)
         actor_metrics = {f"actor/{name}": value for name, value in metrics.items()}
         return shares | mismatch | actor_metrics

@@ -30,13 +30,15 @@ def agg_loss(
     num_tokens: Count = None,
     num_seqs: Count = None,
     loss_scale_factor: float | None = None,
+    seq_tokens: Tensor | None = None,
 ) -> Tensor:
     """Aggregates a loss per token [B, R] to a scalar, which is additive (see the package).
 
     `token-mean`: sum / num_tokens. `token-sum`: sum. `seq-mean-token-sum`: sum / num_seqs.
     `seq-mean-token-mean`: sum over rows of the row's mean, / num_seqs. `seq-mean-token-sum-norm`:
     sum / num_seqs / `loss_scale_factor`, the constant divisor of Dr. GRPO (arXiv 2503.20783). A row
-    without an unmasked token is no sequence. Raises ValueError for another mode and for a missing
+    without an unmasked token is no sequence. Where a sequence is several rows, `seq_tokens` [B] are
+    the unmasked tokens of all rows of a row's sequence. Raises ValueError for another mode and for a missing
     factor.
     """
     mask = loss_mask.bool()
@@ -45,7 +47,10 @@ def agg_loss(
     if loss_agg_mode == "token-sum":
         return masked_sum(loss_mat, mask)
     if loss_agg_mode == "seq-mean-token-mean":
-        rows = masked_mean(loss_mat, mask, axis=-1)
+        if seq_tokens is None:
+            rows = masked_mean(loss_mat, mask, axis=-1)
+        else:
+            rows = masked_sum(loss_mat, mask, axis=-1) / seq_tokens.clamp(min=1)
     elif loss_agg_mode == "seq-mean-token-sum":
         rows = masked_sum(loss_mat, mask, axis=-1)
     elif loss_agg_mode == "seq-mean-token-sum-norm":
@@ -202,6 +207,7 @@ def compute_value_loss(
     loss_agg_mode: str = "token-mean",
     num_tokens: Count = None,
     num_seqs: Count = None,
+    seq_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """PPO's clipped loss of the critic, aggregated by `agg_loss`.
 
@@ -222,7 +228,14 @@ def compute_value_loss(
         "vf_clipfrac": mean_of_tokens((vf_losses2 > vf_losses1).float()),
         "vpred_mean": mean_of_tokens(vpreds.detach()),
     }
-    vf_loss = agg_loss(vf_losses, mask, loss_agg_mode, num_tokens=num_tokens, num_seqs=num_seqs)
+    vf_loss = agg_loss(
+        vf_losses,
+        mask,
+        loss_agg_mode,
+        num_tokens=num_tokens,
+        num_seqs=num_seqs,
+        seq_tokens=seq_tokens,
+    )
     return vf_loss, metrics
 
 
