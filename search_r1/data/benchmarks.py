@@ -181,8 +181,23 @@ def command(
 ) -> int:
     """Runs the command line that the scripts of `scripts/data_process` share.
 
-    It writes a parquet file for each of `splits`.
+    Writes a parquet file for each of `splits`; returns the exit status.
     """
+    args = make_parser(description, default_sources, default_dir, template).parse_args()
+    try:
+        written = write_splits(args, splits)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    if len(written) == 2:
+        shared = leakage(written["train"], written["test"])
+        sys.stdout.write(f"{len(shared)} of the test questions are also training questions\n")
+    return 0
+
+
+def make_parser(
+    description: str, default_sources: str, default_dir: str, template: str
+) -> argparse.ArgumentParser:
+    """The parser of the command line, with these defaults."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add(
@@ -219,25 +234,25 @@ def command(
         action="store_true",
         help="leave rows without question or answer out, and say how many",
     )
-    args = parser.parse_args()
+    return parser
+
+
+def write_splits(
+    args: argparse.Namespace, splits: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Builds each split and writes its file, saying so; returns the rows by split.
+
+    Raises DataError as `read` does.
+    """
     retriever = (
         RetrieverConfig(url=args.retriever_url, topk=args.topk)
         if args.template in WITH_CONTEXT
         else None
     )
     written: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for split in splits:
-            named = (
-                args.test_sources if split == "test" and args.test_sources else args.data_sources
-            )
-            written[split] = build(
-                parse_sources(named), split, args.template, retriever, args.skip_bad
-            )
-            sys.stdout.write(write(written[split], args.local_dir / f"{split}.parquet"))
-    except DataError as error:
-        sys.exit(f"error: {error}")
-    if len(written) == 2:
-        shared = leakage(written["train"], written["test"])
-        sys.stdout.write(f"{len(shared)} of the test questions are also training questions\n")
-    return 0
+    for split in splits:
+        named = args.test_sources if split == "test" and args.test_sources else args.data_sources
+        rows = build(parse_sources(named), split, args.template, retriever, args.skip_bad)
+        written[split] = rows
+        sys.stdout.write(write(rows, args.local_dir / f"{split}.parquet"))
+    return written

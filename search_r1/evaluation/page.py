@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from search_r1.evaluation.summary import ALL, AVERAGE
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
 Results = dict[str, dict[str, Any]]
@@ -179,7 +181,7 @@ def inline_svg(text: str, id_prefix: str, label: str) -> str:
 
 
 def plot_scores(figure: "Figure", results: Results) -> None:
-    """Bars in groups, with whiskers."""
+    """Draws the EM of every set as a group of bars, one bar for each result."""
     axis = figure.subplots()
     sets = set_names(results)
     width = min(0.8 / len(results), 0.15)
@@ -187,16 +189,23 @@ def plot_scores(figure: "Figure", results: Results) -> None:
     for i, summary in enumerate(results.values()):
         offset = (i - (len(results) - 1) / 2) * width
         rows = {j + offset: summary[s] for j, s in enumerate(sets) if s in summary}
-        em = [row["em"] for row in rows.values()]
-        below = [abs(row["em_interval"][0] - row["em"]) for row in rows.values()]
-        above = [abs(row["em_interval"][1] - row["em"]) for row in rows.values()]
-        look = {"yerr": [below, above], "ecolor": "#40464f", **BARS[i % len(BARS)]}
-        bars.append(axis.bar(list(rows), em, 0.9 * width, **look))
+        bars.append(draw_bars(axis, rows, 0.9 * width, BARS[i % len(BARS)]))
     is_crowded = len(sets) * max(map(len, sets)) > 90
     rotation, ha = (25, "right") if is_crowded else (0, "center")
     axis.set_xticks(range(len(sets)), [fill(s, 40) for s in sets], rotation=rotation, ha=ha)
     axis.set(ylabel="EM", xlim=(-0.6, len(sets) - 0.4), ylim=(0, None))
     legend(figure, bars, list(results))
+
+
+def draw_bars(
+    axis: "Axes", rows: dict[float, dict[str, Any]], width: float, style: dict[str, Any]
+) -> "BarContainer":
+    """Draws a bar of EM, with its interval as whiskers, at the position of each row."""
+    em = [row["em"] for row in rows.values()]
+    below = [abs(row["em_interval"][0] - row["em"]) for row in rows.values()]
+    above = [abs(row["em_interval"][1] - row["em"]) for row in rows.values()]
+    whiskers = {"yerr": [below, above], "ecolor": "#40464f"}
+    return axis.bar(list(rows), em, width, **whiskers, **style)
 
 
 def plot_counts(figure: "Figure", results: Results) -> None:

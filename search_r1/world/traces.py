@@ -141,40 +141,52 @@ class TraceWriter:
         ]
 
     def question_trace(self, question: Question, taken: set[str]) -> list[Piece]:
-        """One trace about entities nobody knows."""
-        rng = self.rng
-        mix = self.mix
-        hops = len(question.relations)
+        """Draws one trace about entities that appear in no other trace."""
         pieces = [Piece("prompt", build_prompt(question.text, "short"))]
         known = 0
-        guess = mix.guess if question.relations[0] in mix.bold else mix.guess_known
         for turn in range(MAX_TURNS + 1):
-            name = question.path[known]
-            if known == 0 and rng.random() < (guess if turn == 0 else mix.guess):
-                return [
-                    *pieces,
-                    Piece(
-                        "model", f"<think> I guess </think> <answer> {random_name(rng)} </answer>"
-                    ),
-                ]
-            stops = turn == MAX_TURNS or (0 < known < hops and rng.random() < mix.stop_early)
-            if stops or (known == hops and rng.random() >= mix.search_again):
-                return [
-                    *pieces,
-                    *self.think(question, known, name),
-                    Piece("model", f" <answer> {name} </answer>"),
-                ]
-            wrong = known < hops and rng.random() < mix.wrong_query
-            query = random_name(rng) if wrong else name
-            pieces += [
-                *self.think(question, known, query),
-                Piece("model", f" <search> {query} </search>"),
-            ]
-            pieces.append(
-                self.observation(question, None if wrong or known == hops else known, query, taken)
-            )
-            known += not wrong and known < hops
+            if self.guesses(question, known, turn):
+                guess = random_name(self.rng)
+                pieces.append(
+                    Piece("model", f"<think> I guess </think> <answer> {guess} </answer>")
+                )
+                break
+            if self.answers(question, known, turn):
+                name = question.path[known]
+                pieces += self.think(question, known, name)
+                pieces.append(Piece("model", f" <answer> {name} </answer>"))
+                break
+            turn_pieces, known = self.search(question, known, taken)
+            pieces += turn_pieces
         return pieces
+
+    def guesses(self, question: Question, known: int, turn: int) -> bool:
+        """Draws whether the policy answers with a random name, which it does only before any fact
+        is known."""
+        mix = self.mix
+        searches_first = turn == 0 and question.relations[0] not in mix.bold
+        return known == 0 and self.rng.random() < (mix.guess_known if searches_first else mix.guess)
+
+    def answers(self, question: Question, known: int, turn: int) -> bool:
+        """Draws whether the policy answers with the last name that it knows: at the last turn, too
+        early, or once it knows all facts."""
+        hops = len(question.relations)
+        if turn == MAX_TURNS or (0 < known < hops and self.rng.random() < self.mix.stop_early):
+            return True
+        return known == hops and self.rng.random() >= self.mix.search_again
+
+    def search(self, question: Question, known: int, taken: set[str]) -> tuple[list[Piece], int]:
+        """Draws a turn that searches; returns its pieces and how many facts are known after it."""
+        is_complete = known == len(question.relations)
+        is_wrong = not is_complete and self.rng.random() < self.mix.wrong_query
+        query = random_name(self.rng) if is_wrong else question.path[known]
+        finds_next = not is_complete and not is_wrong
+        pieces = [
+            *self.think(question, known, query),
+            Piece("model", f" <search> {query} </search>"),
+            self.observation(question, known if finds_next else None, query, taken),
+        ]
+        return pieces, known + finds_next
 
     def think(self, question: Question, known: int, query: str) -> list[Piece]:
         """Before anything is known, what to look for; then the last fact that was read."""
