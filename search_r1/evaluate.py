@@ -16,7 +16,7 @@ from pathlib import Path
 
 from search_r1.evaluation import report
 from search_r1.export import loadable_model
-from search_r1.launch import MODELS, TOKENIZER, composed, surrounded
+from search_r1.launch import MODELS, TOKENIZER, composed, run_with_setup
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 from verl.trainer.overrides import quoted
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = (TOKENIZER,) if args.endpoint else MODELS
         config, complete = composed(args.config_name, overrides, models)
         validate(as_plain(config))
-        status = surrounded("verl.trainer.main_eval", args.config_name, complete, config)
+        status = run_with_setup("verl.trainer.main_eval", args.config_name, complete, config)
     except (ConfigError, ModelError) as error:
         sys.exit(f"error: {error}")
     if status:

@@ -50,7 +50,7 @@ def read_finetune(raw: Mapping[str, Any]) -> FinetuneConfig:
 
 
 def answer_rows(
-    places: Sequence[str],
+    locations: Sequence[str],
     rows: Sequence[Row],
     template: str | None,
     tokenizer: Any,
@@ -62,14 +62,14 @@ def answer_rows(
     Raises DataError naming the place of a row whose prompt cannot be made.
     """
     end = end_of_turn(tokenizer, **chat_template_kwargs)
-    for place, row in zip(places, rows, strict=True):
+    for location, row in zip(locations, rows, strict=True):
         messages = row["prompt"]
         if template:
             messages = [{"role": "user", "content": build_prompt(required_question(row), template)}]
         try:
             prompt = encode_chat(tokenizer, messages, **chat_template_kwargs)
         except DataError as error:
-            raise DataError(f"{place}: {error}") from error
+            raise DataError(f"{location}: {error}") from error
         answer = gold_answers(row["reward_model"]["ground_truth"])[0]
         own = [*encode_text(tokenizer, f"<answer> {answer} </answer>"), end]
         yield {"input_ids": prompt + own, "loss_mask": [0] * len(prompt) + [1] * len(own)}
@@ -147,9 +147,11 @@ class Finetune:
             model.get("tokenizer_path") or self.model,
             trust_remote_code=model.get("trust_remote_code", False),
         )
-        places, questions = read_questions(files, data["train_data_num"], data["train_sample_seed"])
+        locations, questions = read_questions(
+            files, data["train_data_num"], data["train_sample_seed"]
+        )
         kwargs = data["apply_chat_template_kwargs"]
-        return answer_rows(places, questions, self.raw["template"], tokenizer, kwargs)
+        return answer_rows(locations, questions, self.raw["template"], tokenizer, kwargs)
 
     def sample(self, folder: Path, files: Sequence[str]) -> Path:
         """Samples trajectories of the current model on the training questions, returns the file."""

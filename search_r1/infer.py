@@ -24,7 +24,7 @@ from tqdm import tqdm
 from search_r1.data.rows import read_rows
 from search_r1.data.shapes import normalise
 from search_r1.evaluate import given_overrides
-from search_r1.launch import composed, surroundings
+from search_r1.launch import composed, prepare_and_serve
 from search_r1.rewards.matching import last_answer
 from verl.agent import AgentLoop, Completion, Generate, Source, Trajectory, TrajectoryFailed
 from verl.rollout.openai_engine import OpenAIEngine
@@ -267,16 +267,16 @@ def read_questions(path: Path) -> list[str]:
     """
     questions: list[str] = []
     problems: list[str] = []
-    for place, record in read_rows(path):
+    for location, record in read_rows(path):
         if isinstance(record, str):
-            problems.append(f"{place}: {record}")
+            problems.append(f"{location}: {record}")
             continue
         read = normalise(record)
         question = (record if isinstance(read, str) else read).get("question")
         if isinstance(question, str) and question.strip():
             questions.append(question)
         else:
-            problems.append(f"{place}: no question")
+            problems.append(f"{location}: no question")
     if problems:
         raise DataError(listed(problems))
     return list(dict.fromkeys(questions))
@@ -365,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, _ = composed(args.config_name, [*given, *overrides])
         # What is wrong is told before anything is made or started.
         config_for_answering(copy.deepcopy(config), None)
-        with surroundings(config, overrides) as server:
+        with prepare_and_serve(config, overrides) as server:
             asked = config_for_answering(config, server.url if server else None)
             asyncio.run(run_session(asked, work))
     except (ConfigError, DataError, ModelError) as error:

@@ -106,7 +106,7 @@ def launch(argv: Sequence[str]) -> int:
         )
     validate(compose.as_plain(config))
     if config.finetune.data is not None:
-        return surrounded("search_r1.finetune", line.config_name, overrides, config)
+        return run_with_setup("search_r1.finetune", line.config_name, overrides, config)
     status = train(line.config_name, overrides, config)
     if status == 0:
         sys.stdout.write(write_report(Path(config.trainer.default_local_dir)))
@@ -139,17 +139,19 @@ def values_of_small_base(config: DictConfig, overrides: Sequence[str]) -> list[s
 def train(config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
     """Supervises a training with what `setup` makes and serves around it; returns its status."""
     arguments = ["--config-name", config_name, *overrides]
-    with surroundings(config, overrides) as server:
+    with prepare_and_serve(config, overrides) as server:
         if server is None:
             return supervise_driver(arguments, config.trainer)
         arguments.append(f"retriever.url={server.url}")
         return supervise_driver(arguments, config.trainer, meanwhile=server.revive)
 
 
-def surrounded(program: str, config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
+def run_with_setup(
+    program: str, config_name: str, overrides: Sequence[str], config: DictConfig
+) -> int:
     """Runs another module once, with the same around it; returns its exit status."""
     command = [sys.executable, "-m", program, "--config-name", config_name, *overrides]
-    with surroundings(config, overrides) as server:
+    with prepare_and_serve(config, overrides) as server:
         return run([*command, f"retriever.url={server.url}"] if server else command, server)
 
 
@@ -168,7 +170,7 @@ def run(command: list[str], server: "RetrievalServer | None") -> int:
 
 
 @contextmanager
-def surroundings(
+def prepare_and_serve(
     config: DictConfig, overrides: Sequence[str]
 ) -> Iterator["RetrievalServer | None"]:
     """Makes what `setup` names and serves its index meanwhile.

@@ -7,9 +7,9 @@ from typing import Any
 from search_r1.evaluation.behaviour import behaviour, read_history
 from search_r1.evaluation.summary import ALL, by_set
 from search_r1.trajectory import Record
+from verl.utils.tracking import STEP
 
 HEADER = ("questions", "n", "EM", "searches", "answered", "gold retrieved", "EM if gold retrieved")
-STEP = "training/global_step"
 
 
 def write_report(run_dir: Path) -> str:

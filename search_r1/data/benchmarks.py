@@ -59,15 +59,15 @@ def read(source: Source, split: str, skip_bad: bool = False) -> tuple[str, list[
         )
     kept = []
     problems = []
-    for number, (place, record) in enumerate(records):
+    for number, (location, record) in enumerate(records):
         row = normalise(record) if isinstance(record, dict) else record
         if isinstance(row, str):
-            problems.append(f"{place}: {row}")
+            problems.append(f"{location}: {row}")
             continue
         try:
             question, answers = question_and_answers(row)
         except ValueError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
             continue
         id = str(row.get("id") or f"{split}_{number}")
         kept.append({**row, "id": id, "question": question, "golden_answers": answers})

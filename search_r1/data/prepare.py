@@ -60,14 +60,14 @@ def prepare(path: Path, template: str, skip_bad: bool = False) -> list[dict[str,
     """
     rows = []
     problems = []
-    for index, (place, record) in enumerate(read_rows(path)):
+    for index, (location, record) in enumerate(read_rows(path)):
         if isinstance(record, str):
-            problems.append(f"{place}: {record}")
+            problems.append(f"{location}: {record}")
             continue
         try:
             rows.append(convert(record, path.stem, template, index))
         except ValueError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
     settle(problems, skip_bad)
     if not rows:
         raise DataError(f"{path}: no rows")

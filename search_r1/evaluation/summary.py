@@ -41,15 +41,17 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def read_record(line: str, place: str) -> Record:
-    """The record of a line. Raises DataError naming its place."""
+def read_record(line: str, location: str) -> Record:
+    """The record of a line. Raises DataError naming its location."""
     try:
         record = json.loads(line)
         missing = set(KEYS) - record.keys()
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{place}: not a trajectory record ({error})") from error
+        raise DataError(f"{location}: not a trajectory record ({error})") from error
     if missing:
-        raise DataError(f"{place}: not a trajectory record, it lacks {', '.join(sorted(missing))}")
+        raise DataError(
+            f"{location}: not a trajectory record, it lacks {', '.join(sorted(missing))}"
+        )
     return record
 
 

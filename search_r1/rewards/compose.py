@@ -76,7 +76,7 @@ class SearchReward:
         return self._sum(parts, trajectory)
 
     def _sum(self, parts: dict[str, float], trajectory: Trajectory) -> dict[str, float]:
-        step = step_of(trajectory)
+        step = training_step(trajectory)
         score = sum(
             weight_at(getattr(self.config, name), step) * part for name, part in parts.items()
         )
@@ -91,7 +91,7 @@ class SearchReward:
             right = [trajectory.reward["em"] == 1 for trajectory in group]
             parts = components.otc_grpo(searches, right, self.config.otc_c)
             for trajectory, part in zip(group, parts, strict=True):
-                weight = weight_at(self.config.otc_grpo, step_of(trajectory))
+                weight = weight_at(self.config.otc_grpo, training_step(trajectory))
                 trajectory.reward["otc_grpo"] = part
                 trajectory.reward["score"] += weight * part
 
@@ -111,7 +111,7 @@ def weight_at(weight: Weight, step: int) -> float:
     return low + (high - low) * (step - start) / (end - start)
 
 
-def step_of(trajectory: Trajectory) -> int:
+def training_step(trajectory: Trajectory) -> int:
     """The training step that a trajectory belongs to.
 
     The weights that wrote it are those of the step before.

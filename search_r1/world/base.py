@@ -29,9 +29,9 @@ from search_r1.world.tokenizer import train_tokenizer, training_texts
 from search_r1.world.traces import (
     POOR,
     READING,
-    Piece,
     PolicyMix,
     RecallWriter,
+    TraceSegment,
     TraceWriter,
     encode_trace,
 )
@@ -41,7 +41,7 @@ from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 logger = logging.getLogger(__name__)
 
 
-Draw = Callable[[], list[Piece]]
+Draw = Callable[[], list[TraceSegment]]
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,14 @@ def answered(path: str | Path, count: int = 300, seed: int = 1) -> float:
     writer = TraceWriter(random.Random(seed), PolicyMix())
     right = 0
     for _ in range(count):
-        pieces = writer()
-        last = max(i for i, piece in enumerate(pieces) if piece.kind == "observation")
-        ids = torch.tensor([encode_trace(pieces[: last + 1], tokenizer)["input_ids"]])
+        segments = writer()
+        last = max(i for i, segment in enumerate(segments) if segment.kind == "observation")
+        ids = torch.tensor([encode_trace(segments[: last + 1], tokenizer)["input_ids"]])
         mask = torch.ones_like(ids)
         out = model.generate(
             ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=ends
         )
-        right += tokenizer.decode(out[0, ids.shape[1] :]).endswith(pieces[-1].text)
+        right += tokenizer.decode(out[0, ids.shape[1] :]).endswith(segments[-1].text)
     return right / count
 
 

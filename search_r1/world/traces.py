@@ -57,10 +57,11 @@ MAX_TURNS = 4
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Part of a trace.
+class TraceSegment:
+    """A part of a trace by one author.
 
-    `kind`: prompt, model, read (the model's, copied out of a passage) or observation.
+    `kind` is prompt, model, read (written by the model, but copied out of a passage) or
+    observation.
     """
 
     kind: str
@@ -78,7 +79,7 @@ class RecallWriter:
         self.rng = rng
         self.count = count
 
-    def __call__(self) -> list[Piece]:
+    def __call__(self) -> list[TraceSegment]:
         taken: set[str] = set()
         facts = [
             (
@@ -88,15 +89,17 @@ class RecallWriter:
             )
             for _ in range(self.count)
         ]
-        pieces = [Piece("prompt", " ".join(f"{relation.state(x, y)}." for x, relation, y in facts))]
+        segments = [
+            TraceSegment("prompt", " ".join(f"{relation.state(x, y)}." for x, relation, y in facts))
+        ]
         self.rng.shuffle(facts)
         for x, relation, y in facts:
-            pieces += [
-                Piece("prompt", f" {x} {relation.sentence}"),
-                Piece("read", f" {y}"),
-                Piece("prompt", "."),
+            segments += [
+                TraceSegment("prompt", f" {x} {relation.sentence}"),
+                TraceSegment("read", f" {y}"),
+                TraceSegment("prompt", "."),
             ]
-        return pieces
+        return segments
 
 
 class TraceWriter:
@@ -120,7 +123,7 @@ class TraceWriter:
         self.common = ask(common, 1, len(common) * 2, random.Random(0))
         self.common_names = set(common)
 
-    def __call__(self) -> list[Piece]:
+    def __call__(self) -> list[TraceSegment]:
         """One trace."""
         if self.rng.random() < self.mix.common:
             return self.common_trace(self.rng.choice(self.common))
@@ -129,36 +132,36 @@ class TraceWriter:
         path = tuple(fresh_name(self.rng, taken) for _ in range(len(chain) + 1))
         return self.question_trace(Question(chain, path), taken)
 
-    def common_trace(self, question: Question) -> list[Piece]:
+    def common_trace(self, question: Question) -> list[TraceSegment]:
         x, y = question.path
         return [
-            Piece("prompt", build_prompt(question.text, "short")),
-            Piece(
+            TraceSegment("prompt", build_prompt(question.text, "short")),
+            TraceSegment(
                 "model",
                 f"<think> {RELATIONS[question.relations[0]].state(x, y)} </think> <answer> {y} "
                 "</answer>",
             ),
         ]
 
-    def question_trace(self, question: Question, taken: set[str]) -> list[Piece]:
+    def question_trace(self, question: Question, taken: set[str]) -> list[TraceSegment]:
         """Draws one trace about entities that appear in no other trace."""
-        pieces = [Piece("prompt", build_prompt(question.text, "short"))]
+        segments = [TraceSegment("prompt", build_prompt(question.text, "short"))]
         known = 0
         for turn in range(MAX_TURNS + 1):
             if self.guesses(question, known, turn):
                 guess = random_name(self.rng)
-                pieces.append(
-                    Piece("model", f"<think> I guess </think> <answer> {guess} </answer>")
+                segments.append(
+                    TraceSegment("model", f"<think> I guess </think> <answer> {guess} </answer>")
                 )
                 break
             if self.answers(question, known, turn):
                 name = question.path[known]
-                pieces += self.think(question, known, name)
-                pieces.append(Piece("model", f" <answer> {name} </answer>"))
+                segments += self.think(question, known, name)
+                segments.append(TraceSegment("model", f" <answer> {name} </answer>"))
                 break
-            turn_pieces, known = self.search(question, known, taken)
-            pieces += turn_pieces
-        return pieces
+            turn_segments, known = self.search(question, known, taken)
+            segments += turn_segments
+        return segments
 
     def guesses(self, question: Question, known: int, turn: int) -> bool:
         """Draws whether the policy answers with a random name, which it does only before any fact
@@ -175,34 +178,36 @@ class TraceWriter:
             return True
         return known == hops and self.rng.random() >= self.mix.search_again
 
-    def search(self, question: Question, known: int, taken: set[str]) -> tuple[list[Piece], int]:
-        """Draws a turn that searches; returns its pieces and how many facts are known after it."""
+    def search(
+        self, question: Question, known: int, taken: set[str]
+    ) -> tuple[list[TraceSegment], int]:
+        """Draws a turn that searches; returns it and how many facts are known after it."""
         is_complete = known == len(question.relations)
         is_wrong = not is_complete and self.rng.random() < self.mix.wrong_query
         query = random_name(self.rng) if is_wrong else question.path[known]
         finds_next = not is_complete and not is_wrong
-        pieces = [
+        segments = [
             *self.think(question, known, query),
-            Piece("model", f" <search> {query} </search>"),
+            TraceSegment("model", f" <search> {query} </search>"),
             self.observation(question, known if finds_next else None, query, taken),
         ]
-        return pieces, known + finds_next
+        return segments, known + finds_next
 
-    def think(self, question: Question, known: int, query: str) -> list[Piece]:
+    def think(self, question: Question, known: int, query: str) -> list[TraceSegment]:
         """Before anything is known, what to look for; then the last fact that was read."""
         if known == 0:
-            return [Piece("model", f"<think> find {query} </think>")]
+            return [TraceSegment("model", f"<think> find {query} </think>")]
         x = question.path[known - 1]
         relation = RELATIONS[question.relations[known - 1]]
         fact = (
-            Piece("model", f"<think> {x}"),
-            Piece("read", f" {relation.sentence} {question.path[known]}"),
+            TraceSegment("model", f"<think> {x}"),
+            TraceSegment("read", f" {relation.sentence} {question.path[known]}"),
         )
-        return [*fact, Piece("model", " </think>")]
+        return [*fact, TraceSegment("model", " </think>")]
 
     def observation(
         self, question: Question, known: int | None, query: str, taken: set[str]
-    ) -> Piece:
+    ) -> TraceSegment:
         """The passage of path[known], if any, among others that match a word of `query`."""
         rng = self.rng
         entities = []
@@ -216,7 +221,7 @@ class TraceWriter:
         while len(entities) < self.num_passages:
             entities.append(self.distractor(query, kind, taken))
         rng.shuffle(entities)
-        return Piece("observation", "", tuple(passage(e, rng) for e in entities))
+        return TraceSegment("observation", "", tuple(passage(e, rng) for e in entities))
 
     def entity(self, name: str, kind: str, taken: set[str]) -> Entity:
         return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
@@ -233,7 +238,7 @@ class TraceWriter:
         return entity
 
 
-def encode_trace(pieces: Sequence[Piece], tokenizer: Any) -> dict[str, list[int]]:
+def encode_trace(segments: Sequence[TraceSegment], tokenizer: Any) -> dict[str, list[int]]:
     """`input_ids` of a trace, and masks: `loss_mask` and `read_mask`.
 
     `loss_mask` is 1 on the model's tokens, `read_mask` on what it copied out of a passage.
@@ -241,12 +246,12 @@ def encode_trace(pieces: Sequence[Piece], tokenizer: Any) -> dict[str, list[int]
     ids: list[int] = []
     loss: list[int] = []
     read: list[int] = []
-    for piece in pieces:
-        if piece.kind == "observation":
-            new, _ = encode_passages(piece.passages, tokenizer, 1 << 20, emitted="")
+    for segment in segments:
+        if segment.kind == "observation":
+            new, _ = encode_passages(segment.passages, tokenizer, 1 << 20, emitted="")
         else:
-            new = encode_text(tokenizer, piece.text)
+            new = encode_text(tokenizer, segment.text)
         ids += new
-        loss += [int(piece.kind in ("model", "read"))] * len(new)
-        read += [int(piece.kind == "read")] * len(new)
+        loss += [int(segment.kind in ("model", "read"))] * len(new)
+        read += [int(segment.kind == "read")] * len(new)
     return {"input_ids": ids, "loss_mask": loss, "read_mask": read}

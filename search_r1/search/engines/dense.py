@@ -228,15 +228,15 @@ class DenseRetriever:
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
         """The hits of each query, by one call of the encoder and one of the index."""
-        scores, places = self.index.search(self.encoder.encode_queries(queries), topk)
-        return [self.to_hits(*row) for row in zip(places, scores, strict=True)]
+        scores, positions = self.index.search(self.encoder.encode_queries(queries), topk)
+        return [self.to_hits(*row) for row in zip(positions, scores, strict=True)]
 
-    def to_hits(self, places: np.ndarray, scores: np.ndarray) -> Hits:
-        """The documents of a query; FAISS fills up with places of -1 when it finds fewer."""
+    def to_hits(self, positions: np.ndarray, scores: np.ndarray) -> Hits:
+        """The documents of a query; FAISS fills up with positions of -1 when it finds fewer."""
         return [
-            (self.corpus[int(place)], self.sign * float(score))
-            for place, score in zip(places, scores, strict=True)
-            if place >= 0
+            (self.corpus[int(position)], self.sign * float(score))
+            for position, score in zip(positions, scores, strict=True)
+            if position >= 0
         ]
 
 

@@ -47,8 +47,8 @@ class Random:
 
     def draw(self, rng: random.Random, count: int) -> Hits:
         """Draws so many different passages, with scores of 0."""
-        places = rng.sample(range(len(self.corpus)), min(count, len(self.corpus)))
-        return [(self.corpus[i], 0.0) for i in places]
+        positions = rng.sample(range(len(self.corpus)), min(count, len(self.corpus)))
+        return [(self.corpus[i], 0.0) for i in positions]
 
 
 class Noisy:
@@ -98,15 +98,15 @@ class Oracle:
     def __init__(self, bm25: BM25Retriever, questions: Path) -> None:
         """Raises CorpusError when the file has no gold ids, or the corpus lacks one of them."""
         self.bm25 = bm25
-        places = {str(bm25.corpus[i]["id"]): i for i in range(len(bm25))}
+        positions = {str(bm25.corpus[i]["id"]): i for i in range(len(bm25))}
         self.gold: dict[str, list[int]] = {}
         for question, ids in read_gold(questions):
-            if missing := [i for i in ids if i not in places]:
+            if missing := [i for i in ids if i not in positions]:
                 raise CorpusError(
                     f"{questions}: gold passage {missing[0]!r} is not in {bm25.corpus.path}"
                 )
-            self.gold[question] = [places[i] for i in ids]
-        self.all = {place for ids in self.gold.values() for place in ids}
+            self.gold[question] = [positions[i] for i in ids]
+        self.all = {position for ids in self.gold.values() for position in ids}
 
     def __len__(self) -> int:
         return len(self.all)

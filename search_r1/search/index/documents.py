@@ -21,19 +21,20 @@ def contents(title: str, text: str) -> str:
     return f'"{title}"\n{text}'
 
 
-def to_document(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
+def to_document(record: bytes | dict[str, Any], location: str) -> dict[str, Any]:
     """The document of a line or a row.
 
-    Raises CorpusError naming `place` unless it has `id` and `contents`, or `id`, `title` and
+    Raises CorpusError naming `location` unless it has `id` and `contents`, or `id`, `title` and
     `text`.
     """
     try:
         document = json.loads(record) if isinstance(record, bytes) else record
     except ValueError as error:
-        raise CorpusError(f"{place}: not JSON ({error})") from error
+        raise CorpusError(f"{location}: not JSON ({error})") from error
     if isinstance(record, bytes) and SURROGATE.search(record) and not is_encodable(document):
         raise CorpusError(
-            f"{place}: half of a surrogate pair, which no answer can carry (such as \\ud83d alone)"
+            f"{location}: half of a surrogate pair, which no answer can carry (such as \\ud83d "
+            "alone)"
         )
     if isinstance(document, dict) and document.get("id") is not None:
         if isinstance(document.get("contents"), str):
@@ -41,7 +42,7 @@ def to_document(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
         if isinstance(document.get("title"), str) and isinstance(document.get("text"), str):
             return {**document, "contents": contents(document["title"], document["text"])}
     raise CorpusError(
-        f'{place}: expected an object with "id" and "contents" (a string), or "id", "title" '
+        f'{location}: expected an object with "id" and "contents" (a string), or "id", "title" '
         'and "text"'
     )
 
@@ -58,21 +59,21 @@ def is_encodable(document: object) -> bool:
     return True
 
 
-def encoded(document: dict[str, Any], place: str) -> bytes:
+def encoded(document: dict[str, Any], location: str) -> bytes:
     """The document as a line of JSON, without the line break.
 
     Dates and times are written as ISO 8601; exact decimals, durations and UUIDs as texts; numbers
     that are not finite as null, because no answer of the server could carry them. Raises
-    CorpusError naming `place` for what JSON has no form for.
+    CorpusError naming `location` for what JSON has no form for.
     """
     try:
         return as_json(document).encode()
     except UnicodeEncodeError as error:
         raise CorpusError(
-            f"{place}: half of a surrogate pair, which no answer can carry"
+            f"{location}: half of a surrogate pair, which no answer can carry"
         ) from error
     except (TypeError, ValueError) as error:
-        raise CorpusError(f"{place}: {error}") from error
+        raise CorpusError(f"{location}: {error}") from error
 
 
 def as_json(document: dict[str, Any]) -> str:

@@ -59,10 +59,10 @@ class CorpusReader:
         ids = set[int]()
         offset = 0
         with Path(os.devnull if self.is_plain else folder / DOCUMENTS).open("wb") as copy:
-            for place, record in self._records():
+            for location, record in self._records():
                 if not (isinstance(record, bytes) and not record.strip()):
                     try:
-                        document, line = self._read(record, place, ids)
+                        document, line = self._read(record, location, ids)
                     except CorpusError:
                         if not self.skip_bad:
                             raise
@@ -78,18 +78,18 @@ class CorpusReader:
         np.save(folder / OFFSETS, np.frombuffer(offsets, dtype=np.int64))
 
     def _read(
-        self, record: bytes | dict[str, Any], place: str, ids: set[int]
+        self, record: bytes | dict[str, Any], location: str, ids: set[int]
     ) -> tuple[dict[str, Any], bytes]:
         """Returns the document and its line in the copy; adds its id to `ids`.
 
         The line is empty where the source itself is served. Raises CorpusError for a bad document
         or an id that is in `ids`.
         """
-        document = to_document(record, place)
+        document = to_document(record, location)
         id = hash_of(document["id"])
         if id in ids:
-            raise CorpusError(f"{place}: id {document['id']!r} occurs a second time")
-        line = b"" if self.is_plain else encoded(document, place) + b"\n"
+            raise CorpusError(f"{location}: id {document['id']!r} occurs a second time")
+        line = b"" if self.is_plain else encoded(document, location) + b"\n"
         ids.add(id)
         return document, line
 

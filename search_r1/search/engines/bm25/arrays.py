@@ -15,7 +15,7 @@ class Postings(NamedTuple):
     """int64 [T + 1]: the postings of word t are starts[t] to starts[t + 1], in the order of the
     documents."""
     documents: np.ndarray
-    """int32 [P]: place of the document in the corpus."""
+    """int32 [P]: position of the document in the corpus."""
     codes: np.ndarray
     """uint16 [P]: 256 * occurrences + length byte; without occurrences where they do not fit (see
     `exceptions`)."""
@@ -26,7 +26,7 @@ class Postings(NamedTuple):
     """uint8 [65536], by code: that score as a share of the weight, in steps of 1/255, rounded
     up."""
     exceptions: np.ndarray
-    """int64, ascending: places of the postings whose word occurs more than 255 times in the
+    """int64, ascending: positions of the postings whose word occurs more than 255 times in the
     document."""
     exception_divisors: np.ndarray
     """float32: their divisors."""
@@ -54,7 +54,7 @@ class Query(NamedTuple):
     starts: np.ndarray
     """int64 [n]: first posting of each word."""
     ends: np.ndarray
-    """int64 [n]: the place after its last."""
+    """int64 [n]: the position after its last."""
     rows: np.ndarray
     """int32 [n]: as in `Postings`."""
     factors: np.ndarray

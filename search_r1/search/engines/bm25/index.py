@@ -150,8 +150,8 @@ def write_maxima(folder: Path, starts: np.ndarray, levels: np.ndarray, documents
 def fill_highest(starts, codes, levels, highest):
     """Fills `highest`: the highest level of each word."""
     for term in range(highest.shape[0]):
-        for place in range(starts[term], starts[term + 1]):
-            highest[term] = max(highest[term], levels[codes[place]])
+        for position in range(starts[term], starts[term + 1]):
+            highest[term] = max(highest[term], levels[codes[position]])
 
 
 @compiled
@@ -161,9 +161,9 @@ def fill_row(documents, codes, levels, maxima, chunk_starts, range_size, chunk_s
     `maxima` is its highest level in every range, `chunk_starts` the number of its postings before
     every chunk.
     """
-    for place in range(documents.shape[0]):
-        number = documents[place] // range_size
-        maxima[number] = max(maxima[number], levels[codes[place]])
+    for position in range(documents.shape[0]):
+        number = documents[position] // range_size
+        maxima[number] = max(maxima[number], levels[codes[position]])
         chunk_starts[number // chunk_size + 1] += 1
     for chunk in range(chunk_starts.shape[0] - 1):
         chunk_starts[chunk + 1] += chunk_starts[chunk]
@@ -223,8 +223,8 @@ class Vocabulary(dict[str, int]):
     def __missing__(self, word: str) -> int:
         letters = word.encode("utf-8", "surrogatepass")
         words = range(len(self.offsets) - 1)
-        place = bisect_left(words, letters, key=self._word)
-        number = place if place < len(words) and self._word(place) == letters else -1
+        position = bisect_left(words, letters, key=self._word)
+        number = position if position < len(words) and self._word(position) == letters else -1
         if len(self) < MAX_KEPT_WORDS:
             self[word] = number
         return number

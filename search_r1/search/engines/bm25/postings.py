@@ -71,7 +71,7 @@ def write_postings(
     """Writes the documents and codes of all postings to `folder`, word after word.
 
     `numbers` [T] gives each gathered word its number in the index, `length_bytes` [D] each document
-    its length. Returns (starts [T + 1], the places of postings with too many occurrences for a
+    its length. Returns (starts [T + 1], the positions of postings with too many occurrences for a
     code, those occurrences).
     """
     if gathered.terms:
@@ -87,20 +87,26 @@ def write_postings(
         terms = numbers[gathered.load("terms", block)]
         documents = gathered.load("documents", block)
         counts = gathered.load("counts", block).astype(np.int64)
-        places = filled[terms] + numbers_within_word(terms)
-        fits = counts <= MAX_CODED
-        all_documents[places] = documents
-        all_codes[places] = np.where(fits, counts << 8, 0) | length_bytes[documents]
-        exceptions.append(places[~fits])
-        exception_counts.append(counts[~fits])
+        positions = filled[terms] + numbers_within_word(terms)
+        all_documents[positions] = documents
+        all_codes[positions] = codes_of(counts, length_bytes[documents])
+        exceeds = counts > MAX_CODED
+        exceptions.append(positions[exceeds])
+        exception_counts.append(counts[exceeds])
         filled += np.bincount(terms, minlength=words)
-    places = np.concatenate(exceptions)
-    order = np.argsort(places)
-    return starts, places[order], np.concatenate(exception_counts)[order]
+    positions = np.concatenate(exceptions)
+    order = np.argsort(positions)
+    return starts, positions[order], np.concatenate(exception_counts)[order]
+
+
+def codes_of(counts: np.ndarray, length_bytes: np.ndarray) -> np.ndarray:
+    """The code of each posting: 256 * occurrences + length byte, without occurrences above
+    MAX_CODED."""
+    return np.where(counts <= MAX_CODED, counts << 8, 0) | length_bytes
 
 
 def starts_of_words(gathered: Gatherer, numbers: np.ndarray) -> np.ndarray:
-    """The place of each word's first posting, and the number of all: int64 [T + 1]."""
+    """The position of each word's first posting, and the number of all: int64 [T + 1]."""
     words = len(gathered.vocabulary)
     frequency = np.zeros(words, dtype=np.int64)
     for block in range(gathered.blocks):

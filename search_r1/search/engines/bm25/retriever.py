@@ -31,7 +31,7 @@ QUERIES_PER_THREAD = 8
 """Fewer are faster in one thread than handed to several."""
 
 Ranking = list[tuple[int, float]]
-"""(place in the corpus, score), best first; ties in the order of the corpus."""
+"""(position in the corpus, score), best first; ties in the order of the corpus."""
 
 
 def build(reader: CorpusReader | Path, index: Path) -> int:
@@ -96,7 +96,7 @@ class BM25Retriever:
         return [[(self.corpus[i], score) for i, score in ranking] for ranking in rankings]
 
     def rank(self, query: str, topk: int) -> Ranking:
-        """The places and scores of the best `topk` documents of one query."""
+        """The positions and scores of the best `topk` documents of one query."""
         return self.scorer.rank([self.analyze(query)], topk)[0]
 
 
@@ -153,7 +153,7 @@ class Scorer:
     def weighted(self, queries: Sequence[dict[int, int]]) -> tuple[Query, np.ndarray]:
         """The words of the queries, those of each by how much they can add to a score.
 
-        Returns them with the place of each query's first word, int64 [queries + 1].
+        Returns them with the position of each query's first word, int64 [queries + 1].
         """
         lengths = [len(query) for query in queries]
         starts = np.zeros(len(queries) + 1, dtype=np.int64)

@@ -41,7 +41,7 @@ ROUNDING = 1e-5
 
 @compiled
 def find(values, low, high, value):
-    """The first place from `low` to `high` that holds `value` or more; `values` ascend."""
+    """The first position from `low` to `high` that holds `value` or more; `values` ascend."""
     while low < high:
         middle = (low + high) >> 1
         if values[middle] < value:
@@ -52,13 +52,13 @@ def find(values, low, high, value):
 
 
 @compiled
-def divisor_of(postings, place):
-    """The divisor of the posting at `place`."""
-    code = postings.codes[place]
+def divisor_of(postings, position):
+    """The divisor of the posting at `position`."""
+    code = postings.codes[position]
     if code >= 256:
         return postings.divisors[code]
     exceptions = postings.exceptions
-    return postings.exception_divisors[find(exceptions, 0, exceptions.shape[0], place)]
+    return postings.exception_divisors[find(exceptions, 0, exceptions.shape[0], position)]
 
 
 @compiled
@@ -76,9 +76,9 @@ def add_list(bounds, postings, start, end, factor):
     levels = postings.levels
     last = -1
     best = np.uint8(0)
-    for place in range(start, end):
-        current = documents[place] // RANGE
-        level = levels[codes[place]]
+    for position in range(start, end):
+        current = documents[position] // RANGE
+        level = levels[codes[position]]
         if current != last:
             if last >= 0:
                 bounds[last] += factor * np.uint16(best)
@@ -159,18 +159,18 @@ def starting_bound(chunk_bounds, wanted, counts):
 
 
 @compiled
-def find_ahead(documents, place, end, document):
-    """The first place from `place` to `end` that holds `document` or a later one.
+def find_ahead(documents, position, end, document):
+    """The first position from `position` to `end` that holds `document` or a later one.
 
     It is probably near: steps are doubled until it is passed.
     """
     step = 1
-    low = place
-    while place < end and documents[place] < document:
-        low = place + 1
-        place += step
+    low = position
+    while position < end and documents[position] < document:
+        low = position + 1
+        position += step
         step *= 2
-    return find(documents, low, min(place, end), document)
+    return find(documents, low, min(position, end), document)
 
 
 @compiled
@@ -197,22 +197,22 @@ def add_scores(postings, query, i, number, buffer):
     end = query.ends[i]
     row = query.rows[i]
     if row < 0:
-        place = find_ahead(documents, query.cursors[i], end, first)
-        query.cursors[i] = place
+        position = find_ahead(documents, query.cursors[i], end, first)
+        query.cursors[i] = position
     else:
         chunk = number // CHUNK
         low = start + postings.offsets[row, chunk]
         high = start + postings.offsets[row, chunk + 1]
-        place = find(documents, low, high, first)
+        position = find(documents, low, high, first)
     weight = query.weights[i]
     touched = np.uint64(0)
     highest = np.uint8(0)
-    while place < end and documents[place] < first + RANGE:
-        slot = documents[place] - first
-        buffer[slot] += weight - weight / divisor_of(postings, place)
+    while position < end and documents[position] < first + RANGE:
+        slot = documents[position] - first
+        buffer[slot] += weight - weight / divisor_of(postings, position)
         touched |= np.uint64(1) << np.uint64(slot)
-        highest = max(highest, levels[codes[place]])
-        place += 1
+        highest = max(highest, levels[codes[position]])
+        position += 1
     return touched, highest
 
 
@@ -251,11 +251,11 @@ def score_of_word(postings, query, i, document):
         chunk = document // (RANGE * CHUNK)
         low = start + postings.offsets[row, chunk]
         high = start + postings.offsets[row, chunk + 1]
-    place = find(documents, low, high, document)
-    if place >= high or documents[place] != document:
+    position = find(documents, low, high, document)
+    if position >= high or documents[position] != document:
         return 0.0
     weight = query.weights[i]
-    return np.float64(weight - weight / divisor_of(postings, place))
+    return np.float64(weight - weight / divisor_of(postings, position))
 
 
 @compiled
