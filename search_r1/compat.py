@@ -21,12 +21,12 @@ from verl.trainer.compat import (
 FORMAT_REWARD = "the format reward (main_ppo_format): reward.em_format=1, reward.em=0"
 
 
-def format_reward(value: Any) -> dict[str, Any]:
+def format_reward(value: object) -> dict[str, Any]:
     """The reward of the original's main_ppo_format, to which its format scores belong."""
     return {"reward.em": 0.0, "reward.em_format": 1.0}
 
 
-def http_server(value: Any, given: Given) -> Any:
+def http_server(value: object, given: Given) -> object:
     """The address of a retrieval server.
 
     Raises Refused for the name of a search engine, which a fork of the original has there.

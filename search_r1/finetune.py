@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from pydantic import ValidationError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from search_r1.config import FinetuneConfig
 from search_r1.data import rejection
@@ -53,7 +53,7 @@ def answer_rows(
     locations: Sequence[str],
     rows: Sequence[Row],
     template: str | None,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[dict[str, list[int]]]:
     """The question and the first gold answer of every row, as ids with a mask of the loss.

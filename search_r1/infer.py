@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -36,6 +36,9 @@ from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, validat
 from verl.utils.errors import ConfigError, DataError, ModelError, listed
 from verl.utils.model_names import weights_of
 from verl.utils.run_folder import claim
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COLORS = {
     "think": "\033[90m",
@@ -125,7 +128,7 @@ class InferenceSession:
             await self.engines.close()
 
 
-def showing(generate: Generate, show: Show, tokenizer: Any) -> Generate:
+def showing(generate: Generate, show: Show, tokenizer: "PreTrainedTokenizerBase") -> Generate:
     """`generate` that shows what the policy writes, and before it what the environment added."""
     known: list[int] = []
 
@@ -133,19 +136,19 @@ def showing(generate: Generate, show: Show, tokenizer: Any) -> Generate:
         prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
     ) -> Completion:
         if known and prompt_ids[: len(known)] == known:
-            show(Source.OBSERVATION, tokenizer.decode(prompt_ids[len(known) :]))
+            show(Source.OBSERVATION, str(tokenizer.decode(prompt_ids[len(known) :])))
         completion = await generate(prompt_ids, max_tokens=max_tokens, stop=stop)
         known[:] = prompt_ids + completion.token_ids
-        show(Source.MODEL, tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        show(Source.MODEL, str(tokenizer.decode(completion.token_ids, skip_special_tokens=True)))
         return completion
 
     return shown
 
 
-def answer_of(trajectory: Trajectory, tokenizer: Any) -> str | None:
+def answer_of(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """The last answer that the model gave itself."""
     own = [s.token_ids for s in trajectory.segments if s.source is Source.MODEL]
-    return last_answer([tokenizer.decode(token_ids) for token_ids in own])
+    return last_answer([str(tokenizer.decode(token_ids)) for token_ids in own])
 
 
 def call_tags(agent: AgentLoop) -> list[str]:
@@ -282,7 +285,9 @@ def read_questions(path: Path) -> list[str]:
     return list(dict.fromkeys(questions))
 
 
-def answer_record(question: str, trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:
+def answer_record(
+    question: str, trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Any]:
     """A line of the file of answers."""
     segments = [
         {"source": str(s.source), "text": tokenizer.decode(s.token_ids)}

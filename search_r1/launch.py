@@ -288,7 +288,7 @@ def prepare_base(folder: Path) -> None:
         )
 
 
-def files_of(value: Any) -> list[str]:
+def files_of(value: str | Sequence[str]) -> list[str]:
     """The files of a key, whose value is one name or a list."""
     return [value] if isinstance(value, str) else list(value)
 

@@ -121,7 +121,10 @@ async def retrieve_contexts(questions: Sequence[str], config: RetrieverConfig) -
         found = await asyncio.gather(*(client.search(question) for question in questions))
     finally:
         await client.close()
-    return [format_passages([(p.title, p.text) for p in passages]) for passages in found]
+    contexts: list[str] = []
+    for passages in found:
+        contexts.append(format_passages([(p.title, p.text) for p in passages]))
+    return contexts
 
 
 def build(

@@ -53,12 +53,14 @@ def keep(records: Iterable[dict[str, Any]], min_score: float) -> Iterator[dict[s
     for record in records:
         if not record["reward"]["score"] >= min_score:  # NaN is neither
             continue
-        segments = [(s["source"] == Source.MODEL, s["token_ids"]) for s in record["segments"]]
-        yield {
-            "input_ids": record["prompt_ids"] + [t for _, ids in segments for t in ids],
-            "loss_mask": [0] * len(record["prompt_ids"])
-            + [int(own) for own, ids in segments for _ in ids],
-        }
+        input_ids = list(record["prompt_ids"])
+        loss_mask = [0] * len(input_ids)
+        for segment in record["segments"]:
+            token_ids = segment["token_ids"]
+            is_own = segment["source"] == Source.MODEL
+            input_ids += token_ids
+            loss_mask += [int(is_own)] * len(token_ids)
+        yield {"input_ids": input_ids, "loss_mask": loss_mask}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -173,7 +173,7 @@ def plain(r: Record) -> Record:
     return {"id": id, "question": question_of(r), "golden_answers": answers_in(answers), **kept}
 
 
-def answers_in(answers: Any) -> Any:
+def answers_in(answers: object) -> Any:
     """The answers in SQuAD's form (`text`) or TriviaQA's (`value` and `aliases`), without doubles.
 
     Anything else as it is, a list or dict also where a text prints it.
@@ -194,13 +194,14 @@ def answers_in(answers: Any) -> Any:
     return answers
 
 
-def different(answers: Any) -> Any:
+def different(answers: object) -> object:
     """A list of texts without doubles; anything else as it is."""
-    is_texts = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-    return list(dict.fromkeys(answers)) if is_texts else answers
+    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+        return list(dict.fromkeys(answers))
+    return answers
 
 
-def unprinted(value: Any) -> Any:
+def unprinted(value: object) -> object:
     """The list or dict that a text prints, as Python or JSON write them; anything else as it is."""
     if not isinstance(value, str) or value[:1] + value[-1:] not in ("[]", "{}"):
         return value
@@ -213,7 +214,7 @@ def unprinted(value: Any) -> Any:
     return value
 
 
-def unfold(document: Any) -> list[Record] | None:
+def unfold(document: object) -> list[Record] | None:
     """The records of a file that is one object (SQuAD's, TriviaQA's, any `data`), else None."""
     entries = document.get("Data") or document.get("data") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -221,11 +222,8 @@ def unfold(document: Any) -> list[Record] | None:
     records: list[Record] = []
     for entry in entries:
         if isinstance(entry.get("paragraphs"), list):
-            records += [
-                question
-                for paragraph in entry["paragraphs"]
-                for question in paragraph.get("qas", ())
-            ]
+            for paragraph in entry["paragraphs"]:
+                records += paragraph.get("qas", ())
         else:
             records.append(entry)
     return records
@@ -240,7 +238,7 @@ def titles_of(facts: Any) -> list[str]:
     return list(dict.fromkeys(titles))
 
 
-def common(r: Record, id: Any) -> Record:
+def common(r: Record, id: object) -> Record:
     return {"id": id, "question": r["question"]}
 
 
@@ -248,7 +246,7 @@ def question_of(r: Record) -> Any:
     return r.get("question") or r.get("Question")
 
 
-def has_value(answer: Any) -> bool:
+def has_value(answer: object) -> bool:
     return isinstance(answer, dict) and bool({"value", "Value"} & answer.keys())
 
 

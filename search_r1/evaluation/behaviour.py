@@ -105,7 +105,10 @@ def duplicates(history: SearchHistory) -> int:
 def near_duplicates(history: SearchHistory) -> int:
     """Searches whose words are nearly those of an earlier query, exact duplicates included."""
     sets = [words(search.query) for search in history.searches]
-    return sum(any(similar(new, old) for old in sets[:i]) for i, new in enumerate(sets))
+    count = 0
+    for i, new in enumerate(sets):
+        count += any(similar(new, old) for old in sets[:i])
+    return count
 
 
 def similar(a: set[str], b: set[str]) -> bool:
@@ -185,12 +188,11 @@ def latency_figures(histories: Sequence[SearchHistory]) -> Figures:
 def tool_figures(histories: Sequence[SearchHistory]) -> Figures:
     """Executed calls per record of every tool beside search."""
     counts = [h.record["info"].get("tools", {}) for h in histories]
-    names = sorted({name for tools in counts for name in tools})
-    return {
-        f"calls/{name}": sum(tools.get(name, {"calls": 0})["calls"] for tools in counts)
-        / len(histories)
-        for name in names
-    }
+    figures: Figures = {}
+    for name in sorted(set().union(*counts)):
+        calls = sum(tools[name]["calls"] for tools in counts if name in tools)
+        figures[f"calls/{name}"] = calls / len(histories)
+    return figures
 
 
 def gold_figures(with_gold: Sequence[SearchHistory]) -> Figures:

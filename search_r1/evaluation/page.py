@@ -82,10 +82,8 @@ figure{
 def page(results: Results, title: str = "Evaluation") -> str:
     """A whole HTML page. `results`: summaries as `summary.summarize` returns them, by name."""
     sets = set_names(results)
-    rows = [
-        [name, *(score(s[n]) if n in s else "–" for n in (*sets, AVERAGE))]
-        for name, s in results.items()
-    ]
+    columns = [*sets, AVERAGE]
+    rows = [[name, *score_cells(summary, columns)] for name, summary in results.items()]
     blocks = (
         f"<h3>{escape(name)}</h3>\n{behaviour_table(s, results)}" for name, s in results.items()
     )
@@ -94,7 +92,7 @@ def page(results: Results, title: str = "Evaluation") -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>
 <body><h1>{escape(title)}</h1>
 <h2>Exact match</h2>
-{html_table(["result", *sets, AVERAGE], rows)}
+{html_table(["result", *columns], rows)}
 <p>Below a score: its 95 % interval over questions.
 Average: unweighted, over the sets that the result has.</p>
 {figures(results)}<h2>Behaviour</h2>
@@ -116,6 +114,11 @@ def set_names(results: Results) -> list[str]:
     return list(names)
 
 
+def score_cells(summary: dict[str, Any], columns: list[str]) -> list[str]:
+    """The score of a result in each column, a dash where it has none."""
+    return [score(summary[name]) if name in summary else "–" for name in columns]
+
+
 def score(row: dict[str, Any]) -> str:
     """EM, and below it its interval if there is one."""
     low, high = row.get("em_interval", (None, None))
@@ -134,9 +137,9 @@ def html_table(head: list[str], rows: list[list[str]]) -> str:
 
 def behaviour_table(summary: dict[str, Any], results: Results) -> str:
     """A row per set. The columns are the same for all results."""
-    reasons = {
-        key for s in results.values() for key in s[ALL]["behaviour"] if key.startswith("stop/")
-    }
+    reasons: set[str] = set()
+    for result in results.values():
+        reasons.update(key for key in result[ALL]["behaviour"] if key.startswith("stop/"))
     columns = (*COLUMNS, *sorted(reasons - {"stop/answer"}))  # which `answered` tells
     sets = [name for name in set_names(results) if name in summary]
     rows = []

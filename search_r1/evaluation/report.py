@@ -41,11 +41,11 @@ def table(summary: dict[str, Any]) -> str:
 
 def rows_by_hops(sets: dict[str, Any]) -> dict[str, Any]:
     """The rows of questions that need the same number of hops, under names of their own."""
-    return {
-        f"{name}, {hops}-hop": row
-        for name, summary in sets.items()
-        for hops, row in summary.get("by_hops", {}).items()
-    }
+    rows: dict[str, Any] = {}
+    for name, summary in sets.items():
+        for hops, row in summary.get("by_hops", {}).items():
+            rows[f"{name}, {hops}-hop"] = row
+    return rows
 
 
 def set_cells(name: str, row: dict[str, Any]) -> list[str]:

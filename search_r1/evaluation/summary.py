@@ -94,9 +94,10 @@ def summarize(
         if len(hops) > 1:
             parts = {str(n): figures_of(group) for n, group in sorted(hops.items())}
             summary[name]["by_hops"] = parts
-    summary[AVERAGE] = {
-        score: sum(summary[name][score] for name in sets) / len(sets) for score in SCORES
-    }
+    average: dict[str, float] = {}
+    for score in SCORES:
+        average[score] = sum(summary[name][score] for name in sets) / len(sets)
+    summary[AVERAGE] = average
     return summary
 
 

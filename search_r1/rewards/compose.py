@@ -6,7 +6,7 @@ Only what the policy wrote is read: not the prompt with its `<answer>` example, 
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from search_r1.rewards import components
 from search_r1.rewards.config import SearchRewardConfig, Weight
@@ -15,6 +15,9 @@ from search_r1.rewards.judge import Judge
 from search_r1.trajectory import read_searches
 from verl.agent import Row, Trajectory, TrajectoryFailed, context_digest
 from verl.utils.endpoint import EndpointFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Component = Callable[[Episode, SearchRewardConfig], float]
 ALWAYS: dict[str, Component] = {
@@ -43,7 +46,7 @@ class SearchReward:
 
     Config: ClassVar = SearchRewardConfig
 
-    def __init__(self, config: SearchRewardConfig, tokenizer: Any) -> None:
+    def __init__(self, config: SearchRewardConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.functions = ALWAYS | {name: f for name, f in WEIGHTED.items() if getattr(config, name)}

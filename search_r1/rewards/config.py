@@ -1,7 +1,6 @@
 """The keys of the `reward` section: a weight for each component, and what components read."""
 
 from itertools import pairwise
-from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
@@ -71,7 +70,7 @@ class SearchRewardConfig(Config):
 
     @field_validator("*")
     @classmethod
-    def _steps_rise(cls, value: Any) -> Any:
+    def _steps_rise(cls, value: object) -> object:
         if isinstance(value, list) and (not value or any(a[0] >= b[0] for a, b in pairwise(value))):
             raise ValueError("a schedule is [[step, weight], ...] with rising steps")
         return value

@@ -1,12 +1,14 @@
 """What a reward may read: the policy's own words, and apart from them what its searches found."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from search_r1.rewards.matching import gold_answers, last_answer
 from search_r1.trajectory import question_of, read_searches
 from verl.agent import Row, Source, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 THINK_START = "<think>"
 OPENING_TOKENS = 16
@@ -44,7 +46,7 @@ class Episode:
         return len(self.queries)
 
 
-def read_episode(trajectory: Trajectory, row: Row, tokenizer: Any) -> Episode:
+def read_episode(trajectory: Trajectory, row: Row, tokenizer: "PreTrainedTokenizerBase") -> Episode:
     """The episode of a trajectory; special tokens are no text."""
     searches = read_searches(trajectory)
     further = trajectory.info.get("tools", {}).values()
@@ -63,7 +65,7 @@ def read_episode(trajectory: Trajectory, row: Row, tokenizer: Any) -> Episode:
     )
 
 
-def read_turns(trajectory: Trajectory, tokenizer: Any) -> list[str]:
+def read_turns(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The policy's text, a turn each.
 
     A turn begins with the `<think>` that the text before it ends with, if any: some chat templates
@@ -74,7 +76,7 @@ def read_turns(trajectory: Trajectory, tokenizer: Any) -> list[str]:
     for segment in trajectory.segments:
         if segment.source is Source.MODEL:
             opened = ends_with_think(before, tokenizer)
-            said = tokenizer.decode(segment.token_ids, skip_special_tokens=True)
+            said = str(tokenizer.decode(segment.token_ids, skip_special_tokens=True))
             turns.append(f"{THINK_START}{said}" if opened else said)
             before = []
         else:
@@ -82,6 +84,6 @@ def read_turns(trajectory: Trajectory, tokenizer: Any) -> list[str]:
     return turns
 
 
-def ends_with_think(token_ids: Sequence[int], tokenizer: Any) -> bool:
+def ends_with_think(token_ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the text of `token_ids` ends with an opened thought."""
-    return tokenizer.decode(token_ids[-OPENING_TOKENS:]).rstrip().endswith(THINK_START)
+    return str(tokenizer.decode(token_ids[-OPENING_TOKENS:])).rstrip().endswith(THINK_START)

@@ -7,7 +7,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from search_r1.agent.actions import ANSWER
 from verl.utils.answers import answers_of
@@ -38,14 +37,15 @@ def last_answer(turns: Sequence[str]) -> str | None:
     )
 
 
-def gold_answers(ground_truth: Any) -> list[str]:
+def gold_answers(ground_truth: object) -> list[str]:
     """The accepted answers of a row's `reward_model.ground_truth`.
 
     That is a text, a number, a list, or one of these under `target`. Raises ValueError for anything
     nested.
     """
-    holds_target = isinstance(ground_truth, dict) and "target" in ground_truth
-    return answers_of(ground_truth["target"] if holds_target else ground_truth)
+    if isinstance(ground_truth, dict) and "target" in ground_truth:
+        return answers_of(ground_truth["target"])
+    return answers_of(ground_truth)
 
 
 def exact_match(prediction: str, golds: Iterable[str]) -> float:

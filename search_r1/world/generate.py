@@ -10,7 +10,7 @@ base model may know without searching.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import islice, pairwise, product, zip_longest
 from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -60,7 +60,6 @@ RELATIONS = {
     )
 }
 KINDS = ("person", "city", "company", "country")
-OF_KIND = {kind: [r for r in RELATIONS.values() if r.subject == kind] for kind in KINDS}
 COMMON_SEED = 20_250_312
 FILLER = (
     "Little else is known about {}.",
@@ -80,6 +79,14 @@ FILES = (
 OPTIONS_FILE = "options.json"
 """In the folder of a world: the WorldConfig that made it."""
 DATA_SOURCES = {1: "closed_world_1hop", 2: "closed_world_2hop", 3: "closed_world_3hop"}
+
+
+def relations_of(kind: str) -> list[Relation]:
+    """The relations whose subjects are of this kind."""
+    return [relation for relation in RELATIONS.values() if relation.subject == kind]
+
+
+OF_KIND = {kind: relations_of(kind) for kind in KINDS}
 
 
 def _syllables() -> tuple[list[str], list[str]]:
@@ -153,7 +160,9 @@ def make_island(rng: random.Random, people: int, taken: set[str]) -> dict[str, E
         "company": people // 2,
         "country": max(2, people // 10),
     }
-    names = {kind: [fresh_name(rng, taken) for _ in range(n)] for kind, n in sizes.items()}
+    names: dict[str, list[str]] = {}
+    for kind, size in sizes.items():
+        names[kind] = [fresh_name(rng, taken) for _ in range(size)]
     island: dict[str, Entity] = {}
     for kind in KINDS:
         for name in names[kind]:
@@ -190,14 +199,19 @@ class Question:
 
 
 def relation_chains(hops: int) -> list[tuple[str, ...]]:
-    """Every sequence of relations in which each starts where the one before ends."""
-    chains = product(RELATIONS.values(), repeat=hops)
-    return [
-        tuple(r.name for r in c)
-        for c in chains
-        if all(a.object == b.subject for a, b in pairwise(c))
-        and not any((a.name, b.name) == ("capital", "country") for a, b in pairwise(c))
-    ]
+    """Every sequence of relations in which each one may follow the one before."""
+    chains: list[tuple[str, ...]] = []
+    for relations in product(RELATIONS.values(), repeat=hops):
+        if all(may_follow(first, second) for first, second in pairwise(relations)):
+            chains.append(tuple(relation.name for relation in relations))
+    return chains
+
+
+def may_follow(first: Relation, second: Relation) -> bool:
+    """Whether `second` starts where `first` ends, and does not lead straight back: the country of
+    a country's capital is that country."""
+    leads_back = (first.name, second.name) == ("capital", "country")
+    return first.object == second.subject and not leads_back
 
 
 def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) -> list[Question]:
@@ -210,10 +224,17 @@ def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) ->
         questions = [Question(chain, path) for e in island if (path := follow(island, e, chain))]
         rng.shuffle(questions)
         by_chain.append(questions)
-    turns: Iterator[Question] = (q[i] for i in range(len(island)) for q in by_chain if i < len(q))
-    chosen = [q for q, _ in zip(turns, range(count), strict=False)]
+    chosen = list(islice(in_turns(by_chain), count))
     rng.shuffle(chosen)
     return chosen
+
+
+def in_turns(by_chain: list[list[Question]]) -> Iterator[Question]:
+    """The first question of every chain, then the second of every chain, and so on."""
+    for questions in zip_longest(*by_chain):
+        for question in questions:
+            if question is not None:
+                yield question
 
 
 def follow(island: dict[str, Entity], name: str, chain: tuple[str, ...]) -> tuple[str, ...] | None:

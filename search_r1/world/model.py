@@ -8,9 +8,8 @@ equal keys, so that attention begins by matching content (mimetic initialization
 Kolter 2023, arXiv 2305.09828).
 """
 
-from typing import Any
-
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 HIDDEN = 128
@@ -47,13 +46,14 @@ def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         embedding = model.model.embed_tokens.weight
         model.lm_head.weight.copy_(embedding)
         embedding.mul_(EMBEDDING_STD / config.initializer_range)
-        for layer in model.model.layers:
-            match_content(layer.self_attn)
-        look_back(model.model.layers[0].self_attn, config.initializer_range)
+        attentions = [layer.get_submodule("self_attn") for layer in model.model.layers]
+        for attention in attentions:
+            match_content(attention)
+        look_back(attentions[0], config.initializer_range)
     return model
 
 
-def match_content(attention: Any) -> None:
+def match_content(attention: nn.Module) -> None:
     """Keys equal queries, and each head hands on a projection of what it attends to."""
     q, k, v, o = (getattr(attention, f"{x}_proj").weight for x in "qkvo")
     q.normal_(0, HIDDEN**-0.5)
@@ -62,7 +62,7 @@ def match_content(attention: Any) -> None:
     o.copy_(OUTPUT_SCALE * v.T)
 
 
-def look_back(attention: Any, std: float) -> None:
+def look_back(attention: nn.Module, std: float) -> None:
     """The first heads attend by position alone and share one value projection.
 
     With rotary embeddings, constant vectors k and q = R(-d) k score every pair of positions by its

@@ -40,7 +40,9 @@ def train_tokenizer(texts: Iterable[str], syllables: Sequence[str]) -> PreTraine
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    halves = [form for s in syllables for form in ((f" {s}", f'"{s}') if s[0].isupper() else (s,))]
+    halves: list[str] = []
+    for syllable in syllables:
+        halves += [f" {syllable}", f'"{syllable}'] if syllable[0].isupper() else [syllable]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     size = VOCAB_SIZE - 2 - len(TAGS)
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)

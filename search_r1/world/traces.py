@@ -9,7 +9,7 @@ fixed set memorises it instead of reading. Only the common facts stay the same.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from search_r1.agent.observation import encode_passages
 from search_r1.prompts import build_prompt
@@ -27,6 +27,9 @@ from search_r1.world.generate import (
     relation_chains,
 )
 from verl.utils.tokenizer import encode_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,9 @@ class TraceWriter:
         return entity
 
 
-def encode_trace(segments: Sequence[TraceSegment], tokenizer: Any) -> dict[str, list[int]]:
+def encode_trace(
+    segments: Sequence[TraceSegment], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, list[int]]:
     """`input_ids` of a trace, and masks: `loss_mask` and `read_mask`.
 
     `loss_mask` is 1 on the model's tokens, `read_mask` on what it copied out of a passage.

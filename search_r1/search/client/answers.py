@@ -33,14 +33,12 @@ def parse_response(answer: httpx.Response, num_queries: int, url: str) -> list[F
     """The outcome of each query. Raises BadAnswer when the answer breaks the contract."""
     try:
         response = RetrieveResponse.model_validate(answer.json())
-        scored = [
-            [ScoredDocument.model_validate(item) for item in items] for items in response.result
-        ]
+        scored = [list(map(ScoredDocument.model_validate, items)) for items in response.result]
     except (ValidationError, ValueError) as error:
         raise BadAnswer(f"{url}: the answer is not of the /retrieve contract: {error}") from error
     if len(scored) != num_queries:
         raise BadAnswer(f"{url}: {len(scored)} results for {num_queries} queries")
-    found: list[Found] = [[to_passage(item) for item in items] for items in scored]
+    found: list[Found] = [list(map(to_passage, documents)) for documents in scored]
     for i, cause in (response.errors or {}).items():
         if i in range(num_queries):
             found[i] = EngineFailed(f"{url}: {cause}")

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 from search_r1.search.engine import EngineError, Hits, Retriever
@@ -106,7 +107,7 @@ class Oracle:
                     f"{questions}: gold passage {missing[0]!r} is not in {bm25.corpus.path}"
                 )
             self.gold[question] = [positions[i] for i in ids]
-        self.all = {position for ids in self.gold.values() for position in ids}
+        self.all = set(chain.from_iterable(self.gold.values()))
 
     def __len__(self) -> int:
         return len(self.all)

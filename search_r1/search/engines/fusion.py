@@ -79,12 +79,10 @@ class Reranker:
     def search(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
         """The hits with the cross-encoder's scores; it sees the pairs of all queries together."""
         found = self.retriever.search(queries, max(topk, self.depth))
-        pairs = [
-            (query, document["contents"])
-            for query, hits in zip(queries, found, strict=True)
-            if not isinstance(hits, EngineError)
-            for document, _ in hits
-        ]
+        pairs: list[tuple[str, str]] = []
+        for query, hits in zip(queries, found, strict=True):
+            if not isinstance(hits, EngineError):
+                pairs += [(query, document["contents"]) for document, _ in hits]
         scores = iter(self.scores_of(pairs))
         ranked = list[Hits | EngineError]()
         for hits in found:

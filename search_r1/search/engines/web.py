@@ -345,6 +345,6 @@ class DiskCache:
             row = db.execute("SELECT value FROM entries WHERE key = ?", (key,)).fetchone()
         return json.loads(row[0]) if row else None
 
-    def put(self, key: str, value: Any) -> None:
+    def put(self, key: str, value: object) -> None:
         with closing(self._open()) as db, db:
             db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", (key, json.dumps(value)))

@@ -98,7 +98,7 @@ def as_text(value: object) -> str:
     )
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """`value` with None in the place of numbers that are not finite."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}

@@ -183,7 +183,7 @@ async def invalid(_: Request, error: Exception) -> JSONResponse:
     """A 422 that names the field and does not repeat the request."""
     assert isinstance(error, RequestValidationError)
     problems = [
-        {"loc": [str(part) for part in e["loc"]], "msg": e["msg"], "type": e["type"]}
+        {"loc": list(map(str, e["loc"])), "msg": e["msg"], "type": e["type"]}
         for e in error.errors()
     ]
     return JSONResponse({"detail": problems}, status_code=422)

@@ -93,7 +93,11 @@ class BM25Retriever:
         There are fewer where fewer share a word with the query.
         """
         rankings = self.scorer.rank([self.analyze(query) for query in queries], topk)
-        return [[(self.corpus[i], score) for i, score in ranking] for ranking in rankings]
+        return [self.to_hits(ranking) for ranking in rankings]
+
+    def to_hits(self, ranking: Ranking) -> Hits:
+        """The documents of a ranking with their scores."""
+        return [(self.corpus[position], score) for position, score in ranking]
 
     def rank(self, query: str, topk: int) -> Ranking:
         """The positions and scores of the best `topk` documents of one query."""
