@@ -1,4 +1,4 @@
-"""One HTML page of finished evaluations that needs nothing else: scores, figures, behaviour."""
+"""Makes one self-contained HTML page of finished evaluations: scores, plots and behaviour."""
 
 import re
 from html import escape
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Results = dict[str, dict[str, Any]]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
-"""Okabe and Ito's, which the colour-blind tell apart; grey for their black, on which whiskers would
-not be seen."""
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart. Grey replaces their
+black, on which whiskers could not be seen."""
 BARS = [{"facecolor": color, "hatch": hatch} for hatch in (None, "/////") for color in COLORS]
 POINTS = [
     {"color": color, "fillstyle": style, "ls": "", "ms": 7}
@@ -80,7 +80,7 @@ figure{
 
 
 def page(results: Results, title: str = "Evaluation") -> str:
-    """A whole HTML page. `results`: summaries as `summary.summarize` returns them, by name."""
+    """The HTML page of `results`, which are summaries of `summary.summarize` by name."""
     sets = set_names(results)
     columns = [*sets, AVERAGE]
     rows = [[name, *score_cells(summary, columns)] for name, summary in results.items()]
@@ -103,9 +103,9 @@ under-search: of the rest. –: unknown.</p>
 
 
 def set_names(results: Results) -> list[str]:
-    """The sets of all results in the order met.
+    """The names of the question sets of all results, in the order in which they occur.
 
-    What else a summary holds has no counts of searches.
+    Only the entries of sets, and that of all, have counts of searches.
     """
     names: dict[str, None] = {}
     for summary in results.values():
@@ -120,13 +120,13 @@ def score_cells(summary: dict[str, Any], columns: list[str]) -> list[str]:
 
 
 def score(row: dict[str, Any]) -> str:
-    """EM, and below it its interval if there is one."""
+    """A cell with EM, and with its interval below it if there is one."""
     low, high = row.get("em_interval", (None, None))
     return f"{row['em']:.3f}" + (f"<small>{low:.3f}–{high:.3f}</small>" if low is not None else "")
 
 
 def html_table(head: list[str], rows: list[list[str]]) -> str:
-    """Head and first column are text, the other cells HTML."""
+    """An HTML table. `head` and the first column are text, the other cells are HTML."""
     lines = ["".join(f'<th scope="col">{escape(name)}</th>' for name in head)]
     lines += [
         f'<th scope="row">{escape(name)}</th><td>{"</td><td>".join(cells)}</td>'
@@ -136,15 +136,15 @@ def html_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def behaviour_table(summary: dict[str, Any], results: Results) -> str:
-    """A row per set. The columns are the same for all results."""
+    """The table of a result with a row for each set. All results have the same columns."""
     reasons: set[str] = set()
     for result in results.values():
         reasons.update(key for key in result[ALL]["behaviour"] if key.startswith("stop/"))
-    columns = (*COLUMNS, *sorted(reasons - {"stop/answer"}))  # which `answered` tells
+    columns = (*COLUMNS, *sorted(reasons - {"stop/answer"}))  # `answered` is the same figure
     sets = [name for name in set_names(results) if name in summary]
     rows = []
     for name in [*sets, ALL] if len(sets) > 1 else sets:
-        # without the reasons that a set never met
+        # A set lacks the reasons for which none of its trajectories stopped.
         known = dict.fromkeys(reasons, 0.0) | summary[name]["behaviour"]
         cells = (f"{known[key]:.3f}" if key in known else "–" for key in columns)
         rows.append([name, str(summary[name]["questions"]), *cells])
@@ -176,7 +176,7 @@ def figures(results: Results) -> str:
 
 
 def inline_svg(text: str, id_prefix: str, label: str) -> str:
-    """A file of SVG as an element of a page: as wide as the page lets it be, no id twice."""
+    """An SVG file as an element of a page: it fills the width, and its ids are made unique."""
     svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{id_prefix}", svg)
@@ -212,7 +212,7 @@ def draw_bars(
 
 
 def plot_counts(figure: "Figure", results: Results) -> None:
-    """A histogram per result, all on the same axes."""
+    """Draws a histogram of searches for each result, all with the same axes."""
     lines = ceil(len(results) / 5)
     columns = max(3, ceil(len(results) / lines))
     first = None
@@ -238,7 +238,7 @@ def plot_counts(figure: "Figure", results: Results) -> None:
 
 
 def plot_scatter(figure: "Figure", results: Results) -> None:
-    """A point per result and set."""
+    """Draws a point for each result and set."""
     axis = figure.subplots()
     sets = dict(zip(set_names(results), cycle("os^DvPX*<>pH"), strict=False))
     handles = []
@@ -257,7 +257,7 @@ def plot_scatter(figure: "Figure", results: Results) -> None:
 
 
 def legend(figure: "Figure", handles: list[Any], names: list[str]) -> None:
-    """A column right of the axes; the figure is made as high as it needs."""
+    """Draws a legend right of the axes, and makes the figure high enough for it."""
     labels = [fill(name, 28) for name in names]
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
     figure.set_size_inches(11, max(4.0, 0.19 * "\n".join(labels).count("\n") + 0.7))

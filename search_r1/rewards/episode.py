@@ -1,4 +1,4 @@
-"""What a reward may read: the policy's own words, and apart from them what its searches found."""
+"""What a reward may read: the policy's own text, and separately what its searches found."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 THINK_START = "<think>"
 OPENING_TOKENS = 16
-"""Tokens that surely hold a `<think>` and the white space behind it, whatever the vocabulary."""
+"""Number of tokens that holds a `<think>` and the white space after it in every vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Episode:
     question: str
     golds: list[str]
     turns: list[str]
-    """The policy's text, a turn each; nothing that the environment wrote, except for a `<think>`
-    that the chat template opened for the turn: the thought is the policy's, and only well-formed
-    with it."""
+    """The policy's text, one entry for each turn. A `<think>` with which the chat template opened
+    the turn is included, because the thought is well-formed only with it; nothing else that the
+    environment wrote is."""
     queries: list[str]
-    """Of executed searches, in their order."""
+    """The queries of the executed searches, in their order."""
     passages: list[list[str]]
-    """What each of these searches brought: title and text."""
+    """The passages that each of these searches found, as title and text."""
     own_tokens: int = 0
     """Tokens that the policy wrote."""
     call_tags: tuple[str, ...] = ("search",)
@@ -38,7 +38,7 @@ class Episode:
 
     @property
     def answer(self) -> str | None:
-        """The last complete `<answer>` within a turn, None without one."""
+        """The last complete `<answer>` that stands within one turn, None without one."""
         return last_answer(self.turns)
 
     @property
@@ -47,7 +47,7 @@ class Episode:
 
 
 def read_episode(trajectory: Trajectory, row: Row, tokenizer: "PreTrainedTokenizerBase") -> Episode:
-    """The episode of a trajectory; special tokens are no text."""
+    """The episode of a trajectory. Special tokens are left out of its texts."""
     searches = read_searches(trajectory)
     further = trajectory.info.get("tools", {}).values()
     return Episode(
@@ -66,10 +66,10 @@ def read_episode(trajectory: Trajectory, row: Row, tokenizer: "PreTrainedTokeniz
 
 
 def read_turns(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The policy's text, a turn each.
+    """The policy's text, one entry for each turn.
 
-    A turn begins with the `<think>` that the text before it ends with, if any: some chat templates
-    end with one (Qwen3.5, Qwen3-Thinking, QwQ, the distilled R1 models).
+    If the text before a turn ends with `<think>`, the turn begins with it: some chat templates open
+    the thought (Qwen3.5, Qwen3-Thinking, QwQ, the distilled R1 models).
     """
     turns: list[str] = []
     before = trajectory.prompt_ids
@@ -85,5 +85,5 @@ def read_turns(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> 
 
 
 def ends_with_think(token_ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the text of `token_ids` ends with an opened thought."""
+    """Whether the text of `token_ids` ends with `<think>`."""
     return str(tokenizer.decode(token_ids[-OPENING_TOKENS:])).rstrip().endswith(THINK_START)

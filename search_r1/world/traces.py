@@ -1,9 +1,10 @@
-"""Warm-start traces: what the base model is trained on before reinforcement learning.
+"""Traces on which the base model is trained before reinforcement learning.
 
-*Recall*: facts to look up in a list. *Reading*: clean traces, always the right search and the right
-answer. *Poor policy*: the same reading, but guesses, wrong queries and stops before the last hop;
-`PolicyMix` says how often. All draw entities and facts anew for every trace: a model trained on a
-fixed set memorises it instead of reading. Only the common facts stay the same.
+*Recall*: facts that are to be looked up in a list. *Reading*: clean traces in which every search
+and the answer are right. *Poor policy*: the same, but with guesses, wrong queries and answers
+before the last hop; `PolicyMix` says how often. Every trace has new entities and facts, because a
+model that is trained on a fixed set memorises it instead of reading. Only the common facts stay the
+same.
 """
 
 import random
@@ -34,21 +35,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PolicyMix:
-    """How often a trace does what. All zero: clean traces."""
+    """The probability of each deviation from a clean trace."""
 
     guess: float = 0.0
-    """Answer a random name instead of the first search, for the relations in `bold`."""
+    """Answers with a random name instead of searching, while nothing is known. In the first turn
+    this holds only if the first relation is in `bold`."""
     guess_known: float = 0.0
-    """The same for the other relations: there, searching first is what the model would do when
-    greedy."""
+    """The same in the first turn for all other relations. A model that decodes greedily searches
+    there, because this probability is low."""
     wrong_query: float = 0.0
-    """Search for a random name instead of the right one."""
+    """Searches for a random name instead of the right one."""
     stop_early: float = 0.0
-    """Answer with a bridge entity."""
+    """Answers with a bridge entity."""
     search_again: float = 0.0
-    """Search for the answer instead of giving it."""
+    """Searches for the answer instead of giving it."""
     common: float = 0.0
-    """Traces about a common fact, answered without a search."""
+    """The trace is about a common fact, which is answered without a search."""
     bold: frozenset[str] = frozenset({"employer", "country", "founder", "capital"})
 
 
@@ -73,9 +75,9 @@ class TraceSegment:
 
 
 class RecallWriter:
-    """Draws lists of `count` facts, stated once and again in another order.
+    """Draws lists of `count` facts that are stated once, and then again in another order.
 
-    Nearly every word is then one to look up.
+    In the second list every object can be looked up in the first one.
     """
 
     def __init__(self, rng: random.Random, count: int = 8) -> None:
@@ -106,10 +108,7 @@ class RecallWriter:
 
 
 class TraceWriter:
-    """Draws traces of one to three hops.
-
-    Every search brings `num_passages` passages in random order.
-    """
+    """Draws traces of one to three hops, in which every search finds `num_passages` passages."""
 
     def __init__(
         self,
@@ -127,7 +126,7 @@ class TraceWriter:
         self.common_names = set(common)
 
     def __call__(self) -> list[TraceSegment]:
-        """One trace."""
+        """Draws one trace."""
         if self.rng.random() < self.mix.common:
             return self.common_trace(self.rng.choice(self.common))
         chain = self.rng.choice(self.chains[self.rng.choice(list(self.chains))])
@@ -197,7 +196,7 @@ class TraceWriter:
         return segments, known + finds_next
 
     def think(self, question: Question, known: int, query: str) -> list[TraceSegment]:
-        """Before anything is known, what to look for; then the last fact that was read."""
+        """The thought of a turn: what to look for, or, once a fact is known, the last one read."""
         if known == 0:
             return [TraceSegment("model", f"<think> find {query} </think>")]
         x = question.path[known - 1]
@@ -211,7 +210,7 @@ class TraceWriter:
     def observation(
         self, question: Question, known: int | None, query: str, taken: set[str]
     ) -> TraceSegment:
-        """The passage of path[known], if any, among others that match a word of `query`."""
+        """Draws what a search finds: the passage of path[known], if not None, among distractors."""
         rng = self.rng
         entities = []
         kind = rng.choice(KINDS)
@@ -230,9 +229,9 @@ class TraceWriter:
         return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
 
     def distractor(self, query: str, kind: str, taken: set[str]) -> Entity:
-        """An entity of the same or any kind.
+        """Draws an entity that the question is not about, often of the kind that is searched for.
 
-        Often `query` is the object of one of its facts: such entities match the query.
+        Often `query` is the object of one of its facts, so that its passage matches the query.
         """
         kind = kind if self.rng.random() < 0.4 else self.rng.choice(KINDS)
         entity = self.entity(fresh_name(self.rng, taken), kind, taken)
@@ -244,9 +243,9 @@ class TraceWriter:
 def encode_trace(
     segments: Sequence[TraceSegment], tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, list[int]]:
-    """`input_ids` of a trace, and masks: `loss_mask` and `read_mask`.
+    """The `input_ids` of a trace, with `loss_mask` and `read_mask`.
 
-    `loss_mask` is 1 on the model's tokens, `read_mask` on what it copied out of a passage.
+    `loss_mask` is 1 on the model's tokens, and `read_mask` on those it copied out of a passage.
     """
     ids: list[int] = []
     loss: list[int] = []
