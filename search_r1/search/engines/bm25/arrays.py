@@ -17,7 +17,7 @@ class Postings(NamedTuple):
     documents: np.ndarray
     """int32 [P]: position of the document in the corpus."""
     codes: np.ndarray
-    """uint16 [P]: 256 * occurrences + length byte; without occurrences where they do not fit (see
+    """uint16 [P]: 256 * occurrences + length byte. The occurrences are 0 if they do not fit (see
     `exceptions`)."""
     divisors: np.ndarray
     """float32 [65536], by code: 1 + occurrences / norm. A word of weight w scores w - w /
@@ -42,9 +42,9 @@ class Postings(NamedTuple):
 
 
 class Query(NamedTuple):
-    """The n words of a query, those that can add most to a score first.
+    """The n words of a query, in descending order of what they can add to a score.
 
-    All but the first two arrays are filled by `score.prepare`.
+    `score.prepare` fills all arrays but the first two.
     """
 
     terms: np.ndarray
@@ -60,7 +60,7 @@ class Query(NamedTuple):
     factors: np.ndarray
     """int64 [n]: score of one level, in units of the bounds, rounded up."""
     cursors: np.ndarray
-    """int64 [n]: no posting before it is needed any more."""
+    """int64 [n]: position before which no posting is needed any more."""
 
 
 class Room(NamedTuple):
@@ -77,7 +77,7 @@ class Room(NamedTuple):
 
 
 def new_query(terms: np.ndarray, weights: np.ndarray) -> Query:
-    """The words of a query, or of several one after the other, with room for the rest."""
+    """Makes the words of one query, or of several in a row, with room for the derived arrays."""
     n = len(terms)
     starts, ends, factors, cursors = (np.zeros(n, dtype=np.int64) for _ in range(4))
     return Query(terms, weights, starts, ends, np.zeros(n, dtype=np.int32), factors, cursors)
