@@ -3,9 +3,8 @@ them.
 
     python scripts/check_resolution.py [gpu|cpu]
 
-A resolution fails where the constraints and the requirements cannot be met together, and where a
-package floats because the constraints do not name it. The indexes are those that pip is configured
-with.
+A resolution fails if constraints and requirements contradict each other, or if the constraints do
+not pin a package. The package indexes are those of pip's configuration.
 """
 
 import argparse
@@ -24,7 +23,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 PLATFORM = "x86_64-manylinux_2_28"
 EXTRAS = {"gpu": ("gpu", "dev", "dense-gpu"), "cpu": ("cpu", "dev")}
 ELSEWHERE = {"gpu": (), "cpu": ("torch", "torchvision", "torchaudio", "torchcodec")}
-"""Packages that scripts/setup.sh takes from another index, or removes."""
+"""Packages that scripts/setup.sh installs from another index, or removes."""
 FLAGS = {
     "index-url": "--index-url",
     "extra-index-url": "--extra-index-url",
@@ -32,12 +31,11 @@ FLAGS = {
     "constraint": "--constraint",
     "trusted-host": "--allow-insecure-host",
 }
-"""Options of pip and what uv calls them."""
+"""The flags of uv for options of pip."""
 
 
 def pip_settings() -> dict[str, str]:
-    """pip's options from its files and its environment variables, the latter first, as pip has
-    it."""
+    """Reads pip's options from its files and environment variables; the latter win, as in pip."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
@@ -50,8 +48,8 @@ def pip_settings() -> dict[str, str]:
 
 
 def index_flags(settings: dict[str, str]) -> list[str]:
-    """uv's arguments for what pip is configured with; several values of one option are divided by
-    white space."""
+    """The arguments of uv for pip's settings. An option may have several values with white space
+    between them."""
     flags = ["--index-strategy", "unsafe-best-match"]  # pip's: the best version of all indexes
     for name, flag in FLAGS.items():
         for value in settings.get(name, "").split():
@@ -62,7 +60,7 @@ def index_flags(settings: dict[str, str]) -> list[str]:
 def resolve(
     device: str, python: str, flags: Sequence[str], environment: dict[str, str]
 ) -> str | None:
-    """What is wrong with one resolution, if anything."""
+    """Resolves one environment; returns what is wrong with it, None if nothing is."""
     constraints = ROOT / "scripts" / f"constraints-{device}.txt"
     command = [
         sys.executable,
@@ -106,13 +104,13 @@ def resolve(
 
 
 def names(lines: str) -> set[str]:
-    """Normalised names of the packages in lines of a requirements file."""
+    """The normalised names of the packages in a requirements file."""
     found = re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)", lines, re.MULTILINE)
     return {re.sub(r"[-_.]+", "-", name).lower() for name in found}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 1 if a resolution failed."""
+    """Resolves all environments; returns the exit status, 1 if a resolution failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
 """Writes docs/configuration.md and docs/migration.md.
 
-The first from the pydantic models and the composed configuration, the second from the tables of
-other projects' keys.
+The first is made from the pydantic models and the composed configuration, the second from the
+tables of other projects' keys.
 
 python scripts/config_reference.py [--check]
 """
@@ -108,7 +108,7 @@ def table(model: type[BaseModel], section: DictConfig, prefix: str) -> list[str]
 
 
 def default_in_words(section: DictConfig, name: str) -> str:
-    """The value of a key as a command line has it; of a link, the key that it follows."""
+    """The value of a key in the form of a command line. For a link, the key that it follows."""
     if OmegaConf.is_missing(section, name):
         return "required"
     empty = "''"
@@ -148,7 +148,7 @@ def names_in_words(mark: OneOf) -> str:
 
 
 def page() -> str:
-    """The whole document."""
+    """The whole text of docs/configuration.md."""
     config = compose_or_say_why("grpo", WITHOUT_RECIPE)
     sections: dict[str, type[BaseModel]] = {
         name: field.annotation
@@ -174,7 +174,7 @@ def page() -> str:
 
 
 def migration_page() -> str:
-    """What became of every key of other projects that is absent here, or means something else."""
+    """The text of docs/migration.md: every key of other projects that differs here."""
     text = [MIGRATION]
     titles = {"search_r1": "The original Search-R1", "verl": "verl"}
     for name, path in PROJECTS.items():

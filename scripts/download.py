@@ -3,8 +3,9 @@
     python scripts/download.py --save_path DIR                    # corpus and exact E5 index
     python scripts/download.py --save_path DIR --what corpus bm25 # corpus and Lucene's BM25 index
 
-An interrupted download goes on where it was; every file is checked by size and hash; parts are
-joined and archives unpacked whole or not at all. HF_ENDPOINT names a mirror, HF_TOKEN a token.
+An interrupted download continues where it stopped. Every file is checked by size and hash. Parts
+are joined, and archives unpacked, whole or not at all. HF_ENDPOINT names a mirror, HF_TOKEN holds a
+token.
 """
 
 import argparse
@@ -27,8 +28,10 @@ BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class Item:
-    """A data set of the hub: its files, joined or unpacked, become `target`; a folder is taken as
-    it is."""
+    """A data set of the hub, whose files are joined or unpacked to `target`.
+
+    A folder is kept as it is.
+    """
 
     repo: str
     target: str
@@ -45,12 +48,14 @@ ITEMS = {
 
 
 class DownloadError(Exception):
-    """What went wrong, and what to do."""
+    """The download failed; the message says why, and what to do."""
 
 
 def fetch(item: Item, save_path: Path, keep: bool) -> Path:
-    """The target of `item` in `save_path`. Raises DownloadError for a damaged file or too little
-    room."""
+    """Downloads `item` and makes its target in `save_path`, which is returned.
+
+    Raises DownloadError for a damaged file or too little room.
+    """
     target = save_path / item.target
     mark = save_path / f".{item.target}.download.json"
     if mark.is_file() and target.exists():
@@ -82,7 +87,7 @@ def fetch(item: Item, save_path: Path, keep: bool) -> Path:
 
 
 def need_room(save_path: Path, size: int, item: Item) -> None:
-    """Raises DownloadError unless the files and what is made of them fit."""
+    """Raises DownloadError unless there is room for the files and what is made of them."""
     save_path.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(save_path).free
     if free < 2 * size:
@@ -115,7 +120,7 @@ def sha256_of(path: Path) -> str:
 
 
 def assemble(item: Item, parts: Sequence[Path], folder: Path, target: Path) -> None:
-    """Puts the target in its place: unpacked, joined, or a folder as it came."""
+    """Makes the target: unpacks an archive, joins parts, or moves a folder."""
     if item.patterns[0].endswith("/*"):
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder / item.target, target)
@@ -140,7 +145,7 @@ def bar(total: int, text: str) -> "tqdm[None]":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fetches what is named and not there yet."""
+    """Fetches what the command line names and is not there yet; returns the exit status."""
     sizes = ", ".join(f"{name} {item.size}" for name, item in ITEMS.items())
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep_parts",
         action="store_true",
-        help="keep the files as they came, beside what they became",
+        help="also keep the downloaded files from which the corpus and the indexes are made",
     )
     args = parser.parse_args(argv)
     for name in args.what:

@@ -1,8 +1,9 @@
-"""Says whether this Python has what extras of pyproject.toml ask for: `python
-scripts/requirements_met.py EXTRA ...`.
+"""Checks that this Python has the packages which extras of pyproject.toml require.
 
-Exit status 1 and the first missing or unfitting package on standard error if not. Nothing of the
-project need be installed.
+    python scripts/requirements_met.py EXTRA ...
+
+If a package is missing or has the wrong version, names it on stderr and exits with status 1. The
+project itself need not be installed.
 """
 
 import sys
@@ -16,8 +17,10 @@ PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def requirements(project: dict[str, Any], extras: Sequence[str]) -> Iterator[Any]:
-    """What the project needs itself and for these extras, those within extras too. Raises KeyError
-    for others."""
+    """Yields what the project requires, by itself and with these extras, also nested ones.
+
+    Raises KeyError for an unknown extra.
+    """
     from packaging.requirements import Requirement
 
     for line in project["dependencies"]:
@@ -32,7 +35,7 @@ def requirements(project: dict[str, Any], extras: Sequence[str]) -> Iterator[Any
 
 
 def unmet(requirement: Any) -> str | None:
-    """What is wrong with the installed package, if anything."""
+    """What is wrong with the installed package, None if it meets the requirement."""
     try:
         found = version(requirement.name)
     except PackageNotFoundError:
@@ -43,7 +46,7 @@ def unmet(requirement: Any) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status."""
+    """Checks the extras of the command line; returns the exit status."""
     extras = list(sys.argv[1:] if argv is None else argv)
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     try:

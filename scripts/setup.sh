@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes an environment that can train: `bash scripts/setup.sh [EXTRA ...]`, or sourced by a script, to use its $PYTHON.
 #
-# An active virtual or conda environment that satisfies the requirements is used as it is; else .venv is made here.
+# An active virtual or conda environment that satisfies the requirements is used as it is. Otherwise .venv is made here.
 #   EXTRA                dense, dense-gpu, lucene, web, hub or dev: see pyproject.toml. What is installed stays.
 #   SETUP_EXTRA          the same for a script that sources this: SETUP_EXTRA="hub lucene"
-#   SETUP_DEVICE         gpu or cpu, if not what nvidia-smi says: a login node can install for the nodes with GPUs
+#   SETUP_DEVICE         gpu or cpu, to override what nvidia-smi says: a login node can install for nodes with GPUs
 #   SETUP_VENV           another folder than .venv
 #   TORCH_CPU_INDEX_URL  where CPU builds of torch come from if the configured indexes have none
 set -euo pipefail

@@ -1,7 +1,7 @@
-"""What became of the keys of the original Search-R1 that this project does not have.
+"""Translates the keys of the original Search-R1 that this project does not have.
 
-`compat=search_r1` takes such a command line whole (`verl/trainer/compat.py` says how);
-docs/migration.md has the table.
+With `compat=search_r1` a command line of the original is accepted as it is
+(`verl/trainer/compat.py` says how). docs/migration.md has the table of keys.
 """
 
 from typing import Any
@@ -21,15 +21,15 @@ from verl.trainer.compat import (
 FORMAT_REWARD = "the format reward (main_ppo_format): reward.em_format=1, reward.em=0"
 
 
-def format_reward(value: Any) -> dict[str, Any]:
-    """The reward of the original's main_ppo_format, to which its format scores belong."""
+def format_reward(value: object) -> dict[str, Any]:
+    """The reward weights of the original's main_ppo_format, the program that reads these scores."""
     return {"reward.em": 0.0, "reward.em_format": 1.0}
 
 
-def http_server(value: Any, given: Given) -> Any:
-    """The address of a retrieval server.
+def http_server(value: object, given: Given) -> object:
+    """Returns `value` if it is the address of a retrieval server.
 
-    Raises Refused for the name of a search engine, which a fork of the original has there.
+    Raises Refused otherwise: a fork of the original has the name of a search engine there.
     """
     if not str(value).startswith(("http://", "https://", "[")):
         raise Refused(
@@ -106,5 +106,5 @@ SEARCH_R1 = Project(
         "trainer.experiment_name": "gsm8k",
     },
 )
-"""The original at its last commit. Its default top_p of .95 is not taken over: tokens would be
+"""The original at its last commit. Its default top_p of 0.95 is not taken over: tokens would be
 sampled from another distribution than the one that is trained."""

@@ -1,4 +1,4 @@
-"""Configuration of what the search task makes before a training, and of its fine-tuning."""
+"""Configuration of what is made before a training, and of supervised fine-tuning."""
 
 from typing import Literal
 
@@ -9,49 +9,50 @@ from verl.utils.config import Config
 
 
 class SetupConfig(Config):
-    """What is made before training where it is absent, or was made from something else.
+    """What the launcher makes before the training, unless it is there and up to date.
 
-    Null: nothing is made.
+    Where a key is null, nothing is made.
     """
 
     world: str | None = None
-    """Folder of the closed world."""
+    """Folder of the closed world; made if it is missing."""
     world_options: WorldConfig = WorldConfig()
-    """What it is made with. A folder that was made with other options is refused."""
+    """Options of the closed world. A folder that was made with other options is refused."""
     questions: str | None = None
-    """JSONL, CSV or parquet of questions and answers, made into data.train_files and
-    data.val_files."""
+    """File of questions and answers (JSONL, CSV or parquet), from which data.train_files and
+    data.val_files are made."""
     template: str = "search"
     """Prompt template for `questions`."""
     test_size: PositiveInt = 100
-    """Questions of `questions` held out."""
+    """Number of questions of `questions` that are held out for validation."""
     corpus_path: str | None = None
     """JSONL corpus with `id` and `contents`."""
     index_dir: str | None = None
-    """Folder of its BM25 index, built and served unless retriever.url is given as an override."""
+    """Folder of the BM25 index of the corpus. It is built, and is served unless the command line
+    gives retriever.url."""
     server_flags: list[str] = []
-    """Further flags of that server."""
+    """Further flags of the retrieval server that the launcher starts."""
 
 
 class FinetuneConfig(Config):
-    """The supervised baselines; without `data` the run is reinforcement learning."""
+    """The supervised baselines. Without `data` the run is reinforcement learning."""
 
     data: Literal["answers", "samples"] | None = None
-    """answers: of the training questions (SFT). samples: the policy's own trajectories that scored
-    (rejection)."""
+    """What the policy is trained on. answers: the gold answers of the training questions (SFT).
+    samples: its own trajectories that scored `min_score` or more (rejection sampling)."""
     rounds: PositiveInt = 1
-    """Times that samples are drawn and learned."""
+    """Number of times that samples are drawn and trained on."""
     samples: PositiveInt = 5
     """Trajectories per training question."""
     temperature: PositiveFloat = 1.0
-    """Of the sampling."""
+    """Temperature at which the samples are drawn."""
     min_score: float = 1.0
-    """Reward to keep a trajectory."""
+    """Lowest reward of a trajectory that is trained on."""
     steps: PositiveInt = 300
     """Optimizer steps per round."""
     train_batch_size: PositiveInt = 64
     """Rows per optimizer step, over all ranks."""
     max_token_len_per_gpu: PositiveInt = 16384
-    """Most tokens in a forward-backward pass of one rank: what its memory is proportional to."""
+    """Maximum number of tokens in a forward-backward pass of one rank; its memory grows with it."""
     lr: float = Field(default=1e-5, gt=0)
     """Learning rate."""

@@ -1,12 +1,15 @@
 """`python -m search_r1.evaluate MODEL [key=value ...]`: scores a model.
 
-The loop and prompts are those of training. MODEL is a Hugging Face folder or hub name; a run
-folder, its `best` or `latest`, or a checkpoint in it, each exported first (search_r1.export); or
-with --endpoint the name of a model behind an OpenAI-compatible API (text in, text out: for
-evaluation only). Data, method and search are those of the configuration:
-`experiment=nq_hotpotqa/grpo method=rag data.val_files=...`. Trajectories go to the run folder as
-they finish; an interrupted evaluation goes on where it was. Then come summary.json, table.md and
-page.html beside them.
+The agent loop and the prompts are those of training. MODEL is one of
+- a Hugging Face folder or hub name;
+- a run folder, its `best` or `latest`, or a checkpoint in it, which is exported first
+  (search_r1.export);
+- with --endpoint, the name of a model behind an OpenAI-compatible API (text in, text out: for
+  evaluation only).
+The configuration says which data, method and search are used:
+`experiment=nq_hotpotqa/grpo method=rag data.val_files=...`. Every trajectory is written to the run
+folder when it finishes, so that an interrupted evaluation continues where it stopped. At the end
+summary.json, table.md and page.html are written beside the trajectories.
 """
 
 import argparse
@@ -16,7 +19,7 @@ from pathlib import Path
 
 from search_r1.evaluation import report
 from search_r1.export import loadable_model
-from search_r1.launch import MODELS, TOKENIZER, composed, surrounded
+from search_r1.launch import MODELS, TOKENIZER, composed, run_with_setup
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 from verl.trainer.overrides import quoted
@@ -25,9 +28,10 @@ from verl.utils.model_names import run_folder_of
 
 
 def run_name(model: str) -> str:
-    """The run's name: the model's path from the folder of its run on.
+    """The name of the run: the path of the model, starting at the name of its run folder.
 
-    So the `hf` of two runs differ. Where it is in no run folder, the last two parts.
+    This tells the `hf` folders of two runs apart. A model outside of a run folder is named by the
+    last two parts of its path.
 
     >>> run_name("/models/mine/hf"), run_name("Qwen/Qwen2.5-7B")
     ('evaluate-mine--hf', 'evaluate-Qwen--Qwen2.5-7B')
@@ -38,19 +42,19 @@ def run_name(model: str) -> str:
 
 
 def model_of(name: str, endpoint: str | None) -> str:
-    """What the engine loads for MODEL: a folder by its full path, at an endpoint the name itself.
+    """Returns what the engine loads for MODEL: the path of a folder, or the name at an endpoint.
 
-    Exports a checkpoint first. Raises ModelError or ConfigError when there is no such model, or a
-    checkpoint cannot be exported.
+    A checkpoint is exported first. Raises ModelError or ConfigError when there is no such model, or
+    the checkpoint cannot be exported.
     """
     return name if endpoint else loadable_model(name)
 
 
 def given_overrides(model: str, endpoint: str | None) -> list[str]:
-    """MODEL and --endpoint as overrides; see `model_of`.
+    """Translates MODEL and --endpoint to overrides.
 
-    All questions are asked, also where the validations of an experiment take a sample: further
-    overrides may say otherwise. Raises as `model_of` does.
+    They also ask all questions where the validations of an experiment take only a sample; later
+    overrides can change that. Exports a checkpoint, and raises, as `model_of` does.
     """
     given = [f"actor_rollout_ref.model.path={quoted(model_of(model, endpoint))}"]
     given.append("data.val_sample_per_source=null")
@@ -89,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def report_flags(args: argparse.Namespace) -> list[str]:
-    """The flags that are for the report; files by their full paths."""
+    """The flags that are passed on to the report, with full paths of files."""
     flags = [f"--published={args.published}"] if args.published else []
     if args.compare:
         flags.append(f"--compare={args.compare.resolve()}")
@@ -99,7 +103,7 @@ def report_flags(args: argparse.Namespace) -> list[str]:
 
 
 def all_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
-    """The overrides of the flags, then those of the command line. Raises as `model_of` does."""
+    """The overrides that follow from the flags, then the given ones. Raises as `model_of` does."""
     given = given_overrides(args.model, args.endpoint)
     if not any(override.startswith("trainer.experiment_name=") for override in overrides):
         name = run_name(model_of(args.model, args.endpoint))
@@ -110,15 +114,15 @@ def all_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> list[st
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates as the command line says, and writes the report; returns the exit status."""
     args, overrides = make_parser().parse_known_args(argv)
-    # The working directory, from which these paths are given, changes below.
+    # The paths are relative to the working directory, which `composed` changes below.
     flags = report_flags(args)
     try:
         overrides = all_overrides(args, overrides)
-        # At an endpoint the model's name is no path, whatever folder of that name may be here.
+        # The name of a model at an endpoint is not a path, even if a folder here has that name.
         models = (TOKENIZER,) if args.endpoint else MODELS
         config, complete = composed(args.config_name, overrides, models)
         validate(as_plain(config))
-        status = surrounded("verl.trainer.main_eval", args.config_name, complete, config)
+        status = run_with_setup("verl.trainer.main_eval", args.config_name, complete, config)
     except (ConfigError, ModelError) as error:
         sys.exit(f"error: {error}")
     if status:

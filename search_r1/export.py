@@ -1,9 +1,9 @@
-"""`python -m search_r1.export CHECKPOINT [--out DIR]`: a Hugging Face folder of any checkpoint.
+"""`python -m search_r1.export CHECKPOINT [--out DIR]`: writes a checkpoint as a Hugging Face model.
 
 CHECKPOINT is a run folder (its newest checkpoint), its `best` or `latest`, a `global_step_N`, or
-what an alarm left in `alarms`. It takes one process and no GPU; the dtype, tokenizer and generation
-settings are those of the model that the run began with, and adapters are merged.
-`search_r1.evaluate` and `search_r1.infer` do this by themselves.
+a folder that an alarm left in `alarms`. The export takes one process and no GPU. The dtype, the
+tokenizer and the generation settings are those of the model that the run began with; LoRA adapters
+are merged. `search_r1.evaluate` and `search_r1.infer` export a checkpoint by themselves.
 """
 
 import argparse
@@ -20,11 +20,10 @@ from verl.utils.model_names import HF, find_checkpoint, ready_model
 
 
 def loadable_model(name: str) -> str:
-    """What an engine can load for MODEL: a Hugging Face folder by its full path, or `name` itself
-    for a hub name.
+    """Returns what an engine can load: the full path of a Hugging Face folder, or a hub name as is.
 
-    A checkpoint is exported first, to its own folder, where the next call finds it. Raises
-    ModelError or ConfigError.
+    A checkpoint is exported first, into its own folder, where the next call finds the export.
+    Raises ModelError or ConfigError.
     """
     if (model := ready_model(name)) is not None:
         return model
@@ -43,8 +42,10 @@ def loadable_model(name: str) -> str:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process is in here with the same folder. Raises OSError where folders
-    cannot be locked."""
+    """Holds a lock on a folder, after waiting for any other process that holds it.
+
+    Raises OSError where the file system cannot lock folders.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -56,9 +57,11 @@ def alone_in(folder: Path) -> Iterator[None]:
 def export_to(
     checkpoint: Path, out: Path, base: str | None = None, tokenizer: str | None = None
 ) -> Path:
-    """Writes the Hugging Face folder `out`, saying so; returns it. Raises ModelError, ConfigError
-    or OSError."""
-    # brings torch, which who names a finished model need not wait for
+    """Writes the Hugging Face folder `out`, reports it on stderr, and returns it.
+
+    Raises ModelError, ConfigError or OSError.
+    """
+    # imports torch, which takes seconds and is not needed where the model is there already
     from verl.trainer.export import (
         export,
     )
@@ -66,7 +69,7 @@ def export_to(
 
     sys.stderr.write(f"{checkpoint}: writing its policy as a Hugging Face model to {out}\n")
     try:
-        with chdir(ROOT):  # relative paths in the configuration of a run begin there
+        with chdir(ROOT):  # relative paths in the configuration of a run start there
             export(checkpoint.resolve(), out.resolve(), base, tokenizer)
     except CheckpointError as error:
         raise ModelError(str(error)) from error
@@ -74,7 +77,7 @@ def export_to(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status of the export."""
+    """Exports as the command line says; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m search_r1.export",
         description=__doc__,

@@ -1,11 +1,11 @@
-"""The supervised baselines.
+"""Trains the supervised baselines.
 
     python -m search_r1.finetune --config-name grpo method=sft|rejection [key=value ...]
 
-`sft`: the policy learns the answers of the training questions. `rejection`: it samples
-trajectories, learns those that scored, and again. Both by `verl.trainer.sft`; every round leaves
-its model, and an interrupted run goes on behind the last finished one. The model ends in
-`trainer.default_local_dir`/hf, as that of a training run does.
+`sft`: the policy is trained on the answers of the training questions. `rejection`: in every round
+it samples trajectories and is trained on those that scored high enough. Both train with
+`verl.trainer.sft`. Every round keeps its model, so that an interrupted run continues after the last
+finished round. The final model is `trainer.default_local_dir`/hf, as in a training run.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from pydantic import ValidationError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from search_r1.config import FinetuneConfig
 from search_r1.data import rejection
@@ -50,26 +50,26 @@ def read_finetune(raw: Mapping[str, Any]) -> FinetuneConfig:
 
 
 def answer_rows(
-    places: Sequence[str],
+    locations: Sequence[str],
     rows: Sequence[Row],
     template: str | None,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[dict[str, list[int]]]:
-    """The question and the first gold answer of every row, as ids with a mask of the loss.
+    """Yields the `input_ids` and the `loss_mask` of every row's question and first gold answer.
 
-    The loss is on the answer and the end of the turn. The prompt is the one that evaluation asks.
-    Raises DataError naming the place of a row whose prompt cannot be made.
+    The loss is on the answer and the token that ends the turn. The prompt is the one that
+    evaluation uses. Raises DataError naming the location of a row whose prompt cannot be made.
     """
     end = end_of_turn(tokenizer, **chat_template_kwargs)
-    for place, row in zip(places, rows, strict=True):
+    for location, row in zip(locations, rows, strict=True):
         messages = row["prompt"]
         if template:
             messages = [{"role": "user", "content": build_prompt(required_question(row), template)}]
         try:
             prompt = encode_chat(tokenizer, messages, **chat_template_kwargs)
         except DataError as error:
-            raise DataError(f"{place}: {error}") from error
+            raise DataError(f"{location}: {error}") from error
         answer = gold_answers(row["reward_model"]["ground_truth"])[0]
         own = [*encode_text(tokenizer, f"<answer> {answer} </answer>"), end]
         yield {"input_ids": prompt + own, "loss_mask": [0] * len(prompt) + [1] * len(own)}
@@ -86,9 +86,9 @@ class Finetune:
         self.model = str(config.actor_rollout_ref.model.path)
 
     def __call__(self) -> Path:
-        """Trains all rounds that are not finished, returns the folder of the final model.
+        """Trains all rounds that are not finished; returns the folder of the final model.
 
-        Raises DataError when finished rounds in the run folder were made otherwise.
+        Raises DataError when the run folder holds rounds that were made with other settings.
         """
         final = self.run_dir / "hf"
         claim(self.run_dir / "finetune.json", self.made_of(), "finetuning")
@@ -103,7 +103,7 @@ class Finetune:
         return final
 
     def made_of(self) -> dict[str, Any]:
-        """What a finished round depends on; the number of rounds is not part of it."""
+        """The settings that the result of a round depends on; the number of rounds is not one."""
         data = self.raw["data"]
         model = self.raw["actor_rollout_ref"]["model"]
         agent = self.raw["agent"]
@@ -125,7 +125,7 @@ class Finetune:
         }
 
     def rows(self, folder: Path) -> Path:
-        """Writes the training rows of a round, returns their file."""
+        """Writes the training rows of a round; returns their file."""
         path = folder / "rows.jsonl"
         files = files_of(self.raw["data"]["train_files"])
         if self.config.data == "samples":
@@ -140,19 +140,21 @@ class Finetune:
         return path
 
     def answers(self, files: Sequence[str]) -> Iterator[dict[str, list[int]]]:
-        """The rows of the training questions and their gold answers."""
+        """Yields the rows of the training questions with their gold answers."""
         data = self.raw["data"]
         model = self.raw["actor_rollout_ref"]["model"]
         tokenizer = AutoTokenizer.from_pretrained(
             model.get("tokenizer_path") or self.model,
             trust_remote_code=model.get("trust_remote_code", False),
         )
-        places, questions = read_questions(files, data["train_data_num"], data["train_sample_seed"])
+        locations, questions = read_questions(
+            files, data["train_data_num"], data["train_sample_seed"]
+        )
         kwargs = data["apply_chat_template_kwargs"]
-        return answer_rows(places, questions, self.raw["template"], tokenizer, kwargs)
+        return answer_rows(locations, questions, self.raw["template"], tokenizer, kwargs)
 
     def sample(self, folder: Path, files: Sequence[str]) -> Path:
-        """Samples trajectories of the current model on the training questions, returns the file."""
+        """Samples trajectories of the model on the training questions; returns their file."""
         val = "actor_rollout_ref.rollout.val_kwargs"
         run(
             "-m",
@@ -170,7 +172,7 @@ class Finetune:
         return folder / "evaluation.jsonl"
 
     def train(self, rows: Path, folder: Path) -> None:
-        """Trains the current model on a file of rows; the result is `folder`/hf."""
+        """Trains the current model on a file of rows; writes the result to `folder`/hf."""
         model = self.raw["actor_rollout_ref"]["model"]
         fsdp = self.raw["actor_rollout_ref"]["actor"]["fsdp_config"]
         ranks = self.raw["trainer"]["n_gpus_per_node"]
@@ -193,7 +195,7 @@ class Finetune:
 
 
 def run(*command: str) -> None:
-    """Runs python on `command`; ends the program with its status if it fails."""
+    """Runs Python with the arguments `command`; exits with its status if it fails."""
     if status := subprocess.call(
         [sys.executable, *command], cwd=ROOT, preexec_fn=dying_with_this()
     ):
@@ -201,7 +203,7 @@ def run(*command: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fine-tunes as a command line says, returns the exit status."""
+    """Fine-tunes as the command line says; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

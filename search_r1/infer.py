@@ -1,8 +1,9 @@
 """`python -m search_r1.infer MODEL [QUESTION] [key=value ...]`: asks a model, and shows it think.
 
-The loop, prompts and search of training. MODEL as in `search_r1.evaluate`. Without QUESTION it asks
-you for one after the other; with --questions it answers a file of them (JSONL, CSV, parquet with
-`question`) into --out, where questions that are answered already are not asked again.
+The agent loop, the prompts and the search are those of training. MODEL is what it is for
+`search_r1.evaluate`. Without QUESTION you are asked for one question after the other. With
+--questions the questions of a file (JSONL, CSV or parquet with a column `question`) are answered
+into the file --out; questions that it answers already are not asked again.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from search_r1.data.rows import read_rows
 from search_r1.data.shapes import normalise
 from search_r1.evaluate import given_overrides
-from search_r1.launch import composed, surroundings
+from search_r1.launch import composed, prepare_and_serve
 from search_r1.rewards.matching import last_answer
 from verl.agent import AgentLoop, Completion, Generate, Source, Trajectory, TrajectoryFailed
 from verl.rollout.openai_engine import OpenAIEngine
@@ -37,6 +38,9 @@ from verl.utils.errors import ConfigError, DataError, ModelError, listed
 from verl.utils.model_names import weights_of
 from verl.utils.run_folder import claim
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 COLORS = {
     "think": "\033[90m",
     "search": "\033[36m",
@@ -45,13 +49,13 @@ COLORS = {
 }
 PLAIN = "\033[0m"
 Show = Callable[[str, str], None]
-"""`show(source, text)`: called for each part of a trajectory as it comes."""
+"""`show(source, text)` is called for each part of a trajectory when it is written."""
 MAX_UNDER_WAY = 64
-"""Questions of a file that are asked at the same time."""
+"""The number of questions of a file that are asked at the same time."""
 
 
 class InferenceSession:
-    """A model ready to be asked. Belongs to one event loop."""
+    """A model that can be asked questions. It belongs to one event loop."""
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
@@ -59,10 +63,10 @@ class InferenceSession:
         self.agent: AgentLoop = build_agent(config, self.tokenizer)
         self.server: VLLMServer | None = None
         self.engines: Any = None
-        """A Router or an OpenAIEngine, once started."""
+        """A Router or an OpenAIEngine, after `start`."""
 
     async def start(self) -> None:
-        """Starts the engine. Raises ConfigError when something that is needed is not there."""
+        """Starts the engine. Raises ConfigError when something that it needs is missing."""
         rollout = self.config.actor_rollout_ref.rollout
         gpus = rollout.tensor_model_parallel_size
         if problems := environment_problems(self.config, self.agent, gpus):
@@ -77,7 +81,7 @@ class InferenceSession:
         self.engines = Router([handle])
 
     def _build_server(self) -> VLLMServer:
-        """The engine in this process."""
+        """Makes an engine server that runs in this process."""
         section = self.config.actor_rollout_ref
         device = self.config.device
         gpus = range(section.rollout.tensor_model_parallel_size) if device == "cuda" else ()
@@ -93,7 +97,7 @@ class InferenceSession:
         )
 
     async def ask(self, question: str, show: Show | None = None) -> Trajectory:
-        """Rolls out a question. Raises TrajectoryFailed when a tool or the endpoint fails."""
+        """Rolls out one question. Raises TrajectoryFailed when a tool or the endpoint fails."""
         session = f"{time.monotonic_ns()}"
         generate = self._generate(session)
         if show is not None:
@@ -105,7 +109,7 @@ class InferenceSession:
             self.engines.forget(session)
 
     def _generate(self, session: str) -> Generate:
-        """The engine as the agent loop sees it."""
+        """The function by which the agent loop calls the engine."""
         sampling = self.config.actor_rollout_ref.rollout.val_kwargs
 
         async def generate(
@@ -117,7 +121,7 @@ class InferenceSession:
         return generate
 
     async def close(self) -> None:
-        """Ends the engine."""
+        """Stops the agent loop and the engine."""
         await self.agent.close()
         if self.server is not None:
             await self.server.shutdown()
@@ -125,31 +129,31 @@ class InferenceSession:
             await self.engines.close()
 
 
-def showing(generate: Generate, show: Show, tokenizer: Any) -> Generate:
-    """`generate` that shows what the policy writes, and before it what the environment added."""
+def showing(generate: Generate, show: Show, tokenizer: "PreTrainedTokenizerBase") -> Generate:
+    """Wraps `generate`: shows what the environment added, then what the policy wrote."""
     known: list[int] = []
 
     async def shown(
         prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
     ) -> Completion:
         if known and prompt_ids[: len(known)] == known:
-            show(Source.OBSERVATION, tokenizer.decode(prompt_ids[len(known) :]))
+            show(Source.OBSERVATION, str(tokenizer.decode(prompt_ids[len(known) :])))
         completion = await generate(prompt_ids, max_tokens=max_tokens, stop=stop)
         known[:] = prompt_ids + completion.token_ids
-        show(Source.MODEL, tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        show(Source.MODEL, str(tokenizer.decode(completion.token_ids, skip_special_tokens=True)))
         return completion
 
     return shown
 
 
-def answer_of(trajectory: Trajectory, tokenizer: Any) -> str | None:
-    """The last answer that the model gave itself."""
+def answer_of(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The last answer in what the model wrote itself, None without one."""
     own = [s.token_ids for s in trajectory.segments if s.source is Source.MODEL]
-    return last_answer([tokenizer.decode(token_ids) for token_ids in own])
+    return last_answer([str(tokenizer.decode(token_ids)) for token_ids in own])
 
 
 def call_tags(agent: AgentLoop) -> list[str]:
-    """Names of the tags in which the tools of a loop are called, `search` always among them."""
+    """Names of the tags that call the tools of a loop."""
     dialect = getattr(agent, "dialect", None)
     return ["search"] if dialect is None else list(dialect.call_tags)
 
@@ -157,7 +161,7 @@ def call_tags(agent: AgentLoop) -> list[str]:
 def show_colored(
     source: str, text: str, out: IO[str] | None = None, call_tags: Sequence[str] = ("search",)
 ) -> None:
-    """Writes a part, in colours where a terminal reads them (and NO_COLOR is not set)."""
+    """Writes a part of a trajectory, in colours if `out` is a terminal and NO_COLOR is not set."""
     stream: IO[str] = sys.stdout if out is None else out
     if stream.isatty() and "NO_COLOR" not in os.environ:
         if source == Source.OBSERVATION:
@@ -171,7 +175,7 @@ def show_colored(
 
 
 async def ask_aloud(session: InferenceSession, questions: Iterator[str]) -> None:
-    """Asks one question after the other, and shows how they are answered."""
+    """Asks one question after the other, and shows each trajectory as it is written."""
     show = partial(show_colored, call_tags=call_tags(session.agent))
     for question in questions:
         began = time.perf_counter()
@@ -189,7 +193,7 @@ async def ask_aloud(session: InferenceSession, questions: Iterator[str]) -> None
 
 
 def prompt_user() -> Iterator[str]:
-    """The questions that the user types, until an empty line or the end of the input."""
+    """Asks the user for questions, until an empty line or the end of the input."""
     while True:
         try:
             question = input("question> ").strip()
@@ -201,10 +205,10 @@ def prompt_user() -> Iterator[str]:
 
 
 async def ask_file(session: InferenceSession, path: Path, out: Path) -> None:
-    """Answers the questions of a file that `out` lacks, and writes each as it is answered.
+    """Answers the questions of a file that `out` lacks; writes each answer when it is there.
 
-    Raises DataError where some failed, and where the answers in `out` are another model's, or were
-    asked for otherwise.
+    Raises DataError when some questions failed, or when `out` holds answers of another model or of
+    other settings.
     """
     questions = read_questions(path)
     claim(out.with_suffix(".meta.json"), identity(session.config), "set of answers")
@@ -231,7 +235,7 @@ async def ask_file(session: InferenceSession, path: Path, out: Path) -> None:
 
 
 def identity(config: PPOConfig) -> dict[str, Any]:
-    """What makes two sets of answers the same: the model, and how it is asked."""
+    """What answers must have in common to stand in one file: the model and its settings."""
     section = config.actor_rollout_ref
     agent = config.agent
     return {
@@ -246,7 +250,7 @@ def identity(config: PPOConfig) -> dict[str, Any]:
 async def ask_all(
     session: InferenceSession, questions: Sequence[str]
 ) -> AsyncIterator[tuple[str, Trajectory | TrajectoryFailed]]:
-    """Each question and what became of it, as they finish."""
+    """Yields each question with its trajectory or failure, in the order in which they finish."""
     slots = asyncio.Semaphore(MAX_UNDER_WAY)
 
     async def ask(question: str) -> tuple[str, Trajectory | TrajectoryFailed]:
@@ -261,29 +265,31 @@ async def ask_all(
 
 
 def read_questions(path: Path) -> list[str]:
-    """The different questions of a file. Raises DataError listing the rows without one.
+    """Reads the distinct questions of a file. Raises DataError listing the rows without one.
 
     The file may have any form that `search_r1.data.prepare` reads, with or without answers.
     """
     questions: list[str] = []
     problems: list[str] = []
-    for place, record in read_rows(path):
+    for location, record in read_rows(path):
         if isinstance(record, str):
-            problems.append(f"{place}: {record}")
+            problems.append(f"{location}: {record}")
             continue
         read = normalise(record)
         question = (record if isinstance(read, str) else read).get("question")
         if isinstance(question, str) and question.strip():
             questions.append(question)
         else:
-            problems.append(f"{place}: no question")
+            problems.append(f"{location}: no question")
     if problems:
         raise DataError(listed(problems))
     return list(dict.fromkeys(questions))
 
 
-def answer_record(question: str, trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:
-    """A line of the file of answers."""
+def answer_record(
+    question: str, trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Any]:
+    """The record of one answered question, a line of the file of answers."""
     segments = [
         {"source": str(s.source), "text": tokenizer.decode(s.token_ids)}
         for s in trajectory.segments
@@ -300,7 +306,7 @@ def answer_record(question: str, trajectory: Trajectory, tokenizer: Any) -> dict
 async def run_session(
     config: PPOConfig, work: Callable[[InferenceSession], Awaitable[None]]
 ) -> None:
-    """Starts a session, does the work, and ends it whatever happens."""
+    """Starts a session, awaits `work` with it, and always closes it."""
     session = InferenceSession(config)
     try:
         await session.start()
@@ -337,11 +343,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, with files by their full paths, and the overrides. Exits with what is wrong."""
+    """Parses the flags, with full paths of files, and the overrides. Exits if they are wrong."""
     parser = make_parser()
     args, overrides = parser.parse_known_args(argv)
     if args.question and "=" in args.question.split(" ")[0]:
-        # An override stands in the place of the question.
+        # The first argument after the model is an override, not a question.
         overrides = [args.question, *overrides]
         args.question = None
     if (args.questions is None) != (args.out is None):
@@ -363,9 +369,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = given_overrides(args.model, args.endpoint)
         config, _ = composed(args.config_name, [*given, *overrides])
-        # What is wrong is told before anything is made or started.
+        # Reports a wrong configuration before anything is made or started.
         config_for_answering(copy.deepcopy(config), None)
-        with surroundings(config, overrides) as server:
+        with prepare_and_serve(config, overrides) as server:
             asked = config_for_answering(config, server.url if server else None)
             asyncio.run(run_session(asked, work))
     except (ConfigError, DataError, ModelError) as error:
@@ -374,9 +380,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def config_for_answering(config: DictConfig, url: str | None) -> PPOConfig:
-    """Changes `config` so that nothing of a training is needed, and validates it.
+    """Changes `config` so that it needs nothing of a training, and validates it.
 
-    Weights come from disk, the prompt's template is named, and `url` is the retriever's, if given.
+    The engine reads its weights from disk, a prompt template is always set, there are no data
+    files, and `url`, if given, becomes the address of the retriever.
     """
     if url:
         config.retriever.url = url

@@ -1,11 +1,11 @@
-"""Starts a run on one machine, with all that surrounds it.
+"""Starts a training on one machine, with everything that it needs.
 
     python -m search_r1.launch --config-name grpo [key=value ...]
 
-Makes what the `setup` section names and is absent or was made from something else (closed world,
-base model, training files, index), serves the index, trains under the same overrides with
-`verl.trainer.main_ppo`, or with `search_r1.finetune` where `finetune.data` is set, and reports.
-Sections left null are the user's own: for the paper's recipes this only starts the training.
+Makes what the `setup` section names (closed world, base model, training files, index), unless it is
+there already and up to date. Then it serves the index, trains with the same overrides, and writes a
+report. The training is `verl.trainer.main_ppo`, or `search_r1.finetune` where `finetune.data` is
+set. What `setup` leaves null is not made: for the paper's recipes only the training is started.
 """
 
 import logging
@@ -52,23 +52,24 @@ PATHS = (
     "setup.corpus_path",
     "setup.index_dir",
 )
-"""Keys of paths.
+"""Keys whose values are paths.
 
-On the command line they are relative to the working directory, in configs/ to the repository.
+Paths on the command line are relative to the working directory, those in configs/ to the
+repository.
 """
 OF_SMALL_BASE = (
     "actor_rollout_ref.actor.optim.lr",
     "data.max_response_length",
     "actor_rollout_ref.actor.fsdp_config.dtype",
 )
-"""Keys whose values in experiment=own_data suit no model but the one it names."""
+"""Keys whose values in experiment=own_data suit only the model that it names."""
 TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
 MODELS = ("actor_rollout_ref.model.path", TOKENIZER, "critic.model.path")
-"""Keys of paths that may also be names of the Hugging Face hub."""
+"""Keys whose values are paths or names of models on the Hugging Face hub."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Launches what a command line asks for, returns the exit status of the training."""
+    """Launches the run that the command line describes; returns the exit status of the training."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         return launch(sys.argv[1:] if argv is None else argv)
@@ -77,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def launch(argv: Sequence[str]) -> int:
-    """Makes, serves, trains and reports, returns the exit status of the training.
+    """Prepares, serves, trains and reports; returns the exit status of the training.
 
-    Raises ConfigError before anything is made or started.
+    Raises ConfigError for a wrong configuration, before anything is made or started.
     """
     line = compose.read_command_line(argv, "grpo")
     if line.only_shows:
@@ -106,7 +107,7 @@ def launch(argv: Sequence[str]) -> int:
         )
     validate(compose.as_plain(config))
     if config.finetune.data is not None:
-        return surrounded("search_r1.finetune", line.config_name, overrides, config)
+        return run_with_setup("search_r1.finetune", line.config_name, overrides, config)
     status = train(line.config_name, overrides, config)
     if status == 0:
         sys.stdout.write(write_report(Path(config.trainer.default_local_dir)))
@@ -118,9 +119,9 @@ def composed(
 ) -> tuple[DictConfig, list[str]]:
     """Composes a configuration, and makes the repository the working directory.
 
-    Returns the configuration and its overrides, with complete paths. The paths of configs/ are
-    relative to the repository. `models`: the keys of paths that may be names of a hub. Raises
-    ConfigError.
+    Returns the configuration and the overrides with absolute paths. Paths in configs/ stay relative
+    to the repository. `models` are the keys whose values may be names on the hub instead of paths.
+    Raises ConfigError.
     """
     complete = compose.absolute(overrides, Path.cwd(), PATHS, models)
     config = compose.composed(config_name, complete)
@@ -129,7 +130,7 @@ def composed(
 
 
 def values_of_small_base(config: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """The values of experiment=own_data that a command keeps although it names another model."""
+    """The values of experiment=own_data that are kept although the command names another model."""
     given = {text.partition("=")[0] for text in overrides}
     if "experiment=own_data" not in overrides or MODELS[0] not in given:
         return []
@@ -137,27 +138,29 @@ def values_of_small_base(config: DictConfig, overrides: Sequence[str]) -> list[s
 
 
 def train(config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
-    """Supervises a training with what `setup` makes and serves around it; returns its status."""
+    """Prepares and serves what `setup` names, trains under supervision, and returns the status."""
     arguments = ["--config-name", config_name, *overrides]
-    with surroundings(config, overrides) as server:
+    with prepare_and_serve(config, overrides) as server:
         if server is None:
             return supervise_driver(arguments, config.trainer)
         arguments.append(f"retriever.url={server.url}")
         return supervise_driver(arguments, config.trainer, meanwhile=server.revive)
 
 
-def surrounded(program: str, config_name: str, overrides: Sequence[str], config: DictConfig) -> int:
-    """Runs another module once, with the same around it; returns its exit status."""
+def run_with_setup(
+    program: str, config_name: str, overrides: Sequence[str], config: DictConfig
+) -> int:
+    """Prepares and serves what `setup` names, runs a module once, and returns its exit status."""
     command = [sys.executable, "-m", program, "--config-name", config_name, *overrides]
-    with surroundings(config, overrides) as server:
+    with prepare_and_serve(config, overrides) as server:
         return run([*command, f"retriever.url={server.url}"] if server else command, server)
 
 
 def run(command: list[str], server: "RetrievalServer | None") -> int:
-    """Exit status of a program, to which SIGINT and SIGTERM are passed on; the server is kept alive
-    meanwhile.
+    """Runs a program until it ends, and returns its exit status.
 
-    The program ends with this one, however that ends.
+    Meanwhile SIGINT and SIGTERM are passed on to the program, and `server` is restarted when it
+    ends. The program is killed when this process dies, whatever the cause.
     """
     with Forward() as signals:
         program = signals.start(command, preexec_fn=dying_with_this())
@@ -168,12 +171,13 @@ def run(command: list[str], server: "RetrievalServer | None") -> int:
 
 
 @contextmanager
-def surroundings(
+def prepare_and_serve(
     config: DictConfig, overrides: Sequence[str]
 ) -> Iterator["RetrievalServer | None"]:
-    """Makes what `setup` names and serves its index meanwhile.
+    """Makes what `setup` names, and serves its index until the block ends.
 
-    Gives None where the server is the user's own, or nothing is searched.
+    Yields None where no server is started: the command names one by `retriever.url`, `setup` names
+    no index, or the run does not search.
     """
     setup = read_setup(compose.as_plain(config))
     named = any(o.startswith("retriever.url=") for o in overrides)
@@ -212,16 +216,16 @@ def read_setup(raw: Mapping[str, Any]) -> SetupConfig:
 
 
 def prepare(setup: SetupConfig, config: DictConfig) -> None:
-    """Makes what is absent, or was made from something else; a second call only looks.
+    """Makes what `setup` names, unless it is there already and up to date.
 
-    Exits naming what forbids it.
+    Exits with a message where making it would replace files that must not be replaced.
     """
     try:
         if setup.world:
             prepare_world(Path(setup.world), setup.world_options)
             model = Path(config.actor_rollout_ref.model.path)
             base = Path(setup.world, "base")
-            # at any other path a missing model is the user's mistake
+            # A model that is missing anywhere else is a mistake in the configuration.
             if model.resolve() == base.resolve():
                 prepare_base(base)
         if setup.questions:
@@ -241,11 +245,11 @@ def prepare(setup: SetupConfig, config: DictConfig) -> None:
 
 
 def prepare_world(folder: Path, options: WorldConfig) -> None:
-    """Makes the closed world where it, or a part of it, is absent.
+    """Makes the closed world if any of its files is missing.
 
-    A world without a record of its options has the default ones. Exits naming the options in which
-    a world that is there differs. Raises DataError when a part is absent and another one was
-    changed by hand.
+    A world without a record of its options counts as made with the defaults. If there is a world
+    with other options, the program exits and names them. Raises DataError when a file is missing
+    and another one was changed by hand.
     """
     if (folder / "corpus.jsonl").exists():
         refuse_other_options(folder, options)
@@ -273,9 +277,9 @@ def refuse_other_options(folder: Path, options: WorldConfig) -> None:
 
 
 def prepare_base(folder: Path) -> None:
-    """Builds the closed world's base model where there is none: it is the same for every world.
+    """Builds the base model of the closed world if it is missing; every world has the same one.
 
-    Raises DataError for a part of one.
+    Raises DataError when only some of its files are there.
     """
     missing = [name for name in BASE_FILES if not (folder / name).exists()]
     if len(missing) == len(BASE_FILES):
@@ -286,16 +290,16 @@ def prepare_base(folder: Path) -> None:
         )
 
 
-def files_of(value: Any) -> list[str]:
-    """The files of a key, whose value is one name or a list."""
+def files_of(value: str | Sequence[str]) -> list[str]:
+    """The files that a key names: its value is one name or a list of names."""
     return [value] if isinstance(value, str) else list(value)
 
 
 def prepare_questions(setup: SetupConfig, config: DictConfig) -> None:
-    """Makes the training files of `setup.questions`, unless the right ones are there.
+    """Makes the training files from `setup.questions`, unless they are there and up to date.
 
-    Raises DataError when they would take the place of the user's own, or the configuration reads
-    other files.
+    Raises DataError when this would replace the user's own files, or when the configuration trains
+    on other files.
     """
     path = Path(str(setup.questions))
     template = setup.template
@@ -323,17 +327,17 @@ def prepare_questions(setup: SetupConfig, config: DictConfig) -> None:
 
 
 def module(name: str, *flags: str) -> None:
-    """Runs one of the project's commands; ends the program with its status if it fails."""
+    """Runs one of the project's commands; exits with its status if it fails."""
     status = subprocess.call([sys.executable, "-m", name, *flags])
     if status:
         sys.exit(status)
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on.
+    """Finds a port of this machine that nobody listens on.
 
-    It is below those that systems hand out by themselves, so that no connection takes it before the
-    server does.
+    It is below the range from which systems assign ports to outgoing connections, so that none of
+    them takes it before the server does.
     """
     while True:
         port = 20000 + secrets.randbelow(12000)
@@ -343,8 +347,11 @@ def free_port() -> int:
 
 
 class RetrievalServer:
-    """A retrieval server over an index, at `url`. Ctrl-C does not reach it; it ends on the way out,
-    or with this."""
+    """A retrieval server over an index, in a process of its own, that answers at `url`.
+
+    A context manager: the server is stopped when the block ends, or killed when this process dies.
+    Ctrl-C does not reach it, so that it answers until the run has ended.
+    """
 
     def __init__(self, index: Path, corpus: str, topk: int, flags: Sequence[str] = ()) -> None:
         self.port = free_port()
@@ -376,8 +383,10 @@ class RetrievalServer:
         )
 
     def revive(self) -> None:
-        """Starts the server again if it has ended, MAX_SERVER_RESTARTS times in all. Clients try
-        again meanwhile."""
+        """Starts the server again if it has ended, at most MAX_SERVER_RESTARTS times.
+
+        Clients repeat their requests meanwhile.
+        """
         if self.process.poll() is None or self.restarts > MAX_SERVER_RESTARTS:
             return
         self.restarts += 1
@@ -403,8 +412,10 @@ class RetrievalServer:
 
 
 def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
-    """Returns when the server answers. Exits with its status if it ends before, or after
-    SERVER_START_S seconds."""
+    """Waits until the server answers.
+
+    Exits with a message if the server ends first, or does not answer within SERVER_START_S seconds.
+    """
     deadline = time.monotonic() + SERVER_START_S
     with httpx.Client(mounts=direct(url), timeout=1) as client:
         while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Every text that a policy is trained on besides questions and passages. The only copy.
+"""The only copy of every text that a policy is trained on, besides questions and passages.
 
 The sentences are those of the original Search-R1, byte for byte: its published checkpoints depend
 on them.
@@ -50,7 +50,7 @@ SHORT_PROMPT = "Question: {question}\n"
 """For the closed world, whose small model learns the protocol from traces: fewer tokens to
 compute."""
 SHORT_RAG_PROMPT = "Question: {question}\n\n\n<information>{context}</information>\n\n"
-"""The same with the passages of one retrieval, as that model knows them."""
+"""The same with the passages of one retrieval, in the form that this model was trained on."""
 DIRECT_PROMPT = (
     "Answer the given question with a few words, without explanation. Put the answer inside "
     "<answer> and </answer>, for example <answer> Beijing </answer>. Question: {question}\n"
@@ -133,8 +133,9 @@ INVALID_MESSAGE = (
     "<search> and </search>. If you want to give the final answer, you should put the answer "
     "between <answer> and </answer>. Please try again."
 )
-"""Said by the user, to a chat model that ended its turn without an action. The original has no such
-message: it drops the token that ends the turn, and lets the model go on with the sentence above."""
+"""The user's message to a chat model that ended its turn without an action. The original has no
+such message: it drops the token that ends the turn, and the model goes on after the sentence
+above."""
 
 NATIVE_INVALID_MESSAGE = (
     "Your previous turn neither called a tool nor gave the answer. Call a tool, or put the final "
@@ -165,7 +166,7 @@ ANSWER_END = "</answer>"
 
 
 def build_prompt(question: str, template: str, context: str = "", reasoning: str = "") -> str:
-    """The prompt of a question, which gets its question mark.
+    """The prompt of a question, which is given a question mark if it lacks one.
 
     Raises KeyError for an unknown template.
     """
@@ -175,7 +176,7 @@ def build_prompt(question: str, template: str, context: str = "", reasoning: str
 
 
 def with_mark(question: str) -> str:
-    """The question with a question mark, as the original asks it."""
+    """The question with a question mark, as in the original."""
     question = question.strip()
     return question if question.endswith("?") else question + "?"
 

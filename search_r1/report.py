@@ -1,4 +1,4 @@
-"""What a run has learned: a table of its validations, and the curves of its training."""
+"""Reports what a run has learned: a table of its validations, and the curves of its training."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 from search_r1.evaluation.behaviour import behaviour, read_history
 from search_r1.evaluation.summary import ALL, by_set
 from search_r1.trajectory import Record
+from verl.utils.tracking import STEP
 
 HEADER = ("questions", "n", "EM", "searches", "answered", "gold retrieved", "EM if gold retrieved")
-STEP = "training/global_step"
 
 
 def write_report(run_dir: Path) -> str:
@@ -24,13 +24,13 @@ def write_report(run_dir: Path) -> str:
 
 
 def section(path: Path) -> str:
-    """The table of a validation under its step."""
+    """The step of a validation, and its table."""
     step = int(path.stem.removeprefix("val_"))
     return f"\nstep {step}\n{table([json.loads(line) for line in path.open()])}"
 
 
 def table(records: list[Record]) -> str:
-    """Markdown: one row per data source, one for all."""
+    """A Markdown table with a row for each data source and one for all."""
     groups = {**by_set(records), ALL: records}
     lines = [HEADER, tuple("-" * len(h) for h in HEADER)]
     for name, group in groups.items():
@@ -47,7 +47,7 @@ def cell(figure: str, value: float | None) -> str:
 
 
 def summary(records: list[Record]) -> dict[str, float | None]:
-    """What the table shows. Where gold passages are known, the search policy and reading apart."""
+    """The figures of a row of the table. Without known gold passages the last two are None."""
     found = behaviour([read_history(record) for record in records])
     return {
         "EM": sum(r["reward"].get("em", 0.0) for r in records) / len(records),

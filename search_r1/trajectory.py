@@ -1,7 +1,7 @@
-"""What a trajectory shows of its searches: one reading for metrics, rewards and evaluation.
+"""Reads the searches of a trajectory, for metrics, rewards and evaluation alike.
 
-A trajectory is read as the loop left it (`Trajectory`), or as validation and evaluation wrote it (a
-record, `verl.rollout.records`).
+A trajectory is a `Trajectory` from the agent loop, or a record that validation or evaluation wrote
+(`verl.rollout.records`).
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,8 @@ from verl.agent import Row, Source, Trajectory
 from verl.utils.errors import DataError
 
 Record = dict[str, Any]
+SUMMARY_KIND = "summary"
+"""In the `info` of a segment in which the policy sums up a context that is then left behind."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,20 @@ def observed_facts(trajectory: Trajectory | Record) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class GoldPassages:
-    """The passages that hold the evidence of a question, as the data name them."""
+    """The passages that hold the evidence for a question, as the data name them."""
 
     names: frozenset[str]
-    """Ids, or where these are unknown titles; empty where the data do not say."""
+    """Ids, or titles where the ids are unknown; empty where the data have neither."""
     key: str
-    """Which of a passage these are: `id` or `title`."""
+    """The field of a passage that the names are compared with: `id` or `title`."""
 
     def found_in(self, passages: Sequence[dict[str, Any]]) -> frozenset[str]:
-        """The names of those that are among `passages`."""
+        """The names of the gold passages that are among `passages`."""
         return self.names & {bare_name(passage[self.key]) for passage in passages}
 
 
 def gold_passages(facts: dict[str, Any]) -> GoldPassages:
-    """What `gold_ids` or `gold_titles` say: of a row's `extra_info`, or a trajectory's `info`."""
+    """The gold passages that a row's `extra_info`, or a trajectory's `info`, names."""
     if facts.get("gold_ids"):
         return GoldPassages(frozenset(map(bare_name, facts["gold_ids"])), "id")
     return GoldPassages(frozenset(map(bare_name, facts.get("gold_titles") or ())), "title")
@@ -74,19 +76,19 @@ def bare_name(value: object) -> str:
 
 
 def num_repeated(queries: Sequence[str]) -> int:
-    """How many of the queries, normalised, were asked before."""
+    """How many of the queries, after normalisation, repeat an earlier one."""
     normal = [normalize_answer(query) for query in queries]
     return len(normal) - len(set(normal))
 
 
 def question_of(row: Row) -> str:
-    """The question of a row or record; empty where the data hold only its prompt."""
+    """The question of a row or record; empty where the data have only its prompt."""
     question = (row.get("extra_info") or {}).get("question") or row.get("question")
     return str(question or "")
 
 
 def required_question(row: Row) -> str:
-    """The question of a row. Raises DataError where the data hold only its prompt."""
+    """The question of a row. Raises DataError where the data have only its prompt."""
     if question := question_of(row):
         return question
     raise DataError(
@@ -96,5 +98,5 @@ def required_question(row: Row) -> str:
 
 
 def question_key(record: Record) -> str:
-    """What two results are matched by: the question where the data keep it, else the prompt."""
+    """The key by which the records of two results are matched: the question, or else the prompt."""
     return f"{record['data_source']}: {question_of(record) or record['prompt']}"

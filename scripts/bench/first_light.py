@@ -12,7 +12,8 @@ import sys
 
 import study
 
-from search_r1.report import STEP, summary
+from search_r1.report import summary
+from verl.utils.tracking import STEP
 
 ROWS = study.ROOT / "docs" / "results" / "first_light.jsonl"
 WORK = "runs/first_light"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, on one card in ten minutes; `--help` lists what can be chosen (gpu_smoke.py).
+# Runs the checks that need a GPU, on one card in ten minutes; `--help` lists the options (gpu_smoke.py).
 #
 #   bash scripts/bench/gpu.sh [--device cpu] [--only STAGE ...] [--peak-tflops 989]
-#   bash scripts/bench/gpu.sh --python /usr/bin/python3    # or SMOKE_PYTHON=...: an environment that is there already
+#   bash scripts/bench/gpu.sh --python /usr/bin/python3    # or SMOKE_PYTHON=...: an existing environment
 #
-# Without --python the environment is made first (scripts/setup.sh), which needs a package index; with it nothing is
-# installed. Afterwards the tests: `pytest tests/gpu`.
+# Without --python the environment is made first (scripts/setup.sh), which needs a package index. With it nothing is
+# installed. At the end the tests run: `pytest tests/gpu`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 ARGUMENTS=()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The environment for GPUs, made for real on a machine that needs none: installed, `pip check`, every GPU-only module
-# imported, every keyword that the code uses checked. About 10 minutes and 11 GB; run it on every change of the pins.
+# Makes the real environment for GPUs on a machine without one: installs it, runs `pip check`, imports every GPU-only
+# module, checks every keyword that the code uses. Takes 10 minutes and 11 GB; run it on every change of the pins.
 #
 #   bash scripts/bench/gpu_install.sh [--keep FOLDER]
 #

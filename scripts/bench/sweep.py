@@ -19,7 +19,8 @@ from typing import Any
 import study
 import yaml
 
-from search_r1.report import STEP, summary
+from search_r1.report import summary
+from verl.utils.tracking import STEP
 
 DEFAULTS: dict[str, Any] = {"config": "grpo", "seeds": [0], "overrides": [], "status": 0}
 REACHED = 0.8

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# This machine's part of a Ray cluster, until Ctrl-C or SIGTERM ends it:
+# Joins this machine to a Ray cluster, until Ctrl-C or SIGTERM ends it:
 #   bash scripts/multinode/ray_node.sh head [options of ray start]         the first machine; listens on port 6379
 #   bash scripts/multinode/ray_node.sh HOST:6379 [options of ray start]    every other machine
-# RAY_AUTH_MODE: token (default; ~/.ray/auth_token, made by the head, must be the same on all machines) or disabled.
+# RAY_AUTH_MODE is token (default: the head makes ~/.ray/auth_token, which must be the same on all machines) or disabled.
 set -euo pipefail
 HEAD="${1:?head, or the address of the head: HOST:6379}"
 shift

@@ -1,5 +1,7 @@
-"""`python scripts/multinode/wait_for_nodes.py ADDRESS COUNT [TIMEOUT_S]`: returns when COUNT nodes
-have joined Ray."""
+"""Waits until COUNT nodes have joined the Ray cluster at ADDRESS.
+
+python scripts/multinode/wait_for_nodes.py ADDRESS COUNT [TIMEOUT_S]
+"""
 
 import socket
 import sys
@@ -16,7 +18,7 @@ CURE = (
 
 
 def main(address: str, count: int, timeout_s: float = 300) -> str | None:
-    """Prints the nodes; what is wrong if they are fewer after `timeout_s` seconds."""
+    """Waits, and prints the nodes. Returns what is wrong if they are too few after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not connected(address):
         if time.monotonic() > deadline:
@@ -34,13 +36,14 @@ def main(address: str, count: int, timeout_s: float = 300) -> str | None:
 
 
 def connected(address: str) -> bool:
-    """Whether this process has joined as a driver. Raises ray.exceptions.AuthenticationError
-    without a token."""
+    """Tries to join the cluster as a driver; returns whether that worked.
+
+    Raises ray.exceptions.AuthenticationError without a valid token.
+    """
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection(
-            (host, int(port)), timeout=1
-        ).close()  # Ray itself waits minutes for nobody
+        # Ray itself would wait minutes for a head that is not there.
+        socket.create_connection((host, int(port)), timeout=1).close()
         ray.init(address, logging_level="ERROR", log_to_driver=False)
     except (OSError, RuntimeError):
         return False

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Every row of the paper's table, for a list of models: trains what a method trains, evaluates it, prints the table.
+# Makes every row of the paper's table for a list of models: trains where the method does, evaluates, prints the table.
 #
 #   bash scripts/nq_hotpotqa/table.sh MODEL [MODEL ...] [key=value ...]
 #
-# METHODS="direct rag ..." takes some of them. What is finished is not repeated, so the same command goes on after an
+# METHODS="direct rag ..." selects methods. What is finished is not repeated, so that the same command continues after an
 # interruption. The retrieval server must run (docs/retriever.md). DRY_RUN=1 only prints the commands.
 # PPO is slow: see `trainer.n_gpus_per_node` and the other keys of configs/experiment/nq_hotpotqa.
 set -euo pipefail

@@ -43,11 +43,12 @@ class Source:
 
 
 def read(source: Source, split: str, skip_bad: bool = False) -> tuple[str, list[dict[str, Any]]]:
-    """(split taken, rows of `id`, `question`, `golden_answers`, and gold where known).
+    """Reads a benchmark; returns the split that was taken, and its rows.
 
-    `split` "test" takes the first of test, dev and train that the hub has. Raises DataError for
-    rows without question or answer, all of them listed up to a limit, unless bad rows are skipped,
-    and for data that cannot be had.
+    A row has `id`, `question`, `golden_answers` and what is known of gold passages. For the split
+    "test" the first of test, dev and train is taken that the hub has. Raises DataError for data
+    that cannot be read, and, unless bad rows are skipped, for rows without question or answer,
+    which it lists up to a limit.
     """
     records: Iterable[tuple[str, Any]]
     if source.file is not None:
@@ -59,15 +60,15 @@ def read(source: Source, split: str, skip_bad: bool = False) -> tuple[str, list[
         )
     kept = []
     problems = []
-    for number, (place, record) in enumerate(records):
+    for number, (location, record) in enumerate(records):
         row = normalise(record) if isinstance(record, dict) else record
         if isinstance(row, str):
-            problems.append(f"{place}: {row}")
+            problems.append(f"{location}: {row}")
             continue
         try:
             question, answers = question_and_answers(row)
         except ValueError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
             continue
         id = str(row.get("id") or f"{split}_{number}")
         kept.append({**row, "id": id, "question": question, "golden_answers": answers})
@@ -78,7 +79,7 @@ def read(source: Source, split: str, skip_bad: bool = False) -> tuple[str, list[
 
 
 def read_hub(name: str, split: str) -> tuple[str, Any]:
-    """(split, data set). Raises DataError when the hub cannot be reached or does not have it."""
+    """Loads a split from the hub; returns its name and rows. Raises DataError where it cannot."""
     if name not in HUB_SETS:
         raise DataError(f"{name}: not one of {', '.join(HUB_SETS)}; name its file: {name}=FILE")
     try:
@@ -99,9 +100,9 @@ def read_hub(name: str, split: str) -> tuple[str, Any]:
 def to_training_row(
     row: dict[str, Any], name: str, split: str, index: int, prompt: str
 ) -> dict[str, Any]:
-    """The row as the original's scripts write it.
+    """The row in the form of the original's scripts.
 
-    What is known of gold passages is in `extra_info`.
+    What is known of gold passages stands in `extra_info`.
     """
     gold = {key: row[key] for key in ("gold_titles", "gold_ids", "hops") if row.get(key)}
     question = with_mark(row["question"])
@@ -115,13 +116,16 @@ def to_training_row(
 
 
 async def retrieve_contexts(questions: Sequence[str], config: RetrieverConfig) -> list[str]:
-    """The passages of each question as one text. Raises SearchError when a search finally fails."""
+    """Retrieves the passages of each question as one text. Raises SearchError if a search fails."""
     client = RetrievalClient(config)
     try:
         found = await asyncio.gather(*(client.search(question) for question in questions))
     finally:
         await client.close()
-    return [format_passages([(p.title, p.text) for p in passages]) for passages in found]
+    contexts: list[str] = []
+    for passages in found:
+        contexts.append(format_passages([(p.title, p.text) for p in passages]))
+    return contexts
 
 
 def build(
@@ -131,7 +135,7 @@ def build(
     retriever: RetrieverConfig | None = None,
     skip_bad: bool = False,
 ) -> list[dict[str, Any]]:
-    """The training rows of all sources, one after the other. `rag` prompts need a retriever."""
+    """Builds the training rows of all sources in order. Prompts with passages need a retriever."""
     rows: list[dict[str, Any]] = []
     for source in sources:
         taken, records = read(source, split, skip_bad)
@@ -156,7 +160,7 @@ def leakage(train: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]]) -> 
 
 
 def write(rows: Sequence[dict[str, Any]], path: Path) -> str:
-    """Writes the parquet file; a line about what it holds."""
+    """Writes the parquet file; returns a line that says what it holds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows)), path)
     counts = Counter(row["data_source"] for row in rows)
@@ -168,7 +172,7 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> str:
 
 
 def parse_sources(text: str) -> list[Source]:
-    """`nq,hotpotqa=FILE`: names, those with a file from it, the others from the hub."""
+    """The sources in a text such as `nq,hotpotqa=FILE`; those without a file are on the hub."""
     sources = []
     for part in text.split(","):
         name, _, file = part.strip().partition("=")
@@ -181,8 +185,23 @@ def command(
 ) -> int:
     """Runs the command line that the scripts of `scripts/data_process` share.
 
-    It writes a parquet file for each of `splits`.
+    Writes a parquet file for each of `splits`; returns the exit status.
     """
+    args = make_parser(description, default_sources, default_dir, template).parse_args()
+    try:
+        written = write_splits(args, splits)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    if len(written) == 2:
+        shared = leakage(written["train"], written["test"])
+        sys.stdout.write(f"{len(shared)} of the test questions are also training questions\n")
+    return 0
+
+
+def make_parser(
+    description: str, default_sources: str, default_dir: str, template: str
+) -> argparse.ArgumentParser:
+    """The parser of the command line, with these defaults."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add(
@@ -219,25 +238,25 @@ def command(
         action="store_true",
         help="leave rows without question or answer out, and say how many",
     )
-    args = parser.parse_args()
+    return parser
+
+
+def write_splits(
+    args: argparse.Namespace, splits: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Builds each split and writes its file, saying so; returns the rows by split.
+
+    Raises DataError as `read` does.
+    """
     retriever = (
         RetrieverConfig(url=args.retriever_url, topk=args.topk)
         if args.template in WITH_CONTEXT
         else None
     )
     written: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for split in splits:
-            named = (
-                args.test_sources if split == "test" and args.test_sources else args.data_sources
-            )
-            written[split] = build(
-                parse_sources(named), split, args.template, retriever, args.skip_bad
-            )
-            sys.stdout.write(write(written[split], args.local_dir / f"{split}.parquet"))
-    except DataError as error:
-        sys.exit(f"error: {error}")
-    if len(written) == 2:
-        shared = leakage(written["train"], written["test"])
-        sys.stdout.write(f"{len(shared)} of the test questions are also training questions\n")
-    return 0
+    for split in splits:
+        named = args.test_sources if split == "test" and args.test_sources else args.data_sources
+        rows = build(parse_sources(named), split, args.template, retriever, args.skip_bad)
+        written[split] = rows
+        sys.stdout.write(write(rows, args.local_dir / f"{split}.parquet"))
+    return written

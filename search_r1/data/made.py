@@ -1,7 +1,7 @@
-"""What the files of a folder were made from.
+"""Makes the files of a folder again when their inputs change, but never replaces a user's files.
 
-They are made anew when that changes, but never where a user's files are. A record beside them holds
-the inputs, and a hash of each file, which tells whether it was changed by hand since.
+A record beside the files holds their inputs, and a hash of each file, which tells whether it was
+changed by hand afterwards.
 """
 
 import hashlib
@@ -25,8 +25,9 @@ def sha256(path: Path) -> str:
 def is_current(folder: Path, inputs: dict[str, Any], names: Sequence[str]) -> bool:
     """Whether the files `names` of `folder` are there and were made from `inputs`.
 
-    If not, they may be made. Files that were changed by hand are current while their inputs are.
-    Raises DataError where making them would replace what was not made here, or was changed by hand.
+    If not, the caller may make them. Files that were changed by hand stay current as long as their
+    inputs do not change. Raises DataError when making the files would replace any that were not
+    made here or were changed by hand.
     """
     there = [name for name in names if (folder / name).exists()]
     if not there:
@@ -51,9 +52,9 @@ def is_current(folder: Path, inputs: dict[str, Any], names: Sequence[str]) -> bo
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a folder, None without one.
+    """Reads the record of a folder, None without one.
 
-    Raises DataError for something else in its place.
+    Raises DataError when its file is not such a record.
     """
     path = folder / RECORD
     if not path.is_file():
@@ -70,12 +71,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def making(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
-    """Gives a folder to write files in.
+    """Yields a temporary folder to write files in.
 
-    They move to `folder`, with a record, when the block ends without an error.
+    When the block ends without an error, they are moved to `folder` together with a record.
     """
     pending = folder / "making.tmp"
-    shutil.rmtree(pending, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(pending, ignore_errors=True)  # left by a process that was killed
     pending.mkdir(parents=True)
     try:
         yield pending

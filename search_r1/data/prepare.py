@@ -1,10 +1,10 @@
-"""Questions and answers into training files.
+"""Makes training files from questions and answers.
 
     python -m search_r1.data.prepare --questions FILE --out DIR
 
 FILE is JSONL, JSON, CSV, TSV or parquet with `question` and `answer`, `answers` or
-`golden_answers`, or in the native form of a benchmark (docs/data.md); rows that already have the
-training columns pass through. Every row is checked before anything is written.
+`golden_answers`, or in the native form of a benchmark (docs/data.md). Rows that have the training
+columns already are kept. All rows are checked before anything is written.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TEST = "test.parquet"
 
 
 def convert(record: dict[str, Any], source: str, template: str, index: int) -> dict[str, Any]:
-    """The training row of a record. Raises ValueError saying what is wrong with it."""
+    """The training row of a record. Raises ValueError that says what is wrong with the record."""
     if record.keys() >= NATIVE:
         return read_row(record)
     native = normalise(record)
@@ -54,20 +54,20 @@ def convert(record: dict[str, Any], source: str, template: str, index: int) -> d
 
 
 def prepare(path: Path, template: str, skip_bad: bool = False) -> list[dict[str, Any]]:
-    """All rows of a file as training rows.
+    """Reads all rows of a file as training rows.
 
-    Raises DataError listing the first problems and their number, unless bad rows are skipped.
+    Unless bad rows are skipped, raises DataError that lists the first ones and their number.
     """
     rows = []
     problems = []
-    for index, (place, record) in enumerate(read_rows(path)):
+    for index, (location, record) in enumerate(read_rows(path)):
         if isinstance(record, str):
-            problems.append(f"{place}: {record}")
+            problems.append(f"{location}: {record}")
             continue
         try:
             rows.append(convert(record, path.stem, template, index))
         except ValueError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
     settle(problems, skip_bad)
     if not rows:
         raise DataError(f"{path}: no rows")
@@ -75,11 +75,11 @@ def prepare(path: Path, template: str, skip_bad: bool = False) -> list[dict[str,
 
 
 def inputs_of(path: Path, template: str, test_size: int, skip_bad: bool = False) -> dict[str, Any]:
-    """What the training files are made from. Raises DataError when there is no such file."""
+    """The inputs that the training files are made from. Raises DataError for a missing file."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     return {
-        "name": path.stem,  # the data_source of rows that name none
+        "name": path.stem,  # becomes the data_source of rows without one
         "questions": sha256(path),
         "template": template,
         "test_size": test_size,
@@ -88,10 +88,8 @@ def inputs_of(path: Path, template: str, test_size: int, skip_bad: bool = False)
 
 
 def questions(rows: list[dict[str, Any]]) -> set[str]:
-    """The different prompts of the rows, normalised as answers are.
-
-    Case, articles and punctuation do not count.
-    """
+    """The distinct prompts of the rows, normalised like answers: without case, articles and
+    punctuation."""
     return {normalize_answer(row["prompt"][-1]["content"]) for row in rows}
 
 
@@ -129,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Makes the files that the command line asks for, unless they are current."""
+    """Makes the files that the command line asks for, unless they are up to date."""
     args = build_parser().parse_args()
     try:
         inputs = inputs_of(args.questions, args.template, args.test_size, args.skip_bad)

@@ -1,10 +1,10 @@
-"""Rows for rejection-sampling fine-tuning.
+"""Makes the rows for rejection-sampling fine-tuning.
 
     python -m search_r1.data.rejection --trajectories FILE --out FILE
 
-Keeps the trajectories of a run (`<run folder>/trajectories/*.jsonl`) that scored high enough, as
-rows of `verl.trainer.sft`: the ids that were sampled, with loss on the policy's own tokens only
-(the baseline of that name in arXiv 2503.09516, table 2).
+Keeps the trajectories of a run (`<run folder>/trajectories/*.jsonl`) that scored high enough. They
+become rows for `verl.trainer.sft` with the ids that were sampled, and loss only on the policy's own
+tokens (the baseline of that name in arXiv 2503.09516, table 2).
 """
 
 import argparse
@@ -19,9 +19,9 @@ from verl.utils.errors import DataError
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a trajectory file.
+    """Reads the records of a trajectory file.
 
-    Raises DataError naming file and line for a line that is no such record.
+    Raises DataError, with file and line, for a line that is not a trajectory record.
     """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -51,14 +51,16 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 def keep(records: Iterable[dict[str, Any]], min_score: float) -> Iterator[dict[str, list[int]]]:
     """`input_ids` and `loss_mask` of every record with a score of at least `min_score`."""
     for record in records:
-        if not record["reward"]["score"] >= min_score:  # NaN is neither
+        if not record["reward"]["score"] >= min_score:  # so that NaN is left out too
             continue
-        segments = [(s["source"] == Source.MODEL, s["token_ids"]) for s in record["segments"]]
-        yield {
-            "input_ids": record["prompt_ids"] + [t for _, ids in segments for t in ids],
-            "loss_mask": [0] * len(record["prompt_ids"])
-            + [int(own) for own, ids in segments for _ in ids],
-        }
+        input_ids = list(record["prompt_ids"])
+        loss_mask = [0] * len(input_ids)
+        for segment in record["segments"]:
+            token_ids = segment["token_ids"]
+            is_own = segment["source"] == Source.MODEL
+            input_ids += token_ids
+            loss_mask += [int(is_own)] * len(token_ids)
+        yield {"input_ids": input_ids, "loss_mask": loss_mask}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Question files of every kind, read row by row; messages say where a row is."""
+"""Reads question files of every form row by row, with the location of each row for messages."""
 
 import csv
 import gzip
@@ -27,9 +27,9 @@ Record = dict[str, Any] | str
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Record]]:
-    """Each row of a file: where it is, for messages, and its record or what is wrong with it.
+    """Yields the location of each row of a file, and its record or what is wrong with it.
 
-    Blank lines are no rows. Raises DataError for a file that cannot be read.
+    Blank lines are skipped. Raises DataError for a file that cannot be read.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -50,7 +50,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
-    """`read_rows` of a table whose separator its first line tells."""
+    """`read_rows` of a table whose separator is found in its first line."""
     text = read_text(path)
     separator = separator_of(first_line(text))
     if separator is None:
@@ -92,7 +92,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Record]]]] = {
     ".jsonl": json_rows,
     ".json": json_rows,
 }
-"""By the ending of the file's name."""
+"""The reader of each form, by the ending of the file's name."""
 
 
 def first_line(text: str) -> str:
@@ -101,10 +101,7 @@ def first_line(text: str) -> str:
 
 
 def separator_of(header: str) -> str | None:
-    """What separates the columns of a table, None without a column of questions.
-
-    It is the first separator that leaves such a column.
-    """
+    """The first separator with which the header has a column of questions, None without one."""
     for separator in SEPARATORS:
         columns = next(csv.reader([header], delimiter=separator), [])
         if QUESTION_COLUMNS & {column.strip() for column in columns}:
@@ -113,9 +110,9 @@ def separator_of(header: str) -> str | None:
 
 
 def table_rows(path: Path, text: str, separator: str) -> Iterator[tuple[str, Record]]:
-    """Each row of a table whose first line names its columns, with its line for messages.
+    """Yields the location and the record of each row of a table with a header.
 
-    Raises DataError for what is no table.
+    Raises DataError for a text that is not a table.
     """
     table = text.lstrip()
     blank_lines = text[: len(text) - len(table)].count("\n")
@@ -131,7 +128,7 @@ def table_rows(path: Path, text: str, separator: str) -> Iterator[tuple[str, Rec
 
 
 def numbered(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    """The lines that are not blank, each with its number for messages."""
+    """Yields the location and the text of each line that is not blank."""
     return (
         (f"{path}, line {number}", line)
         for number, line in enumerate(text.split("\n"), 1)
@@ -140,7 +137,7 @@ def numbered(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, gzipped or not. Raises DataError if it cannot be read or decoded."""
+    """Reads the text of a file, gzipped or not. Raises DataError where it cannot."""
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
@@ -164,11 +161,11 @@ def parse_line(line: str) -> Record:
 
 
 def parse_array(path: Path, text: str) -> list[Record]:
-    """The objects of a JSON array. Raises DataError when it is none."""
+    """The objects of a JSON array. Raises DataError for any other text."""
     try:
         entries = json.loads(text)
     except ValueError as error:
-        # one array a line: JSONL of the wrong kind
+        # The file is JSONL, but holds arrays instead of objects.
         if "\n[" in text.strip() or "]\n" in text.strip():
             return [parse_line(line) for line in text.split("\n") if line.strip()]
         raise DataError(f"{path}: not JSON ({error})") from error
@@ -197,7 +194,7 @@ def parse_document(path: Path, text: str) -> Sequence[Record] | None:
 
 
 def parse_topic(line: str) -> Record:
-    """`question <tab> answers`, the answers a printed list or a single one."""
+    """The record of a line `question <tab> answers`: a printed list of answers or one answer."""
     question, tab, answers = line.partition("\t")
     if not tab:
         return "expected a question, a tab and its answers"
@@ -205,9 +202,10 @@ def parse_topic(line: str) -> Record:
 
 
 def parse_cells(record: dict[Any, Any]) -> Record:
-    """The record of a row of a table: in a column of answers or gold passages `["a"]` is a list.
+    """The record of a row of a table.
 
-    Empty cells are None.
+    A printed list such as `["a"]` in a column of answers or gold passages becomes a list; empty
+    cells become None.
     """
     if None in record:
         return "more cells than columns (quote cells that hold the separator)"
@@ -229,7 +227,7 @@ def texts(value: object) -> list[str]:
 
 
 def texts_under(key: str, record: dict[str, Any]) -> list[str]:
-    """The texts under a key. Raises ValueError naming it."""
+    """`texts` of the value under a key. Raises ValueError naming the key."""
     try:
         return texts(record.get(key))
     except ValueError as error:
@@ -237,9 +235,9 @@ def texts_under(key: str, record: dict[str, Any]) -> list[str]:
 
 
 def question_and_answers(record: dict[str, Any]) -> tuple[str, list[str]]:
-    """The question and the answers of a record that `normalise` has read.
+    """The question and the answers of a record in the form of `normalise`.
 
-    Raises ValueError when it lacks one, or holds something else there.
+    Raises ValueError when one of them is missing or has another form.
     """
     question = record.get("question") or ""
     if not isinstance(question, str):
@@ -253,9 +251,9 @@ def question_and_answers(record: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def settle(problems: Sequence[str], skip_bad: bool) -> None:
-    """Raises DataError listing `problems`.
+    """Raises DataError with a list of `problems`, if there are any.
 
-    With `skip_bad` it only says how many rows are left out, and why the first is.
+    With `skip_bad` it only reports on stderr how many rows are left out, and why the first one is.
     """
     if problems and not skip_bad:
         raise DataError(listed(problems))
@@ -266,9 +264,9 @@ def settle(problems: Sequence[str], skip_bad: bool) -> None:
 def training_row(
     question: str, answers: list[str], source: str, prompt: str, **extra: Any
 ) -> dict[str, Any]:
-    """A line of the training parquet in the original's schema.
+    """A row of the training parquet in the original's schema.
 
-    `extra`: what else is known (split, index, gold).
+    `extra` is what else is known (split, index, gold passages), and goes to `extra_info`.
     """
     return {
         "data_source": source,

@@ -1,7 +1,8 @@
-"""The native records of the benchmarks in one form: `question`, `golden_answers`, gold.
+"""Converts the native records of the benchmarks to one form: `question`, `golden_answers`, gold.
 
-A record's keys tell which benchmark it is of. Pure functions: a record that no shape fits is
-returned as it is.
+The keys of a record tell which benchmark it is from. A record that no shape fits is returned as it
+is. All functions are pure. The docstring of a shape begins with the name that messages give it, up
+to the first comma or colon.
 """
 
 import ast
@@ -29,9 +30,9 @@ def supporting_facts(r: Record) -> Record:
 
 
 def paragraphs(r: Record) -> Record:
-    """MuSiQue, and HotpotQA with paragraphs: the titles of the supporting ones.
+    """MuSiQue, and HotpotQA with paragraphs: the titles of the supporting paragraphs.
 
-    Hops come from the id where it says so.
+    The number of hops is read from the id where it is given there.
     """
     gold = [p["title"] for p in r["paragraphs"] if p.get("is_supporting") or p.get("is_gold")]
     hops = HOPS.search(str(r.get("id")))
@@ -46,7 +47,7 @@ def paragraphs(r: Record) -> Record:
 
 
 def popqa(r: Record) -> Record:
-    """PopQA: a relation of a subject; possible answers are printed as JSON."""
+    """PopQA: a subject and a relation; the possible answers are a list in JSON."""
     answers = r.get("possible_answers")
     answers = json.loads(answers) if isinstance(answers, str) else answers
     if not answers:
@@ -70,9 +71,9 @@ def triviaqa(r: Record) -> Record:
 
 
 def natural_questions(r: Record) -> Record:
-    """Natural Questions, of the hub or as published: the answers of all annotators.
+    """Natural Questions, from the hub or as published: the answers of all annotators.
 
-    They are their short answers, or their yes or no.
+    An annotator gave short answers, or yes or no.
     """
     annotations = r["annotations"]
     if isinstance(annotations, dict):  # the hub has columns
@@ -94,9 +95,9 @@ def natural_questions(r: Record) -> Record:
 
 
 def short_answers(spans: Any, r: Record) -> list[str]:
-    """The texts of spans of a record of Natural Questions.
+    """The texts of the spans in a record of Natural Questions.
 
-    The record gives either the texts or the positions of their tokens.
+    A span has either its text or the positions of its tokens.
     """
     if isinstance(spans, dict):
         return list(spans["text"])
@@ -104,7 +105,7 @@ def short_answers(spans: Any, r: Record) -> list[str]:
 
 
 def tokens_between(r: Record, span: Record) -> str:
-    """The words of a span; tags of HTML are none."""
+    """The words of a span without HTML tags."""
     tokens = (
         r["document_text"].split(" ")
         if "document_text" in r
@@ -143,7 +144,7 @@ def verl_style(r: Record) -> Record:
 
 
 def flashrag(r: Record) -> Record:
-    """FlashRAG: gold titles out of `metadata`, where the data set has them."""
+    """FlashRAG: gold titles are taken from `metadata` where the data set has them."""
     metadata = r.get("metadata") or {}
     titles = titles_of(metadata.get("supporting_facts") or [])
     if "s_wiki_title" in metadata:
@@ -153,9 +154,9 @@ def flashrag(r: Record) -> Record:
 
 
 def plain(r: Record) -> Record:
-    """`question` and `answer` under whatever case: NQ-open, SQuAD, Bamboogle and others.
+    """`question` and `answer` in any case: NQ-open, SQuAD, Bamboogle and others.
 
-    Gold is what `ctxs` marks so.
+    The gold passages are those that `ctxs` marks as such.
     """
     answers = next((r[key] for key in ANSWERS if r.get(key) not in (None, "", [])), [])
     gold = [
@@ -173,10 +174,10 @@ def plain(r: Record) -> Record:
     return {"id": id, "question": question_of(r), "golden_answers": answers_in(answers), **kept}
 
 
-def answers_in(answers: Any) -> Any:
-    """The answers in SQuAD's form (`text`) or TriviaQA's (`value` and `aliases`), without doubles.
+def answers_in(answers: object) -> Any:
+    """The answers in the form of SQuAD (`text`) or TriviaQA (`value`, `aliases`), each once.
 
-    Anything else as it is, a list or dict also where a text prints it.
+    Anything else is returned as it is, except that a printed list or dict is parsed.
     """
     answers = unprinted(answers)
     if isinstance(answers, dict):
@@ -194,14 +195,15 @@ def answers_in(answers: Any) -> Any:
     return answers
 
 
-def different(answers: Any) -> Any:
-    """A list of texts without doubles; anything else as it is."""
-    is_texts = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-    return list(dict.fromkeys(answers)) if is_texts else answers
+def different(answers: object) -> object:
+    """A list of texts without duplicates; anything else is returned as it is."""
+    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+        return list(dict.fromkeys(answers))
+    return answers
 
 
-def unprinted(value: Any) -> Any:
-    """The list or dict that a text prints, as Python or JSON write them; anything else as it is."""
+def unprinted(value: object) -> object:
+    """A list or dict that is printed as Python or JSON, parsed; anything else as it is."""
     if not isinstance(value, str) or value[:1] + value[-1:] not in ("[]", "{}"):
         return value
     for parse in (json.loads, ast.literal_eval):
@@ -213,34 +215,31 @@ def unprinted(value: Any) -> Any:
     return value
 
 
-def unfold(document: Any) -> list[Record] | None:
-    """The records of a file that is one object (SQuAD's, TriviaQA's, any `data`), else None."""
+def unfold(document: object) -> list[Record] | None:
+    """The records in a file that is one object (SQuAD, TriviaQA, any with `data`), else None."""
     entries = document.get("Data") or document.get("data") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         return None
     records: list[Record] = []
     for entry in entries:
         if isinstance(entry.get("paragraphs"), list):
-            records += [
-                question
-                for paragraph in entry["paragraphs"]
-                for question in paragraph.get("qas", ())
-            ]
+            for paragraph in entry["paragraphs"]:
+                records += paragraph.get("qas", ())
         else:
             records.append(entry)
     return records
 
 
 def titles_of(facts: Any) -> list[str]:
-    """The different titles of supporting facts.
+    """The distinct titles of supporting facts.
 
-    The facts are pairs of title and sentence, or a list of titles under `title`.
+    The facts are pairs of title and sentence, or a dict with a list of titles under `title`.
     """
     titles = facts["title"] if isinstance(facts, dict) else [fact[0] for fact in facts]
     return list(dict.fromkeys(titles))
 
 
-def common(r: Record, id: Any) -> Record:
+def common(r: Record, id: object) -> Record:
     return {"id": id, "question": r["question"]}
 
 
@@ -248,7 +247,7 @@ def question_of(r: Record) -> Any:
     return r.get("question") or r.get("Question")
 
 
-def has_value(answer: Any) -> bool:
+def has_value(answer: object) -> bool:
     return isinstance(answer, dict) and bool({"value", "Value"} & answer.keys())
 
 
@@ -270,13 +269,14 @@ SHAPES: list[tuple[Callable[[Record], bool], Callable[[Record], Record]]] = [
     (lambda r: isinstance(r.get("answer"), bool), strategyqa),
     (lambda r: bool(question_of(r)) and any(r.get(key) is not None for key in ANSWERS), plain),
 ]
-"""The first that fits is taken."""
+"""Tests of a record with the shape to read it by; the first that fits is taken."""
 
 
 def normalise(record: Record) -> Record | str:
-    """The record in the one form, or what is wrong with it.
+    """The record in the common form, or what is wrong with it.
 
-    Its keys are `question`, `golden_answers` and, where known, `id`, `gold_titles`, `hops`.
+    The keys of the common form are `question`, `golden_answers` and, where known, `id`,
+    `gold_titles` and `hops`.
     """
     reader = next((read for fits, read in SHAPES if fits(record)), None)
     if reader is None:

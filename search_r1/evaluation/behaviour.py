@@ -1,4 +1,4 @@
-"""How a policy searches: pure functions of the records of validation and evaluation."""
+"""Measures how a policy searches: pure functions of records of validation and evaluation."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,21 +20,21 @@ from search_r1.trajectory import (
 )
 
 NEAR = 0.8
-"""Jaccard similarity of the words of two queries from which they count as nearly the same."""
+"""Jaccard similarity of words from which two queries count as nearly the same."""
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class SearchStep:
-    """An executed search, and what of the evidence is known after it."""
+    """An executed search, and how much of the evidence has been found after it."""
 
     query: str
     ids: list[str]
-    """Of the passages that it found."""
+    """Ids of the passages that it found."""
     new: list[str]
     """Ids that no earlier search found."""
     gold_seen: frozenset[str]
-    """Gold passages retrieved so far, this search included."""
+    """Names of the gold passages retrieved so far, including by this search."""
     has_answer: bool
     """Whether a passage of this or an earlier search holds a gold answer."""
     latency_s: float | None
@@ -42,11 +42,11 @@ class SearchStep:
 
 @dataclass(frozen=True)
 class SearchHistory:
-    """A record read as a sequence of searches."""
+    """The searches of a record, and how it ended."""
 
     searches: list[SearchStep]
     gold: frozenset[str]
-    """Names of the gold passages; empty where the data do not say."""
+    """Names of the gold passages; empty where they are not known."""
     answered: bool
     right: bool
     record: Record = field(repr=False)
@@ -55,7 +55,7 @@ class SearchHistory:
     def complete_at(self) -> int | None:
         """Number of searches after which all gold passages had been retrieved.
 
-        None if never or unknown.
+        None if that never happened, or the gold passages are not known.
         """
         done = (i for i, s in enumerate(self.searches, 1) if self.gold and s.gold_seen == self.gold)
         return next(done, None)
@@ -64,7 +64,7 @@ class SearchHistory:
 def read_history(record: Record) -> SearchHistory:
     """The searches of a record."""
     gold = gold_passages(record.get("extra_info") or {})
-    reward = record["reward"]  # which has no components where the policy wrote no token
+    reward = record["reward"]  # has no components if the policy wrote no token
     return SearchHistory(
         follow(read_searches(record), gold, gold_answers(record["ground_truth"])),
         gold.names,
@@ -77,7 +77,7 @@ def read_history(record: Record) -> SearchHistory:
 def follow(
     searches: Sequence[Search], gold: GoldPassages, answers: Sequence[str]
 ) -> list[SearchStep]:
-    """What was known after each search."""
+    """The searches with what had been found after each of them."""
     steps: list[SearchStep] = []
     seen: set[str] = set()
     gold_seen: frozenset[str] = frozenset()
@@ -99,31 +99,34 @@ def words(query: str) -> set[str]:
 
 
 def duplicates(history: SearchHistory) -> int:
-    """Searches whose normalised query was asked before."""
+    """Number of searches whose normalised query repeats an earlier one."""
     return num_repeated([search.query for search in history.searches])
 
 
 def near_duplicates(history: SearchHistory) -> int:
-    """Searches whose words are nearly those of an earlier query, exact duplicates included."""
+    """Number of searches that nearly repeat an earlier query, exact duplicates included."""
     sets = [words(search.query) for search in history.searches]
-    return sum(any(similar(new, old) for old in sets[:i]) for i, new in enumerate(sets))
+    count = 0
+    for i, new in enumerate(sets):
+        count += any(similar(new, old) for old in sets[:i])
+    return count
 
 
 def similar(a: set[str], b: set[str]) -> bool:
-    """Whether most words of either are in both."""
+    """Whether the Jaccard similarity of two sets of words is at least `NEAR`."""
     return len(a & b) >= NEAR * len(a | b)
 
 
 def superfluous(history: SearchHistory) -> int:
-    """Searches made after all gold passages had been retrieved."""
+    """Number of searches made after all gold passages had been retrieved."""
     complete_at = history.complete_at
     return 0 if complete_at is None else len(history.searches) - complete_at
 
 
 def behaviour(histories: Sequence[SearchHistory]) -> Figures:
-    """Means over the records, under names that say what is counted.
+    """The figures of behaviour by name, as means over the records.
 
-    Shares of gold are only there where gold passages are known.
+    Figures about gold passages are included only where gold passages are known.
     """
     figures = general_figures(histories)
     figures |= latency_figures(histories)
@@ -139,12 +142,12 @@ def behaviour(histories: Sequence[SearchHistory]) -> Figures:
 
 
 def num_searches(histories: Sequence[SearchHistory]) -> int:
-    """Executed searches, at least 1: to divide by."""
+    """Number of executed searches to divide by: 1 if there are none."""
     return max(1, sum(len(h.searches) for h in histories))
 
 
 def general_figures(histories: Sequence[SearchHistory]) -> Figures:
-    """What every record shows."""
+    """The figures that every record has."""
     searches = num_searches(histories)
     steps = list(chain.from_iterable(h.searches for h in histories))
     retrieved = sum(len(step.ids) for step in steps)
@@ -163,18 +166,18 @@ def general_figures(histories: Sequence[SearchHistory]) -> Figures:
 
 
 def share_of_valid_actions(history: SearchHistory) -> float:
-    """Of the turns of a record."""
+    """Share of a record's turns that have a valid action."""
     info = history.record["info"]
     return info["valid_actions"] / max(1, info["turns"])
 
 
 def finds_answer(history: SearchHistory) -> bool:
-    """Whether some passage held a gold answer."""
+    """Whether any retrieved passage held a gold answer."""
     return any(search.has_answer for search in history.searches)
 
 
 def latency_figures(histories: Sequence[SearchHistory]) -> Figures:
-    """Seconds per search, where they are known."""
+    """Median and 95 % quantile of the seconds per search; empty where none are known."""
     steps = chain.from_iterable(h.searches for h in histories)
     seconds = [step.latency_s for step in steps if step.latency_s is not None]
     if not seconds:
@@ -184,18 +187,17 @@ def latency_figures(histories: Sequence[SearchHistory]) -> Figures:
 
 
 def tool_figures(histories: Sequence[SearchHistory]) -> Figures:
-    """Executed calls per record of every tool beside search."""
+    """Executed calls per record, of each tool other than search."""
     counts = [h.record["info"].get("tools", {}) for h in histories]
-    names = sorted({name for tools in counts for name in tools} - {SEARCH_TOOL})
-    return {
-        f"calls/{name}": sum(tools.get(name, {"calls": 0})["calls"] for tools in counts)
-        / len(histories)
-        for name in names
-    }
+    figures: Figures = {}
+    for name in sorted(set().union(*counts) - {SEARCH_TOOL}):
+        calls = sum(tools[name]["calls"] for tools in counts if name in tools)
+        figures[f"calls/{name}"] = calls / len(histories)
+    return figures
 
 
 def gold_figures(with_gold: Sequence[SearchHistory]) -> Figures:
-    """What can be said of records whose gold passages are known."""
+    """The figures of records whose gold passages are known."""
     figures = {
         "gold_retrieved": mean(with_gold, lambda h: h.complete_at is not None),
         "gold_recall": mean(with_gold, lambda h: recall_after(h, len(h.searches))),
@@ -218,14 +220,14 @@ def recall_after(history: SearchHistory, turn: int) -> float:
 
 
 def search_counts(histories: Sequence[SearchHistory]) -> dict[int, int]:
-    """How many records made so many searches."""
+    """The number of records by their number of searches."""
     return dict(sorted(Counter(len(h.searches) for h in histories).items()))
 
 
 def over_and_under_search(
     histories: Sequence[SearchHistory], closed_book: dict[str, float]
 ) -> Figures:
-    """Search where it was not needed, none where it was.
+    """Shares of questions that were searched for needlessly, or should have been searched for.
 
     `closed_book` says which questions the model knows, by `question_key`. over_search: share of the
     known questions that were searched for. under_search: share of the unknown ones that were
@@ -241,10 +243,10 @@ def over_and_under_search(
 
 
 def num_tokens(record: Record, source: str) -> int:
-    """Tokens of a record by one author."""
+    """Number of tokens of a record by one author."""
     return sum(len(s["token_ids"]) for s in record["segments"] if s["source"] == source)
 
 
 def mean(histories: Sequence[SearchHistory], figure: Callable[[SearchHistory], float]) -> float:
-    """The mean of a figure, 0 over no records."""
+    """The mean of a figure over the records, 0 if there are none."""
     return sum(float(figure(h)) for h in histories) / len(histories) if histories else 0.0

@@ -1,4 +1,4 @@
-"""One HTML page of finished evaluations that needs nothing else: scores, figures, behaviour."""
+"""Makes one self-contained HTML page of finished evaluations: scores, plots and behaviour."""
 
 import re
 from html import escape
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from search_r1.evaluation.summary import ALL, AVERAGE
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
 Results = dict[str, dict[str, Any]]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
-"""Okabe and Ito's, which the colour-blind tell apart; grey for their black, on which whiskers would
-not be seen."""
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart. Grey replaces their
+black, on which whiskers could not be seen."""
 BARS = [{"facecolor": color, "hatch": hatch} for hatch in (None, "/////") for color in COLORS]
 POINTS = [
     {"color": color, "fillstyle": style, "ls": "", "ms": 7}
@@ -78,12 +80,10 @@ figure{
 
 
 def page(results: Results, title: str = "Evaluation") -> str:
-    """A whole HTML page. `results`: summaries as `summary.summarize` returns them, by name."""
+    """The HTML page of `results`, which are summaries of `summary.summarize` by name."""
     sets = set_names(results)
-    rows = [
-        [name, *(score(s[n]) if n in s else "–" for n in (*sets, AVERAGE))]
-        for name, s in results.items()
-    ]
+    columns = [*sets, AVERAGE]
+    rows = [[name, *score_cells(summary, columns)] for name, summary in results.items()]
     blocks = (
         f"<h3>{escape(name)}</h3>\n{behaviour_table(s, results)}" for name, s in results.items()
     )
@@ -92,7 +92,7 @@ def page(results: Results, title: str = "Evaluation") -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>
 <body><h1>{escape(title)}</h1>
 <h2>Exact match</h2>
-{html_table(["result", *sets, AVERAGE], rows)}
+{html_table(["result", *columns], rows)}
 <p>Below a score: its 95 % interval over questions.
 Average: unweighted, over the sets that the result has.</p>
 {figures(results)}<h2>Behaviour</h2>
@@ -103,9 +103,9 @@ under-search: of the rest. –: unknown.</p>
 
 
 def set_names(results: Results) -> list[str]:
-    """The sets of all results in the order met.
+    """The names of the question sets of all results, in the order in which they occur.
 
-    What else a summary holds has no counts of searches.
+    Only the entries of sets, and that of all, have counts of searches.
     """
     names: dict[str, None] = {}
     for summary in results.values():
@@ -114,14 +114,19 @@ def set_names(results: Results) -> list[str]:
     return list(names)
 
 
+def score_cells(summary: dict[str, Any], columns: list[str]) -> list[str]:
+    """The score of a result in each column, a dash where it has none."""
+    return [score(summary[name]) if name in summary else "–" for name in columns]
+
+
 def score(row: dict[str, Any]) -> str:
-    """EM, and below it its interval if there is one."""
+    """A cell with EM, and with its interval below it if there is one."""
     low, high = row.get("em_interval", (None, None))
     return f"{row['em']:.3f}" + (f"<small>{low:.3f}–{high:.3f}</small>" if low is not None else "")
 
 
 def html_table(head: list[str], rows: list[list[str]]) -> str:
-    """Head and first column are text, the other cells HTML."""
+    """An HTML table. `head` and the first column are text, the other cells are HTML."""
     lines = ["".join(f'<th scope="col">{escape(name)}</th>' for name in head)]
     lines += [
         f'<th scope="row">{escape(name)}</th><td>{"</td><td>".join(cells)}</td>'
@@ -131,15 +136,15 @@ def html_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def behaviour_table(summary: dict[str, Any], results: Results) -> str:
-    """A row per set. The columns are the same for all results."""
-    reasons = {
-        key for s in results.values() for key in s[ALL]["behaviour"] if key.startswith("stop/")
-    }
-    columns = (*COLUMNS, *sorted(reasons - {"stop/answer"}))  # which `answered` tells
+    """The table of a result with a row for each set. All results have the same columns."""
+    reasons: set[str] = set()
+    for result in results.values():
+        reasons.update(key for key in result[ALL]["behaviour"] if key.startswith("stop/"))
+    columns = (*COLUMNS, *sorted(reasons - {"stop/answer"}))  # `answered` is the same figure
     sets = [name for name in set_names(results) if name in summary]
     rows = []
     for name in [*sets, ALL] if len(sets) > 1 else sets:
-        # without the reasons that a set never met
+        # A set lacks the reasons for which none of its trajectories stopped.
         known = dict.fromkeys(reasons, 0.0) | summary[name]["behaviour"]
         cells = (f"{known[key]:.3f}" if key in known else "–" for key in columns)
         rows.append([name, str(summary[name]["questions"]), *cells])
@@ -171,7 +176,7 @@ def figures(results: Results) -> str:
 
 
 def inline_svg(text: str, id_prefix: str, label: str) -> str:
-    """A file of SVG as an element of a page: as wide as the page lets it be, no id twice."""
+    """An SVG file as an element of a page: it fills the width, and its ids are made unique."""
     svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{id_prefix}", svg)
@@ -179,7 +184,7 @@ def inline_svg(text: str, id_prefix: str, label: str) -> str:
 
 
 def plot_scores(figure: "Figure", results: Results) -> None:
-    """Bars in groups, with whiskers."""
+    """Draws the EM of every set as a group of bars, one bar for each result."""
     axis = figure.subplots()
     sets = set_names(results)
     width = min(0.8 / len(results), 0.15)
@@ -187,11 +192,7 @@ def plot_scores(figure: "Figure", results: Results) -> None:
     for i, summary in enumerate(results.values()):
         offset = (i - (len(results) - 1) / 2) * width
         rows = {j + offset: summary[s] for j, s in enumerate(sets) if s in summary}
-        em = [row["em"] for row in rows.values()]
-        below = [abs(row["em_interval"][0] - row["em"]) for row in rows.values()]
-        above = [abs(row["em_interval"][1] - row["em"]) for row in rows.values()]
-        look = {"yerr": [below, above], "ecolor": "#40464f", **BARS[i % len(BARS)]}
-        bars.append(axis.bar(list(rows), em, 0.9 * width, **look))
+        bars.append(draw_bars(axis, rows, 0.9 * width, BARS[i % len(BARS)]))
     is_crowded = len(sets) * max(map(len, sets)) > 90
     rotation, ha = (25, "right") if is_crowded else (0, "center")
     axis.set_xticks(range(len(sets)), [fill(s, 40) for s in sets], rotation=rotation, ha=ha)
@@ -199,8 +200,19 @@ def plot_scores(figure: "Figure", results: Results) -> None:
     legend(figure, bars, list(results))
 
 
+def draw_bars(
+    axis: "Axes", rows: dict[float, dict[str, Any]], width: float, style: dict[str, Any]
+) -> "BarContainer":
+    """Draws a bar of EM, with its interval as whiskers, at the position of each row."""
+    em = [row["em"] for row in rows.values()]
+    below = [abs(row["em_interval"][0] - row["em"]) for row in rows.values()]
+    above = [abs(row["em_interval"][1] - row["em"]) for row in rows.values()]
+    whiskers = {"yerr": [below, above], "ecolor": "#40464f"}
+    return axis.bar(list(rows), em, width, **whiskers, **style)
+
+
 def plot_counts(figure: "Figure", results: Results) -> None:
-    """A histogram per result, all on the same axes."""
+    """Draws a histogram of searches for each result, all with the same axes."""
     lines = ceil(len(results) / 5)
     columns = max(3, ceil(len(results) / lines))
     first = None
@@ -226,7 +238,7 @@ def plot_counts(figure: "Figure", results: Results) -> None:
 
 
 def plot_scatter(figure: "Figure", results: Results) -> None:
-    """A point per result and set."""
+    """Draws a point for each result and set."""
     axis = figure.subplots()
     sets = dict(zip(set_names(results), cycle("os^DvPX*<>pH"), strict=False))
     handles = []
@@ -245,7 +257,7 @@ def plot_scatter(figure: "Figure", results: Results) -> None:
 
 
 def legend(figure: "Figure", handles: list[Any], names: list[str]) -> None:
-    """A column right of the axes; the figure is made as high as it needs."""
+    """Draws a legend right of the axes, and makes the figure high enough for it."""
     labels = [fill(name, 28) for name in names]
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
     figure.set_size_inches(11, max(4.0, 0.19 * "\n".join(labels).count("\n") + 0.7))

@@ -28,7 +28,7 @@ SHOWN = (
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Markdown: a row per set, one for all, and the unweighted average; below it pass@k."""
+    """A Markdown table with a row per set, one for all and the unweighted average; then pass@k."""
     head = ["set", "n", "EM", "95 %", "F1", "sub-EM", *(name.replace("_", " ") for name in SHOWN)]
     lines = [head, ["---"] * len(head)]
     sets = {name: row for name, row in summary.items() if name != AVERAGE}
@@ -40,16 +40,16 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def rows_by_hops(sets: dict[str, Any]) -> dict[str, Any]:
-    """The rows of questions that need the same number of hops, under names of their own."""
-    return {
-        f"{name}, {hops}-hop": row
-        for name, summary in sets.items()
-        for hops, row in summary.get("by_hops", {}).items()
-    }
+    """The rows of the questions with each number of hops, by name of set and hops."""
+    rows: dict[str, Any] = {}
+    for name, summary in sets.items():
+        for hops, row in summary.get("by_hops", {}).items():
+            rows[f"{name}, {hops}-hop"] = row
+    return rows
 
 
 def set_cells(name: str, row: dict[str, Any]) -> list[str]:
-    """A line of the table."""
+    """The cells of a row of the table."""
     low, high = row["em_interval"]
     found = row["behaviour"]
     figures = [f"{found[key]:.3f}" if key in found else "-" for key in SHOWN]
@@ -62,13 +62,13 @@ def scores(row: dict[str, Any], interval: str) -> list[str]:
 
 
 def pass_line(name: str, row: dict[str, Any]) -> str:
-    """The line that says pass@k of a set."""
+    """A line with the pass@k of a set."""
     rates = ", ".join(f"pass@{k} {rate:.3f}" for k, rate in row["pass@k"].items())
     return f"{name}: {rates}\n"
 
 
 def comparison(first: Sequence[Record], second: Sequence[Record]) -> tuple[str, dict[str, Any]]:
-    """The second result against the first, as text and as figures.
+    """Compares the second result with the first; returns a text and the figures.
 
     Raises DataError unless the questions are the same.
     """
@@ -92,7 +92,7 @@ def comparison(first: Sequence[Record], second: Sequence[Record]) -> tuple[str, 
 
 
 def name_of(path: Path) -> str:
-    """A result's name: what tells its folders and file from those of other results."""
+    """The name of a result: the parts of its path that tell it from other results."""
     parts = [*path.resolve().parent.parts[-2:], path.stem]
     return (
         "/".join(part for part in parts if part not in ("runs", "evaluation", "trajectories"))
@@ -126,10 +126,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_report(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The text to show, and the summaries by name, that of the result itself first.
+    """Makes the text of the report and the summaries by name, the one of the result itself first.
 
-    Raises DataError for files that are not of trajectories, or not of the same questions, KeyError
-    for a question that the closed-book result lacks.
+    Raises DataError for files that do not hold trajectories, or not of the same questions. Raises
+    KeyError for a question that the closed-book result lacks.
     """
     records = read_records(args.result)
     closed = by_question(read_records(args.closed_book), "em") if args.closed_book else None

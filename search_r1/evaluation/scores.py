@@ -12,9 +12,9 @@ RESAMPLES = 2000
 def bootstrap_interval(
     values: Sequence[float], seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over resampled questions (Efron 1979).
+    """Percentile bootstrap interval of the mean over questions (Efron 1979).
 
-    Of one value it is that value.
+    The interval of a single value is that value.
     """
     data = np.asarray(values, dtype=float)
     means = _resampled_means(data, seed)
@@ -31,7 +31,7 @@ def _resampled_means(data: np.ndarray, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of result b against result a, question by question."""
+    """Result b compared with result a, question by question."""
 
     questions: int
     difference: float
@@ -42,12 +42,12 @@ class Comparison:
     """Questions that b has right (score of at least .5) and a wrong."""
     lost: list[str]
     p_value: float
-    """McNemar's exact test: how probable so uneven a split of the flipped questions is by
-    chance."""
+    """McNemar's exact test: the probability that the changed questions split at least as unevenly
+    into gained and lost by chance."""
 
 
 def compare(a: dict[str, float], b: dict[str, float], seed: int = 0) -> Comparison:
-    """Two results, {question: score}. Raises ValueError unless they have the same questions."""
+    """Compares two results {question: score}. Raises ValueError if their questions differ."""
     if a.keys() != b.keys() or not a:
         only_a = len(a.keys() - b.keys())
         only_b = len(b.keys() - a.keys())
@@ -71,9 +71,9 @@ def compare(a: dict[str, float], b: dict[str, float], seed: int = 0) -> Comparis
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p of `gained` against `lost` flips (McNemar 1947).
+    """The two-sided exact p-value of `gained` against `lost` questions (McNemar 1947).
 
-    Each is as likely as the other.
+    The null hypothesis is that a change is a gain or a loss with equal probability.
 
     >>> mcnemar(5, 5), mcnemar(0, 0), mcnemar(10, 0)
     (1.0, 1.0, 0.001953125)

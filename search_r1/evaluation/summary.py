@@ -1,6 +1,6 @@
-"""What a file of trajectory records says: scores with intervals, and behaviour.
+"""Summarises a file of trajectory records: scores with intervals, and behaviour.
 
-Per set, over all, and by hops.
+The figures are per question set, over all questions, and by number of hops.
 """
 
 import json
@@ -25,11 +25,11 @@ SCORES = ("em", "f1", "sub_em")
 ALL = "all"
 AVERAGE = "average"
 KEYS = ("data_source", "segments", "reward", "stop_reason", "info", "ground_truth")
-"""Of a trajectory record."""
+"""Keys that a trajectory record must have."""
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file. Raises DataError naming file and line."""
+    """Reads the records of a file. Raises DataError, with file and line, for anything else."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     lines = enumerate(path.open(encoding="utf-8"), 1)
@@ -41,15 +41,17 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def read_record(line: str, place: str) -> Record:
-    """The record of a line. Raises DataError naming its place."""
+def read_record(line: str, location: str) -> Record:
+    """Parses the record on a line. Raises DataError, with its location, for anything else."""
     try:
         record = json.loads(line)
         missing = set(KEYS) - record.keys()
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{place}: not a trajectory record ({error})") from error
+        raise DataError(f"{location}: not a trajectory record ({error})") from error
     if missing:
-        raise DataError(f"{place}: not a trajectory record, it lacks {', '.join(sorted(missing))}")
+        raise DataError(
+            f"{location}: not a trajectory record, it lacks {', '.join(sorted(missing))}"
+        )
     return record
 
 
@@ -65,7 +67,7 @@ def by_question(records: Sequence[Record], score: str) -> dict[str, float]:
     """Mean score of each question over its samples."""
     scores: dict[str, list[float]] = defaultdict(list)
     for record in records:
-        # without a token: no components
+        # The reward has no components if the policy wrote no token.
         scores[question_key(record)].append(record["reward"].get(score, 0.0))
     return {question: sum(values) / len(values) for question, values in scores.items()}
 
@@ -73,12 +75,12 @@ def by_question(records: Sequence[Record], score: str) -> dict[str, float]:
 def summarize(
     records: Sequence[Record], closed_book: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """Scores with 95 % intervals over questions, and behaviour: per set and over all.
+    """Scores with 95 % intervals over questions, and behaviour, by name of the set and for `all`.
 
-    A set whose questions need different numbers of hops also has `by_hops`. `average` is the
+    Where questions differ in their number of hops, an entry also has `by_hops`. `average` is the
     unweighted mean of the sets' scores, as in the paper's table.
     """
-    # Each is read once, although it is in its set, in all, and in its hops.
+    # A record belongs to its set, to all, and to its hops, but is read only once.
     histories = {id(record): read_history(record) for record in records}
 
     def figures_of(group: Sequence[Record]) -> dict[str, Any]:
@@ -92,14 +94,15 @@ def summarize(
         if len(hops) > 1:
             parts = {str(n): figures_of(group) for n, group in sorted(hops.items())}
             summary[name]["by_hops"] = parts
-    summary[AVERAGE] = {
-        score: sum(summary[name][score] for name in sets) / len(sets) for score in SCORES
-    }
+    average: dict[str, float] = {}
+    for score in SCORES:
+        average[score] = sum(summary[name][score] for name in sets) / len(sets)
+    summary[AVERAGE] = average
     return summary
 
 
 def by_hops(records: Sequence[Record]) -> dict[int, list[Record]]:
-    """By the number of facts a question needs; those of unknown number are left out."""
+    """The records by the number of facts that the question needs, if it is known."""
     groups: dict[int, list[Record]] = defaultdict(list)
     for record in records:
         if (hops := (record.get("extra_info") or {}).get("hops")) is not None:
@@ -128,10 +131,10 @@ def figures(
 
 
 def passes(records: Sequence[Record]) -> dict[str, Any]:
-    """`pass@k`: share of questions that one of k samples answers right (2107.03374).
+    """`pass@k` by k: the share of questions that one of k samples answers right (2107.03374).
 
-    Without bias from n samples. k is 1, 2, 4 ... and n, the fewest samples that a question has;
-    empty where that is 1. pass@1 is the mean score, verl's mean@n.
+    The estimate from n samples is unbiased. n is the smallest number of samples of a question, and
+    k is 1, 2, 4, ... and n. The result is empty if n is 1. pass@1 is the mean score, verl's mean@n.
     """
     right: dict[str, list[bool]] = defaultdict(list)
     for record in records:
@@ -147,6 +150,6 @@ def passes(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def pass_at(k: int, samples: Sequence[bool]) -> float:
-    """The probability that one of k of the samples, drawn without replacement, is right."""
+    """The probability that at least one of k samples drawn without replacement is right."""
     wrong = len(samples) - sum(samples)
     return 1 - comb(wrong, k) / comb(len(samples), k)

@@ -1,9 +1,9 @@
-"""The paper's table: methods by sets, published rows beside ours.
+"""Writes the paper's table, methods by sets, with our results beside the published ones.
 
 python -m search_r1.evaluation.table NAME=runs/A [NAME=runs/B ...] [--published MODEL] [--out DIR]
 
-A run folder is one that `search_r1.evaluate` has left a summary.json in. --out writes table.md and
-page.html.
+A run folder must hold a summary.json from `search_r1.evaluate`. --out also writes table.md and
+page.html to a folder.
 """
 
 import argparse
@@ -29,10 +29,11 @@ SETS = {
 
 
 def paper_table(results: dict[str, dict[str, Any]], published: str | None = None) -> str:
-    """Markdown: EM of our results by set, with 95 % intervals.
+    """A Markdown table of the EM of our results by set, with 95 % intervals.
 
-    The average stands where a result has all sets. Where they have one of the paper's sets, its
-    columns and the published rows come too: of the model `published`, or of all models.
+    The average is given for results that have all sets. If any of our results has one of the
+    paper's sets, the table also has the paper's columns and the published rows, of the model
+    `published` or of all models.
     """
     found = set_names(results)
     is_papers = bool(set(found) & set(SETS))
@@ -46,7 +47,7 @@ def paper_table(results: dict[str, dict[str, Any]], published: str | None = None
 
 
 def own_line(name: str, summary: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    """The cells of a result of ours."""
+    """The cells of one of our results."""
     cells = [with_interval(summary[c]) if c in summary else "-" for c in columns]
     has_all = all(c in summary for c in columns)
     return [f"**{name}**", *cells, f"{summary[AVERAGE]['em']:.3f}" if has_all else "-"]
@@ -66,9 +67,9 @@ def with_interval(row: dict[str, Any]) -> str:
 
 
 def published_rows(model: str | None) -> list[dict[str, Any]]:
-    """Rows of published.json, the paper's before reproductions.
+    """The rows of published.json, those of the paper before those of reproductions.
 
-    Exits naming the models for an unknown one.
+    Exits with a list of the models if `model` is not one of them.
     """
     rows = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     models = sorted({row["model"] for row in rows})
@@ -79,7 +80,7 @@ def published_rows(model: str | None) -> list[dict[str, Any]]:
 
 
 def read_results(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Summaries by name, of `NAME=FOLDER` or `FOLDER`. Exits naming a folder without one."""
+    """Reads the summaries of `NAME=FOLDER` or `FOLDER`. Exits if a folder has none."""
     results: dict[str, dict[str, Any]] = {}
     for run in runs:
         name, _, folder = run.rpartition("=")

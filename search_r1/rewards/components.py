@@ -1,6 +1,6 @@
 """The components of a reward: pure functions of an episode and the keys of `reward`.
 
-Each has its source. They are not weighted here.
+Each names the paper that it is from. The weights are applied in `compose.py`.
 """
 
 import math
@@ -14,7 +14,7 @@ from search_r1.rewards.episode import Episode
 from search_r1.trajectory import num_repeated
 
 IKEA_BONUS = (0.6, 0.4, 0.2, 0.0)
-"""By the number of searches."""
+"""IKEA's bonus for a right answer, by the number of searches."""
 
 
 def em(e: Episode, config: SearchRewardConfig) -> float:
@@ -54,9 +54,9 @@ def no_answer(e: Episode, config: SearchRewardConfig) -> float:
 def turn_patterns(
     call_tags: tuple[str, ...], result_tags: tuple[str, ...]
 ) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Match a well-formed turn, and one that calls a tool inside `<think>`.
+    """Two patterns: of a well-formed turn, and of a turn that calls a tool inside `<think>`.
 
-    The first group of both is the tag in which the turn acts.
+    The first group of both patterns is the tag in which the turn acts.
     """
     tags = "|".join(["think", "answer", *call_tags, *result_tags])
     calls = "|".join(call_tags)
@@ -69,7 +69,7 @@ def turn_patterns(
 def turn_kinds(e: Episode, nested: bool) -> list[str | None]:
     """The tag in which each turn acts, such as `search` or `answer`; None for a malformed turn.
 
-    `nested`: a call may stand inside `<think>`.
+    With `nested` a turn may also call a tool inside `<think>`.
     """
     pattern, nested_pattern = turn_patterns(e.call_tags, e.result_tags)
     kinds: list[str | None] = []
@@ -82,7 +82,7 @@ def turn_kinds(e: Episode, nested: bool) -> list[str | None]:
 
 
 def format_share(e: Episode, config: SearchRewardConfig) -> float:
-    """Share of well-formed turns; 0 unless the last one answers."""
+    """Share of well-formed turns; 0 unless the last turn answers."""
     kinds = turn_kinds(e, config.nested_search)
     if not kinds or kinds[-1] != "answer":
         return 0.0
@@ -90,9 +90,9 @@ def format_share(e: Episode, config: SearchRewardConfig) -> float:
 
 
 def is_well_formed(e: Episode, nested: bool = False) -> bool:
-    """Whether every turn thinks and calls a tool, and the last one thinks and answers.
+    """Whether every turn but the last thinks and calls a tool, and the last thinks and answers.
 
-    It is the state machine over a response of 2505.15117.
+    These are the responses that the state machine of 2505.15117 accepts.
     """
     kinds = turn_kinds(e, nested)
     if not kinds or kinds[-1] != "answer":
@@ -101,9 +101,9 @@ def is_well_formed(e: Episode, nested: bool = False) -> bool:
 
 
 def retrieval(e: Episode, config: SearchRewardConfig) -> float:
-    """1 where a passage holds a gold answer, both normalised (2505.15117).
+    """1 where a retrieved passage holds a gold answer, both normalised (2505.15117).
 
-    Reads what the retriever found, not what the policy wrote into an `<information>` of its own.
+    An `<information>` block that the policy wrote itself does not count.
     """
     texts = [text for passages in e.passages for text in passages]
     return float(matching.holds_gold(texts, e.golds))
@@ -112,8 +112,11 @@ def retrieval(e: Episode, config: SearchRewardConfig) -> float:
 def em_format(e: Episode, config: SearchRewardConfig) -> float:
     """Exact match with format (2505.15117, the released score table).
 
-    Right and well-formed 1, right but malformed 1 - structure, wrong and well-formed structure (+
-    retrieval where a passage held the answer), wrong and malformed final, no answer 0.
+    The scores, with the three `*_score` keys of `reward`:
+    - right and well-formed: 1; right but malformed: 1 - structure_format_score;
+    - wrong but well-formed: structure_format_score, plus retrieval_score where a passage held a
+      gold answer; wrong and malformed: final_format_score;
+    - no answer: 0.
     """
     structure = config.structure_format_score
     if is_well_formed(e, config.nested_search):
@@ -126,9 +129,10 @@ def em_format(e: Episode, config: SearchRewardConfig) -> float:
 
 
 def ikea(e: Episode, config: SearchRewardConfig) -> float:
-    """IKEA's reward (2505.07596): the fewer searches, the more for a right answer.
+    """IKEA's reward (2505.07596): a right answer earns more, the fewer searches it took.
 
-    Malformed -1; right 1 + .6, .4, .2, 0 for 0, 1, 2, 3+ searches; wrong .05 if it searched.
+    Malformed: -1. Right: 1, plus 0.6, 0.4 or 0.2 after 0, 1 or 2 searches. Wrong: 0.05 after a
+    search, else 0.
     """
     if not is_well_formed(e):
         return -1.0
@@ -149,8 +153,9 @@ def otc_ppo(e: Episode, config: SearchRewardConfig) -> float:
 def otc_grpo(searches: Sequence[int], right: Sequence[bool], c: float) -> list[float]:
     """OTC's rewards (2504.14870), GRPO form, of the trajectories of a group.
 
-    n is the fewest searches of a right one. A right one with m searches gets 1 for m = n = 0,
-    cos(m pi / (2m + c)) for n = 0, else sin(f pi / (2n)) with f = 2nm / (m + n).
+    n is the smallest number of searches of a right trajectory. A right trajectory with m searches
+    gets 1 if m = n = 0, cos(m pi / (2m + c)) if only n = 0, and else sin(f pi / (2n)) with
+    f = 2nm / (m + n). A wrong one gets 0.
     """
     n = min((m for m, ok in zip(searches, right, strict=True) if ok), default=0)
 
@@ -163,14 +168,14 @@ def otc_grpo(searches: Sequence[int], right: Sequence[bool], c: float) -> list[f
 
 
 def repeated_query(e: Episode, config: SearchRewardConfig) -> float:
-    """Share of the searches whose query, normalised, was asked before in the same trajectory."""
+    """Share of the searches of a trajectory whose query, normalised, repeats an earlier one."""
     return num_repeated(e.queries) / len(e.queries) if e.queries else 0.0
 
 
 def overlong(e: Episode, config: SearchRewardConfig) -> float:
     """DAPO's soft punishment of length (2503.14476, equation 13), over the policy's own tokens.
 
-    0 up to `limit - buffer`, from there falling to -1 at `limit`, and -1 beyond.
+    It is 0 up to `limit - buffer` tokens, falls linearly to -1 at `limit`, and stays -1 beyond.
     """
     harmless = config.overlong_limit - config.overlong_buffer
     excess = (e.own_tokens - harmless) / config.overlong_buffer

@@ -1,12 +1,12 @@
 """The reward of a trajectory: a weighted sum of components, each logged on its own.
 
-Only what the policy wrote is read: not the prompt with its `<answer>` example, not what stands in
-`<information>`.
+Only what the policy wrote is scored, not the `<answer>` example in the prompt and not what stands
+in `<information>`.
 """
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from search_r1.rewards import components
 from search_r1.rewards.config import SearchRewardConfig, Weight
@@ -16,6 +16,9 @@ from search_r1.trajectory import read_searches
 from verl.agent import Row, Trajectory, TrajectoryFailed, context_digest
 from verl.utils.endpoint import EndpointFailed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Component = Callable[[Episode, SearchRewardConfig], float]
 ALWAYS: dict[str, Component] = {
     "em": components.em,
@@ -24,7 +27,7 @@ ALWAYS: dict[str, Component] = {
     "format": components.format_share,
     "no_answer": components.no_answer,
 }
-"""Logged at whatever weight."""
+"""Components that are computed and logged whatever their weight is, even 0."""
 WEIGHTED: dict[str, Component] = {
     "f1_above": components.f1_above,
     "em_format": components.em_format,
@@ -35,15 +38,15 @@ WEIGHTED: dict[str, Component] = {
     "ikea": components.ikea,
     "otc_ppo": components.otc_ppo,
 }
-"""Computed where they have a weight."""
+"""Components that are computed only if their weight is not 0."""
 
 
 class SearchReward:
-    """Returns `score`, the components, and `answered`; has to be awaited where a judge is asked."""
+    """Returns `score`, the components and `answered`. With a judge the result has to be awaited."""
 
     Config: ClassVar = SearchRewardConfig
 
-    def __init__(self, config: SearchRewardConfig, tokenizer: Any) -> None:
+    def __init__(self, config: SearchRewardConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.functions = ALWAYS | {name: f for name, f in WEIGHTED.items() if getattr(config, name)}
@@ -51,7 +54,7 @@ class SearchReward:
 
     @property
     def entries(self) -> frozenset[str]:
-        """The names of all that it returns in training."""
+        """The names of everything in the result of a training trajectory."""
         optional = {name for name in ("random", "judge", "otc_grpo") if getattr(self.config, name)}
         return frozenset({"score", "answered"} | self.functions.keys() | optional)
 
@@ -76,14 +79,14 @@ class SearchReward:
         return self._sum(parts, trajectory)
 
     def _sum(self, parts: dict[str, float], trajectory: Trajectory) -> dict[str, float]:
-        step = step_of(trajectory)
+        step = training_step(trajectory)
         score = sum(
             weight_at(getattr(self.config, name), step) * part for name, part in parts.items()
         )
         return {"score": score, **parts, "answered": 1.0 - parts["no_answer"]}
 
     def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None:
-        """Adds what depends on the other trajectories of a group."""
+        """Adds the components that compare the trajectories of a group to their rewards."""
         if not self.config.otc_grpo:
             return
         for group in groups:
@@ -91,7 +94,7 @@ class SearchReward:
             right = [trajectory.reward["em"] == 1 for trajectory in group]
             parts = components.otc_grpo(searches, right, self.config.otc_c)
             for trajectory, part in zip(group, parts, strict=True):
-                weight = weight_at(self.config.otc_grpo, step_of(trajectory))
+                weight = weight_at(self.config.otc_grpo, training_step(trajectory))
                 trajectory.reward["otc_grpo"] = part
                 trajectory.reward["score"] += weight * part
 
@@ -111,18 +114,17 @@ def weight_at(weight: Weight, step: int) -> float:
     return low + (high - low) * (step - start) / (end - start)
 
 
-def step_of(trajectory: Trajectory) -> int:
-    """The training step that a trajectory belongs to.
-
-    The weights that wrote it are those of the step before.
-    """
+def training_step(trajectory: Trajectory) -> int:
+    """The training step that a trajectory belongs to: one more than the version of the weights that
+    began it."""
     return (trajectory.segments[0].policy_version or 0) + 1 if trajectory.segments else 1
 
 
 def coin(trajectory: Trajectory) -> float:
-    """0 or 1, reproducible: seeded by the trajectory's tokens and by the weights that wrote them.
+    """A reproducible 0 or 1, seeded by the trajectory's tokens and the version of the weights.
 
-    Tokens alone would reward the same words at every step, which can be learned.
+    If only the tokens were the seed, the same words would be rewarded at every step, which can be
+    learned.
     """
     versions = [s.policy_version for s in trajectory.segments]
     return float(random.Random(f"{context_digest(trajectory.token_ids)} {versions}").random() < 0.5)

@@ -1,7 +1,6 @@
 """The keys of the `reward` section: a weight for each component, and what components read."""
 
 from itertools import pairwise
-from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
@@ -9,14 +8,14 @@ from search_r1.rewards.judge import JudgeConfig
 from verl.utils.config import Config
 
 Weight = float | list[tuple[int, float]]
-"""A number, or `[[step, weight], ...]`: constant before the first and after the last, linear
-between."""
+"""A number, or a schedule `[[step, weight], ...]`: linear between the steps, constant before the
+first and after the last."""
 
 
 class SearchRewardConfig(Config):
     em: Weight = 1.0
-    """Weight of exact match, the paper's reward. Like every weight a number or a schedule `[[step,
-    weight], ...]`."""
+    """Weight of exact match, the paper's reward. Like every weight it is a number or a schedule
+    `[[step, weight], ...]`."""
     sub_em: Weight = 0.0
     """Weight of a gold answer occurring in the answer."""
     f1: Weight = 0.0
@@ -44,34 +43,36 @@ class SearchRewardConfig(Config):
     otc_ppo: Weight = 0.0
     """Weight of OTC's reward (2504.14870), PPO form."""
     otc_grpo: Weight = 0.0
-    """Weight of OTC's reward, GRPO form: compared with the group's right answer of fewest searches.
-    Training only."""
+    """Weight of OTC's reward, GRPO form, which compares with the right answer of the group that
+    took the fewest searches. Training only."""
     judge: Weight = 0.0
-    """Weight of the verdict of a language model, see `reward.judge_endpoint`."""
+    """Weight of the verdict of a language model as judge, see `reward.judge_endpoint`."""
     random: Weight = 0.0
-    """Weight of a coin flip per trajectory: a control that must teach nothing."""
+    """Weight of a coin flip per trajectory: a control from which nothing can be learned."""
     f1_threshold: PositiveFloat = 0.5
-    """What `f1_above` compares with."""
+    """The token F1 from which `f1_above` is 1."""
     structure_format_score: float = 0.2
-    """`em_format`: of a wrong but well-formed response; a right malformed one gets 1 minus this."""
+    """`em_format`: score of a wrong but well-formed response. A right but malformed response gets
+    1 minus this."""
     final_format_score: float = 0.1
-    """`em_format`: of a wrong malformed response with an answer."""
+    """`em_format`: score of a wrong and malformed response that has an answer."""
     retrieval_score: float = 0.0
-    """`em_format`: added to a wrong well-formed response where a passage held a gold answer."""
+    """`em_format`: added to the score of a wrong but well-formed response if a passage held a gold
+    answer."""
     nested_search: bool = False
-    """Whether `<search>` may stand inside `<think>` for the format."""
+    """Whether a turn is well-formed if its `<search>` stands inside `<think>`."""
     overlong_limit: PositiveInt = 2000
-    """`overlong`: own tokens of a trajectory from which the punishment is whole."""
+    """`overlong`: number of the policy's own tokens from which the punishment is -1."""
     overlong_buffer: PositiveInt = 500
-    """`overlong`: tokens before that over which it rises."""
+    """`overlong`: number of tokens before the limit in which the punishment goes from 0 to -1."""
     otc_c: PositiveFloat = 4.0
-    """OTC's constant: the largest number of searches."""
+    """The constant c of OTC: the largest number of searches."""
     judge_endpoint: JudgeConfig = Field(default_factory=JudgeConfig)
-    """Where the judge is."""
+    """The endpoint of the judge."""
 
     @field_validator("*")
     @classmethod
-    def _steps_rise(cls, value: Any) -> Any:
+    def _steps_rise(cls, value: object) -> object:
         if isinstance(value, list) and (not value or any(a[0] >= b[0] for a, b in pairwise(value))):
             raise ValueError("a schedule is [[step, weight], ...] with rising steps")
         return value

@@ -1,16 +1,18 @@
-"""What a reward may read: the policy's own words, and apart from them what its searches found."""
+"""What a reward may read: the policy's own text, and separately what its searches found."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from search_r1.rewards.matching import gold_answers, last_answer
-from search_r1.trajectory import question_of, read_searches
+from search_r1.trajectory import SUMMARY_KIND, question_of, read_searches
 from verl.agent import Row, Source, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 THINK_START = "<think>"
 OPENING_TOKENS = 16
-"""Tokens that surely hold a `<think>` and the white space behind it, whatever the vocabulary."""
+"""Number of tokens that holds a `<think>` and the white space after it in every vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,13 @@ class Episode:
     question: str
     golds: list[str]
     turns: list[str]
-    """The policy's text, a turn each; nothing that the environment wrote, except for a `<think>`
-    that the chat template opened for the turn: the thought is the policy's, and only well-formed
-    with it."""
+    """The policy's text, one entry for each turn. A `<think>` with which the chat template opened
+    the turn is included, because the thought is well-formed only with it; nothing else that the
+    environment wrote is."""
     queries: list[str]
-    """Of executed searches, in their order."""
+    """The queries of the executed searches, in their order."""
     passages: list[list[str]]
-    """What each of these searches brought: title and text."""
+    """The passages that each of these searches found, as title and text."""
     own_tokens: int = 0
     """Tokens that the policy wrote."""
     call_tags: tuple[str, ...] = ("search",)
@@ -36,7 +38,7 @@ class Episode:
 
     @property
     def answer(self) -> str | None:
-        """The last complete `<answer>` within a turn, None without one."""
+        """The last complete `<answer>` that stands within one turn, None without one."""
         return last_answer(self.turns)
 
     @property
@@ -44,8 +46,8 @@ class Episode:
         return len(self.queries)
 
 
-def read_episode(trajectory: Trajectory, row: Row, tokenizer: Any) -> Episode:
-    """The episode of a trajectory; special tokens are no text."""
+def read_episode(trajectory: Trajectory, row: Row, tokenizer: "PreTrainedTokenizerBase") -> Episode:
+    """The episode of a trajectory. Special tokens are left out of its texts."""
     searches = read_searches(trajectory)
     tags = trajectory.info.get("tags", {"call": ["search"], "result": ["information"]})
     return Episode(
@@ -60,22 +62,22 @@ def read_episode(trajectory: Trajectory, row: Row, tokenizer: Any) -> Episode:
     )
 
 
-def read_turns(trajectory: Trajectory, tokenizer: Any) -> list[str]:
-    """The policy's text, a turn each.
+def read_turns(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The policy's text, one entry for each turn.
 
-    A turn begins with the `<think>` that the text before it ends with, if any: some chat templates
-    end with one (Qwen3.5, Qwen3-Thinking, QwQ, the distilled R1 models).
+    If the text before a turn ends with `<think>`, the turn begins with it: some chat templates open
+    the thought (Qwen3.5, Qwen3-Thinking, QwQ, the distilled R1 models).
     """
     turns: list[str] = []
     before = trajectory.prompt_ids
     contexts = {rewrite.at: rewrite.prompt_ids for rewrite in trajectory.rewrites}
     for number, segment in enumerate(trajectory.segments):
         before = contexts.get(number, before)
-        if segment.info.get("kind") == SUMMARY:
+        if segment.info.get("kind") == SUMMARY_KIND:
             continue
         if segment.source is Source.MODEL:
             opened = ends_with_think(before, tokenizer)
-            said = tokenizer.decode(segment.token_ids, skip_special_tokens=True)
+            said = str(tokenizer.decode(segment.token_ids, skip_special_tokens=True))
             turns.append(f"{THINK_START}{said}" if opened else said)
             before = []
         else:
@@ -83,6 +85,6 @@ def read_turns(trajectory: Trajectory, tokenizer: Any) -> list[str]:
     return turns
 
 
-def ends_with_think(token_ids: Sequence[int], tokenizer: Any) -> bool:
-    """Whether the text of `token_ids` ends with an opened thought."""
-    return tokenizer.decode(token_ids[-OPENING_TOKENS:]).rstrip().endswith(THINK_START)
+def ends_with_think(token_ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the text of `token_ids` ends with `<think>`."""
+    return str(tokenizer.decode(token_ids[-OPENING_TOKENS:])).rstrip().endswith(THINK_START)

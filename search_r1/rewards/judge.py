@@ -1,7 +1,7 @@
 """A language model as judge, behind an OpenAI-compatible endpoint.
 
-A judgement that cannot be had is no zero: the trajectory fails, and is counted among those that
-did.
+If the judge cannot be reached or gives no verdict, the reward is not 0: the trajectory fails, and
+is counted as failed.
 """
 
 import re
@@ -24,24 +24,24 @@ VERDICT = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 class JudgeConfig(EndpointConfig):
     url: str = "http://127.0.0.1:8001/v1"
-    """Base address of the endpoint; `/chat/completions` is added."""
+    """Base address of the endpoint, to which `/chat/completions` is added."""
     model: str = ""
-    """Name of the model there."""
+    """Name of the model at the endpoint."""
     timeout_s: PositiveFloat = 30.0
     """Seconds per request."""
 
 
 class Judge:
-    """Belongs to one event loop."""
+    """Asks the judge about answers. It belongs to one event loop."""
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
         self.endpoint = Endpoint(config)
 
     async def __call__(self, e: Episode) -> float:
-        """1 if the judge says yes, 0 if no or if there is no answer.
+        """Asks about an answer: 1 for yes, 0 for no. Without an answer 0, and nobody is asked.
 
-        Raises EndpointFailed without a verdict.
+        Raises EndpointFailed when there is no verdict.
         """
         if e.answer is None:
             return 0.0
@@ -55,7 +55,7 @@ class Judge:
 
 
 def read_verdict(reply: Any) -> float:
-    """1 for yes, 0 for no. Raises ValueError for neither."""
+    """The verdict in a reply: 1 for yes, 0 for no. Raises ValueError for neither."""
     text = str(reply["choices"][0]["message"]["content"])
     verdict = VERDICT.search(text)
     if verdict is None:

@@ -7,7 +7,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from search_r1.agent.actions import ANSWER
 from verl.utils.answers import answers_of
@@ -17,7 +16,7 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, articles and superfluous white space.
+    """`text` in lower case, without ASCII punctuation, articles and superfluous white space.
 
     >>> normalize_answer("The U.S.A. - a  Test"), normalize_answer("well-known")
     ('usa test', 'wellknown')
@@ -26,26 +25,27 @@ def normalize_answer(text: str) -> str:
 
 
 def extract_answer(text: str) -> str | None:
-    """The content of the last complete `<answer>` of the policy's own text, None without one."""
+    """The content of the last complete `<answer>` in `text`, None without one."""
     answers = ANSWER.findall(text)
     return answers[-1].strip() if answers else None
 
 
 def last_answer(turns: Sequence[str]) -> str | None:
-    """The last complete `<answer>` within a turn, None without one."""
+    """The last complete `<answer>` that stands within one turn, None without one."""
     return next(
         (found for turn in reversed(turns) if (found := extract_answer(turn)) is not None), None
     )
 
 
-def gold_answers(ground_truth: Any) -> list[str]:
+def gold_answers(ground_truth: object) -> list[str]:
     """The accepted answers of a row's `reward_model.ground_truth`.
 
-    That is a text, a number, a list, or one of these under `target`. Raises ValueError for anything
-    nested.
+    It is a text, a number, a list of these, or one of the former under the key `target`. Raises
+    ValueError for anything nested deeper.
     """
-    holds_target = isinstance(ground_truth, dict) and "target" in ground_truth
-    return answers_of(ground_truth["target"] if holds_target else ground_truth)
+    if isinstance(ground_truth, dict) and "target" in ground_truth:
+        return answers_of(ground_truth["target"])
+    return answers_of(ground_truth)
 
 
 def exact_match(prediction: str, golds: Iterable[str]) -> float:
@@ -65,7 +65,7 @@ def substring_match(prediction: str, golds: Iterable[str]) -> float:
 def holds_gold(texts: Iterable[str], golds: Iterable[str]) -> bool:
     """Whether a gold answer occurs in one of the texts, all normalised.
 
-    A gold answer without a word is in no text.
+    A gold answer that is empty after normalisation occurs in no text.
     """
     normal_golds = [normal for gold in golds if (normal := normalize_answer(gold))]
     normal_texts = [normalize_answer(text) for text in texts]

@@ -8,7 +8,7 @@ Hits = list[tuple[dict[str, Any], float]]
 
 
 class EngineError(Exception):
-    """A search that an engine could not do.
+    """Reports a query that an engine failed on.
 
     The message names the cause; `kind` is a label for the metrics.
     """
@@ -17,7 +17,7 @@ class EngineError(Exception):
 
 
 class Retriever(Protocol):
-    """An engine. It is called from one thread at a time."""
+    """A search engine. It is called from one thread at a time."""
 
     name: str
 
@@ -26,6 +26,6 @@ class Retriever(Protocol):
     def search(self, queries: Sequence[str], topk: int) -> Sequence[Hits | EngineError]:
         """Returns the hits of each query, or the error by which it failed.
 
-        Raising fails every query of the call.
+        An exception fails every query of the call.
         """
         ...

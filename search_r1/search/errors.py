@@ -1,15 +1,15 @@
-"""What the commands of this package report as `error: ...`, without a traceback."""
+"""Errors that the commands of this package report as `error: ...`, without a traceback."""
 
 
 class RetrieverError(ValueError):
-    """An engine that cannot be loaded as it was asked for: a key, model or package is missing.
+    """An engine cannot be loaded as asked for, because a key, a model or a package is missing.
 
-    The message names what is missing, and the cure.
+    The message names what is missing, and what to do.
     """
 
 
 class CorpusError(RetrieverError):
-    """A corpus or an index that cannot be used.
+    """A corpus or an index cannot be used.
 
-    The message names the file, and the line or the cure.
+    The message names the file, and the line or what to do.
     """

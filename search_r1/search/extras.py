@@ -1,4 +1,4 @@
-"""Optional dependencies: a missing one is reported with its cure before anything is loaded."""
+"""Checks optional dependencies, before anything is loaded, and says how to install missing ones."""
 
 from importlib.util import find_spec
 

@@ -124,9 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_built(method: str, reader: CorpusReader, index: Path, model: str | None) -> bool:
-    """Whether `index` is a complete index of this very corpus, in the present format.
+    """Whether `index` is a complete index of exactly this corpus, in the current format.
 
-    A dense one must be made by the encoder `model`, or by default that of the method.
+    A dense index must also be made with the encoder `model`, or else the default encoder of the
+    method.
     """
     try:
         manifest = read_manifest(index)
@@ -141,9 +142,9 @@ def is_built(method: str, reader: CorpusReader, index: Path, model: str | None) 
 
 
 def check_target(index: Path) -> None:
-    """Raises CorpusError when `index` is there and this command did not write it.
+    """Raises CorpusError when `index` exists but was not written by this command.
 
-    It may be precious.
+    Building the index would delete it, and it may hold something of value.
     """
     is_empty_folder = index.is_dir() and not any(index.iterdir())
     is_ours = (index / MANIFEST).is_file()
@@ -157,8 +158,8 @@ def check_target(index: Path) -> None:
 def build(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:
     """Builds the index and returns the number of documents in it.
 
-    Raises CorpusError for what the corpus or the disk does not allow, RetrieverError for what is
-    not installed.
+    Raises CorpusError when the corpus is bad or the disk is full, RetrieverError when a package is
+    missing.
     """
     if args.retrieval_method == "bm25":
         return bm25.build(reader, index)

@@ -25,14 +25,15 @@ HTML = (".html", ".htm", ".xhtml")
 KINDS = (*TEXT, *MARKDOWN, *HTML)
 LEFT_OUT = ("unreadable", "of another kind")
 MIN_WORDS = 20
-"""A shorter rest at the end of a document joins the passage before it."""
+"""A last passage of fewer words than this is appended to the one before it."""
 
 
 def read(path: Path) -> tuple[str, str]:
-    """The title and the text of a file.
+    """Reads the title and the text of a file.
 
-    The title is the page's, or else the first heading, or else the file's name. Raises CorpusError
-    when the file is not UTF-8, RetrieverError when what reads its kind is not installed.
+    The title is that of the page, or else the first heading, or else the name of the file. Raises
+    CorpusError when the file is not UTF-8, RetrieverError when the package that reads files of its
+    kind is missing.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -47,7 +48,7 @@ def read(path: Path) -> tuple[str, str]:
 
 
 def to_html(markdown: str) -> str:
-    """Markdown as HTML, without what generators put first."""
+    """Converts Markdown to HTML, without its front matter."""
     from markdown_it import MarkdownIt
 
     return MarkdownIt("commonmark").enable("table").render(without_front_matter(markdown))
@@ -64,12 +65,12 @@ def read_html(html: str) -> tuple[str, str]:
 
 
 def without_front_matter(markdown: str) -> str:
-    """Markdown without the YAML block that many generators put first."""
+    """Markdown without the YAML block (front matter) with which many generators begin a file."""
     return re.sub(r"\A---\n.*?\n---\n", "", markdown, flags=re.S)
 
 
 def passages(text: str, words: int) -> Iterator[str]:
-    """Cuts a text into pieces of `words` words, like wiki-18; a short rest joins the last one."""
+    """Cuts a text into passages of `words` words, like wiki-18; a short rest joins the last one."""
     tokens = text.split()
     starts = list(range(0, len(tokens), words))
     if len(starts) > 1 and len(tokens) - starts[-1] < MIN_WORDS:
@@ -79,10 +80,10 @@ def passages(text: str, words: int) -> Iterator[str]:
 
 
 def make(folder: Path, out: Path, words: int, skip_bad: bool) -> Counter[str]:
-    """Writes the corpus, whole or not at all; counts files, passages, and files left out.
+    """Writes the corpus, whole or not at all; returns counts of files, passages and skipped files.
 
-    Raises CorpusError when there is nothing to read, or a file cannot be read and bad ones are not
-    skipped.
+    Raises CorpusError when there is nothing to read, or, unless bad files are skipped, when a file
+    cannot be read.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     counts: Counter[str] = Counter()

@@ -90,7 +90,7 @@ def add_dense_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_combination_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of engines that are made of engines."""
+    """Adds the flags of engines that combine other engines."""
     combine = parser.add_argument_group("combinations")
     add = combine.add_argument
     add(

@@ -1,13 +1,13 @@
-"""How long to wait before a request is sent again: one rule for the client and for web search."""
+"""Computes how long to wait before a request is repeated, for the client and for web search."""
 
 import random
 
 
 def backoff(base_s: float, failures: int) -> float:
-    """The seconds to wait after so many failures in a row, one at least, with jitter.
+    """Draws the seconds to wait after so many failures in a row (at least one).
 
-    `base_s` is doubled with every failure after the first; the wait is between half of that and all
-    of it, so that callers who failed together do not come back together.
+    `base_s` is doubled with every failure after the first. The wait is random between half of that
+    and all of it, so that callers that failed together do not come back together.
     """
     return base_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
 

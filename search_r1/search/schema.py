@@ -5,8 +5,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 TOKEN = "SEARCH_R1_RETRIEVER_TOKEN"
-"""Environment variable of the bearer token, which client and server share; no configuration holds
-it."""
+"""Environment variable with the bearer token that client and server share. It is a secret, so that
+no configuration holds it."""
 
 
 class RetrieveRequest(BaseModel):
@@ -15,14 +15,14 @@ class RetrieveRequest(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     queries: list[str] = Field(examples=[["who wrote Hamlet"]])
-    """Any number of queries, none included."""
+    """Any number of queries, also none."""
     topk: PositiveInt | None = Field(default=None, le=1000)
-    """Passages per query; null: the server's default."""
+    """Passages per query. Null stands for the default of the server."""
     return_scores: bool = Field(default=False, strict=True)
-    """Whether each passage comes as `{"document": …, "score": …}` or as the document itself."""
+    """Whether a passage is returned as `{"document": …, "score": …}` or as the document itself."""
     allow_partial: bool = Field(default=False, strict=True)
-    """Whether a query that failed is reported under `errors` beside the others' results, or fails
-    the request."""
+    """Whether a failed query is reported under `errors` beside the results of the others, or fails
+    the whole request."""
 
     @field_validator("topk", mode="before")
     @classmethod
@@ -42,24 +42,24 @@ class Document(BaseModel):
 
 
 class ScoredDocument(BaseModel):
-    """A hit, as it comes with `return_scores`."""
+    """A document with its score, as returned with `return_scores`."""
 
     document: Document
     score: float = 0.0
 
 
 class RetrieveResponse(BaseModel):
-    """One list per query, in their order.
+    """The results, one list for each query, in the order of the queries.
 
-    Its items are scored documents, or without `return_scores` the documents themselves.
+    The items are scored documents, or the documents themselves without `return_scores`.
     """
 
     result: list[list[dict[str, Any]]]
     errors: dict[int, str] | None = None
-    """Only with `allow_partial`: why the query of that number, whose result is empty, failed."""
+    """Only with `allow_partial`: why a query failed, by its number. Its result is empty."""
 
 
 class Problem(BaseModel):
-    """The body of an answer with another status than 200."""
+    """The body of an answer whose status is not 200."""
 
     detail: str | list[Any]

@@ -109,7 +109,7 @@ def add_searching_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def provider_of(args: argparse.Namespace) -> Provider:
-    """The provider with its key. Raises RetrieverError when the key is missing."""
+    """Makes the provider with its key. Raises RetrieverError when the key is missing."""
     url = {"url": args.search_url} if args.search_url else {}
     keys = KEY_FLAGS[args.provider]
     if missing := [f"--{name}" for name in keys if not getattr(args, name)]:
@@ -125,7 +125,7 @@ def provider_of(args: argparse.Namespace) -> Provider:
 
 
 def load(args: argparse.Namespace) -> Retriever:
-    """Makes the engine. Raises RetrieverError when the key is missing."""
+    """Makes the web search engine. Raises RetrieverError when the key is missing."""
     retriever = WebRetriever(
         provider_of(args),
         args.cache,

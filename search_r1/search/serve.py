@@ -1,4 +1,4 @@
-"""How a retrieval server is run: the flags that every one has, and its worker processes."""
+"""Runs a retrieval server: the flags that all servers have, and the worker processes."""
 
 import argparse
 import importlib
@@ -24,11 +24,11 @@ from search_r1.search.server.service import CANNOT_LOAD, ServerSettings
 WORKER = "SEARCH_R1_WORKER"
 """Environment variable that tells worker processes what to serve."""
 HEALTH_S = 60
-"""A worker that does not answer for so long is replaced: its imports alone take many seconds on a
-busy machine."""
+"""A worker that does not answer for this time is replaced. It is long, because the imports of a
+worker alone take many seconds on a busy machine."""
 KEEP_ALIVE_S = 60
-"""Longer than clients keep an idle connection: closing one may break a request that is just
-coming."""
+"""How long idle connections are kept. It is longer than clients keep them, because closing one here
+can break a request that is just arriving."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +166,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Ends the process with a message when flags do not go together."""
+    """Exits with a message when flags do not go together."""
     if (args.inject_latency_ms is None) != (args.inject_latency_p99_ms is None):
         sys.exit("error: --inject_latency_ms and --inject_latency_p99_ms go together")
     if args.max_queue < args.max_queries:
@@ -212,10 +212,10 @@ def serve_here(app: FastAPI, http: dict[str, Any]) -> int:
 def serve_by_workers(
     load: Callable[[], Retriever], server: list[Any], workers: int, http: dict[str, Any]
 ) -> None:
-    """Serves with several processes; `server` is the module and its flags.
+    """Serves with several processes; `server` holds the module and its flags.
 
-    The engine is loaded here first, so that one which cannot be loaded ends the process with a
-    message, instead of workers that are started again and again.
+    The engine is loaded once in this process first. If it cannot be loaded, the process ends with a
+    message, instead of restarting workers again and again.
     """
     try:
         load()
@@ -234,7 +234,7 @@ def serve_by_workers(
 
 
 def worker() -> FastAPI:
-    """The application of one of several processes, which find in the environment what to serve."""
+    """Makes the application of a worker process, which reads from the environment what to serve."""
     module, argv = json.loads(os.environ[WORKER])
     server = importlib.import_module(module)
     args = server.parse_arguments(argv)

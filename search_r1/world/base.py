@@ -1,10 +1,9 @@
 """Builds the base model of the closed world: `python -m search_r1.world.base --out DIR`.
 
-It begins with random weights.
-
-Stages of supervised fine-tuning (traces.py): recalling facts from a list, then reading them out of
-passages in clean traces, each until the copied words are right often enough; reading at a decaying
-rate; then the poor policy.
+The model begins with random weights and is fine-tuned in stages on traces (traces.py). It learns to
+recall facts from a list, then to read them out of passages in clean traces; both stages last until
+enough of the copied words are right. Then it goes on reading at a decaying learning rate, and
+finally learns the poor policy from which reinforcement learning starts.
 """
 
 import argparse
@@ -29,9 +28,9 @@ from search_r1.world.tokenizer import train_tokenizer, training_texts
 from search_r1.world.traces import (
     POOR,
     READING,
-    Piece,
     PolicyMix,
     RecallWriter,
+    TraceSegment,
     TraceWriter,
     encode_trace,
 )
@@ -41,7 +40,7 @@ from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 logger = logging.getLogger(__name__)
 
 
-Draw = Callable[[], list[Piece]]
+Draw = Callable[[], list[TraceSegment]]
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Stage:
     name: str
     traces: Callable[[random.Random], Draw]
     until: float
-    """Ends when the running share of copied words that are right exceeds this..."""
+    """The stage ends when the running share of copied words that are right exceeds this, ..."""
     max_steps: int
-    """... or after this many steps."""
+    """... and at the latest after this many steps."""
 
 
 READING_STAGES = (
@@ -63,7 +62,7 @@ POOR_STAGES = (Stage("poor policy", lambda rng: TraceWriter(rng, POOR), 2.0, 170
 
 
 def examples(draw: Draw, tokenizer: PreTrainedTokenizerFast) -> Iterator[Example]:
-    """Endless rows; `watch_mask` marks the facts copied out of passages."""
+    """Yields training rows without end; `watch_mask` marks the facts copied out of passages."""
     while True:
         row = encode_trace(draw(), tokenizer)
         yield {
@@ -74,7 +73,7 @@ def examples(draw: Draw, tokenizer: PreTrainedTokenizerFast) -> Iterator[Example
 
 
 def run_stage(stage: Stage, trainer: SFTTrainer, rows: Iterator[Example]) -> float:
-    """The running share of copied words that were right at its end."""
+    """Trains a stage; returns the running share of copied words that were right at its end."""
     right = 0.0
     progress = tqdm(range(stage.max_steps), desc=stage.name, disable=dist.get_rank() > 0)
     for _ in progress:
@@ -96,9 +95,9 @@ def train(
     rng: random.Random,
     asked: int,
 ) -> None:
-    """Runs `stages` on the model in `start` and writes it to `out`.
+    """Trains the model in `start` through `stages` and writes it to `out`.
 
-    Then it asks the model so many fresh questions.
+    Then asks it `asked` fresh questions to show what it has learned.
     """
     tokenizer = AutoTokenizer.from_pretrained(start)
     config = SFTConfig(
@@ -129,10 +128,10 @@ def train(
 
 
 def answered(path: str | Path, count: int = 300, seed: int = 1) -> float:
-    """The reading gate: the share of `count` fresh questions that a model answers right.
+    """Measures whether a model can read: the share of `count` fresh questions it answers right.
 
-    The questions have one to three hops. It is given a clean trace up to its last passages, gold
-    ones at any rank among distractors, and goes on greedily.
+    The questions have one to three hops. The model gets a clean trace up to the last passages, in
+    which the gold passage is at any rank among distractors, and continues it greedily.
     """
     model: Any = Qwen2ForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -140,14 +139,14 @@ def answered(path: str | Path, count: int = 300, seed: int = 1) -> float:
     writer = TraceWriter(random.Random(seed), PolicyMix())
     right = 0
     for _ in range(count):
-        pieces = writer()
-        last = max(i for i, piece in enumerate(pieces) if piece.kind == "observation")
-        ids = torch.tensor([encode_trace(pieces[: last + 1], tokenizer)["input_ids"]])
+        segments = writer()
+        last = max(i for i, segment in enumerate(segments) if segment.kind == "observation")
+        ids = torch.tensor([encode_trace(segments[: last + 1], tokenizer)["input_ids"]])
         mask = torch.ones_like(ids)
         out = model.generate(
             ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=ends
         )
-        right += tokenizer.decode(out[0, ids.shape[1] :]).endswith(pieces[-1].text)
+        right += tokenizer.decode(out[0, ids.shape[1] :]).endswith(segments[-1].text)
     return right / count
 
 
@@ -161,7 +160,7 @@ def build(
 ) -> None:
     """Trains the tokenizer and the model, and writes both. The process group must exist.
 
-    After each part of the training `asked` fresh questions show what the model has learned.
+    After each part of the training the model is asked `asked` fresh questions to show its progress.
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)

@@ -1,16 +1,17 @@
 """A closed world of fictional people, cities, companies and countries.
 
-It has passages and questions about them. Every name is two invented syllables ("Torvel"), each one
-token each: names must be copied, not looked up. The splits `train`, `test` and `spare` (passages
-nobody asks about) are islands: no fact leads from one to another, so entities of test questions
-appear in no training question. The island `common` is the same for every seed: its facts are what a
-base model may know without searching.
+The world consists of passages and of questions about them. Every name has two invented syllables
+("Torvel"), and every syllable is one token, so that a model has to copy names and cannot remember
+them as words. The splits `train`, `test` and `spare` (passages that no question is about) are
+islands: no fact leads from one to another, so that no entity of a test question appears in a
+training question. The island `common` is the same for every seed; its facts are those that a base
+model may know without a search.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import islice, pairwise, product, zip_longest
 from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -22,7 +23,7 @@ from verl.utils.config import Config
 
 @dataclass(frozen=True)
 class Relation:
-    """A functional relation: one object for every subject."""
+    """A relation that has exactly one object for every subject."""
 
     name: str
     subject: str
@@ -32,7 +33,7 @@ class Relation:
     noun: str
 
     def state(self, x: str, y: str) -> str:
-        """The fact as a sentence without its full stop."""
+        """The fact that x and y are so related, as a sentence without a full stop."""
         return f"{x} {self.sentence} {y}"
 
 
@@ -60,7 +61,6 @@ RELATIONS = {
     )
 }
 KINDS = ("person", "city", "company", "country")
-OF_KIND = {kind: [r for r in RELATIONS.values() if r.subject == kind] for kind in KINDS}
 COMMON_SEED = 20_250_312
 FILLER = (
     "Little else is known about {}.",
@@ -76,14 +76,22 @@ FILES = (
     "test_common.parquet",
     "test_3hop.parquet",
 )
-"""What a world consists of."""
+"""The files of a world."""
 OPTIONS_FILE = "options.json"
-"""In the folder of a world: the WorldConfig that made it."""
+"""The file in the folder of a world that holds the WorldConfig it was made with."""
 DATA_SOURCES = {1: "closed_world_1hop", 2: "closed_world_2hop", 3: "closed_world_3hop"}
 
 
+def relations_of(kind: str) -> list[Relation]:
+    """The relations whose subjects are of this kind."""
+    return [relation for relation in RELATIONS.values() if relation.subject == kind]
+
+
+OF_KIND = {kind: relations_of(kind) for kind in KINDS}
+
+
 def _syllables() -> tuple[list[str], list[str]]:
-    """Two disjoint pools of 96 syllables: the first and the second halves of names."""
+    """Two disjoint pools of 96 syllables, for the first and the second halves of names."""
     syllables = ["".join(s) for s in product("bdfgklmnprstvz", "aeiou", "bdgklmnprtvz")]
     random.Random(COMMON_SEED).shuffle(syllables)
     return [s.capitalize() for s in syllables[:96]], syllables[96:192]
@@ -96,22 +104,23 @@ class WorldConfig(Config):
     """Sizes of a world."""
 
     seed: int = 0
-    """The world is a function of this and the sizes below."""
+    """Seed of the random numbers. The seed and the sizes below determine the world."""
     train_people: PositiveInt = 400
-    """People of the training questions; half as many cities and companies, a tenth as many
-    countries."""
+    """Number of people that training questions are about. There are half as many cities, half as
+    many companies, and a tenth as many countries."""
     test_people: PositiveInt = 120
-    """The same for the test questions."""
+    """The same for test questions."""
     spare_people: NonNegativeInt = 60
     """The same for passages that no question is about."""
     train_questions: PositiveInt = 4000
-    """Half of them 1-hop, half 2-hop."""
+    """Number of training questions, half of them with one hop and half with two."""
     test_questions: PositiveInt = 500
-    """Half of them 1-hop, half 2-hop."""
+    """Number of test questions, half of them with one hop and half with two."""
     common_share: float = 0.05
-    """Training questions about common facts, beside the others."""
+    """Additional training questions about common facts, as a share of train_questions."""
     filler: NonNegativeInt = 0
-    """Sentences without a fact in every passage: 0 makes short passages, 10 long and noisy ones."""
+    """Number of sentences without a fact in every passage. 0 makes short passages, 10 makes long
+    and noisy ones."""
 
 
 @dataclass
@@ -119,7 +128,7 @@ class Entity:
     name: str
     kind: str
     facts: dict[str, str]
-    """Object's name by relation."""
+    """The name of the object by relation."""
 
 
 def random_name(rng: random.Random) -> str:
@@ -127,7 +136,7 @@ def random_name(rng: random.Random) -> str:
 
 
 def fresh_name(rng: random.Random, taken: set[str]) -> str:
-    """A name that was not in `taken`, and now is."""
+    """Draws a name that is not in `taken`, and adds it there."""
     while (name := random_name(rng)) in taken:
         pass
     taken.add(name)
@@ -135,9 +144,9 @@ def fresh_name(rng: random.Random, taken: set[str]) -> str:
 
 
 def passage(entity: Entity, rng: random.Random, filler: int = 0) -> tuple[str, str]:
-    """The title of an entity's passage, in quotes, and its text.
+    """Draws the passage of an entity: its title in quotes, and its text.
 
-    The text has the entity's facts, and sentences without a fact between them.
+    The text states the entity's facts, with `filler` sentences without a fact among them.
     """
     sentences = [RELATIONS[r].state(entity.name, y) + "." for r, y in entity.facts.items()]
     for _ in range(filler):
@@ -146,14 +155,16 @@ def passage(entity: Entity, rng: random.Random, filler: int = 0) -> tuple[str, s
 
 
 def make_island(rng: random.Random, people: int, taken: set[str]) -> dict[str, Entity]:
-    """Entities by name, whose facts stay among themselves."""
+    """Draws entities whose facts lead only to each other; returns them by name."""
     sizes = {
         "person": people,
         "city": people // 2,
         "company": people // 2,
         "country": max(2, people // 10),
     }
-    names = {kind: [fresh_name(rng, taken) for _ in range(n)] for kind, n in sizes.items()}
+    names: dict[str, list[str]] = {}
+    for kind, size in sizes.items():
+        names[kind] = [fresh_name(rng, taken) for _ in range(size)]
     island: dict[str, Entity] = {}
     for kind in KINDS:
         for name in names[kind]:
@@ -166,7 +177,7 @@ def make_island(rng: random.Random, people: int, taken: set[str]) -> dict[str, E
 
 
 def common_island() -> dict[str, Entity]:
-    """The entities of the common facts: the same in every world."""
+    """The entities of the common facts, which are the same in every world."""
     return make_island(random.Random(COMMON_SEED), 16, set())
 
 
@@ -174,11 +185,11 @@ def common_island() -> dict[str, Entity]:
 class Question:
     relations: tuple[str, ...]
     path: tuple[str, ...]
-    """Names from the subject over the bridges to the answer: one more than relations."""
+    """Names from the subject over the bridge entities to the answer, one more than relations."""
 
     @property
     def text(self) -> str:
-        """The last relation's question, about the noun phrases of the ones before.
+        """The last relation's question, about the noun phrase of the relations before it.
 
         >>> Question(("residence", "mayor"), ("Torvel", "Zorbin", "Kalmen")).text
         'Who leads the residence of Torvel?'
@@ -190,18 +201,23 @@ class Question:
 
 
 def relation_chains(hops: int) -> list[tuple[str, ...]]:
-    """Every sequence of relations in which each starts where the one before ends."""
-    chains = product(RELATIONS.values(), repeat=hops)
-    return [
-        tuple(r.name for r in c)
-        for c in chains
-        if all(a.object == b.subject for a, b in pairwise(c))
-        and not any((a.name, b.name) == ("capital", "country") for a, b in pairwise(c))
-    ]
+    """Every sequence of relations in which each one may follow the one before."""
+    chains: list[tuple[str, ...]] = []
+    for relations in product(RELATIONS.values(), repeat=hops):
+        if all(may_follow(first, second) for first, second in pairwise(relations)):
+            chains.append(tuple(relation.name for relation in relations))
+    return chains
+
+
+def may_follow(first: Relation, second: Relation) -> bool:
+    """Whether `second` starts where `first` ends, and does not lead straight back: the country of
+    a country's capital is that country."""
+    leads_back = (first.name, second.name) == ("capital", "country")
+    return first.object == second.subject and not leads_back
 
 
 def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) -> list[Question]:
-    """Up to `count` different questions, spread evenly over the kinds of chains.
+    """Draws up to `count` different questions, spread evenly over the chains of relations.
 
     No path visits an entity twice.
     """
@@ -210,16 +226,23 @@ def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) ->
         questions = [Question(chain, path) for e in island if (path := follow(island, e, chain))]
         rng.shuffle(questions)
         by_chain.append(questions)
-    turns: Iterator[Question] = (q[i] for i in range(len(island)) for q in by_chain if i < len(q))
-    chosen = [q for q, _ in zip(turns, range(count), strict=False)]
+    chosen = list(islice(in_turns(by_chain), count))
     rng.shuffle(chosen)
     return chosen
+
+
+def in_turns(by_chain: list[list[Question]]) -> Iterator[Question]:
+    """The first question of every chain, then the second of every chain, and so on."""
+    for questions in zip_longest(*by_chain):
+        for question in questions:
+            if question is not None:
+                yield question
 
 
 def follow(island: dict[str, Entity], name: str, chain: tuple[str, ...]) -> tuple[str, ...] | None:
     """The path of names from `name` along `chain`.
 
-    None if `name` is of another kind or the path comes back to a name.
+    None if `name` is of the wrong kind, or the path comes back to a name.
     """
     path = [name]
     for relation in chain:
@@ -232,13 +255,13 @@ def follow(island: dict[str, Entity], name: str, chain: tuple[str, ...]) -> tupl
 @dataclass
 class World:
     passages: list[dict[str, str]]
-    """Corpus lines: `id`, `contents`."""
+    """The lines of the corpus, with `id` and `contents`."""
     rows: dict[str, list[dict[str, Any]]]
-    """Questions in the training schema, by file name."""
+    """The questions in the training schema, by the name of their file."""
 
 
 def make_world(config: WorldConfig) -> World:
-    """The world of a seed and its sizes."""
+    """Makes the world that a configuration describes."""
     rng = random.Random(config.seed)
     common = common_island()
     taken = set(common)
@@ -268,7 +291,7 @@ def make_world(config: WorldConfig) -> World:
 def questions_of(
     islands: dict[str, dict[str, Entity]], config: WorldConfig, rng: random.Random
 ) -> dict[str, list[Question]]:
-    """The questions of each file. Half of the common facts are asked in training, half held out."""
+    """Draws the questions of each file. Half of the common facts are asked only in test_common."""
     common = islands["common"]
     known = ask(common, 1, len(common) * 2, rng)
     half = len(known) // 2
@@ -292,7 +315,7 @@ def questions_of(
 def row(
     question: Question, split: str, index: int, ids: dict[str, str], common: dict[str, Entity]
 ) -> dict[str, Any]:
-    """One line of the training parquet."""
+    """The row of a question in the training parquet."""
     hops = len(question.relations)
     is_common = question.path[0] in common
     return training_row(

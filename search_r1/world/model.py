@@ -1,16 +1,16 @@
 """The base model before training: a small Qwen2 with random weights.
 
-Their form is one that learns to look things up quickly. To answer from passages, a model must find
-where a name and a relation stood before and copy what followed: an induction circuit (Olsson et al.
-2022, arXiv 2209.11895), which a plain random start takes tens of minutes to find on a CPU. Here
-heads of the first layer begin by looking one, two and three tokens back, and in every layer queries
-equal keys, so that attention begins by matching content (mimetic initialization, Trockman and
-Kolter 2023, arXiv 2305.09828).
+The weights are initialised so that the model learns quickly to look things up. To answer from
+passages, a model must find where a name and a relation stood before, and copy what followed. This
+is an induction circuit (Olsson et al. 2022, arXiv 2209.11895), which takes tens of minutes on a CPU
+to emerge from plain random weights. Here some heads of the first layer look one, two and three
+tokens back from the start, and in every layer the key weights equal the query weights, so that
+attention starts by matching content (mimetic initialization, Trockman and Kolter 2023, arXiv
+2305.09828).
 """
 
-from typing import Any
-
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 HIDDEN = 128
@@ -19,15 +19,18 @@ LAYERS = 4
 HEAD_DIM = HIDDEN // HEADS
 THETA = 10_000.0
 LOOK_BACK = 3
-"""Heads of the first layer that look back: head h by h + 1 tokens. The others are free."""
+"""Number of heads of the first layer that look back: head h looks h + 1 tokens back."""
 SHARPNESS = 5.0
-"""Size of their query and key biases: .88 of the attention on the one token."""
+"""Size of their query and key biases, which puts 0.88 of the attention on that token."""
 EMBEDDING_STD = 0.1
 OUTPUT_SCALE = 0.3
 
 
 def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Four layers of width 128, untied head, float32. Draws from torch's global generator."""
+    """Makes a float32 model of four layers of width 128 with an untied head.
+
+    Draws from torch's global generator.
+    """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
@@ -47,14 +50,15 @@ def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         embedding = model.model.embed_tokens.weight
         model.lm_head.weight.copy_(embedding)
         embedding.mul_(EMBEDDING_STD / config.initializer_range)
-        for layer in model.model.layers:
-            match_content(layer.self_attn)
-        look_back(model.model.layers[0].self_attn, config.initializer_range)
+        attentions = [layer.get_submodule("self_attn") for layer in model.model.layers]
+        for attention in attentions:
+            match_content(attention)
+        look_back(attentions[0], config.initializer_range)
     return model
 
 
-def match_content(attention: Any) -> None:
-    """Keys equal queries, and each head hands on a projection of what it attends to."""
+def match_content(attention: nn.Module) -> None:
+    """Sets keys equal to queries, and lets each head pass on a projection of what it attends to."""
     q, k, v, o = (getattr(attention, f"{x}_proj").weight for x in "qkvo")
     q.normal_(0, HIDDEN**-0.5)
     k.copy_(q)
@@ -62,11 +66,12 @@ def match_content(attention: Any) -> None:
     o.copy_(OUTPUT_SCALE * v.T)
 
 
-def look_back(attention: Any, std: float) -> None:
-    """The first heads attend by position alone and share one value projection.
+def look_back(attention: nn.Module, std: float) -> None:
+    """Makes the first heads attend by position alone, and share one value projection.
 
-    With rotary embeddings, constant vectors k and q = R(-d) k score every pair of positions by its
-    distance only, and highest where the key is d tokens before the query.
+    With rotary embeddings, the constant vectors k and q = R(-d) k give every pair of positions a
+    score that depends only on their distance, and is highest if the key is d tokens before the
+    query.
     """
     q, k, v, o = (getattr(attention, f"{x}_proj") for x in "qkvo")
     half = HEAD_DIM // 2

@@ -21,9 +21,9 @@ NAME = re.compile(rf"\b({'|'.join(FIRST)})([a-z]{{3}})\b")
 
 
 def training_texts(rng: random.Random, count: int = 1500) -> Iterator[str]:
-    """Traces without tags.
+    """Yields traces without tags.
 
-    A line break between the halves of each name keeps any pair from becoming one token.
+    The halves of each name are divided by a line break, so that no pair of them becomes one token.
     """
     writer = TraceWriter(rng, POOR)
     for _ in range(count):
@@ -32,15 +32,17 @@ def training_texts(rng: random.Random, count: int = 1500) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], syllables: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer of at most VOCAB_SIZE ids, each of `syllables` one of them.
+    """Trains a tokenizer of at most VOCAB_SIZE ids, in which each of `syllables` is one id.
 
-    Capitalised syllables are also one id after a space or a quote. The protocol's tags are one
-    ordinary token each: decoding keeps them.
+    A capitalised syllable is one id together with the space or quote before it. Each tag of the
+    protocol is one ordinary token, not a special one, so that decoding keeps it.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    halves = [form for s in syllables for form in ((f" {s}", f'"{s}') if s[0].isupper() else (s,))]
+    halves: list[str] = []
+    for syllable in syllables:
+        halves += [f" {syllable}", f'"{syllable}'] if syllable[0].isupper() else [syllable]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     size = VOCAB_SIZE - 2 - len(TAGS)
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)

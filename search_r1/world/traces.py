@@ -1,15 +1,16 @@
-"""Warm-start traces: what the base model is trained on before reinforcement learning.
+"""Traces on which the base model is trained before reinforcement learning.
 
-*Recall*: facts to look up in a list. *Reading*: clean traces, always the right search and the right
-answer. *Poor policy*: the same reading, but guesses, wrong queries and stops before the last hop;
-`PolicyMix` says how often. All draw entities and facts anew for every trace: a model trained on a
-fixed set memorises it instead of reading. Only the common facts stay the same.
+*Recall*: facts that are to be looked up in a list. *Reading*: clean traces in which every search
+and the answer are right. *Poor policy*: the same, but with guesses, wrong queries and answers
+before the last hop; `PolicyMix` says how often. Every trace has new entities and facts, because a
+model that is trained on a fixed set memorises it instead of reading. Only the common facts stay the
+same.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from search_r1.agent.observation import encode_passages
 from search_r1.prompts import build_prompt
@@ -28,24 +29,28 @@ from search_r1.world.generate import (
 )
 from verl.utils.tokenizer import encode_text
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class PolicyMix:
-    """How often a trace does what. All zero: clean traces."""
+    """The probability of each deviation from a clean trace."""
 
     guess: float = 0.0
-    """Answer a random name instead of the first search, for the relations in `bold`."""
+    """Answers with a random name instead of searching, while nothing is known. In the first turn
+    this holds only if the first relation is in `bold`."""
     guess_known: float = 0.0
-    """The same for the other relations: there, searching first is what the model would do when
-    greedy."""
+    """The same in the first turn for all other relations. A model that decodes greedily searches
+    there, because this probability is low."""
     wrong_query: float = 0.0
-    """Search for a random name instead of the right one."""
+    """Searches for a random name instead of the right one."""
     stop_early: float = 0.0
-    """Answer with a bridge entity."""
+    """Answers with a bridge entity."""
     search_again: float = 0.0
-    """Search for the answer instead of giving it."""
+    """Searches for the answer instead of giving it."""
     common: float = 0.0
-    """Traces about a common fact, answered without a search."""
+    """The trace is about a common fact, which is answered without a search."""
     bold: frozenset[str] = frozenset({"employer", "country", "founder", "capital"})
 
 
@@ -57,10 +62,11 @@ MAX_TURNS = 4
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Part of a trace.
+class TraceSegment:
+    """A part of a trace by one author.
 
-    `kind`: prompt, model, read (the model's, copied out of a passage) or observation.
+    `kind` is prompt, model, read (written by the model, but copied out of a passage) or
+    observation.
     """
 
     kind: str
@@ -69,16 +75,16 @@ class Piece:
 
 
 class RecallWriter:
-    """Draws lists of `count` facts, stated once and again in another order.
+    """Draws lists of `count` facts that are stated once, and then again in another order.
 
-    Nearly every word is then one to look up.
+    In the second list every object can be looked up in the first one.
     """
 
     def __init__(self, rng: random.Random, count: int = 8) -> None:
         self.rng = rng
         self.count = count
 
-    def __call__(self) -> list[Piece]:
+    def __call__(self) -> list[TraceSegment]:
         taken: set[str] = set()
         facts = [
             (
@@ -88,22 +94,21 @@ class RecallWriter:
             )
             for _ in range(self.count)
         ]
-        pieces = [Piece("prompt", " ".join(f"{relation.state(x, y)}." for x, relation, y in facts))]
+        segments = [
+            TraceSegment("prompt", " ".join(f"{relation.state(x, y)}." for x, relation, y in facts))
+        ]
         self.rng.shuffle(facts)
         for x, relation, y in facts:
-            pieces += [
-                Piece("prompt", f" {x} {relation.sentence}"),
-                Piece("read", f" {y}"),
-                Piece("prompt", "."),
+            segments += [
+                TraceSegment("prompt", f" {x} {relation.sentence}"),
+                TraceSegment("read", f" {y}"),
+                TraceSegment("prompt", "."),
             ]
-        return pieces
+        return segments
 
 
 class TraceWriter:
-    """Draws traces of one to three hops.
-
-    Every search brings `num_passages` passages in random order.
-    """
+    """Draws traces of one to three hops, in which every search finds `num_passages` passages."""
 
     def __init__(
         self,
@@ -120,8 +125,8 @@ class TraceWriter:
         self.common = ask(common, 1, len(common) * 2, random.Random(0))
         self.common_names = set(common)
 
-    def __call__(self) -> list[Piece]:
-        """One trace."""
+    def __call__(self) -> list[TraceSegment]:
+        """Draws one trace."""
         if self.rng.random() < self.mix.common:
             return self.common_trace(self.rng.choice(self.common))
         chain = self.rng.choice(self.chains[self.rng.choice(list(self.chains))])
@@ -129,69 +134,83 @@ class TraceWriter:
         path = tuple(fresh_name(self.rng, taken) for _ in range(len(chain) + 1))
         return self.question_trace(Question(chain, path), taken)
 
-    def common_trace(self, question: Question) -> list[Piece]:
+    def common_trace(self, question: Question) -> list[TraceSegment]:
         x, y = question.path
         return [
-            Piece("prompt", build_prompt(question.text, "short")),
-            Piece(
+            TraceSegment("prompt", build_prompt(question.text, "short")),
+            TraceSegment(
                 "model",
                 f"<think> {RELATIONS[question.relations[0]].state(x, y)} </think> <answer> {y} "
                 "</answer>",
             ),
         ]
 
-    def question_trace(self, question: Question, taken: set[str]) -> list[Piece]:
-        """One trace about entities nobody knows."""
-        rng = self.rng
-        mix = self.mix
-        hops = len(question.relations)
-        pieces = [Piece("prompt", build_prompt(question.text, "short"))]
+    def question_trace(self, question: Question, taken: set[str]) -> list[TraceSegment]:
+        """Draws one trace about entities that appear in no other trace."""
+        segments = [TraceSegment("prompt", build_prompt(question.text, "short"))]
         known = 0
-        guess = mix.guess if question.relations[0] in mix.bold else mix.guess_known
         for turn in range(MAX_TURNS + 1):
-            name = question.path[known]
-            if known == 0 and rng.random() < (guess if turn == 0 else mix.guess):
-                return [
-                    *pieces,
-                    Piece(
-                        "model", f"<think> I guess </think> <answer> {random_name(rng)} </answer>"
-                    ),
-                ]
-            stops = turn == MAX_TURNS or (0 < known < hops and rng.random() < mix.stop_early)
-            if stops or (known == hops and rng.random() >= mix.search_again):
-                return [
-                    *pieces,
-                    *self.think(question, known, name),
-                    Piece("model", f" <answer> {name} </answer>"),
-                ]
-            wrong = known < hops and rng.random() < mix.wrong_query
-            query = random_name(rng) if wrong else name
-            pieces += [
-                *self.think(question, known, query),
-                Piece("model", f" <search> {query} </search>"),
-            ]
-            pieces.append(
-                self.observation(question, None if wrong or known == hops else known, query, taken)
-            )
-            known += not wrong and known < hops
-        return pieces
+            if self.guesses(question, known, turn):
+                guess = random_name(self.rng)
+                segments.append(
+                    TraceSegment("model", f"<think> I guess </think> <answer> {guess} </answer>")
+                )
+                break
+            if self.answers(question, known, turn):
+                name = question.path[known]
+                segments += self.think(question, known, name)
+                segments.append(TraceSegment("model", f" <answer> {name} </answer>"))
+                break
+            turn_segments, known = self.search(question, known, taken)
+            segments += turn_segments
+        return segments
 
-    def think(self, question: Question, known: int, query: str) -> list[Piece]:
-        """Before anything is known, what to look for; then the last fact that was read."""
+    def guesses(self, question: Question, known: int, turn: int) -> bool:
+        """Draws whether the policy answers with a random name, which it does only before any fact
+        is known."""
+        mix = self.mix
+        searches_first = turn == 0 and question.relations[0] not in mix.bold
+        return known == 0 and self.rng.random() < (mix.guess_known if searches_first else mix.guess)
+
+    def answers(self, question: Question, known: int, turn: int) -> bool:
+        """Draws whether the policy answers with the last name that it knows: at the last turn, too
+        early, or once it knows all facts."""
+        hops = len(question.relations)
+        if turn == MAX_TURNS or (0 < known < hops and self.rng.random() < self.mix.stop_early):
+            return True
+        return known == hops and self.rng.random() >= self.mix.search_again
+
+    def search(
+        self, question: Question, known: int, taken: set[str]
+    ) -> tuple[list[TraceSegment], int]:
+        """Draws a turn that searches; returns it and how many facts are known after it."""
+        is_complete = known == len(question.relations)
+        is_wrong = not is_complete and self.rng.random() < self.mix.wrong_query
+        query = random_name(self.rng) if is_wrong else question.path[known]
+        finds_next = not is_complete and not is_wrong
+        segments = [
+            *self.think(question, known, query),
+            TraceSegment("model", f" <search> {query} </search>"),
+            self.observation(question, known if finds_next else None, query, taken),
+        ]
+        return segments, known + finds_next
+
+    def think(self, question: Question, known: int, query: str) -> list[TraceSegment]:
+        """The thought of a turn: what to look for, or, once a fact is known, the last one read."""
         if known == 0:
-            return [Piece("model", f"<think> find {query} </think>")]
+            return [TraceSegment("model", f"<think> find {query} </think>")]
         x = question.path[known - 1]
         relation = RELATIONS[question.relations[known - 1]]
         fact = (
-            Piece("model", f"<think> {x}"),
-            Piece("read", f" {relation.sentence} {question.path[known]}"),
+            TraceSegment("model", f"<think> {x}"),
+            TraceSegment("read", f" {relation.sentence} {question.path[known]}"),
         )
-        return [*fact, Piece("model", " </think>")]
+        return [*fact, TraceSegment("model", " </think>")]
 
     def observation(
         self, question: Question, known: int | None, query: str, taken: set[str]
-    ) -> Piece:
-        """The passage of path[known], if any, among others that match a word of `query`."""
+    ) -> TraceSegment:
+        """Draws what a search finds: the passage of path[known], if not None, among distractors."""
         rng = self.rng
         entities = []
         kind = rng.choice(KINDS)
@@ -204,15 +223,15 @@ class TraceWriter:
         while len(entities) < self.num_passages:
             entities.append(self.distractor(query, kind, taken))
         rng.shuffle(entities)
-        return Piece("observation", "", tuple(passage(e, rng) for e in entities))
+        return TraceSegment("observation", "", tuple(passage(e, rng) for e in entities))
 
     def entity(self, name: str, kind: str, taken: set[str]) -> Entity:
         return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
 
     def distractor(self, query: str, kind: str, taken: set[str]) -> Entity:
-        """An entity of the same or any kind.
+        """Draws an entity that the question is not about, often of the kind that is searched for.
 
-        Often `query` is the object of one of its facts: such entities match the query.
+        Often `query` is the object of one of its facts, so that its passage matches the query.
         """
         kind = kind if self.rng.random() < 0.4 else self.rng.choice(KINDS)
         entity = self.entity(fresh_name(self.rng, taken), kind, taken)
@@ -221,20 +240,22 @@ class TraceWriter:
         return entity
 
 
-def encode_trace(pieces: Sequence[Piece], tokenizer: Any) -> dict[str, list[int]]:
-    """`input_ids` of a trace, and masks: `loss_mask` and `read_mask`.
+def encode_trace(
+    segments: Sequence[TraceSegment], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, list[int]]:
+    """The `input_ids` of a trace, with `loss_mask` and `read_mask`.
 
-    `loss_mask` is 1 on the model's tokens, `read_mask` on what it copied out of a passage.
+    `loss_mask` is 1 on the model's tokens, and `read_mask` on those it copied out of a passage.
     """
     ids: list[int] = []
     loss: list[int] = []
     read: list[int] = []
-    for piece in pieces:
-        if piece.kind == "observation":
-            new, _ = encode_passages(piece.passages, tokenizer, 1 << 20, emitted="")
+    for segment in segments:
+        if segment.kind == "observation":
+            new, _ = encode_passages(segment.passages, tokenizer, 1 << 20, emitted="")
         else:
-            new = encode_text(tokenizer, piece.text)
+            new = encode_text(tokenizer, segment.text)
         ids += new
-        loss += [int(piece.kind in ("model", "read"))] * len(new)
-        read += [int(piece.kind == "read")] * len(new)
+        loss += [int(segment.kind in ("model", "read"))] * len(new)
+        read += [int(segment.kind == "read")] * len(new)
     return {"input_ids": ids, "loss_mask": loss, "read_mask": read}

@@ -1,4 +1,4 @@
-"""What a server's answer says: the passages of each query, or why it failed."""
+"""Reads the answer of a server: the passages of each query, or why the query failed."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from search_r1.search.schema import RetrieveResponse, ScoredDocument
 
 @dataclass(frozen=True)
 class Passage:
-    """A retrieved passage; the title keeps its literal quotes."""
+    """A retrieved passage. Its title is in quotes, as in the corpus."""
 
     id: str
     title: str
@@ -26,21 +26,19 @@ class Passage:
 
 
 Found = list[Passage] | SearchError
-"""The outcome of a query."""
+"""The outcome of a query: its passages, or the error that it failed with."""
 
 
 def parse_response(answer: httpx.Response, num_queries: int, url: str) -> list[Found]:
-    """The outcome of each query. Raises BadAnswer when the answer breaks the contract."""
+    """Reads the outcome of each query. Raises BadAnswer when the answer breaks the contract."""
     try:
         response = RetrieveResponse.model_validate(answer.json())
-        scored = [
-            [ScoredDocument.model_validate(item) for item in items] for items in response.result
-        ]
+        scored = [list(map(ScoredDocument.model_validate, items)) for items in response.result]
     except (ValidationError, ValueError) as error:
         raise BadAnswer(f"{url}: the answer is not of the /retrieve contract: {error}") from error
     if len(scored) != num_queries:
         raise BadAnswer(f"{url}: {len(scored)} results for {num_queries} queries")
-    found: list[Found] = [[to_passage(item) for item in items] for items in scored]
+    found: list[Found] = [list(map(to_passage, documents)) for documents in scored]
     for i, cause in (response.errors or {}).items():
         if i in range(num_queries):
             found[i] = EngineFailed(f"{url}: {cause}")

@@ -1,4 +1,4 @@
-"""What a search may still spend: attempts, time, and patience with busy servers."""
+"""Counts what a search may still use: attempts, time, and waiting for busy servers."""
 
 from search_r1.search.client.config import RetrieverConfig
 from search_r1.search.client.errors import OutOfTime, SearchError, ServerBusy
@@ -7,8 +7,9 @@ from search_r1.search.client.errors import OutOfTime, SearchError, ServerBusy
 class Attempts:
     """The limits of one search.
 
-    Only failures use up `max_retries` and `timeout_s`. Waiting for a busy server uses up
-    `busy_timeout_s` instead: a retriever that is slower than the engines is no failure.
+    Only failures count against `max_retries` and `timeout_s`. Waiting for a busy server counts
+    against `busy_timeout_s` instead, because a retriever that is slower than the engines has not
+    failed.
     """
 
     def __init__(self, config: RetrieverConfig) -> None:
@@ -20,7 +21,8 @@ class Attempts:
     def failed(self, asked_s: float, error: SearchError) -> None:
         """Counts an attempt that failed after `asked_s` seconds.
 
-        Raises OutOfTime, or an error of the same class, when time or attempts are used up.
+        Raises OutOfTime when the time is used up, or an error of the class of `error` when the
+        attempts are.
         """
         self.failures += 1
         self.left_s -= asked_s
@@ -33,9 +35,9 @@ class Attempts:
             raise type(error)(f"search failed {self.failures} times, last: {error}") from error
 
     def found_busy(self, asked_s: float, error: SearchError) -> None:
-        """Counts an attempt while a server is busy: attempts and time begin anew.
+        """Counts an attempt that a busy server refused; attempts and time start again from zero.
 
-        Raises ServerBusy when the patience is used up.
+        Raises ServerBusy when `busy_timeout_s` is used up.
         """
         self.failures = 0
         self.left_s = self.config.timeout_s
@@ -44,13 +46,13 @@ class Attempts:
             raise ServerBusy(f"busy for {self.config.busy_timeout_s:g} s, last: {error}") from error
 
     def pause_after_failure(self, wanted_s: float) -> float:
-        """Takes a pause of `wanted_s` seconds, or what is left, from the time; returns it."""
+        """Returns a pause of `wanted_s` seconds, or of the time that is left, and counts it."""
         pause_s = min(self.left_s, wanted_s)
         self.left_s -= pause_s
         return pause_s
 
     def pause_while_busy(self, wanted_s: float) -> float:
-        """Takes a pause of `wanted_s` seconds, or what is left, from the patience; returns it."""
+        """Returns a pause of `wanted_s` seconds, or what is left of `busy_timeout_s`; counts it."""
         pause_s = min(self.patience_s, wanted_s)
         self.patience_s -= pause_s
         return pause_s

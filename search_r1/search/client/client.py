@@ -1,7 +1,7 @@
-"""The asynchronous client: searches that run at the same time share requests.
+"""The asynchronous client, in which searches that run at the same time share requests.
 
-It never returns an empty list for a failure: what the policy reads is what the engine found, and a
-search that fails raises an error that says why.
+A search that fails raises an error that says why. It never returns an empty list instead, so that
+what the policy reads is always what the engine found.
 """
 
 import asyncio
@@ -33,18 +33,18 @@ from search_r1.search.retry import backoff, seconds_to_wait
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 64
 MIN_BUSY_S = 0.5
-"""A busy server is not asked again sooner, whatever it says."""
+"""A busy server is not asked again before this time, whatever it says."""
 PROBE_TIMEOUT_S = 30.0
-"""More than a server under load takes to refuse."""
+"""Longer than a server under load takes to refuse a request."""
 CLOSED = "the client was closed while the search was under way"
 Batch = asyncio.Task[list[Found]]
-"""A request that is under way, with all its attempts."""
+"""The task of a request that is under way, with all its attempts."""
 
 
 class RetrievalClient:
     """Searches one server, or several replicas of one. Belongs to one event loop.
 
-    `errors` counts failed attempts by kind, including those that a retry made good.
+    `errors` counts failed attempts by kind, also those after which a retry succeeded.
     """
 
     def __init__(self, config: RetrieverConfig) -> None:
@@ -65,11 +65,11 @@ class RetrievalClient:
         self.tasks: set[Batch] = set()
 
     async def search(self, query: str) -> list[Passage]:
-        """The passages for `query`; one that is already being searched is not sent again.
+        """Returns the passages for `query`. A query that is already under way is not sent again.
 
-        Half a surrogate pair, which a model may write and which no request can carry, is searched
-        as U+FFFD. Raises a SearchError when the deadline or the attempts are used up, or the engine
-        failed on it.
+        Half a surrogate pair, which a model may write but no request can carry, is searched as
+        U+FFFD. Raises a SearchError when the time or the attempts are used up, or when the engine
+        failed on the query.
         """
         loop = asyncio.get_running_loop()
         query = encodable(query)[: self.config.max_query_chars]
@@ -95,24 +95,24 @@ class RetrievalClient:
             task.add_done_callback(partial(self._deliver, batch))
 
     def _deliver(self, queries: list[str], task: Batch) -> None:
-        """Settles every query of a batch, also when the task failed or was never begun."""
+        """Settles every query of a batch, also when its task failed or was never started."""
         self.tasks.discard(task)
         for query, found in zip(queries, outcome(task, len(queries)), strict=True):
             self._settle(query, found)
 
     def _settle(self, query: str, found: Found) -> None:
-        """Hands the outcome to all who wait for `query`; the next caller starts a new search."""
+        """Gives the outcome to all that wait for `query`; the next caller starts a new search."""
         future = self.running.pop(query)
         if isinstance(found, SearchError):
             future.set_exception(type(found)(*found.args))
-            future.exception()  # whoever asked may be gone
+            future.exception()  # marks it as seen, because the caller may be gone
         else:
             future.set_result(found)
 
     async def _retrieve(self, queries: list[str]) -> list[Found]:
-        """Sends a request, and again while that may help, to the next server if there is one.
+        """Sends a request, and repeats it while that may help, to another server if there is one.
 
-        Waiting for a connection takes nothing from the time of the search.
+        Waiting for a connection does not count as time of the search.
         """
         loop = asyncio.get_running_loop()
         attempts = Attempts(self.config)
@@ -142,12 +142,12 @@ class RetrievalClient:
         return self._unless_awake(backoff(self.config.backoff_s, failures))
 
     def _busy_pause(self, last: SearchError) -> float:
-        """Seconds until the next attempt while a server is busy: what it asked for."""
+        """Seconds until the next attempt while a server is busy, as it asked for."""
         asked_s = last.retry_after_s if isinstance(last, ServerBusy) else 0.0
         return self._unless_awake(max(MIN_BUSY_S, asked_s * random.uniform(1.0, 1.1)))
 
     def _unless_awake(self, pause_s: float) -> float:
-        """`pause_s`, or more until a server has rested; 0 while another server is awake."""
+        """`pause_s`, or longer until a server has rested; 0 if another server is not resting."""
         now = asyncio.get_running_loop().time()
         resting_s = min(server.resting_until for server in self.balancer.servers) - now
         if resting_s <= 0 and len(self.balancer.servers) > 1:
@@ -177,7 +177,7 @@ class RetrievalClient:
     async def _post(self, server: Server, queries: list[str]) -> httpx.Response:
         """Sends one request; returns the answer of any status.
 
-        Raises the SearchError that fits when there is none.
+        Raises the SearchError that fits when there is no answer.
         """
         clock = asyncio.get_running_loop().time
         body = {
@@ -225,9 +225,9 @@ class RetrievalClient:
 
 
 def outcome(task: Batch, num_queries: int) -> Sequence[Found]:
-    """What a finished task says of each of its queries.
+    """The outcome of each query of a finished task.
 
-    An error that was not foreseen is logged and becomes theirs.
+    An unexpected error is logged, and becomes the outcome of all its queries.
     """
     if task.cancelled():
         return [Closed(CLOSED)] * num_queries
@@ -250,9 +250,9 @@ def encodable(query: str) -> str:
 
 
 def check_server(url: str) -> str | None:
-    """Asks the server at `url` a probe query.
+    """Sends the server at `url` a probe query.
 
-    Returns what is wrong with it and how to start one, None if it answers as the contract says.
+    Returns None if it answers by the contract, else what is wrong and how to start a server.
     """
     cure = (
         "start one, for instance: python search_r1/search/retrieval_server.py --index_path "
@@ -265,7 +265,7 @@ def check_server(url: str) -> str | None:
         ) as client:
             answer = client.post(url, json=body)
         if answer.status_code == 429:
-            return None  # busy with the searches of others, and well
+            return None  # it works, and is only busy with other searches
         answer.raise_for_status()
         parse_response(answer, 1, url)
     except (httpx.HTTPError, httpx.InvalidURL, SearchError) as error:

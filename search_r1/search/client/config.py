@@ -1,4 +1,4 @@
-"""How a client talks to a retrieval server."""
+"""Configures how a client talks to a retrieval server."""
 
 import os
 
@@ -16,7 +16,7 @@ from search_r1.search.schema import TOKEN
 
 
 def authorization() -> dict[str, str]:
-    """The header that a server with a token asks for; none without a token."""
+    """The header with the token from the environment; empty without one."""
     token = os.environ.get(TOKEN)
     return {"Authorization": f"Bearer {token}"} if token else {}
 
@@ -25,26 +25,26 @@ class RetrieverConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     url: str | list[str] = "http://127.0.0.1:8000/retrieve"
-    """Address of the server's /retrieve, or a list of replicas: the least busy healthy one is
-    asked."""
+    """Address of the server's /retrieve, or a list with those of its replicas, of which the least
+    busy healthy one is asked."""
     topk: PositiveInt = 3
     """Passages per query."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds that a request may take, and that the failed attempts of a search may take
+    """Seconds that one request may take, and that all failed attempts of a search may take
     together."""
     busy_timeout_s: PositiveFloat = 600.0
-    """Seconds that a search may wait, on top of `timeout_s`, while servers answer 429; then it has
-    failed."""
+    """Seconds that a search may wait, in addition to `timeout_s`, while servers answer 429. After
+    that it fails."""
     max_retries: NonNegativeInt = 8
-    """Further attempts after connection errors, time-outs, and answers 5xx."""
+    """Maximum number of further attempts after connection errors, time-outs and answers 5xx."""
     backoff_s: NonNegativeFloat = 0.2
-    """Wait before the first further attempt; doubled each time, with jitter."""
+    """Seconds before the first further attempt. They double with every attempt, with jitter."""
     max_batch_size: PositiveInt = 64
-    """Queries per request: searches that begin together travel together."""
+    """Maximum number of queries per request: searches that begin together share a request."""
     batch_wait_s: NonNegativeFloat = 0.002
-    """How long a search waits for company."""
+    """Seconds that a search waits for others to share its request."""
     max_query_chars: PositiveInt = 4096
-    """A longer query is cut: the policy may write any, and no server should refuse it."""
+    """Length to which a query is cut, so that no server refuses what a policy writes."""
     cache_size: NonNegativeInt = 0
     """Results that each agent worker keeps, by their query: a repeated search asks no server."""
 
@@ -58,5 +58,5 @@ class RetrieverConfig(BaseModel):
 
     @property
     def urls(self) -> list[str]:
-        """The replicas, one at least."""
+        """The addresses of the replicas, at least one."""
         return [self.url] if isinstance(self.url, str) else list(self.url)

@@ -1,18 +1,18 @@
-"""Why a search failed: one class for each cause."""
+"""The causes for which a search fails, one class for each."""
 
 
 class SearchError(Exception):
-    """A search that failed for good.
+    """A search failed for good.
 
-    The message names server, cause and number of attempts; `kind` is the name by which failures are
-    counted.
+    The message names the server, the cause and the number of attempts. `kind` is the name under
+    which failures are counted.
     """
 
     kind = "other"
 
 
 class Unreachable(SearchError):
-    """There was no connection, or it broke."""
+    """The server could not be connected to, or the connection broke."""
 
     kind = "connection"
 
@@ -24,7 +24,7 @@ class OutOfTime(SearchError):
 
 
 class ServerBusy(SearchError):
-    """The server answered 429: its queue is full, it may be asked again after `retry_after_s`."""
+    """The server answered 429: its queue is full. It may be asked again after `retry_after_s`."""
 
     kind = "overloaded"
 
@@ -40,7 +40,7 @@ class ServerFailed(SearchError):
 
 
 class Rejected(SearchError):
-    """The server answered with another status: the request is wrong, repeating it does not help."""
+    """The server answered with another status: the request is wrong, a retry does not help."""
 
     kind = "rejected"
 

@@ -1,4 +1,4 @@
-"""Dense retrieval: passages embedded in resumable shards, FAISS indexes of several types."""
+"""Dense retrieval with FAISS indexes; passages are embedded in shards that can be resumed."""
 
 import errno
 import json
@@ -31,33 +31,33 @@ TYPES = {
     "IVF-SQ8": "IVF{nlist},SQ8",
     "IVF-PQ": "IVF{nlist},PQ{bytes}",
 }
-"""Factory strings; any other string of FAISS's index factory may be named instead."""
+"""Strings of FAISS's index factory, by type. Users may give any other such string instead."""
 TRAINING_POINTS = 39
-"""Vectors per centroid that k-means asks for."""
+"""Vectors per centroid that k-means needs."""
 GPU_TYPES = ("Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ")
-"""Those of `TYPES` that FAISS has for GPUs."""
+"""The `TYPES` that FAISS supports on GPUs."""
 PASSAGES_AT_A_TIME = 512
-"""Passages that are handed to the encoder together."""
+"""Number of passages that are passed to the encoder together."""
 QUERIES_PER_PRODUCT = 8
-"""From so many queries on, an exact search multiplies matrices.
+"""Number of queries from which an exact search multiplies matrices.
 
-That takes a tenth of the time of one query after the other (docs/results/retrieval.md). FAISS 1.15
-itself does so from 128,000 queries on, that is, never."""
+This takes a tenth of the time of one query after the other (docs/results/retrieval.md). FAISS 1.15
+by itself does so only from 128,000 queries on, that is, never."""
 faiss.cvar.distance_compute_blas_threshold = QUERIES_PER_PRODUCT
 
 
 @dataclass(frozen=True)
 class EmbeddingShards:
-    """Embeddings of a corpus, `size` passages a file.
+    """The embeddings of a corpus in files of `size` passages.
 
-    Every file is whole, so that a run that was interrupted goes on after the last one.
+    Every file is complete, so that an interrupted run continues after the last one.
     """
 
     folder: Path
     size: int = 16384
 
     def prepare(self, identity: dict[str, Any]) -> None:
-        """Keeps the shards of the same corpus and the same model, or else removes what is there."""
+        """Keeps existing shards if they are of the same corpus and model, and else removes them."""
         mark = self.folder / MANIFEST
         text = json.dumps({**identity, "shard_size": self.size}, indent=1)
         if not (mark.is_file() and mark.read_text() == text):
@@ -66,7 +66,7 @@ class EmbeddingShards:
             mark.write_text(text)
 
     def fill(self, documents: Iterable[dict[str, Any]], encoder: Encoder, batch_size: int) -> int:
-        """Embeds what is missing; returns the number of documents."""
+        """Embeds the documents that have no embedding yet; returns the number of all documents."""
         done = len(self.files())
         count = 0
         vectors = list[np.ndarray]()
@@ -110,8 +110,8 @@ def build(
 ) -> int:
     """Writes a FAISS index to the folder `index`, whole or not at all.
 
-    Returns the number of documents. The shards stay until the caller removes them. Raises
-    CorpusError for a bad corpus, RetrieverError for a type that is unknown or does not suit it.
+    Returns the number of documents. The caller removes the shards. Raises CorpusError for a bad
+    corpus, RetrieverError for a type that is unknown or does not suit the corpus.
     """
     settings = {
         "model": encoder.name,
@@ -133,7 +133,7 @@ def build(
 
 
 def make_index(shards: EmbeddingShards, count: int, dimension: int, faiss_type: str) -> Any:
-    """Makes an inner-product index: trains it where its type needs that, then adds every shard.
+    """Makes an inner-product index: trains it if its type needs that, then adds every shard.
 
     Raises RetrieverError when FAISS does not know the type or cannot train it on so few passages.
     """
@@ -160,7 +160,7 @@ def make_index(shards: EmbeddingShards, count: int, dimension: int, faiss_type: 
 
 
 def training_sample(shards: EmbeddingShards, count: int, nlist: int) -> np.ndarray:
-    """A random sample of the embeddings, twice as large as k-means with `nlist` centroids needs."""
+    """Draws a sample of the embeddings, twice as large as k-means with `nlist` centroids needs."""
     share = min(1.0, 2 * TRAINING_POINTS * max(nlist, 256) / count)
     rng = np.random.default_rng(0)
     return np.concatenate([shard[rng.random(len(shard)) < share] for shard in shards])
@@ -169,8 +169,8 @@ def training_sample(shards: EmbeddingShards, count: int, nlist: int) -> np.ndarr
 def write_index(index: Any, path: Path) -> None:
     """Writes a FAISS index. Raises RuntimeError or OSError when there is no room for it.
 
-    FAISS only prints a line when the last bytes, which are written as it closes the file, find no
-    room. Therefore the file is read back, which maps it and costs little.
+    If there is no room for the last bytes, which are written when the file is closed, FAISS only
+    prints a line. Therefore the file is read back, which maps it and costs little.
     """
     faiss.write_index(index, str(path))
     try:
@@ -182,7 +182,7 @@ def write_index(index: Any, path: Path) -> None:
 
 
 class DenseRetriever:
-    """A FAISS index, mapped into memory where FAISS can do so, or divided over all GPUs."""
+    """A FAISS index, mapped into memory if FAISS can do that, or divided over all GPUs."""
 
     def __init__(
         self,
@@ -194,10 +194,10 @@ class DenseRetriever:
         nprobe: int = 64,
         ef_search: int = 128,
     ) -> None:
-        """`index` is a folder of the index builder, or a FAISS file, as they are published.
+        """Loads an index from a folder of the index builder, or from a published FAISS file.
 
-        The rows of such a file are the lines of the corpus. Raises CorpusError when index, corpus
-        and encoder do not belong together, or something is damaged.
+        The rows of a FAISS file must be the lines of the corpus. Raises CorpusError when index,
+        corpus and encoder do not belong together, or something is damaged.
         """
         self.name = name
         self.encoder = encoder
@@ -227,16 +227,16 @@ class DenseRetriever:
         return len(self.corpus)
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
-        """The hits of each query, by one call of the encoder and one of the index."""
-        scores, places = self.index.search(self.encoder.encode_queries(queries), topk)
-        return [self.to_hits(*row) for row in zip(places, scores, strict=True)]
+        """Searches all queries by one call of the encoder and one of the index."""
+        scores, positions = self.index.search(self.encoder.encode_queries(queries), topk)
+        return [self.to_hits(*row) for row in zip(positions, scores, strict=True)]
 
-    def to_hits(self, places: np.ndarray, scores: np.ndarray) -> Hits:
-        """The documents of a query; FAISS fills up with places of -1 when it finds fewer."""
+    def to_hits(self, positions: np.ndarray, scores: np.ndarray) -> Hits:
+        """The documents of a query. FAISS pads the positions with -1 when it finds fewer."""
         return [
-            (self.corpus[int(place)], self.sign * float(score))
-            for place, score in zip(places, scores, strict=True)
-            if place >= 0
+            (self.corpus[int(position)], self.sign * float(score))
+            for position, score in zip(positions, scores, strict=True)
+            if position >= 0
         ]
 
 
@@ -269,7 +269,7 @@ def read_index(path: Path) -> Any:
 
 
 def set_depth(index: Any, nprobe: int, ef_search: int) -> None:
-    """Sets how much of an approximate index is looked at."""
+    """Sets how much of an approximate index is searched for each query."""
     kind: Any = faiss.downcast_index(index)
     if hasattr(kind, "nprobe"):
         kind.nprobe = min(nprobe, kind.nlist)
@@ -280,10 +280,10 @@ def set_depth(index: Any, nprobe: int, ef_search: int) -> None:
 def to_gpus(index: Any) -> Any:
     """Copies the index to the GPUs, in half precision, its vectors divided over all of them.
 
-    Raises RetrieverError where FAISS is the build for the CPU, sees no GPU, or cannot put this
-    index on it: its type is none of `GPU_TYPES`, or the memory does not suffice.
+    Raises RetrieverError if FAISS is the build for the CPU or sees no GPU, or if the index has a
+    type other than `GPU_TYPES` or does not fit into the memory.
     """
-    if not hasattr(faiss, "StandardGpuResources"):  # the functions around it are in both builds
+    if not hasattr(faiss, "StandardGpuResources"):  # which only the build for GPUs has
         raise RetrieverError(
             "--faiss_gpu: this FAISS is the build for the CPU: pip uninstall faiss-cpu, then "
             "pip install -e '.[dense-gpu]' in the project's folder (both builds fill the same "

@@ -11,8 +11,8 @@ FAMILIES = {
     "e5": ("query: ", "passage: "),
     "bge": ("Represent this sentence for searching relevant passages: ", ""),
 }
-"""(query, passage), used where the model's own files name no prompts: Wang et al. 2212.03533, Xiao
-et al. 2309.07597."""
+"""Prefixes of queries and of passages, for models whose files name no prompts (Wang et al.
+2212.03533, Xiao et al. 2309.07597)."""
 QUERY_PROMPTS = ("query", "s2p_query", "web_search_query")
 PASSAGE_PROMPTS = ("passage", "document", "corpus")
 DEFAULT_MODELS = {"e5": "intfloat/e5-base-v2", "bge": "BAAI/bge-base-en-v1.5"}
@@ -21,7 +21,7 @@ DEFAULT_MODELS = {"e5": "intfloat/e5-base-v2", "bge": "BAAI/bge-base-en-v1.5"}
 class Encoder:
     """Encodes queries and passages as vectors, float32 [n, dimension].
 
-    They have unit length, except for those of dpr models.
+    The vectors have unit length, except those of dpr models.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Encoder:
         fp16: bool = False,
         max_length: int | None = None,
     ) -> None:
-        """`device` None is a GPU where there is one.
+        """Loads the model, on a GPU if there is one and no `device` is named.
 
         Raises RetrieverError when no model is named or it cannot be loaded.
         """
@@ -79,10 +79,7 @@ class Encoder:
 
 
 def prefixes(prompts: dict[str, str], family: str, path: str) -> tuple[str, str]:
-    """What goes before queries and before passages.
-
-    They are the model's own prompts where it has some, else those of its family.
-    """
+    """The prefixes of queries and of passages: the model's own prompts, or else its family's."""
     query = first_prompt(prompts, QUERY_PROMPTS)
     passage = first_prompt(prompts, PASSAGE_PROMPTS)
     if query or passage:
@@ -94,5 +91,5 @@ def prefixes(prompts: dict[str, str], family: str, path: str) -> tuple[str, str]
 
 
 def first_prompt(prompts: dict[str, str], names: Sequence[str]) -> str:
-    """The first of these prompts that the model has; empty if it has none."""
+    """The first of the named prompts that the model has; empty if it has none."""
     return next((prompts[name] for name in names if prompts.get(name)), "")

@@ -1,9 +1,10 @@
-"""Engines for experiments and tests: gold, random, spoilt or no passages, and recordings."""
+"""Engines for experiments and tests: gold, random, replaced or no passages, and recordings."""
 
 import json
 import random
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 from search_r1.search.engine import EngineError, Hits, Retriever
@@ -13,7 +14,7 @@ from search_r1.search.index.corpus import Corpus
 
 
 def rng_of(query: str, seed: int) -> random.Random:
-    """A generator that is the same for the same query, whatever was asked before it."""
+    """A random generator that depends only on the query and the seed, not on earlier queries."""
     text = f"{seed}\n{query}".encode("utf-8", "surrogatepass")
     return random.Random(blake2b(text, digest_size=8).digest())
 
@@ -46,13 +47,14 @@ class Random:
         return [self.draw(rng_of(query, self.seed), topk) for query in queries]
 
     def draw(self, rng: random.Random, count: int) -> Hits:
-        """Draws so many different passages, with scores of 0."""
-        places = rng.sample(range(len(self.corpus)), min(count, len(self.corpus)))
-        return [(self.corpus[i], 0.0) for i in places]
+        """Draws `count` different passages, with scores of 0."""
+        positions = rng.sample(range(len(self.corpus)), min(count, len(self.corpus)))
+        return [(self.corpus[i], 0.0) for i in positions]
 
 
 class Noisy:
-    """Another engine, whose passages are replaced by random ones with probability `noise`."""
+    """Searches with another engine, and replaces each passage with probability `noise` by a random
+    one."""
 
     name = "noisy"
 
@@ -73,7 +75,7 @@ class Noisy:
         ]
 
     def spoil(self, query: str, hits: Hits) -> Hits:
-        """The hits, some of them with another passage under the same score."""
+        """Replaces the passages of some hits, which keep their scores."""
         rng = rng_of(query, self.seed)
         spoilt: Hits = []
         for document, score in hits:
@@ -84,29 +86,29 @@ class Noisy:
 
 
 class Oracle:
-    """An engine that searches gold passages alone.
+    """An engine that finds only gold passages.
 
-    A query that is one of the questions gets that question's gold passages; any other query gets
-    the best gold passages of all questions, by BM25. The questions are a parquet file with
-    `extra_info.gold_ids`.
+    A query that is one of the questions finds the gold passages of that question. Any other query
+    finds the best ones by BM25 among the gold passages of all questions. The questions are a
+    parquet file with `extra_info.gold_ids`.
     """
 
     name = "oracle"
     DEPTH = 1000
-    """Passages that BM25 ranks, of which the gold ones are kept."""
+    """Number of passages that BM25 ranks; only the gold ones among them are kept."""
 
     def __init__(self, bm25: BM25Retriever, questions: Path) -> None:
         """Raises CorpusError when the file has no gold ids, or the corpus lacks one of them."""
         self.bm25 = bm25
-        places = {str(bm25.corpus[i]["id"]): i for i in range(len(bm25))}
+        positions = {str(bm25.corpus[i]["id"]): i for i in range(len(bm25))}
         self.gold: dict[str, list[int]] = {}
         for question, ids in read_gold(questions):
-            if missing := [i for i in ids if i not in places]:
+            if missing := [i for i in ids if i not in positions]:
                 raise CorpusError(
                     f"{questions}: gold passage {missing[0]!r} is not in {bm25.corpus.path}"
                 )
-            self.gold[question] = [places[i] for i in ids]
-        self.all = {place for ids in self.gold.values() for place in ids}
+            self.gold[question] = [positions[i] for i in ids]
+        self.all = set(chain.from_iterable(self.gold.values()))
 
     def __len__(self) -> int:
         return len(self.all)
@@ -124,7 +126,7 @@ class Oracle:
 
 
 def read_gold(path: Path) -> list[tuple[str, list[str]]]:
-    """(question, ids of its gold passages) for each row that has both.
+    """Reads (question, ids of its gold passages) from each row that has both.
 
     Raises CorpusError when there are none.
     """
@@ -141,7 +143,7 @@ def read_gold(path: Path) -> list[tuple[str, list[str]]]:
 
 
 class Record:
-    """Another engine, whose findings are appended to a file that `Replay` serves."""
+    """Searches with another engine, and appends what it finds to a file for `Replay`."""
 
     def __init__(self, retriever: Retriever, path: Path) -> None:
         self.retriever = retriever
@@ -162,12 +164,12 @@ class Record:
 
 
 class Replay:
-    """An engine that finds what `Record` wrote; a query that was not recorded fails."""
+    """An engine that finds what `Record` wrote. A query that was not recorded fails."""
 
     name = "replay"
 
     def __init__(self, path: Path) -> None:
-        """Raises CorpusError when the file is missing or no recording."""
+        """Reads a recording. Raises CorpusError when the file is missing or is not a recording."""
         self.found: dict[tuple[str, int], Hits] = {}
         if not path.is_file():
             raise CorpusError(f"{path}: no such recording")

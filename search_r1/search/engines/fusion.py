@@ -1,4 +1,4 @@
-"""Engines made of engines: reciprocal-rank fusion, and a cross-encoder on top of any engine."""
+"""Engines that combine others: reciprocal-rank fusion, and a cross-encoder on top of an engine."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -8,9 +8,9 @@ from search_r1.search.engine import EngineError, Hits, Retriever
 from search_r1.search.errors import RetrieverError
 
 RRF_K = 60
-"""Cormack, Clarke and Büttcher, SIGIR 2009."""
+"""The constant of reciprocal-rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009)."""
 FUSION_DEPTH = 100
-"""Passages of each engine that are fused."""
+"""Number of passages of each engine that are fused."""
 
 
 class Hybrid:
@@ -34,8 +34,8 @@ class Hybrid:
 def fuse(rankings: Sequence[Hits | EngineError], topk: int) -> Hits | EngineError:
     """Fuses several rankings into one.
 
-    Of documents with equal scores the first is the one that was found first, by the order of the
-    engines. An engine that failed fails the query.
+    Documents with equal scores stay in the order of the engines and their rankings. If an engine
+    failed, the query fails.
     """
     documents: dict[str, dict[str, Any]] = {}
     scores: dict[str, float] = {}
@@ -77,14 +77,12 @@ class Reranker:
         return len(self.retriever)
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
-        """The hits with the cross-encoder's scores; it sees the pairs of all queries together."""
+        """Searches, and ranks by the cross-encoder, which scores pairs of all queries together."""
         found = self.retriever.search(queries, max(topk, self.depth))
-        pairs = [
-            (query, document["contents"])
-            for query, hits in zip(queries, found, strict=True)
-            if not isinstance(hits, EngineError)
-            for document, _ in hits
-        ]
+        pairs: list[tuple[str, str]] = []
+        for query, hits in zip(queries, found, strict=True):
+            if not isinstance(hits, EngineError):
+                pairs += [(query, document["contents"]) for document, _ in hits]
         scores = iter(self.scores_of(pairs))
         ranked = list[Hits | EngineError]()
         for hits in found:
@@ -103,6 +101,6 @@ class Reranker:
 
 
 def rerank(hits: Hits, scores: Sequence[float], topk: int) -> Hits:
-    """The best `topk` hits by their new scores; equal ones stay in order."""
+    """The best `topk` hits by their new scores; hits with equal scores stay in order."""
     order = sorted(range(len(hits)), key=lambda i: -scores[i])[:topk]
     return [(hits[i][0], scores[i]) for i in order]

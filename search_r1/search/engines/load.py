@@ -1,4 +1,4 @@
-"""Makes an engine from the flags of the server. An engine of your own: docs/retriever.md."""
+"""Loads an engine from the flags of the server. For your own engine see docs/retriever.md."""
 
 import argparse
 from collections.abc import Callable
@@ -21,7 +21,7 @@ ENGINES = (*INDEXED, "hybrid", *EXPERIMENTS)
 def load(args: argparse.Namespace) -> Retriever:
     """Loads the engine that the flags describe.
 
-    Raises RetrieverError naming what is missing, damaged or of no use.
+    Raises RetrieverError that names what is missing, damaged or unsuitable.
     """
     name = args.retriever_name
     if name in INDEXED:
@@ -41,7 +41,7 @@ def load(args: argparse.Namespace) -> Retriever:
 
 
 def indexed(name: str, index: Path, args: argparse.Namespace) -> Retriever:
-    """Loads an engine with an index; Lucene serves a Lucene index, also for the name bm25."""
+    """Loads an engine with an index. A Lucene index is served by Lucene, also for the name bm25."""
     if name == "lucene" or (name == "bm25" and is_lucene_index(index)):
         return LuceneRetriever(index, args.corpus_path, args.threads)
     if name == "bm25":
@@ -93,7 +93,7 @@ def oracle(args: argparse.Namespace) -> Retriever:
 
 
 def noisy(args: argparse.Namespace) -> Retriever:
-    """Loads an engine whose passages are spoilt."""
+    """Loads an engine some of whose passages are replaced by random ones."""
     retriever = indexed(args.noisy_of, one_index(args), args)
     return Noisy(retriever, corpus_of(args), args.noise, args.seed)
 

@@ -24,16 +24,16 @@ MIN_JAVA = 21
 
 
 def is_lucene_index(index: Path) -> bool:
-    """Whether a folder holds a Lucene index: it has a commit point."""
+    """Whether a folder holds a Lucene index, which has a commit point."""
     return any(index.glob("segments_*"))
 
 
 def start_jvm() -> Any:
     """Starts the JVM with Anserini in it; returns `jnius.autoclass`.
 
-    It does so before Pyserini would, which keeps a JVM that runs already, because Pyserini asks for
-    the module jdk.incubator.vector, which not every runtime has. Raises RetrieverError when there
-    is no Java or no Pyserini.
+    Pyserini would start the JVM with the module jdk.incubator.vector, which not every runtime has.
+    It keeps a JVM that runs already, and so it is started here first. Raises RetrieverError when
+    there is no Java or no Pyserini.
     """
     require("lucene", "the Lucene engine")
     package = Path(str(find_spec("pyserini").origin)).parent  # pyright: ignore
@@ -63,12 +63,12 @@ def start_jvm() -> Any:
 
 
 class LuceneRetriever:
-    """A Lucene index, searched with `threads` threads: by default as many as there are cores."""
+    """A Lucene index, searched with `threads` threads, by default one for each core."""
 
     name = "lucene"
 
     def __init__(self, index: Path, corpus: Path | None, threads: int | None = None) -> None:
-        """Passages come from the index where it stores them, else from `corpus`, line number id.
+        """Takes passages from the index if it stores them, or else from line id of `corpus`.
 
         Raises CorpusError when there is no index, RetrieverError when there is no Java.
         """
@@ -76,8 +76,7 @@ class LuceneRetriever:
             raise CorpusError(f"{index}: no Lucene index (no segments file)")
         java = start_jvm()
         self.strings = java("java.util.ArrayList")
-        # Pyserini's own searcher is a thin cover of this class, but importing it asks for a key of
-        # OpenAI's
+        # Pyserini's own searcher only wraps this class, but its import asks for an OpenAI key.
         self.searcher = java("io.anserini.search.SimpleSearcher")(str(index))
         self.searcher.set_bm25(K1, B)
         self.threads = threads or os.cpu_count() or 1
@@ -102,7 +101,7 @@ class LuceneRetriever:
     def document(self, id: str, stored: Any) -> dict[str, Any]:
         """The document of a hit.
 
-        Raises CorpusError when it is nowhere, or the corpus has another one in its place.
+        Raises CorpusError when there is none, or the line of the corpus holds another document.
         """
         if raw := stored.get("raw"):
             kept = json.loads(raw)
@@ -153,7 +152,7 @@ def build(reader: CorpusReader, index: Path, threads: int) -> int:
 
 
 def write_documents(documents: Iterable[dict[str, Any]], path: Path) -> int:
-    """Writes documents as Anserini reads them, with texts as ids; returns their number."""
+    """Writes documents in the form that Anserini reads, with ids as texts; returns their number."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for document in documents:

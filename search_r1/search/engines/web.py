@@ -1,7 +1,7 @@
 """Web search by SerpAPI, Google Custom Search or Brave.
 
-It has a rate limit, retries and a cache on disk. Keys never leave the request: they are in no
-message, no log and no cache entry.
+Requests have a rate limit, retries and a cache on disk. Keys are used only in requests: they appear
+in no message, no log and no cache entry.
 """
 
 import hashlib
@@ -27,34 +27,34 @@ from search_r1.search.retry import backoff, seconds_to_wait
 
 MAX_QUERY_CHARS = 400
 MAX_QUERY_WORDS = 50
-"""Brave's limits, the tightest of the three providers'."""
+"""Brave's limits, which are the tightest of the three providers."""
 MAX_PAGE_BYTES = 2 << 20
 MAX_WAIT_S = 60.0
-"""A provider that asks to wait is asked again after this time at the latest."""
+"""The longest time in seconds that is waited when a provider asks to wait."""
 SERPAPI_QUERY_KEYS = {"yahoo": "p", "yandex": "text", "naver": "query", "ebay": "_nkw"}
 NO_RESULTS = "hasn't returned any results"
 
 
 class WebError(EngineError):
-    """The provider could not be reached or failed, also after retries."""
+    """The provider could not be reached, or failed, even after retries."""
 
     kind = "web"
 
 
 class QuotaError(WebError):
-    """The account's searches are used up: no retry helps."""
+    """The searches of the account are used up; a retry does not help."""
 
     kind = "quota"
 
 
 class KeyRefused(WebError):
-    """The key is wrong or may not search."""
+    """The key is wrong or has no permission to search."""
 
     kind = "key"
 
 
 class RateLimited(WebError):
-    """There were too many requests at a time; `wait_s` is how long the provider asks to wait."""
+    """There were too many requests at once. The provider asks to wait `wait_s` seconds."""
 
     kind = "rate_limit"
 
@@ -65,7 +65,7 @@ class RateLimited(WebError):
 
 @dataclass(frozen=True)
 class Page:
-    """A result, as a provider describes it."""
+    """A search result of a provider."""
 
     title: str
     snippet: str
@@ -74,14 +74,14 @@ class Page:
 
 @dataclass(frozen=True)
 class Provider:
-    """How a provider is asked, and how its answer is read."""
+    """How to ask a provider, and how to read its answer."""
 
     name: str
     url: str
     parameters: Callable[[str, int], dict[str, Any]]
     """Makes the parameters of a request from a query and a number of results."""
     parse: Callable[[dict[str, Any], int], list[Page]]
-    """Reads so many results from the body of an answer."""
+    """Reads a number of results from the body of an answer."""
     headers: dict[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -120,7 +120,7 @@ def brave(key: str, url: str = "https://api.search.brave.com/res/v1/web/search")
 
 
 def parse_serpapi(body: dict[str, Any], topk: int) -> list[Page]:
-    """The answer box, then organic results, then related questions: `topk` in all."""
+    """The first `topk` of the answer box, the organic results and the related questions."""
     pages: list[Page] = []
     box = body.get("answer_box") or {}
     if answer := box.get("answer") or box.get("snippet"):
@@ -151,7 +151,7 @@ def parse_brave(body: dict[str, Any], topk: int) -> list[Page]:
 class WebRetriever:
     """An engine that searches the web, `workers` queries at a time.
 
-    With `cache` what was found is kept in that file and found again there.
+    With `cache` results are kept in that file, and equal searches are answered from it.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class WebRetriever:
         return 0
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
-        """Every query succeeds or fails on its own."""
+        """Searches all queries, each of which succeeds or fails on its own."""
         return list(self.pool.map(lambda query: self._search(shorten(query), topk), queries))
 
     def _search(self, query: str, topk: int) -> Hits | EngineError:
@@ -206,7 +206,7 @@ class WebRetriever:
     def _ask(self, query: str, topk: int) -> dict[str, Any]:
         """Returns the provider's answer.
 
-        Raises QuotaError and KeyRefused at once, other errors after retries.
+        Raises QuotaError and KeyRefused immediately, and other errors after retries.
         """
         failures = 0
         while True:
@@ -230,12 +230,12 @@ class WebRetriever:
                 params=self.provider.parameters(query, topk),
                 headers=self.provider.headers,
             )
-        except httpx.HTTPError as error:  # its text may hold the address with the key
+        except httpx.HTTPError as error:  # the message of httpx may hold the address with the key
             raise WebError(f"{self.name}: {type(error).__name__}") from None
         return check(answer, self.name)
 
     def _document(self, page: Page) -> dict[str, Any]:
-        """The page as a document: its snippet, or its text where that is wanted and can be had."""
+        """Makes a document of a page, with its text if that is fetched, or else its snippet."""
         title = title_and_text(page.title)[1] or page.url
         text = title_and_text(page.snippet)[1]
         if self.fetch_pages and page.url:
@@ -246,7 +246,7 @@ class WebRetriever:
         }
 
     def _page_text(self, url: str) -> str:
-        """The beginning of a page's text; empty when the page cannot be had."""
+        """Fetches the beginning of a page's text; empty when the page cannot be fetched."""
         try:
             with self.http.stream("GET", url) as answer:
                 is_html = "html" in answer.headers.get("content-type", "")
@@ -268,9 +268,9 @@ def shorten(query: str) -> str:
 
 
 def check(answer: httpx.Response, name: str) -> dict[str, Any]:
-    """The body of a good answer.
+    """The body of a successful answer.
 
-    Raises QuotaError, KeyRefused, RateLimited or WebError, by what each provider's answer says.
+    Raises the QuotaError, KeyRefused, RateLimited or WebError that the answer describes.
     """
     try:
         body = answer.json()
@@ -304,7 +304,7 @@ def describe(error: object) -> tuple[str, str]:
 def reset_of(answer: httpx.Response) -> float | None:
     """The seconds that the provider asks to wait, None if it does not say.
 
-    They are in Retry-After, or in the first, shortest window of Brave's own header.
+    They stand in Retry-After, or in the first (shortest) window of Brave's own header.
     """
     windows = answer.headers.get("x-ratelimit-reset", "")
     asked_s = seconds_to_wait(answer.headers.get("retry-after") or windows.split(",")[0])
@@ -345,6 +345,6 @@ class DiskCache:
             row = db.execute("SELECT value FROM entries WHERE key = ?", (key,)).fetchone()
         return json.loads(row[0]) if row else None
 
-    def put(self, key: str, value: Any) -> None:
+    def put(self, key: str, value: object) -> None:
         with closing(self._open()) as db, db:
             db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", (key, json.dumps(value)))

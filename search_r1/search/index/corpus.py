@@ -1,4 +1,4 @@
-"""A corpus that is served: mapped into memory, with the offsets of its lines."""
+"""The corpus that a server reads: a file mapped into memory, with the offsets of its lines."""
 
 import mmap
 from pathlib import Path
@@ -17,7 +17,7 @@ from search_r1.search.index.reader import DOCUMENTS, HUB, OFFSETS, PLAIN, is_arr
 class Corpus:
     """`corpus[i]` is document `i` in the order of the file.
 
-    The file is mapped; only the offsets of its lines are kept in memory.
+    The file is mapped into memory; only the offsets of its lines are loaded.
     """
 
     def __init__(self, path: Path, offsets: np.ndarray) -> None:
@@ -28,7 +28,7 @@ class Corpus:
 
     @classmethod
     def of_index(cls, index: Path, manifest: dict[str, Any], corpus: Path | None) -> "Corpus":
-        """The corpus of an index: its own copy where it has one, else the file `corpus`.
+        """The corpus of an index: the copy in its folder if there is one, else the file `corpus`.
 
         Raises CorpusError when `corpus` is missing or not the file that the index was built from.
         """
@@ -44,9 +44,9 @@ class Corpus:
     def of_lines(cls, path: Path) -> "Corpus":
         """A JSONL corpus without an index folder.
 
-        The offsets of its lines are looked for once and kept in a file beside it. Raises
-        CorpusError for a corpus of another form: only an index of the builder can serve it, from a
-        copy.
+        The offsets of its lines are found once, and kept in a file beside it. Raises CorpusError
+        for a corpus of another form, which can be served only from the copy in an index that the
+        builder made.
         """
         if not path.is_file():
             raise CorpusError(f"{path}: no such file")
@@ -61,7 +61,7 @@ class Corpus:
             offsets = line_offsets(path)
             try:
                 save_whole(kept, offsets)
-            except OSError:  # a read-only folder: they are looked for again next time
+            except OSError:  # the folder is read-only: they have to be found again next time
                 return cls(path, offsets)
         return cls(path, np.load(kept, mmap_mode="r"))
 
@@ -76,15 +76,15 @@ class Corpus:
 
 
 def save_whole(path: Path, values: np.ndarray) -> None:
-    """Saves an array whole or not at all: several servers may start over one corpus."""
+    """Saves an array whole or not at all, because several servers may start over one corpus."""
     with replacing(path, several_writers=True) as pending, pending.open("wb") as file:
         np.save(file, values)
 
 
 def line_offsets(path: Path, block: int = 1 << 26) -> np.ndarray:
-    """The byte offset of every line that is not blank, found with a progress bar.
+    """Finds the byte offset of every line that is not blank: int64 [lines]. Shows a progress bar.
 
-    int64 [lines]; the file is read in blocks of `block` bytes.
+    The file is read in blocks of `block` bytes.
     """
     found = [np.zeros(1, dtype=np.int64)]
     position = 0
@@ -104,7 +104,7 @@ def line_offsets(path: Path, block: int = 1 << 26) -> np.ndarray:
 
 
 def blank_lines(path: Path, offsets: np.ndarray) -> np.ndarray:
-    """Which lines hold nothing but white space: bool [lines]."""
+    """Whether each line holds nothing but white space: bool [lines]."""
     blank = np.zeros(len(offsets), dtype=bool)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         first_bytes = np.frombuffer(data, dtype=np.uint8)[offsets]
@@ -115,10 +115,10 @@ def blank_lines(path: Path, offsets: np.ndarray) -> np.ndarray:
 
 
 def fits(kept: Path, path: Path) -> bool:
-    """Whether the offsets in the file `kept` are those of `path`, as far as 64 of them tell.
+    """Whether the offsets in the file `kept` are those of `path`, judged by 64 of them.
 
-    Each of them must begin a line. The times of the files tell nothing where an older corpus was
-    put in the place of the one that the offsets were found in.
+    Each of the 64 must begin a line. The times of the files cannot tell, because the corpus may
+    have been replaced by an older file.
     """
     offsets = np.load(kept, mmap_mode="r")
     if not len(offsets) or offsets[-1] >= path.stat().st_size:

@@ -1,4 +1,4 @@
-"""Documents of a corpus: how one is read from a line or a row, and written as a line of JSON."""
+"""Reads a document of a corpus from a line or a row, and writes it as a line of JSON."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from uuid import UUID
 from search_r1.search.errors import CorpusError
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
-"""Half of a surrogate pair in a line of JSON: escaped, or as bytes that are no UTF-8 but that
-Python's reader takes."""
+"""Half of a surrogate pair in a line of JSON: as an escape, or as bytes that are not UTF-8 but are
+accepted by Python's reader."""
 
 
 def contents(title: str, text: str) -> str:
@@ -21,19 +21,20 @@ def contents(title: str, text: str) -> str:
     return f'"{title}"\n{text}'
 
 
-def to_document(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
-    """The document of a line or a row.
+def to_document(record: bytes | dict[str, Any], location: str) -> dict[str, Any]:
+    """Reads a document from a line or a row.
 
-    Raises CorpusError naming `place` unless it has `id` and `contents`, or `id`, `title` and
+    Raises CorpusError naming `location` unless it has `id` and `contents`, or `id`, `title` and
     `text`.
     """
     try:
         document = json.loads(record) if isinstance(record, bytes) else record
     except ValueError as error:
-        raise CorpusError(f"{place}: not JSON ({error})") from error
+        raise CorpusError(f"{location}: not JSON ({error})") from error
     if isinstance(record, bytes) and SURROGATE.search(record) and not is_encodable(document):
         raise CorpusError(
-            f"{place}: half of a surrogate pair, which no answer can carry (such as \\ud83d alone)"
+            f"{location}: half of a surrogate pair, which no answer can carry (such as \\ud83d "
+            "alone)"
         )
     if isinstance(document, dict) and document.get("id") is not None:
         if isinstance(document.get("contents"), str):
@@ -41,7 +42,7 @@ def to_document(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
         if isinstance(document.get("title"), str) and isinstance(document.get("text"), str):
             return {**document, "contents": contents(document["title"], document["text"])}
     raise CorpusError(
-        f'{place}: expected an object with "id" and "contents" (a string), or "id", "title" '
+        f'{location}: expected an object with "id" and "contents" (a string), or "id", "title" '
         'and "text"'
     )
 
@@ -49,7 +50,7 @@ def to_document(record: bytes | dict[str, Any], place: str) -> dict[str, Any]:
 def is_encodable(document: object) -> bool:
     """Whether every text in the document can be written as UTF-8.
 
-    The two halves of a surrogate pair can be, one alone cannot.
+    Half of a surrogate pair cannot, unless it stands beside its other half.
     """
     try:
         json.dumps(document, ensure_ascii=False).encode()
@@ -58,35 +59,35 @@ def is_encodable(document: object) -> bool:
     return True
 
 
-def encoded(document: dict[str, Any], place: str) -> bytes:
+def encoded(document: dict[str, Any], location: str) -> bytes:
     """The document as a line of JSON, without the line break.
 
-    Dates and times are written as ISO 8601; exact decimals, durations and UUIDs as texts; numbers
-    that are not finite as null, because no answer of the server could carry them. Raises
-    CorpusError naming `place` for what JSON has no form for.
+    Dates and times are written as ISO 8601. Exact decimals, durations and UUIDs are written as
+    texts. Numbers that are not finite are written as null, because an answer of the server cannot
+    hold them. Raises CorpusError naming `location` for a value that JSON cannot represent.
     """
     try:
         return as_json(document).encode()
     except UnicodeEncodeError as error:
         raise CorpusError(
-            f"{place}: half of a surrogate pair, which no answer can carry"
+            f"{location}: half of a surrogate pair, which no answer can carry"
         ) from error
     except (TypeError, ValueError) as error:
-        raise CorpusError(f"{place}: {error}") from error
+        raise CorpusError(f"{location}: {error}") from error
 
 
 def as_json(document: dict[str, Any]) -> str:
-    """The document as JSON. Raises TypeError or ValueError for what JSON has no form for."""
+    """The document as JSON. Raises TypeError or ValueError for what JSON cannot represent."""
     try:
         return json.dumps(document, ensure_ascii=False, allow_nan=False, default=as_text)
-    except ValueError:  # there are numbers that are not finite: few documents pay for the copy
+    except ValueError:  # copies only the few documents with numbers that are not finite
         return json.dumps(finite(document), ensure_ascii=False, allow_nan=False, default=as_text)
 
 
 def as_text(value: object) -> str:
-    """The text that stands for a value which JSON has no type for.
+    """The text that represents a value of a type that JSON lacks.
 
-    Raises TypeError for one that has no such text.
+    Raises TypeError if there is no such text.
     """
     if isinstance(value, date | time):
         return value.isoformat()
@@ -97,8 +98,8 @@ def as_text(value: object) -> str:
     )
 
 
-def finite(value: Any) -> Any:
-    """`value` with None in the place of numbers that are not finite."""
+def finite(value: object) -> object:
+    """`value` with None instead of numbers that are not finite."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all, and locks on what is being built."""
+"""Writes files and folders whole or not at all, and locks what is being built."""
 
 import errno
 import fcntl
@@ -16,16 +16,16 @@ from search_r1.search.errors import CorpusError
 log = logging.getLogger(__name__)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What a file system answers that cannot lock files."""
+"""Errors of file systems that cannot lock files."""
 
 
 @contextmanager
 def replacing(path: Path, several_writers: bool = False) -> Iterator[Path]:
-    """Yields a path beside `path`, which takes its place when the block ends without an error.
+    """Yields a pending path beside `path`, which replaces `path` when the block ends.
 
-    Otherwise nothing is left of it, and `path` is as it was. What a killed process left at the
-    pending path is removed first. With `several_writers` every call has a pending path of its own,
-    for files that processes may write at the same time.
+    After an error the pending path is removed, and `path` stays as it was. What a killed process
+    left at the pending path is removed first. With `several_writers` every call has a pending path
+    of its own, for files that several processes may write at the same time.
     """
     unique = f".{uuid4().hex}" if several_writers else ""
     pending = path.with_name(f"{path.name}{unique}.tmp")
@@ -35,17 +35,17 @@ def replacing(path: Path, several_writers: bool = False) -> Iterator[Path]:
         yield pending
         pending.replace(path)
     finally:
-        # a read-only file system raises even where there is nothing to remove
+        # A read-only file system raises even if there is nothing to remove.
         with suppress(OSError):
             remove(pending)
 
 
 @contextmanager
 def building(index: Path) -> Iterator[Path]:
-    """Yields a folder, which takes the place of `index` when the block ends without an error.
+    """Yields a folder, which replaces `index` when the block ends without an error.
 
-    Raises CorpusError when the disk is full, or another process is building `index`; what stood at
-    `index` before is then untouched.
+    Raises CorpusError when the disk is full, or when another process is building `index`. Then the
+    previous `index` is unchanged.
     """
     with locked(index):
         old = index.with_name(index.name + ".old")
@@ -73,7 +73,7 @@ def building(index: Path) -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Holds the lock file of `path`, which the system releases when the process dies.
 
-    Raises CorpusError when another process has it.
+    Raises CorpusError when another process holds it.
     """
     lock = path.with_name(path.name + ".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def locked(path: Path) -> Iterator[None]:
 def take_lock(file: IO[str]) -> bool:
     """Locks an open file; returns False when another process has it locked.
 
-    Where the file system has no locks, logs a warning and goes on.
+    If the file system has no locks, logs a warning and returns True.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +110,7 @@ def take_lock(file: IO[str]) -> bool:
 def is_at(file: IO[str], path: Path) -> bool:
     """Whether an open file is still the one at `path`.
 
-    It is not when the process that held the lock before has removed it at its end.
+    It is not if the process that held the lock before has removed the file.
     """
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
@@ -129,7 +129,7 @@ def remove(path: Path) -> None:
 def is_full_disk(error: OSError | RuntimeError) -> bool:
     """Whether an error says that the disk is full.
 
-    It says so by its number, or else in the words of NumPy or FAISS.
+    The error number tells, or else the message of NumPy or FAISS.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL_DISK

@@ -1,4 +1,4 @@
-"""The manifest of an index: what the index is, and what it was made from."""
+"""The manifest of an index, which says what the index is and what it was made from."""
 
 import hashlib
 import json
@@ -10,14 +10,14 @@ from search_r1.search.errors import CorpusError
 
 MANIFEST = "manifest.json"
 SAMPLES = 64
-"""Blocks of a file that its fingerprint is made of."""
+"""The number of blocks of a file from which its fingerprint is made."""
 SAMPLE_BYTES = 1 << 16
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """The size of a file and a hash of 64 evenly spaced blocks of it.
 
-    It tells files apart without reading 14 GB.
+    It tells files apart without reading all of a large corpus (14 GB for wiki-18).
     """
     size = path.stat().st_size
     digest = hashlib.sha256()
@@ -64,7 +64,7 @@ def read_manifest(index: Path) -> dict[str, Any]:
 
 
 def check_size(path: Path, size: int, cure: str) -> None:
-    """Raises CorpusError with `cure` unless the file is there and has `size` bytes."""
+    """Raises CorpusError, with `cure` as advice, unless the file exists and has `size` bytes."""
     if not path.is_file():
         raise CorpusError(f"{path} is missing: {cure}")
     found = path.stat().st_size

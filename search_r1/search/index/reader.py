@@ -1,4 +1,4 @@
-"""Corpora of any form, read when an index is built."""
+"""Reads corpora of any form, when an index is built."""
 
 import codecs
 import gzip
@@ -27,10 +27,10 @@ PLAIN = (".jsonl", ".json")
 class CorpusReader:
     """A corpus to be indexed.
 
-    It is a `.jsonl` or `.json`, either of them gzipped, a `.parquet`, or `hf:NAME[:SPLIT]`, a data
-    set of the Hugging Face hub. A document has `id` and `contents`; where it has `title` and `text`
-    instead, `contents` is made of those. A file of JSON holds one document a line, blank lines
-    aside, or an array of them.
+    The source is a `.jsonl` or `.json` file, which may be gzipped, a `.parquet` file, or
+    `hf:NAME[:SPLIT]`, a data set of the Hugging Face hub. A document has `id` and `contents`, or
+    `id`, `title` and `text`, from which `contents` is made. A JSON file holds one document per
+    line, with blank lines allowed, or an array of documents.
     """
 
     def __init__(self, source: str | Path, skip_bad: bool = False) -> None:
@@ -45,24 +45,24 @@ class CorpusReader:
         self.is_plain = self.source.endswith(PLAIN) and not self.is_array
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the manifest keeps of the source."""
+        """The fingerprint of the source, which the manifest keeps."""
         return {"hub": self.source} if self.is_hub else fingerprint(Path(self.source))
 
     def store(self, folder: Path) -> Iterator[dict[str, Any]]:
-        """Yields every document, and leaves in `folder` what `Corpus` needs to serve them.
+        """Yields every document, and writes to `folder` what `Corpus` needs to serve them.
 
-        That are the offsets of the lines, and for sources other than plain JSONL a copy in this
-        form. Raises CorpusError for a bad document or a second id, unless bad ones are skipped:
-        then `bad` counts them.
+        These are the offsets of the lines, and a copy as JSONL if the source is of another form.
+        Raises CorpusError for a bad document or a repeated id. If bad documents are skipped, `bad`
+        counts them instead.
         """
         offsets = array("q")
         ids = set[int]()
         offset = 0
         with Path(os.devnull if self.is_plain else folder / DOCUMENTS).open("wb") as copy:
-            for place, record in self._records():
+            for location, record in self._records():
                 if not (isinstance(record, bytes) and not record.strip()):
                     try:
-                        document, line = self._read(record, place, ids)
+                        document, line = self._read(record, location, ids)
                     except CorpusError:
                         if not self.skip_bad:
                             raise
@@ -78,23 +78,23 @@ class CorpusReader:
         np.save(folder / OFFSETS, np.frombuffer(offsets, dtype=np.int64))
 
     def _read(
-        self, record: bytes | dict[str, Any], place: str, ids: set[int]
+        self, record: bytes | dict[str, Any], location: str, ids: set[int]
     ) -> tuple[dict[str, Any], bytes]:
-        """Returns the document and its line in the copy; adds its id to `ids`.
+        """Returns the document and its line in the copy, and adds its id to `ids`.
 
-        The line is empty where the source itself is served. Raises CorpusError for a bad document
-        or an id that is in `ids`.
+        The line is empty if the source itself is served and there is no copy. Raises CorpusError
+        for a bad document, or an id that is in `ids` already.
         """
-        document = to_document(record, place)
+        document = to_document(record, location)
         id = hash_of(document["id"])
         if id in ids:
-            raise CorpusError(f"{place}: id {document['id']!r} occurs a second time")
-        line = b"" if self.is_plain else encoded(document, place) + b"\n"
+            raise CorpusError(f"{location}: id {document['id']!r} occurs a second time")
+        line = b"" if self.is_plain else encoded(document, location) + b"\n"
         ids.add(id)
         return document, line
 
     def _records(self) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
-        """Yields (where the record stands, its line or row), with a progress bar."""
+        """Yields the location and the line or row of each record, with a progress bar."""
         if self.is_hub:
             yield from self._hub_rows()
         elif self.source.endswith(".parquet"):
@@ -152,12 +152,12 @@ class CorpusReader:
 
 
 def opened(path: Path) -> IO[bytes]:
-    """Opens a file for reading; a gzipped one gives its contents."""
+    """Opens a file for reading; a gzipped file is decompressed."""
     return cast("IO[bytes]", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
 def is_array(path: Path) -> bool:
-    """Whether a file of JSON is one array of documents, not a document a line."""
+    """Whether a JSON file is one array of documents instead of one document per line."""
     if not path.name.removesuffix(".gz").endswith(PLAIN):
         return False
     with opened(path) as file:
@@ -168,5 +168,5 @@ def is_array(path: Path) -> bool:
 
 
 def hash_of(id: object) -> int:
-    """64 bits that stand for an id: a set of them takes a third of the memory of a set of texts."""
+    """A hash of 64 bits of an id. A set of them takes a third of the memory of a set of texts."""
     return int.from_bytes(hashlib.blake2b(str(id).encode(), digest_size=8).digest(), "little")

@@ -21,14 +21,14 @@ from search_r1.search.server.service import ServerSettings, Service
 
 DISCONNECTED = 499
 NAMED_ERRORS = 3
-"""Failed queries whose causes are given in the answer to a request that failed with them."""
+"""The number of failed queries that the answer to a failed request names with their causes."""
 T = TypeVar("T")
 
 
 def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastAPI:
     """Makes the application.
 
-    `load` makes the engine, in a thread, after the server has begun to listen.
+    `load` makes the engine. It runs in a thread, after the server has begun to listen.
     """
     service = Service(load, settings)
 
@@ -51,7 +51,7 @@ def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastA
 
 
 def problem(description: str) -> dict[str, Any]:
-    """How the API's description names an answer other than 200."""
+    """The entry of the API's description for an answer other than 200."""
     return {"model": Problem, "description": description}
 
 
@@ -68,7 +68,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 
 def add_retrieve(app: FastAPI, service: Service) -> None:
-    """Adds `/retrieve`, whose request has the server's limits in its type and its description."""
+    """Adds `/retrieve`. The limits of this server are part of the type of its request."""
     settings = service.settings
     metrics = service.metrics
 
@@ -127,9 +127,9 @@ def check_token(request: Request, token: str | None) -> None:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away.
+    """Awaits `work` and returns its result.
 
-    Raises HTTPException 499 then.
+    When the client goes away first, cancels `work` and raises HTTPException 499.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(disconnect(request))
@@ -144,7 +144,7 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 
 
 async def disconnect(request: Request) -> None:
-    """Returns when the client has closed its connection."""
+    """Waits until the client has closed its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -152,9 +152,9 @@ async def disconnect(request: Request) -> None:
 def to_response(
     answer: list[Hits | EngineError], request: RetrieveRequest, metrics: ServerMetrics
 ) -> Response:
-    """The answer as the contract has it; counts the queries that failed.
+    """Makes the answer by the contract, and counts the queries that failed.
 
-    It is a 500 when a query failed and the caller did not ask for the others.
+    It is a 500 when a query failed and the request did not have `allow_partial`.
     """
     errors = {i: hits for i, hits in enumerate(answer) if isinstance(hits, EngineError)}
     for error in errors.values():
@@ -171,7 +171,7 @@ def to_response(
 
 
 def to_items(hits: Hits | EngineError, with_scores: bool) -> list[dict[str, Any]]:
-    """The hits of a query as the contract has them; none of one that failed."""
+    """The hits of a query by the contract; empty for a query that failed."""
     if isinstance(hits, EngineError):
         return []
     if with_scores:
@@ -180,10 +180,10 @@ def to_items(hits: Hits | EngineError, with_scores: bool) -> list[dict[str, Any]
 
 
 async def invalid(_: Request, error: Exception) -> JSONResponse:
-    """A 422 that names the field and does not repeat the request."""
+    """Answers 422 with the field that is wrong, without repeating the request."""
     assert isinstance(error, RequestValidationError)
     problems = [
-        {"loc": [str(part) for part in e["loc"]], "msg": e["msg"], "type": e["type"]}
+        {"loc": list(map(str, e["loc"])), "msg": e["msg"], "type": e["type"]}
         for e in error.errors()
     ]
     return JSONResponse({"detail": problems}, status_code=422)

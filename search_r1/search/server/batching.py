@@ -1,4 +1,4 @@
-"""The queue before the engine: queries of many clients become batches for one thread."""
+"""The queue in front of the engine: it makes batches of the queries of many clients."""
 
 import asyncio
 import itertools
@@ -17,9 +17,9 @@ from search_r1.search.server.metrics import ServerMetrics
 log = logging.getLogger(__name__)
 Key = tuple[str, int]
 Answer = asyncio.Future[Hits | EngineError]
-"""What a caller waits for."""
+"""The future that a caller waits for."""
 MIN_RETRY_S = 1.0
-"""Nobody who was refused is asked to come again sooner."""
+"""The least number of seconds after which a refused caller is asked to come again."""
 
 
 class Overloaded(Exception):
@@ -32,25 +32,25 @@ class Overloaded(Exception):
 
 @dataclass
 class Waiting:
-    """A query in the queue; it stands there once, however many ask it."""
+    """A query in the queue. It is queued once, however many callers ask it."""
 
     number: int
-    """Its number in the order of arrival."""
+    """The number of the query in the order of arrival."""
     futures: list[Answer] = field(default_factory=list)
-    """One for each who asked; each gets the hits or an EngineError."""
+    """The futures of its callers; each gets the hits or an EngineError."""
 
 
 class BatchingEngine:
-    """Gathers queries into batches of one topk, up to `max_batch_size` queries each.
+    """Collects queries into batches of one topk, with up to `max_batch_size` queries each.
 
-    An idle engine waits `batch_wait_s` for more queries. The engine is called from a thread of its
-    own, never from two at a time. Equal queries that wait are searched once. A query that breaks
-    the engine fails alone: the others of its batch are searched again one by one. A query whose
-    caller has gone, or ran out of time, leaves the queue at once.
+    If the engine is idle, a batch waits `batch_wait_s` for more queries. One thread of its own
+    calls the engine. Equal queries that wait are searched once. If a query breaks the engine, only
+    this query fails: the others of its batch are searched again one by one. A query whose caller
+    has gone, or ran out of time, leaves the queue at once.
 
-    The queue is full when the next query would wait for more than `max_wait_s` at the pace of the
-    last batches; while no pace is known, when a batch is waiting. In any case it holds at most
-    `max_queue` queries, which bounds the memory.
+    The queue is full when a further query would wait for more than `max_wait_s` at the pace of the
+    last batches, or, while no pace is known, when one batch is waiting. It never holds more than
+    `max_queue` queries, which limits the memory.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class BatchingEngine:
 
     @property
     def wait_s(self) -> float:
-        """How long the queue will take, at the pace of the last batches."""
+        """Seconds that the queue will take at the pace of the last batches."""
         return self.num_waiting * self.pace.seconds_per_query
 
     def is_full(self) -> bool:
@@ -214,7 +214,7 @@ class BatchingEngine:
 class Pace:
     """The seconds that a query takes, as a decaying average over batches of a busy engine.
 
-    An idle engine's batches say little: they are small, and the first one may take long.
+    Batches of an idle engine are not counted: they are small, and the first one may take long.
     """
 
     def __init__(self) -> None:
@@ -222,18 +222,18 @@ class Pace:
         self.queries = 0.0
 
     def add(self, queries: int, seconds: float) -> None:
-        """Counts a batch; every one before it counts a tenth less."""
+        """Counts a batch; the weight of every earlier batch falls by a tenth."""
         self.seconds = 0.9 * self.seconds + seconds
         self.queries = 0.9 * self.queries + queries
 
     @property
     def is_known(self) -> bool:
-        """Whether there was a batch."""
+        """Whether a batch has been counted."""
         return self.queries > 0
 
     @property
     def seconds_per_query(self) -> float:
-        """0 before the first batch."""
+        """The average; 0 before the first batch."""
         return self.seconds / self.queries if self.queries else 0.0
 
 
@@ -244,7 +244,7 @@ class EngineCrash(EngineError):
 
 
 def attempt(retriever: Retriever, queries: list[str], topk: int) -> list[Hits | EngineError]:
-    """Calls the engine and returns its results; what it raises becomes the queries' error."""
+    """Calls the engine and returns its results. What it raises becomes the error of all queries."""
     try:
         results = list(retriever.search(queries, topk))
     except EngineError as error:

@@ -1,4 +1,4 @@
-"""Requests that are refused before they are read: too large ones, and those without room."""
+"""Refuses requests before they are read: too large ones, and all while the queue is full."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from search_r1.search.server.batching import Overloaded
 
 REFUSALS_PER_S = 50
-"""Refusals that are sent in a second: they take a hundredth of a core."""
+"""Refusals that are sent per second, which takes a hundredth of a core."""
 LOOK_EVERY_S = 1.0
-"""How often a request that waits to be refused looks whether there is room by now."""
+"""Seconds after which a request that waits to be refused checks again whether there is room."""
 MAX_TURN_S = 20.0
-"""No request waits longer than this to be refused."""
+"""The longest time in seconds that a request waits to be refused."""
 
 
 class BodyLimit:
@@ -39,7 +39,8 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_bytes:
-                raise HTTPException(413, self.problem)  # what reads the body lets this one through
+                # FastAPI lets this exception through when it reads the body.
+                raise HTTPException(413, self.problem)
             return message
 
         await self.app(scope, limited, send)
@@ -48,9 +49,9 @@ class BodyLimit:
 class Door:
     """ASGI middleware that answers 429 with Retry-After while there is no room.
 
-    `overload()` says why there is none. Neither body nor query is looked at, and refusals are sent
-    one by one, so that they take nothing from the requests that were let in, however many clients
-    ask again at once. A request that finds room when it is its turn is let in.
+    `overload()` returns why there is no room. Refused requests are not read, and are answered one
+    after the other, so that they cost the accepted requests nothing, however many clients ask again
+    at once. A request that finds room when it is its turn is accepted.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Door:
         return await refusal(scope, receive, send)
 
     async def turn(self) -> None:
-        """Waits for this request's turn to be refused, or until there is room."""
+        """Waits until it is this request's turn to be refused, or until there is room."""
         clock = asyncio.get_running_loop().time
         end_of_line = max(clock(), self.last_turn) + 1 / REFUSALS_PER_S
         turn = self.last_turn = min(end_of_line, clock() + MAX_TURN_S)

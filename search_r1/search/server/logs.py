@@ -1,4 +1,4 @@
-"""Logs of a server: JSON lines on stderr."""
+"""Writes the logs of a server to stderr as JSON lines."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "c
 
 
 class JsonLines(logging.Formatter):
-    """A JSON object a line, with the fields given as `extra`."""
+    """Formats a message as a JSON object on one line, with the fields given as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         extra = {k: v for k, v in record.__dict__.items() if k not in STANDARD_FIELDS}
@@ -26,7 +26,7 @@ class JsonLines(logging.Formatter):
 
 
 class Quiet(logging.Filter):
-    """Lets a message through once in ten seconds, with the number of those held back."""
+    """Passes on a message at most once in ten seconds, with the number of those left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Quiet(logging.Filter):
 
 
 def set_up_logging(level: str) -> None:
-    """Logs to stderr as JSON lines: what the server does, not what it is asked."""
+    """Sets up logging to stderr as JSON lines. Queries are never logged."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     handler.addFilter(Quiet())

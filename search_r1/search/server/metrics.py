@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus; with several workers the figures are summed."""
+"""The metrics of a server for Prometheus. With several workers their figures are summed."""
 
 import os
 
@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
-"""Bounds of the buckets of times."""
+"""Bounds of the buckets of durations, in seconds."""
 MULTIPROC_DIR = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable of the folder where workers keep their figures."""
 

@@ -1,4 +1,4 @@
-"""The engine behind the HTTP server: loaded in a thread, then fed from a queue."""
+"""The engine behind the HTTP server: it is loaded in a thread, then gets batches from a queue."""
 
 import asyncio
 import logging
@@ -20,17 +20,16 @@ from search_r1.search.server.metrics import ServerMetrics
 log = logging.getLogger(__name__)
 LOADING_RETRY_S = 2
 WAIT_SHARE = 0.5
-"""A request is refused when it would have to wait longer than this share of its deadline.
-
-It is not the whole deadline because the estimate may be wrong."""
+"""A request is refused if it would have to wait longer than this share of its deadline. It is not
+the whole deadline, because the estimate of the wait may be wrong."""
 REPORT_EVERY_S = 60.0
 CANNOT_LOAD = (RetrieverError, EngineError, OSError, ImportError)
-"""What `load` raises for an engine that cannot be loaded; anything else is a fault of the code."""
+"""Exceptions by which `load` says that the engine cannot be loaded. Any other one is a bug."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The settings of a server beside its engine. Times are in seconds."""
+    """The settings of a server, other than those of its engine. Times are in seconds."""
 
     topk: int = 3
     max_batch_size: int = 256
@@ -46,7 +45,7 @@ class ServerSettings:
 
 
 class Service:
-    """The engine, once it is loaded, and what is counted."""
+    """The engine, once it is loaded, and the metrics of the server."""
 
     def __init__(self, load: Callable[[], Retriever], settings: ServerSettings) -> None:
         self.load = load
@@ -93,7 +92,7 @@ class Service:
             self.give_up()
 
     def batched(self, retriever: Retriever) -> BatchingEngine:
-        """The engine with its queue, by the settings."""
+        """Puts a queue with the configured limits in front of the engine."""
         s = self.settings
         return BatchingEngine(
             retriever,
@@ -106,7 +105,7 @@ class Service:
         )
 
     def give_up(self) -> None:
-        """Ends the server as one that failed: without an engine its clients would wait in vain."""
+        """Ends the server as failed, because without an engine its clients would wait in vain."""
         self.failed = True
         self.stop()
 
@@ -121,7 +120,7 @@ class Service:
                 )
 
     async def answer(self, request: RetrieveRequest) -> list[Hits | EngineError]:
-        """The hits of each query.
+        """Searches the queries of a request; returns the hits of each.
 
         Raises HTTPException when the engine is not ready, too busy or too slow.
         """

@@ -6,7 +6,7 @@ import pytest
 
 from search_r1.world.generate import FIRST, SECOND, random_name
 from search_r1.world.tokenizer import train_tokenizer, training_texts
-from search_r1.world.traces import POOR, READING, Piece, PolicyMix, TraceWriter, encode_trace
+from search_r1.world.traces import POOR, READING, PolicyMix, TraceSegment, TraceWriter, encode_trace
 from verl.utils.tokenizer import encode_text
 
 
@@ -20,15 +20,15 @@ def masked(row, tokenizer, key):
 
 
 def test_loss_is_on_the_words_of_the_policy(tokenizer):
-    pieces = [
-        Piece("prompt", "Question: Who employs Torvel?\n"),
-        Piece("model", "<think> find Torvel </think> <search> Torvel </search>"),
-        Piece("observation", "", (('"Torvel"', "Torvel serves Kalmen."),)),
-        Piece("model", "<think> Torvel serves"),
-        Piece("read", " Kalmen"),
-        Piece("model", " </think> <answer> Kalmen </answer>"),
+    segments = [
+        TraceSegment("prompt", "Question: Who employs Torvel?\n"),
+        TraceSegment("model", "<think> find Torvel </think> <search> Torvel </search>"),
+        TraceSegment("observation", "", (('"Torvel"', "Torvel serves Kalmen."),)),
+        TraceSegment("model", "<think> Torvel serves"),
+        TraceSegment("read", " Kalmen"),
+        TraceSegment("model", " </think> <answer> Kalmen </answer>"),
     ]
-    row = encode_trace(pieces, tokenizer)
+    row = encode_trace(segments, tokenizer)
     assert masked(row, tokenizer, "loss_mask") == (
         "<think> find Torvel </think> <search> Torvel </search>"
         "<think> Torvel serves Kalmen </think> <answer> Kalmen </answer>"
@@ -49,13 +49,13 @@ def test_every_loss_token_lies_outside_prompt_and_observation(tokenizer):
 def test_clean_traces_search_every_hop_and_answer_right():
     writer = TraceWriter(random.Random(0), PolicyMix(), 3, (2,))
     for _ in range(30):
-        pieces = writer()
-        queries = [p.text for p in pieces if "<search>" in p.text]
-        reads = [p.text.strip() for p in pieces if p.kind == "read"]
+        segments = writer()
+        queries = [p.text for p in segments if "<search>" in p.text]
+        reads = [p.text.strip() for p in segments if p.kind == "read"]
         assert len(queries) == len(reads) == 2
-        # a piece reads the relation and the name
+        # a segment reads the relation and the name
         bridge, answer = (read.split()[-1] for read in reads)
-        assert pieces[-1].text == f" <answer> {answer} </answer>"
+        assert segments[-1].text == f" <answer> {answer} </answer>"
         assert f"<search> {bridge} </search>" in queries[1]
 
 

@@ -1,6 +1,7 @@
-"""From text to index terms, as Anserini does it.
+"""Turns text into index terms, as Anserini does.
 
-Words are Unicode's, without possessives and stop words, and stemmed by Porter's algorithm.
+Text is split into words by the rules of Unicode. Possessives and stop words are left out, and the
+words are stemmed by Porter's algorithm.
 """
 
 import re
@@ -25,14 +26,14 @@ STOP_WORDS = frozenset(
         "then there these they this to was will with",
     )
 )
-"""Lucene's."""
+"""Lucene's stop words."""
 MAX_KEPT_STEMS = 1 << 21
-"""Words whose stems are kept."""
+"""The number of words whose stems are kept in memory."""
 HAS_SYLLABLE = re.compile(r"[aeiou][^aeiou]|[^aeiou]y[^aeiou]")  # Porter's m > 0
 
 
 class Analyzer(dict[str, str | None]):
-    """`analyzer(text)`: the stems of its words. Every word is stemmed once."""
+    """`analyzer(text)` returns the stems of its words. The stems are kept for later texts."""
 
     def __init__(self) -> None:
         self.stemmer = Stemmer.Stemmer("porter")

@@ -15,9 +15,9 @@ class Postings(NamedTuple):
     """int64 [T + 1]: the postings of word t are starts[t] to starts[t + 1], in the order of the
     documents."""
     documents: np.ndarray
-    """int32 [P]: place of the document in the corpus."""
+    """int32 [P]: position of the document in the corpus."""
     codes: np.ndarray
-    """uint16 [P]: 256 * occurrences + length byte; without occurrences where they do not fit (see
+    """uint16 [P]: 256 * occurrences + length byte. The occurrences are 0 if they do not fit (see
     `exceptions`)."""
     divisors: np.ndarray
     """float32 [65536], by code: 1 + occurrences / norm. A word of weight w scores w - w /
@@ -26,7 +26,7 @@ class Postings(NamedTuple):
     """uint8 [65536], by code: that score as a share of the weight, in steps of 1/255, rounded
     up."""
     exceptions: np.ndarray
-    """int64, ascending: places of the postings whose word occurs more than 255 times in the
+    """int64, ascending: positions of the postings whose word occurs more than 255 times in the
     document."""
     exception_divisors: np.ndarray
     """float32: their divisors."""
@@ -42,9 +42,9 @@ class Postings(NamedTuple):
 
 
 class Query(NamedTuple):
-    """The n words of a query, those that can add most to a score first.
+    """The n words of a query, in descending order of what they can add to a score.
 
-    All but the first two arrays are filled by `score.prepare`.
+    `score.prepare` fills all arrays but the first two.
     """
 
     terms: np.ndarray
@@ -54,13 +54,13 @@ class Query(NamedTuple):
     starts: np.ndarray
     """int64 [n]: first posting of each word."""
     ends: np.ndarray
-    """int64 [n]: the place after its last."""
+    """int64 [n]: the position after its last."""
     rows: np.ndarray
     """int32 [n]: as in `Postings`."""
     factors: np.ndarray
     """int64 [n]: score of one level, in units of the bounds, rounded up."""
     cursors: np.ndarray
-    """int64 [n]: no posting before it is needed any more."""
+    """int64 [n]: position before which no posting is needed any more."""
 
 
 class Room(NamedTuple):
@@ -77,7 +77,7 @@ class Room(NamedTuple):
 
 
 def new_query(terms: np.ndarray, weights: np.ndarray) -> Query:
-    """The words of a query, or of several one after the other, with room for the rest."""
+    """Makes the words of one query, or of several in a row, with room for the derived arrays."""
     n = len(terms)
     starts, ends, factors, cursors = (np.zeros(n, dtype=np.int64) for _ in range(4))
     return Query(terms, weights, starts, ends, np.zeros(n, dtype=np.int32), factors, cursors)

@@ -1,6 +1,6 @@
-"""Functions compiled by numba.
+"""Compiles functions by numba.
 
-Their code is kept on disk, so that only the first process on a machine compiles them.
+Compiled code is kept on disk, so that only the first process on a machine compiles it.
 """
 
 import logging
@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function of numbers and arrays, which makes no arrays itself.
 
-    Other threads run Python meanwhile. numba's counts of references to arrays are left out: they
-    would take most of the time of short functions. Compiled code is kept in NUMBA_CACHE_DIR, beside
-    the source, or in the user's cache folder.
+    The compiled function releases the GIL. It does not count references to arrays, because this
+    would take most of the time of short functions. The code is kept in NUMBA_CACHE_DIR, beside the
+    source, or in the user's cache folder.
     """
     try:
         return njit(nogil=True, cache=True, _nrt=False)(function)

@@ -1,6 +1,6 @@
-"""The files of a BM25 index: postings, what lets the scorer skip them, vocabulary.
+"""Writes and reads the files of a BM25 index: postings, bounds for skipping them, vocabulary.
 
-They are mapped into memory when the index is read.
+The files are mapped into memory when the index is read.
 """
 
 from bisect import bisect_left
@@ -14,14 +14,14 @@ from search_r1.search.engines.bm25.postings import K1, B, Gatherer, allocate, wr
 from search_r1.search.engines.bm25.score import CHUNK, RANGE, TOP_LEVEL
 
 FREQUENT = 256
-"""Words in more than one of so many documents are frequent: the index has their highest score in
-every range."""
+"""A word is frequent if more than one in so many documents has it. The index holds the highest
+score of frequent words in every range."""
 MAX_KEPT_WORDS = 1 << 20
 MORE_THAN_ROUNDING = 1e-4
 
 
 def new_room(postings: Postings) -> Room:
-    """The memory that one thread needs to search an index."""
+    """Allocates the memory that one thread needs to search an index."""
     ranges = postings.maxima.shape[1]
     bounds = np.zeros(ranges, dtype=np.uint16)
     chunk_bounds = np.zeros(ranges // CHUNK, dtype=np.uint16)
@@ -77,7 +77,7 @@ def write_statistics(
     counts: np.ndarray,
     lengths: np.ndarray,
 ) -> None:
-    """Writes what follows from the postings: weights of words, scores by code, highest scores.
+    """Writes what is derived from the postings: weights of words, scores by code, highest scores.
 
     `counts` are the occurrences of the postings at `exceptions`, `lengths` those of the documents
     in words.
@@ -89,7 +89,7 @@ def write_statistics(
     occurrences = np.arange(256, dtype=np.float32)
     divisors = (np.float32(1) + occurrences[:, None] * norms).ravel()
     levels = levels_of(divisors)
-    exception_norms = norms[codes[exceptions]]  # such a code is the length byte alone
+    exception_norms = norms[codes[exceptions]]  # the code of an exception is only the length byte
     exception_divisors = np.float32(1) + counts.astype(np.float32) * exception_norms
     np.save(folder / "starts.npy", starts)
     np.save(folder / "idf.npy", inverse_frequencies(np.diff(starts), with_words))
@@ -101,14 +101,14 @@ def write_statistics(
 
 
 def inverse_frequencies(frequency: np.ndarray, documents: int) -> np.ndarray:
-    """Lucene's inverse document frequency of words in so many of `documents`: float32 [T]."""
+    """Lucene's inverse document frequency of words that occur in so many documents: float32 [T]."""
     return np.log1p((documents - frequency + 0.5) / (frequency + 0.5)).astype(np.float32)
 
 
 def levels_of(divisors: np.ndarray) -> np.ndarray:
     """1 - 1 / divisor in steps of 1/255, rounded up: uint8 [65536].
 
-    Codes without occurrences have the highest level: theirs are found among the exceptions.
+    Codes without occurrences get the highest level, because their postings are exceptions.
     """
     shares = 1 - 1 / divisors.astype(np.float64)
     levels = np.ceil(shares * TOP_LEVEL + MORE_THAN_ROUNDING).clip(0, TOP_LEVEL).astype(np.uint8)
@@ -117,7 +117,7 @@ def levels_of(divisors: np.ndarray) -> np.ndarray:
 
 
 def write_maxima(folder: Path, starts: np.ndarray, levels: np.ndarray, documents: int) -> None:
-    """Writes the highest level of every word, and of frequent words in every range of documents."""
+    """Writes the highest level of every word, and for frequent words that of every range."""
     frequency = np.diff(starts)
     frequent = np.flatnonzero(frequency > documents / FREQUENT)
     rows = np.full(len(frequency), -1, dtype=np.int32)
@@ -150,27 +150,27 @@ def write_maxima(folder: Path, starts: np.ndarray, levels: np.ndarray, documents
 def fill_highest(starts, codes, levels, highest):
     """Fills `highest`: the highest level of each word."""
     for term in range(highest.shape[0]):
-        for place in range(starts[term], starts[term + 1]):
-            highest[term] = max(highest[term], levels[codes[place]])
+        for position in range(starts[term], starts[term + 1]):
+            highest[term] = max(highest[term], levels[codes[position]])
 
 
 @compiled
 def fill_row(documents, codes, levels, maxima, chunk_starts, range_size, chunk_size):
-    """Fills what the index has of one frequent word.
+    """Fills the two tables of one frequent word.
 
     `maxima` is its highest level in every range, `chunk_starts` the number of its postings before
     every chunk.
     """
-    for place in range(documents.shape[0]):
-        number = documents[place] // range_size
-        maxima[number] = max(maxima[number], levels[codes[place]])
+    for position in range(documents.shape[0]):
+        number = documents[position] // range_size
+        maxima[number] = max(maxima[number], levels[codes[position]])
         chunk_starts[number // chunk_size + 1] += 1
     for chunk in range(chunk_starts.shape[0] - 1):
         chunk_starts[chunk + 1] += chunk_starts[chunk]
 
 
 def read_postings(folder: Path) -> Postings:
-    """Maps what the scorer needs of an index."""
+    """Maps the files of an index that the scorer needs."""
     names = {
         "documents": "posting_documents",
         "codes": "posting_codes",
@@ -183,7 +183,7 @@ def read_postings(folder: Path) -> Postings:
 
 
 def mapped(path: Path) -> np.ndarray:
-    """The array of a file, mapped and read-only."""
+    """Maps the array in a file, read-only."""
     values = np.load(path, mmap_mode="r")
     return np.asarray(values).view(np.ndarray)
 
@@ -208,9 +208,9 @@ def write_vocabulary(vocabulary: dict[str, int], folder: Path) -> np.ndarray:
 
 
 class Vocabulary(dict[str, int]):
-    """`vocabulary[word]` is the number of a word, -1 for an unknown one.
+    """`vocabulary[word]` is the number of a word, -1 for an unknown word.
 
-    Words that were looked up are kept in memory.
+    Words that have been looked up are kept in memory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -223,8 +223,8 @@ class Vocabulary(dict[str, int]):
     def __missing__(self, word: str) -> int:
         letters = word.encode("utf-8", "surrogatepass")
         words = range(len(self.offsets) - 1)
-        place = bisect_left(words, letters, key=self._word)
-        number = place if place < len(words) and self._word(place) == letters else -1
+        position = bisect_left(words, letters, key=self._word)
+        number = position if position < len(words) and self._word(position) == letters else -1
         if len(self) < MAX_KEPT_WORDS:
             self[word] = number
         return number

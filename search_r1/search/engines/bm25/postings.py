@@ -1,7 +1,4 @@
-"""Occurrences of words, gathered by document and brought into the order of the words.
-
-The memory that this takes is bounded.
-"""
+"""Gathers the occurrences of words by document, and sorts them by word in bounded memory."""
 
 import os
 from array import array
@@ -13,13 +10,13 @@ K1 = 0.9
 B = 0.4
 """The parameters of BM25, as Anserini has them."""
 BLOCK = 20_000_000
-"""Postings that are sorted at a time: bounds the memory of a build."""
+"""Number of postings that are sorted at a time, which bounds the memory of a build."""
 MAX_CODED = 255
-"""More occurrences in one document do not fit into a posting's code."""
+"""The most occurrences in one document that fit into the code of a posting."""
 
 
 class Gatherer:
-    """Occurrences of words, written to the folder `scratch` in sorted blocks."""
+    """Collects the occurrences of words, and writes them to `scratch` in sorted blocks."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -34,7 +31,7 @@ class Gatherer:
         self.counts = array("H")
 
     def add(self, stems: list[str]) -> None:
-        """Takes the stems of the next document."""
+        """Adds the stems of the next document."""
         number = len(self.lengths)
         self.lengths.append(len(stems))
         counts: dict[int, int] = {}
@@ -48,7 +45,7 @@ class Gatherer:
             self.spill()
 
     def spill(self) -> None:
-        """Writes what was gathered, sorted by word; documents stay in order within a word."""
+        """Writes the collected block sorted by word; within a word documents stay in order."""
         terms = np.frombuffer(self.terms, dtype=np.int32)
         order = np.argsort(terms, kind="stable")
         columns = {"terms": terms, "documents": self.documents, "counts": self.counts}
@@ -58,7 +55,7 @@ class Gatherer:
         self.blocks += 1
 
     def load(self, name: str, block: int) -> np.ndarray:
-        """A column of a block."""
+        """Loads a column of a block."""
         return np.load(self._path(name, block))
 
     def _path(self, name: str, block: int) -> Path:
@@ -71,7 +68,7 @@ def write_postings(
     """Writes the documents and codes of all postings to `folder`, word after word.
 
     `numbers` [T] gives each gathered word its number in the index, `length_bytes` [D] each document
-    its length. Returns (starts [T + 1], the places of postings with too many occurrences for a
+    its length. Returns (starts [T + 1], the positions of postings with too many occurrences for a
     code, those occurrences).
     """
     if gathered.terms:
@@ -87,20 +84,26 @@ def write_postings(
         terms = numbers[gathered.load("terms", block)]
         documents = gathered.load("documents", block)
         counts = gathered.load("counts", block).astype(np.int64)
-        places = filled[terms] + numbers_within_word(terms)
-        fits = counts <= MAX_CODED
-        all_documents[places] = documents
-        all_codes[places] = np.where(fits, counts << 8, 0) | length_bytes[documents]
-        exceptions.append(places[~fits])
-        exception_counts.append(counts[~fits])
+        positions = filled[terms] + numbers_within_word(terms)
+        all_documents[positions] = documents
+        all_codes[positions] = codes_of(counts, length_bytes[documents])
+        exceeds = counts > MAX_CODED
+        exceptions.append(positions[exceeds])
+        exception_counts.append(counts[exceeds])
         filled += np.bincount(terms, minlength=words)
-    places = np.concatenate(exceptions)
-    order = np.argsort(places)
-    return starts, places[order], np.concatenate(exception_counts)[order]
+    positions = np.concatenate(exceptions)
+    order = np.argsort(positions)
+    return starts, positions[order], np.concatenate(exception_counts)[order]
+
+
+def codes_of(counts: np.ndarray, length_bytes: np.ndarray) -> np.ndarray:
+    """The code of each posting: 256 * occurrences + length byte, without occurrences above
+    MAX_CODED."""
+    return np.where(counts <= MAX_CODED, counts << 8, 0) | length_bytes
 
 
 def starts_of_words(gathered: Gatherer, numbers: np.ndarray) -> np.ndarray:
-    """The place of each word's first posting, and the number of all: int64 [T + 1]."""
+    """The position of each word's first posting, and the number of all: int64 [T + 1]."""
     words = len(gathered.vocabulary)
     frequency = np.zeros(words, dtype=np.int64)
     for block in range(gathered.blocks):
@@ -109,16 +112,16 @@ def starts_of_words(gathered: Gatherer, numbers: np.ndarray) -> np.ndarray:
 
 
 def numbers_within_word(terms: np.ndarray) -> np.ndarray:
-    """How many postings of the same word stand before each one; `terms` is grouped by word."""
+    """The number of postings of the same word before each one; `terms` must be grouped by word."""
     first = np.flatnonzero(np.diff(terms, prepend=-1))
     lengths = np.diff(first, append=len(terms))
     return np.arange(len(terms)) - np.repeat(first, lengths)
 
 
 def allocate(path: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Makes an array in a mapped file, and takes its disk space now.
+    """Makes an array in a mapped file, and reserves its disk space.
 
-    Otherwise a disk that is full later would kill the process.
+    Without that a disk that becomes full later would kill the process.
     """
     if 0 in shape:
         np.save(path, np.zeros(shape, kind))

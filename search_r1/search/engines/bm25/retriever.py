@@ -2,7 +2,7 @@
 
 It uses Anserini's English analysis, k1 = 0.9, b = 0.4, and Lucene's one-byte document lengths and
 32-bit arithmetic, so that scores and ranking agree with Lucene's (docs/results/retrieval.md has how
-closely). Postings are mapped, and skipped rather than read.
+closely). Postings are mapped into memory, and most of them are skipped.
 """
 
 import os
@@ -26,12 +26,12 @@ from search_r1.search.index.reader import CorpusReader
 
 NAME = "bm25"
 PARAMETERS = {"k1": K1, "b": B, "format": 3}
-"""In the manifest. An index of another format cannot be read."""
+"""The version of the files, in the manifest. An index of another format cannot be read."""
 QUERIES_PER_THREAD = 8
-"""Fewer are faster in one thread than handed to several."""
+"""The least queries per thread; fewer are searched faster without a further thread."""
 
 Ranking = list[tuple[int, float]]
-"""(place in the corpus, score), best first; ties in the order of the corpus."""
+"""(position in the corpus, score), best first; ties in the order of the corpus."""
 
 
 def build(reader: CorpusReader | Path, index: Path) -> int:
@@ -50,7 +50,7 @@ def build(reader: CorpusReader | Path, index: Path) -> int:
         write_index(gathered, folder)
         shutil.rmtree(scratch)
         count = len(gathered.lengths)
-        Scorer(folder, count, threads=1)  # compiles on a new machine, so that no server has to
+        Scorer(folder, count, threads=1)  # compiles on a new machine, so that servers start fast
         write_manifest(
             folder, engine=NAME, parameters=PARAMETERS, corpus=reader.fingerprint(), documents=count
         )
@@ -63,7 +63,7 @@ class BM25Retriever:
     name = NAME
 
     def __init__(self, index: Path, corpus: Path | None, threads: int | None = None) -> None:
-        """`threads` share a batch of queries; by default there are as many as cores.
+        """Loads an index. `threads` share a batch of queries, by default one thread for each core.
 
         Raises CorpusError when there is no index, it is damaged, of another format, or not of this
         corpus.
@@ -90,18 +90,22 @@ class BM25Retriever:
     def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
         """The best `topk` documents of each query with their scores.
 
-        There are fewer where fewer share a word with the query.
+        There are fewer if fewer documents share a word with the query.
         """
         rankings = self.scorer.rank([self.analyze(query) for query in queries], topk)
-        return [[(self.corpus[i], score) for i, score in ranking] for ranking in rankings]
+        return [self.to_hits(ranking) for ranking in rankings]
+
+    def to_hits(self, ranking: Ranking) -> Hits:
+        """The documents of a ranking with their scores."""
+        return [(self.corpus[position], score) for position, score in ranking]
 
     def rank(self, query: str, topk: int) -> Ranking:
-        """The places and scores of the best `topk` documents of one query."""
+        """The positions and scores of the best `topk` documents of one query."""
         return self.scorer.rank([self.analyze(query)], topk)[0]
 
 
 class Scorer:
-    """The postings of an index with memory to work in; called from one thread at a time."""
+    """Ranks documents by the postings of an index. It is called from one thread at a time."""
 
     def __init__(self, index: Path, documents: int, threads: int) -> None:
         from search_r1.search.engines.bm25.index import Vocabulary, new_room, read_postings
@@ -118,7 +122,7 @@ class Scorer:
         self.rank([], 1)  # compiles, or loads what was compiled
 
     def rank(self, queries: Sequence[list[str]], topk: int) -> list[Ranking]:
-        """The best documents of each query, which is a list of index terms."""
+        """Ranks the best documents of each query, which is a list of index terms."""
         words = [self.words_of(query) for query in queries]
         parts = max(1, min(self.threads, len(words) // QUERIES_PER_THREAD))
         if parts == 1:
@@ -129,7 +133,7 @@ class Scorer:
         return [ranking for share in rankings for ranking in share]
 
     def words_of(self, query: list[str]) -> dict[int, int]:
-        """How often each known word occurs in a query, by the word's number."""
+        """The occurrences of each known word in a query, by the number of the word."""
         counts: dict[int, int] = {}
         for stem in query:
             number = self.vocabulary[stem]
@@ -138,7 +142,7 @@ class Scorer:
         return counts
 
     def rank_part(self, queries: Sequence[dict[int, int]], topk: int, room: int) -> list[Ranking]:
-        """Ranks some queries in the calling thread, in the memory of number `room`."""
+        """Ranks some queries in the calling thread, with the working memory number `room`."""
         words, starts = self.weighted(queries)
         kept = min(topk, self.documents)
         scores = np.zeros((len(queries), kept), dtype=np.float32)
@@ -151,9 +155,9 @@ class Scorer:
         ]
 
     def weighted(self, queries: Sequence[dict[int, int]]) -> tuple[Query, np.ndarray]:
-        """The words of the queries, those of each by how much they can add to a score.
+        """The words of the queries, those of each query ordered by what they can add to a score.
 
-        Returns them with the place of each query's first word, int64 [queries + 1].
+        Returns them with the position of each query's first word, int64 [queries + 1].
         """
         lengths = [len(query) for query in queries]
         starts = np.zeros(len(queries) + 1, dtype=np.int64)

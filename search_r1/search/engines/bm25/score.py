@@ -25,23 +25,23 @@ from search_r1.search.engines.bm25.arrays import Query
 from search_r1.search.engines.bm25.compiled import compiled
 
 RANGE = 32
-"""Documents of a range, 64 at most: a bit of a number says which of them were touched."""
+"""Documents in a range. At most 64, because one bit for each says whether it was scored."""
 CHUNK = 64
-"""Ranges of a chunk: what is skipped by one comparison."""
+"""Ranges in a chunk, which are skipped together by one comparison."""
 TOP_LEVEL = 255
-"""A word's score in a range, as a share of its weight, in steps of 1/255, rounded up."""
+"""The highest level. A level is a word's highest score in a range, or its score in a document, as a
+share of its weight in steps of 1/255, rounded up."""
 MAX_BOUND = 65535
 MAX_BOUNDED_TERMS = 64
-"""Words of a query whose bounds are kept by range.
-
-The lightest words of a longer query add a constant to all bounds."""
+"""Number of words of a query whose bounds are computed by range. The lightest words of a longer
+query add a constant to all bounds."""
 ROUNDING = 1e-5
-"""More than what 32-bit arithmetic can add to a score: bounds are that much larger."""
+"""A factor for bounds that exceeds what rounding in 32-bit arithmetic can add to a score."""
 
 
 @compiled
 def find(values, low, high, value):
-    """The first place from `low` to `high` that holds `value` or more; `values` ascend."""
+    """The first position from `low` to `high` that holds `value` or more; `values` ascend."""
     while low < high:
         middle = (low + high) >> 1
         if values[middle] < value:
@@ -52,13 +52,13 @@ def find(values, low, high, value):
 
 
 @compiled
-def divisor_of(postings, place):
-    """The divisor of the posting at `place`."""
-    code = postings.codes[place]
+def divisor_of(postings, position):
+    """The divisor of the posting at `position`."""
+    code = postings.codes[position]
     if code >= 256:
         return postings.divisors[code]
     exceptions = postings.exceptions
-    return postings.exception_divisors[find(exceptions, 0, exceptions.shape[0], place)]
+    return postings.exception_divisors[find(exceptions, 0, exceptions.shape[0], position)]
 
 
 @compiled
@@ -76,9 +76,9 @@ def add_list(bounds, postings, start, end, factor):
     levels = postings.levels
     last = -1
     best = np.uint8(0)
-    for place in range(start, end):
-        current = documents[place] // RANGE
-        level = levels[codes[place]]
+    for position in range(start, end):
+        current = documents[position] // RANGE
+        level = levels[codes[position]]
         if current != last:
             if last >= 0:
                 bounds[last] += factor * np.uint16(best)
@@ -92,7 +92,7 @@ def add_list(bounds, postings, start, end, factor):
 
 @compiled
 def prepare(postings, query):
-    """Fills what is derived of a query's words; returns (unit, rest).
+    """Fills what is derived from a query's words; returns (unit, rest).
 
     A bound times `unit` is a score; `rest` is what the words beyond the 64th can add, in that unit.
     """
@@ -142,9 +142,9 @@ def bound_chunks(bounds, chunk_bounds):
 
 @compiled
 def starting_bound(chunk_bounds, wanted, counts):
-    """A bound that at least `wanted` chunks reach, not far below the highest.
+    """The largest multiple of 256 that the bounds of at least `wanted` chunks reach.
 
-    1 where fewer chunks reach more. `counts` [256] is memory to work in.
+    It is 1 if fewer chunks reach 256. `counts` [256] is working memory.
     """
     for step in range(256):
         counts[step] = 0
@@ -159,23 +159,23 @@ def starting_bound(chunk_bounds, wanted, counts):
 
 
 @compiled
-def find_ahead(documents, place, end, document):
-    """The first place from `place` to `end` that holds `document` or a later one.
+def find_ahead(documents, position, end, document):
+    """The first position from `position` to `end` that holds `document` or a later one.
 
-    It is probably near: steps are doubled until it is passed.
+    It is probably near, so that the steps start at 1 and are doubled until it is passed.
     """
     step = 1
-    low = place
-    while place < end and documents[place] < document:
-        low = place + 1
-        place += step
+    low = position
+    while position < end and documents[position] < document:
+        low = position + 1
+        position += step
         step *= 2
-    return find(documents, low, min(place, end), document)
+    return find(documents, low, min(position, end), document)
 
 
 @compiled
 def level_in_range(postings, query, i, number):
-    """What word i has added to the bound of a range; 0 where only its postings tell."""
+    """What word i added to the bound of a range; 0 for a word without levels by range."""
     row = query.rows[i]
     if i >= MAX_BOUNDED_TERMS or row < 0:
         return np.int64(0)
@@ -197,22 +197,22 @@ def add_scores(postings, query, i, number, buffer):
     end = query.ends[i]
     row = query.rows[i]
     if row < 0:
-        place = find_ahead(documents, query.cursors[i], end, first)
-        query.cursors[i] = place
+        position = find_ahead(documents, query.cursors[i], end, first)
+        query.cursors[i] = position
     else:
         chunk = number // CHUNK
         low = start + postings.offsets[row, chunk]
         high = start + postings.offsets[row, chunk + 1]
-        place = find(documents, low, high, first)
+        position = find(documents, low, high, first)
     weight = query.weights[i]
     touched = np.uint64(0)
     highest = np.uint8(0)
-    while place < end and documents[place] < first + RANGE:
-        slot = documents[place] - first
-        buffer[slot] += weight - weight / divisor_of(postings, place)
+    while position < end and documents[position] < first + RANGE:
+        slot = documents[position] - first
+        buffer[slot] += weight - weight / divisor_of(postings, position)
         touched |= np.uint64(1) << np.uint64(slot)
-        highest = max(highest, levels[codes[place]])
-        place += 1
+        highest = max(highest, levels[codes[position]])
+        position += 1
     return touched, highest
 
 
@@ -241,7 +241,7 @@ def score_essential(postings, query, number, bound, needed, buffer):
 
 @compiled
 def score_of_word(postings, query, i, document):
-    """What word i adds to the score of a document; 0 where it does not occur."""
+    """What word i adds to the score of a document; 0 if it does not occur there."""
     documents = postings.documents
     start = query.starts[i]
     low = start
@@ -251,19 +251,19 @@ def score_of_word(postings, query, i, document):
         chunk = document // (RANGE * CHUNK)
         low = start + postings.offsets[row, chunk]
         high = start + postings.offsets[row, chunk + 1]
-    place = find(documents, low, high, document)
-    if place >= high or documents[place] != document:
+    position = find(documents, low, high, document)
+    if position >= high or documents[position] != document:
         return 0.0
     weight = query.weights[i]
-    return np.float64(weight - weight / divisor_of(postings, place))
+    return np.float64(weight - weight / divisor_of(postings, position))
 
 
 @compiled
 def complete_score(postings, query, essential, document, score, rest, needed_score, unit):
     """The whole score of a document, or -1 once it is sure to be below `needed_score`.
 
-    `score` is that of its essential words, `rest` what the others can add, in units of the bounds;
-    one unit more spares scores that are equal to the needed one in 32 bits.
+    `score` is that of its essential words. `rest` is what the other words can add, in units of the
+    bounds; it is taken one unit larger, to keep scores that equal the needed one in 32 bits.
     """
     number = document // RANGE
     for i in range(essential, query.terms.shape[0]):
@@ -341,7 +341,7 @@ def score_ranges(
 ):
     """Scores the ranges that may hold one of the best documents; returns how many are kept.
 
-    Ranges whose bound is below `floor` are left for another pass.
+    Ranges whose bound is below `floor` are skipped, and left for another pass.
     """
     topk = scores.shape[0]
     for i in range(query.terms.shape[0]):

@@ -38,8 +38,8 @@ def agg_loss(
     `seq-mean-token-mean`: sum over rows of the row's mean, / num_seqs. `seq-mean-token-sum-norm`:
     sum / num_seqs / `loss_scale_factor`, the constant divisor of Dr. GRPO (arXiv 2503.20783). A row
     without an unmasked token is no sequence. Where a sequence is several rows, `seq_tokens` [B] are
-    the unmasked tokens of all rows of a row's sequence. Raises ValueError for another mode and for a missing
-    factor.
+    the unmasked tokens of all rows of a row's sequence. Raises ValueError for another mode and for
+    a missing factor.
     """
     mask = loss_mask.bool()
     if loss_agg_mode == "token-mean":
