@@ -23,7 +23,7 @@ where its context was written anew (`verl.agent.Trajectory.rewrite`).
 | rollout_is_weights  | [B, R]   | float32 | trainer    | importance weight, where these are on |
 | trajectory          | [B]      | int64   | trainer    | number of the row's trajectory |
 | row                 | [B]      | int64   | trainer    | number of the row in its trajectory |
-| seq_tokens          | [B]      | int64   | trainer    | trained tokens of the trajectory, if any has several rows |
+| seq_tokens          | [B]      | int64   | trainer    | trained tokens of all its rows |
 | mini_batch          | [B]      | int64   | trainer    | the actor's optimizer step of the row |
 | critic_mini_batch   | [B]      | int64   | trainer    | the critic's, where there is one |
 | uid                 | [B]      | object  | trainer    | group of the row: one uuid per prompt |
