@@ -68,6 +68,13 @@ class ToolFailed(Exception):
         return str(self.args[0])
 
 
+class CallError(Exception):
+    """The policy got a call wrong: raised by a function that is a tool (`FunctionTool`).
+
+    The message is what the policy reads.
+    """
+
+
 @dataclass(frozen=True)
 class ToolResponse:
     """What a call brought."""

@@ -50,7 +50,8 @@ def config_of(section: Section) -> ToolConfig:
     """The validated keys of a section. Raises ValueError for a wrong class or a wrong key."""
     cls = tool_class(section)
     config = cls.Config.model_validate({k: v for k, v in section.items() if k != "_target_"})
-    if config.cache_size and not cls.pure:
+    # What a function or a server does is no property of the class: its section says it.
+    if config.cache_size and not getattr(config, "pure", cls.pure):
         raise ValueError(
             f"cache_size=0 for {section['_target_']}, which does not always answer the same"
         )

@@ -38,7 +38,7 @@ def load_function(path: str, name: str, key: str) -> Any:
     return getattr(module, name)
 
 
-def place_of(error: Exception, path: str) -> str:
+def place_of(error: BaseException, path: str) -> str:
     """The exception that a user's file raised, and the line of the file that led to it."""
     lines = [
         frame.lineno
