@@ -20,6 +20,8 @@ EXCEPTION, MEMORY, DISK = 1, 77, 78
 """Exit codes: the program raised, had no memory left, could write no more."""
 FRAMES = 4
 """Frames of a traceback that are shown: the innermost."""
+MOST_OF_TRACEBACK = 4000
+"""Characters of a traceback: a message may be as long as the program likes."""
 NAME = "<code>"
 """The file of the program in tracebacks."""
 
@@ -202,7 +204,7 @@ def report(error: BaseException, source: str) -> int:
         error.__traceback__ = None
         sys.stderr.write("MemoryError\n")
         return MEMORY
-    sys.stderr.writelines(explained(error, source))
+    sys.stderr.write(explained(error, source))
     full = isinstance(error, OSError) and error.errno in (
         errno.ENOSPC,
         errno.EFBIG,
@@ -211,8 +213,8 @@ def report(error: BaseException, source: str) -> int:
     return DISK if full else EXCEPTION
 
 
-def explained(error: BaseException, source: str) -> list[str]:
-    """The innermost frames of the program's traceback, or one line where not even that is left."""
+def explained(error: BaseException, source: str) -> str:
+    """The end of the program's traceback, or its last word where not even that can be had."""
     try:
         import linecache
         import traceback
@@ -222,9 +224,9 @@ def explained(error: BaseException, source: str) -> list[str]:
         while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
             trace = trace.tb_next
         shown = traceback.TracebackException(type(error), error, trace, limit=-FRAMES)
-        return list(shown.format(chain=False))
+        return "".join(shown.format(chain=False))[-MOST_OF_TRACEBACK:]
     except Exception:  # out of files, of memory, of stack, or an error that cannot be read
-        return [f"{type(error).__name__}\n"]
+        return f"{type(error).__name__}\n"
 
 
 if __name__ == "__main__":
