@@ -137,6 +137,21 @@ INVALID_MESSAGE = (
 such message: it drops the token that ends the turn, and the model goes on after the sentence
 above."""
 
+FOLD_ACTION = (
+    "\n"
+    "My context is nearly full. I should sum up everything that I have found so far and still need "
+    "inside <summary> and </summary>.\n"
+)
+FOLD_MESSAGE = (
+    "Your context is nearly full: all but the question and your summary will be left out of it. "
+    "Sum up everything that you have found so far and still need inside <summary> and </summary>."
+)
+"""Said by the user, to a chat model that ended its turn, and where tools are called natively."""
+FOLDED = "{content}\n\nWhat you have found so far: {summary}"
+"""The question of a conversation whose context was folded."""
+LEFT_OUT = "(left out)"
+"""In the place of a result that the context no longer holds."""
+
 NATIVE_INVALID_MESSAGE = (
     "Your previous turn neither called a tool nor gave the answer. Call a tool, or put the final "
     "answer inside <answer> and </answer>."
@@ -163,6 +178,7 @@ REACT_INVALID_MESSAGE = (
 )
 
 ANSWER_END = "</answer>"
+SUMMARY_END = "</summary>"
 
 
 def build_prompt(question: str, template: str, context: str = "", reasoning: str = "") -> str:

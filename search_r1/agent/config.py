@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import PositiveInt, field_validator
 
+from search_r1.agent.contexts import ContextConfig
 from search_r1.prompts import TEMPLATES
 from search_r1.search.client.config import RetrieverConfig
 from search_r1.tools.sections import Section, check_sections
@@ -45,6 +46,7 @@ class SearchAgentConfig(Config):
     """Most tokens of one observation; passages are cut inside their block."""
     stop_at_answer: bool = True
     """End a turn at </answer>; false lets the policy emit EOS itself."""
+    context: ContextConfig = ContextConfig()
     retriever: RetrieverConfig = RetrieverConfig()
 
     @field_validator("template")

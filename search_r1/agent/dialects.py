@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 from search_r1.agent.actions import Answer, TextCall, ToolCall, Turn, parse_action
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.observation import encode_observation, neutralise, tag_pattern
-from search_r1.prompts import ANSWER_END
+from search_r1.prompts import ANSWER_END, FOLD_ACTION, FOLD_MESSAGE
 from search_r1.tools.base import SEARCH_TOOL, Tool, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
 from verl.agent import Trajectory
@@ -74,6 +74,17 @@ class Dialect(Protocol):
         """What a policy is told whose turn was invalid."""
         ...
 
+    def summary_request(self, ended_by: int | None) -> list[int]:
+        """What a policy is told that is to sum up its context."""
+        ...
+
+    def folded(self, prompt_ids: list[int], messages: Sequence[Message], summary: str) -> list[int]:
+        """The context that a folded trajectory goes on from.
+
+        `messages` are those of the prompt, where the loop made it.
+        """
+        ...
+
     def departure(
         self, trajectory: Trajectory, messages: Sequence[Message], shown: Sequence[str]
     ) -> str | None:
@@ -114,6 +125,8 @@ class TagDialect(Dialect):
         self.tag = tag_pattern(formats)
         self.invalid_ids = encode_text(tokenizer, words.invalid_action)
         self.invalid_message_ids = encode_text(tokenizer, words.invalid_message)
+        self.fold_ids = encode_text(tokenizer, FOLD_ACTION)
+        self.fold_message_ids = encode_text(tokenizer, FOLD_MESSAGE)
         self.user_turn = user_turn(tokenizer, **config.apply_chat_template_kwargs)
 
     def preflight(self) -> list[str]:
@@ -184,6 +197,16 @@ class TagDialect(Dialect):
         """The sentence for a turn without an action."""
         ids = self.invalid_ids if ended_by is None else self.invalid_message_ids
         return self._placed(ids, ended_by)
+
+    def summary_request(self, ended_by: int | None) -> list[int]:
+        """The sentence that asks for a summary."""
+        ids = self.fold_ids if ended_by is None else self.fold_message_ids
+        return self._placed(ids, ended_by)
+
+    def folded(self, prompt_ids: list[int], messages: Sequence[Message], summary: str) -> list[int]:
+        """The prompt, then the summary as the first that the policy says."""
+        said = f"<summary> {neutralise(summary, self.tag)} </summary>\n"
+        return [*prompt_ids, *encode_text(self.tokenizer, said)]
 
     def _placed(self, ids: list[int], ended_by: int | None) -> list[int]:
         """Ids in the policy's turn or, where the policy has ended that, as a user's message."""

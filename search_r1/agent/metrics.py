@@ -24,6 +24,7 @@ def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     metrics |= _errors(stats)
     metrics |= _tools(stats)
     metrics |= _departures(stats)
+    metrics |= _folds(stats)
     metrics |= _by_hops(stats)
     metrics |= _recall(trajectories)
     return {name: float(value) for name, value in metrics.items()}
@@ -122,6 +123,13 @@ def sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     for count in counts:
         total.update(count)
     return Counter(dict(sorted(total.items())))
+
+
+def _folds(stats: list[Stats]) -> dict[str, float]:
+    """How often contexts were folded, per trajectory, where that may happen."""
+    if not any("folds" in s for s in stats):
+        return {}
+    return {"env/folds": sum(s.get("folds", 0) for s in stats) / len(stats)}
 
 
 def _departures(stats: list[Stats]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from verl.agent import AgentLoop, RewardFn
+from verl.agent import RewardFn
 from verl.single_controller.worker_group import WorkerLost
 from verl.trainer.config import PPOConfig
 from verl.trainer.packing import decide_packing
@@ -73,7 +73,7 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     Raises ConfigError or DataError before anything is started.
     """
     config, task = prepare(raw)
-    check_trainable(config, task.agent, task.reward)
+    check_trainable(config, task.reward)
     train_set = load_train_set(config, task.tokenizer)
     val_set = load_val_set(config, task.tokenizer)
     check_environment(config, task.agent, gpus_here(config))
@@ -89,8 +89,8 @@ def gpus_here(config: PPOConfig) -> int:
     return config.num_gpus if config.trainer.ray_address is None else 0
 
 
-def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
-    """Raises ConfigError for engines and agent loops whose trajectories cannot be trained on.
+def check_trainable(config: PPOConfig, reward: RewardFn) -> None:
+    """Raises ConfigError for engines whose trajectories cannot be trained on.
 
     It also raises for dynamic sampling by a metric that the reward does not have.
     """
@@ -98,11 +98,6 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
     if config.actor_rollout_ref.rollout.name == "openai":
         problems.append(
             "actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train"
-        )
-    if not agent.trainable:
-        problems.append(
-            f"agent._target_={config.agent['_target_']}: its contexts are rewritten, for "
-            "evaluation only"
         )
     filters = config.algorithm.filter_groups
     entries = getattr(reward, "entries", None)
