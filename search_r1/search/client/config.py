@@ -45,6 +45,9 @@ class RetrieverConfig(BaseModel):
     """How long a search waits for company."""
     max_query_chars: PositiveInt = 4096
     """A longer query is cut: the policy may write any, and no server should refuse it."""
+    show_documents: bool = False
+    """Write the name of its document into the heading of each passage, as the tools open and find
+    take it. Needs a server with --documents."""
     cache_size: NonNegativeInt = 0
     """Results that each agent worker keeps, by their query: a repeated search asks no server."""
 
