@@ -85,7 +85,10 @@ def table_of(corpus: Corpus, field: str) -> np.ndarray:
     bits = (hash_of(document_name(corpus[line], field)) for line in lines)
     names = np.fromiter(bits, dtype=np.uint64, count=len(corpus))
     order = np.argsort(names, kind="stable")
-    return np.stack([names[order], order.astype(np.uint64)])
+    table = np.empty((2, len(corpus)), dtype=np.uint64)
+    np.take(names, order, out=table[0], mode="clip")  # the other modes would make a copy first
+    table[1] = order
+    return table
 
 
 def is_table_of(corpus: Corpus, field: str, kept: Path) -> bool:
