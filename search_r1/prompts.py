@@ -197,6 +197,15 @@ def with_mark(question: str) -> str:
     return question if question.endswith("?") else question + "?"
 
 
+def named_title(title: str, document: str) -> str:
+    """The title of a passage with the name by which its document can be opened.
+
+    >>> named_title('"Rome"', "7")
+    '"Rome", Document: 7'
+    """
+    return f"{title}, Document: {document}" if document else title
+
+
 def format_passages(passages: Sequence[tuple[str, str]]) -> str:
     """`Doc 1(Title: "T") text\\nDoc 2...` of (title with its quotes, text) pairs.
 

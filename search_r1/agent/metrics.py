@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from search_r1.trajectory import gold_passages, read_searches
+from search_r1.trajectory import gold_passages, read_passages
 from verl.agent import Trajectory
 
 Stats = dict[str, Any]
@@ -156,16 +156,16 @@ def _by_hops(stats: list[Stats]) -> dict[str, float]:
 
 
 def _recall(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Share of the gold passages that were retrieved, and of the questions of which all were.
+    """Share of the gold passages that were seen, and of the questions of which all were.
 
     Both over the questions whose gold passages the data name.
     """
     shares = []
     for trajectory in trajectories:
         gold = gold_passages(trajectory.info)
-        found = [p for search in read_searches(trajectory) for p in search.passages]
         if gold.names:
-            shares.append(len(gold.found_in(found)) / len(gold.names))
+            found = gold.found_in(read_passages(trajectory))
+            shares.append(len(found) / len(gold.names))
     if not shares:
         return {}
     return {
