@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from search_r1.agent.actions import Answer, TextCall, ToolCall, Turn, parse_action
 from search_r1.agent.config import SearchAgentConfig
-from search_r1.agent.observation import encode_observation, neutralise, tag_pattern
+from search_r1.agent.observation import TAGS, encode_observation, neutralise, tag_pattern
 from search_r1.prompts import ANSWER_END, FOLD_ACTION, FOLD_MESSAGE
 from search_r1.tools.base import SEARCH_TOOL, Tool, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
@@ -138,6 +138,11 @@ class TagDialect(Dialect):
             if times > 1
         ]
         for tool in self.tools.values():
+            if tool.name != SEARCH_TOOL and tool.tags.call_tag in TAGS:
+                problems.append(
+                    f"agent.tools: <{tool.tags.call_tag}>, by which {tool.name} is called, has "
+                    "another meaning; rename the tool, or use agent.format=auto"
+                )
             problems += self._block_problems(tool)
         return problems
 
