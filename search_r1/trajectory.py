@@ -14,6 +14,8 @@ from verl.agent import Row, Source, Trajectory
 from verl.utils.errors import DataError
 
 Record = dict[str, Any]
+FINDING_KIND = "finding"
+"""In the `info` of a segment in which the policy shortens a result, beside the conversation."""
 SUMMARY_KIND = "summary"
 """In the `info` of a segment in which the policy sums up a context that is then left behind."""
 

@@ -4,12 +4,11 @@ there at once."""
 from pathlib import Path
 
 from search_r1.agent.actions import ToolCall
-from search_r1.agent.agent_data import AgentData
+from search_r1.agent.agent_data import AgentData, Answered
 from search_r1.agent.dialects import Observation
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.agent.observation import encode_passages
 from search_r1.tools.base import SEARCH_TOOL, ToolResponse
-from search_r1.tools.toolbox import Executed
 
 TEXT = "Dupsel joined Fonzuv. Dupsel elected Mebkol. Sogvig inhabits Dupsel. Sogvig serves Zogpug."
 MIN_TURN = 32
@@ -62,4 +61,4 @@ class InstantLoop(SearchAgentLoop):
         ids, cut = encode_passages(PAIRS, self.tokenizer, self.config.max_obs_length, "")
         response = ToolResponse("", facts={"query": query, "passages": FOUND})
         call = ToolCall(SEARCH_TOOL, {"query": query})
-        self._observe(data, call, Executed(response, 0.0), Observation(ids, cut))
+        self._observe(data, call, Answered(response), Observation(ids, cut))

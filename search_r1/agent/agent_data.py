@@ -4,15 +4,25 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from search_r1.agent.actions import ToolCall
+from search_r1.agent.condense import SideCall
 from search_r1.agent.contexts import ContextState
 from search_r1.agent.dialects import Observation
-from search_r1.tools.base import SEARCH_TOOL, Tool
-from search_r1.tools.toolbox import Executed
+from search_r1.tools.base import SEARCH_TOOL, Tool, ToolResponse
 from verl.agent import Generate, Row, Trajectory
 from verl.utils.tokenizer import Message
 
 GOLD_KEYS = ("hops", "gold_ids", "gold_titles")
 """What of a row's `extra_info` metrics and rewards read in the trajectory's `info`."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A call and what the policy is to read."""
+
+    response: ToolResponse
+    latency_s: float = 0.0
+    side_call: SideCall | None = None
+    """The policy's own call that shortened the result."""
 
 
 @dataclass
@@ -28,7 +38,7 @@ class CallCounts:
     """Tokens of the observations, with what stands around the results."""
     latency_s: list[float] = field(default_factory=list)
 
-    def add(self, executed: Executed, observation: Observation) -> None:
+    def add(self, executed: Answered, observation: Observation) -> None:
         """Counts a call."""
         self.calls += 1
         if error := executed.response.error:
@@ -66,7 +76,7 @@ class AgentData:
         self.counts = {tool.name: CallCounts() for tool in self.tools}
         self.context = ContextState(self.trajectory.prompt_ids)
 
-    def count(self, call: ToolCall, executed: Executed, observation: Observation) -> None:
+    def count(self, call: ToolCall, executed: Answered, observation: Observation) -> None:
         """Counts a call under its tool."""
         self.counts.get(call.tool, self.unknown).add(executed, observation)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from search_r1.agent.actions import Answer, ToolCall, parse_action
 from search_r1.agent.agent_data import AgentData
+from search_r1.agent.condense import CondenseConfig, fit
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.dialects import Observation, TagWords
 from search_r1.agent.loop import SearchAgentLoop
@@ -18,17 +19,15 @@ from search_r1.prompts import (
     ANSWER_END,
     REACT_INVALID_ACTION,
     REACT_INVALID_MESSAGE,
-    REASON_IN_DOCUMENTS_PROMPT,
     SEARCH_O1_INVALID_ACTION,
     SEARCH_O1_INVALID_MESSAGE,
     build_prompt,
     format_passages,
 )
-from search_r1.tools.base import SEARCH_TOOL, ToolResponse
+from search_r1.tools.base import SEARCH_TOOL
 from search_r1.tools.formats import REACT, SEARCH_O1
 from search_r1.trajectory import required_question
 from verl.agent import Source, Trajectory
-from verl.utils.tokenizer import encode_text
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -46,27 +45,9 @@ class SearchO1Loop(SearchAgentLoop):
         SEARCH_O1, SEARCH_O1_INVALID_ACTION, SEARCH_O1_INVALID_MESSAGE
     )
 
-    async def _revise(
-        self, data: AgentData, call: ToolCall, response: ToolResponse
-    ) -> ToolResponse:
-        """Replaces passages by what of them helps the reasoning."""
-        if call.tool != SEARCH_TOOL:
-            return response
-        query = call.arguments["query"]
-        passages = neutralise(response.text)
-        context = fit(self.tokenizer, passages, self.config.max_obs_length)
-        room = max(1, self.config.max_prompt_length - len(self._side_prompt("", query, context)))
-        written = data.trajectory.response_ids[-room:]
-        reasoning = self.tokenizer.decode(written, skip_special_tokens=True)
-        side_prompt = self._side_prompt(reasoning, query, context)
-        completion = await data.generate(side_prompt, max_tokens=self.config.max_response_length)
-        finding = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
-        facts = {"condensed_from_tokens": len(side_prompt)}
-        return replace(response, text=finding, facts=response.facts | facts)
-
-    def _side_prompt(self, reasoning: str, query: str, context: str) -> list[int]:
-        prompt = REASON_IN_DOCUMENTS_PROMPT
-        return self.ask(prompt.format(reasoning=reasoning, query=query, context=context))
+    def __init__(self, config: SearchAgentConfig, tokenizer: Any) -> None:
+        condense = CondenseConfig(by="policy", train=False, max_tokens=config.max_response_length)
+        super().__init__(config.model_copy(update={"condense": condense}), tokenizer)
 
 
 class RagLoop(SearchAgentLoop):
@@ -176,9 +157,3 @@ def num_tokens_of(tokenizer: Any, token_ids: Sequence[int], said: str) -> int:
         if len(tokenizer.decode(token_ids[:size], skip_special_tokens=True).lstrip()) >= len(said):
             return size
     return len(token_ids)
-
-
-def fit(tokenizer: Any, text: str, max_tokens: int) -> str:
-    """`text` cut to its first `max_tokens` tokens."""
-    ids = encode_text(tokenizer, text)
-    return text if len(ids) <= max_tokens else tokenizer.decode(ids[:max_tokens])

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import PositiveInt, field_validator
 
+from search_r1.agent.condense import CondenseConfig
 from search_r1.agent.contexts import ContextConfig
 from search_r1.prompts import TEMPLATES
 from search_r1.search.client.config import RetrieverConfig
@@ -47,6 +48,7 @@ class SearchAgentConfig(Config):
     stop_at_answer: bool = True
     """End a turn at </answer>; false lets the policy emit EOS itself."""
     context: ContextConfig = ContextConfig()
+    condense: CondenseConfig = CondenseConfig()
     retriever: RetrieverConfig = RetrieverConfig()
 
     @field_validator("template")

@@ -22,7 +22,8 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from search_r1.agent.actions import ToolCall, Turn
-from search_r1.agent.agent_data import AgentData
+from search_r1.agent.agent_data import AgentData, Answered
+from search_r1.agent.condense import Condenser
 from search_r1.agent.config import TAGS, SearchAgentConfig
 from search_r1.agent.contexts import Contexts, summary_of
 from search_r1.agent.dialects import Dialect, Observation, TagDialect, TagWords
@@ -39,8 +40,8 @@ from search_r1.tools.base import Tool, ToolFailed, ToolResponse
 from search_r1.tools.formats import SEARCH_R1
 from search_r1.tools.search import SearchTool
 from search_r1.tools.sections import build_tools, naming_problems
-from search_r1.tools.toolbox import Executed, Toolbox
-from search_r1.trajectory import SUMMARY_KIND, required_question
+from search_r1.tools.toolbox import Toolbox
+from search_r1.trajectory import FINDING_KIND, SUMMARY_KIND, required_question
 from verl.agent import AgentLoop, Completion, Generate, Row, Trajectory, TrajectoryFailed
 from verl.utils.tokenizer import end_of_turn, user_turn
 
@@ -78,6 +79,13 @@ class SearchAgentLoop(AgentLoop):
             config.replay_calls,
         )
         self.dialect = self._dialect()
+        self.condenser = Condenser(
+            config.condense,
+            tokenizer,
+            config.apply_chat_template_kwargs,
+            config.max_prompt_length,
+            config.max_obs_length,
+        )
         self.contexts = Contexts(config.context, tokenizer)
         self.max_calls = config.max_turns if self.tools else 0
         template_kwargs = config.apply_chat_template_kwargs
@@ -106,6 +114,7 @@ class SearchAgentLoop(AgentLoop):
         problems += naming_problems(self.tools)
         problems += self.dialect.preflight()
         problems += self.toolbox.preflight()
+        problems += self.condenser.preflight()
         return problems
 
     def _budget_problems(self) -> list[str]:
@@ -143,6 +152,7 @@ class SearchAgentLoop(AgentLoop):
     async def close(self) -> None:
         """Closes the tools."""
         await self.toolbox.close()
+        await self.condenser.close()
 
     async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
         """Rolls out one question. Raises TrajectoryFailed when a tool fails for good."""
@@ -242,6 +252,8 @@ class SearchAgentLoop(AgentLoop):
         executed = await self._execute(data, turn.calls)
         responses = [one.response for one in executed]
         observations = self.dialect.results(turn, responses, ended_by)
+        if self.config.condense.train:
+            self._add_side_calls(data, executed)
         first = len(data.trajectory.segments)
         for call, one, observation in zip(turn.calls, executed, observations, strict=True):
             self._observe(data, call, one, observation)
@@ -250,19 +262,29 @@ class SearchAgentLoop(AgentLoop):
             for number, note in enumerate(self.dialect.results(turn, notes, ended_by), first):
                 data.context.placeholders[number] = note.token_ids
 
+    def _add_side_calls(self, data: AgentData, executed: Sequence[Answered]) -> None:
+        """Adds the policy's calls that shortened results, each as a row of its own."""
+        trajectory = data.trajectory
+        present = trajectory.token_ids
+        for side_call in [one.side_call for one in executed if one.side_call is not None]:
+            trajectory.rewrite(side_call.prompt_ids)
+            data.context.shortened[len(trajectory.segments)] = []
+            trajectory.add_completion(side_call.completion, turn=data.turns, kind=FINDING_KIND)
+            trajectory.rewrite(present)
+
     @staticmethod
     def _ended_by(trajectory: Trajectory) -> int | None:
         """The token of the chat template by which the policy has ended its turn, if it has."""
         return trajectory.segments[-1].info.get("ended_by")
 
-    async def _execute(self, data: AgentData, calls: Sequence[ToolCall]) -> list[Executed]:
+    async def _execute(self, data: AgentData, calls: Sequence[ToolCall]) -> list[Answered]:
         """Runs the calls of a turn together, each at once.
 
         Raises TrajectoryFailed when one fails; the others are given up.
         """
         most = self.config.max_parallel_calls
         error = ToolResponse(f"Only {most} calls are answered in a turn.", error="too_many")
-        refused = [Executed(error, 0.0) for _ in calls[most:]]
+        refused = [Answered(error) for _ in calls[most:]]
         tasks = [asyncio.create_task(self._call(data, call)) for call in calls[:most]]
         try:
             return [*await asyncio.gather(*tasks), *refused]
@@ -272,12 +294,18 @@ class SearchAgentLoop(AgentLoop):
             for task in tasks:
                 task.cancel()
 
-    async def _call(self, data: AgentData, call: ToolCall) -> Executed:
+    async def _call(self, data: AgentData, call: ToolCall) -> Answered:
         """Runs one call. Raises ToolFailed."""
         if call.malformed is not None:
-            return Executed(call.malformed, 0.0)
+            return Answered(call.malformed)
         executed = await self.toolbox.execute(call.tool, call.arguments)
-        return replace(executed, response=await self._revise(data, call, executed.response))
+        response = executed.response
+        side_call = None
+        if self.condenser.wants(call.tool, response):
+            query = " ".join(map(str, call.arguments.values()))
+            written = data.trajectory.response_ids
+            response, side_call = await self.condenser(data.generate, written, query, response)
+        return Answered(response, executed.latency_s, side_call)
 
     def _add_turn(
         self, trajectory: Trajectory, completion: Completion, is_last: bool, turn: int
@@ -301,14 +329,8 @@ class SearchAgentLoop(AgentLoop):
                 )
         trajectory.add_completion(completion, **facts)
 
-    async def _revise(
-        self, data: AgentData, call: ToolCall, response: ToolResponse
-    ) -> ToolResponse:
-        """The response as the policy is to read it; a method may write it anew."""
-        return response
-
     def _observe(
-        self, data: AgentData, call: ToolCall, executed: Executed, observation: Observation
+        self, data: AgentData, call: ToolCall, executed: Answered, observation: Observation
     ) -> None:
         """Appends the observation of a call, with its facts, and counts."""
         response = executed.response

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.utils.errors import ConfigError
-from verl.utils.tool_turns import WrittenCall
+from verl.utils.tool_turns import ToolSchema, WrittenCall
 
 log = logging.getLogger(__name__)
 COMMON = ("hermes", "qwen3_xml", "llama3_json", "mistral", "pythonic")
 """Tried first, because most templates write one of these."""
-ToolSchema = dict[str, Any]
-"""A tool as chat templates take it: `{"type": "function", "function": {"name": ..}}`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class ToolCallParser:
         self.name = name
         self.tokenizer = get_cached_tokenizer(tokenizer)
         self.request = ChatCompletionRequest.model_validate(
-            {"messages": [], "model": "policy", "tools": list(schemas)}
+            {"messages": [], "model": "policy", "tools": [dict(schema) for schema in schemas]}
         )
         try:
             self.parser_class = ToolParserManager.get_tool_parser(name)
