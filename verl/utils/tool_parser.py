@@ -39,13 +39,15 @@ class ToolCallParser:
         # A call that cannot be read is counted here; vLLM would log its stack for each.
         logging.getLogger("vllm.tool_parsers").setLevel(logging.CRITICAL)
         self.name = name
-        self.tokenizer = get_cached_tokenizer(tokenizer)
+        # vLLM's own annotations contradict each other here
+        self.tokenizer: Any = get_cached_tokenizer(tokenizer)
         self.request = ChatCompletionRequest.model_validate(
             {"messages": [], "model": "policy", "tools": [dict(schema) for schema in schemas]}
         )
         try:
             self.parser_class = ToolParserManager.get_tool_parser(name)
-            self.parser_class(self.tokenizer, self.request.tools)
+            self.tools: Any = self.request.tools
+            self.parser_class(self.tokenizer, self.tools)
         except (KeyError, RuntimeError, ValueError) as error:
             message = f"agent.format={name}: no tool parser of vLLM reads this: {error}"
             raise ConfigError([message]) from error
@@ -53,7 +55,7 @@ class ToolCallParser:
     def parse(self, text: str) -> list[NativeCall]:
         """The calls in what a model wrote, none where there are none or they cannot be read."""
         # A new one for each text: parsers keep state between the texts of one stream.
-        parser = self.parser_class(self.tokenizer, self.request.tools)
+        parser = self.parser_class(self.tokenizer, self.tools)
         try:
             found = parser.extract_tool_calls(text, self.request)
         except Exception as error:  # whatever a parser of vLLM raises on a text that it cannot read
