@@ -24,6 +24,7 @@ from verl.utils.tool_turns import (
     ChatMessage,
     ResultPiece,
     ToolTurns,
+    WrittenCall,
     call_message,
     render,
     result_message,
@@ -51,30 +52,14 @@ class NativeDialect(Dialect):
         self.tools = {tool.name: tool for tool in tools}
         self.schemas = [schema_of(tool) for tool in tools]
         self.kwargs = config.apply_chat_template_kwargs
-        try:
-            sample = written_call(tokenizer, self.kwargs)
-            self.turns = ToolTurns(tokenizer, self.kwargs)
-            result_turn = self.turns.turn(1)
-        except DataError as error:
-            message = f"agent.format={config.format}: {error}; use agent.format=tags"
-            raise ConfigError([message]) from error
-        name = find_parser(tokenizer, sample) if config.format == "auto" else config.format
-        if not reads(ToolCallParser(name, tokenizer, [sample.schema]), sample):
-            raise ConfigError(
-                [
-                    f"agent.format={config.format}: this parser does not read calls as the chat "
-                    f"template of the tokenizer writes them ({sample.text!r}); auto finds one that "
-                    "does"
-                ]
-            )
+        sample, self.turns = read_template(config, tokenizer)
+        name = choose_parser(config, tokenizer, sample)
         self.parser = ToolCallParser(name, tokenizer, self.schemas)
-        piece = result_turn.pieces[0]
+        piece = self.turns.turn(1).pieces[0]
         around = tokenizer.decode(piece.before) + piece.opening + piece.closing
         self.call_tags = opening_tags(sample.text)[:1]
         self.result_tags = opening_tags(around)[-1:]
-        tags = {*opening_tags(sample.text), *opening_tags(around)}
-        tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special]
-        self.tag = tag_pattern(native_tags=sorted(tags), tokens=tokens)
+        self.tag = native_tags(tokenizer, sample.text + around)
         self.user_turn = user_turn(tokenizer, **self.kwargs)
         opened = OPENED.search(tokenizer.decode(self.user_turn.after))
         self.opened = opened.group() if opened else ""
@@ -242,6 +227,38 @@ class NativeDialect(Dialect):
         begins = len(text) - len(said) + (self._begins(said) or 0)
         content = (self.opened + text[:begins]).strip()
         return call_message(content, [(call.tool, call.arguments) for call in turn.calls])
+
+
+def read_template(config: SearchAgentConfig, tokenizer: Any) -> tuple[WrittenCall, ToolTurns]:
+    """A call and the results as the chat template writes them. Raises ConfigError."""
+    kwargs = config.apply_chat_template_kwargs
+    try:
+        sample = written_call(tokenizer, kwargs)
+        turns = ToolTurns(tokenizer, kwargs)
+        turns.turn(1)
+    except DataError as error:
+        message = f"agent.format={config.format}: {error}; use agent.format=tags"
+        raise ConfigError([message]) from error
+    return sample, turns
+
+
+def choose_parser(config: SearchAgentConfig, tokenizer: Any, sample: WrittenCall) -> str:
+    """The name of the parser that reads such calls. Raises ConfigError where there is none."""
+    name = find_parser(tokenizer, sample) if config.format == "auto" else config.format
+    if not reads(ToolCallParser(name, tokenizer, [sample.schema]), sample):
+        raise ConfigError(
+            [
+                f"agent.format={config.format}: this parser does not read calls as the chat "
+                f"template of the tokenizer writes them ({sample.text!r}); auto finds one that does"
+            ]
+        )
+    return name
+
+
+def native_tags(tokenizer: Any, written: str) -> re.Pattern[str]:
+    """Matches what no result may hold: tags of what the template has `written`, added tokens."""
+    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special]
+    return tag_pattern(native_tags=sorted(opening_tags(written)), tokens=tokens)
 
 
 def place_of_difference(trajectory: Trajectory, rendered: Sequence[int]) -> str:

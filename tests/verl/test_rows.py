@@ -27,6 +27,8 @@ from verl.workers.forward import forward_log_probs
 from verl.workers.fsdp_model import TrainState, build_model
 from verl.workers.update import Budget, update_mini_batches
 
+OF_ROWS = ("prompt_length", "response_length/", "response_length_observation", "state_tokens/cover")
+"""Metrics of rows, which leave out what nothing is said after."""
 NUM = 6
 """Trajectories, in groups of two."""
 
@@ -144,7 +146,7 @@ def test_advantages_are_those_of_whole_trajectories(name, kl):
         done, metrics = compute_advantage(rewarded, config)
         tensors = [by_trajectory(done, done.batch[c]) for c in ("advantages", "returns")]
         figures = compute_data_metrics(done, max_length=100)
-        figures = {k: v for k, v in figures.items() if not k.startswith("prompt_length")}
+        figures = {k: v for k, v in figures.items() if not k.startswith(OF_ROWS)}
         found.append((tensors, metrics, figures))
     (whole, metrics, figures), (split, split_metrics, split_figures) = found
     for a, b in zip(whole, split, strict=True):

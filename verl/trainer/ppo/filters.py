@@ -1,6 +1,7 @@
 """Preparation of a batch for the policy loss: rows are filtered, and rollouts are corrected."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,6 +56,27 @@ def filter_loss(data: DataProto, names: Sequence[str]) -> tuple[DataProto, dict[
     return data.with_tensors(response_mask=response_mask), metrics
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """Log-ratios of whole trajectories, also where these are several rows: [S, L]."""
+
+    log_ratio: Tensor
+    mask: Tensor
+    joined: Joined | None
+
+    @classmethod
+    def of(cls, data: DataProto, mask: Tensor, log_ratio: Tensor) -> "Sequences":
+        """The sequences of a batch, from `mask` and `log_ratio` [B, R]."""
+        if not has_several_rows(data):
+            return cls(log_ratio, mask, None)
+        joined = Joined.of(data, mask)
+        return cls(joined.join(log_ratio), joined.joined_mask, joined)
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """[S, L] -> [B, R]."""
+        return values if self.joined is None else self.joined.split(values)
+
+
 def correct_rollout(
     data: DataProto, config: RolloutCorrectionConfig
 ) -> tuple[DataProto, dict[str, float]]:
@@ -70,15 +92,16 @@ def correct_rollout(
     sampled = batch["rollout_log_probs"]
     log_ratio = log_ratios(old, sampled, mask)
     metrics = mismatch(old, sampled, mask)
-    # sequences are whole trajectories, also where these are several rows
-    joined = Joined.of(data, mask) if has_several_rows(data) else None
-    ratio_of_seq = log_ratio if joined is None else joined.join(log_ratio)
-    mask_of_seq = mask if joined is None else joined.joined_mask
+    sequences = Sequences.of(data, mask, log_ratio)
     if config.rollout_is is not None:
-        weights = importance_weights(
-            ratio_of_seq, mask_of_seq, config.rollout_is, config.rollout_is_threshold
+        weights = sequences.of_rows(
+            importance_weights(
+                sequences.log_ratio,
+                sequences.mask,
+                config.rollout_is,
+                config.rollout_is_threshold,
+            )
         )
-        weights = weights if joined is None else joined.split(weights)
         metrics |= {
             "is_weight/mean": masked_mean(weights, mask).item(),
             "is_weight/max": weights.max().item(),
@@ -88,8 +111,8 @@ def correct_rollout(
     high = config.rollout_rs_threshold
     veto = config.rollout_token_veto_threshold
     if config.rollout_rs is not None or veto is not None:
-        keep = accepted(ratio_of_seq, mask_of_seq, config.rollout_rs, low, high, veto)
-        out = mask & ~(keep if joined is None else joined.split(keep))
+        keep = accepted(sequences.log_ratio, sequences.mask, config.rollout_rs, low, high, veto)
+        out = mask & ~sequences.of_rows(keep)
         metrics["left_out"] = masked_mean(out.float(), mask).item()
         data = data.with_tensors(response_mask=batch["response_mask"] * ~out)
     if config.bypass_mode:
