@@ -49,18 +49,30 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def keep(records: Iterable[dict[str, Any]], min_score: float) -> Iterator[dict[str, list[int]]]:
-    """`input_ids` and `loss_mask` of every record with a score of at least `min_score`."""
+    """`input_ids` and `loss_mask` of every record with a score of at least `min_score`.
+
+    A trajectory whose context was written anew gives an example for each of its rows.
+    """
     for record in records:
-        if not record["reward"]["score"] >= min_score:  # so that NaN is left out too
-            continue
-        input_ids = list(record["prompt_ids"])
+        if record["reward"]["score"] >= min_score:  # so that NaN is left out too
+            yield from examples_of(record)
+
+
+def examples_of(record: dict[str, Any]) -> Iterator[dict[str, list[int]]]:
+    """An example for each context of a record in which the policy has said something."""
+    first = {"at": 0, "prompt_ids": record["prompt_ids"]}
+    begins = [first, *record.get("rewrites", [])]
+    ends = [rewrite["at"] for rewrite in begins[1:]] + [len(record["segments"])]
+    for begin, end in zip(begins, ends, strict=True):
+        input_ids = list(begin["prompt_ids"])
         loss_mask = [0] * len(input_ids)
-        for segment in record["segments"]:
+        for segment in record["segments"][begin["at"] : end]:
             token_ids = segment["token_ids"]
             is_own = segment["source"] == Source.MODEL
             input_ids += token_ids
             loss_mask += [int(is_own)] * len(token_ids)
-        yield {"input_ids": input_ids, "loss_mask": loss_mask}
+        if any(loss_mask) or len(begins) == 1:
+            yield {"input_ids": input_ids, "loss_mask": loss_mask}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,6 +34,21 @@ def test_keeps_right_trajectories_and_trains_on_the_policys_tokens(tmp_path, cap
     assert row["loss_mask"] == [0, 0, 1, 1, 0, 0, 0, 1]
 
 
+def test_each_context_of_a_trajectory_is_an_example(tmp_path):
+    record = {
+        "prompt_ids": [1, 2],
+        "segments": SEGMENTS,
+        "reward": {"score": 1.0},
+        "rewrites": [{"at": 2, "prompt_ids": [1, 3]}, {"at": 4, "prompt_ids": [4]}],
+    }
+    source = write(tmp_path / "t.jsonl", [record])
+    out = tmp_path / "rows.jsonl"
+    assert main(["--trajectories", source, "--out", str(out)]) == 0
+    first, second = read_examples([str(out)])
+    assert first["input_ids"] == [1, 2, 5, 6, 7] and first["loss_mask"] == [0, 0, 1, 1, 0]
+    assert second["input_ids"] == [1, 3, 8, 9, 10] and second["loss_mask"] == [0, 0, 0, 0, 1]
+
+
 @pytest.mark.parametrize(
     "records, message",
     [
