@@ -154,7 +154,9 @@ def test_a_task_without_search_trains(tmp_path, model, config, flags):
 
 ACTOR = "actor_rollout_ref__actor"
 VARIANTS = {
-    "rloo, CISPO, likelihood kept, dynamic sampling, filters": {
+    "rloo, CISPO, likelihood kept, dynamic sampling, filters, folded contexts": {
+        "agent__context__fold_at": 100,
+        "agent__context__max_summary_length": 8,
         "algorithm__adv_estimator": "rloo",
         f"{ACTOR}__policy_loss__loss_mode": "cispo",
         f"{ACTOR}__policy_loss__llds_coef": 0.1,
@@ -204,6 +206,8 @@ def test_other_algorithms_train(tmp_path, model, retriever, reward, variant):
             and line["rollout/filtered/zero_variance"] == 0
         )
         assert line["actor/likelihood_loss"] >= 0
+        assert line["rows/mean"] > 1 and line["env/folds"] > 0
+        assert line["rollout/logprob_diff_max"] <= 1e-3, "in every row"
     elif "LoRA" in variant:  # the engine samples from the merged weights of the first update
         assert "M trained, attention packed" in output and line["rollout/logprob_diff_max"] <= 1e-3
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf").num_parameters() > 0
