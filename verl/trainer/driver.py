@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from verl.agent import AgentLoop, RewardFn
+from verl.agent import AgentLoop, RewardFn, RewardPreflight
 from verl.single_controller.worker_group import WorkerLost
 from verl.trainer.config import PPOConfig
 from verl.trainer.packing import decide_packing
@@ -92,7 +92,8 @@ def gpus_here(config: PPOConfig) -> int:
 def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
     """Raises ConfigError for engines and agent loops whose trajectories cannot be trained on.
 
-    It also raises for dynamic sampling by a metric that the reward does not have.
+    It also raises for dynamic sampling by a metric that the reward does not have, and for a reward
+    that says that it does not fit the agent loop.
     """
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
@@ -111,6 +112,8 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
             f"algorithm.filter_groups.metric={filters.metric}: the reward has no such number, only "
             f"{', '.join(sorted(entries))}"
         )
+    if isinstance(reward, RewardPreflight):
+        problems += reward.preflight(agent)
     if problems:
         raise ConfigError(problems)
 
