@@ -137,6 +137,21 @@ INVALID_MESSAGE = (
 such message: it drops the token that ends the turn, and the model goes on after the sentence
 above."""
 
+FOLD_ACTION = (
+    "\n"
+    "My context is nearly full. I should sum up everything that I have found so far and still need "
+    "inside <summary> and </summary>.\n"
+)
+FOLD_MESSAGE = (
+    "Your context is nearly full: all but the question and your summary will be left out of it. "
+    "Sum up everything that you have found so far and still need inside <summary> and </summary>."
+)
+"""Said by the user, to a chat model that ended its turn, and where tools are called natively."""
+FOLDED = "{content}\n\nWhat you have found so far: {summary}"
+"""The question of a conversation whose context was folded."""
+LEFT_OUT = "(left out)"
+"""In the place of a result that the context no longer holds."""
+
 NATIVE_INVALID_MESSAGE = (
     "Your previous turn neither called a tool nor gave the answer. Call a tool, or put the final "
     "answer inside <answer> and </answer>."
@@ -172,6 +187,7 @@ CALLING_TURNS = ("turn with tool calls", "turns with tool calls")
 """What is counted, for one and for many; a turn in a native format may hold several calls."""
 
 ANSWER_END = "</answer>"
+SUMMARY_END = "</summary>"
 
 
 def build_prompt(question: str, template: str, context: str = "", reasoning: str = "") -> str:
@@ -212,6 +228,15 @@ def with_mark(question: str) -> str:
     """The question with a question mark, as in the original."""
     question = question.strip()
     return question if question.endswith("?") else question + "?"
+
+
+def named_title(title: str, document: str) -> str:
+    """The title of a passage with the name by which its document can be opened.
+
+    >>> named_title('"Rome"', "7")
+    '"Rome", Document: 7'
+    """
+    return f"{title}, Document: {document}" if document else title
 
 
 def format_passages(passages: Sequence[tuple[str, str]]) -> str:

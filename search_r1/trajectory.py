@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from search_r1.rewards.matching import normalize_answer
-from search_r1.tools.base import SEARCH_TOOL
+from search_r1.tools.base import OPEN_TOOL, SEARCH_TOOL
 from verl.agent import Row, Source, Trajectory
 from verl.utils.errors import DataError
 
@@ -39,6 +39,16 @@ def read_searches(trajectory: Trajectory | Record) -> list[Search]:
         Search(str(facts["query"]), facts.get("passages") or [], facts.get("latency_s"))
         for facts in observed_facts(trajectory)
         if facts.get("kind", SEARCH_TOOL) == SEARCH_TOOL and "query" in facts
+    ]
+
+
+def read_passages(trajectory: Trajectory | Record) -> list[dict[str, Any]]:
+    """The passages that searches found and opened pages showed, in their order."""
+    return [
+        passage
+        for facts in observed_facts(trajectory)
+        if facts.get("kind", SEARCH_TOOL) in (SEARCH_TOOL, OPEN_TOOL)
+        for passage in facts.get("passages") or []
     ]
 
 

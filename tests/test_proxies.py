@@ -3,6 +3,7 @@
 The program's own servers are asked directly, and what is public goes through the proxy.
 """
 
+import asyncio
 import socket
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import pytest
 
 from search_r1.launch import RetrievalServer
 from search_r1.search.addresses import direct, is_internal
-from search_r1.search.client import RetrievalClient, SearchError, check_server
+from search_r1.search.client import RetrievalClient, SearchError, check_documents, check_server
 from search_r1.search.client.config import RetrieverConfig
+from search_r1.search.engines.bm25 import BM25Retriever
 from search_r1.search.engines.web import WebRetriever, brave
+from search_r1.search.index.corpus import Corpus
+from search_r1.search.server.app import create_app
+from search_r1.search.server.service import ServerSettings
+from search_r1.search.store import DocumentStore
 from tests.e2e.runs import CORPUS
 from tests.openai_server import Player
 from tests.proxies import behind, refusing_proxy
@@ -39,6 +45,21 @@ async def test_training_reaches_its_retrieval_server(tmp_path, asked):
             RetrieverConfig(url=[server.url, server.url.replace("127.0.0.1", "localhost")])
         )
         assert await client.search("Torvel")
+        await client.close()
+    assert asked == []
+
+
+async def test_training_reaches_the_documents_of_its_server(tmp_path, asked):
+    write_corpus(tmp_path, CORPUS)
+    corpus = Corpus.of_lines(tmp_path / "corpus.jsonl")
+    engine = BM25Retriever(tmp_path / "bm25", tmp_path / "corpus.jsonl")
+    made = create_app(lambda: engine, ServerSettings(), lambda: DocumentStore(corpus, "id"))
+    with serving(made) as base:
+        url = f"{base}/retrieve"
+        while await asyncio.to_thread(check_documents, url):
+            pass  # it is loading
+        client = RetrievalClient(RetrieverConfig(url=url))
+        assert (await client.open(str(CORPUS[0]["id"]))).pages == 1
         await client.close()
     assert asked == []
 

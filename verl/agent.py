@@ -171,7 +171,10 @@ class Trajectory:
         rows: list[TrajectoryRow] = []
         turns = 0
         for begin, end in zip(begins, ends, strict=True):
-            row = TrajectoryRow(begin.prompt_ids, self.segments[begin.at : end], turns)
+            segments = self.segments[begin.at : end]
+            while segments and segments[-1].source is not Source.MODEL:
+                segments = segments[:-1]  # nothing that is trained was said after it
+            row = TrajectoryRow(begin.prompt_ids, segments, turns)
             turns += sum(s.source is Source.MODEL for s in row.segments)
             rows.append(row)
         return [row for row in rows if row.is_sampled] or rows[:1]
@@ -255,8 +258,6 @@ class AgentLoop:
     its section refers to; None: any key."""
     sections: ClassVar[Mapping[str, type[BaseModel]]] = {}
     """Models of further top-level sections, which are not passed to the loop."""
-    trainable: ClassVar[bool] = True
-    """False where contexts are rewritten, so that trajectories can only be evaluated."""
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         """Takes the validated section and the tokenizer of the policy."""

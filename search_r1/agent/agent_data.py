@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from search_r1.agent.actions import ToolCall
+from search_r1.agent.contexts import ContextState
 from search_r1.agent.dialects import Observation
 from search_r1.tools.base import SEARCH_TOOL, Tool
 from search_r1.tools.toolbox import Executed
@@ -53,6 +54,9 @@ class AgentData:
     """What a turn's last token brought behind the tag that it completed."""
     counts: dict[str, CallCounts] = field(init=False)
     """By the name of the tool."""
+    context: ContextState = field(init=False)
+    folds: int = 0
+    """How often the context was folded."""
     messages: list[Message] = field(default_factory=list)
     """Those of the prompt, where the loop made it."""
     shown: list[str] = field(default_factory=list)
@@ -62,6 +66,7 @@ class AgentData:
 
     def __post_init__(self) -> None:
         self.counts = {tool.name: CallCounts() for tool in self.tools}
+        self.context = ContextState(self.trajectory.prompt_ids)
 
     def count(self, call: ToolCall, executed: Executed, observation: Observation) -> None:
         """Counts a call under its tool."""
@@ -86,6 +91,8 @@ class AgentData:
         extra = self.row.get("extra_info") or {}
         facts |= {key: extra[key] for key in GOLD_KEYS if extra.get(key) is not None}
         facts["tools"] = {name: asdict(counts) for name, counts in self.counts.items()}
+        if self.trajectory.rewrites:
+            facts["folds"] = self.folds
         if self.unknown.calls:
             facts["unknown_calls"] = self.unknown.errors
         return facts

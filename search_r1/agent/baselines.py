@@ -4,6 +4,7 @@ Their texts are in prompts.py.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from search_r1.prompts import (
 from search_r1.tools.base import SEARCH_TOOL, ToolResponse
 from search_r1.tools.formats import REACT, SEARCH_O1
 from search_r1.trajectory import required_question
-from verl.agent import Segment, Source, Trajectory
+from verl.agent import Source, Trajectory
 from verl.utils.tokenizer import encode_text
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -92,11 +93,11 @@ class RagLoop(SearchAgentLoop):
 class IRCoTLoop(SearchAgentLoop):
     """IRCoT (arXiv 2212.10509): every sentence of the reasoning is the next query.
 
-    All passages stand above the reasoning. Contexts are written anew for every sentence, so these
-    trajectories cannot be trained on.
+    All passages stand above the reasoning. Contexts are written anew for every sentence, so that a
+    trajectory has a row for each. Of what was sampled, the tokens up to the end of the sentence are
+    kept and trained.
     """
 
-    trainable: ClassVar[bool] = False
     calls_tools: ClassVar[bool] = False
 
     async def _begin(self, data: AgentData) -> None:
@@ -120,16 +121,20 @@ class IRCoTLoop(SearchAgentLoop):
         if len(context) > self.config.max_prompt_length:
             trajectory.stop_reason = "context"
             return
+        trajectory.rewrite(context)
         completion = await data.generate(
             context, max_tokens=self.config.max_response_length, stop=[ANSWER_END]
         )
         data.turns += 1
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
         said, is_answer = self._next_sentence(text, may_call)
-        ids = encode_text(self.tokenizer, said + " ")
-        trajectory.segments.append(
-            Segment(Source.MODEL, ids, [0.0] * len(ids), completion.policy_version)
+        size = num_tokens_of(self.tokenizer, completion.token_ids, said)
+        kept = replace(
+            completion,
+            token_ids=completion.token_ids[:size],
+            log_probs=completion.log_probs[:size],
         )
+        trajectory.add_completion(kept, turn=data.turns)
         data.valid_actions += is_answer or (may_call and bool(said))
         if is_answer:
             trajectory.stop_reason = "answer"
@@ -157,11 +162,20 @@ class IRCoTLoop(SearchAgentLoop):
         found = [p for s in trajectory.segments for p in s.info.get("passages", ())]
         unique = {p["id"]: (p["title"], p["text"]) for p in found}
         passages = neutralise(format_passages(list(unique.values())))
-        own = [t for s in trajectory.segments if s.source is Source.MODEL for t in s.token_ids]
-        room = self.config.max_prompt_length - self.config.max_start_length - len(own)
+        own = [s.token_ids for s in trajectory.segments if s.source is Source.MODEL]
+        sentences = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in own]
+        reasoning = " ".join(sentences)
+        room = self.config.max_prompt_length - self.config.max_start_length - sum(map(len, own))
         context = fit(self.tokenizer, passages, max(1, room))
-        reasoning = self.tokenizer.decode(own, skip_special_tokens=True).strip()
         return self.ask(build_prompt(question, self.config.template or "ircot", context, reasoning))
+
+
+def num_tokens_of(tokenizer: Any, token_ids: Sequence[int], said: str) -> int:
+    """How many of the tokens it takes to say `said`, with which their text begins."""
+    for size in range(len(token_ids)):
+        if len(tokenizer.decode(token_ids[:size], skip_special_tokens=True).lstrip()) >= len(said):
+            return size
+    return len(token_ids)
 
 
 def fit(tokenizer: Any, text: str, max_tokens: int) -> str:

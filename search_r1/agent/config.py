@@ -4,6 +4,7 @@ from typing import Any, Self
 
 from pydantic import PositiveInt, field_validator, model_validator
 
+from search_r1.agent.contexts import ContextConfig
 from search_r1.prompts import TEMPLATES
 from search_r1.schedule import check_points, value_at
 from search_r1.search.client.config import RetrieverConfig
@@ -52,6 +53,7 @@ class SearchAgentConfig(Config):
     """Most tokens of one observation; passages are cut inside their block."""
     stop_at_answer: bool = True
     """End a turn at </answer>; false lets the policy emit EOS itself."""
+    context: ContextConfig = ContextConfig()
     retriever: RetrieverConfig = RetrieverConfig()
 
     def turns_at(self, step: int | None) -> int:

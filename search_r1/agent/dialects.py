@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Protocol
 
 from search_r1.agent.actions import Answer, TextCall, ToolCall, Turn, parse_action
 from search_r1.agent.config import SearchAgentConfig
-from search_r1.agent.observation import encode_observation, neutralise, tag_pattern
-from search_r1.prompts import ANSWER_END, CALLS, SEARCHES, remaining
+from search_r1.agent.observation import TAGS, encode_observation, neutralise, tag_pattern
+from search_r1.prompts import ANSWER_END, CALLS, FOLD_ACTION, FOLD_MESSAGE, SEARCHES, remaining
 from search_r1.tools.base import SEARCH_TOOL, Tool, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
 from verl.agent import Trajectory
@@ -77,6 +77,17 @@ class Dialect(Protocol):
         """What a policy is told whose turn was invalid."""
         ...
 
+    def summary_request(self, ended_by: int | None) -> list[int]:
+        """What a policy is told that is to sum up its context."""
+        ...
+
+    def folded(self, prompt_ids: list[int], messages: Sequence[Message], summary: str) -> list[int]:
+        """The context that a folded trajectory goes on from.
+
+        `messages` are those of the prompt, where the loop made it.
+        """
+        ...
+
     def departure(
         self, trajectory: Trajectory, messages: Sequence[Message], shown: Sequence[str]
     ) -> str | None:
@@ -117,6 +128,8 @@ class TagDialect(Dialect):
         self.tag = tag_pattern(formats)
         self.words = words
         self.unit = SEARCHES if set(self.tools) <= {SEARCH_TOOL} else CALLS
+        self.fold_ids = encode_text(tokenizer, FOLD_ACTION)
+        self.fold_message_ids = encode_text(tokenizer, FOLD_MESSAGE)
         self.user_turn = user_turn(tokenizer, **config.apply_chat_template_kwargs)
 
     def preflight(self) -> list[str]:
@@ -128,6 +141,11 @@ class TagDialect(Dialect):
             if times > 1
         ]
         for tool in self.tools.values():
+            if tool.name != SEARCH_TOOL and tool.tags.call_tag in TAGS:
+                problems.append(
+                    f"agent.tools: <{tool.tags.call_tag}>, by which {tool.name} is called, has "
+                    "another meaning; rename the tool, or use agent.format=auto"
+                )
             problems += self._block_problems(tool)
         return problems
 
@@ -191,6 +209,16 @@ class TagDialect(Dialect):
         else:
             said = f"{self.words.invalid_message}\n{note}" if note else self.words.invalid_message
         return self._placed(encode_text(self.tokenizer, said), ended_by)
+
+    def summary_request(self, ended_by: int | None) -> list[int]:
+        """The sentence that asks for a summary."""
+        ids = self.fold_ids if ended_by is None else self.fold_message_ids
+        return self._placed(ids, ended_by)
+
+    def folded(self, prompt_ids: list[int], messages: Sequence[Message], summary: str) -> list[int]:
+        """The prompt, then the summary as the first that the policy says."""
+        said = f"<summary> {neutralise(summary, self.tag)} </summary>\n"
+        return [*prompt_ids, *encode_text(self.tokenizer, said)]
 
     def _placed(self, ids: list[int], ended_by: int | None) -> list[int]:
         """Ids in the policy's turn or, where the policy has ended that, as a user's message."""

@@ -24,16 +24,25 @@ from typing import Any, ClassVar
 from search_r1.agent.actions import ToolCall, Turn
 from search_r1.agent.agent_data import AgentData
 from search_r1.agent.config import TAGS, SearchAgentConfig
+from search_r1.agent.contexts import Contexts, summary_of
 from search_r1.agent.dialects import Dialect, Observation, TagDialect, TagWords
 from search_r1.agent.metrics import reduce_metrics
 from search_r1.config import FinetuneConfig, SetupConfig
-from search_r1.prompts import INVALID_ACTION, INVALID_MESSAGE, budget, build_prompt, remaining
+from search_r1.prompts import (
+    INVALID_ACTION,
+    INVALID_MESSAGE,
+    LEFT_OUT,
+    SUMMARY_END,
+    budget,
+    build_prompt,
+    remaining,
+)
 from search_r1.tools.base import Tool, ToolFailed, ToolResponse
 from search_r1.tools.formats import SEARCH_R1
 from search_r1.tools.search import SearchTool
 from search_r1.tools.sections import build_tools, naming_problems
 from search_r1.tools.toolbox import Executed, Toolbox
-from search_r1.trajectory import required_question
+from search_r1.trajectory import SUMMARY_KIND, required_question
 from verl.agent import (
     TRAINING_STEP,
     AgentLoop,
@@ -79,6 +88,7 @@ class SearchAgentLoop(AgentLoop):
             config.replay_calls,
         )
         self.dialect = self._dialect()
+        self.contexts = Contexts(config.context, tokenizer)
         self.max_calls = config.max_turns if self.tools else 0
         template_kwargs = config.apply_chat_template_kwargs
         self.ends_of_template = user_turn(tokenizer, **template_kwargs).before
@@ -125,6 +135,20 @@ class SearchAgentLoop(AgentLoop):
                 f"data.max_start_length={config.max_start_length}"
             )
         least = config.max_start_length + config.max_response_length + config.max_obs_length
+        fold_at = config.context.fold_at
+        folded_turn = config.max_response_length + config.max_obs_length
+        if fold_at is not None and fold_at + folded_turn > config.max_prompt_length:
+            problems.append(
+                f"agent.context.fold_at={fold_at} leaves a turn no room: with "
+                f"data.max_response_length + data.max_obs_length = {folded_turn} it is more than "
+                f"data.max_prompt_length={config.max_prompt_length}"
+            )
+        if fold_at is not None and fold_at <= config.max_start_length:
+            problems.append(
+                f"agent.context.fold_at={fold_at} is not more than the longest prompt, "
+                f"data.max_start_length={config.max_start_length}: contexts would be folded in "
+                "every turn"
+            )
         if self.tools and least > config.max_prompt_length:
             call = "search" if self.search else f"call of {self.tools[0].name}"
             problems.append(
@@ -179,6 +203,7 @@ class SearchAgentLoop(AgentLoop):
             data.messages = list(data.row["prompt"])
         if data.messages:
             data.trajectory.prompt_ids = self.dialect.ask(data.messages)
+            data.context.base = data.trajectory.prompt_ids
 
     def ask(self, text: str) -> list[int]:
         """Ids of a text as the only message of a user."""
@@ -187,6 +212,9 @@ class SearchAgentLoop(AgentLoop):
     async def _turn(self, data: AgentData, may_call: bool) -> None:
         """Generates a turn and answers it; sets `stop_reason` when it was the last."""
         trajectory = data.trajectory
+        self.contexts.shorten(data.context, trajectory)
+        if self.contexts.is_full(data.context, trajectory):
+            await self._fold(data)
         context = trajectory.token_ids
         if len(context) > self.config.max_prompt_length:
             trajectory.stop_reason = "context"
@@ -210,6 +238,27 @@ class SearchAgentLoop(AgentLoop):
         if not reason:
             await self._respond(data, turn)
 
+    async def _fold(self, data: AgentData) -> None:
+        """Lets the policy sum its context up, and goes on from the prompt and the summary."""
+        trajectory = data.trajectory
+        request = self.dialect.summary_request(self._ended_by(trajectory))
+        trajectory.add_observation(request, kind="summary_request")
+        completion = await data.generate(
+            trajectory.token_ids,
+            max_tokens=self.config.context.max_summary_length,
+            stop=[SUMMARY_END],
+        )
+        facts = {"turn": data.turns, "kind": SUMMARY_KIND}
+        if self.config.context.train_summaries:
+            trajectory.add_completion(completion, **facts)
+        else:
+            trajectory.add_observation(completion.token_ids, **facts)
+        text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        summary = f"{summary_of(text)}\n{self._note(data)}".strip()
+        base = self.dialect.folded(trajectory.prompt_ids, data.messages, summary)
+        self.contexts.fold(data.context, trajectory, base)
+        data.folds += 1
+
     async def _respond(self, data: AgentData, turn: Turn) -> None:
         """Answers a turn that goes on: runs its calls, or says that it held none."""
         ended_by = self._ended_by(data.trajectory)
@@ -224,8 +273,13 @@ class SearchAgentLoop(AgentLoop):
         executed = await self._execute(data, turn.calls)
         responses = [one.response for one in executed]
         observations = self.dialect.results(turn, responses, ended_by, note)
+        first = len(data.trajectory.segments)
         for call, one, observation in zip(turn.calls, executed, observations, strict=True):
             self._observe(data, call, one, observation)
+        if self.config.context.keep_observations is not None:
+            left_out = [ToolResponse(LEFT_OUT) for _ in executed]
+            for number, short in enumerate(self.dialect.results(turn, left_out, ended_by), first):
+                data.context.placeholders[number] = short.token_ids
 
     def _note(self, data: AgentData) -> str:
         """What an answer to the present turn says of the turns left; empty where nothing."""

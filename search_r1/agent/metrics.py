@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from search_r1.trajectory import gold_passages, read_searches
+from search_r1.trajectory import gold_passages, read_passages
 from verl.agent import Trajectory
 
 Stats = dict[str, Any]
@@ -25,6 +25,7 @@ def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     metrics |= _errors(stats)
     metrics |= _tools(stats)
     metrics |= _departures(stats)
+    metrics |= _folds(stats)
     metrics |= _by_hops(stats)
     metrics |= _recall(trajectories)
     return {name: float(value) for name, value in metrics.items()}
@@ -131,6 +132,13 @@ def sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     return Counter(dict(sorted(total.items())))
 
 
+def _folds(stats: list[Stats]) -> dict[str, float]:
+    """How often contexts were folded, per trajectory, where that may happen."""
+    if not any("folds" in s for s in stats):
+        return {}
+    return {"env/folds": sum(s.get("folds", 0) for s in stats) / len(stats)}
+
+
 def _departures(stats: list[Stats]) -> dict[str, float]:
     """Trajectories that the chat template would have written otherwise, by where they depart."""
     places = [s["template_departure"] for s in stats if "template_departure" in s]
@@ -155,16 +163,16 @@ def _by_hops(stats: list[Stats]) -> dict[str, float]:
 
 
 def _recall(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Share of the gold passages that were retrieved, and of the questions of which all were.
+    """Share of the gold passages that were seen, and of the questions of which all were.
 
     Both over the questions whose gold passages the data name.
     """
     shares = []
     for trajectory in trajectories:
         gold = gold_passages(trajectory.info)
-        found = [p for search in read_searches(trajectory) for p in search.passages]
         if gold.names:
-            shares.append(len(gold.found_in(found)) / len(gold.names))
+            found = gold.found_in(read_passages(trajectory))
+            shares.append(len(found) / len(gold.names))
     if not shares:
         return {}
     return {

@@ -14,7 +14,14 @@ from search_r1.agent.actions import ANSWER, ToolCall, Turn
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.dialects import Dialect, Observation
 from search_r1.agent.observation import neutralise, tag_pattern
-from search_r1.prompts import ANSWER_END, CALLING_TURNS, NATIVE_INVALID_MESSAGE, remaining
+from search_r1.prompts import (
+    ANSWER_END,
+    CALLING_TURNS,
+    FOLD_MESSAGE,
+    FOLDED,
+    NATIVE_INVALID_MESSAGE,
+    remaining,
+)
 from search_r1.tools.base import Tool, ToolResponse
 from verl.agent import Source, Trajectory
 from verl.utils.errors import ConfigError, DataError
@@ -79,6 +86,7 @@ class NativeDialect(Dialect):
         opened = OPENED.search(tokenizer.decode(self.user_turn.after))
         self.opened = opened.group() if opened else ""
         self.unit = CALLING_TURNS
+        self.fold_ids = encode_text(tokenizer, FOLD_MESSAGE)
 
     def preflight(self) -> list[str]:
         """Schemas that the template does not show, and results for which there is no room."""
@@ -206,20 +214,36 @@ class NativeDialect(Dialect):
 
     def correction(self, ended_by: int | None, note: str = "") -> list[int]:
         """A user's message for a turn that neither called nor answered."""
-        ids = encode_text(self.tokenizer, invalid_message(note))
+        return self._as_user(encode_text(self.tokenizer, invalid_message(note)), ended_by)
+
+    def summary_request(self, ended_by: int | None) -> list[int]:
+        """A user's message that asks for a summary."""
+        return self._as_user(self.fold_ids, ended_by)
+
+    def folded(self, prompt_ids: list[int], messages: Sequence[Message], summary: str) -> list[int]:
+        """The conversation of the prompt, with the summary in its last message."""
+        *earlier, last = messages
+        content = FOLDED.format(content=last["content"], summary=neutralise(summary, self.tag))
+        return self.ask([*earlier, {**last, "content": content}])
+
+    def _as_user(self, ids: list[int], ended_by: int | None) -> list[int]:
+        """Ids as a user's message, behind the policy's turn, which they end if need be."""
         if ended_by is not None:
             return self.user_turn.following(ended_by, ids)
         return [*self.user_turn.before, *ids, *self.user_turn.after]
 
     def departure(
         self, trajectory: Trajectory, messages: Sequence[Message], shown: Sequence[str]
-    ) -> str:
+    ) -> str | None:
         """Where the chat template would have written another token first.
 
         The conversation is rendered whole and compared with the tokens of the trajectory: `prompt`,
         `model`, `observation`, `refused` where the template cannot write it, or empty where all
-        tokens are the same. `messages` are those of the prompt, `shown` the results.
+        tokens are the same; None where the loop has written contexts anew. `messages` are those of
+        the prompt, `shown` the results.
         """
+        if trajectory.rewrites:
+            return None
         conversation: list[ChatMessage] = list(messages)
         results = iter(shown)
         number = 0

@@ -9,6 +9,7 @@ from search_r1.tools.formats import SEARCH_R1, ToolFormat
 from verl.utils.tokenizer import encode_text
 
 TAGS = ("think", "search", "information", "answer")
+"""Tags of the protocol; no tool beside search may be called by one."""
 SEARCH_O1_TAG = r"\|(?:begin|end)_search_(?:query|result)\|"
 
 

@@ -1,5 +1,7 @@
 """The retrieval server: `/retrieve`, `/health` and `/metrics` over one engine.
 
+With --documents also `/open` and `/find` over its corpus.
+
 python search_r1/search/retrieval_server.py --index_path INDEX/bm25 --corpus_path C.jsonl \\
     --topk 3 --retriever_name bm25
 """
@@ -13,9 +15,10 @@ if __package__ in (None, ""):  # run by its path, as the original's users do
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from search_r1.search.engines.load import DENSE, ENGINES, INDEXED, load
-from search_r1.search.serve import add_flags, positive, serve
+from search_r1.search.serve import add_document_flags, add_flags, positive, serve
+from search_r1.search.store import load_documents
 
-__all__ = ["load", "main", "parse_arguments"]
+__all__ = ["load", "load_documents", "main", "parse_arguments"]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,6 +32,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_dense_flags(parser)
     add_combination_flags(parser)
     add_experiment_flags(parser)
+    add_document_flags(parser)
     add_flags(parser)
     args = parser.parse_args(argv)
     if args.faiss_gpu and args.workers > 1:

@@ -1,6 +1,9 @@
-"""The `/retrieve` contract, shared by client and server and compatible with the original's."""
+"""The contract of the server's endpoints, shared by client and server.
 
-from typing import Any
+That of `/retrieve` is compatible with the original's.
+"""
+
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
@@ -24,12 +27,21 @@ class RetrieveRequest(BaseModel):
     """Whether a failed query is reported under `errors` beside the results of the others, or fails
     the whole request."""
 
+    name_documents: bool = Field(default=False, strict=True)
+    """Whether each passage comes with the name of its document, `document_id`. Only with
+    `return_scores`, and only a server with --documents knows them."""
+
     @field_validator("topk", mode="before")
     @classmethod
     def _no_bool_no_text(cls, value: object) -> object:
-        if isinstance(value, bool | str):
-            raise ValueError("must be an integer")
-        return value
+        return no_bool_no_text(value)
+
+
+def no_bool_no_text(value: object) -> object:
+    """The same value. Raises ValueError for what would only be read as a number."""
+    if isinstance(value, bool | str):
+        raise ValueError("must be an integer")
+    return value
 
 
 class Document(BaseModel):
@@ -46,6 +58,8 @@ class ScoredDocument(BaseModel):
 
     document: Document
     score: float = 0.0
+    document_id: str | None = None
+    """With `name_documents`: the name by which `/open` and `/find` know its document."""
 
 
 class RetrieveResponse(BaseModel):
@@ -57,6 +71,96 @@ class RetrieveResponse(BaseModel):
     result: list[list[dict[str, Any]]]
     errors: dict[int, str] | None = None
     """Only with `allow_partial`: why a query failed, by its number. Its result is empty."""
+
+
+MAX_PAGE = (1 << 31) - 1
+"""No document has so many pages."""
+
+
+class OpenRequest(BaseModel):
+    """A page of a document."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    document: str = Field(examples=["7"])
+    """Its name, as `document_id` has it."""
+    page: PositiveInt = Field(default=1, le=MAX_PAGE)
+    """The first one is 1."""
+
+    @field_validator("page", mode="before")
+    @classmethod
+    def _no_bool_no_text(cls, value: object) -> object:
+        return no_bool_no_text(value)
+
+
+class ShownPassage(BaseModel):
+    """A passage of the corpus, or the part of it that stands on a page."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    start: int
+    """Where it begins in the page's text, in characters."""
+    end: int
+    """Where it ends."""
+
+
+class OpenResponse(BaseModel):
+    """The page, or in `error` what was wrong with the question."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    error: Literal["unknown_document", "no_such_page"] | None = None
+    document: str
+    title: str = ""
+    """As the corpus has it, with its quotes."""
+    page: int
+    pages: int = 0
+    """How many the document has."""
+    text: str = ""
+    passages: list[ShownPassage] = []
+    """What of the corpus stands on the page, in its order."""
+    cut: bool = False
+    """Whether the document is longer than what the server reads of one."""
+
+
+class FindRequest(BaseModel):
+    """A text to look for in a document."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    document: str = Field(examples=["7"])
+    """Its name, as `document_id` has it."""
+    text: str = Field(examples=["was born"])
+    """In upper or lower case; words, with a space between them."""
+
+
+class Match(BaseModel):
+    """A sentence that holds the text."""
+
+    page: int
+    id: str
+    """Of the passage."""
+    text: str
+
+
+class FindResponse(BaseModel):
+    """The matches, or in `error` what was wrong with the question."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    error: Literal["unknown_document", "no_match"] | None = None
+    document: str
+    title: str = ""
+    """As the corpus has it, with its quotes."""
+    pages: int = 0
+    """How many the document has."""
+    matches: list[Match] = []
+    """The first ones, in their order."""
+    more: bool = False
+    """Whether there are further ones."""
+    cut: bool = False
+    """Whether the document is longer than what the server reads of one."""
 
 
 class Problem(BaseModel):

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import uvicorn
@@ -20,6 +21,7 @@ from search_r1.search.server.latency import Latency
 from search_r1.search.server.logs import set_up_logging
 from search_r1.search.server.metrics import MULTIPROC_DIR
 from search_r1.search.server.service import CANNOT_LOAD, ServerSettings
+from search_r1.search.store import DocumentStore, StoreLimits
 
 WORKER = "SEARCH_R1_WORKER"
 """Environment variable that tells worker processes what to serve."""
@@ -137,6 +139,39 @@ def add_latency_flags(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--inject_latency_p99_ms", type=float, help="its 99 %% quantile")
 
 
+def add_document_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `/open` and `/find`."""
+    defaults = StoreLimits()
+    add = parser.add_argument_group("documents").add_argument
+    add(
+        "--documents",
+        metavar="FIELD",
+        help=(
+            "serve /open and /find too; the passages of a document are those that say the same in "
+            "FIELD: id (each is its own), title, or any other field of the corpus (default: not "
+            "served)"
+        ),
+    )
+    add(
+        "--page_chars",
+        type=positive,
+        default=defaults.page_chars,
+        help=f"characters of a page (default: {defaults.page_chars})",
+    )
+    add(
+        "--max_matches",
+        type=positive,
+        default=defaults.max_matches,
+        help=f"sentences that /find gives (default: {defaults.max_matches})",
+    )
+    add(
+        "--max_document_chars",
+        type=positive,
+        default=defaults.max_document_chars,
+        help=f"characters of a document that are read (default: {defaults.max_document_chars})",
+    )
+
+
 def positive(text: str) -> int:
     """A number of at least 1."""
     value = int(text)
@@ -179,7 +214,8 @@ def check_flags(args: argparse.Namespace) -> None:
 def serve(module: str, argv: Sequence[str] | None = None) -> int:
     """Runs a server until it is told to stop; returns the exit status.
 
-    `module` is the name of a module with `parse_arguments(argv)` and `load(args)`.
+    `module` is the name of a module with `parse_arguments(argv)` and `load(args)`; with
+    `load_documents(args)` too, where it has the flags of `add_document_flags`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     server = importlib.import_module(module)
@@ -193,12 +229,28 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
         "timeout_graceful_shutdown": int(args.request_timeout_s) + 1,
         "timeout_keep_alive": KEEP_ALIVE_S,
     }
-    load = partial(server.load, args)
     if args.workers == 1:
         set_up_logging(args.log_level)
-        return serve_here(create_app(load, settings_of(args)), http)
-    serve_by_workers(load, [module, argv], args.workers, http)
+        return serve_here(app_of(server, args), http)
+    load, load_documents = loaders(server, args)
+    loads = [load] if load_documents is None else [load, load_documents]
+    serve_by_workers(loads, [module, argv], args.workers, http)
     return 0
+
+
+def loaders(
+    server: ModuleType, args: argparse.Namespace
+) -> tuple[Callable[[], Retriever], Callable[[], DocumentStore] | None]:
+    """What makes the engine and, where the flags ask for documents, their store."""
+    documents = getattr(args, "documents", None)
+    load_documents = partial(server.load_documents, args) if documents else None
+    return partial(server.load, args), load_documents
+
+
+def app_of(server: ModuleType, args: argparse.Namespace) -> FastAPI:
+    """The application of a server module and its flags."""
+    load, load_documents = loaders(server, args)
+    return create_app(load, settings_of(args), load_documents)
 
 
 def serve_here(app: FastAPI, http: dict[str, Any]) -> int:
@@ -210,15 +262,16 @@ def serve_here(app: FastAPI, http: dict[str, Any]) -> int:
 
 
 def serve_by_workers(
-    load: Callable[[], Retriever], server: list[Any], workers: int, http: dict[str, Any]
+    loads: Sequence[Callable[[], object]], server: list[Any], workers: int, http: dict[str, Any]
 ) -> None:
     """Serves with several processes; `server` holds the module and its flags.
 
-    The engine is loaded once in this process first. If it cannot be loaded, the process ends with a
-    message, instead of restarting workers again and again.
+    Engine and documents are loaded here first, so that what cannot be loaded ends the process with
+    a message, instead of workers that are started again and again.
     """
     try:
-        load()
+        for load in loads:
+            load()
     except CANNOT_LOAD as error:
         sys.exit(f"error: {error}")
     with tempfile.TemporaryDirectory() as folder:
@@ -239,4 +292,4 @@ def worker() -> FastAPI:
     server = importlib.import_module(module)
     args = server.parse_arguments(argv)
     set_up_logging(args.log_level)
-    return create_app(partial(server.load, args), settings_of(args))
+    return app_of(server, args)

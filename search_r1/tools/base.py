@@ -35,6 +35,8 @@ from verl.utils.config import Config
 
 SEARCH_TOOL = "search"
 """Name of the tool that searches."""
+OPEN_TOOL = "open"
+"""Name of the tool that opens documents."""
 Arguments = dict[str, Any]
 """The arguments of a call, by their names."""
 Schema = dict[str, Any]

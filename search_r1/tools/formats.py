@@ -38,7 +38,7 @@ def tagged(call_tag: str, result_tag: str) -> ToolFormat:
     '\\n\\n<result>'
     """
     return ToolFormat(
-        call=re.compile(rf"<{call_tag}>(.*?)</{call_tag}>", re.DOTALL),
+        call=re.compile(rf"<{re.escape(call_tag)}>(.*?)</{re.escape(call_tag)}>", re.DOTALL),
         stop=f"</{call_tag}>",
         head=f"\n\n<{result_tag}>",
         tail=f"</{result_tag}>\n\n",

@@ -2,8 +2,13 @@
 
 from typing import Any, ClassVar
 
-from search_r1.prompts import format_passages
-from search_r1.search.client import RetrievalClient, SearchError, check_server
+from search_r1.prompts import format_passages, named_title
+from search_r1.search.client import (
+    RetrievalClient,
+    SearchError,
+    check_documents,
+    check_server,
+)
 from search_r1.search.client.config import RetrieverConfig
 from search_r1.tools.base import SEARCH_TOOL, Schema, Tool, ToolConfig, ToolFailed, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
@@ -34,6 +39,8 @@ class SearchTool(Tool):
     def preflight(self) -> list[str]:
         """The servers that do not answer."""
         problems = [check_server(url) for url in self.config.urls]
+        if self.config.show_documents:
+            problems += [check_documents(url) for url in self.config.urls]
         return [f"retriever.url: {problem}" for problem in problems if problem]
 
     async def execute(self, argument: str) -> ToolResponse:
@@ -42,7 +49,7 @@ class SearchTool(Tool):
             passages = await self.client.search(argument)
         except SearchError as error:
             raise ToolFailed(str(error)) from error
-        text = format_passages([(p.title, p.text) for p in passages])
+        text = format_passages([(named_title(p.title, p.document), p.text) for p in passages])
         facts = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
         return ToolResponse(text, facts={"query": argument, "passages": facts})
 

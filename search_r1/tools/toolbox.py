@@ -7,7 +7,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -117,9 +117,9 @@ class Toolbox:
                 raise
             message = f"{tool.name} took more than deadline_s={tool.limits.deadline_s:g}"
             raise ToolFailed(message, kind="deadline") from error
-        if len(response.text) <= self.max_chars:
-            return response
-        return ToolResponse(response.text[: self.max_chars], response.error, response.facts)
+        # Half of a surrogate pair, which a program may print, cannot be encoded.
+        text = response.text[: self.max_chars].encode("utf-8", "replace").decode("utf-8")
+        return replace(response, text=text)
 
     def _write(self, folder: Path, name: str, arguments: Arguments, response: ToolResponse) -> None:
         """Appends a call to this process's file in `folder`."""

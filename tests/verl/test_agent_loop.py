@@ -21,7 +21,7 @@ def test_it_takes_the_stock_configuration():
     config = validate(composed("grpo", *OWN, "max_turns=3"))
     loop = build_agent(config, tokenizer=None)
     assert isinstance(loop, SingleTurn) and loop.config.max_turns == 3
-    assert loop.trainable and loop.preflight() == []
+    assert loop.preflight() == []
     trajectory = asyncio.run(loop.run([1], {}, generate))
     assert trajectory.response_ids == [7] * 16 and trajectory.context_violations == 0
     assert loop.reduce_metrics([trajectory]) == {"toy/count": 1.0}

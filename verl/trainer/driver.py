@@ -90,7 +90,7 @@ def gpus_here(config: PPOConfig) -> int:
 
 
 def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
-    """Raises ConfigError for engines and agent loops whose trajectories cannot be trained on.
+    """Raises ConfigError for engines whose trajectories cannot be trained on.
 
     It also raises for dynamic sampling by a metric that the reward does not have, and for a reward
     that says that it does not fit the agent loop.
@@ -99,11 +99,6 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
     if config.actor_rollout_ref.rollout.name == "openai":
         problems.append(
             "actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train"
-        )
-    if not agent.trainable:
-        problems.append(
-            f"agent._target_={config.agent['_target_']}: its contexts are rewritten, for "
-            "evaluation only"
         )
     filters = config.algorithm.filter_groups
     entries = getattr(reward, "entries", None)

@@ -1,12 +1,15 @@
 """Reads the answer of a server: the passages of each query, or why the query failed."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from search_r1.search.client.errors import BadAnswer, EngineFailed, SearchError
 from search_r1.search.schema import RetrieveResponse, ScoredDocument
+
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,16 @@ class Passage:
     title: str
     text: str
     score: float
+    document: str = ""
+    """The name of its document, where the server was asked for it."""
 
     @classmethod
-    def from_contents(cls, id: object, contents: str, score: float) -> "Passage":
+    def from_contents(
+        cls, id: object, contents: str, score: float, document: str = ""
+    ) -> "Passage":
         """Splits `contents` at its first line break into title and text."""
         title, _, text = contents.partition("\n")
-        return cls(str(id), title, text, score)
+        return cls(str(id), title, text, score, document)
 
 
 Found = list[Passage] | SearchError
@@ -47,4 +54,13 @@ def parse_response(answer: httpx.Response, num_queries: int, url: str) -> list[F
 
 def to_passage(item: ScoredDocument) -> Passage:
     """The passage of a document with its score."""
-    return Passage.from_contents(item.document.id, item.document.contents, item.score)
+    document = item.document
+    return Passage.from_contents(document.id, document.contents, item.score, item.document_id or "")
+
+
+def parse_document(answer: httpx.Response, model: type[M], url: str) -> M:
+    """What `/open` or `/find` answered. Raises BadAnswer when it breaks the contract."""
+    try:
+        return model.model_validate(answer.json())
+    except (ValidationError, ValueError) as error:
+        raise BadAnswer(f"{url}: the answer is no {model.__name__}: {error}") from error

@@ -1,20 +1,25 @@
 """The asynchronous client, in which searches that run at the same time share requests.
 
-A search that fails raises an error that says why. It never returns an empty list instead, so that
-what the policy reads is always what the engine found.
+Documents are opened and searched by requests of their own, with the same attempts and replicas.
+
+It never returns an empty list for a failure: what the policy reads is what the engine found, and a
+search that fails raises an error that says why.
 """
 
 import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Generic, TypeVar
+from urllib.parse import urljoin
 
 import httpx
 
 from search_r1.search.addresses import direct
-from search_r1.search.client.answers import Found, Passage, parse_response
+from search_r1.search.client.answers import Found, M, Passage, parse_document, parse_response
 from search_r1.search.client.attempts import Attempts
 from search_r1.search.client.balancer import Balancer, Server
 from search_r1.search.client.config import RetrieverConfig, authorization
@@ -29,6 +34,7 @@ from search_r1.search.client.errors import (
     Unreachable,
 )
 from search_r1.search.retry import backoff, seconds_to_wait
+from search_r1.search.schema import MAX_PAGE, FindResponse, OpenResponse
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 64
@@ -37,8 +43,24 @@ MIN_BUSY_S = 0.5
 PROBE_TIMEOUT_S = 30.0
 """Longer than a server under load takes to refuse a request."""
 CLOSED = "the client was closed while the search was under way"
-Batch = asyncio.Task[list[Found]]
-"""The task of a request that is under way, with all its attempts."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question(Generic[T]):
+    """A request to whichever server is asked."""
+
+    endpoint: str
+    """The last part of its address; empty for that of the configuration."""
+    body: dict[str, Any]
+    read: Callable[[httpx.Response, str], list[T | SearchError]]
+    """What an answer of status 200, from an address, says of each thing that was asked.
+
+    Raises BadAnswer."""
+
+    def address(self, server: Server) -> str:
+        """Where a server takes it."""
+        return endpoint_of(server.url, self.endpoint) if self.endpoint else server.url
 
 
 class RetrievalClient:
@@ -62,7 +84,8 @@ class RetrievalClient:
         self.waiting: list[str] = []
         self.running: dict[str, asyncio.Future[list[Passage]]] = {}
         self.flush: asyncio.TimerHandle | None = None
-        self.tasks: set[Batch] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        """Requests that are under way, each with all its attempts."""
 
     async def search(self, query: str) -> list[Passage]:
         """Returns the passages for `query`. A query that is already under way is not sent again.
@@ -72,7 +95,7 @@ class RetrievalClient:
         failed on the query.
         """
         loop = asyncio.get_running_loop()
-        query = encodable(query)[: self.config.max_query_chars]
+        query = self._short(query)
         future = self.running.get(query)
         if future is None:
             future = self.running[query] = loop.create_future()
@@ -90,13 +113,68 @@ class RetrievalClient:
         batch = self.waiting
         self.waiting = []
         if batch:
-            task = asyncio.get_running_loop().create_task(self._retrieve(batch))
-            self.tasks.add(task)
+            task = self._begin(self._search_for(batch))
             task.add_done_callback(partial(self._deliver, batch))
 
-    def _deliver(self, queries: list[str], task: Batch) -> None:
-        """Settles every query of a batch, also when its task failed or was never started."""
-        self.tasks.discard(task)
+    def _search_for(self, queries: list[str]) -> Question[list[Passage]]:
+        """The question of a batch of queries."""
+        body = {
+            "queries": queries,
+            "topk": self.config.topk,
+            "return_scores": True,
+            "allow_partial": True,
+        }
+        if self.config.show_documents:
+            body["name_documents"] = True
+        return Question("", body, partial(self._read_passages, len(queries)))
+
+    def _read_passages(self, num_queries: int, answer: httpx.Response, url: str) -> list[Found]:
+        """The outcome of each query; counts those on which the engine failed."""
+        found = parse_response(answer, num_queries, url)
+        self.errors["engine"] += sum(isinstance(f, SearchError) for f in found)
+        return found
+
+    async def open(self, document: str, page: int = 1) -> OpenResponse:
+        """A page of a document, or in `error` why there is none. Raises a SearchError."""
+        body = {"document": self._short(document), "page": min(page, MAX_PAGE)}
+        return await self._ask_alone(Question("open", body, partial(read_one, OpenResponse)))
+
+    async def find(self, document: str, text: str) -> FindResponse:
+        """The sentences of a document that hold a text, or in `error` why there are none.
+
+        Raises a SearchError.
+        """
+        body = {"document": self._short(document), "text": self._short(text)}
+        return await self._ask_alone(Question("find", body, partial(read_one, FindResponse)))
+
+    def _short(self, text: str) -> str:
+        """A text as a request can carry it and no server refuses it."""
+        return encodable(text)[: self.config.max_query_chars]
+
+    async def _ask_alone(self, question: Question[T]) -> T:
+        """The one thing that a question asks for. Raises a SearchError.
+
+        Who is cancelled takes the request along.
+        """
+        task = self._begin(question)
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+        (found,) = outcome(task, 1)
+        if isinstance(found, SearchError):
+            raise found
+        return found
+
+    def _begin(self, question: Question[T]) -> "asyncio.Task[list[T | SearchError]]":
+        """Starts a request, with all its attempts."""
+        task = asyncio.get_running_loop().create_task(self._send(question))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def _deliver(self, queries: list[str], task: "asyncio.Task[list[Found]]") -> None:
+        """Settles every query of a batch, also when the task failed or was never begun."""
         for query, found in zip(queries, outcome(task, len(queries)), strict=True):
             self._settle(query, found)
 
@@ -109,8 +187,8 @@ class RetrievalClient:
         else:
             future.set_result(found)
 
-    async def _retrieve(self, queries: list[str]) -> list[Found]:
-        """Sends a request, and repeats it while that may help, to another server if there is one.
+    async def _send(self, question: Question[T]) -> list[T | SearchError]:
+        """Sends a request, and again while that may help, to the next server if there is one.
 
         Waiting for a connection does not count as time of the search.
         """
@@ -121,7 +199,7 @@ class RetrievalClient:
                 server = self.balancer.pick(loop.time())
                 began = loop.time()
                 try:
-                    return await self._ask(server, queries)
+                    return await self._ask(server, question)
                 except (Rejected, BadAnswer) as error:
                     self.errors[error.kind] += 1
                     raise
@@ -154,16 +232,15 @@ class RetrievalClient:
             return 0.0
         return max(pause_s, resting_s)
 
-    async def _ask(self, server: Server, queries: list[str]) -> list[Found]:
+    async def _ask(self, server: Server, question: Question[T]) -> list[T | SearchError]:
         """Sends one request to one server. Raises the SearchError that fits."""
-        answer = await self._post(server, queries)
+        url = question.address(server)
+        answer = await self._post(server, url, question.body)
         now = asyncio.get_running_loop().time()
-        problem = f"{server.url}: status {answer.status_code}: {answer.text[:200]}"
+        problem = f"{url}: status {answer.status_code}: {answer.text[:200]}"
         if answer.status_code == 200:
             self.balancer.succeeded(server)
-            found = parse_response(answer, len(queries), server.url)
-            self.errors["engine"] += sum(isinstance(f, SearchError) for f in found)
-            return found
+            return question.read(answer, url)
         if answer.status_code == 429:
             asked_s = seconds_to_wait(answer.headers.get("retry-after", ""))
             wait_s = max(MIN_BUSY_S, self.config.backoff_s if asked_s is None else asked_s)
@@ -174,31 +251,25 @@ class RetrievalClient:
             raise ServerFailed(problem)
         raise Rejected(problem)
 
-    async def _post(self, server: Server, queries: list[str]) -> httpx.Response:
+    async def _post(self, server: Server, url: str, body: dict[str, Any]) -> httpx.Response:
         """Sends one request; returns the answer of any status.
 
         Raises the SearchError that fits when there is no answer.
         """
         clock = asyncio.get_running_loop().time
-        body = {
-            "queries": queries,
-            "topk": self.config.topk,
-            "return_scores": True,
-            "allow_partial": True,
-        }
         server.in_flight += 1
         try:
-            return await self.http.post(server.url, json=body, timeout=self.config.timeout_s)
+            return await self.http.post(url, json=body, timeout=self.config.timeout_s)
         except httpx.TimeoutException as error:
             self.balancer.failed(server, clock())
-            raise OutOfTime(f"{server.url}: {type(error).__name__}") from error
+            raise OutOfTime(f"{url}: {type(error).__name__}") from error
         except httpx.DecodingError as error:
-            raise BadAnswer(f"{server.url}: the answer cannot be decoded: {error}") from error
+            raise BadAnswer(f"{url}: the answer cannot be decoded: {error}") from error
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise Rejected(f"{server.url}: no address that can be asked: {error}") from error
+            raise Rejected(f"{url}: no address that can be asked: {error}") from error
         except httpx.HTTPError as error:
             self.balancer.failed(server, clock())
-            raise Unreachable(f"{server.url}: {type(error).__name__} {error}".strip()) from error
+            raise Unreachable(f"{url}: {type(error).__name__} {error}".strip()) from error
         finally:
             server.in_flight -= 1
 
@@ -224,8 +295,24 @@ class RetrievalClient:
         await self.http.aclose()
 
 
-def outcome(task: Batch, num_queries: int) -> Sequence[Found]:
-    """The outcome of each query of a finished task.
+def endpoint_of(url: str, endpoint: str) -> str:
+    """The address of another endpoint of the server whose /retrieve is at `url`.
+
+    >>> [endpoint_of(f"http://a:1/{path}", "open") for path in ("retrieve", "b/retrieve/")]
+    ['http://a:1/open', 'http://a:1/b/open']
+    """
+    return urljoin(url.rstrip("/"), endpoint)
+
+
+def read_one(model: type[M], answer: httpx.Response, url: str) -> list[M | SearchError]:
+    """The answer to a question that asks for one thing. Raises BadAnswer."""
+    return [parse_document(answer, model, url)]
+
+
+def outcome(
+    task: "asyncio.Task[list[T | SearchError]]", num_queries: int
+) -> Sequence[T | SearchError]:
+    """What a finished task says of each of its queries.
 
     An unexpected error is logged, and becomes the outcome of all its queries.
     """
@@ -259,6 +346,27 @@ def check_server(url: str) -> str | None:
         "INDEX/bm25 --corpus_path CORPUS.jsonl --retriever_name bm25"
     )
     body = {"queries": ["probe"], "topk": 1, "return_scores": True}
+    problem = probe(url, body, lambda answer: parse_response(answer, 1, url))
+    return problem and f"no retrieval server answers at {url} ({problem}); {cure}"
+
+
+def check_documents(url: str) -> str | None:
+    """Asks the server whose /retrieve is at `url` for a document.
+
+    Returns what is wrong with it, None if it answers as the contract says.
+    """
+    address = endpoint_of(url, "open")
+    problem = probe(
+        address, {"document": "probe"}, lambda answer: parse_document(answer, OpenResponse, address)
+    )
+    return problem and (
+        f"no documents are served at {address} ({problem}); start the server with --documents id, "
+        "or another field that names documents"
+    )
+
+
+def probe(url: str, body: dict[str, Any], read: Callable[[httpx.Response], object]) -> str | None:
+    """What is wrong with a server that is asked once; None for a right answer."""
     try:
         with httpx.Client(
             mounts=direct(url), headers=authorization(), timeout=PROBE_TIMEOUT_S
@@ -267,7 +375,7 @@ def check_server(url: str) -> str | None:
         if answer.status_code == 429:
             return None  # it works, and is only busy with other searches
         answer.raise_for_status()
-        parse_response(answer, 1, url)
+        read(answer)
     except (httpx.HTTPError, httpx.InvalidURL, SearchError) as error:
-        return f"no retrieval server answers at {url} ({type(error).__name__}: {error}); {cure}"
+        return f"{type(error).__name__}: {error}"
     return None

@@ -45,6 +45,9 @@ class RetrieverConfig(BaseModel):
     """Seconds that a search waits for others to share its request."""
     max_query_chars: PositiveInt = 4096
     """Length to which a query is cut, so that no server refuses what a policy writes."""
+    show_documents: bool = False
+    """Write the name of its document into the heading of each passage, as the tools open and find
+    take it. Needs a server with --documents."""
     cache_size: NonNegativeInt = 0
     """Results that each agent worker keeps, by their query: a repeated search asks no server."""
 

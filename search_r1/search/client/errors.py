@@ -46,7 +46,7 @@ class Rejected(SearchError):
 
 
 class BadAnswer(SearchError):
-    """The answer breaks the /retrieve contract."""
+    """The answer breaks the contract (search_r1/search/schema.py)."""
 
     kind = "contract"
 

@@ -1,36 +1,49 @@
-"""The HTTP side of a retrieval server: `/retrieve`, `/health` and `/metrics` over one engine."""
+"""The HTTP side of a retrieval server: `/retrieve`, `/health` and `/metrics` over one engine.
+
+Over a store of documents also `/open` and `/find`.
+"""
 
 import asyncio
-import hmac
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any, TypeVar
+from functools import partial
+from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Field, StringConstraints
 from pydantic_core import to_json
 
 from search_r1.search.engine import EngineError, Hits, Retriever
-from search_r1.search.schema import Problem, RetrieveRequest, RetrieveResponse
+from search_r1.search.schema import (
+    FindRequest,
+    FindResponse,
+    OpenRequest,
+    OpenResponse,
+    RetrieveRequest,
+    RetrieveResponse,
+)
+from search_r1.search.server.handling import PROBLEMS, handle
 from search_r1.search.server.limits import BodyLimit, Door
-from search_r1.search.server.metrics import ServerMetrics
 from search_r1.search.server.service import ServerSettings, Service
+from search_r1.search.store import DocumentStore
 
-DISCONNECTED = 499
 NAMED_ERRORS = 3
-"""The number of failed queries that the answer to a failed request names with their causes."""
-T = TypeVar("T")
+"""Failed queries whose causes are given in the answer to a request that failed with them."""
 
 
-def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastAPI:
+def create_app(
+    load: Callable[[], Retriever],
+    settings: ServerSettings,
+    load_documents: Callable[[], DocumentStore] | None = None,
+) -> FastAPI:
     """Makes the application.
 
-    `load` makes the engine. It runs in a thread, after the server has begun to listen.
+    `load` makes the engine, in a thread, after the server has begun to listen, and then
+    `load_documents` the store.
     """
-    service = Service(load, settings)
+    service = Service(load, settings, load_documents)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -46,31 +59,16 @@ def create_app(load: Callable[[], Retriever], settings: ServerSettings) -> FastA
     app.add_middleware(Door, overload=service.overload, on_refusal=service.count_refusal)
     app.add_exception_handler(RequestValidationError, invalid)
     add_retrieve(app, service)
+    if load_documents is not None:
+        add_open(app, service)
+        add_find(app, service)
     add_health(app, service)
     return app
-
-
-def problem(description: str) -> dict[str, Any]:
-    """The entry of the API's description for an answer other than 200."""
-    return {"model": Problem, "description": description}
-
-
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: problem("Undecodable body"),
-    401: problem("Missing or wrong token"),
-    413: problem("Body too large"),
-    422: problem("Invalid request"),
-    429: problem("Queue full"),
-    500: problem("The engine failed"),
-    503: problem("Engine loading"),
-    504: problem("Out of time"),
-}
 
 
 def add_retrieve(app: FastAPI, service: Service) -> None:
     """Adds `/retrieve`. The limits of this server are part of the type of its request."""
     settings = service.settings
-    metrics = service.metrics
 
     class LimitedRequest(RetrieveRequest):
         """A batch of queries, within this server's limits."""
@@ -84,21 +82,50 @@ def add_retrieve(app: FastAPI, service: Service) -> None:
     @app.post("/retrieve", response_model=RetrieveResponse, responses=PROBLEMS)
     async def retrieve(body: LimitedRequest, request: Request) -> Response:
         """Passages for each query."""
-        began = time.monotonic()
-        status = 500
-        try:
-            check_token(request, settings.token)
-            answer = await unless_disconnected(request, service.answer(body))
-            response = to_response(answer, body, metrics)
-            status = response.status_code
-            return response
-        except HTTPException as error:
-            status = error.status_code
-            metrics.errors.labels(kind=f"http_{status}").inc()
-            raise
-        finally:
-            metrics.requests.labels(status=status).inc()
-            metrics.seconds.observe(time.monotonic() - began)
+        respond = partial(to_response, request=body, service=service)
+        return await handle(service, request, partial(service.answer, body), respond)
+
+
+def add_open(app: FastAPI, service: Service) -> None:
+    """Adds `/open`, with the server's limits in the type of its request."""
+    most = service.settings.max_query_chars
+
+    class LimitedOpenRequest(OpenRequest):
+        """A page of a document, within this server's limits."""
+
+        document: Annotated[str, StringConstraints(max_length=most)]
+        """Its name, as `document_id` has it."""
+
+    @app.post("/open", response_model=OpenResponse, responses=PROBLEMS)
+    async def open(body: LimitedOpenRequest, request: Request) -> Response:
+        """A page of a document."""
+
+        def read(store: DocumentStore) -> OpenResponse:
+            return store.open(body.document, body.page)
+
+        return await handle(service, request, partial(service.read, "open", read), to_json_response)
+
+
+def add_find(app: FastAPI, service: Service) -> None:
+    """Adds `/find`, with the server's limits in the type of its request."""
+    most = service.settings.max_query_chars
+
+    class LimitedFindRequest(FindRequest):
+        """A text to look for in a document, within this server's limits."""
+
+        document: Annotated[str, StringConstraints(max_length=most)]
+        """Its name, as `document_id` has it."""
+        text: Annotated[str, StringConstraints(max_length=most)]
+        """In upper or lower case; words, with a space between them."""
+
+    @app.post("/find", response_model=FindResponse, responses=PROBLEMS)
+    async def find(body: LimitedFindRequest, request: Request) -> Response:
+        """The sentences of a document that hold a text."""
+
+        def read(store: DocumentStore) -> FindResponse:
+            return store.find(body.document, body.text)
+
+        return await handle(service, request, partial(service.read, "find", read), to_json_response)
 
 
 def add_health(app: FastAPI, service: Service) -> None:
@@ -111,7 +138,13 @@ def add_health(app: FastAPI, service: Service) -> None:
             response.status_code = 503
             return {"status": "loading"}
         retriever = service.engine.retriever
-        return {"status": "ok", "retriever": retriever.name, "num_documents": len(retriever)}
+        documents = {"documents": service.reads.store.field} if service.reads else {}
+        return {
+            "status": "ok",
+            "retriever": retriever.name,
+            "num_documents": len(retriever),
+            **documents,
+        }
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -119,38 +152,8 @@ def add_health(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-def check_token(request: Request, token: str | None) -> None:
-    """Raises HTTPException 401 unless the bearer token is right, or none is set."""
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
-        raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-
-
-async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """Awaits `work` and returns its result.
-
-    When the client goes away first, cancels `work` and raises HTTPException 499.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(disconnect(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise HTTPException(DISCONNECTED, "the client went away")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def disconnect(request: Request) -> None:
-    """Waits until the client has closed its connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def to_response(
-    answer: list[Hits | EngineError], request: RetrieveRequest, metrics: ServerMetrics
+    answer: list[Hits | EngineError], request: RetrieveRequest, service: Service
 ) -> Response:
     """Makes the answer by the contract, and counts the queries that failed.
 
@@ -158,25 +161,39 @@ def to_response(
     """
     errors = {i: hits for i, hits in enumerate(answer) if isinstance(hits, EngineError)}
     for error in errors.values():
-        metrics.errors.labels(kind=error.kind).inc()
+        service.metrics.errors.labels(kind=error.kind).inc()
     if errors and not request.allow_partial:
         named = list(errors.items())[:NAMED_ERRORS]
         detail = "; ".join(f"query {i}: {error}" for i, error in named)
         return JSONResponse({"detail": detail}, status_code=500)
-    result = [to_items(hits, request.return_scores) for hits in answer]
+    name_of = service.name_of if request.name_documents else None
+    result = [to_items(hits, request.return_scores, name_of) for hits in answer]
     body: dict[str, Any] = {"result": result}
     if request.allow_partial:
         body["errors"] = {str(i): f"{error.kind}: {error}" for i, error in errors.items()}
     return Response(to_json(body), media_type="application/json")
 
 
-def to_items(hits: Hits | EngineError, with_scores: bool) -> list[dict[str, Any]]:
-    """The hits of a query by the contract; empty for a query that failed."""
+def to_items(
+    hits: Hits | EngineError,
+    with_scores: bool,
+    name_of: Callable[[dict[str, Any]], str | None] | None = None,
+) -> list[dict[str, Any]]:
+    """The hits of a query as the contract has them; none of one that failed."""
     if isinstance(hits, EngineError):
         return []
-    if with_scores:
-        return [{"document": document, "score": score} for document, score in hits]
-    return [document for document, _ in hits]
+    if not with_scores:
+        return [document for document, _ in hits]
+    items = [{"document": document, "score": score} for document, score in hits]
+    if name_of is not None:
+        for item in items:
+            item["document_id"] = name_of(item["document"])
+    return items
+
+
+def to_json_response(answer: OpenResponse | FindResponse) -> Response:
+    """The answer of the store as the contract has it."""
+    return Response(to_json(answer), media_type="application/json")
 
 
 async def invalid(_: Request, error: Exception) -> JSONResponse:

@@ -30,6 +30,14 @@ class Overloaded(Exception):
         self.retry_after_s = retry_after_s
 
 
+def retry_after_s(wait_s: float) -> float:
+    """After how many seconds a caller that was refused should come again.
+
+    It is drawn from the time that the queue will take, so that not all come at once.
+    """
+    return random.uniform(MIN_RETRY_S, max(2 * MIN_RETRY_S, wait_s))
+
+
 @dataclass
 class Waiting:
     """A query in the queue. It is queued once, however many callers ask it."""
@@ -87,7 +95,7 @@ class BatchingEngine:
         missing = [query for query, hits in zip(queries, kept, strict=True) if hits is None]
         self.metrics.cached.inc(len(queries) - len(missing))
         if missing and (self.is_full() or self.num_waiting + len(missing) > self.max_queue):
-            raise Overloaded(self.retry_after_s())
+            raise self.overloaded()
         found = iter(await self.wait_for(missing, topk))
         return [next(found) if hits is None else hits for hits in kept]
 
@@ -146,12 +154,9 @@ class BatchingEngine:
             return self.num_waiting >= self.max_batch_size
         return self.wait_s > self.max_wait_s
 
-    def retry_after_s(self) -> float:
-        """After how many seconds a caller that was refused should come again.
-
-        It is drawn from the time that the queue will take, so that not all come at once.
-        """
-        return random.uniform(MIN_RETRY_S, max(2 * MIN_RETRY_S, self.wait_s))
+    def overloaded(self) -> Overloaded:
+        """Why a further query is refused."""
+        return Overloaded(retry_after_s(self.wait_s))
 
     async def run(self) -> None:
         """Serves the queue until cancelled."""

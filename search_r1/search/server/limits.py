@@ -49,15 +49,15 @@ class BodyLimit:
 class Door:
     """ASGI middleware that answers 429 with Retry-After while there is no room.
 
-    `overload()` returns why there is no room. Refused requests are not read, and are answered one
-    after the other, so that they cost the accepted requests nothing, however many clients ask again
-    at once. A request that finds room when it is its turn is accepted.
+    `overload(path)` says why there is none for a path. Neither body nor query is looked at, and
+    refusals are sent one by one, so that they take nothing from the requests that were let in,
+    however many clients ask again at once. A request that finds room when it is its turn is let in.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        overload: Callable[[], Overloaded | None],
+        overload: Callable[[str], Overloaded | None],
         on_refusal: Callable[[], object],
     ) -> None:
         self.app = app
@@ -66,10 +66,13 @@ class Door:
         self.last_turn = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or self.overload() is None:
+        if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        await self.turn()
-        reason = self.overload()
+        path = scope["path"]
+        if self.overload(path) is None:
+            return await self.app(scope, receive, send)
+        await self.turn(path)
+        reason = self.overload(path)
         if reason is None:
             return await self.app(scope, receive, send)
         self.on_refusal()
@@ -77,10 +80,10 @@ class Door:
         refusal = JSONResponse({"detail": str(reason)}, 429, headers)
         return await refusal(scope, receive, send)
 
-    async def turn(self) -> None:
-        """Waits until it is this request's turn to be refused, or until there is room."""
+    async def turn(self, path: str) -> None:
+        """Waits for this request's turn to be refused, or until there is room."""
         clock = asyncio.get_running_loop().time
         end_of_line = max(clock(), self.last_turn) + 1 / REFUSALS_PER_S
         turn = self.last_turn = min(end_of_line, clock() + MAX_TURN_S)
-        while (left_s := turn - clock()) > 0 and self.overload() is not None:
+        while (left_s := turn - clock()) > 0 and self.overload(path) is not None:
             await asyncio.sleep(min(left_s, LOOK_EVERY_S))

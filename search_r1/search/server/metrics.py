@@ -36,6 +36,21 @@ class ServerMetrics:
             buckets=[2**i for i in range(11)],
             registry=registry,
         )
+        self.reads = Counter(
+            "retrieval_reads",
+            "Documents opened or searched, by endpoint and outcome",
+            ["endpoint", "outcome"],
+            registry=registry,
+        )
+        self.reads_waiting = Gauge(
+            "retrieval_reads_waiting",
+            "Reads of documents waiting",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.read_seconds = Histogram(
+            "retrieval_read_seconds", "Time of a read", buckets=SECONDS, registry=registry
+        )
         self.seconds = Histogram(
             "retrieval_request_seconds", "Time of a request", buckets=SECONDS, registry=registry
         )

@@ -1,24 +1,33 @@
-"""The engine behind the HTTP server: it is loaded in a thread, then gets batches from a queue."""
+"""The engine behind the HTTP server: loaded in a thread, then fed from a queue.
+
+Beside it the store of documents, if there is one.
+"""
 
 import asyncio
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import HTTPException
 
 from search_r1.search.engine import EngineError, Hits, Retriever
 from search_r1.search.errors import RetrieverError
-from search_r1.search.schema import RetrieveRequest
+from search_r1.search.schema import FindResponse, OpenResponse, RetrieveRequest
 from search_r1.search.server.batching import BatchingEngine, Overloaded
 from search_r1.search.server.latency import Latency
 from search_r1.search.server.metrics import ServerMetrics
+from search_r1.search.server.reads import ReadFailed, Reads
+from search_r1.search.store import DocumentStore
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+A = TypeVar("A", OpenResponse, FindResponse)
 LOADING_RETRY_S = 2
+READ_PATHS = ("/open", "/find")
 WAIT_SHARE = 0.5
 """A request is refused if it would have to wait longer than this share of its deadline. It is not
 the whole deadline, because the estimate of the wait may be wrong."""
@@ -47,12 +56,20 @@ class ServerSettings:
 class Service:
     """The engine, once it is loaded, and the metrics of the server."""
 
-    def __init__(self, load: Callable[[], Retriever], settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Retriever],
+        settings: ServerSettings,
+        load_documents: Callable[[], DocumentStore] | None = None,
+    ) -> None:
         self.load = load
+        self.load_documents = load_documents
         self.settings = settings
         self.metrics = ServerMetrics()
         self.stop: Callable[[], None] = partial(signal.raise_signal, signal.SIGTERM)
         self.engine: BatchingEngine | None = None
+        self.reads: Reads | None = None
+        """The store, loaded before the engine is named ready."""
         self.failed = False
         self.served = 0
 
@@ -64,6 +81,8 @@ class Service:
         began = time.monotonic()
         try:
             retriever = await asyncio.to_thread(self.load)
+            if self.load_documents is not None:
+                self.reads = self.limited(await asyncio.to_thread(self.load_documents))
         except CANNOT_LOAD as error:
             log.error("not started: %s", error)
             self.give_up()
@@ -104,6 +123,12 @@ class Service:
             max_wait_s=WAIT_SHARE * s.request_timeout_s,
         )
 
+    def limited(self, store: DocumentStore) -> Reads:
+        """The store with its line, by the settings."""
+        s = self.settings
+        max_wait_s = WAIT_SHARE * s.request_timeout_s
+        return Reads(store, self.metrics, s.max_batch_size, s.max_queue, max_wait_s)
+
     def give_up(self) -> None:
         """Ends the server as failed, because without an engine its clients would wait in vain."""
         self.failed = True
@@ -125,17 +150,45 @@ class Service:
         Raises HTTPException when the engine is not ready, too busy or too slow.
         """
         if self.engine is None:
-            raise HTTPException(503, "the engine is loading", {"Retry-After": str(LOADING_RETRY_S)})
-        s = self.settings
+            raise loading()
         self.metrics.queries.inc(len(request.queries))
         self.served += len(request.queries)
         if not request.queries:
             return []
+        topk = request.topk or self.settings.topk
+        search = partial(self.engine.search, request.queries, topk)
+        return await self.in_time(search, len(request.queries))
+
+    async def read(self, endpoint: str, read: Callable[[DocumentStore], A]) -> A:
+        """What `read` returns of the store; counts it under the endpoint.
+
+        Raises HTTPException when the store is not ready, too busy, too slow or broken.
+        """
+        if self.reads is None or self.engine is None:
+            raise loading()
+        try:
+            answer = await self.in_time(partial(self.reads.run, read), 1)
+        except ReadFailed as error:
+            self.metrics.errors.labels(kind=error.kind).inc()
+            raise HTTPException(500, str(error)) from error
+        self.metrics.reads.labels(endpoint=endpoint, outcome=answer.error or "ok").inc()
+        return answer
+
+    def name_of(self, passage: dict[str, Any]) -> str | None:
+        """The name of a passage's document; None without a store."""
+        return self.reads.store.name_of(passage) if self.reads is not None else None
+
+    async def in_time(self, work: Callable[[], Awaitable[T]], num_delays: int) -> T:
+        """The result of `work`, after the longest of so many delays of an experiment.
+
+        Raises HTTPException where there is no room for it, or it takes too long.
+        """
+        s = self.settings
         try:
             async with asyncio.timeout(s.request_timeout_s):
                 if s.latency is not None:
-                    await asyncio.sleep(max(s.latency.draw() for _ in request.queries))
-                return await self.engine.search(request.queries, request.topk or s.topk)
+                    await asyncio.sleep(max(s.latency.draw() for _ in range(num_delays)))
+                return await work()
         except Overloaded as error:
             raise HTTPException(
                 429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}
@@ -143,13 +196,17 @@ class Service:
         except TimeoutError as error:
             raise HTTPException(504, f"no result within {s.request_timeout_s:g} s") from error
 
-    def overload(self) -> Overloaded | None:
-        """Why a further request would be refused, None if there is room for it."""
-        if self.engine is None or not self.engine.is_full():
-            return None
-        return Overloaded(self.engine.retry_after_s())
+    def overload(self, path: str) -> Overloaded | None:
+        """Why a further request to `path` would be refused, None if there is room for it."""
+        queue = self.reads if path in READ_PATHS else self.engine
+        return queue.overloaded() if queue is not None and queue.is_full() else None
 
     def count_refusal(self) -> None:
         """Counts a request that was refused before it was read."""
         self.metrics.errors.labels(kind="http_429").inc()
         self.metrics.requests.labels(status=429).inc()
+
+
+def loading() -> HTTPException:
+    """The answer while engine and store are not there yet."""
+    return HTTPException(503, "the engine is loading", {"Retry-After": str(LOADING_RETRY_S)})

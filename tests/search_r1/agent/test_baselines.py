@@ -89,7 +89,7 @@ def test_ircot_searches_for_each_sentence_until_it_answers(tokenizer):
     queries = [s.info["query"] for s in trajectory.segments if s.source is Source.OBSERVATION]
     assert queries == [ROW["extra_info"]["question"], "Ada was born in Torvel.", "So it is."]
     own = [tokenizer.decode(s.token_ids) for s in trajectory.segments if s.source is Source.MODEL]
-    assert own == ["Ada was born in Torvel. ", "So it is. ", "<answer> Torvel </answer> "]
+    assert own == ["Ada was born in Torvel.", "So it is.", "<answer> Torvel </answer>"]
     assert (
         trajectory.stop_reason == "answer"
         and trajectory.info["turns"] == trajectory.info["valid_actions"] == 3
@@ -99,5 +99,5 @@ def test_ircot_searches_for_each_sentence_until_it_answers(tokenizer):
 def test_the_last_turn_of_ircot_is_whole(tokenizer):
     trajectory, _ = roll(IRCoTLoop, tokenizer, ["I go on. And on."] * 3, max_turns=2)
     own = [tokenizer.decode(s.token_ids) for s in trajectory.segments if s.source is Source.MODEL]
-    assert own == ["I go on. ", "I go on. ", "I go on. And on. "]
+    assert own == ["I go on.", "I go on.", "I go on. And on."]
     assert trajectory.stop_reason == "max_turns" and trajectory.info["valid_actions"] == 2

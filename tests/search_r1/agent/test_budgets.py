@@ -128,6 +128,19 @@ def test_an_observation_without_room_for_it_is_refused_before_the_start(tokenize
     assert problems(native(family, max_obs_length=limit))
 
 
+def test_a_folded_context_says_what_is_left(tokenizer, family):
+    folding = {"context": {"fold_at": 60}, "show_remaining": True}
+    turns = [SEARCH, "<summary> Ada lives. </summary>", ANSWER]
+    trajectory = roll(make_loop(tokenizer, **folding), turns)
+    prompt = tokenizer.decode(trajectory.rewrites[0].prompt_ids)
+    assert f"{TOLD} Where?" in prompt
+    assert prompt.endswith("<summary> Ada lives.\n(3 searches left) </summary>\n")
+    loop = native(family, **folding)
+    turns = [CALL + "<|im_end|>", "<summary> Ada lives. </summary>", "<answer> x </answer>"]
+    context = loop.tokenizer.decode(roll(loop, turns).rewrites[0].prompt_ids)
+    assert "Ada lives.\n(3 turns with tool calls left)" in context
+
+
 # What is left, in native formats
 
 

@@ -200,6 +200,14 @@ class Twin(Tool):
         return argument
 
 
+class Thinker(Tool):
+    name = "thinker"
+    format = tagged("think", "thought")
+
+    async def execute(self, argument):
+        return argument
+
+
 class Rival(Tool):
     name = "rival"
     format = tagged("search", "found")
@@ -256,6 +264,7 @@ def test_a_wrong_section_is_refused_before_the_start(line, message):
     [
         ("Twin", "expected tools of different names, but search is there twice"),
         ("Rival", "expected tools that are called differently, but </search> ends calls of two"),
+        ("Thinker", "<think>, by which thinker is called, has another meaning"),
     ],
 )
 def test_tools_that_cannot_be_told_apart_are_refused_before_the_start(tokenizer, name, message):

@@ -286,8 +286,8 @@ async def test_who_finds_room_when_it_is_his_turn_is_let_in(monkeypatch):
     async def send(message):
         sent.append(message)
 
-    door = limits.Door(inside, lambda: reasons.pop(0), lambda: sent.append("counted"))
-    scope = {"type": "http", "method": "POST"}
+    door = limits.Door(inside, lambda _: reasons.pop(0), lambda: sent.append("counted"))
+    scope = {"type": "http", "method": "POST", "path": "/retrieve"}
     await door(scope, receive, send)
     assert entered == [] and sent[0] == "counted" and sent[1]["status"] == 429
     assert (b"retry-after", b"2") in sent[1]["headers"]
@@ -299,9 +299,9 @@ async def test_who_finds_room_when_it_is_his_turn_is_let_in(monkeypatch):
 
 async def test_however_many_wait_to_be_refused_the_next_one_waits_no_longer_than_the_maximum():
     """The line must not run ahead of the clock: after a rush everybody would wait for minutes."""
-    door = limits.Door(lambda *_: None, lambda: None, lambda: None)
+    door = limits.Door(lambda *_: None, lambda _: None, lambda: None)
     crowd = 3 * int(limits.MAX_TURN_S * limits.REFUSALS_PER_S)
-    waiting = [asyncio.create_task(door.turn()) for _ in range(crowd)]
+    waiting = [asyncio.create_task(door.turn("/retrieve")) for _ in range(crowd)]
     await asyncio.sleep(0)
     assert door.last_turn <= asyncio.get_running_loop().time() + limits.MAX_TURN_S
     for task in waiting:
