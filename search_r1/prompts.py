@@ -177,6 +177,15 @@ REACT_INVALID_MESSAGE = (
     "and </answer>."
 )
 
+BUDGET = "You have {left} in all, and what follows each of them says how many are left."
+"""Stands before the prompt where the policy is told how many calls it has."""
+REMAINING = "({left} left)"
+"""Stands behind every result then."""
+SEARCHES = ("search", "searches")
+CALLS = ("tool call", "tool calls")
+CALLING_TURNS = ("turn with tool calls", "turns with tool calls")
+"""What is counted, for one and for many; a turn in a native format may hold several calls."""
+
 ANSWER_END = "</answer>"
 SUMMARY_END = "</summary>"
 
@@ -189,6 +198,30 @@ def build_prompt(question: str, template: str, context: str = "", reasoning: str
     return TEMPLATES[template].format(
         question=with_mark(question), context=context, reasoning=reasoning
     )
+
+
+def budget(calls: int, unit: tuple[str, str]) -> str:
+    """How many calls there are in all, before the first.
+
+    >>> budget(4, SEARCHES)
+    'You have 4 searches in all, and what follows each of them says how many are left.'
+    """
+    return BUDGET.format(left=counted(calls, unit))
+
+
+def remaining(calls: int, unit: tuple[str, str]) -> str:
+    """How many calls are left.
+
+    >>> remaining(1, SEARCHES)
+    '(1 search left)'
+    """
+    return REMAINING.format(left=counted(calls, unit))
+
+
+def counted(number: int, unit: tuple[str, str]) -> str:
+    """A number with what it counts, in its singular or plural."""
+    one, many = unit
+    return f"{number} {one if number == 1 else many}"
 
 
 def with_mark(question: str) -> str:

@@ -22,6 +22,9 @@ from pydantic import BaseModel, ConfigDict
 
 Row = dict[str, Any]
 """One line of the training parquet: data_source, prompt, ability, reward_model, extra_info."""
+TRAINING_STEP = "training_step"
+"""In a row that is rolled out for training: the step that the present weights are to be trained in,
+one more than their version. Rows of validation and evaluation lack it."""
 
 
 class Source(StrEnum):
@@ -317,6 +320,15 @@ class GroupReward(Protocol):
 
     def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None:
         """Changes the `reward` of the trajectories in place, those of a prompt together."""
+        ...
+
+
+@runtime_checkable
+class RewardPreflight(Protocol):
+    """What a `RewardFn` may also implement: a look at the agent loop before the training starts."""
+
+    def preflight(self, agent: AgentLoop) -> list[str]:
+        """What of its configuration contradicts the agent loop, such as an unknown tool."""
         ...
 
 

@@ -150,8 +150,8 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (LOOP, "        trajectory.void_turns += turn.is_void\n", ""),
     (
         LOOP,
-        "may_call=data.turns < self.max_calls",
-        "may_call=data.turns <= self.max_calls",
+        "may_call=data.turns < data.max_calls",
+        "may_call=data.turns <= data.max_calls",
     ),
     (DIALECTS, "neutralise(response.text, self.tag)", "response.text"),
     (COUNTS, "if error := executed.response.error:", "if error := executed.response.text:"),

@@ -20,6 +20,7 @@ import study
 import yaml
 
 from search_r1.report import summary
+from search_r1.trajectory import read_searches
 from verl.utils.tracking import STEP
 
 DEFAULTS: dict[str, Any] = {"config": "grpo", "seeds": [0], "overrides": [], "status": 0}
@@ -60,7 +61,7 @@ def folder_of(path: Path, run: str) -> str:
 
 def figures(folder: Path) -> study.Row:
     """Curve of the validations over sampled trajectories, when it reached REACHED, and the last
-    validation by hops."""
+    validation by set."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     sampled = 0.0
     curve = []
@@ -93,7 +94,16 @@ def figures(folder: Path) -> study.Row:
         ],
         "optimizer_steps": sum(line.get("actor/optimizer_steps", 0) for line in metrics),
         "last": {source: summary(records) for source, records in sorted(by_source.items())},
+        "searched": {source: searched(records) for source, records in sorted(by_source.items())},
     }
+
+
+def searched(records: list[dict[str, Any]]) -> float:
+    """Share of the records with a search: of questions that the base knows, the over-search share.
+
+    Asking the trained policy what it knows would beg the question (docs/results/evaluation.md).
+    """
+    return sum(bool(read_searches(record)) for record in records) / len(records)
 
 
 def mean_of(metrics: list[dict[str, Any]], prefix: str) -> dict[str, float]:

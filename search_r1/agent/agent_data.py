@@ -56,6 +56,8 @@ class AgentData:
     generate: Generate
     trajectory: Trajectory
     tools: list[Tool]
+    max_calls: int = 0
+    """Turns that may call, from the first to the last."""
     turns: int = 0
     valid_actions: int = 0
     overruns: list[str] = field(default_factory=list)

@@ -1,12 +1,13 @@
 """The `agent` section of the search task."""
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import PositiveInt, field_validator
+from pydantic import PositiveInt, field_validator, model_validator
 
 from search_r1.agent.condense import CondenseConfig
 from search_r1.agent.contexts import ContextConfig
 from search_r1.prompts import TEMPLATES
+from search_r1.schedule import check_points, value_at
 from search_r1.search.client.config import RetrieverConfig
 from search_r1.tools.sections import Section, check_sections
 from verl.utils.config import Config
@@ -17,6 +18,12 @@ TAGS = "tags"
 class SearchAgentConfig(Config):
     max_turns: PositiveInt = 4
     """Turns that may search or call another tool; one more, that may not, is forced after them."""
+    max_turns_schedule: list[tuple[int, PositiveInt]] | None = None
+    """Other numbers of such turns in training, none above `max_turns`: `[[step, turns], ...]` as a
+    schedule of a weight, rounded. Validation and evaluation always have `max_turns`."""
+    show_remaining: bool = False
+    """Tell the policy how many turns that may call are left: in the prompt and after every
+    result."""
     do_search: bool = True
     """False: no search; without another tool that is a single turn, the R1 baseline."""
     format: str = TAGS
@@ -50,6 +57,29 @@ class SearchAgentConfig(Config):
     context: ContextConfig = ContextConfig()
     condense: CondenseConfig = CondenseConfig()
     retriever: RetrieverConfig = RetrieverConfig()
+
+    def turns_at(self, step: int | None) -> int:
+        """Turns that may call at a training step; None: outside of training."""
+        if self.max_turns_schedule is None or step is None:
+            return self.max_turns
+        return int(value_at(self.max_turns_schedule, step) + 0.5)
+
+    @field_validator("max_turns_schedule")
+    @classmethod
+    def _steps_rise(cls, value: list[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
+        if value is not None:
+            check_points(value, "turns")
+        return value
+
+    @model_validator(mode="after")
+    def _schedule_within_max_turns(self) -> Self:
+        most = max((turns for _, turns in self.max_turns_schedule or ()), default=0)
+        if most > self.max_turns:
+            raise ValueError(
+                f"max_turns_schedule goes up to {most} turns, more than max_turns={self.max_turns}:"
+                " raise max_turns, which validation has and memory is estimated for"
+            )
+        return self
 
     @field_validator("template")
     @classmethod

@@ -7,13 +7,13 @@ engine stops there, and the result follows within the same turn.
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 from search_r1.agent.actions import Answer, TextCall, ToolCall, Turn, parse_action
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.observation import TAGS, encode_observation, neutralise, tag_pattern
-from search_r1.prompts import ANSWER_END, FOLD_ACTION, FOLD_MESSAGE
+from search_r1.prompts import ANSWER_END, CALLS, FOLD_ACTION, FOLD_MESSAGE, SEARCHES, remaining
 from search_r1.tools.base import SEARCH_TOOL, Tool, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
 from verl.agent import Trajectory
@@ -40,6 +40,8 @@ class Dialect(Protocol):
     """Names of the tags in which tools are called."""
     result_tags: tuple[str, ...]
     """Names of the tags around their results."""
+    unit: tuple[str, str]
+    """What the policy is told to have left, for one and for many."""
 
     def preflight(self) -> list[str]:
         """What keeps the dialect from working with this tokenizer and these tools."""
@@ -62,15 +64,16 @@ class Dialect(Protocol):
         ...
 
     def results(
-        self, turn: Turn, responses: Sequence[ToolResponse], ended_by: int | None
+        self, turn: Turn, responses: Sequence[ToolResponse], ended_by: int | None, note: str = ""
     ) -> list[Observation]:
         """The results of a turn's calls, one observation each.
 
-        `ended_by` is the token by which the policy ended its turn, None where it did not.
+        `ended_by` is the token by which the policy ended its turn, None where it did not. `note`
+        stands behind the last result and is never cut.
         """
         ...
 
-    def correction(self, ended_by: int | None) -> list[int]:
+    def correction(self, ended_by: int | None, note: str = "") -> list[int]:
         """What a policy is told whose turn was invalid."""
         ...
 
@@ -123,8 +126,8 @@ class TagDialect(Dialect):
         self.call_tags = unique(SEARCH_R1.call_tag, *(f.call_tag for f in formats))
         self.result_tags = unique(SEARCH_R1.result_tag, *(f.result_tag for f in formats))
         self.tag = tag_pattern(formats)
-        self.invalid_ids = encode_text(tokenizer, words.invalid_action)
-        self.invalid_message_ids = encode_text(tokenizer, words.invalid_message)
+        self.words = words
+        self.unit = SEARCHES if set(self.tools) <= {SEARCH_TOOL} else CALLS
         self.fold_ids = encode_text(tokenizer, FOLD_ACTION)
         self.fold_message_ids = encode_text(tokenizer, FOLD_MESSAGE)
         self.user_turn = user_turn(tokenizer, **config.apply_chat_template_kwargs)
@@ -149,7 +152,8 @@ class TagDialect(Dialect):
     def _block_problems(self, tool: Tool) -> list[str]:
         """Whether the tags around a result leave no room for the result itself."""
         limit = self.config.max_obs_length
-        block = tool.tags.head + tool.tags.tail
+        note = remaining(self.config.max_turns, self.unit) if self.config.show_remaining else ""
+        block = tool.tags.head + noted(tool.tags, note).tail
         tags = len(encode_text(self.tokenizer, block))
         if limit >= 2 * tags:
             return []
@@ -183,12 +187,12 @@ class TagDialect(Dialect):
         return Turn(asks_in_vain=isinstance(action, TextCall), overrun=overrun)
 
     def results(
-        self, turn: Turn, responses: Sequence[ToolResponse], ended_by: int | None
+        self, turn: Turn, responses: Sequence[ToolResponse], ended_by: int | None, note: str = ""
     ) -> list[Observation]:
         """The block of the one call, in the policy's turn or else as a user's message."""
         (call,) = turn.calls
         (response,) = responses
-        tags = self.tools[call.tool].tags
+        tags = noted(self.tools[call.tool].tags, note)
         ids, cut = encode_observation(
             neutralise(response.text, self.tag),
             self.tokenizer,
@@ -198,10 +202,13 @@ class TagDialect(Dialect):
         )
         return [Observation(self._placed(ids, ended_by), cut)]
 
-    def correction(self, ended_by: int | None) -> list[int]:
+    def correction(self, ended_by: int | None, note: str = "") -> list[int]:
         """The sentence for a turn without an action."""
-        ids = self.invalid_ids if ended_by is None else self.invalid_message_ids
-        return self._placed(ids, ended_by)
+        if ended_by is None:
+            said = self.words.invalid_action + (f"{note}\n" if note else "")
+        else:
+            said = f"{self.words.invalid_message}\n{note}" if note else self.words.invalid_message
+        return self._placed(encode_text(self.tokenizer, said), ended_by)
 
     def summary_request(self, ended_by: int | None) -> list[int]:
         """The sentence that asks for a summary."""
@@ -216,6 +223,17 @@ class TagDialect(Dialect):
     def _placed(self, ids: list[int], ended_by: int | None) -> list[int]:
         """Ids in the policy's turn or, where the policy has ended that, as a user's message."""
         return ids if ended_by is None else self.user_turn.following(ended_by, ids)
+
+
+def noted(written: ToolFormat, note: str) -> ToolFormat:
+    """The format with a note behind its blocks, before the white space that follows them.
+
+    Outside of the block no passage can pass for it.
+    """
+    if not note:
+        return written
+    margin = written.tail[len(written.tail.rstrip()) :]
+    return replace(written, tail=f"{written.tail}{note}{margin}")
 
 
 def read_call(call: TextCall, tool: Tool) -> ToolCall:

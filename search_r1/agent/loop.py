@@ -34,7 +34,9 @@ from search_r1.prompts import (
     INVALID_MESSAGE,
     LEFT_OUT,
     SUMMARY_END,
+    budget,
     build_prompt,
+    remaining,
 )
 from search_r1.tools.base import Tool, ToolFailed, ToolResponse
 from search_r1.tools.formats import SEARCH_R1
@@ -42,7 +44,15 @@ from search_r1.tools.search import SearchTool
 from search_r1.tools.sections import build_tools, naming_problems
 from search_r1.tools.toolbox import Toolbox
 from search_r1.trajectory import FINDING_KIND, SUMMARY_KIND, required_question
-from verl.agent import AgentLoop, Completion, Generate, Row, Trajectory, TrajectoryFailed
+from verl.agent import (
+    TRAINING_STEP,
+    AgentLoop,
+    Completion,
+    Generate,
+    Row,
+    Trajectory,
+    TrajectoryFailed,
+)
 from verl.utils.tokenizer import end_of_turn, user_turn
 
 CHARS_PER_TOKEN = 64
@@ -111,6 +121,13 @@ class SearchAgentLoop(AgentLoop):
             )
         if self.config.tools and not self.calls_tools:
             problems.append("agent.tools: this method searches by itself and calls no other tool")
+        if not (self.tools and self.calls_tools):
+            problems += [
+                f"agent.{key}: the policy calls no tool here, so there are no turns to count; "
+                "remove the key"
+                for key in ("show_remaining", "max_turns_schedule")
+                if getattr(self.config, key)
+            ]
         problems += naming_problems(self.tools)
         problems += self.dialect.preflight()
         problems += self.toolbox.preflight()
@@ -157,11 +174,15 @@ class SearchAgentLoop(AgentLoop):
     async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
         """Rolls out one question. Raises TrajectoryFailed when a tool fails for good."""
         trajectory = Trajectory(list(prompt_ids))
-        data = AgentData(row, generate, trajectory, self.tools)
+        limit = self.config.turns_at(row.get(TRAINING_STEP))
+        max_calls = min(limit, self.max_calls)
+        data = AgentData(row, generate, trajectory, self.tools, max_calls)
         await self._begin(data)
         while not trajectory.stop_reason:
-            await self._turn(data, may_call=data.turns < self.max_calls)
+            await self._turn(data, may_call=data.turns < data.max_calls)
         trajectory.info |= data.facts() | self.dialect_facts()
+        if self.config.max_turns_schedule is not None:
+            trajectory.info["max_turns"] = data.max_calls
         departure = self.dialect.departure(trajectory, data.messages, data.shown)
         if departure is not None:
             trajectory.info["template_departure"] = departure
@@ -179,10 +200,15 @@ class SearchAgentLoop(AgentLoop):
 
     async def _begin(self, data: AgentData) -> None:
         """Before the first turn: makes the prompt, where it is not that of the data."""
+        limit = budget(data.max_calls, self.dialect.unit) if self.config.show_remaining else ""
         if self.config.template is not None:
             prompt = build_prompt(required_question(data.row), self.config.template)
-            text = f"{self.dialect.instructions()} {prompt}".lstrip()
+            before = f"{self.dialect.instructions()} {limit}".strip()
+            text = f"{before} {prompt}".lstrip()
             data.messages = [{"role": "user", "content": text}]
+        elif limit:
+            *earlier, last = data.row["prompt"]
+            data.messages = [*earlier, {**last, "content": f"{limit} {last['content']}"}]
         elif self.dialect.shows_tools:
             data.messages = list(data.row["prompt"])
         if data.messages:
@@ -238,29 +264,40 @@ class SearchAgentLoop(AgentLoop):
         else:
             trajectory.add_observation(completion.token_ids, **facts)
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        base = self.dialect.folded(trajectory.prompt_ids, data.messages, summary_of(text))
+        summary = f"{summary_of(text)}\n{self._note(data)}".strip()
+        base = self.dialect.folded(trajectory.prompt_ids, data.messages, summary)
         self.contexts.fold(data.context, trajectory, base)
         data.folds += 1
 
     async def _respond(self, data: AgentData, turn: Turn) -> None:
         """Answers a turn that goes on: runs its calls, or says that it held none."""
         ended_by = self._ended_by(data.trajectory)
+        note = self._note(data)
         if not turn.calls:
-            ids = self.dialect.correction(ended_by)
-            data.trajectory.add_observation(ids, turn=data.turns, kind="invalid_action")
+            ids = self.dialect.correction(ended_by, note)
+            facts = {"turn": data.turns, "kind": "invalid_action"} | (
+                {"note": note} if note else {}
+            )
+            data.trajectory.add_observation(ids, **facts)
             return
         executed = await self._execute(data, turn.calls)
         responses = [one.response for one in executed]
-        observations = self.dialect.results(turn, responses, ended_by)
+        observations = self.dialect.results(turn, responses, ended_by, note)
         if self.config.condense.train:
             self._add_side_calls(data, executed)
         first = len(data.trajectory.segments)
         for call, one, observation in zip(turn.calls, executed, observations, strict=True):
             self._observe(data, call, one, observation)
         if self.config.context.keep_observations is not None:
-            notes = [ToolResponse(LEFT_OUT) for _ in executed]
-            for number, note in enumerate(self.dialect.results(turn, notes, ended_by), first):
-                data.context.placeholders[number] = note.token_ids
+            left_out = [ToolResponse(LEFT_OUT) for _ in executed]
+            for number, short in enumerate(self.dialect.results(turn, left_out, ended_by), first):
+                data.context.placeholders[number] = short.token_ids
+
+    def _note(self, data: AgentData) -> str:
+        """What an answer to the present turn says of the turns left; empty where nothing."""
+        if not self.config.show_remaining:
+            return ""
+        return remaining(data.max_calls - data.turns, self.dialect.unit)
 
     def _add_side_calls(self, data: AgentData, executed: Sequence[Answered]) -> None:
         """Adds the policy's calls that shortened results, each as a row of its own."""

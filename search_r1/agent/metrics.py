@@ -18,6 +18,7 @@ def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """The metrics `env/...`: turns, actions, searches, latencies, recall, stop reasons."""
     stats = [t.info for t in trajectories]
     metrics = _actions(stats)
+    metrics |= _limits(stats)
     metrics |= _stop_reasons(trajectories)
     metrics |= _overruns(stats)
     metrics |= _latency(stats)
@@ -45,6 +46,12 @@ def _actions(stats: list[Stats]) -> dict[str, float]:
         "env/number_of_valid_search": searches.mean(),
         "env/observation_truncated": cut / max(1.0, searches.sum()),
     }
+
+
+def _limits(stats: list[Stats]) -> dict[str, float]:
+    """Turns that might call, where they follow a schedule."""
+    limits = [s["max_turns"] for s in stats if "max_turns" in s]
+    return {"env/max_turns": float(np.mean(limits))} if limits else {}
 
 
 def _stop_reasons(trajectories: Sequence[Trajectory]) -> dict[str, float]:

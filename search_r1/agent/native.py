@@ -14,7 +14,14 @@ from search_r1.agent.actions import ANSWER, ToolCall, Turn
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.dialects import Dialect, Observation
 from search_r1.agent.observation import neutralise, tag_pattern
-from search_r1.prompts import ANSWER_END, FOLD_MESSAGE, FOLDED, NATIVE_INVALID_MESSAGE
+from search_r1.prompts import (
+    ANSWER_END,
+    CALLING_TURNS,
+    FOLD_MESSAGE,
+    FOLDED,
+    NATIVE_INVALID_MESSAGE,
+    remaining,
+)
 from search_r1.tools.base import Tool, ToolResponse
 from verl.agent import Source, Trajectory
 from verl.utils.errors import ConfigError, DataError
@@ -63,7 +70,7 @@ class NativeDialect(Dialect):
         self.user_turn = user_turn(tokenizer, **self.kwargs)
         opened = OPENED.search(tokenizer.decode(self.user_turn.after))
         self.opened = opened.group() if opened else ""
-        self.invalid_ids = encode_text(tokenizer, NATIVE_INVALID_MESSAGE)
+        self.unit = CALLING_TURNS
         self.fold_ids = encode_text(tokenizer, FOLD_MESSAGE)
 
     def preflight(self) -> list[str]:
@@ -79,6 +86,8 @@ class NativeDialect(Dialect):
             )
         (piece,) = self.turns.turn(1).pieces
         tags = num_around(piece, self.tokenizer)
+        if self.config.show_remaining:
+            tags += len(self._note_ids(remaining(self.config.max_turns, self.unit)))
         if self.config.max_obs_length < 2 * tags:
             problems.append(
                 f"data.max_obs_length={self.config.max_obs_length} has no room for a result: what "
@@ -133,7 +142,7 @@ class NativeDialect(Dialect):
         return token_ids[:-1] if ends else token_ids
 
     def results(
-        self, turn: Turn, responses: Sequence[ToolResponse], ended_by: int | None
+        self, turn: Turn, responses: Sequence[ToolResponse], ended_by: int | None, note: str = ""
     ) -> list[Observation]:
         """The results as messages of the tool role; the last one ends with the next prompt.
 
@@ -145,30 +154,52 @@ class NativeDialect(Dialect):
         before = pieces[0].before
         if ended_by is not None:
             before = before[before.index(ended_by) + 1 :]
-        fixed = [len(piece.before) + len(piece.after) for piece in pieces]
+        notes = ["" for _ in pieces[1:]] + [f"\n{note}" if note else ""]
         texts = [neutralise(response.text, self.tag) for response in responses]
         encoded = [
-            encode_text(self.tokenizer, piece.opening + result_turn.content(text) + piece.closing)
-            for piece, text in zip(pieces, texts, strict=True)
+            self._encoded(piece, result_turn.content(text + said))
+            for piece, text, said in zip(pieces, texts, notes, strict=True)
         ]
-        room = max(0, self.config.max_obs_length - sum(fixed))
-        shares = fair_shares([len(ids) for ids in encoded], room)
+        shares = self._shares(pieces, encoded, len(self._note_ids(note)))
         observations = []
         for number, (piece, ids, share) in enumerate(zip(pieces, encoded, shares, strict=True)):
-            closing = encode_text(self.tokenizer, piece.closing) if piece.closing else []
             cut = len(ids) > share
-            shown = texts[number]
+            shown = texts[number] + notes[number]
             if cut:
+                end = result_turn.content(notes[number]) + piece.closing
+                closing = encode_text(self.tokenizer, end) if end else []
                 kept = ids[: max(0, share - len(closing))]
                 shown = result_turn.text(self.tokenizer.decode(kept).removeprefix(piece.opening))
+                shown += notes[number]
                 ids = kept + closing
             opening = before if number == 0 else piece.before
             observations.append(Observation([*opening, *ids, *piece.after], cut, shown))
         return observations
 
-    def correction(self, ended_by: int | None) -> list[int]:
+    def _encoded(self, piece: ResultPiece, content: str) -> list[int]:
+        """A result with what a token may join to it."""
+        return encode_text(self.tokenizer, piece.opening + content + piece.closing)
+
+    def _shares(
+        self, pieces: Sequence[ResultPiece], encoded: Sequence[list[int]], note: int
+    ) -> list[int]:
+        """Tokens that each result may take, the last one with a note of so many tokens."""
+        fixed = sum(len(piece.before) + len(piece.after) for piece in pieces)
+        lengths = [len(ids) for ids in encoded]
+        lengths[-1] -= note
+        shares = fair_shares(lengths, max(0, self.config.max_obs_length - fixed - note))
+        shares[-1] += note
+        return shares
+
+    def _note_ids(self, note: str) -> list[int]:
+        """A note as it stands behind a result."""
+        if not note:
+            return []
+        return encode_text(self.tokenizer, self.turns.turn(1).content(f"\n{note}"))
+
+    def correction(self, ended_by: int | None, note: str = "") -> list[int]:
         """A user's message for a turn that neither called nor answered."""
-        return self._as_user(self.invalid_ids, ended_by)
+        return self._as_user(encode_text(self.tokenizer, invalid_message(note)), ended_by)
 
     def summary_request(self, ended_by: int | None) -> list[int]:
         """A user's message that asks for a summary."""
@@ -206,7 +237,8 @@ class NativeDialect(Dialect):
                 conversation.append(self._said(segment.token_ids))
                 number = 0
             elif segment.info["kind"] == "invalid_action":
-                conversation.append({"role": "user", "content": NATIVE_INVALID_MESSAGE})
+                said = invalid_message(segment.info.get("note", ""))
+                conversation.append({"role": "user", "content": said})
             else:
                 result = result_message(number, segment.info["kind"], next(results))
                 conversation.append(result)
@@ -259,6 +291,11 @@ def native_tags(tokenizer: Any, written: str) -> re.Pattern[str]:
     """Matches what no result may hold: tags of what the template has `written`, added tokens."""
     tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special]
     return tag_pattern(native_tags=sorted(opening_tags(written)), tokens=tokens)
+
+
+def invalid_message(note: str) -> str:
+    """What a policy is told that neither called nor answered."""
+    return f"{NATIVE_INVALID_MESSAGE}\n{note}" if note else NATIVE_INVALID_MESSAGE
 
 
 def place_of_difference(trajectory: Trajectory, rendered: Sequence[int]) -> str:

@@ -172,6 +172,35 @@ def repeated_query(e: Episode, config: SearchRewardConfig) -> float:
     return num_repeated(e.queries) / len(e.queries) if e.queries else 0.0
 
 
+def is_charged(e: Episode, config: SearchRewardConfig) -> bool:
+    """Whether a trajectory pays for its calls.
+
+    By default only a right one does: where all answers of a group are wrong, a price would teach
+    nothing but to call less.
+    """
+    return config.price_when == "always" or em(e, config) == 1
+
+
+def call_price(e: Episode, config: SearchRewardConfig, tool: str) -> float:
+    """Calls of a tool that are charged."""
+    return float(e.use_of(tool).calls) if is_charged(e, config) else 0.0
+
+
+def token_price(e: Episode, config: SearchRewardConfig, tool: str) -> float:
+    """Tokens of a tool's observations that are charged."""
+    return float(e.use_of(tool).tokens) if is_charged(e, config) else 0.0
+
+
+def tool_used(e: Episode, config: SearchRewardConfig, tool: str) -> float:
+    """1 where a tool was called."""
+    return float(e.use_of(tool).calls > 0)
+
+
+def tool_errors(e: Episode, config: SearchRewardConfig, tool: str) -> float:
+    """Calls of a tool that the policy got wrong."""
+    return float(e.use_of(tool).errors)
+
+
 def overlong(e: Episode, config: SearchRewardConfig) -> float:
     """DAPO's soft punishment of length (2503.14476, equation 13), over the policy's own tokens.
 

@@ -12,8 +12,9 @@ from search_r1.rewards import components
 from search_r1.rewards.config import SearchRewardConfig, Weight
 from search_r1.rewards.episode import Episode, read_episode
 from search_r1.rewards.judge import Judge
+from search_r1.schedule import value_at
 from search_r1.trajectory import read_searches
-from verl.agent import Row, Trajectory, TrajectoryFailed, context_digest
+from verl.agent import AgentLoop, Row, Trajectory, TrajectoryFailed, context_digest
 from verl.utils.endpoint import EndpointFailed
 
 if TYPE_CHECKING:
@@ -39,6 +40,17 @@ WEIGHTED: dict[str, Component] = {
     "otc_ppo": components.otc_ppo,
 }
 """Components that are computed only if their weight is not 0."""
+ToolComponent = Callable[[Episode, SearchRewardConfig, str], float]
+BY_TOOL: dict[str, ToolComponent] = {
+    "call_price": components.call_price,
+    "token_price": components.token_price,
+    "tool_used": components.tool_used,
+    "tool_errors": components.tool_errors,
+}
+"""Components that have a weight for each tool; their names are those of the keys, `/` and the
+tool's."""
+PRICES = frozenset({"call_price", "token_price"})
+"""Those of them whose weights are subtracted."""
 
 
 class SearchReward:
@@ -50,19 +62,37 @@ class SearchReward:
         self.config = config
         self.tokenizer = tokenizer
         self.functions = ALWAYS | {name: f for name, f in WEIGHTED.items() if getattr(config, name)}
+        self.by_tool = {
+            f"{name}/{tool}": (function, tool)
+            for name, function in BY_TOOL.items()
+            for tool in getattr(config, name)
+        }
         self.judge = Judge(config.judge_endpoint) if config.judge else None
 
     @property
     def entries(self) -> frozenset[str]:
         """The names of everything in the result of a training trajectory."""
         optional = {name for name in ("random", "judge", "otc_grpo") if getattr(self.config, name)}
-        return frozenset({"score", "answered"} | self.functions.keys() | optional)
+        named = self.functions.keys() | self.by_tool.keys()
+        return frozenset({"score", "answered"} | named | optional)
+
+    def preflight(self, agent: AgentLoop) -> list[str]:
+        """Tools that have a weight and that the agent loop does not have."""
+        known = [tool.name for tool in getattr(agent, "tools", ())]
+        return [
+            f"reward.{field}.{tool}: there is no such tool; the agent has "
+            f"{', '.join(known) or 'none'}"
+            for field, _, tool in (name.partition("/") for name in self.by_tool)
+            if tool not in known
+        ]
 
     def __call__(
         self, trajectory: Trajectory, row: Row
     ) -> dict[str, float] | Awaitable[dict[str, float]]:
         episode = read_episode(trajectory, row, self.tokenizer)
         parts = {name: function(episode, self.config) for name, function in self.functions.items()}
+        for name, (by_tool, tool) in self.by_tool.items():
+            parts[name] = by_tool(episode, self.config, tool)
         if self.config.random:
             parts["random"] = coin(trajectory)
         if self.judge is not None:
@@ -80,10 +110,16 @@ class SearchReward:
 
     def _sum(self, parts: dict[str, float], trajectory: Trajectory) -> dict[str, float]:
         step = training_step(trajectory)
-        score = sum(
-            weight_at(getattr(self.config, name), step) * part for name, part in parts.items()
-        )
+        score = sum(self._weight(name, step) * part for name, part in parts.items())
         return {"score": score, **parts, "answered": 1.0 - parts["no_answer"]}
+
+    def _weight(self, name: str, step: int) -> float:
+        """The weight of a component at a training step; that of a price is negative."""
+        field, _, tool = name.partition("/")
+        weight = getattr(self.config, field)
+        if not tool:
+            return weight_at(weight, step)
+        return weight_at(weight[tool], step) * (-1 if field in PRICES else 1)
 
     def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None:
         """Adds the components that compare the trajectories of a group to their rewards."""
@@ -101,17 +137,7 @@ class SearchReward:
 
 def weight_at(weight: Weight, step: int) -> float:
     """The weight at a training step."""
-    if not isinstance(weight, list):
-        return weight
-    before = [point for point in weight if point[0] <= step]
-    after = [point for point in weight if point[0] > step]
-    if not before:
-        return after[0][1]
-    if not after:
-        return before[-1][1]
-    start, low = before[-1]
-    end, high = after[0]
-    return low + (high - low) * (step - start) / (end - start)
+    return value_at(weight, step) if isinstance(weight, list) else weight
 
 
 def training_step(trajectory: Trajectory) -> int:

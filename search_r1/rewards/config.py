@@ -1,10 +1,13 @@
 """The keys of the `reward` section: a weight for each component, and what components read."""
 
-from itertools import pairwise
+from collections.abc import Iterator
+from math import isfinite
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from search_r1.rewards.judge import JudgeConfig
+from search_r1.schedule import check_points
 from verl.utils.config import Config
 
 Weight = float | list[tuple[int, float]]
@@ -49,6 +52,18 @@ class SearchRewardConfig(Config):
     """Weight of the verdict of a language model as judge, see `reward.judge_endpoint`."""
     random: Weight = 0.0
     """Weight of a coin flip per trajectory: a control from which nothing can be learned."""
+    call_price: dict[str, Weight] = {}
+    """Price of every call, by tool, such as `{search: 0.02, python: 0.01}`: calls times the price
+    are subtracted from the score, as `price_when` says."""
+    token_price: dict[str, Weight] = {}
+    """Price of every token of an observation, by tool, such as `{search: 0.0002}`."""
+    price_when: Literal["right", "always"] = "right"
+    """Which trajectories pay `call_price` and `token_price`: those whose answer is an exact match,
+    as with OTC and IKEA, or all."""
+    tool_used: dict[str, Weight] = {}
+    """Weight of having called a tool at least once, by tool; negative for a penalty."""
+    tool_errors: dict[str, Weight] = {}
+    """Weight of every call that the policy got wrong, by tool; negative for a penalty."""
     f1_threshold: PositiveFloat = 0.5
     """The token F1 from which `f1_above` is 1."""
     structure_format_score: float = 0.2
@@ -73,6 +88,33 @@ class SearchRewardConfig(Config):
     @field_validator("*")
     @classmethod
     def _steps_rise(cls, value: object) -> object:
-        if isinstance(value, list) and (not value or any(a[0] >= b[0] for a, b in pairwise(value))):
-            raise ValueError("a schedule is [[step, weight], ...] with rising steps")
+        for weight in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(weight, list):
+                check_points(weight, "weight")
         return value
+
+    @field_validator("call_price", "token_price")
+    @classmethod
+    def _nobody_is_paid(cls, value: dict[str, Weight]) -> dict[str, Weight]:
+        for tool, price in value.items():
+            if any(number < 0 for number in values_of(price)):
+                raise ValueError(
+                    f"expected a price of at least 0 for {tool}; it is subtracted from the score"
+                )
+        return value
+
+    @field_validator("call_price", "token_price", "tool_used", "tool_errors")
+    @classmethod
+    def _finite(cls, value: dict[str, Weight]) -> dict[str, Weight]:
+        for tool, weight in value.items():
+            if not all(map(isfinite, values_of(weight))):
+                raise ValueError(f"expected a finite number for {tool}")
+        return value
+
+
+def values_of(weight: Weight) -> Iterator[float]:
+    """Yields the values that a weight has at its steps."""
+    if isinstance(weight, list):
+        yield from (value for _, value in weight)
+    else:
+        yield weight

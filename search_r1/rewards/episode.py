@@ -1,11 +1,12 @@
 """What a reward may read: the policy's own text, and separately what its searches found."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from search_r1.rewards.matching import gold_answers, last_answer
 from search_r1.trajectory import FINDING_KIND, SUMMARY_KIND, question_of, read_searches
-from verl.agent import Row, Source, Trajectory
+from verl.agent import Row, Segment, Source, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,18 @@ if TYPE_CHECKING:
 THINK_START = "<think>"
 OPENING_TOKENS = 16
 """Number of tokens that holds a `<think>` and the white space after it in every vocabulary."""
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What a trajectory made of a tool."""
+
+    calls: int = 0
+    """Its answered calls, those included that the policy got wrong."""
+    errors: int = 0
+    """Calls that the policy got wrong."""
+    tokens: int = 0
+    """Tokens of the observations, with what stands around the results."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,12 @@ class Episode:
     """Names of the tags in which tools are called."""
     result_tags: tuple[str, ...] = ("information",)
     """Names of the tags around their results."""
+    tools: Mapping[str, ToolUse] = field(default_factory=dict)
+    """The tools that were called, by name."""
+
+    def use_of(self, tool: str) -> ToolUse:
+        """What was made of a tool; nothing where it was not called."""
+        return self.tools.get(tool, ToolUse())
 
     @property
     def answer(self) -> str | None:
@@ -59,7 +78,24 @@ def read_episode(trajectory: Trajectory, row: Row, tokenizer: "PreTrainedTokeniz
         own_tokens=trajectory.num_tokens(Source.MODEL),
         call_tags=tuple(tags["call"]),
         result_tags=tuple(tags["result"]),
+        tools=read_tools(trajectory.segments),
     )
+
+
+def read_tools(segments: Iterable[Segment]) -> dict[str, ToolUse]:
+    """What was made of each tool, by the `kind` of the observations."""
+    uses: dict[str, ToolUse] = {}
+    for segment in segments:
+        kind = segment.info.get("kind")
+        if segment.source is not Source.OBSERVATION or kind is None:
+            continue
+        use = uses.get(kind, ToolUse())
+        uses[kind] = ToolUse(
+            use.calls + 1,
+            use.errors + bool(segment.info.get("error")),
+            use.tokens + len(segment.token_ids),
+        )
+    return uses
 
 
 def read_turns(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> list[str]:

@@ -11,14 +11,17 @@ from search_r1.launch import read_setup
 from tests.e2e.runs import ROOT
 from tests.search_r1.evaluation.records import passage, record
 from verl.trainer.compose import as_plain
-from verl.trainer.config import validate
+from verl.trainer.config import build_agent, build_reward, validate
+from verl.trainer.driver import check_trainable
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+import frontier
 import sweep
 
 ALGORITHMS = ROOT / "scripts" / "sweeps" / "algorithms.yaml"
 MASKING = ROOT / "scripts" / "sweeps" / "masking.yaml"
 ASYNCHRONY = ROOT / "scripts" / "sweeps" / "asynchrony.yaml"
+OVER_SEARCH = ROOT / "scripts" / "sweeps" / "over_search.yaml"
 COLLAPSE = ROOT / "scripts" / "sweeps" / "collapse.yaml"
 
 
@@ -62,6 +65,65 @@ def test_masked_and_unmasked_runs_read_the_same_world(masked):
     )
 
 
+@pytest.mark.parametrize("run", sweep.read_sweep(OVER_SEARCH))
+def test_runs_against_over_search_differ_in_what_they_are_named_after(run, tokenizer):
+    (_, _, *overrides), _ = sweep.read_sweep(OVER_SEARCH)[run]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        config = validate(OmegaConf.to_container(compose("grpo", overrides), resolve=True))
+    agent, reward = build_agent(config, tokenizer), build_reward(config, tokenizer)
+    check_trainable(config, agent, reward)
+    assert len(config.data.val_files) == 3 and config.trainer.total_training_steps == 45
+    own = {
+        "grpo": reward.config.em == 1,
+        "otc": reward.config.otc_grpo == 1 and reward.config.em == 0,
+        "ikea": reward.config.ikea == 1 and reward.config.em == 0,
+        "call_price": reward.config.call_price == {"search": 0.1},
+        "call_price_always": reward.config.price_when == "always",
+        "show_remaining": agent.config.show_remaining,
+        "turn_schedule": agent.config.max_turns_schedule == [(1, 1), (30, 4)],
+    }
+    assert own[run.rpartition("-seed")[0]]
+
+
+def row_of(run, em, searches, searched):
+    last = {"closed_world_1hop": em[0], "closed_world_common": em[1]}
+    return {
+        "run": run,
+        "last": {name: {"EM": em, "searches": searches} for name, em in last.items()},
+        "searched": dict.fromkeys(last, searched),
+    }
+
+
+def test_rows_become_a_frontier(tmp_path, monkeypatch, capsys):
+    rows = [
+        row_of("grpo-seed0", (0.9, 1.0), 1.0, 1.0),
+        row_of("grpo-seed1", (0.7, 1.0), 1.2, 0.5),
+        row_of("call_price-seed0", (0.9, 1.0), 0.5, 0.25),
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["frontier.py", str(file)])
+    frontier.main()
+    head, _, grpo, price = capsys.readouterr().out.splitlines()
+    columns = "method seeds EM-common EM-1hop searches-common searches-1hop over-search"
+    assert head == f"| {' | '.join(columns.split()).replace('-c', ' c').replace('-1', ' 1')} |"
+    assert grpo == (
+        "| grpo | 2 | 1.000 (1.000-1.000) | 0.800 (0.700-0.900) | 1.100 (1.000-1.200) "
+        "| 1.100 (1.000-1.200) | 0.750 (0.500-1.000) |"
+    )
+    assert price == "| call_price | 1 | 1.000 | 0.900 | 0.500 | 0.500 | 0.250 |"
+    assert (tmp_path / "rows_frontier.png").stat().st_size > 0
+
+
+def test_rows_without_the_share_searched_are_named(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"run": "grpo-seed0", "last": {}}) + "\n")
+    monkeypatch.setattr(sys, "argv", ["frontier.py", str(file)])
+    with pytest.raises(SystemExit):
+        frontier.main()
+    assert "without `searched`, of an earlier version: grpo-seed0" in capsys.readouterr().err
+
+
 def test_an_unknown_key_is_named(tmp_path):
     (tmp_path / "s.yaml").write_text("runs: {a: {seed: 1}}")
     with pytest.raises(
@@ -93,6 +155,7 @@ def test_a_finished_run_becomes_a_row_a_table_and_a_plot(tmp_path):
     )
     row = {"run": "grpo-seed0", "wall_s": 60, **sweep.figures(tmp_path)}
     assert row["curve"] == [(0, 0.1), (240, 0.85), (480, 0.3), (720, 0.9)]
+    assert row["searched"] == {"set": 0.5}
     assert row["timer_coverage"] == 0.92 and row["seconds"] == [2.0] * 3 and row["alarms"] == []
     assert row["staleness"] == {"0": 0.25, "1": 0.75} and row["mismatch"] == {}
     assert (

@@ -271,6 +271,8 @@ class Questions:
 class Rollout:
     """Engines without weights."""
 
+    version = 0
+
     def submit(self, rows: Any, *_: Any, **__: Any) -> Any:
         return rows
 

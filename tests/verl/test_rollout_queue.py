@@ -26,6 +26,8 @@ class Rollout:
         self.drained = []
 
     def submit(self, rows, prompts, sampling, seed):
+        assert [row["training_step"] for row in rows] == [self.version + 1] * len(rows)
+        rows = [row["number"] for row in rows]
         assert prompts == [[row] for row in rows]
         self.submitted.append((rows, seed, self.version))
         self.under_way.append(self.submitted[-1])
@@ -41,8 +43,8 @@ class Rollout:
 
 
 class Questions:
-    rows = range(ROWS)
-    prompt_ids = tuple([row] for row in rows)
+    rows = tuple({"number": number} for number in range(ROWS))
+    prompt_ids = tuple([number] for number in range(ROWS))
 
     def __len__(self) -> int:
         return len(self.rows)

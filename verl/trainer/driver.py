@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from verl.agent import RewardFn
+from verl.agent import AgentLoop, RewardFn, RewardPreflight
 from verl.single_controller.worker_group import WorkerLost
 from verl.trainer.config import PPOConfig
 from verl.trainer.packing import decide_packing
@@ -73,7 +73,7 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     Raises ConfigError or DataError before anything is started.
     """
     config, task = prepare(raw)
-    check_trainable(config, task.reward)
+    check_trainable(config, task.agent, task.reward)
     train_set = load_train_set(config, task.tokenizer)
     val_set = load_val_set(config, task.tokenizer)
     check_environment(config, task.agent, gpus_here(config))
@@ -89,10 +89,11 @@ def gpus_here(config: PPOConfig) -> int:
     return config.num_gpus if config.trainer.ray_address is None else 0
 
 
-def check_trainable(config: PPOConfig, reward: RewardFn) -> None:
+def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
     """Raises ConfigError for engines whose trajectories cannot be trained on.
 
-    It also raises for dynamic sampling by a metric that the reward does not have.
+    It also raises for dynamic sampling by a metric that the reward does not have, and for a reward
+    that says that it does not fit the agent loop.
     """
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
@@ -106,6 +107,8 @@ def check_trainable(config: PPOConfig, reward: RewardFn) -> None:
             f"algorithm.filter_groups.metric={filters.metric}: the reward has no such number, only "
             f"{', '.join(sorted(entries))}"
         )
+    if isinstance(reward, RewardPreflight):
+        problems += reward.preflight(agent)
     if problems:
         raise ConfigError(problems)
 

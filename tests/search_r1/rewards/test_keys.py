@@ -60,6 +60,12 @@ def rolled(
     return trajectory
 
 
+def misled(trajectory: Trajectory) -> Trajectory:
+    """The trajectory, whose first call was wrong."""
+    trajectory.segments[1].info["error"] = "arguments"
+    return trajectory
+
+
 def trajectories(tokenizer: Any) -> dict[str, Trajectory]:
     """Good and bad ones by what they are."""
     roll = partial(rolled, tokenizer)
@@ -74,6 +80,7 @@ def trajectories(tokenizer: Any) -> dict[str, Trajectory]:
         "wrong despite the passage": roll(["a city"], answering("Oslo"), "Rome is a city."),
         "wrong and malformed": roll(["a city"], "<answer> Oslo </answer>"),
         "wrong, searching in its thought": thinking(["a city"], answering("Oslo")),
+        "wrong after an error": misled(roll(["a city"], answering("Oslo"))),
         "silent": roll([], "I do not know"),
     }
 
@@ -207,6 +214,11 @@ TABLE = [
     Case("reward.otc_grpo", 1.0, score_of("right after a search")),
     Case("reward.judge", 1.0, score_of("wrong")),
     Case("reward.random", 1.0, scores),
+    Case("reward.call_price", {"search": 0.1}, score_of("right after a search")),
+    Case("reward.token_price", {"search": 0.1}, score_of("right after a search")),
+    Case("reward.price_when", "always", score_of("wrong"), {"reward.call_price": {"search": 0.1}}),
+    Case("reward.tool_used", {"search": 0.1}, score_of("wrong")),
+    Case("reward.tool_errors", {"search": -0.1}, score_of("wrong after an error")),
     Case("reward.f1_threshold", 0.9, score_of("half right"), {"reward.f1_above": 1.0}),
     Case("reward.structure_format_score", 0.3, score_of("right but malformed"), EM_FORMAT),
     Case("reward.structure_format_score", 0.3, score_of("wrong"), EM_FORMAT),

@@ -32,7 +32,7 @@ from search_r1.rewards.matching import (
 from tests.retrieval import serving
 from tests.search_r1.rewards.trajectories import trajectory_of
 from tests.templates import make_family_tokenizer
-from verl.agent import Source, TrajectoryFailed
+from verl.agent import AgentLoop, Source, TrajectoryFailed
 from verl.trainer.config import validate
 from verl.trainer.driver import check_trainable
 from verl.utils.errors import ConfigError
@@ -417,12 +417,12 @@ def test_its_entries_are_those_that_it_returns_and_dynamic_sampling_on_another_i
         composed.algorithm.filter_groups.metric = metric
         config = validate(OmegaConf.to_container(composed, resolve=True))
         if metric in reward.entries:
-            check_trainable(config, reward)
+            check_trainable(config, AgentLoop(None, None), reward)
         else:
             with pytest.raises(
                 ConfigError, match=r"filter_groups\.metric=otc_ppo: .* only answered, em, "
             ):
-                check_trainable(config, reward)
+                check_trainable(config, AgentLoop(None, None), reward)
 
 
 ANY_TEXT = st.one_of(

@@ -3,7 +3,7 @@
 from collections import deque
 from typing import Any
 
-from verl.agent import Trajectory
+from verl.agent import TRAINING_STEP, Trajectory
 from verl.rollout.agent_worker import Failure, Job
 from verl.rollout.job import Submitted
 from verl.rollout.manager import RolloutManager
@@ -49,8 +49,9 @@ class RolloutQueue:
 
     def _submit(self) -> Submitted:
         rows = next(self.batches)
+        step = {TRAINING_STEP: self.rollout.version + 1}
         return self.rollout.submit(
-            [self.train_set.rows[row] for row in rows],
+            [self.train_set.rows[row] | step for row in rows],
             [self.train_set.prompt_ids[row] for row in rows],
             self.config.actor_rollout_ref.rollout,
             seed=self.config.trainer.seed + 1_000_000 * self.sampler.drawn,
