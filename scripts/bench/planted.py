@@ -54,8 +54,8 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (ADVANTAGE, "gamma=config.gamma", "gamma=1"),
     (ADVANTAGE, "by_std_in_grpo=config.norm_adv_by_std_in_grpo", "by_std_in_grpo=True"),
     (ADVANTAGES, "index, norm_adv_by_std_in_grpo=False", "index, norm_adv_by_std_in_grpo=True"),
-    (ADVANTAGE, "n_steps=len(data)", "n_steps=1"),
-    (ADVANTAGE, "    controller.update(kl, n_steps=len(data))\n", ""),
+    (ADVANTAGE, "n_steps=len(mask[one_of_each(data)])", "n_steps=1"),
+    (ADVANTAGE, "    controller.update(kl, n_steps=len(mask[one_of_each(data)]))\n", ""),
     (ADVANTAGE, "beta = controller.value", "beta = config.kl_ctrl.kl_coef"),
     (
         ADVANTAGE,
@@ -71,7 +71,7 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (FILTERS, 'data.batch["void_turns"] > 0', 'data.batch["void_turns"] > 1'),
     (GROUPS, "if len(found) > 1", "if len(found) > 0"),
     (FILTERS, "if config.bypass_mode:", "if False:"),
-    (BATCHING, "position * number // len(lengths)", "position % number"),
+    (BATCHING, "position * number // len(trajectories)", "position % number"),
     (BATCHING, "parts[first:] + parts[:first]", "parts"),
     (
         BATCHING,
