@@ -148,7 +148,8 @@ def showing(generate: Generate, show: Show, tokenizer: "PreTrainedTokenizerBase"
 
 def answer_of(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """The last answer in what the model wrote itself, None without one."""
-    own = [s.token_ids for s in trajectory.segments if s.source is Source.MODEL]
+    said = [s for s in trajectory.segments if s.source is Source.MODEL and not s.is_aside]
+    own = [segment.token_ids for segment in said]
     return last_answer([str(tokenizer.decode(token_ids)) for token_ids in own])
 
 

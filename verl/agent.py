@@ -73,6 +73,9 @@ class Segment:
     token_ids: list[int]
     log_probs: list[float] = field(default_factory=list)
     policy_version: int = -1
+    is_aside: bool = False
+    """Whether the policy says it beside the conversation: it is trained, but no part of an
+    answer."""
     info: dict[str, Any] = field(default_factory=dict)
     """Free-form facts for logs and rewards (query, passages, latency); never read by the
     trainer."""
@@ -204,19 +207,20 @@ class Trajectory:
     def num_tokens(self, source: Source) -> int:
         return sum(len(s.token_ids) for s in self.segments if s.source is source)
 
-    def add_completion(self, completion: Completion, **info: Any) -> None:
-        """Appends what the engine sampled.
+    def add_completion(self, completion: Completion, is_aside: bool = False, **info: Any) -> None:
+        """Appends what the engine sampled; an aside that was cut does not truncate the trajectory.
 
         Counts a violation unless the engine was given exactly the present context.
         """
         self.context_violations += completion.context_digest != context_digest(self.token_ids)
-        self.truncated |= completion.finish_reason == "length"
+        self.truncated |= completion.finish_reason == "length" and not is_aside
         self.segments.append(
             Segment(
                 Source.MODEL,
                 completion.token_ids,
                 completion.log_probs,
                 completion.policy_version,
+                is_aside,
                 info,
             )
         )

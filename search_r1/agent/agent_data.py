@@ -11,6 +11,8 @@ from search_r1.tools.base import SEARCH_TOOL, Tool, ToolResponse
 from verl.agent import Generate, Row, Trajectory
 from verl.utils.tokenizer import Message
 
+DROPPED = "dropped"
+"""Counts calls that were left without an answer."""
 GOLD_KEYS = ("hops", "gold_ids", "gold_titles")
 """What of a row's `extra_info` metrics and rewards read in the trajectory's `info`."""
 
@@ -20,7 +22,8 @@ class Answered:
     """A call and what the policy is to read."""
 
     response: ToolResponse
-    latency_s: float = 0.0
+    latency_s: float | None = None
+    """Seconds that it took; None for a call that was not executed."""
     side_call: SideCall | None = None
     """The policy's own call that shortened the result."""
 
@@ -45,7 +48,8 @@ class CallCounts:
             self.errors[error] = self.errors.get(error, 0) + 1
         self.cut += observation.cut
         self.tokens += len(observation.token_ids)
-        self.latency_s.append(executed.latency_s)
+        if executed.latency_s is not None:
+            self.latency_s.append(executed.latency_s)
 
 
 @dataclass
@@ -71,6 +75,8 @@ class AgentData:
     """Those of the prompt, where the loop made it."""
     shown: list[str] = field(default_factory=list)
     """The results of the calls so far, as they were shown."""
+    dropped: int = 0
+    """Calls that a turn held beyond those that are answered at all."""
     unknown: CallCounts = field(default_factory=CallCounts)
     """Calls of tools that do not exist, or that could not be read at all."""
 
@@ -93,7 +99,7 @@ class AgentData:
         facts: dict[str, Any] = {
             "turns": self.turns,
             "valid_actions": self.valid_actions,
-            "searches": search.calls,
+            "searches": search.calls - sum(search.errors.values()),
             "cut": search.cut,
             "overruns": self.overruns,
             "latency_s": search.latency_s,
@@ -103,6 +109,6 @@ class AgentData:
         facts["tools"] = {name: asdict(counts) for name, counts in self.counts.items()}
         if self.trajectory.rewrites:
             facts["folds"] = self.folds
-        if self.unknown.calls:
-            facts["unknown_calls"] = self.unknown.errors
+        if unknown := self.unknown.errors | ({DROPPED: self.dropped} if self.dropped else {}):
+            facts["unknown_calls"] = unknown
         return facts

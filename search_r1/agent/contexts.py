@@ -16,8 +16,6 @@ from verl.utils.config import Config
 from verl.utils.tokenizer import encode_text
 
 THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
-OPENED_THOUGHT = re.compile(r"^.*?(?=</think>)", re.DOTALL)
-"""A thought that the chat template has opened: its end stays, because its beginning does."""
 SUMMARY = re.compile(r"<summary>(.*?)(?:</summary>|$)", re.DOTALL)
 
 
@@ -71,8 +69,10 @@ class Contexts:
                     state.shortened[number] = self._without_thought(segments, number)
         if self.config.keep_observations is not None:
             results = [n for n in sorted(state.placeholders) if n >= state.first]
+            newest = [n for n, s in enumerate(segments) if s.source is Source.MODEL]
             for number in results[: -self.config.keep_observations]:
-                state.shortened[number] = state.placeholders[number]
+                if number < newest[-1]:  # those of the last turn have not been read yet
+                    state.shortened[number] = state.placeholders[number]
         if self.config.rewrites:
             trajectory.rewrite(self.context(state, trajectory))
 
@@ -84,17 +84,23 @@ class Contexts:
         return ids
 
     def _without_thought(self, segments: Sequence[Segment], number: int) -> list[int]:
-        """The ids of a turn without its thought; the token that ends the turn stays."""
+        """The ids of a turn without its thought; the token that ends the turn stays.
+
+        Of a thought that the chat template has opened the end stays, because its beginning does.
+        """
         segment = segments[number]
         end = [segment.info["ended_by"]] if "ended_by" in segment.info else []
         said = segment.token_ids[: len(segment.token_ids) - len(end)]
-        text = self.tokenizer.decode(said, skip_special_tokens=False)
-        stripped = THOUGHT.sub("", text)
-        if stripped == text and "</think>" in text:
-            stripped = OPENED_THOUGHT.sub("", text, count=1)
+        # a special token, such as that of Mistral's calls, would not survive as text
+        special = set(self.tokenizer.all_special_ids)
+        size = next((place for place, token in enumerate(said) if token in special), len(said))
+        text = self.tokenizer.decode(said[:size], skip_special_tokens=False)
+        opened, closed, rest = text.partition("</think>")
+        begins_inside = bool(closed) and "<think>" not in opened
+        stripped = closed + THOUGHT.sub("", rest) if begins_inside else THOUGHT.sub("", text)
         if stripped == text:
             return segment.token_ids
-        return [*encode_text(self.tokenizer, stripped), *end]
+        return [*encode_text(self.tokenizer, stripped), *said[size:], *end]
 
     def is_full(self, state: ContextState, trajectory: Trajectory) -> bool:
         """Whether the context is to be folded before the next turn.
@@ -119,5 +125,6 @@ def summary_of(text: str) -> str:
     >>> summary_of("<think> hm </think> <summary> Ada lives in Oslo. </summary>")
     'Ada lives in Oslo.'
     """
-    match = SUMMARY.search(text)
-    return (match.group(1) if match else THOUGHT.sub("", text)).strip()
+    said = text.rpartition("</think>")[2]
+    match = SUMMARY.search(said)
+    return (match.group(1) if match else said).strip()

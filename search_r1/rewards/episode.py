@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from search_r1.rewards.matching import gold_answers, last_answer
-from search_r1.trajectory import FINDING_KIND, SUMMARY_KIND, question_of, read_searches
+from search_r1.trajectory import question_of, read_searches
 from verl.agent import Row, Segment, Source, Trajectory
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def read_turns(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> 
     contexts = {rewrite.at: rewrite.prompt_ids for rewrite in trajectory.rewrites}
     for number, segment in enumerate(trajectory.segments):
         before = contexts.get(number, before)
-        if segment.info.get("kind") in (FINDING_KIND, SUMMARY_KIND):
+        if segment.is_aside:
             continue
         if segment.source is Source.MODEL:
             opened = ends_with_think(before, tokenizer)

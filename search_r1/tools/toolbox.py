@@ -19,10 +19,11 @@ from search_r1.tools.base import Arguments, Tool, ToolFailed, ToolResponse
 
 @dataclass(frozen=True)
 class Executed:
-    """A call's response, and how long it took."""
+    """A call's response."""
 
     response: ToolResponse
-    latency_s: float
+    latency_s: float | None = None
+    """Seconds that it took; None for a call that was refused."""
 
 
 class Toolbox:
@@ -52,10 +53,23 @@ class Toolbox:
     def preflight(self) -> list[str]:
         """What the tools lack. When calls are replayed, only whether there is a recording."""
         if self.replay_from is None:
-            return [problem for tool in self.tools.values() for problem in tool.preflight()]
+            problems = [problem for tool in self.tools.values() for problem in tool.preflight()]
+            return problems + self._record_problems()
         if any(Path(self.replay_from).glob("*.jsonl")):
             return []
         return [f"agent.replay_calls={self.replay_from}: there are no recorded calls (*.jsonl)"]
+
+    def _record_problems(self) -> list[str]:
+        """Why calls could not be recorded."""
+        if self.record_to is None:
+            return []
+        try:
+            Path(self.record_to).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return [f"agent.record_calls={self.record_to}: no folder can be made there ({error})"]
+        if os.access(self.record_to, os.W_OK):
+            return []
+        return [f"agent.record_calls={self.record_to}: the folder cannot be written to"]
 
     async def execute(self, name: str, arguments: Arguments) -> Executed:
         """Runs a call, within the limits of its tool.
@@ -63,14 +77,15 @@ class Toolbox:
         A call that cannot be run (no such tool, arguments that do not fit) is answered by a
         response with an `error`. Raises ToolFailed.
         """
+        refusal = self._refusal(name, arguments)
+        if refusal is not None:
+            return Executed(refusal)
         began = time.perf_counter()
-        response = self._refusal(name, arguments)
-        if response is None:
-            try:
-                response = await self._answer(self.tools[name], arguments)
-            except ToolFailed as failure:
-                self.failures[name][failure.kind] += 1
-                raise
+        try:
+            response = await self._answer(self.tools[name], arguments)
+        except ToolFailed as failure:
+            self.failures[name][failure.kind] += 1
+            raise
         return Executed(response, time.perf_counter() - began)
 
     def _refusal(self, name: str, arguments: Arguments) -> ToolResponse | None:
@@ -168,6 +183,14 @@ def call_key(name: str, arguments: Arguments) -> str:
     return f"{name}({json.dumps(arguments, sort_keys=True, ensure_ascii=False)})"
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file that are not empty.
+
+    A text may hold other line breaks, such as U+2028, which JSON leaves as they are.
+    """
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def read_recording(folder: Path) -> dict[str, ToolResponse]:
     """Recorded responses by `call_key`; of several to one call the first.
 
@@ -175,7 +198,7 @@ def read_recording(folder: Path) -> dict[str, ToolResponse]:
     """
     recorded: dict[str, ToolResponse] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(lines_of(path), 1):
             try:
                 call = json.loads(line)
                 response = ToolResponse(call["text"], call["error"], call["facts"])

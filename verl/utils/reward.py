@@ -55,8 +55,9 @@ class FunctionReward:
 
 
 def policy_text(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The text that the policy wrote in all turns, without special tokens."""
-    turns = [s.token_ids for s in trajectory.segments if s.source is Source.MODEL]
+    """The text that the policy wrote in all turns, without special tokens and asides."""
+    own = [s for s in trajectory.segments if s.source is Source.MODEL and not s.is_aside]
+    turns = [segment.token_ids for segment in own]
     return "".join(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in turns)
 
 

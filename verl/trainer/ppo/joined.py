@@ -60,6 +60,7 @@ class Joined:
     """... and, joined, the trajectories, ..."""
     places: Tensor
     """... and the places in these."""
+    num_trajectories: int
 
     @classmethod
     def of(cls, data: DataProto, mask: Tensor) -> "Joined":
@@ -76,7 +77,7 @@ class Joined:
         counts = torch.bincount(numbers, minlength=int(number_of_row.max()) + 1)
         starts = counts.cumsum(0) - counts
         places = torch.arange(len(numbers)) - starts[numbers]
-        return cls(mask.bool(), rows, columns, numbers, places)
+        return cls(mask.bool(), rows, columns, numbers, places, len(counts))
 
     @property
     def joined_mask(self) -> Tensor:
@@ -85,8 +86,8 @@ class Joined:
 
     def join(self, values: Tensor, pad: float = 0) -> Tensor:
         """[B, R] -> [S, L]."""
-        shape = (int(self.numbers.max()) + 1, int(self.places.max()) + 1)
-        joined = torch.full(shape, pad, dtype=values.dtype)
+        width = int(self.places.max()) + 1 if len(self.places) else 1
+        joined = torch.full((self.num_trajectories, width), pad, dtype=values.dtype)
         joined[self.numbers, self.places] = values[self.rows, self.columns]
         return joined
 
