@@ -262,6 +262,11 @@ class AgentLoop:
     its section refers to; None: any key."""
     sections: ClassVar[Mapping[str, type[BaseModel]]] = {}
     """Models of further top-level sections, which are not passed to the loop."""
+    rewrites_contexts: bool = False
+    """Whether it writes contexts anew (`Trajectory.rewrite`), so that a trajectory may have several
+    rows."""
+    needs_tokens: bool = False
+    """Whether it works on the tokens of a chat template, which an endpoint of text cannot take."""
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         """Takes the validated section and the tokenizer of the policy."""

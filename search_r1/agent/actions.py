@@ -1,8 +1,10 @@
 """What a turn of the policy asks for."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from search_r1.tools.base import SEARCH_TOOL, Arguments, ToolResponse
 from search_r1.tools.formats import SEARCH_R1
@@ -55,6 +57,8 @@ class Turn:
     answer: str | None = None
     asks_in_vain: bool = False
     """Whether it asks for a search where there is no tool: that is not answered, but not void."""
+    num_dropped: int = 0
+    """Calls beyond those that can be answered."""
     overrun: str = ""
     """What the policy wrote behind its action."""
 
@@ -85,3 +89,13 @@ def parse_action(text: str, call_patterns: CallPatterns = SEARCH_ALONE) -> tuple
     if tool is None:
         return Answer(content), match.end()
     return (TextCall(tool, content) if content else Invalid()), match.end()
+
+
+def whole_characters(value: Any) -> Any:
+    """A JSON value with `?` for each half of a surrogate pair, which no tokenizer can encode.
+
+    >>> whole_characters({"query": "a\ud800b"})
+    {'query': 'a?b'}
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return json.loads(text.encode("utf-8", "replace").decode("utf-8"))

@@ -28,6 +28,7 @@ from search_r1.tools.base import SEARCH_TOOL
 from search_r1.tools.formats import REACT, SEARCH_O1
 from search_r1.trajectory import required_question
 from verl.agent import Source, Trajectory
+from verl.utils.errors import ConfigError
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -46,7 +47,15 @@ class SearchO1Loop(SearchAgentLoop):
     )
 
     def __init__(self, config: SearchAgentConfig, tokenizer: Any) -> None:
-        condense = CondenseConfig(by="policy", train=False, max_tokens=config.max_response_length)
+        if config.condense.by is not None:
+            message = "agent.condense: Search-o1 shortens results itself; remove the section"
+            raise ConfigError([message])
+        condense = CondenseConfig(
+            by="policy",
+            train=False,
+            max_tokens=config.max_response_length,
+            max_result_tokens=config.max_obs_length,
+        )
         super().__init__(config.model_copy(update={"condense": condense}), tokenizer)
 
 
@@ -80,6 +89,7 @@ class IRCoTLoop(SearchAgentLoop):
     """
 
     calls_tools: ClassVar[bool] = False
+    rewrites_contexts: ClassVar[bool] = True
 
     async def _begin(self, data: AgentData) -> None:
         """Searches for the question."""

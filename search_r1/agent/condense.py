@@ -30,6 +30,8 @@ class CondenseConfig(Config):
     """Names of the tools whose results are shortened."""
     min_tokens: NonNegativeInt = 0
     """Results of at most this many tokens stay as they are."""
+    max_result_tokens: PositiveInt = 2048
+    """Most tokens of a result that whoever shortens it reads."""
     max_tokens: PositiveInt = 128
     """Most tokens of a finding."""
     train: bool = True
@@ -60,13 +62,11 @@ class Condenser:
         tokenizer: Any,
         template_kwargs: Mapping[str, Any],
         max_prompt_length: int,
-        max_obs_length: int,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.template_kwargs = template_kwargs
         self.max_prompt_length = max_prompt_length
-        self.max_obs_length = max_obs_length
         self.endpoint = Endpoint(config.endpoint) if config.by == "endpoint" else None
 
     def preflight(self) -> list[str]:
@@ -90,11 +90,13 @@ class Condenser:
         `written`: what followed the prompt so far. Raises ToolFailed when the endpoint fails.
         """
         text = neutralise(response.text)
-        context = fit(self.tokenizer, text, self.max_obs_length)
+        room = max(1, self.max_prompt_length - len(self._prompt("", query, "")))
+        context = fit(self.tokenizer, text, min(self.config.max_result_tokens, room))
         room = max(1, self.max_prompt_length - len(self._prompt("", query, context)))
         reasoning = self.tokenizer.decode(written[-room:], skip_special_tokens=True)
         prompt_ids = self._prompt(reasoning, query, context)
-        facts = response.facts | {"condensed_from_tokens": len(prompt_ids)}
+        size = len(encode_text(self.tokenizer, context))
+        facts = response.facts | {"condensed_from_tokens": size}
         if self.endpoint is not None:
             finding = await self._ask_endpoint(self.endpoint, reasoning, query, context)
             return replace(response, text=finding, facts=facts), None

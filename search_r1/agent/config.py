@@ -34,8 +34,8 @@ class SearchAgentConfig(Config):
     """Further tools: for each the class, `_target_`, and the keys of its `Config`
     (search_r1/tools/base.py)."""
     max_parallel_calls: PositiveInt = 8
-    """Calls of one turn that are executed, all at the same time; further ones are answered with an
-    error."""
+    """Calls of one turn that are executed, all at the same time; the next one is answered with an
+    error, and those after it are dropped. In tags a turn has one call."""
     record_calls: str | None = None
     """Folder to which every executed call of a tool is written, one JSON line each."""
     replay_calls: str | None = None
@@ -79,6 +79,12 @@ class SearchAgentConfig(Config):
                 f"max_turns_schedule goes up to {most} turns, more than max_turns={self.max_turns}:"
                 " raise max_turns, which validation has and memory is estimated for"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_recording(self) -> "SearchAgentConfig":
+        if self.record_calls and self.replay_calls:
+            raise ValueError("record_calls or replay_calls, not both")
         return self
 
     @field_validator("template")

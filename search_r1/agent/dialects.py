@@ -10,10 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
-from search_r1.agent.actions import Answer, TextCall, ToolCall, Turn, parse_action
+from search_r1.agent.actions import (
+    Answer,
+    TextCall,
+    ToolCall,
+    Turn,
+    parse_action,
+    whole_characters,
+)
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.observation import TAGS, encode_observation, neutralise, tag_pattern
-from search_r1.prompts import ANSWER_END, CALLS, FOLD_ACTION, FOLD_MESSAGE, SEARCHES, remaining
+from search_r1.prompts import ANSWER_END, CALLS, FOLD_ACTION, SEARCHES, remaining
 from search_r1.tools.base import SEARCH_TOOL, Tool, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
 from verl.agent import Trajectory
@@ -77,7 +84,7 @@ class Dialect(Protocol):
         """What a policy is told whose turn was invalid."""
         ...
 
-    def summary_request(self, ended_by: int | None) -> list[int]:
+    def summary_request(self) -> list[int]:
         """What a policy is told that is to sum up its context."""
         ...
 
@@ -129,7 +136,6 @@ class TagDialect(Dialect):
         self.words = words
         self.unit = SEARCHES if set(self.tools) <= {SEARCH_TOOL} else CALLS
         self.fold_ids = encode_text(tokenizer, FOLD_ACTION)
-        self.fold_message_ids = encode_text(tokenizer, FOLD_MESSAGE)
         self.user_turn = user_turn(tokenizer, **config.apply_chat_template_kwargs)
 
     def preflight(self) -> list[str]:
@@ -210,10 +216,9 @@ class TagDialect(Dialect):
             said = f"{self.words.invalid_message}\n{note}" if note else self.words.invalid_message
         return self._placed(encode_text(self.tokenizer, said), ended_by)
 
-    def summary_request(self, ended_by: int | None) -> list[int]:
-        """The sentence that asks for a summary."""
-        ids = self.fold_ids if ended_by is None else self.fold_message_ids
-        return self._placed(ids, ended_by)
+    def summary_request(self) -> list[int]:
+        """The sentence that asks for a summary, in the policy's turn."""
+        return self.fold_ids
 
     def folded(self, prompt_ids: list[int], messages: Sequence[Message], summary: str) -> list[int]:
         """The prompt, then the summary as the first that the policy says."""
@@ -248,10 +253,11 @@ def read_call(call: TextCall, tool: Tool) -> ToolCall:
         return ToolCall(call.tool, {tool.argument_key: call.argument})
     try:
         value = json.loads(call.argument)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         malformed = ToolResponse(f"The arguments are no JSON: {error}.", error="json")
         return ToolCall(call.tool, {tool.argument_key: call.argument}, malformed)
-    return ToolCall(call.tool, value if isinstance(value, dict) else {tool.argument_key: value})
+    arguments = value if isinstance(value, dict) else {tool.argument_key: value}
+    return ToolCall(call.tool, whole_characters(arguments))
 
 
 def unique(*names: str) -> tuple[str, ...]:

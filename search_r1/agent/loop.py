@@ -94,7 +94,6 @@ class SearchAgentLoop(AgentLoop):
             tokenizer,
             config.apply_chat_template_kwargs,
             config.max_prompt_length,
-            config.max_obs_length,
         )
         self.contexts = Contexts(config.context, tokenizer)
         self.max_calls = config.max_turns if self.tools else 0
@@ -128,6 +127,7 @@ class SearchAgentLoop(AgentLoop):
                 for key in ("show_remaining", "max_turns_schedule")
                 if getattr(self.config, key)
             ]
+        problems += self._fold_problems() + self._method_problems()
         problems += naming_problems(self.tools)
         problems += self.dialect.preflight()
         problems += self.toolbox.preflight()
@@ -144,20 +144,6 @@ class SearchAgentLoop(AgentLoop):
                 f"data.max_start_length={config.max_start_length}"
             )
         least = config.max_start_length + config.max_response_length + config.max_obs_length
-        fold_at = config.context.fold_at
-        folded_turn = config.max_response_length + config.max_obs_length
-        if fold_at is not None and fold_at + folded_turn > config.max_prompt_length:
-            problems.append(
-                f"agent.context.fold_at={fold_at} leaves a turn no room: with "
-                f"data.max_response_length + data.max_obs_length = {folded_turn} it is more than "
-                f"data.max_prompt_length={config.max_prompt_length}"
-            )
-        if fold_at is not None and fold_at <= config.max_start_length:
-            problems.append(
-                f"agent.context.fold_at={fold_at} is not more than the longest prompt, "
-                f"data.max_start_length={config.max_start_length}: contexts would be folded in "
-                "every turn"
-            )
         if self.tools and least > config.max_prompt_length:
             call = "search" if self.search else f"call of {self.tools[0].name}"
             problems.append(
@@ -165,6 +151,65 @@ class SearchAgentLoop(AgentLoop):
                 f"data.max_start_length + data.max_response_length + data.max_obs_length = {least}"
             )
         return problems
+
+    def _fold_problems(self) -> list[str]:
+        """A threshold at which a turn has no room, or that every turn passes."""
+        config = self.config
+        fold_at = config.context.fold_at
+        if fold_at is None:
+            return []
+        problems = []
+        request = len(self.dialect.summary_request())
+        turn = config.max_response_length + config.max_obs_length + request
+        if fold_at + turn > config.max_prompt_length:
+            problems.append(
+                f"agent.context.fold_at={fold_at} leaves a turn no room: with "
+                "data.max_response_length, data.max_obs_length and the request for a summary, "
+                f"{turn} together, it is more than data.max_prompt_length="
+                f"{config.max_prompt_length}"
+            )
+        folded = config.max_start_length + config.context.max_summary_length
+        if fold_at <= folded:
+            problems.append(
+                f"agent.context.fold_at={fold_at} is not more than the longest prompt with a "
+                "summary, data.max_start_length + agent.context.max_summary_length = "
+                f"{folded}: contexts would be folded in every turn"
+            )
+        return problems
+
+    def _method_problems(self) -> list[str]:
+        """Options that the method or the tools give no effect."""
+        config = self.config
+        problems = []
+        if not self.calls_tools:
+            problems += [
+                f"agent.{name}: this method writes its contexts by itself; remove the section"
+                for name, is_on in (
+                    ("context", config.context.rewrites),
+                    ("condense", config.condense.by is not None),
+                )
+                if is_on
+            ]
+        known = {tool.name for tool in self.tools}
+        unknown = [name for name in config.condense.tools if name not in known]
+        if config.condense.by is not None and unknown:
+            problems.append(
+                f"agent.condense.tools={config.condense.tools}: there is no tool "
+                f"{', '.join(unknown)} here, only {', '.join(sorted(known)) or 'none'}"
+            )
+        return problems
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it speaks in the tokens of a chat template."""
+        return self.config.format != TAGS
+
+    @property
+    def rewrites_contexts(self) -> bool:
+        """Whether trajectories may have several rows."""
+        condense = self.config.condense
+        has_findings = condense.by == "policy" and condense.train
+        return self.config.context.rewrites or has_findings
 
     async def close(self) -> None:
         """Closes the tools."""
@@ -243,7 +288,9 @@ class SearchAgentLoop(AgentLoop):
         trajectory.void_turns += turn.is_void
         if turn.overrun:
             data.overruns.append(turn.overrun)
-        if turn.answer is not None or (turn.calls and not reason):
+        data.dropped += turn.num_dropped
+        is_readable = any(call.malformed is None for call in turn.calls)
+        if turn.answer is not None or (is_readable and not reason):
             data.valid_actions += 1
         if not reason:
             await self._respond(data, turn)
@@ -251,7 +298,7 @@ class SearchAgentLoop(AgentLoop):
     async def _fold(self, data: AgentData) -> None:
         """Lets the policy sum its context up, and goes on from the prompt and the summary."""
         trajectory = data.trajectory
-        request = self.dialect.summary_request(self._ended_by(trajectory))
+        request = self.dialect.summary_request()
         trajectory.add_observation(request, kind="summary_request")
         completion = await data.generate(
             trajectory.token_ids,
@@ -260,7 +307,7 @@ class SearchAgentLoop(AgentLoop):
         )
         facts = {"turn": data.turns, "kind": SUMMARY_KIND}
         if self.config.context.train_summaries:
-            trajectory.add_completion(completion, **facts)
+            trajectory.add_completion(completion, is_aside=True, **facts)
         else:
             trajectory.add_observation(completion.token_ids, **facts)
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
@@ -306,7 +353,9 @@ class SearchAgentLoop(AgentLoop):
         for side_call in [one.side_call for one in executed if one.side_call is not None]:
             trajectory.rewrite(side_call.prompt_ids)
             data.context.shortened[len(trajectory.segments)] = []
-            trajectory.add_completion(side_call.completion, turn=data.turns, kind=FINDING_KIND)
+            trajectory.add_completion(
+                side_call.completion, is_aside=True, turn=data.turns, kind=FINDING_KIND
+            )
             trajectory.rewrite(present)
 
     @staticmethod
@@ -340,7 +389,8 @@ class SearchAgentLoop(AgentLoop):
         side_call = None
         if self.condenser.wants(call.tool, response):
             query = " ".join(map(str, call.arguments.values()))
-            written = data.trajectory.response_ids
+            said = [s for s in data.trajectory.segments if not s.is_aside]
+            written = [token for segment in said for token in segment.token_ids]
             response, side_call = await self.condenser(data.generate, written, query, response)
         return Answered(response, executed.latency_s, side_call)
 

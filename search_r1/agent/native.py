@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from search_r1.agent.actions import ANSWER, ToolCall, Turn
+from search_r1.agent.actions import ANSWER, ToolCall, Turn, whole_characters
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.dialects import Dialect, Observation
 from search_r1.agent.observation import neutralise, tag_pattern
@@ -54,6 +54,9 @@ class NativeDialect(Dialect):
     shows_tools: ClassVar[bool] = True
 
     def __init__(self, config: SearchAgentConfig, tokenizer: Any, tools: Sequence[Tool]) -> None:
+        if not tools:
+            message = f"agent.format={config.format}: there is no tool to call; use tags"
+            raise ConfigError([message])
         self.config = config
         self.tokenizer = tokenizer
         self.tools = {tool.name: tool for tool in tools}
@@ -62,6 +65,8 @@ class NativeDialect(Dialect):
         sample, self.turns = read_template(config, tokenizer)
         name = choose_parser(config, tokenizer, sample)
         self.parser = ToolCallParser(name, tokenizer, self.schemas)
+        # the last of these is told that it is one too many
+        self.max_calls = config.max_parallel_calls + 1 if self._writes_several() else 1
         piece = self.turns.turn(1).pieces[0]
         around = tokenizer.decode(piece.before) + piece.opening + piece.closing
         self.call_tags = opening_tags(sample.text)[:1]
@@ -73,6 +78,14 @@ class NativeDialect(Dialect):
         self.unit = CALLING_TURNS
         self.fold_ids = encode_text(tokenizer, FOLD_MESSAGE)
 
+    def _writes_several(self) -> bool:
+        """Whether the chat template can write several calls in a turn."""
+        try:
+            self.turns.turn(2)
+        except DataError:
+            return False
+        return True
+
     def preflight(self) -> list[str]:
         """Schemas that the template does not show, and results for which there is no room."""
         problems = []
@@ -83,6 +96,12 @@ class NativeDialect(Dialect):
             problems.append(
                 f"agent.format={self.config.format}: the chat template does not show the tools "
                 f"{', '.join(hidden)}, so the policy cannot know them; use agent.format=tags"
+            )
+        shortest = len(self.ask([user]))
+        if shortest > self.config.max_start_length:
+            problems.append(
+                f"data.max_start_length={self.config.max_start_length} has no room for the tools: "
+                f"their schemas in the chat template take {shortest} tokens"
             )
         (piece,) = self.turns.turn(1).pieces
         tags = num_around(piece, self.tokenizer)
@@ -114,19 +133,27 @@ class NativeDialect(Dialect):
         What is written within a thought is no call.
         """
         text = self.tokenizer.decode(self._without_end(token_ids), skip_special_tokens=False)
-        thought, _, said = text.rpartition("</think>")
-        if not thought and (self.opened or "<think>" in said):
-            said = ""  # the thought has not ended
+        said = self._outside_thoughts(text)
+        place = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
         answer = ANSWER.search(text)
         begins = self._begins(said)
-        if answer and (begins is None or answer.end() <= len(text) - len(said) + begins):
+        if answer and (begins is None or answer.end() <= place + begins):
             return Turn(answer=answer.group(1).strip(), overrun=text[answer.end() :])
         calls = self.parser.parse(said) if said else []
         if calls:
-            return Turn(tuple(map(read_call, calls)))
+            answered = calls[: self.max_calls]
+            num_dropped = len(calls) - len(answered)
+            return Turn(tuple(map(read_call, answered)), num_dropped=num_dropped)
         if begins is not None:
             return Turn((ToolCall("", {}, UNREADABLE),))
         return Turn()
+
+    def _outside_thoughts(self, text: str) -> str:
+        """What follows the last thought; empty where one has not ended."""
+        _, closed, said = text.rpartition("</think>")
+        if not closed and self.opened:
+            return ""
+        return said.partition("<think>")[0]
 
     def _begins(self, said: str) -> int | None:
         """Where the first call begins, if the format marks that by a tag."""
@@ -201,9 +228,9 @@ class NativeDialect(Dialect):
         """A user's message for a turn that neither called nor answered."""
         return self._as_user(encode_text(self.tokenizer, invalid_message(note)), ended_by)
 
-    def summary_request(self, ended_by: int | None) -> list[int]:
-        """A user's message that asks for a summary."""
-        return self._as_user(self.fold_ids, ended_by)
+    def summary_request(self) -> list[int]:
+        """A user's message that asks for a summary, behind the turn that has just been opened."""
+        return self._as_user(self.fold_ids, ended_by=None)
 
     def folded(self, prompt_ids: list[int], messages: Sequence[Message], summary: str) -> list[int]:
         """The conversation of the prompt, with the summary in its last message."""
@@ -329,15 +356,14 @@ def schema_of(tool: Tool) -> dict[str, Any]:
 
 def read_call(call: NativeCall) -> ToolCall:
     """A call with its arguments; malformed where these are no JSON object."""
+    name = whole_characters(call.name)
     try:
         arguments = json.loads(call.arguments)
-    except ValueError as error:
-        return ToolCall(call.name, {}, ToolResponse(f"No JSON: {error}.", error="json"))
+    except (ValueError, RecursionError) as error:
+        return ToolCall(name, {}, ToolResponse(f"No JSON: {error}.", error="json"))
     if not isinstance(arguments, dict):
-        return ToolCall(
-            call.name, {}, ToolResponse("The arguments are no JSON object.", error="json")
-        )
-    return ToolCall(call.name, arguments)
+        return ToolCall(name, {}, ToolResponse("The arguments are no JSON object.", error="json"))
+    return ToolCall(name, whole_characters(arguments))
 
 
 def opening_tags(text: str) -> tuple[str, ...]:

@@ -56,12 +56,14 @@ def turn_patterns(
 ) -> tuple[re.Pattern[str], re.Pattern[str]]:
     """Two patterns: of a well-formed turn, and of a turn that calls a tool inside `<think>`.
 
-    The first group of both patterns is the tag in which the turn acts.
+    The first group that matches is the tag in which the turn acts. A turn may hold several calls;
+    where a format has no tags, whatever follows the thought is taken for one.
     """
     tags = "|".join(["think", "answer", *call_tags, *result_tags])
     calls = "|".join(call_tags)
     text = rf"(?:(?!</?(?:{tags})>).)*"
-    turn = rf"\s*<think>{text}</think>\s*<({calls}|answer)>{text}</\1>\s*"
+    call = rf"(?:<({calls})>{text}</\1>\s*)+" if calls else rf"()(?=\S){text}"
+    turn = rf"\s*<think>{text}</think>\s*(?:{call}|<(answer)>{text}</answer>)\s*"
     nested = rf"\s*<think>{text}<({calls})>{text}</\1>\s*(?:{text}</think>)?\s*"
     return re.compile(turn, re.DOTALL), re.compile(nested, re.DOTALL)
 
@@ -77,7 +79,7 @@ def turn_kinds(e: Episode, nested: bool) -> list[str | None]:
         match = pattern.fullmatch(turn)
         if match is None and nested:
             match = nested_pattern.fullmatch(turn)
-        kinds.append(match.group(1) if match else None)
+        kinds.append(match[match.lastindex or 1] if match else None)
     return kinds
 
 

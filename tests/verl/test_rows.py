@@ -173,6 +173,15 @@ def test_corrections_and_filters_are_those_of_whole_trajectories(level):
     assert split_metrics == pytest.approx(metrics)
 
 
+def test_nothing_that_is_left_to_train_is_no_error():
+    batch = make_batch(split=True)
+    nothing = torch.zeros_like(batch.batch["response_mask"])
+    batch = batch.with_tensors(response_mask=nothing)
+    config = RolloutCorrectionConfig(rollout_is="sequence", rollout_rs="geometric")
+    corrected, _ = correct_rollout(batch, config)
+    assert not corrected.batch["response_mask"].any()
+
+
 def gradients(model_path: str, cases: list[tuple[bool, ActorConfig]]) -> list[torch.Tensor]:
     """The gradient of each mini-batch, all of them in one vector for each case."""
     worker = Worker()

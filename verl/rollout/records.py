@@ -43,8 +43,9 @@ def trajectory_record(
 
 
 def segment_record(segment: Segment, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """One segment as JSON: its source, text, ids and facts."""
+    """One segment as JSON: its source, text, ids and facts; `is_aside` only if it is one."""
     return {
+        **({"is_aside": True} if segment.is_aside else {}),
         "source": str(segment.source),
         "text": tokenizer.decode(segment.token_ids),
         "token_ids": segment.token_ids,

@@ -32,7 +32,9 @@ class GPUPool(Protocol):
 
 
 class Preflight(Protocol):
-    """The part of an agent that is called before the start."""
+    """The part of an agent that is asked before the start."""
+
+    needs_tokens: bool
 
     def preflight(self) -> list[str]: ...
 
@@ -393,6 +395,11 @@ def environment_problems(config: "PPOConfig", agent: Preflight, gpus: int) -> li
     if rollout.name == "openai":
         problem = check_endpoint(rollout.endpoint)
         problems = [f"actor_rollout_ref.rollout.endpoint.url: {problem}"] if problem else []
+        if agent.needs_tokens:
+            problems.append(
+                "actor_rollout_ref.rollout.name=openai: this agent speaks in the tokens of a chat "
+                "template (agent.format), and an endpoint takes text; use agent.format=tags"
+            )
     else:
         problems = device_problems(config, gpus)
         problems += context_problems(config) + critic_problems(config)

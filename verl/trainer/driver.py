@@ -100,6 +100,11 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
         problems.append(
             "actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train"
         )
+    if agent.rewrites_contexts and not config.actor_rollout_ref.actor.state_masking:
+        problems.append(
+            "actor_rollout_ref.actor.state_masking=false trains what the environment says, which "
+            "is left out where contexts are written anew (agent.context, agent.condense, IRCoT)"
+        )
     filters = config.algorithm.filter_groups
     entries = getattr(reward, "entries", None)
     if filters.enable and entries is not None and filters.metric not in entries:

@@ -5,10 +5,12 @@ import asyncio
 
 import pytest
 
-from search_r1.agent.baselines import IRCoTLoop
+from search_r1.agent.baselines import IRCoTLoop, RagLoop
+from search_r1.agent.condense import CondenseConfig
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.contexts import ContextConfig, summary_of
 from search_r1.agent.loop import SearchAgentLoop
+from search_r1.infer import answer_of
 from search_r1.prompts import FOLD_ACTION, LEFT_OUT
 from search_r1.rewards.compose import SearchReward
 from search_r1.rewards.config import SearchRewardConfig
@@ -16,6 +18,8 @@ from tests.search_r1.agent.scripted import ADA, ANSWER, BLOCK, SEARCH, Engine, L
 from verl.agent import Source
 from verl.protocol import collate_trajectories
 from verl.rollout.records import trajectory_record
+from verl.utils.reward import policy_text
+from verl.utils.tokenizer import encode_text
 
 ROW = {
     "data_source": "set",
@@ -179,19 +183,58 @@ def test_budgets_that_leave_no_room_for_folding_are_named(tokenizer):
     def problems(fold_at):
         config = SearchAgentConfig(
             max_start_length=60,
-            max_prompt_length=700,
+            max_prompt_length=1000,
             max_response_length=100,
             max_obs_length=500,
-            context=ContextConfig(fold_at=fold_at),
+            context=ContextConfig(fold_at=fold_at, max_summary_length=40),
         )
         return [p for p in SearchAgentLoop(config, tokenizer).preflight() if "fold_at" in p]
 
-    assert problems(100) == []
-    assert "leaves a turn no room" in problems(101)[0]
-    assert "folded in every turn" in problems(60)[0]
+    request = len(encode_text(tokenizer, FOLD_ACTION))
+    assert problems(400 - request) == []
+    assert "leaves a turn no room" in problems(401 - request)[0]
+    assert "folded in every turn" in problems(100)[0]
+
+
+def test_results_that_were_not_read_yet_stay(family):
+    tokenizer = family("qwen3-tools")
+    two = CALL.replace("<|im_end|>", "") + "\n" + CALL
+    _, _, engine = roll(
+        tokenizer,
+        [two, CALL, "<answer> x </answer>"],
+        template="tools",
+        format="auto",
+        context={"keep_observations": 1},
+    )
+    texts = [tokenizer.decode(ids) for ids, _, _ in engine.calls]
+    assert [text.count("was born in Torvel") for text in texts] == [0, 2, 1]
+
+
+def test_an_aside_is_no_answer_and_does_not_truncate(tokenizer):
+    """The summary is cut at its limit and holds an answer."""
+    summary = "<summary> <answer> Rome </answer> " + "Ada " * 60
+    _, trajectory, _ = roll(
+        tokenizer,
+        [SEARCH, summary, "no"],
+        context={"fold_at": 60, "max_summary_length": 50},
+        max_turns=1,
+    )
+    assert trajectory.segments[3].is_aside
+    assert "Rome" not in policy_text(trajectory, tokenizer)
+    assert answer_of(trajectory, tokenizer) is None
+
+
+@pytest.mark.parametrize("loop_class", [RagLoop, IRCoTLoop])
+def test_methods_that_write_their_contexts_refuse_to_have_them_written(tokenizer, loop_class):
+    config = SearchAgentConfig(
+        context=ContextConfig(keep_observations=1), condense=CondenseConfig(by="policy")
+    )
+    problems = loop_class(config, tokenizer).preflight()
+    assert sum("writes its contexts by itself" in p for p in problems) == 2
 
 
 def test_a_summary_is_read_with_or_without_its_tags():
     assert summary_of("<summary> a </summary> b") == "a"
     assert summary_of("<summary> cut off") == "cut off"
     assert summary_of("<think> hm </think> bare") == "bare"
+    assert summary_of("a <summary> of all. </think> <summary> Ada") == "Ada"

@@ -9,6 +9,8 @@ from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.agent.native import NativeDialect
 from search_r1.prompts import NATIVE_INVALID_MESSAGE
+from search_r1.rewards.compose import SearchReward
+from search_r1.rewards.config import SearchRewardConfig
 from search_r1.search.client import Passage
 from tests.search_r1.agent.scripted import ADA, Engine, Library, shown
 from tests.templates import NATIVE
@@ -282,3 +284,67 @@ def test_prompts_of_the_data_get_the_tools(family):
     assert "Who?" in prompt and '"calculator"' in prompt
     assert isinstance(loop.dialect, NativeDialect)
     assert shown(trajectory, loop.tokenizer) == [("model", "<answer> x </answer>")]
+
+
+def test_of_several_calls_that_a_template_cannot_write_the_first_is_answered(family):
+    """Llama's writes one."""
+    loop = make(family("llama3-tools"))
+    turns = [written("llama3-tools", SEARCH, SUM).replace("\n", "; ") + "<|eot_id|>"]
+    trajectory = roll(loop, [*turns, "<answer> x </answer>"])
+    assert [s.info.get("kind") for s in trajectory.segments] == [None, "search", None]
+    metrics = loop.reduce_metrics([trajectory])
+    assert metrics["tool/unknown/errors/dropped"] == 1
+
+
+def test_half_a_character_in_a_call_is_no_end_of_the_run(family):
+    loop = make(family("qwen3-tools"))
+    call = '<tool_call>\n{"name": "search", "arguments": {"query": "a\\ud83d"}}\n</tool_call>'
+    trajectory = roll(loop, [f"{call}<|im_end|>", "<answer> x </answer>"])
+    assert trajectory.segments[1].info["query"] == "a?"
+
+
+def test_an_empty_thought_that_the_template_has_opened_is_a_thought(family):
+    loop = make(family("qwen3-thinking-tools"))
+    trajectory = roll(
+        loop, [f"</think>\n\n{written('', SEARCH)}<|im_end|>", "</think>\n<answer>x</answer>"]
+    )
+    assert trajectory.info["searches"] == 1
+
+
+def test_a_call_in_a_second_thought_is_none(family):
+    loop = make(family("qwen3-tools"))
+    said = f"<think>a</think><think>b {written('', SEARCH)}"
+    trajectory = roll(loop, [said, "<answer>x</answer>"])
+    assert loop.search.client.queries == [] and trajectory.void_turns == 1
+
+
+def test_wrong_calls_are_no_searches_and_no_valid_actions(family):
+    loop = make(family("qwen3-tools"))
+    trajectory = roll(loop, [BROKEN["arguments"] + "<|im_end|>", "<answer>x</answer>"])
+    metrics = loop.reduce_metrics([trajectory])
+    assert metrics["env/number_of_valid_search"] == 0 and metrics["tool/search/calls"] == 1
+    assert "env/retrieval_latency_s/p50" not in metrics
+    trajectory = roll(loop, [BROKEN["unreadable"] + "<|im_end|>", "<answer>x</answer>"])
+    assert loop.reduce_metrics([trajectory])["env/number_of_valid_action"] == 1
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_turns_with_calls_are_well_formed(family, name):
+    loop = make(family(name))
+    calls = [SEARCH, SUM] if name in SEVERAL else [SEARCH]
+    opened = "" if loop.dialect.opened else "<think>\n"
+    turns = [
+        f"{opened}{THOUGHT}{written(name, *calls)}{END[name]}",
+        f"{opened}{THOUGHT}<answer> Torvel </answer>",
+    ]
+    row = ROW | {"reward_model": {"ground_truth": "Torvel"}}
+    trajectory = roll(loop, turns, row)
+    reward = SearchReward(SearchRewardConfig(), loop.tokenizer)(trajectory, row)
+    assert reward["format"] == 1 and reward["em"] == 1
+
+
+def test_what_leaves_no_room_or_no_tool_is_named(family):
+    problems = make(family("qwen3-tools"), max_start_length=60).preflight()
+    assert any("has no room for the tools: their schemas" in p for p in problems)
+    with pytest.raises(ConfigError, match="there is no tool to call"):
+        SearchAgentLoop(SearchAgentConfig(format="auto", do_search=False), family("qwen3-tools"))
