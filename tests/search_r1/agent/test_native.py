@@ -160,9 +160,10 @@ def test_calls_beyond_the_most_of_a_turn_are_answered_with_an_error(family):
     turns = [written("qwen3-tools", SEARCH, SUM, SUM) + "<|im_end|>", "<answer> x </answer>"]
     trajectory = roll(loop, turns)
     errors = [s.info.get("error") for s in trajectory.segments]
-    assert errors == [None, None, "too_many", "too_many", None]
+    assert errors == [None, None, "too_many", None], "and the last one is dropped"
     metrics = loop.reduce_metrics([trajectory])
-    assert metrics["tool/calculator/errors/too_many"] == 2
+    assert metrics["tool/calculator/errors/too_many"] == 1
+    assert metrics["tool/unknown/errors/dropped"] == 1
     assert metrics["env/template_departure"] == 0
 
 

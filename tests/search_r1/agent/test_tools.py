@@ -271,3 +271,11 @@ def test_tools_that_cannot_be_told_apart_are_refused_before_the_start(tokenizer,
     line = f"agent.tools=[{{_target_: tests.search_r1.agent.test_tools.{name}}}]"
     problems = build_agent(validate(composed(line)), tokenizer).preflight()
     assert any(message in problem for problem in problems)
+
+
+def test_arguments_in_tags_that_are_no_json_are_told(tokenizer):
+    line = "agent.tools=[{_target_: search_r1.tools.documents.OpenTool}]"
+    for argument in ('{"document": ' + "[" * 1100, '{"document"'):
+        loop = build_agent(validate(composed(line)), tokenizer)
+        trajectory, _ = roll(loop, tokenizer, [f"<open>{argument}</open>", ANSWER])
+        assert trajectory.segments[1].info["error"] == "json"

@@ -137,10 +137,11 @@ def test_a_cache_keeps_the_newest_results_by_their_arguments():
 def test_recorded_calls_answer_in_the_tools_place(tmp_path):
     tool = Echo()
     recording = Toolbox([tool], 100, record_to=str(tmp_path / "calls"))
-    execute(recording, ("echo", {"text": "a"}), ("echo", {"text": "b", "times": 2}), ("ecko", {}))
+    calls = [{"text": "a"}, {"text": "b\u2028", "times": 2}]
+    execute(recording, *(("echo", arguments) for arguments in calls), ("ecko", {}))
     (file,) = (tmp_path / "calls").glob("*.jsonl")
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["arguments"] for line in lines] == [{"text": "a"}, {"text": "b", "times": 2}]
+    lines = [json.loads(line) for line in file.read_text().split("\n") if line]
+    assert [line["arguments"] for line in lines] == calls
 
     class Broken(Echo):
         async def call(self, arguments):
@@ -151,8 +152,10 @@ def test_recorded_calls_answer_in_the_tools_place(tmp_path):
 
     replaying = Toolbox([Broken()], 100, replay_from=str(tmp_path / "calls"))
     assert replaying.preflight() == []
-    responses = execute(replaying, ("echo", {"times": 2, "text": "b"}), ("echo", {"text": "a"}))
-    assert [r.text for r in responses] == ["bb", "a"] and responses[0].facts == {"n": 2}
+    again = {"times": 2, "text": "b\u2028"}
+    responses = execute(replaying, ("echo", again), ("echo", {"text": "a"}))
+    assert [r.text for r in responses] == ["b\u2028b\u2028", "a"]
+    assert responses[0].facts == {"n": 2}
     with pytest.raises(ToolFailed, match="holds no call") as caught:
         execute(replaying, ("echo", {"text": "c"}))
     assert caught.value.kind == "not_recorded"
@@ -163,6 +166,9 @@ def test_a_recording_that_is_missing_or_broken_is_named(tmp_path):
     assert toolbox.preflight() == [
         f"agent.replay_calls={tmp_path}: there are no recorded calls (*.jsonl)"
     ]
+    (tmp_path / "file").write_text("")
+    (problem,) = Toolbox([Echo()], 100, record_to=str(tmp_path / "file" / "x")).preflight()
+    assert problem.startswith(f"agent.record_calls={tmp_path}/file/x: no folder can be made there")
     (tmp_path / "x.jsonl").write_text('{"tool": "echo"}\n')
     with pytest.raises(ToolFailed, match=r"x\.jsonl, line 1: KeyError"):
         execute(toolbox, ("echo", {"text": "c"}))
