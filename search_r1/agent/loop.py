@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 from search_r1.agent.actions import ToolCall, Turn
 from search_r1.agent.agent_data import AgentData, Answered
+from search_r1.agent.checks import budget_problems, fold_problems, method_problems
 from search_r1.agent.condense import Condenser
 from search_r1.agent.config import TAGS, SearchAgentConfig
 from search_r1.agent.contexts import Contexts, summary_of
@@ -110,93 +111,19 @@ class SearchAgentLoop(AgentLoop):
         return NativeDialect(self.config, self.tokenizer, self.tools)
 
     def preflight(self) -> list[str]:
-        """Budgets that cannot hold one call of a tool, and what the tools themselves lack."""
-        problems = self._budget_problems()
-        own_words = self.words is not SearchAgentLoop.words or not self.calls_tools
-        if own_words and self.config.format != TAGS:
+        """What would keep the loop from working: budgets, options without effect, tools."""
+        problems = budget_problems(self.config, self.tools)
+        problems += fold_problems(self.config, len(self.dialect.summary_request()))
+        problems += method_problems(self.config, self.tools, self.calls_tools)
+        if self.words is not SearchAgentLoop.words and self.config.format != TAGS:
             problems.append(
                 f"agent.format={self.config.format}: this method has a format of its own; remove "
                 "the key"
             )
-        if self.config.tools and not self.calls_tools:
-            problems.append("agent.tools: this method searches by itself and calls no other tool")
-        if not (self.tools and self.calls_tools):
-            problems += [
-                f"agent.{key}: the policy calls no tool here, so there are no turns to count; "
-                "remove the key"
-                for key in ("show_remaining", "max_turns_schedule")
-                if getattr(self.config, key)
-            ]
-        problems += self._fold_problems() + self._method_problems()
         problems += naming_problems(self.tools)
         problems += self.dialect.preflight()
         problems += self.toolbox.preflight()
         problems += self.condenser.preflight()
-        return problems
-
-    def _budget_problems(self) -> list[str]:
-        """Lengths that contradict each other."""
-        config = self.config
-        problems = []
-        if config.max_start_length > config.max_prompt_length:
-            problems.append(
-                f"data.max_prompt_length={config.max_prompt_length} is less than "
-                f"data.max_start_length={config.max_start_length}"
-            )
-        least = config.max_start_length + config.max_response_length + config.max_obs_length
-        if self.tools and least > config.max_prompt_length:
-            call = "search" if self.search else f"call of {self.tools[0].name}"
-            problems.append(
-                f"data.max_prompt_length={config.max_prompt_length} has no room for one {call}: "
-                f"data.max_start_length + data.max_response_length + data.max_obs_length = {least}"
-            )
-        return problems
-
-    def _fold_problems(self) -> list[str]:
-        """A threshold at which a turn has no room, or that every turn passes."""
-        config = self.config
-        fold_at = config.context.fold_at
-        if fold_at is None:
-            return []
-        problems = []
-        request = len(self.dialect.summary_request())
-        turn = config.max_response_length + config.max_obs_length + request
-        if fold_at + turn > config.max_prompt_length:
-            problems.append(
-                f"agent.context.fold_at={fold_at} leaves a turn no room: with "
-                "data.max_response_length, data.max_obs_length and the request for a summary, "
-                f"{turn} together, it is more than data.max_prompt_length="
-                f"{config.max_prompt_length}"
-            )
-        folded = config.max_start_length + config.context.max_summary_length
-        if fold_at <= folded:
-            problems.append(
-                f"agent.context.fold_at={fold_at} is not more than the longest prompt with a "
-                "summary, data.max_start_length + agent.context.max_summary_length = "
-                f"{folded}: contexts would be folded in every turn"
-            )
-        return problems
-
-    def _method_problems(self) -> list[str]:
-        """Options that the method or the tools give no effect."""
-        config = self.config
-        problems = []
-        if not self.calls_tools:
-            problems += [
-                f"agent.{name}: this method writes its contexts by itself; remove the section"
-                for name, is_on in (
-                    ("context", config.context.rewrites),
-                    ("condense", config.condense.by is not None),
-                )
-                if is_on
-            ]
-        known = {tool.name for tool in self.tools}
-        unknown = [name for name in config.condense.tools if name not in known]
-        if config.condense.by is not None and unknown:
-            problems.append(
-                f"agent.condense.tools={config.condense.tools}: there is no tool "
-                f"{', '.join(unknown)} here, only {', '.join(sorted(known)) or 'none'}"
-            )
         return problems
 
     @property

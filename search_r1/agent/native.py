@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 from search_r1.agent.actions import ANSWER, ToolCall, Turn, whole_characters
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.dialects import Dialect, Observation
-from search_r1.agent.observation import neutralise, tag_pattern
+from search_r1.agent.native_template import (
+    choose_parser,
+    native_tags,
+    opening_tags,
+    read_template,
+    schema_of,
+)
+from search_r1.agent.observation import neutralise
 from search_r1.prompts import (
     ANSWER_END,
     CALLING_TURNS,
@@ -26,20 +33,15 @@ from search_r1.tools.base import Tool, ToolResponse
 from verl.agent import Source, Trajectory
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.tokenizer import Message, encode_chat, encode_text, user_turn
-from verl.utils.tool_parser import NativeCall, ToolCallParser, find_parser, reads
+from verl.utils.tool_parser import NativeCall, ToolCallParser
 from verl.utils.tool_turns import (
     ChatMessage,
     ResultPiece,
-    ToolTurns,
-    WrittenCall,
     call_message,
     render,
     result_message,
-    written_call,
 )
 
-TAG = re.compile(r"<(/?)(\w+)[^<>]*>")
-"""A tag in what a template writes around calls and results."""
 OPENED = re.compile(r"<think>\s*$")
 """A thought that the chat template opens for the policy."""
 UNREADABLE = ToolResponse("The call could not be read.", error="unreadable")
@@ -279,45 +281,13 @@ class NativeDialect(Dialect):
     def _said(self, token_ids: Sequence[int]) -> ChatMessage:
         """A turn of the policy as a message."""
         text = self.tokenizer.decode(self._without_end(token_ids), skip_special_tokens=False)
-        turn = self.parse(token_ids)
-        if not turn.calls or turn.calls[0].malformed:
+        calls = list(map(read_call, self.parser.parse(self._outside_thoughts(text))))
+        if not calls or calls[0].malformed:
             return {"role": "assistant", "content": self.opened + text}
         said = text.rpartition("</think>")[2]
         begins = len(text) - len(said) + (self._begins(said) or 0)
         content = (self.opened + text[:begins]).strip()
-        return call_message(content, [(call.tool, call.arguments) for call in turn.calls])
-
-
-def read_template(config: SearchAgentConfig, tokenizer: Any) -> tuple[WrittenCall, ToolTurns]:
-    """A call and the results as the chat template writes them. Raises ConfigError."""
-    kwargs = config.apply_chat_template_kwargs
-    try:
-        sample = written_call(tokenizer, kwargs)
-        turns = ToolTurns(tokenizer, kwargs)
-        turns.turn(1)
-    except DataError as error:
-        message = f"agent.format={config.format}: {error}; use agent.format=tags"
-        raise ConfigError([message]) from error
-    return sample, turns
-
-
-def choose_parser(config: SearchAgentConfig, tokenizer: Any, sample: WrittenCall) -> str:
-    """The name of the parser that reads such calls. Raises ConfigError where there is none."""
-    name = find_parser(tokenizer, sample) if config.format == "auto" else config.format
-    if not reads(ToolCallParser(name, tokenizer, [sample.schema]), sample):
-        raise ConfigError(
-            [
-                f"agent.format={config.format}: this parser does not read calls as the chat "
-                f"template of the tokenizer writes them ({sample.text!r}); auto finds one that does"
-            ]
-        )
-    return name
-
-
-def native_tags(tokenizer: Any, written: str) -> re.Pattern[str]:
-    """Matches what no result may hold: tags of what the template has `written`, added tokens."""
-    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special]
-    return tag_pattern(native_tags=sorted(opening_tags(written)), tokens=tokens)
+        return call_message(content, [(call.tool, call.arguments) for call in calls])
 
 
 def invalid_message(note: str) -> str:
@@ -342,18 +312,6 @@ def place_of_difference(trajectory: Trajectory, rendered: Sequence[int]) -> str:
     raise AssertionError("a difference lies within the trajectory")
 
 
-def schema_of(tool: Tool) -> dict[str, Any]:
-    """A tool as chat templates and vLLM take it."""
-    return {
-        "type": "function",
-        "function": {
-            "name": tool.name,
-            "description": tool.description,
-            "parameters": tool.parameters,
-        },
-    }
-
-
 def read_call(call: NativeCall) -> ToolCall:
     """A call with its arguments; malformed where these are no JSON object."""
     name = whole_characters(call.name)
@@ -364,15 +322,6 @@ def read_call(call: NativeCall) -> ToolCall:
     if not isinstance(arguments, dict):
         return ToolCall(name, {}, ToolResponse("The arguments are no JSON object.", error="json"))
     return ToolCall(name, whole_characters(arguments))
-
-
-def opening_tags(text: str) -> tuple[str, ...]:
-    """Names of the opening tags in a text, each once, in their order.
-
-    >>> opening_tags("<tool_call><function=look_up></function></tool_call>")
-    ('tool_call', 'function')
-    """
-    return tuple(dict.fromkeys(name for slash, name in TAG.findall(text) if not slash))
 
 
 def num_around(piece: ResultPiece, tokenizer: Any) -> int:

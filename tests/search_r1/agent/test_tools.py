@@ -7,8 +7,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from search_r1.agent.actions import TextCall
 from search_r1.agent.baselines import RagLoop
 from search_r1.agent.config import SearchAgentConfig
+from search_r1.agent.dialects import read_call
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.evaluation.behaviour import behaviour, read_history
 from search_r1.infer import call_tags
@@ -17,6 +19,7 @@ from search_r1.rewards.config import SearchRewardConfig
 from search_r1.search.client import Passage
 from search_r1.tools.base import Tool
 from search_r1.tools.formats import tagged
+from search_r1.tools.sections import build_tools
 from tests.e2e.runs import ROOT
 from tests.models import make_tokenizer
 from tests.search_r1.agent.scripted import (
@@ -273,9 +276,8 @@ def test_tools_that_cannot_be_told_apart_are_refused_before_the_start(tokenizer,
     assert any(message in problem for problem in problems)
 
 
-def test_arguments_in_tags_that_are_no_json_are_told(tokenizer):
-    line = "agent.tools=[{_target_: search_r1.tools.documents.OpenTool}]"
-    for argument in ('{"document": ' + "[" * 1100, '{"document"'):
-        loop = build_agent(validate(composed(line)), tokenizer)
-        trajectory, _ = roll(loop, tokenizer, [f"<open>{argument}</open>", ANSWER])
-        assert trajectory.segments[1].info["error"] == "json"
+@pytest.mark.parametrize("argument", ['{"document": ' + "[" * 3000, '{"document"'])
+def test_arguments_in_tags_that_are_no_json_are_malformed(argument):
+    (tool,) = build_tools([{"_target_": "search_r1.tools.documents.OpenTool"}])
+    call = read_call(TextCall("open", argument), tool)
+    assert call.malformed is not None and call.malformed.error == "json"

@@ -1,0 +1,81 @@
+"""What would keep an agent loop from working, found before any process is started."""
+
+from collections.abc import Sequence
+
+from search_r1.agent.config import TAGS, SearchAgentConfig
+from search_r1.tools.base import SEARCH_TOOL, Tool
+
+
+def budget_problems(config: SearchAgentConfig, tools: Sequence[Tool]) -> list[str]:
+    """Lengths that contradict each other, or that cannot hold one call of a tool."""
+    problems = []
+    if config.max_start_length > config.max_prompt_length:
+        problems.append(
+            f"data.max_prompt_length={config.max_prompt_length} is less than "
+            f"data.max_start_length={config.max_start_length}"
+        )
+    least = config.max_start_length + config.max_response_length + config.max_obs_length
+    if tools and least > config.max_prompt_length:
+        first = tools[0].name
+        call = "search" if first == SEARCH_TOOL else f"call of {first}"
+        problems.append(
+            f"data.max_prompt_length={config.max_prompt_length} has no room for one {call}: "
+            f"data.max_start_length + data.max_response_length + data.max_obs_length = {least}"
+        )
+    return problems
+
+
+def fold_problems(config: SearchAgentConfig, request: int) -> list[str]:
+    """A threshold at which a turn has no room, or that every turn passes.
+
+    `request`: tokens of the request for a summary.
+    """
+    fold_at = config.context.fold_at
+    if fold_at is None:
+        return []
+    problems = []
+    turn = config.max_response_length + config.max_obs_length + request
+    if fold_at + turn > config.max_prompt_length:
+        problems.append(
+            f"agent.context.fold_at={fold_at} leaves a turn no room: with "
+            f"data.max_response_length, data.max_obs_length and the request for a summary, {turn} "
+            f"together, it is more than data.max_prompt_length={config.max_prompt_length}"
+        )
+    folded = config.max_start_length + config.context.max_summary_length
+    if fold_at <= folded:
+        problems.append(
+            f"agent.context.fold_at={fold_at} is not more than the longest prompt with a summary, "
+            f"data.max_start_length + agent.context.max_summary_length = {folded}: contexts would "
+            "be folded in every turn"
+        )
+    return problems
+
+
+def method_problems(
+    config: SearchAgentConfig, tools: Sequence[Tool], calls_tools: bool
+) -> list[str]:
+    """Options to which the method, or the tools that it has, give no effect."""
+    problems = []
+    if not calls_tools:
+        options = {
+            "agent.tools: this method searches by itself and calls no other tool": config.tools,
+            f"agent.format={config.format}: this method calls no tool": config.format != TAGS,
+            "agent.context: this method writes its contexts by itself": config.context.rewrites,
+            "agent.condense: this method writes its contexts by itself": config.condense.by,
+        }
+        problems += [f"{text}; remove it" for text, is_on in options.items() if is_on]
+    if not (tools and calls_tools):
+        problems += [
+            f"agent.{key}: the policy calls no tool here, so there are no turns to count; remove "
+            "the key"
+            for key in ("show_remaining", "max_turns_schedule")
+            if getattr(config, key)
+        ]
+    known = [tool.name for tool in tools]
+    unknown = [name for name in config.condense.tools if name not in known]
+    if config.condense.by is not None and unknown:
+        problems.append(
+            f"agent.condense.tools={config.condense.tools}: there is no tool {', '.join(unknown)} "
+            f"here, only {', '.join(known) or 'none'}"
+        )
+    return problems
