@@ -200,6 +200,12 @@ def next_action(segments: Sequence[TraceSegment]) -> str:
     return turn[turn.index("</think>") :]
 
 
+def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
+    """Trains the tokenizer of a task."""
+    texts = training_texts(random.Random(0), writer=task.texts)
+    return train_tokenizer(texts, [*FIRST, *SECOND], task.numbers)
+
+
 def build(
     out: Path,
     seed: int,
@@ -215,8 +221,7 @@ def build(
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    texts = training_texts(random.Random(0), writer=task.texts)
-    tokenizer = train_tokenizer(texts, [*FIRST, *SECOND], task.numbers)
+    tokenizer = tokenizer_of(task)
     warmup = min(1.0, 50 / sum(s.max_steps for s in reading))
     constant = OptimConfig(lr=1e-3, betas=(0.9, 0.99), lr_warmup_steps_ratio=warmup)
     decaying = OptimConfig(lr=7e-4, betas=(0.9, 0.99), lr_scheduler_type="cosine")

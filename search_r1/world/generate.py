@@ -271,9 +271,10 @@ class World:
     """The questions in the training schema, by the name of their file."""
 
 
-def make_world(config: WorldConfig) -> World:
-    """Makes the world that a configuration describes."""
-    rng = random.Random(config.seed)
+def make_islands(
+    config: WorldConfig, rng: random.Random, years: random.Random
+) -> dict[str, dict[str, Entity]]:
+    """Draws the entities of each split, their facts from `rng` and their years from `years`."""
     common = common_island()
     taken = set(common)
     islands = {"common": common}
@@ -283,10 +284,17 @@ def make_world(config: WorldConfig) -> World:
         ("spare", config.spare_people),
     ):
         islands[split] = make_island(rng, people, taken) if people else {}
-    years = random.Random(f"years {config.seed}")  # of its own, so that the names stay the same
     if config.arithmetic:
         for island in islands.values():
             add_years(island, years)
+    return islands
+
+
+def make_world(config: WorldConfig) -> World:
+    """Makes the world that a configuration describes."""
+    rng = random.Random(config.seed)
+    years = random.Random(f"years {config.seed}")  # of its own, so that the names stay the same
+    islands = make_islands(config, rng, years)
     everyone = [entity for island in islands.values() for entity in island.values()]
     rng.shuffle(everyone)
     ids = {entity.name: str(number) for number, entity in enumerate(everyone)}
@@ -294,16 +302,28 @@ def make_world(config: WorldConfig) -> World:
         {"id": ids[entity.name], "contents": "\n".join(passage(entity, rng, config.filler))}
         for entity in everyone
     ]
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for file, questions in questions_of(islands, config, rng).items():
-        split = file.split("_")[0]
-        rows[file] = [
-            row(question, split, index, ids, common) for index, question in enumerate(questions)
-        ]
+    rows = rows_of(islands, ids, config, rng)
     if config.arithmetic:
         counts = {"train": config.train_questions, "test": config.test_questions}
         rows |= year_rows(islands, ids, counts, years)
     return World(passages, rows)
+
+
+def rows_of(
+    islands: dict[str, dict[str, Entity]],
+    ids: dict[str, str],
+    config: WorldConfig,
+    rng: random.Random,
+) -> dict[str, list[dict[str, Any]]]:
+    """Draws the rows of each file of questions about names."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for file, questions in questions_of(islands, config, rng).items():
+        split = file.split("_")[0]
+        rows[file] = [
+            row(question, split, index, ids, islands["common"])
+            for index, question in enumerate(questions)
+        ]
+    return rows
 
 
 def questions_of(

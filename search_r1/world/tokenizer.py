@@ -59,18 +59,13 @@ def train_tokenizer(
     """
     tags = TAGS + PYTHON_TAGS if numbers else TAGS
     bpe = Tokenizer(models.BPE())
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words]) if numbers else words
+    bpe.pre_tokenizer = pre_tokenizer(numbers)
     bpe.decoder = decoders.ByteLevel()
-    halves: list[str] = []
-    for syllable in syllables:
-        halves += [f" {syllable}", f'"{syllable}'] if syllable[0].isupper() else [syllable]
-    halves += PAIRS if numbers else ()
+    parts = [*spellings(syllables), *(PAIRS if numbers else ())]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     size = VOCAB_SIZE - 2 - len(tags)
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([*texts, *halves * 40], trainer)
+    bpe.train_from_iterator([*texts, *parts * 40], trainer)
     bpe.add_special_tokens([AddedToken(t, special=True) for t in (PAD, EOS)])
     bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t in tags])
     return PreTrainedTokenizerFast(
@@ -80,3 +75,16 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
+
+
+def pre_tokenizer(numbers: bool) -> pre_tokenizers.PreTokenizer:
+    """Makes what divides texts into words of bytes, with `numbers` also numbers into pairs."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated")
+    return pre_tokenizers.Sequence([digits, words]) if numbers else words
+
+
+def spellings(syllables: Sequence[str]) -> Iterator[str]:
+    """Yields each syllable as texts have it, with what stands before a name if it begins one."""
+    for syllable in syllables:
+        yield from [f" {syllable}", f'"{syllable}'] if syllable[0].isupper() else [syllable]
