@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description = f"{field.description} (default: {field.default})"
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            type=TypeAdapter(field.annotation).validate_python,
+            type=TypeAdapter(field.annotation or int).validate_python,
             default=field.default,
             metavar=name.upper(),
             help=description,

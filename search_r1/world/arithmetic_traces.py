@@ -45,13 +45,13 @@ class ArithmeticMix:
 
 CLEAN = ArithmeticMix()
 POOR_ARITHMETIC = ArithmeticMix(
-    guess=0.7,
-    guess_known=0.2,
-    wrong_query=0.2,
-    stop_early=0.3,
-    forget=0.65,
-    wrong_year=0.3,
-    needless=0.2,
+    guess=0.6,
+    guess_known=0.15,
+    wrong_query=0.15,
+    stop_early=0.2,
+    forget=0.55,
+    wrong_year=0.2,
+    needless=0.05,
 )
 
 
