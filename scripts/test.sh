@@ -10,7 +10,7 @@ SETUP_EXTRA=dev source scripts/setup.sh
 export no_proxy="localhost,127.0.0.1${no_proxy:+,$no_proxy}"
 export WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
-WORKERS=2  # whole runs spend half of their time waiting; on a GPU they would share its memory
+WORKERS=3  # whole runs spend half of their time waiting; on a GPU they would share its memory
 [[ "$DEVICE" == cpu ]] || WORKERS=0
 # files in the order of tests/conftest.py, the longest first, and not by their number of tests
 exec "$PYTHON" -m pytest -n "$WORKERS" --dist loadfile --no-loadscope-reorder "$@"

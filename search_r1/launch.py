@@ -28,7 +28,7 @@ from search_r1.config import SetupConfig
 from search_r1.data.made import is_current
 from search_r1.data.prepare import TEST, TRAIN, inputs_of
 from search_r1.report import write_report
-from search_r1.world.generate import FILES, OPTIONS_FILE, WorldConfig
+from search_r1.world.generate import OPTIONS_FILE, WorldConfig
 from verl.trainer import compose
 from verl.trainer.config import validate
 from verl.trainer.supervise import supervise_driver
@@ -227,7 +227,7 @@ def prepare(setup: SetupConfig, config: DictConfig) -> None:
             base = Path(setup.world, "base")
             # A model that is missing anywhere else is a mistake in the configuration.
             if model.resolve() == base.resolve():
-                prepare_base(base)
+                prepare_base(base, setup.world_options.arithmetic)
         if setup.questions:
             prepare_questions(setup, config)
     except DataError as error:
@@ -253,8 +253,8 @@ def prepare_world(folder: Path, options: WorldConfig) -> None:
     """
     if (folder / "corpus.jsonl").exists():
         refuse_other_options(folder, options)
-    missing = [name for name in FILES if not (folder / name).exists()]
-    if missing and not is_current(folder, options.model_dump(), FILES):
+    missing = [name for name in options.files if not (folder / name).exists()]
+    if missing and not is_current(folder, options.model_dump(), options.files):
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options]
         module("search_r1.world", "--out", str(folder), *flags)
 
@@ -276,14 +276,17 @@ def refuse_other_options(folder: Path, options: WorldConfig) -> None:
     )
 
 
-def prepare_base(folder: Path) -> None:
-    """Builds the base model of the closed world if it is missing; every world has the same one.
+def prepare_base(folder: Path, arithmetic: bool = False) -> None:
+    """Builds the base model of the closed world if it is missing.
+
+    All worlds have the same one, but for those with questions that need arithmetic.
 
     Raises DataError when only some of its files are there.
     """
     missing = [name for name in BASE_FILES if not (folder / name).exists()]
     if len(missing) == len(BASE_FILES):
-        module("search_r1.world.base", "--out", str(folder))
+        flags = ["--arithmetic"] if arithmetic else []
+        module("search_r1.world.base", "--out", str(folder), *flags)
     elif missing:
         raise DataError(
             f"{folder} is not a whole model, it lacks {', '.join(missing)}: remove the folder"

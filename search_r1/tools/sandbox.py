@@ -14,11 +14,11 @@ import os
 import platform
 import signal
 import stat
+import subprocess
 import sys
 import sysconfig
 import tempfile
-from asyncio.subprocess import PIPE, STDOUT, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -163,21 +163,94 @@ async def working_folder(parent: str | None) -> AsyncIterator[str]:
         await asyncio.to_thread(delete, folder)
 
 
-async def spawn(folder: str) -> Process:
-    """Starts the launcher, in a session of its own. Raises ToolFailed."""
+class Child:
+    """A process and its pipes. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        process: "subprocess.Popen[bytes]",
+        stdin: asyncio.StreamWriter,
+        stdout: asyncio.StreamReader,
+        pipe: asyncio.ReadTransport,
+    ) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.stdin = stdin
+        self.stdout = stdout
+        self.pipe = pipe
+
+    @classmethod
+    async def start(cls, arguments: Sequence[str], folder: str, env: dict[str, str]) -> "Child":
+        """Starts a process in a session of its own. Raises OSError.
+
+        `subprocess` starts it without running Python in a copy of this process (vfork). The event
+        loop's own way would do that, and a copy of a process with threads may wait for ever for a
+        lock that one of them held.
+        """
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            cwd=folder,
+            env=env,
+            start_new_session=True,
+        )
+        try:
+            return await cls._attached(process)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+
+    @classmethod
+    async def _attached(cls, process: "subprocess.Popen[bytes]") -> "Child":
+        """The process, with its pipes in the event loop."""
+        loop = asyncio.get_running_loop()
+        stdout = asyncio.StreamReader()
+        pipe, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stdout), process.stdout
+        )
+        transport, protocol = await loop.connect_write_pipe(
+            asyncio.streams.FlowControlMixin, process.stdin
+        )
+        return cls(process, asyncio.StreamWriter(transport, protocol, None, loop), stdout, pipe)
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, negative for a signal; None while the process runs."""
+        return self.process.poll()
+
+    async def wait(self) -> None:
+        """Waits until the process has ended, and takes its exit status."""
+        if self.returncode is not None:
+            return
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        descriptor = os.pidfd_open(self.pid)
+        try:
+            loop.add_reader(descriptor, ended.set)
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        self.process.wait()
+
+    def close(self) -> None:
+        """Closes the pipes."""
+        self.stdin.close()
+        self.pipe.close()
+
+
+async def spawn(folder: str) -> Child:
+    """Starts the launcher. Raises ToolFailed."""
     environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "MPLBACKEND": "Agg"}
     # Libraries reserve memory for each thread, and a program has one processor's time.
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    command = [sys.executable, "-I", "-S", "-u", "-X", "utf8", str(LAUNCHER)]
     try:
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", "-u", "-X", "utf8", str(LAUNCHER)),
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=STDOUT,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        )
+        return await Child.start(command, folder, environment)
     except OSError as error:
         raise ToolFailed(f"no program can be started: {error}", kind="start") from error
 
@@ -185,12 +258,11 @@ async def spawn(folder: str) -> Process:
 class Program:
     """A program in its process."""
 
-    def __init__(self, process: Process, folder: str, config: SandboxConfig) -> None:
+    def __init__(self, process: Child, folder: str, config: SandboxConfig) -> None:
         self.process = process
         self.folder = folder
         self.config = config
         self.printed = bytearray()
-        assert process.stdin is not None and process.stdout is not None
         self.stdin = process.stdin
         self.stdout = process.stdout
 
@@ -291,6 +363,7 @@ class Program:
                 while await self.stdout.read(65536):
                     pass
                 await self.process.wait()
+        self.process.close()
 
     def outcome(self, crossed: str) -> Outcome:
         """What came of it. A program that ended before it could be killed has crossed no limit."""

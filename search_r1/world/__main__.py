@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from search_r1.data.made import making
 from search_r1.world.generate import OPTIONS_FILE, World, WorldConfig, make_world
@@ -34,10 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     for name, field in WorldConfig.model_fields.items():
-        kind = float if field.annotation is float else int
         description = f"{field.description} (default: {field.default})"
         parser.add_argument(
-            "--" + name.replace("_", "-"), type=kind, default=field.default, help=description
+            "--" + name.replace("_", "-"),
+            type=TypeAdapter(field.annotation or int).validate_python,
+            default=field.default,
+            metavar=name.upper(),
+            help=description,
         )
     args = vars(parser.parse_args(argv))
     out = args.pop("out")

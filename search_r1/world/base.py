@@ -4,6 +4,8 @@ The model begins with random weights and is fine-tuned in stages on traces (trac
 recall facts from a list, then to read them out of passages in clean traces; both stages last until
 enough of the copied words are right. Then it goes on reading at a decaying learning rate, and
 finally learns the poor policy from which reinforcement learning starts.
+
+With `--arithmetic` it is the base for questions about years, in which a program calculates.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
+from search_r1.world.arithmetic_traces import (
+    CLEAN,
+    POOR_ARITHMETIC,
+    ArithmeticWriter,
+    YearRecallWriter,
+)
 from search_r1.world.generate import FIRST, SECOND
 from search_r1.world.model import random_model
-from search_r1.world.tokenizer import train_tokenizer, training_texts
+from search_r1.world.tokenizer import Writer, poor_traces, train_tokenizer, training_texts
 from search_r1.world.traces import (
     POOR,
     READING,
@@ -41,12 +50,13 @@ logger = logging.getLogger(__name__)
 
 
 Draw = Callable[[], list[TraceSegment]]
+PROGRAM_END = ("</python>",)
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
-    traces: Callable[[random.Random], Draw]
+    traces: Writer
     until: float
     """The stage ends when the running share of copied words that are right exceeds this, ..."""
     max_steps: int
@@ -59,6 +69,35 @@ READING_STAGES = (
 )
 SETTLED_STAGES = (Stage("reading, settled", lambda rng: TraceWriter(rng, READING), 2.0, 140),)
 POOR_STAGES = (Stage("poor policy", lambda rng: TraceWriter(rng, POOR), 2.0, 170),)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a base model is made for, beside the stages of its training."""
+
+    questions: Writer
+    """Clean traces, by which it is asked what it has learned."""
+    texts: Writer
+    """Traces that its tokenizer is trained on."""
+    numbers: bool = False
+    """Whether its tokenizer has ids for pairs of digits."""
+
+
+NAMES = Task(lambda rng: TraceWriter(rng, PolicyMix()), poor_traces)
+ARITHMETIC = Task(
+    lambda rng: ArithmeticWriter(rng, CLEAN),
+    lambda rng: ArithmeticWriter(rng, POOR_ARITHMETIC),
+    numbers=True,
+)
+ARITHMETIC_STAGES = (
+    (
+        Stage("recall", YearRecallWriter, 0.95, 500),
+        Stage("reading", ARITHMETIC.questions, 0.975, 450),
+    ),
+    (Stage("reading, settled", ARITHMETIC.questions, 2.0, 140),),
+    (Stage("poor policy", ARITHMETIC.texts, 2.0, 170),),
+)
+"""Reading, settled reading and the poor policy."""
 
 
 def examples(draw: Draw, tokenizer: PreTrainedTokenizerFast) -> Iterator[Example]:
@@ -94,6 +133,7 @@ def train(
     seed: int,
     rng: random.Random,
     asked: int,
+    task: Task = NAMES,
 ) -> None:
     """Trains the model in `start` through `stages` and writes it to `out`.
 
@@ -123,20 +163,22 @@ def train(
     trainer.save(out)
     if dist.get_rank() == 0:
         logger.info(
-            "%.3f of fresh questions answered when given the gold passages", answered(out, asked)
+            "%.3f of fresh questions answered when given the gold passages",
+            answered(out, asked, task=task),
         )
 
 
-def answered(path: str | Path, count: int = 300, seed: int = 1) -> float:
+def answered(path: str | Path, count: int = 300, seed: int = 1, task: Task = NAMES) -> float:
     """Measures whether a model can read: the share of `count` fresh questions it answers right.
 
-    The questions have one to three hops. The model gets a clean trace up to the last passages, in
-    which the gold passage is at any rank among distractors, and continues it greedily.
+    Names have one to three hops. The model gets a clean trace up to the last passages, in which the
+    gold passage is at any rank among distractors, and continues it greedily. Where a program
+    follows, that must be right.
     """
     model: Any = Qwen2ForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    ends = tokenizer.convert_tokens_to_ids(["</answer>", "</search>"])
-    writer = TraceWriter(random.Random(seed), PolicyMix())
+    ends = tokenizer.convert_tokens_to_ids(["</answer>", "</search>", *PROGRAM_END * task.numbers])
+    writer = task.questions(random.Random(seed))
     right = 0
     for _ in range(count):
         segments = writer()
@@ -146,8 +188,22 @@ def answered(path: str | Path, count: int = 300, seed: int = 1) -> float:
         out = model.generate(
             ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=ends
         )
-        right += tokenizer.decode(out[0, ids.shape[1] :]).endswith(segments[-1].text)
+        right += tokenizer.decode(out[0, ids.shape[1] :]).endswith(
+            next_action(segments[last + 1 :])
+        )
     return right / count
+
+
+def next_action(segments: Sequence[TraceSegment]) -> str:
+    """The end of the first turn in a trace, behind its thought."""
+    turn = "".join(s.text for s in takewhile(lambda s: s.kind != "result", segments))
+    return turn[turn.index("</think>") :]
+
+
+def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
+    """Trains the tokenizer of a task."""
+    texts = training_texts(random.Random(0), writer=task.texts)
+    return train_tokenizer(texts, [*FIRST, *SECOND], task.numbers)
 
 
 def build(
@@ -157,6 +213,7 @@ def build(
     settled: Sequence[Stage] = SETTLED_STAGES,
     poor: Sequence[Stage] = POOR_STAGES,
     asked: int = 300,
+    task: Task = NAMES,
 ) -> None:
     """Trains the tokenizer and the model, and writes both. The process group must exist.
 
@@ -164,7 +221,7 @@ def build(
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(training_texts(random.Random(0)), [*FIRST, *SECOND])
+    tokenizer = tokenizer_of(task)
     warmup = min(1.0, 50 / sum(s.max_steps for s in reading))
     constant = OptimConfig(lr=1e-3, betas=(0.9, 0.99), lr_warmup_steps_ratio=warmup)
     decaying = OptimConfig(lr=7e-4, betas=(0.9, 0.99), lr_scheduler_type="cosine")
@@ -174,9 +231,9 @@ def build(
         )
         random_model(tokenizer).save_pretrained(start)
         tokenizer.save_pretrained(start)
-        train(reading, start, reader, constant, seed, rng, asked)
-        train(settled, reader, settled_reader, decaying, seed, rng, asked)
-        train(poor, settled_reader, str(out), decaying, seed, rng, asked)
+        train(reading, start, reader, constant, seed, rng, asked, task)
+        train(settled, reader, settled_reader, decaying, seed, rng, asked, task)
+        train(poor, settled_reader, str(out), decaying, seed, rng, asked, task)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,11 +247,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--threads", type=int, default=None, help="CPU threads (default: all cores)"
     )
+    parser.add_argument(
+        "--arithmetic", action="store_true", help="the base for worlds with arithmetic"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_process_group(args.threads)
     try:
-        build(args.out, args.seed)
+        if args.arithmetic:
+            build(args.out, args.seed, *ARITHMETIC_STAGES, task=ARITHMETIC)
+        else:
+            build(args.out, args.seed)
     finally:
         dist.destroy_process_group()
     return 0

@@ -18,6 +18,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from search_r1.data.rows import training_row
 from search_r1.prompts import build_prompt
+from search_r1.world.arithmetic import ARITHMETIC_FILES, YEAR_OF, add_years, year_rows
 from verl.utils.config import Config
 
 
@@ -60,6 +61,8 @@ RELATIONS = {
         ),
     )
 }
+SENTENCES = {r.name: r.sentence for r in RELATIONS.values()} | {v: v for v in YEAR_OF.values()}
+"""The verb by which a passage states a relation or a year."""
 KINDS = ("person", "city", "company", "country")
 COMMON_SEED = 20_250_312
 FILLER = (
@@ -76,7 +79,7 @@ FILES = (
     "test_common.parquet",
     "test_3hop.parquet",
 )
-"""The files of a world."""
+"""The files of every world."""
 OPTIONS_FILE = "options.json"
 """The file in the folder of a world that holds the WorldConfig it was made with."""
 DATA_SOURCES = {1: "closed_world_1hop", 2: "closed_world_2hop", 3: "closed_world_3hop"}
@@ -121,6 +124,14 @@ class WorldConfig(Config):
     filler: NonNegativeInt = 0
     """Number of sentences without a fact in every passage. 0 makes short passages, 10 makes long
     and noisy ones."""
+    arithmetic: bool = False
+    """Whether passages state years too, and two further files of train_questions and test_questions
+    questions ask for years and for differences between them."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of such a world."""
+        return (*FILES, *ARITHMETIC_FILES) if self.arithmetic else FILES
 
 
 @dataclass
@@ -128,7 +139,7 @@ class Entity:
     name: str
     kind: str
     facts: dict[str, str]
-    """The name of the object by relation."""
+    """The name of the object by relation; in a world with years also the year."""
 
 
 def random_name(rng: random.Random) -> str:
@@ -148,7 +159,7 @@ def passage(entity: Entity, rng: random.Random, filler: int = 0) -> tuple[str, s
 
     The text states the entity's facts, with `filler` sentences without a fact among them.
     """
-    sentences = [RELATIONS[r].state(entity.name, y) + "." for r, y in entity.facts.items()]
+    sentences = [f"{entity.name} {SENTENCES[r]} {y}." for r, y in entity.facts.items()]
     for _ in range(filler):
         sentences.insert(rng.randint(0, len(sentences)), rng.choice(FILLER).format(entity.name))
     return f'"{entity.name}"', " ".join(sentences)
@@ -260,9 +271,10 @@ class World:
     """The questions in the training schema, by the name of their file."""
 
 
-def make_world(config: WorldConfig) -> World:
-    """Makes the world that a configuration describes."""
-    rng = random.Random(config.seed)
+def make_islands(
+    config: WorldConfig, rng: random.Random, years: random.Random
+) -> dict[str, dict[str, Entity]]:
+    """Draws the entities of each split, their facts from `rng` and their years from `years`."""
     common = common_island()
     taken = set(common)
     islands = {"common": common}
@@ -272,6 +284,17 @@ def make_world(config: WorldConfig) -> World:
         ("spare", config.spare_people),
     ):
         islands[split] = make_island(rng, people, taken) if people else {}
+    if config.arithmetic:
+        for island in islands.values():
+            add_years(island, years)
+    return islands
+
+
+def make_world(config: WorldConfig) -> World:
+    """Makes the world that a configuration describes."""
+    rng = random.Random(config.seed)
+    years = random.Random(f"years {config.seed}")  # of its own, so that the names stay the same
+    islands = make_islands(config, rng, years)
     everyone = [entity for island in islands.values() for entity in island.values()]
     rng.shuffle(everyone)
     ids = {entity.name: str(number) for number, entity in enumerate(everyone)}
@@ -279,13 +302,28 @@ def make_world(config: WorldConfig) -> World:
         {"id": ids[entity.name], "contents": "\n".join(passage(entity, rng, config.filler))}
         for entity in everyone
     ]
+    rows = rows_of(islands, ids, config, rng)
+    if config.arithmetic:
+        counts = {"train": config.train_questions, "test": config.test_questions}
+        rows |= year_rows(islands, ids, counts, years)
+    return World(passages, rows)
+
+
+def rows_of(
+    islands: dict[str, dict[str, Entity]],
+    ids: dict[str, str],
+    config: WorldConfig,
+    rng: random.Random,
+) -> dict[str, list[dict[str, Any]]]:
+    """Draws the rows of each file of questions about names."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for file, questions in questions_of(islands, config, rng).items():
         split = file.split("_")[0]
         rows[file] = [
-            row(question, split, index, ids, common) for index, question in enumerate(questions)
+            row(question, split, index, ids, islands["common"])
+            for index, question in enumerate(questions)
         ]
-    return World(passages, rows)
+    return rows
 
 
 def questions_of(

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from search_r1.agent.observation import encode_passages
+from search_r1.agent.observation import encode_observation, encode_passages
 from search_r1.prompts import build_prompt
+from search_r1.tools.formats import tagged
 from search_r1.world.generate import (
     KINDS,
     OF_KIND,
@@ -59,14 +60,18 @@ POOR = PolicyMix(
     guess=0.85, guess_known=0.2, wrong_query=0.25, stop_early=0.5, search_again=0.05, common=0.1
 )
 MAX_TURNS = 4
+PYTHON_FORMAT = tagged("python", "result")
+"""How a program and its result are written."""
+WHOLE = 1 << 20
+"""More tokens than any observation has."""
 
 
 @dataclass(frozen=True)
 class TraceSegment:
     """A part of a trace by one author.
 
-    `kind` is prompt, model, read (written by the model, but copied out of a passage) or
-    observation.
+    `kind` is prompt, model, read (written by the model, but copied out of a passage), observation
+    (passages) or result (what a program printed).
     """
 
     kind: str
@@ -86,28 +91,54 @@ class RecallWriter:
 
     def __call__(self) -> list[TraceSegment]:
         taken: set[str] = set()
-        facts = [
-            (
-                fresh_name(self.rng, taken),
-                self.rng.choice(list(RELATIONS.values())),
-                fresh_name(self.rng, taken),
-            )
-            for _ in range(self.count)
-        ]
-        segments = [
-            TraceSegment("prompt", " ".join(f"{relation.state(x, y)}." for x, relation, y in facts))
-        ]
+        facts = [self.fact(taken) for _ in range(self.count)]
+        segments = [TraceSegment("prompt", " ".join(f"{x} {verb} {y}." for x, verb, y in facts))]
         self.rng.shuffle(facts)
-        for x, relation, y in facts:
+        for x, verb, y in facts:
             segments += [
-                TraceSegment("prompt", f" {x} {relation.sentence}"),
+                TraceSegment("prompt", f" {x} {verb}"),
                 TraceSegment("read", f" {y}"),
                 TraceSegment("prompt", "."),
             ]
         return segments
 
+    def fact(self, taken: set[str]) -> tuple[str, str, str]:
+        """Draws a fact: subject, verb and object."""
+        subject = fresh_name(self.rng, taken)
+        relation = self.rng.choice(list(RELATIONS.values()))
+        return subject, relation.sentence, fresh_name(self.rng, taken)
 
-class TraceWriter:
+
+class PassageWriter:
+    """Draws what a search finds: `num_passages` passages."""
+
+    def __init__(self, rng: random.Random, num_passages: int = 3) -> None:
+        self.rng = rng
+        self.num_passages = num_passages
+
+    def found(self, entities: list[Entity], query: str, kind: str, taken: set[str]) -> TraceSegment:
+        """Draws distractors beside the entities, and the passages of all in a random order."""
+        while len(entities) < self.num_passages:
+            entities.append(self.distractor(query, kind, taken))
+        self.rng.shuffle(entities)
+        return TraceSegment("observation", "", tuple(passage(e, self.rng) for e in entities))
+
+    def entity(self, name: str, kind: str, taken: set[str]) -> Entity:
+        return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
+
+    def distractor(self, query: str, kind: str, taken: set[str]) -> Entity:
+        """Draws an entity that the question is not about, often of the kind that is searched for.
+
+        Often `query` is the object of one of its facts, so that its passage matches the query.
+        """
+        kind = kind if self.rng.random() < 0.4 else self.rng.choice(KINDS)
+        entity = self.entity(fresh_name(self.rng, taken), kind, taken)
+        if self.rng.random() < 0.4:
+            entity.facts[self.rng.choice(OF_KIND[entity.kind]).name] = query
+        return entity
+
+
+class TraceWriter(PassageWriter):
     """Draws traces of one to three hops, in which every search finds `num_passages` passages."""
 
     def __init__(
@@ -117,9 +148,8 @@ class TraceWriter:
         num_passages: int = 3,
         hops: Sequence[int] = (1, 2, 3),
     ) -> None:
-        self.rng = rng
+        super().__init__(rng, num_passages)
         self.mix = mix
-        self.num_passages = num_passages
         self.chains = {h: relation_chains(h) for h in hops}
         common = common_island()
         self.common = ask(common, 1, len(common) * 2, random.Random(0))
@@ -220,24 +250,7 @@ class TraceWriter:
             entity = self.entity(query, kind, taken)
             entity.facts[relation.name] = question.path[known + 1]
             entities.append(entity)
-        while len(entities) < self.num_passages:
-            entities.append(self.distractor(query, kind, taken))
-        rng.shuffle(entities)
-        return TraceSegment("observation", "", tuple(passage(e, rng) for e in entities))
-
-    def entity(self, name: str, kind: str, taken: set[str]) -> Entity:
-        return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
-
-    def distractor(self, query: str, kind: str, taken: set[str]) -> Entity:
-        """Draws an entity that the question is not about, often of the kind that is searched for.
-
-        Often `query` is the object of one of its facts, so that its passage matches the query.
-        """
-        kind = kind if self.rng.random() < 0.4 else self.rng.choice(KINDS)
-        entity = self.entity(fresh_name(self.rng, taken), kind, taken)
-        if self.rng.random() < 0.4:
-            entity.facts[self.rng.choice(list(entity.facts))] = query
-        return entity
+        return self.found(entities, query, kind, taken)
 
 
 def encode_trace(
@@ -252,7 +265,9 @@ def encode_trace(
     read: list[int] = []
     for segment in segments:
         if segment.kind == "observation":
-            new, _ = encode_passages(segment.passages, tokenizer, 1 << 20, emitted="")
+            new, _ = encode_passages(segment.passages, tokenizer, WHOLE, emitted="")
+        elif segment.kind == "result":
+            new, _ = encode_observation(segment.text, tokenizer, WHOLE, "", PYTHON_FORMAT)
         else:
             new = encode_text(tokenizer, segment.text)
         ids += new

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 from pydantic import ValidationError
 
 from search_r1.agent.config import SearchAgentConfig
@@ -16,7 +17,7 @@ from search_r1.agent.loop import SearchAgentLoop
 from search_r1.tools import launcher, sandbox, syscalls
 from search_r1.tools.base import ToolFailed
 from search_r1.tools.python import PythonConfig, PythonTool
-from search_r1.tools.sandbox import run_program
+from search_r1.tools.sandbox import SandboxConfig, run_program
 from tests.models import make_tokenizer
 from tests.processes import until
 from tests.search_r1.agent.scripted import ANSWER, PROMPT, Engine, shown
@@ -593,8 +594,17 @@ def test_numbers_of_system_calls_are_those_of_the_kernel(column):
 
 def test_the_page_has_every_key_with_its_default():
     page = (Path(__file__).parents[3] / "docs" / "tools.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", page, re.MULTILINE)
+    section = page.partition("\n## python\n")[2]
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", section, re.MULTILINE)
     defaults = {name: str(field.default) for name, field in PythonConfig.model_fields.items()}
     assert dict(rows) == {
         k: v for k, v in defaults.items() if k not in ("deadline_s", "cache_size")
     }
+
+
+def test_a_program_is_started_without_a_copy_of_this_process():
+    """Which runs Python in a process of which other threads may have held locks."""
+    copies = []
+    os.register_at_fork(before=lambda: copies.append("fork"))
+    uvloop.run(run_program("1", SandboxConfig()))
+    assert copies == []
