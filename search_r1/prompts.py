@@ -1,6 +1,6 @@
 """The only copy of every text that a policy is trained on, besides questions and passages.
 
-The sentences are those of the original Search-R1, byte for byte: its published checkpoints depend
+Those that the original Search-R1 has are its own, byte for byte: its published checkpoints depend
 on them.
 """
 
@@ -146,7 +146,7 @@ FOLD_MESSAGE = (
     "Your context is nearly full: all but the question and your summary will be left out of it. "
     "Sum up everything that you have found so far and still need inside <summary> and </summary>."
 )
-"""Said by the user, to a chat model that ended its turn, and where tools are called natively."""
+"""Said by the user where tools are called natively."""
 FOLDED = "{content}\n\nWhat you have found so far: {summary}"
 """The question of a conversation whose context was folded."""
 LEFT_OUT = "(left out)"

@@ -134,7 +134,7 @@ class Trajectory:
     reward: dict[str, float] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     context_violations: int = 0
-    """Engine calls whose context was not a prefix of this trajectory."""
+    """Engine calls that were not given exactly the present context."""
     truncated: bool = False
     """A turn was cut at its token limit, or the context was full: the policy did not end it."""
     void_turns: int = 0

@@ -21,8 +21,8 @@ where its context was written anew (`verl.agent.Trajectory.rewrite`).
 | truncated           | [B]      | bool    | agent loop | cut off by a token limit |
 | void_turns          | [B]      | int64   | agent loop | turns that neither acted nor answered |
 | rollout_is_weights  | [B, R]   | float32 | trainer    | importance weight, where these are on |
-| trajectory          | [B]      | int64   | trainer    | number of the row's trajectory |
-| row                 | [B]      | int64   | trainer    | number of the row in its trajectory |
+| trajectory          | [B]      | int64   | agent loop | number of the row's trajectory |
+| row                 | [B]      | int64   | agent loop | number of the row in its trajectory |
 | seq_tokens          | [B]      | int64   | trainer    | trained tokens of all its rows |
 | mini_batch          | [B]      | int64   | trainer    | the actor's optimizer step of the row |
 | critic_mini_batch   | [B]      | int64   | trainer    | the critic's, where there is one |

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from textwrap import dedent
 from typing import Any
 
 from search_r1.tools.base import SEARCH_TOOL, Arguments, ToolResponse
@@ -85,7 +86,8 @@ def parse_action(text: str, call_patterns: CallPatterns = SEARCH_ALONE) -> tuple
     if not found:
         return Invalid(), len(text)
     match, tool = min(found, key=lambda pair: pair[0].end())
-    content = match.group(1).strip()
+    # a program keeps the indentation of its lines to each other
+    content = dedent(match.group(1).strip("\n")).strip()
     if tool is None:
         return Answer(content), match.end()
     return (TextCall(tool, content) if content else Invalid()), match.end()

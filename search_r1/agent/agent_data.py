@@ -90,7 +90,7 @@ class AgentData:
 
     @property
     def num_calls(self) -> int:
-        """Executed calls of all tools."""
+        """Answered calls of all tools."""
         return sum(counts.calls for counts in self.counts.values())
 
     def facts(self) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class IRCoTLoop(SearchAgentLoop):
         context = self._context(trajectory, required_question(data.row))
         if len(context) > self.config.max_prompt_length:
             trajectory.stop_reason = "context"
+            trajectory.truncated = True
             return
         trajectory.rewrite(context)
         completion = await data.generate(
@@ -120,10 +121,12 @@ class IRCoTLoop(SearchAgentLoop):
         text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
         said, is_answer = self._next_sentence(text, may_call)
         size = num_tokens_of(self.tokenizer, completion.token_ids, said)
+        is_whole = size == len(completion.token_ids)
         kept = replace(
             completion,
             token_ids=completion.token_ids[:size],
             log_probs=completion.log_probs[:size],
+            finish_reason=completion.finish_reason if is_whole else "stop",
         )
         trajectory.add_completion(kept, turn=data.turns)
         data.valid_actions += is_answer or (may_call and bool(said))

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from search_r1.agent.condense import CondenseConfig
 from search_r1.agent.config import TAGS, SearchAgentConfig
+from search_r1.agent.contexts import ContextConfig
 from search_r1.tools.base import SEARCH_TOOL, Tool
 
 
@@ -71,11 +73,27 @@ def method_problems(
             for key in ("show_remaining", "max_turns_schedule")
             if getattr(config, key)
         ]
+    problems += idle_problems(config)
     known = [tool.name for tool in tools]
     unknown = [name for name in config.condense.tools if name not in known]
     if config.condense.by is not None and unknown:
         problems.append(
             f"agent.condense.tools={config.condense.tools}: there is no tool {', '.join(unknown)} "
             f"here, only {', '.join(known) or 'none'}"
+        )
+    return problems
+
+
+def idle_problems(config: SearchAgentConfig) -> list[str]:
+    """Keys that say how something is done which is not done at all."""
+    problems = []
+    if config.condense.by is None and config.condense != CondenseConfig():
+        problems.append("agent.condense: without agent.condense.by its other keys have no effect")
+    context = config.context
+    usual = ContextConfig()
+    summary = (context.max_summary_length, context.train_summaries)
+    if context.fold_at is None and summary != (usual.max_summary_length, usual.train_summaries):
+        problems.append(
+            "agent.context: without agent.context.fold_at the keys of summaries have no effect"
         )
     return problems

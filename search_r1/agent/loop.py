@@ -56,6 +56,8 @@ from verl.agent import (
 )
 from verl.utils.tokenizer import end_of_turn, user_turn
 
+SUMMARY_REQUEST = "summary_request"
+"""The `kind` of the observation that asks for a summary."""
 CHARS_PER_TOKEN = 64
 """More than any text has on average: what is longer is cut before it is encoded."""
 
@@ -85,7 +87,7 @@ class SearchAgentLoop(AgentLoop):
         self.tools: list[Tool] = further if self.search is None else [self.search, *further]
         self.toolbox = Toolbox(
             self.tools,
-            CHARS_PER_TOKEN * config.max_obs_length,
+            CHARS_PER_TOKEN * self._most_tokens_read(),
             config.record_calls,
             config.replay_calls,
         )
@@ -101,6 +103,12 @@ class SearchAgentLoop(AgentLoop):
         template_kwargs = config.apply_chat_template_kwargs
         self.ends_of_template = user_turn(tokenizer, **template_kwargs).before
         self.turn_ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, **template_kwargs)}
+
+    def _most_tokens_read(self) -> int:
+        """Most tokens of a result that anybody reads."""
+        condense = self.config.condense
+        read = condense.max_result_tokens if condense.by is not None else 0
+        return max(self.config.max_obs_length, read)
 
     def _dialect(self) -> Dialect:
         """How calls and results are written. Raises ConfigError where the model does not fit."""
@@ -226,7 +234,7 @@ class SearchAgentLoop(AgentLoop):
         """Lets the policy sum its context up, and goes on from the prompt and the summary."""
         trajectory = data.trajectory
         request = self.dialect.summary_request()
-        trajectory.add_observation(request, kind="summary_request")
+        trajectory.add_observation(request, kind=SUMMARY_REQUEST)
         completion = await data.generate(
             trajectory.token_ids,
             max_tokens=self.config.context.max_summary_length,
@@ -316,7 +324,12 @@ class SearchAgentLoop(AgentLoop):
         side_call = None
         if self.condenser.wants(call.tool, response):
             query = " ".join(map(str, call.arguments.values()))
-            said = [s for s in data.trajectory.segments if not s.is_aside]
+            beside = (SUMMARY_KIND, SUMMARY_REQUEST)
+            said = [
+                s
+                for s in data.trajectory.segments
+                if not s.is_aside and s.info.get("kind") not in beside
+            ]
             written = [token for segment in said for token in segment.token_ids]
             response, side_call = await self.condenser(data.generate, written, query, response)
         return Answered(response, executed.latency_s, side_call)

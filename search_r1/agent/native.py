@@ -68,7 +68,7 @@ class NativeDialect(Dialect):
         name = choose_parser(config, tokenizer, sample)
         self.parser = ToolCallParser(name, tokenizer, self.schemas)
         # the last of these is told that it is one too many
-        self.max_calls = config.max_parallel_calls + 1 if self._writes_several() else 1
+        self.max_answered = config.max_parallel_calls + 1 if self._writes_several() else 1
         piece = self.turns.turn(1).pieces[0]
         around = tokenizer.decode(piece.before) + piece.opening + piece.closing
         self.call_tags = opening_tags(sample.text)[:1]
@@ -132,7 +132,8 @@ class NativeDialect(Dialect):
     def parse(self, token_ids: Sequence[int]) -> Turn:
         """The calls of a turn, or its answer, whichever comes first.
 
-        What is written within a thought is no call.
+        What is written within a thought is no call. Where calls have no tag to be found by (Llama's
+        JSON), an answer comes first.
         """
         text = self.tokenizer.decode(self._without_end(token_ids), skip_special_tokens=False)
         said = self._outside_thoughts(text)
@@ -143,7 +144,7 @@ class NativeDialect(Dialect):
             return Turn(answer=answer.group(1).strip(), overrun=text[answer.end() :])
         calls = self.parser.parse(said) if said else []
         if calls:
-            answered = calls[: self.max_calls]
+            answered = calls[: self.max_answered]
             num_dropped = len(calls) - len(answered)
             return Turn(tuple(map(read_call, answered)), num_dropped=num_dropped)
         if begins is not None:

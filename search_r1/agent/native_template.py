@@ -10,6 +10,7 @@ from verl.utils.errors import ConfigError, DataError
 from verl.utils.tool_parser import ToolCallParser, find_parser, reads
 from verl.utils.tool_turns import ToolTurns, WrittenCall, written_call
 
+BRACKETED = re.compile(r"<\S+>|\[\S+\]")
 TAG = re.compile(r"<(/?)(\w+)[^<>]*>")
 """A tag in what a template writes around calls and results."""
 
@@ -41,8 +42,12 @@ def choose_parser(config: SearchAgentConfig, tokenizer: Any, sample: WrittenCall
 
 
 def native_tags(tokenizer: Any, written: str) -> re.Pattern[str]:
-    """Matches what no result may hold: tags of what the template has `written`, added tokens."""
-    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special]
+    """Matches what no result may hold: tags of what the template has `written`, added tokens.
+
+    Of these only such as stand in brackets: some vocabularies add runs of spaces, too.
+    """
+    added = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special]
+    tokens = [text for text in added if BRACKETED.fullmatch(text)]
     return tag_pattern(native_tags=sorted(opening_tags(written)), tokens=tokens)
 
 

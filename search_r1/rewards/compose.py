@@ -14,7 +14,7 @@ from search_r1.rewards.episode import Episode, read_episode
 from search_r1.rewards.judge import Judge
 from search_r1.schedule import value_at
 from search_r1.trajectory import read_searches
-from verl.agent import AgentLoop, Row, Trajectory, TrajectoryFailed, context_digest
+from verl.agent import AgentLoop, Row, Source, Trajectory, TrajectoryFailed, context_digest
 from verl.utils.endpoint import EndpointFailed
 
 if TYPE_CHECKING:
@@ -143,7 +143,8 @@ def weight_at(weight: Weight, step: int) -> float:
 def training_step(trajectory: Trajectory) -> int:
     """The training step that a trajectory belongs to: one more than the version of the weights that
     began it."""
-    return (trajectory.segments[0].policy_version or 0) + 1 if trajectory.segments else 1
+    own = (s.policy_version for s in trajectory.segments if s.source is Source.MODEL)
+    return next(own, 0) + 1
 
 
 def coin(trajectory: Trajectory) -> float:

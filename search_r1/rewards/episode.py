@@ -87,7 +87,7 @@ def read_tools(segments: Iterable[Segment]) -> dict[str, ToolUse]:
     uses: dict[str, ToolUse] = {}
     for segment in segments:
         kind = segment.info.get("kind")
-        if segment.source is not Source.OBSERVATION or kind is None:
+        if segment.source is not Source.OBSERVATION or "arguments" not in segment.info:
             continue
         use = uses.get(kind, ToolUse())
         uses[kind] = ToolUse(

@@ -5,6 +5,7 @@ asked for.
 """
 
 import argparse
+import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
@@ -153,22 +154,22 @@ def page_starts(text: str, page_chars: int) -> list[int]:
 
 
 def folded(text: str) -> str:
-    """The text as texts are compared: in lower case, with spaces alone, and of the same length."""
+    """The text as texts are compared: in lower case, and of the same length."""
     # the lower case of this one letter is two characters
-    lower = text.replace("\u0130", "i").lower()
-    return lower.replace("\n", " ").replace("\t", " ").replace("\r", " ").replace("\xa0", " ")
+    return text.replace("\u0130", "i").lower()
 
 
 def sentences_with(wanted: str, text: str, most: int) -> list[tuple[int, str]]:
     """Up to `most` different sentences that hold a text, each with the place of its match."""
-    needle = folded(" ".join(wanted.split()))
+    words = folded(wanted).split()
+    pattern = re.compile(r"\s+".join(map(re.escape, words)))
     haystack = folded(text)
     found = list[tuple[int, str]]()
-    at = haystack.find(needle) if needle else -1
-    while at >= 0 and len(found) < most:
-        start, end = sentence_around(text, at, at + len(needle))
-        found.append((at, " ".join(text[start:end].split())))
-        at = haystack.find(needle, end)
+    match = pattern.search(haystack) if words else None
+    while match and len(found) < most:
+        start, end = sentence_around(text, match.start(), match.end())
+        found.append((match.start(), " ".join(text[start:end].split())))
+        match = pattern.search(haystack, end)
     return found
 
 
@@ -176,7 +177,9 @@ def sentence_around(text: str, start: int, end: int) -> tuple[int, int]:
     """Where the sentence around a match begins and ends, within `CONTEXT_CHARS` on either side."""
     low, high = max(0, start - CONTEXT_CHARS), min(len(text), end + CONTEXT_CHARS)
     befores = [at + len(e) for e in SENTENCE_ENDS if (at := text.rfind(e, low, start)) >= 0]
-    afters = [at + len(e) for e in SENTENCE_ENDS if (at := text.find(e, end, high)) >= 0]
+    # the match may hold the full stop itself
+    last = max(start, end - 1)
+    afters = [at + len(e) for e in SENTENCE_ENDS if (at := text.find(e, last, high)) >= 0]
     return max(befores, default=low), min(afters, default=high)
 
 

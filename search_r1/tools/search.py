@@ -48,7 +48,7 @@ class SearchTool(Tool):
         try:
             passages = await self.client.search(argument)
         except SearchError as error:
-            raise ToolFailed(str(error)) from error
+            raise ToolFailed(str(error), kind=error.kind) from error
         text = format_passages([(named_title(p.title, p.document), p.text) for p in passages])
         facts = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
         return ToolResponse(text, facts={"query": argument, "passages": facts})

@@ -410,7 +410,7 @@ VERL = Project(
             [True], "max_turns and do_search say so: do_search=false"
         ),
         f"{ROLLOUT}.multi_turn.format": ignored(
-            "searches are written in the tags of the method (method=NAME)"
+            "agent.format says how tools are called: tags, auto, or the name of a parser"
         ),
         f"{ROLLOUT}.multi_turn.max_assistant_turns": Fate(
             "max_turns", "the most searches: one less, as the last turn answers", searches
@@ -420,9 +420,8 @@ VERL = Project(
         ),
         f"{ROLLOUT}.multi_turn.max_user_turns": ignored("max_turns bounds them"),
         f"{ROLLOUT}.multi_turn.tool_config_path": ignored(
-            "the file is not read: name the server by retriever.url and retriever.topk. Searches "
-            "are written as <search>, not as function calls: prompts come from "
-            "scripts/data_process, or from template="
+            "the file is not read: name tools by agent.tools, and the server of the searches by "
+            "retriever.url and retriever.topk; agent.format says how they are called"
         ),
         "reward_model.reward_manager": ignored_if(
             ["naive"], "name a function by custom_reward_function.path"

@@ -24,7 +24,8 @@ SAID = "SAID0MARK"
 RESULT = re.compile(r"RESULT\d+MARK")
 ESCAPED = 'ESCAPED"MARK'
 SAMPLE_NAME = "look_up"
-SAMPLE_ARGUMENTS = {"name": "Ada Marin"}
+SAMPLE_VALUE = "Ada Marin"
+SAMPLE_ARGUMENTS = {"name": SAMPLE_VALUE}
 SAMPLE_SCHEMA: ToolSchema = {
     "type": "function",
     "function": {
@@ -186,7 +187,14 @@ class ToolTurns:
                 f"in their order, but: {conversation!r}"
             )
         first, *texts = RESULT.split(conversation)
-        before = first[max(0, first.rfind(self.end)) :]
+        place = first.rfind(self.end)
+        before = first[place:]
+        around = "".join([before, *texts])
+        if place < first.rfind(SAMPLE_VALUE) or SAMPLE_NAME in around or SAMPLE_VALUE in around:
+            raise DataError(
+                "what the chat template of the tokenizer writes around results depends on the call "
+                f"(between {self.end!r} and the next turn): {conversation!r}"
+            )
         pieces: list[ResultPiece] = []
         for number, text in enumerate(texts, 1):
             fixed_before, opening = self._split_behind_last(before)

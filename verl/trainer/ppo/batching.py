@@ -24,7 +24,7 @@ def build_batch(
 
     `num_mini_batches`: for the actor, and the critic if there is one, the name of its mini-batch
     column and how many optimizer steps the batch takes. Consecutive trajectories form a mini-batch,
-    so that the rows of a trajectory, and its group, stay together; each mini-batch is spread over
+    so that the rows of a trajectory stay together; each mini-batch is spread over
     the ranks with nearly equal tokens. `meta_info["rank_sizes"]` is the number of rows of each
     rank. Without `state_masking` every response token is trained on (the paper's ablation); this is
     the only place that decides it.

@@ -53,13 +53,13 @@ class Joined:
     mask: Tensor
     """The tokens in question, boolean [B, R]."""
     rows: Tensor
-    """Where they are, [N]: the rows, ..."""
+    """The row of each token, [N]."""
     columns: Tensor
-    """... the columns, ..."""
+    """The column of each token, [N]."""
     numbers: Tensor
-    """... and, joined, the trajectories, ..."""
+    """The trajectory of each token, [N]: its row in joined tensors."""
     places: Tensor
-    """... and the places in these."""
+    """The place of each token in its trajectory, [N]: its column in joined tensors."""
     num_trajectories: int
 
     @classmethod
