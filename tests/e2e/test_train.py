@@ -134,16 +134,18 @@ def test_a_reward_that_raises_ends_the_run_with_its_line_and_no_traceback_of_our
 @pytest.mark.parametrize(
     ("config", "flags"),
     [
-        ("toy", ["--config-dir", "tests/e2e"]),
-        (
+        pytest.param(
+            "toy", ["--config-dir", "tests/e2e"], marks=pytest.mark.slow, id="library alone"
+        ),
+        pytest.param(
             "grpo",
             [
                 "agent._target_=tests.e2e.toy.SingleTurn",
                 "reward._target_=tests.e2e.toy.CountE",
             ],
+            id="beside the stock configuration",
         ),
     ],
-    ids=["library alone", "beside the stock configuration"],
 )
 def test_a_task_without_search_trains(tmp_path, model, config, flags):
     more = {"max_turns": None, "trainer__total_training_steps": 2, "trainer__save_hf": "false"}
@@ -155,7 +157,7 @@ def test_a_task_without_search_trains(tmp_path, model, config, flags):
 ACTOR = "actor_rollout_ref__actor"
 VARIANTS = {
     "rloo, CISPO, likelihood kept, dynamic sampling, filters, folded contexts": {
-        "agent__context__fold_at": 100,
+        "agent__context__fold_at": 106,
         "agent__context__max_summary_length": 8,
         "algorithm__adv_estimator": "rloo",
         f"{ACTOR}__policy_loss__loss_mode": "cispo",
