@@ -11,7 +11,7 @@ from typing import Any
 from synthetic import FakeEngine, Words, World, make_tokenizer, serve
 from transformers import AutoTokenizer
 
-from search_r1.agent import loop
+from search_r1.agent import dialects
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.launch import free_port
@@ -143,7 +143,7 @@ def in_process(folder: Path, count: int, searches: int) -> dict[str, float]:
     seconds, own, tokens = asyncio.run(process.cpu_seconds(jobs, sampling))
     spent: Stopwatch = defaultdict(float)
     watched(process.agent.tokenizer, "decode", "decode", spent)
-    watched(loop, "encode_observation", "encode passages", spent)
+    watched(dialects, "encode_observation", "encode passages", spent)
     watched(agent, "context_digest", "digest", spent)
     watched(process, "reward", "reward (with its decode)", spent)
     asyncio.run(process.cpu_seconds(jobs, sampling))

@@ -107,7 +107,7 @@ def said(played, kind):
 
 def outcomes(records):
     return {
-        kind: (r["stop_reason"], r["info"]["searches"], r["reward"]["em"])
+        kind: (r["stop_reason"], r["info"]["searches"], r["reward"].get("em", 0))
         for kind, r in records.items()
     }
 
@@ -243,7 +243,7 @@ def test_search_o1_condenses_passages_in_a_conversation_of_its_own(one_question,
     )
     assert said(played, "right")[1][2] == ("user", shown)
     info = records["right"]["segments"][1]["info"]
-    assert info["passages"][0]["title"] == '"Ada Marin"' and info["condensed_from_tokens"] > 50
+    assert info["passages"][0]["title"] == '"Ada Marin"' and info["condensed_from_tokens"] > 20
 
 
 def test_ircot_reasons_a_sentence_at_a_time_over_all_passages(questions, retriever):
@@ -368,19 +368,8 @@ def test_a_refused_key_an_absent_endpoint_and_training_are_clear_errors(question
     no_tokenizer = "actor_rollout_ref.model.tokenizer_path=null"
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         run_eval(configuration("direct", "http://127.0.0.1:9", questions, retriever, no_tokenizer))
-    engine = "actor_rollout_ref.rollout.name=vllm"
-    with pytest.raises(ConfigError, match="contexts are rewritten"):
-        run_ppo(
-            configuration(
-                "ircot",
-                "",
-                questions,
-                retriever,
-                engine,
-                "actor_rollout_ref.model.path=data/closed_world/base",
-            ),
-            Stop(),
-        )
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
+        run_eval(configuration("tools", "http://127.0.0.1:9", questions, retriever))
 
 
 def test_the_command_evaluates_an_endpoint_and_reports(tmp_path, questions, retriever):

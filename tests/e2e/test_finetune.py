@@ -82,7 +82,6 @@ def test_answers_are_learned_and_a_finished_round_is_not_repeated(tmp_path, worl
     assert (tmp_path / "round_1" / "rows.jsonl").stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
 def test_samples_that_scored_are_learned(tmp_path, world):
     with retrieval_server(world) as (url, _):
         more = [

@@ -292,7 +292,6 @@ def test_asked_to_stop(tmp_path, model):
     assert not (tmp_path / "run/restarts.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_asynchronous_and_killed(tmp_path, model):
     """An asynchronous run is killed after step 5 and resumed.
 

@@ -134,9 +134,7 @@ def test_a_reward_that_raises_ends_the_run_with_its_line_and_no_traceback_of_our
 @pytest.mark.parametrize(
     ("config", "flags"),
     [
-        pytest.param(
-            "toy", ["--config-dir", "tests/e2e"], marks=pytest.mark.slow, id="library alone"
-        ),
+        pytest.param("toy", ["--config-dir", "tests/e2e"], id="library alone"),
         pytest.param(
             "grpo",
             [

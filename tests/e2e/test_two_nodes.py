@@ -135,7 +135,6 @@ def actors(cluster):
     ]
 
 
-@pytest.mark.slow
 def test_a_run_trains_on_two_nodes(run, cluster):
     folder, status, output, _ = run
     assert status == 0, output[-3000:]
@@ -152,7 +151,6 @@ def test_a_run_trains_on_two_nodes(run, cluster):
     assert engines and all(node.startswith(placed[1]) for node in engines)
 
 
-@pytest.mark.slow
 def test_the_cluster_outlives_the_run_and_nothing_else_does(run, cluster, mark, driver):
     *_, before = run
     assert [node["Alive"] for node in ray.nodes()] == [True, True]
@@ -164,7 +162,6 @@ def test_the_cluster_outlives_the_run_and_nothing_else_does(run, cluster, mark, 
     wait_for(lambda: marked(mark).keys() <= before.keys())
 
 
-@pytest.mark.slow
 def test_without_an_address_a_run_has_a_ray_of_its_own(
     tmp_path, cluster, tmp_path_factory, retriever
 ):

@@ -95,6 +95,7 @@ def test_the_parser_of_a_template_is_found_and_a_call_is_answered_in_its_tool_ro
     loop = make(family(name))
     assert loop.dialect.parser.name == PARSERS[name]
     assert not [p for p in loop.preflight() if "agent.format" in p]
+    assert loop.needs_tokens, "an endpoint of text cannot take it"
     thought = THOUGHT if loop.dialect.opened else ""
     turns = [thought + written(name, SEARCH) + END[name], f"{thought}<answer> Torvel </answer>"]
     trajectory = roll(loop, turns)
