@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from search_r1.rewards.matching import gold_answers, last_answer
-from search_r1.trajectory import question_of, read_searches
+from search_r1.trajectory import NO_TOOLS, question_of, read_searches
 from verl.agent import Row, Segment, Source, Trajectory
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def read_tools(segments: Iterable[Segment]) -> dict[str, ToolUse]:
     uses: dict[str, ToolUse] = {}
     for segment in segments:
         kind = segment.info.get("kind")
-        if segment.source is not Source.OBSERVATION or "arguments" not in segment.info:
+        if segment.source is not Source.OBSERVATION or kind in (None, *NO_TOOLS):
             continue
         use = uses.get(kind, ToolUse())
         uses[kind] = ToolUse(

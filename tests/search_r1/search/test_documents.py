@@ -280,6 +280,8 @@ def test_the_server_process_opens_and_finds_in_every_worker(tmp_path):
     flags = ["--documents", "title", "--page_chars", "30", "--workers", "2", "--token", "secret"]
     with retrieval_server(tmp_path, *flags) as (url, _):
         base = url.removesuffix("/retrieve")
+        # each connection may be another worker's, and one of them may still be loading
+        wait_for(lambda: all(httpx.get(f"{base}/health").is_success for _ in range(24)))
         assert HTTP.get(f"{base}/health").json()["documents"] == "title"
         assert post(base, "open", document="Torvel").status_code == 401
         head = {"Authorization": "Bearer secret"}
