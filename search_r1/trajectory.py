@@ -16,10 +16,12 @@ from verl.utils.errors import DataError
 Record = dict[str, Any]
 FINDING_KIND = "finding"
 """In the `info` of a segment in which the policy shortens a result, beside the conversation."""
-NO_TOOLS = frozenset({"invalid_action", "context", "summary", "summary_request"})
-"""Kinds of observations that no tool has brought."""
 SUMMARY_KIND = "summary"
 """In the `info` of a segment in which the policy sums up a context that is then left behind."""
+SUMMARY_REQUEST = "summary_request"
+"""The `kind` of the observation that asks for a summary."""
+NO_TOOLS = frozenset({"invalid_action", "context", SUMMARY_KIND, SUMMARY_REQUEST})
+"""Kinds of observations that no tool has brought."""
 
 
 @dataclass(frozen=True)

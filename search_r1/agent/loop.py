@@ -44,7 +44,7 @@ from search_r1.tools.formats import SEARCH_R1
 from search_r1.tools.search import SearchTool
 from search_r1.tools.sections import build_tools, naming_problems
 from search_r1.tools.toolbox import Toolbox
-from search_r1.trajectory import FINDING_KIND, SUMMARY_KIND, required_question
+from search_r1.trajectory import FINDING_KIND, SUMMARY_KIND, SUMMARY_REQUEST, required_question
 from verl.agent import (
     TRAINING_STEP,
     AgentLoop,
@@ -56,8 +56,6 @@ from verl.agent import (
 )
 from verl.utils.tokenizer import end_of_turn, user_turn
 
-SUMMARY_REQUEST = "summary_request"
-"""The `kind` of the observation that asks for a summary."""
 CHARS_PER_TOKEN = 64
 """More than any text has on average: what is longer is cut before it is encoded."""
 

@@ -3,7 +3,7 @@
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.search.client import Passage, SearchError
-from verl.agent import Completion, context_digest
+from verl.agent import Completion, Source, context_digest
 
 ADA = Passage("7", '"Ada Marin"', "Ada Marin was born in Torvel.", 2.5)
 BLOCK = '<information>Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.</information>\n\n'
@@ -54,6 +54,15 @@ class Library:
 
 def shown(trajectory, tokenizer):
     return [(str(s.source), tokenizer.decode(s.token_ids)) for s in trajectory.segments]
+
+
+def check_growing(trajectory, engine):
+    """Every context was the trajectory so far, and the policy's tokens alone are trained."""
+    assert trajectory.context_violations == 0
+    for given_ids, _, _ in engine.calls:
+        assert given_ids == trajectory.token_ids[: len(given_ids)]
+    mask = [int(s.source is Source.MODEL) for s in trajectory.segments for _ in s.token_ids]
+    assert trajectory.response_mask == mask
 
 
 def make_loop(tokenizer, passages=(ADA,), fail_at=None, **config):

@@ -12,7 +12,7 @@ from search_r1.prompts import NATIVE_INVALID_MESSAGE
 from search_r1.rewards.compose import SearchReward
 from search_r1.rewards.config import SearchRewardConfig
 from search_r1.search.client import Passage
-from tests.search_r1.agent.scripted import ADA, Engine, Library, shown
+from tests.search_r1.agent.scripted import ADA, Engine, Library, check_growing, shown
 from tests.templates import NATIVE
 from verl.agent import Source
 from verl.utils.errors import ConfigError
@@ -71,11 +71,7 @@ def make(tokenizer, format="auto", passages=(ADA,), **config):
 def roll(loop, turns, row=ROW):
     engine = Engine(loop.tokenizer, turns)
     trajectory = asyncio.run(loop.run([], row, engine))
-    assert trajectory.context_violations == 0
-    for given_ids, _, _ in engine.calls:
-        assert given_ids == trajectory.token_ids[: len(given_ids)]
-    mask = [int(s.source is Source.MODEL) for s in trajectory.segments for _ in s.token_ids]
-    assert trajectory.response_mask == mask
+    check_growing(trajectory, engine)
     return trajectory
 
 

@@ -11,9 +11,18 @@ from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.prompts import INVALID_ACTION, INVALID_MESSAGE
 from tests.e2e.runs import ROOT
-from tests.search_r1.agent.scripted import ADA, ANSWER, BLOCK, SEARCH, Engine, Library, shown
+from tests.search_r1.agent.scripted import (
+    ADA,
+    ANSWER,
+    BLOCK,
+    SEARCH,
+    Engine,
+    Library,
+    check_growing,
+    shown,
+)
 from tests.templates import FAMILIES
-from verl.agent import Completion, Source, context_digest
+from verl.agent import Completion, context_digest
 
 PAGE = ROOT / "docs" / "templates.md"
 EXAMPLE = re.compile(r"<!-- (\S+) -->\n```\n(.*?)```", re.DOTALL)
@@ -42,11 +51,7 @@ def roll(tokenizer, turns, loop_class=SearchAgentLoop, engine=None, **config):
         loop.search.client = Library([ADA])
     engine = engine or Engine(tokenizer, turns)
     trajectory = asyncio.run(loop.run([], ROW, engine))
-    assert trajectory.context_violations == 0
-    for given_ids, _, _ in engine.calls:
-        assert given_ids == trajectory.token_ids[: len(given_ids)]
-    mask = [int(s.source is Source.MODEL) for s in trajectory.segments for _ in s.token_ids]
-    assert trajectory.response_mask == mask
+    check_growing(trajectory, engine)
     return trajectory
 
 

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,6 +28,7 @@ from search_r1.world.base import ARITHMETIC, ARITHMETIC_STAGES, answered, build,
 from search_r1.world.generate import FILES, FIRST, SECOND, WorldConfig, make_world
 from search_r1.world.tokenizer import train_tokenizer, training_texts
 from search_r1.world.traces import RecallWriter, encode_trace
+from tests.search_r1.world.reading import share_read
 from verl.agent import Completion, Source, context_digest
 from verl.trainer.sft import start_process_group
 from verl.utils.tokenizer import encode_text
@@ -313,15 +313,7 @@ def base():
 def test_the_shipped_base_reads_years_it_has_never_seen(base):
     model, tokenizer = base
     writer = ArithmeticWriter(random.Random(123), CLEAN)
-    right = total = 0
-    for _ in range(60):
-        row = encode_trace(writer(), tokenizer)
-        ids = torch.tensor([row["input_ids"]])
-        read = torch.tensor(row["read_mask"])[1:].bool()
-        guessed = model(ids).logits[0, :-1].argmax(-1)
-        right = right + int((guessed == ids[0, 1:])[read].sum())
-        total = total + int(read.sum())
-    assert right / total > 0.95
+    assert share_read(model, tokenizer, writer) > 0.95
 
 
 def test_the_shipped_base_says_how_it_was_made(base):

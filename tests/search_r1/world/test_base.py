@@ -20,7 +20,8 @@ from search_r1.world.base import (
 )
 from search_r1.world.generate import WorldConfig, make_world
 from search_r1.world.model import LOOK_BACK, random_model
-from search_r1.world.traces import PolicyMix, TraceWriter, encode_trace
+from search_r1.world.traces import PolicyMix, TraceWriter
+from tests.search_r1.world.reading import share_read
 from verl.trainer.sft import start_process_group
 from verl.utils.tokenizer import encode_text
 
@@ -56,15 +57,7 @@ def test_first_turns_are_valid_actions(base):
 def test_it_reads_about_names_it_has_never_seen_at_any_rank(base):
     model, tokenizer = base
     writer = TraceWriter(random.Random(123), PolicyMix(), 3, (1, 2))
-    right = total = 0
-    for _ in range(60):
-        row = encode_trace(writer(), tokenizer)
-        ids = torch.tensor([row["input_ids"]])
-        read = torch.tensor(row["read_mask"])[1:].bool()
-        guessed = model(ids).logits[0, :-1].argmax(-1)
-        right = right + int((guessed == ids[0, 1:])[read].sum())
-        total = total + int(read.sum())
-    assert right / total > 0.97
+    assert share_read(model, tokenizer, writer) > 0.97
 
 
 def test_rows_watch_the_words_copied_out_of_passages(base):
