@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from verl.utils.run_folder import write_atomically
+from verl.utils.run_folder import PENDING, write_atomically
 
 logger = logging.getLogger(__name__)
 STEP = "training/global_step"
@@ -110,21 +110,32 @@ class Tracking:
         self, name: str, records: Sequence[dict[str, Any]], step: int, samples: int = 8
     ) -> Path:
         """Writes trajectories/<name>_<step>.jsonl, and the first `samples` as a wandb table."""
+        path = self.write_trajectories(name, records, step)
+        self.show_trajectories(name, records[:samples], step)
+        return path
+
+    def write_trajectories(self, name: str, records: Sequence[dict[str, Any]], step: int) -> Path:
+        """Writes trajectories/<name>_<step>.jsonl whole, in place of one that is there."""
         path = self.run_dir / "trajectories" / f"{name}_{step:06d}.jsonl"
+        pending = path.with_name(path.name + PENDING)
         try:
             path.parent.mkdir(exist_ok=True)
-            with path.open("w") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            with pending.open("w", encoding="utf-8") as file:
+                file.writelines(json_line(record) for record in records)
+            os.replace(pending, path)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            pending.unlink(missing_ok=True)
             logger.warning("%s: %s; these trajectories are not written", path, error)
+        return path
+
+    def show_trajectories(self, name: str, records: Sequence[dict[str, Any]], step: int) -> None:
+        """Sends trajectories to wandb as a table, if that is one of the loggers."""
         if self.wandb:
             import wandb
 
-            rows: list[Any] = [_table_row(record) for record in records[:samples]]
+            rows: list[Any] = [_table_row(record) for record in records]
             table = wandb.Table(columns=["data_source", "prompt", "response", "score"], data=rows)
             self.wandb.log({STEP: step, f"{name}/trajectories": table})
-        return path
 
     def keep(self, batch: Savable, name: str) -> str:
         """Writes a batch to the file `name` of the run folder.
@@ -145,6 +156,11 @@ class Tracking:
             self._write()
         if self.wandb:
             self.wandb.finish()
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """A record as one line of JSON, without spaces: half of a record are lists of small numbers."""
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def _table_row(record: dict[str, Any]) -> list[Any]:
