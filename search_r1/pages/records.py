@@ -6,7 +6,7 @@ A line that cannot be read is no error: it becomes an entry that says which line
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,28 @@ def excerpt_of(value: object) -> str:
     return "missing" if value is None else repr(value)[:60]
 
 
+def shown(entry: Entry) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The summary of an entry for the list of a page, and what is shown when it is opened.
+
+    A record that has the shape of one, and yet something unknown within, gets a problem.
+    """
+    try:
+        return summary_of(entry), content_of(entry)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        text = json.dumps(entry.record)[:EXCERPT]
+        problem = f"not a record that this page knows: {error!r}"
+        strange = replace(entry, record=None, problem=problem, excerpt=text)
+        return summary_of(strange), content_of(strange)
+
+
+def content_of(entry: Entry) -> dict[str, Any]:
+    """What a page shows of an entry that is opened."""
+    place = {"file": entry.file, "line": entry.line, "kind": entry.kind, "step": entry.step}
+    if entry.record is None:
+        return {**place, "problem": entry.problem, "excerpt": entry.excerpt}
+    return {**view_of(entry.record), **place}
+
+
 def view_of(record: Record) -> Record:
     """What a page shows of a record: gold passages are marked, ids that nobody reads left out.
 
@@ -208,6 +230,7 @@ def summary_of(entry: Entry) -> dict[str, Any]:
         "hops": facts.get("hops", info.get("hops")),
         "searches": len(read_searches(record)),
         "stop": record.get("stop_reason") or "unknown",
+        "detail": "tokens" if any("mask" in s for s in segments) else "text",
         "tokens": sum(len(s.get("token_ids") or ()) for s in segments),
         "queries": [search.query for search in read_searches(record)],
     }

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from search_r1.pages.html import page_html
-from search_r1.pages.records import Entry, read_entries, summary_of, view_of
+from search_r1.pages.records import Entry, read_entries, shown
 from verl.utils.errors import DataError
 
 CHUNK = 256 * 1024
@@ -61,9 +61,9 @@ class Page:
 
     def add(self, entry: Entry) -> None:
         """Adds an entry to the page."""
-        place = {"chunk": len(self.chunks), "at": len(self.waiting)}
-        self.index.append({**summary_of(entry), **place})
-        self.waiting.append(json_text(content_of(entry)))
+        summary, content = shown(entry)
+        self.index.append({**summary, "chunk": len(self.chunks), "at": len(self.waiting)})
+        self.waiting.append(json_text(content))
         if sum(map(len, self.waiting)) >= CHUNK:
             self.complete()
 
@@ -72,14 +72,6 @@ class Page:
         if self.waiting:
             self.chunks.append(packed("\n".join(self.waiting)))
             self.waiting = []
-
-
-def content_of(entry: Entry) -> dict[str, Any]:
-    """What a page shows of an entry that is opened."""
-    place = {"file": entry.file, "line": entry.line, "kind": entry.kind, "step": entry.step}
-    if entry.record is None:
-        return {**place, "problem": entry.problem, "excerpt": entry.excerpt}
-    return {**view_of(entry.record), **place}
 
 
 def json_text(value: object) -> str:
@@ -135,12 +127,13 @@ def build(
     *,
     steps: Sequence[int] | None = None,
     limit: int | None = None,
+    size: int = PAGE,
 ) -> list[Path]:
     """Writes the pages of a run folder, a result or a file, and returns their files.
 
     Raises DataError where there is no record to show.
     """
-    pages = list(pages_of(read_entries(place, steps, limit)))
+    pages = list(pages_of(read_entries(place, steps, limit), size))
     if not pages[0].index:
         raise DataError(f"{place}: no trajectory records (of these steps)")
     return write_pages(pages, out, place.resolve().name)

@@ -26,7 +26,7 @@ export function el(tag, props = {}, ...children) {
  * @param {...(Node|string|number|null|undefined|false)} children
  */
 export function append(node, ...children) {
-  for (const child of children.flat()) {
+  for (const child of children.flat(Infinity)) {
     if (child === null || child === undefined || child === false) continue;
     node.appendChild(child instanceof Node ? child : document.createTextNode(String(child)));
   }
@@ -43,6 +43,11 @@ export function num(value, digits = 3) {
   if (typeof value !== "number" || !Number.isFinite(value)) return "–";
   const text = Number.isInteger(value) ? String(value) : value.toFixed(digits);
   return text.replace("-", "−");
+}
+
+/** A number with its noun: "1 hop", "2 hops". */
+export function counted(number, one, many = `${one}s`) {
+  return `${num(number)} ${number === 1 ? one : many}`;
 }
 
 /** A small label; `tone` chooses its colour: good, bad, quiet, accent. */

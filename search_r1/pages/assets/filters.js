@@ -10,6 +10,7 @@
  * @property {string} stop
  * @property {string} hops
  * @property {string} searches
+ * @property {string} detail  tokens, where the numbers of single tokens are known, or text
  * @property {string} reward  any, right, wrong, or between
  * @property {string} outcome  of the group: any, mixed, same
  * @property {string} group  a group, or empty
@@ -23,11 +24,12 @@ export const NO_FILTERS = Object.freeze({
   stop: "",
   hops: "",
   searches: "",
+  detail: "",
   reward: "",
   outcome: "",
   group: "",
 });
-export const CHOICES = ["kind", "step", "source", "stop", "hops", "searches"];
+export const CHOICES = ["kind", "step", "source", "stop", "hops", "searches", "detail"];
 
 /** The values of a property that occur, with how often, in their order. */
 export function valuesOf(index, name) {
@@ -43,6 +45,11 @@ export function valuesOf(index, name) {
 /** Whether an entry scored full marks: by exact match where that is known, else by its score. */
 export function isRight(entry) {
   return (entry.em ?? entry.score ?? 0) >= 1;
+}
+
+/** Whether an entry scored something, but not full marks. */
+export function isPartial(entry) {
+  return !entry.problem && !isRight(entry) && (entry.score ?? 0) > 0;
 }
 
 /** By group: its entries. */
@@ -92,7 +99,7 @@ export function matches(entry, filters, groups, everywhere) {
 function rewardClass(entry) {
   if (entry.problem) return "unreadable";
   if (isRight(entry)) return "right";
-  return (entry.score ?? 0) > 0 ? "between" : "wrong";
+  return isPartial(entry) ? "between" : "wrong";
 }
 
 export const ORDERS = {

@@ -51,14 +51,15 @@ export function virtualList(renderRow, onChoose) {
     return node;
   }
 
+  /** Brings the chosen row into sight: by a row at the edge, into the middle if it is far away. */
   function reveal() {
     const place = items.indexOf(chosen);
     if (place < 0) return;
     const top = place * ROW_HEIGHT;
-    if (top < box.scrollTop) box.scrollTop = top;
-    else if (top + ROW_HEIGHT > box.scrollTop + box.clientHeight) {
-      box.scrollTop = top + ROW_HEIGHT - box.clientHeight;
-    }
+    const lowest = top + ROW_HEIGHT - box.clientHeight;
+    const isFar = top < box.scrollTop - ROW_HEIGHT || lowest > box.scrollTop + ROW_HEIGHT;
+    if (isFar) box.scrollTop = top - box.clientHeight / 2;
+    else box.scrollTop = Math.max(lowest, Math.min(top, box.scrollTop));
   }
 
   box.addEventListener("scroll", draw, { passive: true });

@@ -1,6 +1,6 @@
 // One trajectory: its question and outcome, then what each author wrote, token by token.
 
-import { append, chip, el, fill, num } from "./dom.js";
+import { append, chip, counted, el, fill, num } from "./dom.js";
 import { partsOf } from "./parts.js";
 import { answerPattern, renderPassages } from "./passages.js";
 import { MEASURES, authorOf, measuresOf, renderFacts, renderLegend, scaleOf, tokensOf } from "./tokens.js";
@@ -66,8 +66,8 @@ export function renderOutcome(record) {
       record.step !== null && record.step !== undefined && chip(`${record.kind} step ${record.step}`),
       chip(`stop: ${record.stop_reason || "unknown"}`),
       chip(String(record.data_source)),
-      typeof record.info?.searches === "number" && chip(`${record.info.searches} searches`),
-      typeof record.info?.hops === "number" && chip(`${record.info.hops} hops`),
+      typeof record.info?.searches === "number" && chip(counted(record.info.searches, "search", "searches")),
+      typeof record.info?.hops === "number" && chip(counted(record.info.hops, "hop")),
       record.uid && chip(`group ${String(record.uid).slice(0, 8)}`, "quiet", String(record.uid)),
       record.rewrites?.length && chip(`${record.rewrites.length + 1} contexts`),
     ),
@@ -133,7 +133,7 @@ function renderSegmentHead(segment, author) {
     info.kind && String(info.kind).replaceAll("_", " "),
     segment.is_aside && "beside the conversation",
     segment.policy_version >= 0 && `version ${segment.policy_version}`,
-    segment.token_ids?.length && `${segment.token_ids.length} tokens`,
+    segment.token_ids?.length && counted(segment.token_ids.length, "token"),
     info.finish_reason === "length" && "cut at the limit of tokens",
     info.cut === true && "cut to fit",
     typeof info.latency_s === "number" && `${Math.round(info.latency_s * 1000)} ms`,

@@ -1,9 +1,9 @@
 // The page: a list with filters, and the trajectory that was chosen. The address holds the choice.
 
-import { append, chip, el, fill, num } from "./dom.js";
+import { append, chip, counted, el, fill, num } from "./dom.js";
 import { themeSwitch } from "./theme.js";
 import { blockText, entriesWith, loadRecord } from "./data.js";
-import { CHOICES, NO_FILTERS, ORDERS, groupsOf, isRight, matches, valuesOf } from "./filters.js";
+import { CHOICES, NO_FILTERS, ORDERS, groupsOf, isPartial, isRight, matches, valuesOf } from "./filters.js";
 import { virtualList } from "./list.js";
 import { renderTrajectory } from "./trajectory.js";
 import { renderSideBySide } from "./compare.js";
@@ -22,7 +22,7 @@ const KEYS = [
   ["?", "this help"],
   ["Esc", "leave a field, the help, or a comparison"],
 ];
-const NAMES = { kind: "Of", step: "Step", source: "Source", stop: "Stop reason", hops: "Hops", searches: "Searches" };
+const NAMES = { kind: "Phase", step: "Step", source: "Source", stop: "Stop reason", hops: "Hops", searches: "Searches", detail: "Detail" };
 
 const state = {
   index: [],
@@ -103,8 +103,9 @@ function renderRow(entry) {
     el("div", { class: "row-sub" },
       el("span", { class: right ? "verdict right" : "verdict wrong" }, right ? "✓" : "✗"),
       el("span", { class: "row-answer" }, entry.answer ?? `no answer (${entry.stop})`),
+      isPartial(entry) && chip(`reward ${num(entry.score, 2)}`),
       el("span", { class: "row-facts" },
-        `${num(entry.score, 2)}`, entry.step === null ? null : ` · step ${entry.step}`, ` · ${entry.searches} 🔍\ufe0e`),
+        entry.step === null ? null : `step ${entry.step} · `, counted(entry.searches, "search", "searches")),
     ),
   ];
 }
@@ -127,8 +128,8 @@ function renderFilters() {
     el("label", { class: "check" }, everywhere, "also in thoughts and passages"),
     el("details", { class: "more-filters", open: window.innerWidth > 800 },
       el("summary", {}, "Filters"),
-      el("div", { class: "filter-grid" }, selects, reward, outcome, el("label", {}, "Order", order)),
-      el("button", { class: "quiet-button", type: "button", onclick: resetFilters }, "Clear filters")),
+      el("div", { class: "filter-grid" }, selects, reward, outcome, el("label", {}, "Order", order),
+        el("button", { class: "quiet-button", type: "button", onclick: resetFilters }, "Clear filters"))),
     view.groupFilter);
 }
 
@@ -203,6 +204,7 @@ function openAddress() {
 }
 
 function chooseTab(tab) {
+  if (!state.chosen) return;
   state.tab = tab;
   open(state.chosen);
 }
@@ -258,7 +260,9 @@ async function renderMembers(entry, entries, titleOf, note) {
 }
 
 function groupNote(entry) {
-  return el("p", { class: "hint" }, "One prompt, several samples: a group's advantages compare their rewards. ",
+  const scores = (state.groups.get(entry.group) ?? [entry]).map((member) => member.score ?? 0);
+  const mean = scores.reduce((sum, score) => sum + score, 0) / scores.length;
+  return el("p", { class: "hint" }, `${counted(scores.length, "sample")} of one prompt, mean reward ${num(mean)}. `,
     el("button", { class: "link-button", type: "button", onclick: () => setFilter("group", entry.group) }, "Show only this group in the list"));
 }
 
@@ -338,7 +342,7 @@ function onKey(event) {
     return;
   }
   const action = ACTIONS[event.key];
-  if (!action || !state.chosen) return;
+  if (!action) return;
   const scrolls = event.key.startsWith("Arrow") && view.main.contains(event.target);
   if (scrolls) return; // arrows scroll what is read
   event.preventDefault();
