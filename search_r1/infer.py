@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -26,14 +25,10 @@ from search_r1.data.rows import read_rows
 from search_r1.data.shapes import normalise
 from search_r1.evaluate import given_overrides
 from search_r1.launch import composed, prepare_and_serve
-from search_r1.rewards.matching import last_answer
-from verl.agent import AgentLoop, Completion, Generate, Source, Trajectory, TrajectoryFailed
-from verl.rollout.openai_engine import OpenAIEngine
-from verl.rollout.router import Router
-from verl.rollout.vllm_server import VLLMServer
-from verl.trainer.checks import environment_problems
+from search_r1.session import InferenceSession, answer_of
+from verl.agent import AgentLoop, Source, Trajectory, TrajectoryFailed
 from verl.trainer.compose import as_plain
-from verl.trainer.config import PPOConfig, build_agent, build_tokenizer, validate
+from verl.trainer.config import PPOConfig, validate
 from verl.utils.errors import ConfigError, DataError, ModelError, listed
 from verl.utils.model_names import weights_of
 from verl.utils.run_folder import claim
@@ -54,103 +49,21 @@ MAX_UNDER_WAY = 64
 """The number of questions of a file that are asked at the same time."""
 
 
-class InferenceSession:
-    """A model that can be asked questions. It belongs to one event loop."""
+class Reading:
+    """Shows the segments of a trajectory in the order in which they are written."""
 
-    def __init__(self, config: PPOConfig) -> None:
-        self.config = config
-        self.tokenizer = build_tokenizer(config)
-        self.agent: AgentLoop = build_agent(config, self.tokenizer)
-        self.server: VLLMServer | None = None
-        self.engines: Any = None
-        """A Router or an OpenAIEngine, after `start`."""
+    def __init__(self, show: Show, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.show = show
+        self.tokenizer = tokenizer
+        self.num_shown = 0
 
-    async def start(self) -> None:
-        """Starts the engine. Raises ConfigError when something that it needs is missing."""
-        rollout = self.config.actor_rollout_ref.rollout
-        gpus = rollout.tensor_model_parallel_size
-        if problems := environment_problems(self.config, self.agent, gpus):
-            raise ConfigError(problems)
-        if rollout.name == "openai":
-            model = self.config.actor_rollout_ref.model.path
-            self.engines = OpenAIEngine(rollout.endpoint, model, self.tokenizer)
-            return
-        self.server = self._build_server()
-        await self.server.start()
-        handle = SimpleNamespace(generate=SimpleNamespace(remote=self.server.generate))
-        self.engines = Router([handle])
-
-    def _build_server(self) -> VLLMServer:
-        """Makes an engine server that runs in this process."""
-        section = self.config.actor_rollout_ref
-        device = self.config.device
-        gpus = range(section.rollout.tensor_model_parallel_size) if device == "cuda" else ()
-        return VLLMServer(
-            section.rollout,
-            section.model,
-            max_model_len=self.config.max_model_len,
-            device=device,
-            replica_rank=0,
-            num_replicas=1,
-            visible_devices=[str(gpu) for gpu in gpus],
-            seed=self.config.trainer.seed,
-        )
-
-    async def ask(self, question: str, show: Show | None = None) -> Trajectory:
-        """Rolls out one question. Raises TrajectoryFailed when a tool or the endpoint fails."""
-        session = f"{time.monotonic_ns()}"
-        generate = self._generate(session)
-        if show is not None:
-            generate = showing(generate, show, self.tokenizer)
-        row = {"extra_info": {"question": question}, "data_source": "infer"}
-        try:
-            return await self.agent.run([], row, generate)
-        finally:
-            self.engines.forget(session)
-
-    def _generate(self, session: str) -> Generate:
-        """The function by which the agent loop calls the engine."""
-        sampling = self.config.actor_rollout_ref.rollout.val_kwargs
-
-        async def generate(
-            prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
-        ) -> Completion:
-            limits = {"max_tokens": max_tokens, "stop": list(stop), "seed": None}
-            return await self.engines.generate(session, prompt_ids, sampling.params() | limits)
-
-        return generate
-
-    async def close(self) -> None:
-        """Stops the agent loop and the engine."""
-        await self.agent.close()
-        if self.server is not None:
-            await self.server.shutdown()
-        elif isinstance(self.engines, OpenAIEngine):
-            await self.engines.close()
-
-
-def showing(generate: Generate, show: Show, tokenizer: "PreTrainedTokenizerBase") -> Generate:
-    """Wraps `generate`: shows what the environment added, then what the policy wrote."""
-    known: list[int] = []
-
-    async def shown(
-        prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
-    ) -> Completion:
-        if known and prompt_ids[: len(known)] == known:
-            show(Source.OBSERVATION, str(tokenizer.decode(prompt_ids[len(known) :])))
-        completion = await generate(prompt_ids, max_tokens=max_tokens, stop=stop)
-        known[:] = prompt_ids + completion.token_ids
-        show(Source.MODEL, str(tokenizer.decode(completion.token_ids, skip_special_tokens=True)))
-        return completion
-
-    return shown
-
-
-def answer_of(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """The last answer in what the model wrote itself, None without one."""
-    said = [s for s in trajectory.segments if s.source is Source.MODEL and not s.is_aside]
-    own = [segment.token_ids for segment in said]
-    return last_answer([str(tokenizer.decode(token_ids)) for token_ids in own])
+    def __call__(self, trajectory: Trajectory) -> None:
+        """Shows what is new."""
+        for segment in trajectory.segments[self.num_shown :]:
+            is_said = segment.source is Source.MODEL
+            text = self.tokenizer.decode(segment.token_ids, skip_special_tokens=is_said)
+            self.show(segment.source, str(text))
+        self.num_shown = len(trajectory.segments)
 
 
 def call_tags(agent: AgentLoop) -> list[str]:
@@ -181,7 +94,7 @@ async def ask_aloud(session: InferenceSession, questions: Iterator[str]) -> None
     for question in questions:
         began = time.perf_counter()
         try:
-            trajectory = await session.ask(question, show)
+            trajectory = await session.ask(question, Reading(show, session.tokenizer))
         except TrajectoryFailed as error:
             sys.stdout.write(f"\n[failed: {error.args[0]}]\n")
             continue

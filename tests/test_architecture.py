@@ -38,6 +38,7 @@ COMMANDS = [
     "search_r1.launch",
     "search_r1.evaluate",
     "search_r1.infer",
+    "search_r1.session",
     "search_r1.finetune",
     "search_r1.compat",
 ]
@@ -88,7 +89,14 @@ def allowed(importer: str, imported: str) -> bool:
     if within(importer, ["search_r1"]) and within(imported, ["verl"]):
         wide = within(
             importer,
-            ["search_r1.evaluation", "search_r1.export", "search_r1.infer", "search_r1.world"],
+            [
+                "search_r1.evaluation",
+                "search_r1.export",
+                "search_r1.infer",
+                "search_r1.session",
+                "search_r1.pages",
+                "search_r1.world",
+            ],
         )
         starts = within(importer, COMMANDS)
         return within(imported, VERL_FOR_TASKS + ENTRY_POINTS * wide + COMMAND_LINE * starts)

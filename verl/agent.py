@@ -12,7 +12,9 @@ recovered from ids or text:
 """
 
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -116,6 +118,24 @@ class TrajectoryRow:
         return any(s.token_ids for s in self.segments if s.source is Source.MODEL)
 
 
+Onlooker = Callable[["Trajectory"], None]
+"""Is shown a trajectory each time it has grown."""
+_onlooker: ContextVar[Onlooker | None] = ContextVar("onlooker", default=None)
+
+
+@contextmanager
+def watching(onlooker: Onlooker) -> Iterator[None]:
+    """Shows `onlooker` the trajectories that are begun in this block, each time they have grown.
+
+    The block holds for the present task and for those that it starts.
+    """
+    token = _onlooker.set(onlooker)
+    try:
+        yield
+    finally:
+        _onlooker.reset(token)
+
+
 @dataclass
 class Trajectory:
     """A prompt and what followed.
@@ -158,6 +178,7 @@ class Trajectory:
         present = self.token_ids
         if list(prompt_ids[: len(present)]) != present:
             self.rewrites.append(Rewrite(len(self.segments), list(prompt_ids)))
+            show(self)
         elif len(prompt_ids) > len(present):
             self.add_observation(list(prompt_ids[len(present) :]), kind="context")
 
@@ -224,10 +245,19 @@ class Trajectory:
                 info,
             )
         )
+        show(self)
 
     def add_observation(self, token_ids: list[int], **info: Any) -> None:
         """Appends tokens written by the environment: they are never trained."""
         self.segments.append(Segment(Source.OBSERVATION, token_ids, info=info))
+        show(self)
+
+
+def show(trajectory: Trajectory) -> None:
+    """Shows a trajectory that has grown to the onlooker, if there is one."""
+    onlooker = _onlooker.get()
+    if onlooker is not None:
+        onlooker(trajectory)
 
 
 class TrajectoryFailed(Exception):

@@ -37,12 +37,16 @@ def source_hash(text: str) -> str:
     return f"'sha256-{digest}'"
 
 
-def policy(script: str, style: str) -> str:
-    """The content security policy of a page with this script and this style, and no more."""
+def policy(script: str, style: str, connects: bool = False) -> str:
+    """The content security policy of a page with this script and this style, and no more.
+
+    `connects`: whether the script may ask the server that the page comes from.
+    """
     rules = {
         "default-src": "'none'",
         "script-src": source_hash(script),
         "style-src": source_hash(style),
+        **({"connect-src": "'self'"} if connects else {}),
         "base-uri": "'none'",
         "form-action": "'none'",
         "require-trusted-types-for": "'script'",
@@ -52,9 +56,16 @@ def policy(script: str, style: str) -> str:
 
 
 def page_html(
-    title: str, modules: Sequence[str], styles: Sequence[str], blocks: Mapping[str, str]
+    title: str,
+    modules: Sequence[str],
+    styles: Sequence[str],
+    blocks: Mapping[str, str],
+    connects: bool = False,
 ) -> str:
-    """A page that runs `modules` over its `blocks`, which are base64 by name."""
+    """A page that runs `modules` over its `blocks`, which are base64 by name.
+
+    `connects`: whether its script may ask the server that the page comes from.
+    """
     script = script_of(modules)
     style = "\n".join(asset(name) for name in styles)
     data = "\n".join(
@@ -65,7 +76,7 @@ def page_html(
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy(script, style)}">
+<meta http-equiv="Content-Security-Policy" content="{policy(script, style, connects)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
 <title>{escape(title)}</title>

@@ -5,8 +5,9 @@ import json
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,27 @@ class Executed:
     response: ToolResponse
     latency_s: float | None = None
     """Seconds that it took; None for a call that was refused."""
+
+
+_given: ContextVar[Mapping[str, ToolResponse] | None] = ContextVar("given", default=None)
+
+
+@contextmanager
+def answering(responses: Mapping[str, ToolResponse]) -> Iterator[None]:
+    """Answers calls of this block by these responses, by `call_key`, instead of running them.
+
+    The block holds for the present task and for those that it starts.
+    """
+    token = _given.set(responses)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def given_response(name: str, arguments: Arguments) -> ToolResponse | None:
+    """The response that `answering` gives to a call; None for one that is to be run."""
+    return (_given.get() or {}).get(call_key(name, arguments))
 
 
 class Toolbox:
@@ -75,11 +97,12 @@ class Toolbox:
         """Runs a call, within the limits of its tool.
 
         A call that cannot be run (no such tool, arguments that do not fit) is answered by a
-        response with an `error`. Raises ToolFailed.
+        response with an `error`; one that is given a response (`answering`) is not run. Raises
+        ToolFailed.
         """
-        refusal = self._refusal(name, arguments)
-        if refusal is not None:
-            return Executed(refusal)
+        ready = self._refusal(name, arguments) or given_response(name, arguments)
+        if ready is not None:
+            return Executed(ready)
         began = time.perf_counter()
         try:
             response = await self._answer(self.tools[name], arguments)

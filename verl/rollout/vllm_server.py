@@ -6,7 +6,7 @@ after setting the environment that it reads at import.
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from verl.agent import Completion, context_digest
@@ -141,9 +141,15 @@ class VLLMServer:
         }
 
     async def generate(
-        self, request_id: str, prompt_ids: list[int], sampling: dict[str, Any]
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: dict[str, Any],
+        on_tokens: Callable[[list[int]], None] | None = None,
     ) -> Completion:
         """Samples one completion of a prompt.
+
+        `on_tokens` is called with all ids sampled so far, each time there are more.
 
         `sampling`: temperature, top_p, top_k, max_tokens, stop, seed, and log_probs; without
         log_probs they are returned as zeros and the engine does less work. A stop string stays in
@@ -165,7 +171,9 @@ class VLLMServer:
             logprobs=0 if sampling["log_probs"] else None,
             include_stop_str_in_output=True,
             skip_special_tokens=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=(
+                RequestOutputKind.FINAL_ONLY if on_tokens is None else RequestOutputKind.CUMULATIVE
+            ),
         )
         final = None
         try:
@@ -173,6 +181,8 @@ class VLLMServer:
                 {"prompt_token_ids": prompt_ids}, params, request_id
             ):
                 final = output
+                if on_tokens is not None:
+                    on_tokens(list(output.outputs[0].token_ids))
         except EngineDeadError:
             os._exit(1)  # raised instead, it would look like an error of this call
         assert final is not None, "the engine ended a request without an output"

@@ -1,0 +1,225 @@
+"""The playground: ask a model in the browser, and watch it think, search and read.
+
+    python -m search_r1.pages.play MODEL [--beside MODEL] [key=value ...]
+
+The loop is that of training. What the model has said, and what its searches have found, can be
+edited, and it goes on from there. Two models answer the same question side by side. The page is
+served on this machine alone; with --host it is served to others, who need the token that the
+address names.
+"""
+
+import argparse
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from search_r1.launch import composed, free_port, prepare_and_serve
+from search_r1.evaluate import given_overrides
+from search_r1.pages.html import page_html
+from search_r1.pages.viewer import json_text, packed
+from verl.utils.errors import ConfigError, DataError, ModelError
+from verl.utils.processes import dying_with_this
+
+logger = logging.getLogger(__name__)
+MODULES = (
+    "dom.js",
+    "theme.js",
+    "data.js",
+    "parts.js",
+    "tokens.js",
+    "passages.js",
+    "trajectory.js",
+    "events.js",
+    "edit.js",
+    "play.js",
+)
+STYLES = ("base.css", "trajectory.css", "play.css")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+COOKIE = "search_r1_token"
+END_S = 10.0
+"""Seconds that a model has to end by itself."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the playground: a process that answers on a socket."""
+
+    name: str
+    socket: Path
+    process: "subprocess.Popen[bytes]"
+
+    def client(self) -> httpx.AsyncClient:
+        """A client of the process. Answers may take any time, because people wait for tokens."""
+        transport = httpx.AsyncHTTPTransport(uds=str(self.socket))
+        return httpx.AsyncClient(transport=transport, base_url="http://model", timeout=None)
+
+    async def state(self) -> str:
+        """`loading`, `ready` or `ended`."""
+        if self.process.poll() is not None:
+            return "ended"
+        try:
+            async with self.client() as client:
+                return "ready" if (await client.get("/ready")).is_success else "loading"
+        except httpx.HTTPError:
+            return "loading"
+
+
+@contextmanager
+def serving(models: Sequence[str], flags: Sequence[str]) -> Iterator[list[Model]]:
+    """Starts a process for each model, and ends them all when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="search-r1-play-") as folder, ExitStack() as stack:
+        started = []
+        for number, name in enumerate(models):
+            socket = Path(folder, f"{number}.sock")
+            command = [sys.executable, "-m", "search_r1.pages.play_model", name]
+            process = subprocess.Popen(
+                [*command, "--socket", str(socket), *flags], preexec_fn=dying_with_this()
+            )
+            stack.callback(end, process)
+            started.append(Model(name, socket, process))
+        yield started
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Asks a process to end, and kills it when it does not."""
+    process.terminate()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def make_app(models: Sequence[Model], token: str | None) -> FastAPI:
+    """The application of the page. Without a `token` only this machine's own names are served."""
+
+    def check(request: Request) -> None:
+        """Refuses whoever does not know the token."""
+        known = request.cookies.get(COOKIE, "")
+        if token is not None and not secrets.compare_digest(known.encode(), token.encode()):
+            raise HTTPException(401, "open the address with the token that the playground printed")
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if token is None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+
+    @app.get("/")
+    def page(request: Request) -> Response:
+        given = request.query_params.get("token", "")
+        if token is not None and secrets.compare_digest(given.encode(), token.encode()):
+            response: Response = HTMLResponse(html_of(models))
+            response.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+            return response
+        check(request)
+        return HTMLResponse(html_of(models))
+
+    @app.get("/models", dependencies=[Depends(check)])
+    async def states() -> JSONResponse:
+        return JSONResponse([{"name": m.name, "state": await m.state()} for m in models])
+
+    @app.post("/models/{number}/ask", dependencies=[Depends(check)])
+    async def ask(number: int, request: Request) -> Response:
+        if not 0 <= number < len(models):
+            raise HTTPException(404, f"there are {len(models)} models")
+        return await passed_on(models[number], await request.body())
+
+    return app
+
+
+async def passed_on(model: Model, body: bytes) -> Response:
+    """The answer of a model, as it comes."""
+    client = model.client()
+    headers = {"content-type": "application/json"}
+    try:
+        request = client.build_request("POST", "/ask", content=body, headers=headers)
+        answer = await client.send(request, stream=True)
+    except httpx.HTTPError as error:
+        await client.aclose()
+        raise HTTPException(503, f"{model.name} is {await model.state()}") from error
+
+    async def chunks() -> AsyncIterator[bytes]:
+        try:
+            async for chunk in answer.aiter_bytes():
+                yield chunk
+        except httpx.HTTPError:
+            yield b'event: failed\ndata: {"message": "the model has ended; see the console"}\n\n'
+        finally:
+            await answer.aclose()
+            await client.aclose()
+
+    return StreamingResponse(
+        chunks(), status_code=answer.status_code, media_type=answer.headers.get("content-type")
+    )
+
+
+def html_of(models: Sequence[Model]) -> str:
+    """The page."""
+    about = {"models": [model.name for model in models]}
+    blocks = {"about": packed(json_text(about))}
+    return page_html("Playground", MODULES, STYLES, blocks, connects=True)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m search_r1.pages.play",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint"
+    )
+    parser.add_argument("--beside", metavar="MODEL", help="another model, asked the same questions")
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="base address of an OpenAI-compatible API, such as .../v1"
+    )
+    parser.add_argument(
+        "--config-name", default="grpo", help="configuration to start from (default: grpo)"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at (default: this machine alone)"
+    )
+    parser.add_argument("--port", type=int, help="port to serve at (default: a free one)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves the playground until Ctrl-C; returns the exit status."""
+    args, overrides = make_parser().parse_known_args(argv)
+    models = [name for name in (args.model, args.beside) if name]
+    flags = ["--config-name", args.config_name]
+    flags += ["--endpoint", args.endpoint] if args.endpoint else []
+    token = None if args.host in LOOPBACK else secrets.token_urlsafe(24)
+    port = args.port or free_port()
+    try:
+        config, complete = composed(
+            args.config_name, [*given_overrides(models[0], args.endpoint), *overrides]
+        )
+        with prepare_and_serve(config, overrides) as server, ExitStack() as stack:
+            retriever = [f"retriever.url={server.url}"] if server else []
+            running = stack.enter_context(serving(models, [*flags, *overrides, *retriever]))
+            address = f"http://{args.host}:{port}/" + (f"?token={token}" if token else "")
+            sys.stdout.write(f"Playground: {address}\n")
+            sys.stdout.flush()
+            uvicorn.run(make_app(running, token), host=args.host, port=port, log_level="warning")
+    except (ConfigError, DataError, ModelError) as error:
+        sys.exit(f"error: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

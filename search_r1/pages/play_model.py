@@ -1,0 +1,208 @@
+"""Serves one model of the playground: questions come in, events of a trajectory go out.
+
+    python -m search_r1.pages.play_model MODEL --socket FILE [key=value ...]
+
+The playground (`search_r1.pages.play`) starts it, one process for each model, and talks to it by a
+socket in a folder that only its user can enter. Events are server-sent events with JSON:
+
+    began      {"prompt"}                   the prompt of the trajectory
+    sampled    {"call", "text"}             what a call of the engine has written so far
+    written    {"place", "segment"}         a segment is complete (`search_r1.pages.records`)
+    rewritten  {"at", "prompt"}             the context was written anew
+    ended      {"record"}                   the whole trajectory
+    failed     {"message"}                  the environment broke, or nobody can answer
+"""
+
+import argparse
+import asyncio
+import copy
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
+
+from search_r1.evaluate import given_overrides
+from search_r1.infer import config_for_answering
+from search_r1.launch import composed
+from search_r1.pages.records import view_of, view_of_segment
+from search_r1.prompts import format_passages
+from search_r1.session import InferenceSession, Script
+from search_r1.tools.base import SEARCH_TOOL, ToolResponse
+from search_r1.tools.toolbox import call_key
+from search_r1.trajectory import gold_passages
+from verl.agent import Segment, Source, Trajectory, TrajectoryFailed
+from verl.rollout.agent_worker import Job
+from verl.rollout.records import TokenFacts, segment_record, trajectory_record
+from verl.utils.errors import ConfigError, DataError, ModelError
+
+SCRIPTED = -1
+"""The policy version of what was not sampled but given."""
+
+
+class EditedPassage(BaseModel):
+    """A passage that a search is to find."""
+
+    id: str = ""
+    title: str = ""
+    text: str = Field(max_length=100_000)
+
+
+class Ask(BaseModel):
+    """A question, and what of its trajectory is given already."""
+
+    question: str = Field(min_length=1, max_length=10_000)
+    gold: list[str] = []
+    """Accepted answers, to be marked."""
+    said: list[str | list[int]] = []
+    """What the policy says first, a turn each: a text, or the ids of its tokens."""
+    passages: dict[str, list[EditedPassage]] = {}
+    """What searches find, by their query, instead of what the server has."""
+
+
+def script_of(ask: Ask) -> Script:
+    """The script of a question."""
+    found = {
+        call_key(SEARCH_TOOL, {"query": query}): response_of(query, passages)
+        for query, passages in ask.passages.items()
+    }
+    return Script(ask.said, found)
+
+
+def response_of(query: str, passages: Sequence[EditedPassage]) -> ToolResponse:
+    """What a search is answered that finds these passages."""
+    text = format_passages([(passage.title, passage.text) for passage in passages])
+    facts = {"query": query, "passages": [passage.model_dump() for passage in passages]}
+    return ToolResponse(text, facts=facts)
+
+
+class Narrator:
+    """Turns what happens to a trajectory into events, in a queue."""
+
+    def __init__(self, session: InferenceSession, ask: Ask) -> None:
+        self.tokenizer = session.tokenizer
+        self.log_probs = session.log_probs
+        self.row = {
+            "data_source": "play",
+            "reward_model": {"ground_truth": {"target": ask.gold}},
+            "extra_info": {"question": ask.question},
+        }
+        self.gold = gold_passages(self.row["extra_info"])
+        self.events: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue()
+        self.num_segments = 0
+        self.num_rewrites = 0
+        self.has_begun = False
+
+    def tell(self, event: str, **content: Any) -> None:
+        """Puts an event into the queue."""
+        self.events.put_nowait((event, content))
+
+    def on_tokens(self, call: int, ids: list[int]) -> None:
+        """Tells what a call of the engine has written so far."""
+        self.tell("sampled", call=call, text=self.tokenizer.decode(ids))
+
+    def on_growth(self, trajectory: Trajectory) -> None:
+        """Tells what is new in a trajectory."""
+        if not self.has_begun:
+            self.has_begun = True
+            self.tell("began", prompt=self.tokenizer.decode(trajectory.prompt_ids))
+        for place in range(self.num_segments, len(trajectory.segments)):
+            segment = trajectory.segments[place]
+            record = segment_record(segment, self.tokenizer, self.facts_of(segment))
+            self.tell("written", place=place, segment=view_of_segment(record, self.gold))
+        for rewrite in trajectory.rewrites[self.num_rewrites :]:
+            text = self.tokenizer.decode(rewrite.prompt_ids)
+            self.tell("rewritten", at=rewrite.at, prompt=text)
+        self.num_segments = len(trajectory.segments)
+        self.num_rewrites = len(trajectory.rewrites)
+
+    def facts_of(self, segment: Segment) -> TokenFacts:
+        """What is known of the tokens of a segment."""
+        is_sampled = segment.source is Source.MODEL and segment.policy_version != SCRIPTED
+        return {"rollout_log_probs": segment.log_probs} if self.log_probs and is_sampled else {}
+
+    def end(self, trajectory: Trajectory) -> None:
+        """Tells the whole trajectory."""
+        job = Job("play", "play", self.row, trajectory.prompt_ids)
+        facts = [self.facts_of(segment) for segment in trajectory.segments]
+        record = trajectory_record(job, trajectory, self.tokenizer, facts)
+        self.tell("ended", record=view_of(record))
+
+
+async def events_of(session: InferenceSession, ask: Ask) -> AsyncIterator[str]:
+    """Yields the events of a question as server-sent events.
+
+    The question is given up when nobody reads on.
+    """
+    narrator = Narrator(session, ask)
+
+    async def answer() -> None:
+        try:
+            trajectory = await session.ask(
+                ask.question, narrator.on_growth, narrator.on_tokens, script_of(ask)
+            )
+            narrator.end(trajectory)
+        except (TrajectoryFailed, DataError) as error:
+            narrator.tell("failed", message=str(error.args[0]))
+        finally:
+            narrator.events.put_nowait(None)
+
+    task = asyncio.create_task(answer())
+    try:
+        while (event := await narrator.events.get()) is not None:
+            name, content = event
+            yield f"event: {name}\ndata: {json.dumps(content)}\n\n"
+        await task
+    finally:
+        task.cancel()
+
+
+def make_app(session: InferenceSession) -> FastAPI:
+    """The application that serves a session."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await session.start()
+        yield
+        await session.close()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/ready")
+    def ready() -> dict[str, Any]:
+        return {"ready": True}
+
+    @app.post("/ask")
+    async def ask(body: Ask) -> StreamingResponse:
+        return StreamingResponse(events_of(session, body), media_type="text/event-stream")
+
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves a model until it is told to end; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m search_r1.pages.play_model")
+    parser.add_argument("model", help="folder, checkpoint, or name of the hub or at the endpoint")
+    parser.add_argument("--socket", required=True, help="file of the socket to listen on")
+    parser.add_argument("--endpoint", help="base address of an OpenAI-compatible API")
+    parser.add_argument("--config-name", default="grpo", help="configuration to start from")
+    args, overrides = parser.parse_known_args(argv)
+    try:
+        given = given_overrides(args.model, args.endpoint)
+        config, _ = composed(args.config_name, [*given, *overrides])
+        session = InferenceSession(
+            config_for_answering(copy.deepcopy(config), None), log_probs=args.endpoint is None
+        )
+    except (ConfigError, DataError, ModelError) as error:
+        sys.exit(f"error: {error}")
+    uvicorn.run(make_app(session), uds=args.socket, log_level="warning")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

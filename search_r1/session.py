@@ -1,0 +1,206 @@
+"""A model that is asked questions by the agent loop of training, while somebody looks on.
+
+What is said and found may be given from outside: an earlier trajectory is so gone through again up
+to a place where it was changed, and from there the model goes on (`Script`).
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from search_r1.rewards.matching import last_answer
+from search_r1.tools.base import ToolResponse
+from search_r1.tools.toolbox import answering
+from verl.agent import (
+    AgentLoop,
+    Completion,
+    Generate,
+    Onlooker,
+    Source,
+    Trajectory,
+    context_digest,
+    watching,
+)
+from verl.rollout.openai_engine import OpenAIEngine
+from verl.rollout.vllm_server import VLLMServer
+from verl.trainer.checks import environment_problems
+from verl.trainer.config import PPOConfig, build_agent, build_tokenizer
+from verl.utils.errors import ConfigError
+from verl.utils.tokenizer import encode_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OnTokens = Callable[[int, list[int]], None]
+"""`on_tokens(call, ids)` is told of all ids that a call of the engine has sampled so far."""
+
+
+def nobody(trajectory: Trajectory) -> None:
+    """Looks at nothing."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """What is given instead of being sampled or looked up."""
+
+    said: Sequence[str | list[int]] = ()
+    """The first completions, in the order of the calls: token ids, or a text."""
+    found: Mapping[str, ToolResponse] = field(default_factory=dict)
+    """The responses to some calls of tools, by their key (`search_r1.tools.toolbox.call_key`)."""
+
+
+class LocalEngine:
+    """An engine of this process, which serves one session after the other or several at once."""
+
+    def __init__(self, server: VLLMServer) -> None:
+        self.server = server
+        self.calls = 0
+
+    async def generate(
+        self,
+        session: str,
+        prompt_ids: list[int],
+        sampling: dict[str, Any],
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> Completion:
+        """Returns one completion; `on_tokens` is told of its tokens while they are sampled."""
+        self.calls += 1
+        name = f"{session}-{self.calls}"
+        return await self.server.generate(name, prompt_ids, sampling, on_tokens)
+
+    def forget(self, session: str) -> None:
+        """Ends a session, of which nothing is kept here."""
+
+    async def close(self) -> None:
+        await self.server.shutdown()
+
+
+class InferenceSession:
+    """A model that can be asked questions. It belongs to one event loop."""
+
+    def __init__(self, config: PPOConfig, log_probs: bool = False) -> None:
+        """`log_probs`: whether trajectories have the log-probs of the tokens."""
+        self.config = config
+        self.log_probs = log_probs
+        self.tokenizer = build_tokenizer(config)
+        self.agent: AgentLoop = build_agent(config, self.tokenizer)
+        self.engine: LocalEngine | OpenAIEngine | None = None
+        """None before `start`."""
+
+    async def start(self) -> None:
+        """Starts the engine. Raises ConfigError when something that it needs is missing."""
+        rollout = self.config.actor_rollout_ref.rollout
+        gpus = rollout.tensor_model_parallel_size
+        if problems := environment_problems(self.config, self.agent, gpus):
+            raise ConfigError(problems)
+        if rollout.name == "openai":
+            model = self.config.actor_rollout_ref.model.path
+            self.engine = OpenAIEngine(rollout.endpoint, model, self.tokenizer)
+            return
+        server = self._build_server()
+        self.engine = LocalEngine(server)
+        await server.start()
+
+    def _build_server(self) -> VLLMServer:
+        """Makes an engine server that runs in this process."""
+        section = self.config.actor_rollout_ref
+        device = self.config.device
+        gpus = range(section.rollout.tensor_model_parallel_size) if device == "cuda" else ()
+        return VLLMServer(
+            section.rollout,
+            section.model,
+            max_model_len=self.config.max_model_len,
+            device=device,
+            replica_rank=0,
+            num_replicas=1,
+            visible_devices=[str(gpu) for gpu in gpus],
+            seed=self.config.trainer.seed,
+        )
+
+    async def ask(
+        self,
+        question: str,
+        onlooker: Onlooker = nobody,
+        on_tokens: OnTokens | None = None,
+        script: Script = Script(),
+    ) -> Trajectory:
+        """Rolls out one question.
+
+        `onlooker` is shown the trajectory each time it has grown. Raises TrajectoryFailed when a
+        tool or the endpoint fails.
+        """
+        assert self.engine is not None, "the session is not started"
+        session = f"{time.monotonic_ns()}"
+        generate = scripted(self._generate(session, on_tokens), script.said, self.tokenizer)
+        row = {"extra_info": {"question": question}, "data_source": "infer"}
+        try:
+            with watching(onlooker), answering(script.found):
+                return await self.agent.run([], row, generate)
+        finally:
+            self.engine.forget(session)
+
+    def _generate(self, session: str, on_tokens: OnTokens | None) -> Generate:
+        """The function by which the agent loop calls the engine."""
+        sampling = self.config.actor_rollout_ref.rollout.val_kwargs
+        engine = self.engine
+        calls = 0
+
+        async def generate(
+            prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+        ) -> Completion:
+            nonlocal calls
+            calls += 1
+            limits = {"max_tokens": max_tokens, "stop": list(stop), "seed": None}
+            wanted = sampling.params() | limits | {"log_probs": self.log_probs}
+            if isinstance(engine, LocalEngine):
+                told = None if on_tokens is None else telling(on_tokens, calls)
+                return await engine.generate(session, prompt_ids, wanted, told)
+            assert engine is not None
+            return await engine.generate(session, prompt_ids, wanted)
+
+        return generate
+
+    async def close(self) -> None:
+        """Stops the agent loop and the engine."""
+        await self.agent.close()
+        if self.engine is not None:
+            await self.engine.close()
+
+
+def telling(on_tokens: OnTokens, call: int) -> Callable[[list[int]], None]:
+    """`on_tokens` for the call of this number."""
+    return lambda ids: on_tokens(call, ids)
+
+
+def scripted(
+    generate: Generate, said: Sequence[str | list[int]], tokenizer: "PreTrainedTokenizerBase"
+) -> Generate:
+    """Wraps `generate`: its first completions are those of `said`."""
+    coming = iter(said)
+
+    async def next_completion(
+        prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+    ) -> Completion:
+        given = next(coming, None)
+        if given is None:
+            return await generate(prompt_ids, max_tokens=max_tokens, stop=stop)
+        ids = encode_text(tokenizer, given) if isinstance(given, str) else list(given)
+        text = str(tokenizer.decode(ids))
+        return Completion(
+            token_ids=ids,
+            log_probs=[0.0] * len(ids),
+            finish_reason="stop",
+            stop_reason=next((end for end in stop if text.endswith(end)), None),
+            policy_version=-1,
+            context_digest=context_digest(prompt_ids),
+        )
+
+    return next_completion
+
+
+def answer_of(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The last answer in what the model wrote itself, None without one."""
+    said = [s for s in trajectory.segments if s.source is Source.MODEL and not s.is_aside]
+    own = [segment.token_ids for segment in said]
+    return last_answer([str(tokenizer.decode(token_ids)) for token_ids in own])
