@@ -2,8 +2,8 @@
 
 The records are made here, as long as those of a real run: --turns searches of three passages each,
 and of --detailed of them every token has its numbers, as in training. What is printed: the seconds
-until the list and the first trajectory are shown, the milliseconds of a frame while the whole list is
-scrolled through, and the seconds of a search of all texts. It needs Chromium.
+until the list and the first trajectory are shown, the milliseconds of a frame while the list
+is scrolled through, and the seconds of a search of all texts. It needs Chromium.
 """
 
 import argparse

@@ -145,13 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Makes a page on which the trajectories of a run or a result can be read.",
     )
     parser.add_argument("place", type=Path, help="run folder, folder of results, or a .jsonl file")
-    parser.add_argument("--out", type=Path, help="the page to write (default: viewer.html there)")
+    parser.add_argument("--out", type=Path, help="the page to write (default: beside that)")
     parser.add_argument("--step", type=int, nargs="+", help="only records of these steps")
     parser.add_argument("--limit", type=int, help="only the first so many records of each file")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     args = parser.parse_args(argv)
-    folder = args.place if args.place.is_dir() else args.place.parent
-    out = args.out or folder / "viewer.html"
+    beside = args.place / "viewer.html" if args.place.is_dir() else args.place.with_suffix(".html")
+    out = args.out or beside
     try:
         paths = build(args.place, out, steps=args.step, limit=args.limit)
     except (DataError, OSError) as error:

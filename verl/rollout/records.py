@@ -4,7 +4,7 @@ docs/viewer.md lists the fields.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -100,14 +100,14 @@ def token_ends(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> 
     the first.
     """
     ids = list(token_ids)
-    text: str = tokenizer.decode(ids)
+    text = cast(str, tokenizer.decode(ids))
     ends: list[int] = []
     first = 0  # the first token that is decoded
     begin = 0  # the first one whose end is not certain
     context = ""  # the text of the tokens before it
     done = 0  # the characters of the text before it
     for place in range(len(ids)):
-        piece: str = tokenizer.decode(ids[first : place + 1])
+        piece = cast(str, tokenizer.decode(ids[first : place + 1]))
         agreed = num_agreed(piece[len(context) :], text[done : done + len(piece)])
         ends.append(max(done + agreed, ends[-1] if ends else 0))
         is_whole = len(context) + agreed == len(piece)
@@ -115,7 +115,7 @@ def token_ends(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> 
             first = begin
             begin = place + 1
             done += agreed
-            context = tokenizer.decode(ids[first:begin])
+            context = cast(str, tokenizer.decode(ids[first:begin]))
     if ends:
         ends[-1] = len(text)
     return ends

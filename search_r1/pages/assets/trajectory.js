@@ -37,7 +37,7 @@ export function renderTrajectory(record, options = {}) {
     renderOutcome(record),
     renderColours(record, painted, options),
     turns,
-    inspector.element,
+    painted.length > 0 && inspector.element,
   );
 }
 

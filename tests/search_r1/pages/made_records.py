@@ -76,6 +76,24 @@ def sample(question: str, answer: str, *, uid: str, advantage: float | None = No
     )
 
 
+def unusual() -> dict:
+    """A trajectory whose context was written anew after a summary that is not trained.
+
+    Its answer has a character of two tokens, which JavaScript counts as two of its own.
+    """
+    summary = said("a summary", 0.5, mask=[0, 0], is_aside=True)
+    engine = {"source": "forced", "text": "</search>", "token_ids": [5], "info": {}}
+    answer = said("", 0.5) | {
+        "text": "ok 🙂 <answer> Paris </answer>",
+        "token_ids": [1, 2, 3, 4],
+        "token_ends": [3, 3, 4, 29],
+        "mask": [1, 1, 1, 1],
+        "entropy": [0.1, 0.2, 0.3, None],
+    }
+    rewrites = [{"at": 2, "prompt": "a new context", "prompt_ids": [9]}]
+    return record("Why?", summary, engine, answer, uid="r", em=1.0, rewrites=rewrites)
+
+
 def write(path: Path, records: list[dict | str]) -> Path:
     """Writes a file of records; a text is written as it is, without the end of a line."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 
 from search_r1.pages.viewer import build
 from tests.search_r1.pages.browser import Opened, needs_browser, started
-from tests.search_r1.pages.made_records import HOSTILE, sample, write, write_run
+from tests.search_r1.pages.made_records import HOSTILE, sample, unusual, write, write_run
 
 pytestmark = needs_browser
 
@@ -142,6 +142,22 @@ def test_gold_passages_and_answers_are_marked(opened):
     expect(passages.nth(0).locator("mark")).to_have_text("Paris")
     expect(passages.nth(1)).not_to_contain_text("gold passage")
     expect(passages.nth(1).locator("mark")).to_have_count(0)
+
+
+def test_contexts_written_anew_untrained_text_and_characters_of_several_tokens(browser, tmp_path):
+    path = build(write(tmp_path / "x.jsonl", [unusual()]), tmp_path / "page.html")[0]
+    opened = Opened(browser, path)
+    page = opened.page
+    heads = [head.split("\n")[0] for head in page.locator(".author").all_inner_texts()]
+    assert heads == ["Prompt", "Policy, not trained", "Engine", "Context written anew", "Policy"]
+    tokens = page.locator(".by-policy .tok")
+    assert tokens.all_inner_texts() == ["ok ", "▫", "🙂", " <answer> Paris </answer>"]
+    assert page.locator(".by-untrained .tok").first.get_attribute("data-author") == "untrained"
+    page.locator(".colour-by").select_option(label="entropy")
+    tokens.nth(1).hover()
+    expect(page.locator(".inspector")).to_contain_text("0.2000")
+    expect(tokens.nth(3)).not_to_have_attribute("data-heat", "hot")  # its entropy is unknown
+    opened.close()
 
 
 @pytest.mark.parametrize("tab", ["", "/group", "/steps"])
