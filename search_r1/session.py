@@ -32,6 +32,8 @@ from verl.utils.tokenizer import encode_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+GIVEN = -2
+"""The policy version of a completion that was given; engines have versions from -1 on."""
 OnTokens = Callable[[int, list[int]], None]
 """`on_tokens(call, ids)` is told of all ids that a call of the engine has sampled so far."""
 
@@ -192,7 +194,7 @@ def scripted(
             log_probs=[0.0] * len(ids),
             finish_reason="stop",
             stop_reason=next((end for end in stop if text.endswith(end)), None),
-            policy_version=-1,
+            policy_version=GIVEN,
             context_digest=context_digest(prompt_ids),
         )
 

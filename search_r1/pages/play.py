@@ -10,16 +10,14 @@ address names.
 
 import argparse
 import logging
-import os
 import secrets
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import uvicorn
@@ -27,8 +25,8 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from search_r1.launch import composed, free_port, prepare_and_serve
 from search_r1.evaluate import given_overrides
+from search_r1.launch import composed, free_port, prepare_and_serve
 from search_r1.pages.html import page_html
 from search_r1.pages.viewer import json_text, packed
 from verl.utils.errors import ConfigError, DataError, ModelError
@@ -59,6 +57,7 @@ class Model:
     """A model of the playground: a process that answers on a socket."""
 
     name: str
+    """The name under which it is shown."""
     socket: Path
     process: "subprocess.Popen[bytes]"
 
@@ -79,19 +78,33 @@ class Model:
 
 
 @contextmanager
-def serving(models: Sequence[str], flags: Sequence[str]) -> Iterator[list[Model]]:
-    """Starts a process for each model, and ends them all when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="search-r1-play-") as folder, ExitStack() as stack:
+def serving(models: Sequence[str], flags: Sequence[str], folder: Path) -> Iterator[list[Model]]:
+    """Starts a process for each model, and ends them all when the block ends.
+
+    Relative paths in names and flags begin at `folder`.
+    """
+    with tempfile.TemporaryDirectory(prefix="search-r1-play-") as sockets, ExitStack() as stack:
         started = []
         for number, name in enumerate(models):
-            socket = Path(folder, f"{number}.sock")
+            socket = Path(sockets, f"{number}.sock")
             command = [sys.executable, "-m", "search_r1.pages.play_model", name]
             process = subprocess.Popen(
-                [*command, "--socket", str(socket), *flags], preexec_fn=dying_with_this()
+                [*command, "--socket", str(socket), *flags],
+                cwd=folder,
+                preexec_fn=dying_with_this(),
             )
             stack.callback(end, process)
-            started.append(Model(name, socket, process))
+            started.append(Model(short_name(name), socket, process))
         yield started
+
+
+def short_name(model: str) -> str:
+    """The last two parts of a path or of a name on the hub.
+
+    >>> short_name("/home/me/runs/first/best/"), short_name("Qwen/Qwen3-4B")
+    ('first/best', 'Qwen/Qwen3-4B')
+    """
+    return "/".join(Path(model).parts[-2:])
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
@@ -149,7 +162,7 @@ async def passed_on(model: Model, body: bytes) -> Response:
         answer = await client.send(request, stream=True)
     except httpx.HTTPError as error:
         await client.aclose()
-        raise HTTPException(503, f"{model.name} is {await model.state()}") from error
+        raise HTTPException(503, f"{model.name}: {await model.state()}") from error
 
     async def chunks() -> AsyncIterator[bytes]:
         try:
@@ -200,18 +213,18 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves the playground until Ctrl-C; returns the exit status."""
     args, overrides = make_parser().parse_known_args(argv)
+    here = Path.cwd()
     models = [name for name in (args.model, args.beside) if name]
     flags = ["--config-name", args.config_name]
     flags += ["--endpoint", args.endpoint] if args.endpoint else []
     token = None if args.host in LOOPBACK else secrets.token_urlsafe(24)
     port = args.port or free_port()
     try:
-        config, complete = composed(
-            args.config_name, [*given_overrides(models[0], args.endpoint), *overrides]
-        )
+        given = given_overrides(models[0], args.endpoint)
+        config, _ = composed(args.config_name, [*given, *overrides])
         with prepare_and_serve(config, overrides) as server, ExitStack() as stack:
             retriever = [f"retriever.url={server.url}"] if server else []
-            running = stack.enter_context(serving(models, [*flags, *overrides, *retriever]))
+            running = stack.enter_context(serving(models, [*flags, *overrides, *retriever], here))
             address = f"http://{args.host}:{port}/" + (f"?token={token}" if token else "")
             sys.stdout.write(f"Playground: {address}\n")
             sys.stdout.flush()

@@ -32,7 +32,8 @@ from search_r1.infer import config_for_answering
 from search_r1.launch import composed
 from search_r1.pages.records import view_of, view_of_segment
 from search_r1.prompts import format_passages
-from search_r1.session import InferenceSession, Script
+from search_r1.rewards.matching import exact_match
+from search_r1.session import GIVEN, InferenceSession, Script
 from search_r1.tools.base import SEARCH_TOOL, ToolResponse
 from search_r1.tools.toolbox import call_key
 from search_r1.trajectory import gold_passages
@@ -41,8 +42,8 @@ from verl.rollout.agent_worker import Job
 from verl.rollout.records import TokenFacts, segment_record, trajectory_record
 from verl.utils.errors import ConfigError, DataError, ModelError
 
-SCRIPTED = -1
-"""The policy version of what was not sampled but given."""
+NOT_SHOWN = ("uid", "data_source")
+"""What a record says of data and groups, of which there are none here."""
 
 
 class EditedPassage(BaseModel):
@@ -123,15 +124,19 @@ class Narrator:
 
     def facts_of(self, segment: Segment) -> TokenFacts:
         """What is known of the tokens of a segment."""
-        is_sampled = segment.source is Source.MODEL and segment.policy_version != SCRIPTED
+        is_sampled = segment.source is Source.MODEL and segment.policy_version != GIVEN
         return {"rollout_log_probs": segment.log_probs} if self.log_probs and is_sampled else {}
 
     def end(self, trajectory: Trajectory) -> None:
         """Tells the whole trajectory."""
         job = Job("play", "play", self.row, trajectory.prompt_ids)
         facts = [self.facts_of(segment) for segment in trajectory.segments]
-        record = trajectory_record(job, trajectory, self.tokenizer, facts)
-        self.tell("ended", record=view_of(record))
+        record = view_of(trajectory_record(job, trajectory, self.tokenizer, facts))
+        record = {name: value for name, value in record.items() if name not in NOT_SHOWN}
+        if record["gold"]:
+            em = exact_match(record["answer"] or "", record["gold"])
+            record["reward"] = {"score": em, "em": em}
+        self.tell("ended", record=record)
 
 
 async def events_of(session: InferenceSession, ask: Ask) -> AsyncIterator[str]:

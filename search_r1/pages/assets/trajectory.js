@@ -11,6 +11,7 @@ const SHORT_PROMPT = 500;
  * @typedef {Object} TrajectoryOptions
  * @property {string} [colour]  the measure that tokens are coloured by at first
  * @property {(name: string) => void} [onColour]  is told of another choice
+ * @property {(segment: Object, place: number) => Node|null} [actions]  what can be done with a segment
  */
 
 /**
@@ -29,7 +30,7 @@ export function renderTrajectory(record, options = {}) {
     for (const rewrite of record.rewrites ?? []) {
       if (rewrite.at === place) append(turns, renderPrompt("Context written anew", rewrite.prompt));
     }
-    append(turns, renderSegment(segment, pattern, painted, inspector));
+    append(turns, renderSegment(segment, pattern, painted, inspector, options.actions?.(segment, place)));
   });
   return el(
     "article",
@@ -44,6 +45,7 @@ export function renderTrajectory(record, options = {}) {
 /** Question, answer against gold, and every part of the reward. */
 export function renderOutcome(record) {
   const reward = record.reward ?? {};
+  const isScored = reward.score !== undefined;
   const isRight = (reward.em ?? reward.score ?? 0) >= 1;
   const parts = Object.entries(reward).filter(([name]) => name !== "score");
   return el(
@@ -53,19 +55,19 @@ export function renderOutcome(record) {
     el(
       "dl",
       { class: "answers" },
-      el("div", {}, el("dt", {}, "Answer"), el("dd", { class: isRight ? "right" : "wrong" },
-        el("span", { "aria-hidden": "true" }, isRight ? "✓ " : "✗ "),
-        el("span", { class: "visually-hidden" }, isRight ? "right: " : "wrong: "),
+      el("div", {}, el("dt", {}, "Answer"), el("dd", { class: isScored && (isRight ? "right" : "wrong") },
+        isScored && el("span", { "aria-hidden": "true" }, isRight ? "✓ " : "✗ "),
+        isScored && el("span", { class: "visually-hidden" }, isRight ? "right: " : "wrong: "),
         record.answer ?? "no answer")),
       el("div", {}, el("dt", {}, "Gold"), el("dd", {}, (record.gold ?? []).join("  ·  ") || "–")),
     ),
     el(
       "div",
       { class: "chips" },
-      chip(`reward ${num(reward.score)}`, isRight ? "good" : "bad"),
+      isScored && chip(`reward ${num(reward.score)}`, isRight ? "good" : "bad"),
       record.step !== null && record.step !== undefined && chip(`${record.kind} step ${record.step}`),
       chip(`stop: ${record.stop_reason || "unknown"}`),
-      chip(String(record.data_source)),
+      record.data_source && chip(String(record.data_source)),
       typeof record.info?.searches === "number" && chip(counted(record.info.searches, "search", "searches")),
       typeof record.info?.hops === "number" && chip(counted(record.info.hops, "hop")),
       record.uid && chip(`group ${String(record.uid).slice(0, 8)}`, "quiet", String(record.uid)),
@@ -106,7 +108,8 @@ function renderColours(record, painted, options) {
   return el("div", { class: "colours" }, el("label", {}, "Colour by ", select), legend, hint);
 }
 
-function renderPrompt(title, text) {
+/** A prompt, closed where it is long. */
+export function renderPrompt(title, text) {
   const isShort = String(text).length <= SHORT_PROMPT;
   return el(
     "section",
@@ -117,15 +120,23 @@ function renderPrompt(title, text) {
   );
 }
 
-function renderSegment(segment, pattern, painted, inspector) {
+/**
+ * What one author wrote. `painted` gets the nodes of its tokens, `inspector` shows their numbers.
+ * @param {Object} segment
+ * @param {RegExp|null} pattern  finds the gold answers
+ * @param {Array<{node: HTMLElement, token: Object}>} painted
+ * @param {{follow: Function}} inspector
+ * @param {Node|null} [actions]
+ */
+export function renderSegment(segment, pattern, painted, inspector, actions = null) {
   const author = authorOf(segment);
-  const section = el("section", { class: `segment by-${author}` }, renderSegmentHead(segment, author));
+  const section = el("section", { class: `segment by-${author}` }, renderSegmentHead(segment, author, actions));
   if (author === "environment") append(section, renderObservation(segment, pattern, painted, inspector));
   else append(section, renderSaid(segment, painted, inspector));
   return section;
 }
 
-function renderSegmentHead(segment, author) {
+function renderSegmentHead(segment, author, actions) {
   const info = segment.info ?? {};
   const names = { policy: "Policy", untrained: "Policy, not trained", engine: "Engine", environment: "Environment" };
   const facts = [
@@ -143,6 +154,7 @@ function renderSegmentHead(segment, author) {
     { class: "segment-head" },
     el("span", { class: "author" }, names[author]),
     el("span", { class: "segment-facts" }, facts.join(" · ")),
+    actions,
   );
 }
 
@@ -198,7 +210,7 @@ function renderObservation(segment, pattern, painted, inspector) {
 }
 
 /** A bar with the numbers of the token under the pointer, or of the one that arrow keys reach. */
-function renderInspector() {
+export function renderInspector() {
   const element = el("div", { class: "inspector", role: "status", "aria-label": "Token" });
   const hint = "Point at a token, or focus a turn and press ← →, to see its numbers.";
   fill(element, el("span", { class: "hint" }, hint));

@@ -10,10 +10,10 @@ from search_r1.agent.condense import CondenseConfig
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.contexts import ContextConfig, summary_of
 from search_r1.agent.loop import SearchAgentLoop
-from search_r1.session import answer_of
 from search_r1.prompts import FOLD_ACTION, LEFT_OUT
 from search_r1.rewards.compose import SearchReward
 from search_r1.rewards.config import SearchRewardConfig
+from search_r1.session import answer_of
 from tests.search_r1.agent.scripted import ADA, ANSWER, BLOCK, SEARCH, Engine, Library
 from verl.agent import Source
 from verl.protocol import collate_trajectories
