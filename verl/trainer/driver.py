@@ -33,7 +33,9 @@ from verl.utils.dataset import RLHFDataset
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.model_names import HF, finished_model
 from verl.utils.run_folder import find_latest, folder_of, held, remove_leftovers, step_of
+from verl.utils.trackers import missing_clients
 from verl.utils.tracking import Timers, Tracking, truncate_metrics
+from verl.utils.webhook import webhook_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +62,16 @@ def status_of(error: Exception) -> int | None:
     if isinstance(error, (ConfigError, DataError, CheckpointError, *ENDINGS)):
         sys.stderr.write(f"error: {error}\n")
         return 1
-    # a RayTaskError is an error of our own code, raised in another process
-    if isinstance(error, (WorkerLost, RayError)) and not isinstance(error, RayTaskError):
+    if is_loss(error):
         logger.error("lost: %s", error)
         return LOST
     return None
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether a process was lost, so that another start may help."""
+    # a RayTaskError is an error of our own code, raised in another process
+    return isinstance(error, (WorkerLost, RayError)) and not isinstance(error, RayTaskError)
 
 
 def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
@@ -92,8 +99,8 @@ def gpus_here(config: PPOConfig) -> int:
 def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
     """Raises ConfigError for engines whose trajectories cannot be trained on.
 
-    It also raises for dynamic sampling by a metric that the reward does not have, and for a reward
-    that says that it does not fit the agent loop.
+    It also raises for dynamic sampling by a metric that the reward does not have, for a reward
+    that says that it does not fit the agent loop, and for loggers that are not installed.
     """
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
@@ -114,6 +121,10 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
         )
     if isinstance(reward, RewardPreflight):
         problems += reward.preflight(agent)
+    problems += [
+        f"trainer.logger: {name} is not installed; bash scripts/setup.sh {name}"
+        for name in missing_clients(config.trainer.logger)
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -176,6 +187,11 @@ def train(
             if not config.trainer.val_only and not stop.requested:
                 write_policy(config, processes, trainer.step, resume)
             processes.shutdown()
+            tracking.alert(*ending(config, trainer, stop))
+    except Exception as error:
+        if tracking is not None and not is_loss(error):
+            tracking.alert("ended by an error", f"{type(error).__name__}: {error}")
+        raise
     finally:
         if tracking is not None:
             tracking.finish()
@@ -189,6 +205,16 @@ def fit(trainer: RayPPOTrainer) -> None:
     except ENDINGS:
         trainer.checkpoints.complete()
         raise
+
+
+def ending(config: PPOConfig, trainer: RayPPOTrainer, stop: Stop) -> tuple[str, str]:
+    """What is told of a run that has ended by itself or by a signal: a title and a text."""
+    title = "stopped" if stop.requested else "finished"
+    metric = config.trainer.best_metric
+    score = trainer.tracking.latest.get(metric) if metric else None
+    reached = "" if score is None else f"; {metric} {score:.3f}"
+    where = config.trainer.default_local_dir
+    return title, f"after step {trainer.step} of {trainer.total}{reached}; run folder {where}"
 
 
 def write_policy(config: PPOConfig, processes: Processes, step: int, resume: Path | None) -> None:
@@ -214,10 +240,11 @@ def start_tracking(config: PPOConfig, resume: Path | None) -> Tracking:
     """Starts writing metrics.
 
     Metrics of later steps than the checkpoint `resume`, or all metrics without one, are dropped
-    because they will be written again. The wandb run of the checkpoint is continued.
+    because they will be written again. The services go on with the runs of the checkpoint.
     """
     trainer = config.trainer
-    truncate_metrics(trainer.default_local_dir, step_of(resume) if resume else -1)
+    step = step_of(resume) if resume else 0
+    truncate_metrics(trainer.default_local_dir, step if resume else -1)
     return Tracking(
         trainer.default_local_dir,
         trainer.logger,
@@ -225,5 +252,7 @@ def start_tracking(config: PPOConfig, resume: Path | None) -> Tracking:
         trainer.experiment_name,
         config.model_dump(),
         trainer.panels,
-        read_state(resume)["wandb"] if resume else None,
+        read_state(resume)["trackers"] if resume else None,
+        step,
+        webhook_of(trainer.alert_webhook_env),
     )

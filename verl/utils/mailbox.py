@@ -1,14 +1,16 @@
 """Hands what a run has to say to a service that shows it, without waiting for the service."""
 
 import logging
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec
 
 from verl.utils.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
+Call = Callable[[], None]
 LAST_WAIT_S = 60.0
 """Longest time that the end of a run waits for a service, in seconds."""
 
@@ -24,34 +26,39 @@ class Mailbox:
         self.name = name
         self.tracker = tracker
         self.missed = 0
-        self.last: Future[None] | None = None
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"tracker-{name}")
+        self.calls: SimpleQueue[Call | None] = SimpleQueue()
+        # a daemon, because a call that never returns must not keep the process alive
+        self.thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
+        self.thread.start()
 
     def post(
         self, method: Callable[Concatenate[Any, P], None], *args: P.args, **kwargs: P.kwargs
     ) -> None:
         """Has `method` of the tracker called later."""
-        self.last = self.thread.submit(self._call, method.__name__, *args, **kwargs)
+        bound = getattr(self.tracker, method.__name__)
+        self.calls.put(lambda: bound(*args, **kwargs))
 
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
-        try:
-            getattr(self.tracker, method)(*args, **kwargs)
-        except Exception as error:  # clients raise whatever their transport raises
-            self.missed += 1
-            if self.missed == 1:
-                logger.warning(
-                    "%s: %s: %s; the training goes on, and the run folder has everything",
-                    self.name,
-                    type(error).__name__,
-                    error,
-                )
+    def _work(self) -> None:
+        """Makes the calls until None comes."""
+        while (call := self.calls.get()) is not None:
+            try:
+                call()
+            except Exception as error:  # clients raise whatever their transport raises
+                self.missed += 1
+                if self.missed == 1:
+                    logger.warning(
+                        "%s: %s: %s; the training goes on, and the run folder has everything",
+                        self.name,
+                        type(error).__name__,
+                        error,
+                    )
 
     def close(self, wait_s: float = LAST_WAIT_S) -> None:
         """Ends the service's run; waits at most `wait_s` seconds for what is still to be sent."""
         self.post(Tracker.finish)
-        _, late = wait([self.last] if self.last else [], timeout=wait_s)
-        self.thread.shutdown(wait=False, cancel_futures=True)
-        if late:
+        self.calls.put(None)
+        self.thread.join(wait_s)
+        if self.thread.is_alive():
             logger.warning("%s: not all was sent within %g s", self.name, wait_s)
         if self.missed:
             logger.warning("%s: %d calls failed", self.name, self.missed)

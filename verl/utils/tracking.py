@@ -70,6 +70,8 @@ class Tracking:
         self.console = "console" in loggers
         self.experiment = experiment
         self.webhook = webhook
+        self.latest: dict[str, float | None] = {}
+        """The newest value of every metric."""
         ids = resume_ids or {}
         self.mailboxes: dict[str, Mailbox] = {}
         for name in loggers:
@@ -92,6 +94,7 @@ class Tracking:
         metrics = {**metrics, **again}
         finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         line = {STEP: step, **finite}
+        self.latest |= finite
         self.unwritten += json.dumps(line) + "\n"
         self._write()
         for mailbox in self.mailboxes.values():
@@ -117,7 +120,7 @@ class Tracking:
     def log_trajectories(
         self, name: str, records: Sequence[dict[str, Any]], step: int, samples: int = 8
     ) -> Path:
-        """Writes trajectories/<name>_<step>.jsonl, and shows the first `samples` by the services."""
+        """Writes trajectories/<name>_<step>.jsonl, and hands on the first `samples`."""
         path = self.run_dir / "trajectories" / f"{name}_{step:06d}.jsonl"
         try:
             path.parent.mkdir(exist_ok=True)
