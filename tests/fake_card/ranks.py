@@ -18,6 +18,7 @@ from verl.single_controller.worker_group import WorkerHost
 
 ROWS = {
     "compute_log_prob": "old_log_probs",
+    "compute_entropy": "entropy",
     "compute_ref_log_prob": "ref_log_prob",
     "compute_values": "values",
 }

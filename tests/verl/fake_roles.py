@@ -124,6 +124,9 @@ class Role:
     def compute_log_prob(self, batch):
         return self._column(batch, "old_log_probs", -1.0)
 
+    def compute_entropy(self, batch):
+        return self._column(batch, "entropy", 0.5)
+
     def compute_ref_log_prob(self, batch):
         return self._column(batch, "ref_log_prob", -1.5)
 

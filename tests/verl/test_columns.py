@@ -56,6 +56,7 @@ def every_method(model_path: str) -> dict[str, Any]:
         "log_prob": actor.compute_log_prob(sent(actor, "compute_log_prob", batch)).batch[
             "old_log_probs"
         ],
+        "entropy": actor.compute_entropy(sent(actor, "compute_entropy", batch)).batch["entropy"],
         "ref": reference.compute_ref_log_prob(sent(reference, "compute_ref_log_prob", batch)).batch[
             "ref_log_prob"
         ],
@@ -70,5 +71,6 @@ def test_the_declared_columns_suffice(tmp_path):
         assert result["columns"] == ["attention_mask", "prompts", "response_mask", "responses"]
         assert torch.equal(result["log_prob"], result["of all columns"])
         assert torch.equal(result["log_prob"], result["ref"])
-        assert len(result["log_prob"]) == len(result["values"]) == rows
+        assert (result["entropy"] >= 0).all() and (result["entropy"] > 0).any()
+        assert len(result["entropy"]) == len(result["log_prob"]) == len(result["values"]) == rows
         assert result["actor"]["optimizer_steps"] == 1 and result["critic"]["optimizer_steps"] == 2

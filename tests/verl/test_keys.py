@@ -4,6 +4,7 @@ Roles, engines, Ray, torch and wandb only write down what they are asked.
 """
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -264,6 +265,13 @@ def trajectory_files(setting: Setting) -> Any:
     return sorted(path.name for path in run(setting).folder.glob("trajectories/train_*"))
 
 
+def tokens_recorded(setting: Setting) -> Any:
+    """Which trajectories of the first step are written with facts of their tokens."""
+    path = run(setting).folder / "trajectories/train_000001.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return ["advantages" in record["segments"][0] for record in records]
+
+
 def verbs_with_a_failure(setting: Setting) -> Any:
     """What is asked in a run of which one of the eight trajectories of the first step fails."""
     ended = run(setting, MIXED | {0: [None, 1.0, 0.0, 1.0]})
@@ -405,6 +413,8 @@ def default_run_folder(setting: Setting) -> Any:
 # The collapse watch
 
 SECOND = "second"
+RECORDS = "trainer.trajectory_records"
+RECORDED = {"trainer.rollout_data_freq": 1}
 WATCH = "trainer.collapse_watch"
 
 
@@ -506,6 +516,8 @@ TABLE = [
     Case("trainer.resume_mode", "disable", place_to_resume_from),
     Case("trainer.save_hf", False, verbs),
     Case("trainer.rollout_data_freq", 2, trajectory_files),
+    Case(f"{RECORDS}.tokens", False, tokens_recorded, RECORDED),
+    Case(f"{RECORDS}.prompts", 1, tokens_recorded, RECORDED),
     Case("trainer.max_failed_share", 0.5, verbs_with_a_failure),
     Case("trainer.max_skipped_steps", 1, verbs_with_skipped_steps),
     Case("trainer.max_restarts", 1, starts),

@@ -178,6 +178,16 @@ class AsyncTrainingConfig(Config):
     weights until all trajectories have ended."""
 
 
+class TrajectoryRecordsConfig(Config):
+    """What the records of trajectories hold of single tokens (docs/viewer.md)."""
+
+    tokens: bool = True
+    """Write where the text of each token of the policy ends, and with what it was trained: mask,
+    log-probs, entropy, advantage, value."""
+    prompts: NonNegativeInt | None = 4
+    """Prompts of a recorded training step whose trajectories are written with that; null: all."""
+
+
 class TrainerConfig(Config):
     project_name: str = "search-r1"
     """Project in the services that show curves."""
@@ -237,6 +247,7 @@ class TrainerConfig(Config):
     rollout_data_freq: int = 10
     """Training steps between two writes of trajectories; -1: never. Those of validations are always
     written."""
+    trajectory_records: TrajectoryRecordsConfig = TrajectoryRecordsConfig()
     max_failed_share: float = Field(default=0.1, ge=0, le=1)
     """Stop when a larger share of a batch's trajectories failed (environment, not policy)."""
     max_skipped_steps: PositiveInt = 3

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,13 @@ def evaluate(
             recent = (recent + results)[-max(MIN_RESULTS, rollout.capacity) :]
             trajectories = [r for r in results if isinstance(r, Trajectory)]
             if len(trajectories) == len(results):
-                scores += write(file, row, jobs, trajectories, tokenizer)
+                records = trajectory_records(
+                    jobs,
+                    scored(trajectories),
+                    tokenizer,
+                    with_token_ends=config.trainer.trajectory_records.tokens,
+                )
+                scores += write(file, row, records)
                 bar.set_postfix(score=f"{sum(scores) / max(1, len(scores)):.3f}", refresh=False)
                 bar.update()
             else:
@@ -70,20 +76,19 @@ def evaluate(
         )
 
 
-def write(
-    file: TextIO,
-    row: int,
-    jobs: list[Job],
-    trajectories: list[Trajectory],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[float]:
-    """Appends the records of a question, and returns their scores."""
+def scored(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Gives trajectories without a token of the policy the score 0, and returns all of them."""
     for trajectory in trajectories:
         trajectory.reward = trajectory.reward or {"score": 0.0}
-    for record in trajectory_records(jobs, trajectories, tokenizer):
+    return trajectories
+
+
+def write(file: TextIO, row: int, records: list[dict[str, Any]]) -> list[float]:
+    """Appends the records of a question, and returns their scores."""
+    for record in records:
         file.write(json.dumps({"row": row, **record}) + "\n")
     file.flush()
-    return [trajectory.reward["score"] for trajectory in trajectories]
+    return [record["reward"]["score"] for record in records]
 
 
 def stream(

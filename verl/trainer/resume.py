@@ -133,6 +133,7 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "max_restarts",
         "hang_timeout_s",
     ],
+    trainer_config.TrajectoryRecordsConfig: ["tokens", "prompts"],
     CollapseWatchConfig: [
         "signals",
         "min_signals",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from verl.utils.mailbox import Mailbox
-from verl.utils.run_folder import write_atomically
+from verl.utils.run_folder import PENDING, write_atomically
 from verl.utils.trackers import SERVICES, STEP, TrackedRun, Tracker
 from verl.utils.webhook import Webhook
 
@@ -121,17 +121,28 @@ class Tracking:
         self, name: str, records: Sequence[dict[str, Any]], step: int, samples: int = 8
     ) -> Path:
         """Writes trajectories/<name>_<step>.jsonl, and hands on the first `samples`."""
+        path = self.write_trajectories(name, records, step)
+        self.show_trajectories(name, records[:samples], step)
+        return path
+
+    def write_trajectories(self, name: str, records: Sequence[dict[str, Any]], step: int) -> Path:
+        """Writes trajectories/<name>_<step>.jsonl whole, in place of one that is there."""
         path = self.run_dir / "trajectories" / f"{name}_{step:06d}.jsonl"
+        pending = path.with_name(path.name + PENDING)
         try:
             path.parent.mkdir(exist_ok=True)
-            with path.open("w") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            with pending.open("w", encoding="utf-8") as file:
+                file.writelines(json_line(record) for record in records)
+            os.replace(pending, path)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            pending.unlink(missing_ok=True)
             logger.warning("%s: %s; these trajectories are not written", path, error)
-        for mailbox in self.mailboxes.values():
-            mailbox.post(Tracker.log_trajectories, name, records[:samples], step)
         return path
+
+    def show_trajectories(self, name: str, records: Sequence[dict[str, Any]], step: int) -> None:
+        """Hands trajectories to the services."""
+        for mailbox in self.mailboxes.values():
+            mailbox.post(Tracker.log_trajectories, name, records, step)
 
     def keep(self, batch: Savable, name: str) -> str:
         """Writes a batch to the file `name` of the run folder.
@@ -159,6 +170,11 @@ class Tracking:
             self._write()
         for mailbox in self.mailboxes.values():
             mailbox.close()
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """A record as one line of JSON, without spaces: half of a record are lists of small numbers."""
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def truncate_metrics(run_dir: str, step: int, moved_to: Path | None = None) -> None:

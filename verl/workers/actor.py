@@ -17,7 +17,7 @@ from verl.trainer.ppo.core_algos import (
     likelihood_losses,
 )
 from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
-from verl.workers.forward import forward_log_probs, log_probs_of_rows
+from verl.workers.forward import entropy_of_rows, forward_log_probs, log_probs_of_rows
 from verl.workers.fsdp_model import build_model, build_train_state, describe
 from verl.workers.hf_folder import save_trained
 from verl.workers.trained import TrainedWorker
@@ -135,6 +135,20 @@ class ActorWorker(TrainedWorker):
         )
         forward = partial(log_probs_of_rows, model, temperature=rollout.temperature)
         return DataProto({"old_log_probs": map_micro_batches(data, budget, self.device, forward)})
+
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
+    def compute_entropy(self, data: DataProto) -> DataProto:
+        """Computes `entropy` [B, R], in nats, of the distributions that tokens were chosen from.
+
+        It takes what memory an update takes, not what log-probs take, so its budget is that one.
+        """
+        config = self.config
+        model = self.state.model
+        budget = Budget.of(
+            model, config.ppo_max_token_len_per_gpu, config.ppo_micro_batch_size_per_gpu
+        )
+        forward = partial(entropy_of_rows, model, temperature=self.rollout.temperature)
+        return DataProto({"entropy": map_micro_batches(data, budget, self.device, forward)})
 
     @register(
         Dispatch.DP_COMPUTE_METRIC,

@@ -81,6 +81,13 @@ def log_probs_of_rows(model: PreTrainedModel, data: DataProto, temperature: floa
     return forward_log_probs(model, data, temperature, with_entropy=False)[0]
 
 
+def entropy_of_rows(model: PreTrainedModel, data: DataProto, temperature: float) -> torch.Tensor:
+    """Entropy [b, R] of the distributions that the trained tokens were chosen from; 0 elsewhere."""
+    _, entropy = forward_log_probs(model, data, temperature, with_entropy=True, entropy_grad=False)
+    assert entropy is not None
+    return entropy
+
+
 def forward_values(model: PreTrainedModel, data: DataProto) -> torch.Tensor:
     """Values [b, R] of the states in which the trained tokens were chosen; 0 elsewhere."""
     rows = pack(data)

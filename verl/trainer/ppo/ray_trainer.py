@@ -4,7 +4,6 @@ import time
 from typing import Any, cast
 
 from verl.protocol import DataProto
-from verl.rollout.records import trajectory_records
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.advantage import (
     apply_kl_penalty,
@@ -12,12 +11,7 @@ from verl.trainer.ppo.advantage import (
     compute_advantage,
     restore_kl,
 )
-from verl.trainer.ppo.batch_source import (
-    BatchSource,
-    NothingToLearn,
-    Rollouts,
-    trajectory_metrics,
-)
+from verl.trainer.ppo.batch_source import BatchSource, NothingToLearn, trajectory_metrics
 from verl.trainer.ppo.checkpoints import Checkpoints
 from verl.trainer.ppo.collapse import Alarm, TrainingCollapsed
 from verl.trainer.ppo.collapse_guard import CollapseGuard
@@ -32,6 +26,7 @@ from verl.trainer.ppo.metrics import (
 )
 from verl.trainer.ppo.mismatch import FirstBatch
 from verl.trainer.ppo.processes import Processes
+from verl.trainer.ppo.step_records import StepRecords
 from verl.trainer.ppo.validation import Validator, recorded
 from verl.trainer.preparation import Task
 from verl.trainer.supervise import Stop
@@ -94,6 +89,7 @@ class RayPPOTrainer:
         self.checkpoints = Checkpoints(config.trainer, processes.roles, tracking.message)
         self.guard = CollapseGuard(config, self.checkpoints, tracking)
         self.compare = FirstBatch(config, tracking.message)
+        self.records = StepRecords(config.trainer, task.tokenizer, tracking)
         self.step = 0
         self.policy_version = -1
         """Version of the weights that the engines hold; every sync raises it."""
@@ -179,18 +175,11 @@ class RayPPOTrainer:
             self.checkpoints.complete()
         with self.timers("prepare"):
             batch = self.batches.build(rollouts)
-            self.record(rollouts)
+            self.records.begin(self.step, rollouts)
             metrics = rollouts.metrics() | trajectory_metrics(rollouts.surviving)
             metrics |= self.task.agent.reduce_metrics(rollouts.surviving)
             metrics |= staleness_metrics(batch, self.policy_version)
         return batch, metrics
-
-    def record(self, rollouts: Rollouts) -> None:
-        """Writes the trajectories that are trained on, every `trainer.rollout_data_freq` steps."""
-        frequency = self.config.trainer.rollout_data_freq
-        if frequency > 0 and self.step % frequency == 0:
-            records = trajectory_records(rollouts.jobs, rollouts.trajectories, self.task.tokenizer)
-            self.tracking.log_trajectories("train", records, self.step)
 
     def sleep(self) -> None:
         """Frees the engines' memory for the update."""
@@ -198,9 +187,13 @@ class RayPPOTrainer:
             self.rollout.sleep()
 
     def old_log_prob(self, batch: DataProto) -> DataProto:
-        """Adds the log-probs of the weights before the update."""
+        """Adds the log-probs of the weights before the update.
+
+        Rows of which single tokens are recorded get their entropy, too.
+        """
         with self.timers("old_log_prob"):
-            return self.compare(batch.union(self.actor.compute_log_prob(batch)))
+            batch = self.compare(batch.union(self.actor.compute_log_prob(batch)))
+            return self.records.with_entropy(batch, self.actor.compute_entropy)
 
     def ref_log_prob(self, batch: DataProto) -> DataProto:
         """Adds the log-probs of the initial weights, if a KL is computed."""
@@ -239,10 +232,13 @@ class RayPPOTrainer:
         The policy does not learn while the critic warms up.
         """
         if self.step <= self.config.trainer.critic_warmup:
+            self.records.write(batch, trained=batch.batch["response_mask"])
             return {}
         with self.timers("correct"):
+            whole = batch
             batch, shares = filter_loss(batch, self.config.algorithm.loss_filters)
             batch, mismatch = correct_rollout(batch, self.config.algorithm.rollout_correction)
+            self.records.write(whole, trained=batch.batch["response_mask"])
         if not batch.batch["response_mask"].any():
             self.tracking.message(
                 f"step {self.step}: loss filters and rollout correction left nothing to train on"
@@ -320,6 +316,7 @@ class RayPPOTrainer:
 
     def log(self, batch: DataProto, metrics: Metrics, seconds_per_step: float) -> None:
         """Writes the step's metrics and one line on the console."""
+        self.records.complete()
         timing = self.timers.pop()
         line = metrics | timing | compute_throughput_metrics(batch, timing, self.config.num_gpus)
         line["training/epoch"] = float(self.batches.epoch)

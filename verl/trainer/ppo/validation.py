@@ -110,7 +110,13 @@ def score(
     metrics["val/test_score/all"] = mean_score(trajectories)
     figures = task.agent.reduce_metrics(trajectories)
     metrics |= {f"val/{name}": value for name, value in figures.items()}
-    return metrics, trajectory_records([job for job, _ in sampled], trajectories, task.tokenizer)
+    records = trajectory_records(
+        [job for job, _ in sampled],
+        trajectories,
+        task.tokenizer,
+        with_token_ends=config.trainer.trajectory_records.tokens,
+    )
+    return metrics, records
 
 
 def source_metrics(

@@ -1,0 +1,81 @@
+"""The HTML of pages: scripts and styles of `assets` within it, and nothing that it would fetch.
+
+Data are blocks of base64, which no text can leave. The policy of the page (CSP) lets only its own
+script run, which it names by hash, and forbids every request and every text that becomes HTML.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+
+ASSETS = files("search_r1.pages") / "assets"
+IMPORT = re.compile(r"^import\s[^;]*?from\s+\"\./[\w.]+\";\n", re.MULTILINE)
+EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|class) )", re.MULTILINE)
+
+
+def asset(name: str) -> str:
+    """The text of a file of `assets`."""
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def script_of(modules: Sequence[str]) -> str:
+    """One script of several modules, in the order in which they need each other.
+
+    A page on a disk cannot import from files beside it, so what they import of each other is left
+    out: all are in one scope.
+    """
+    texts = [EXPORT.sub("", IMPORT.sub("", asset(name))) for name in modules]
+    return "\n".join(f"// {name}\n{text}" for name, text in zip(modules, texts, strict=True))
+
+
+def source_hash(text: str) -> str:
+    """The source of a content security policy that allows exactly `text`."""
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def policy(script: str, style: str) -> str:
+    """The content security policy of a page with this script and this style, and no more."""
+    rules = {
+        "default-src": "'none'",
+        "script-src": source_hash(script),
+        "style-src": source_hash(style),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in rules.items())
+
+
+def page_html(
+    title: str, modules: Sequence[str], styles: Sequence[str], blocks: Mapping[str, str]
+) -> str:
+    """A page that runs `modules` over its `blocks`, which are base64 by name."""
+    script = script_of(modules)
+    style = "\n".join(asset(name) for name in styles)
+    data = "\n".join(
+        f'<script type="application/gzip+base64" id="{escape(name)}">{text}</script>'
+        for name, text in blocks.items()
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy(script, style)}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<title>{escape(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+<noscript>This page shows its content by a script of its own: allow scripts to read it.</noscript>
+<div id="app"></div>
+{data}
+<script type="module">{script}</script>
+</body>
+</html>
+"""
