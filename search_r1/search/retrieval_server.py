@@ -14,6 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path, as the original's users do
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from search_r1.program import program_name
 from search_r1.search.engines.load import DENSE, ENGINES, INDEXED, load
 from search_r1.search.serve import add_document_flags, add_flags, positive, serve
 from search_r1.search.store import load_documents
@@ -24,7 +25,7 @@ __all__ = ["load", "load_documents", "main", "parse_arguments"]
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line, which has the original's flags."""
     parser = argparse.ArgumentParser(
-        prog="retrieval_server.py",
+        prog=program_name("search_r1.search.retrieval_server"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

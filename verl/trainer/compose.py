@@ -20,9 +20,10 @@ from verl.trainer.overrides import first_line, parse, quoted
 from verl.trainer.schema import register_models
 from verl.utils.config import did_you_mean
 from verl.utils.errors import ConfigError
+from verl.utils.places import configs
 
 register_models()
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = configs()
 HUB = "hf:"
 """The prefix of a data set of the Hugging Face hub, in keys that also accept paths."""
 HELP = {"--help", "-h", "--hydra-help", "--version"}

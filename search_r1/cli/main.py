@@ -1,0 +1,72 @@
+"""Finds the command that is asked for, and runs it."""
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+
+from search_r1.cli.commands import COMMANDS, SECTIONS
+from search_r1.program import CONSOLE_SCRIPT
+
+COMPLETE = "_SEARCH_R1_COMPLETE"
+"""Environment variable by which a shell asks for completions."""
+HELP = ("--help", "-h", "help")
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Runs the command of the command line and returns its exit status; None stands for success.
+
+    What follows the name of the command belongs to that command alone.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if COMPLETE in os.environ:
+        from search_r1.cli.completion import complete
+
+        return complete(os.environ[COMPLETE])
+    name = arguments[0] if arguments else HELP[0]
+    if name in HELP:
+        sys.stdout.write(help_page())
+        return 0
+    if name == "--version":
+        sys.stdout.write(f"{CONSOLE_SCRIPT} {installed_version()}\n")
+        return 0
+    if name not in COMMANDS:
+        sys.stderr.write(f"error: {unknown(name)}\n")
+        return 2
+    sys.argv = [f"{CONSOLE_SCRIPT} {name}", *arguments[1:]]
+    return COMMANDS[name].run()
+
+
+def help_page() -> str:
+    """The page of all commands, which fits on a screen."""
+    lines = [
+        f"Usage: {CONSOLE_SCRIPT} COMMAND ...",
+        "",
+        "Trains language models to search while they reason.",
+    ]
+    width = max(map(len, COMMANDS))
+    for title, commands in SECTIONS.items():
+        lines += ["", title]
+        lines += [f"  {command.name:{width}}  {command.summary}" for command in commands]
+    lines += [
+        "",
+        f"{CONSOLE_SCRIPT} COMMAND --help says more; docs/cli.md has examples.",
+        f"Begin with: {CONSOLE_SCRIPT} doctor, then: {CONSOLE_SCRIPT} train",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def unknown(name: str) -> str:
+    """The message about a command that does not exist."""
+    near = get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+    return f"{CONSOLE_SCRIPT} {name}: there is no such command; {hint}"
+
+
+def installed_version() -> str:
+    """The version of the installed project; `unknown` where it runs without being installed."""
+    try:
+        return version(CONSOLE_SCRIPT)
+    except PackageNotFoundError:
+        return "unknown"
