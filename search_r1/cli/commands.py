@@ -53,6 +53,12 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
             True,
         ),
         Command(
+            "doctor",
+            "says what is wrong here, and the cure",
+            "search_r1.doctor.main:main",
+            takes_overrides=True,
+        ),
+        Command(
             "completion",
             "prints the completion for a shell",
             "search_r1.cli.completion:main",
