@@ -1,7 +1,7 @@
 """Whether another distribution brings a package `verl` as well.
 
-PyPI has one, the library whose vocabulary this one follows. Both fill the folder `verl` of an
-environment, so that neither works. Only folders are listed: this runs at every import.
+PyPI has one, the library whose vocabulary this one follows. In one environment both fill the folder
+`verl`, so that neither works. Only folders are listed, because this runs at every import.
 """
 
 import os
@@ -14,7 +14,7 @@ NAMESAKE = re.compile(r"verl-[^-]+\.(dist-info|egg-info)")
 SAID = "VERL_NAMESAKE_SAID"
 """Environment variable that keeps the processes of a run from repeating the warning."""
 CURE = (
-    "use an environment without it: pip uninstall verl, then install search-r1 again "
+    "Use an environment without it: pip uninstall verl, then install search-r1 again "
     "(pip install --force-reinstall --no-deps search-r1)"
 )
 
@@ -42,7 +42,8 @@ def warn_of_namesake() -> None:
     if found := namesake(sys.path):
         os.environ[SAID] = "1"
         warnings.warn(
-            f"PyPI's verl is installed too ({found}). It has a package of the same name as "
-            f"search-r1's, and each overwrites the other's files: {CURE}",
+            f"PyPI's verl is installed too ({found}). Its package has the name of search-r1's: "
+            "whichever Python finds first hides the other, and in one folder each overwrites the "
+            f"other's files. {CURE}",
             stacklevel=2,
         )

@@ -104,11 +104,11 @@ def candidates(command: Command, before: Sequence[str], incomplete: str) -> list
     """
     if incomplete.startswith("-"):
         return flags(command.name, before[0] if before and before[0] in command.forms else None)
-    found = [] if before else list(command.forms)
-    if command.takes_overrides:
-        name, equals, _ = incomplete.partition("=")
-        found += choices(name) if equals else keys()
-    return found
+    name, equals, _ = incomplete.partition("=")
+    if equals:
+        return choices(name) if command.takes_overrides else []
+    forms = [] if before else list(command.forms)
+    return forms + keys() if command.takes_overrides else forms
 
 
 def complete(instruction: str) -> int:

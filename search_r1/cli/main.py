@@ -11,6 +11,11 @@ from search_r1.program import CONSOLE_SCRIPT
 
 COMPLETE = "_SEARCH_R1_COMPLETE"
 """Environment variable by which a shell asks for completions."""
+OTHER_VERL = (
+    "PyPI's verl is installed too, whose package has the same name as a part of this program: pip "
+    "uninstall verl, then pip install --force-reinstall --no-deps search-r1"
+)
+"""Said here too, because `verl.namesake` cannot say it where that package was found first."""
 HELP = ("--help", "-h", "help")
 
 
@@ -29,13 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         sys.stdout.write(help_page())
         return 0
     if name == "--version":
-        sys.stdout.write(f"{CONSOLE_SCRIPT} {installed_version()}\n")
+        number = version(CONSOLE_SCRIPT) if is_installed(CONSOLE_SCRIPT) else "not installed"
+        sys.stdout.write(f"{CONSOLE_SCRIPT} {number}\n")
         return 0
     if name not in COMMANDS:
         sys.stderr.write(f"error: {unknown(name)}\n")
         return 2
     sys.argv = [f"{CONSOLE_SCRIPT} {name}", *arguments[1:]]
-    return COMMANDS[name].run()
+    try:
+        return COMMANDS[name].run()
+    except ImportError as error:
+        if not is_installed("verl"):
+            raise
+        sys.exit(f"error: {error}. {OTHER_VERL}")
 
 
 def help_page() -> str:
@@ -64,9 +75,10 @@ def unknown(name: str) -> str:
     return f"{CONSOLE_SCRIPT} {name}: there is no such command; {hint}"
 
 
-def installed_version() -> str:
-    """The version of the installed project; `unknown` where it runs without being installed."""
+def is_installed(name: str) -> bool:
+    """Whether there is a distribution of that name."""
     try:
-        return version(CONSOLE_SCRIPT)
+        version(name)
     except PackageNotFoundError:
-        return "unknown"
+        return False
+    return True

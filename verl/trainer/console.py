@@ -21,8 +21,10 @@ LOG = "logs/console.log"
 TAIL_LINES = 15
 SHOWN_ACTORS = ("AgentLoopWorker",)
 """Actors whose lines are shown, whatever they say."""
-OF_RAY = ("raylet", "autoscaler", "gcs_server")
+OF_RAY = ("raylet", "gcs_server")
 """What Ray gives instead of a process number for news of the cluster, such as a lack of memory."""
+AUTOSCALER = "autoscaler"
+"""The same for a report every few seconds, of which Ray itself shows what is news."""
 WRONG = re.compile(
     r"\w*(error|exception)\b|\b(critical|fatal|traceback|aborted|killed|segmentation fault|"
     r"terminate called|out of memory)\b|^\[[EF]\d{4}|\s[EF] \d+ \d+\]",
@@ -76,6 +78,9 @@ def keeping(file: IO[str], show: Callable[[dict[str, Any]], object]) -> Callable
     chosen = Filter()
 
     def handle(batch: Lines) -> None:
+        if batch.get("pid") == AUTOSCALER:
+            show(dict(batch))
+            return
         name = batch.get("actor_name") or batch.get("task_name") or ""
         with suppress(OSError, ValueError):  # a full disk, or the end of the run
             file.writelines(f"({name} pid={batch.get('pid')}) {line}\n" for line in batch["lines"])
@@ -144,8 +149,9 @@ def plan(config: "PPOConfig", num_questions: int, steps: int, resumed_step: int 
     after = "" if resumed_step is None else f", going on after step {resumed_step}"
     return (
         f"{algorithm} of {policy} ({size_of(config)}) on {num_questions:,} questions of "
-        f"{names_of(data.train_files)}: {steps:,} steps of {trajectories:,} trajectories{after}, "
-        f"{machines_of(config)}; run folder {trainer.default_local_dir}"
+        f"{names_of(data.train_files)}: {counted(steps, 'step')} of "
+        f"{counted(trajectories, 'trajectory', 'trajectories')}{after}, {machines_of(config)}; "
+        f"run folder {trainer.default_local_dir}"
     )
 
 
@@ -184,4 +190,4 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     >>> counted(1, "GPU"), counted(8, "GPU")
     ('1 GPU', '8 GPUs')
     """
-    return f"{count} {one if count == 1 else many or one + 's'}"
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
