@@ -92,10 +92,20 @@ def line_of(finding: Finding, colored: bool) -> str:
 
 def verdict(found: Sequence[Finding]) -> str:
     """The last line: how many findings there are of each kind."""
-    counts = {status: sum(finding.status is status for finding in found) for status in Status}
-    if counts[Status.PROBLEM]:
-        return f"{counts[Status.PROBLEM]} problems, {counts[Status.WARNING]} warnings\n"
-    return f"No problem found; {counts[Status.WARNING]} warnings. Next: search-r1 train\n"
+    problems = sum(finding.status is Status.PROBLEM for finding in found)
+    warnings = counted(sum(finding.status is Status.WARNING for finding in found), "warning")
+    if problems:
+        return f"{counted(problems, 'problem')}, {warnings}\n"
+    return f"No problem found; {warnings}. Next: search-r1 train\n"
+
+
+def counted(count: int, one: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "warning"), counted(0, "warning")
+    ('1 warning', '0 warnings')
+    """
+    return f"{count} {one if count == 1 else one + 's'}"
 
 
 if __name__ == "__main__":
