@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 
-from search_r1.program import program_name
+from search_r1.program import described, program_name
 from verl.utils.errors import ConfigError, ModelError
 from verl.utils.model_names import HF, find_checkpoint, ready_model
 from verl.utils.places import root
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exports as the command line says; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=program_name("search_r1.export"),
-        description=__doc__,
+        description=described("search_r1.export", __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -12,3 +12,8 @@ def program_name(module: str) -> str:
     """
     called = sys.argv[0]
     return called if called.startswith(f"{CONSOLE_SCRIPT} ") else f"python -m {module}"
+
+
+def described(module: str, text: str | None) -> str:
+    """The docstring of a module as its help: its command is written as it was called."""
+    return (text or "").replace(f"python -m {module}", program_name(module))

@@ -337,7 +337,7 @@ def build_parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     """The flags of the command: each assumption is one."""
     parser = argparse.ArgumentParser(
         prog,
-        description=__doc__,
+        description=(__doc__ or "").replace(PROGRAM, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
