@@ -26,8 +26,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line, which has the original's flags."""
     parser = argparse.ArgumentParser(
         prog=program_name("search_r1.search.retrieval_server"),
+        usage="%(prog)s --retriever_name NAME --index_path PATH --corpus_path FILE [flag ...]",
         description=described("search_r1.search.retrieval_server", __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="docs/retriever.md has examples of every engine.",
     )
     add_engine_flags(parser)
     add_dense_flags(parser)

@@ -26,13 +26,9 @@ def installed(tmp_path_factory):
         shutil.copytree(root() / name, folder / "source" / name, ignore=ignored)
     for name in SOURCES:
         shutil.copy(root() / name, folder / "source")
-    command = [sys.executable, "-m", "pip", "wheel", "./source", "-w", "built", "--no-index"]
-    done = subprocess.run(
-        [*command, "--no-deps", "--no-build-isolation", "-q"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "pip", "wheel", "./source", "-w", "built", "-q"]
+    command += ["--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (wheel,) = (folder / "built").glob("search_r1-*.whl")
     with zipfile.ZipFile(wheel) as archive:
