@@ -104,7 +104,10 @@ def command_lines(page):
         words = shlex.split(line, comments=True)
         overrides = [word for word in words if OVERRIDE.fullmatch(word)]
         if PROGRAM.search(line) and "compat=" not in line and "…" not in line:
-            yield "ppo" if re.search("train_ppo|config-name ppo|train ppo", line) else "grpo", overrides
+            yield (
+                "ppo" if re.search("train_ppo|config-name ppo|train ppo", line) else "grpo",
+                overrides,
+            )
 
 
 def test_command_lines_name_keys_that_exist():

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from verl.utils.places import configs
+from verl.utils.places import config_folders
 
 GROUPS = ("experiment", "method", "algo")
 """Folders of configs/ that an override without + chooses from."""
@@ -26,11 +26,13 @@ PATIENCE_S = 30
 
 def choices(group: str) -> list[str]:
     """The overrides `GROUP=NAME` that choose a file of configs/; none for other keys."""
-    folder = configs() / group
-    if not group or not folder.is_dir():
-        return []
-    names = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml"))
-    return sorted(f"{group}={name.as_posix()}" for name in names)
+    folders = [folder / group for folder in config_folders() if group]
+    found = {
+        f"{group}={path.relative_to(folder).with_suffix('').as_posix()}"
+        for folder in folders
+        for path in folder.rglob("*.yaml")
+    }
+    return sorted(found)
 
 
 def keys() -> list[str]:
@@ -104,7 +106,7 @@ def cache() -> Path:
 
 def fingerprint() -> str:
     """A text that changes when a file of the program or of configs/ changes."""
-    folders = (PACKAGES / "search_r1", PACKAGES / "verl", configs())
+    folders = (PACKAGES / "search_r1", PACKAGES / "verl", *config_folders())
     files = sorted(file for folder in folders for file in folder.rglob("*.*"))
     seen = [f"{file}:{file.stat().st_mtime_ns}" for file in files if file.suffix in SOURCES]
     return hashlib.sha256("\n".join(seen).encode()).hexdigest()[:16]

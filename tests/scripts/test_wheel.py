@@ -84,3 +84,20 @@ def test_what_it_makes_lies_where_the_user_stands(installed, tmp_path):
     )
     path = run(installed, tmp_path, "-c", code).strip()
     assert files_under(tmp_path / path) == files_under(root() / BASES[0])
+
+
+def test_a_user_has_configurations_of_their_own(installed, tmp_path):
+    mine = tmp_path / "configs" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text(
+        "# @package _global_\ndefaults:\n  - /experiment/closed_world/grpo\n  - _self_\n"
+        "trainer:\n  total_training_steps: 7\n"
+    )
+    job = ["train", "experiment=mine", "trainer.seed=3", "--cfg", "job"]
+    config = OmegaConf.create(run(installed, tmp_path, "-m", "search_r1.cli", *job))
+    assert (config.trainer.total_training_steps, config.trainer.seed) == (7, 3)
+    code = "from search_r1.launch import composed; print(composed('grpo', ['experiment=mine'])[0])"
+    assert "'total_training_steps': 7" in run(installed, tmp_path, "-c", code)
+    code = "from verl.trainer.compose import check_overrides as c; c('grpo', ['experiment=min'])"
+    with pytest.raises(AssertionError, match="did you mean mine"):
+        run(installed, tmp_path, "-c", code)

@@ -27,6 +27,15 @@ def shipped(path: str) -> Path:
     return (IN_WHEEL if is_installed() else HOME) / path
 
 
+def config_folders() -> list[Path]:
+    """The folders of configurations: those of the program, then those of the user, if any.
+
+    In a clone, users put theirs beside the program's; elsewhere they have a folder `configs`.
+    """
+    own = root() / "configs"
+    return [configs(), own] if is_installed() and own.is_dir() else [configs()]
+
+
 def configs() -> Path:
     """The folder of the configurations that come with the program."""
     return shipped("configs")
