@@ -3,15 +3,17 @@
 import logging
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError, RayTaskError
 
 from verl.agent import AgentLoop, RewardFn, RewardPreflight
 from verl.single_controller.worker_group import WorkerLost
 from verl.trainer.config import PPOConfig
+from verl.trainer.console import plan, show_tail
 from verl.trainer.packing import decide_packing
 from verl.trainer.ppo.checkpoints import read_state
 from verl.trainer.ppo.processes import Processes, start_processes
@@ -22,7 +24,7 @@ from verl.trainer.preparation import (
     load_train_set,
     load_val_set,
     prepare,
-    start_ray,
+    running_ray,
     write_config,
 )
 from verl.trainer.resume import check_resume
@@ -38,6 +40,8 @@ from verl.utils.tracking import Timers, Tracking, truncate_metrics
 from verl.utils.webhook import webhook_of
 
 logger = logging.getLogger(__name__)
+PLAIN = (ConfigError, DataError, CheckpointError, *ENDINGS)
+"""Errors whose message says all: neither a traceback nor the log of the processes is needed."""
 
 
 def drive(raw: dict[str, Any], stop: Stop) -> int:
@@ -59,7 +63,7 @@ def drive(raw: dict[str, Any], stop: Stop) -> int:
 
 def status_of(error: Exception) -> int | None:
     """Logs a known error and returns its exit status; None for one whose traceback is needed."""
-    if isinstance(error, (ConfigError, DataError, CheckpointError, *ENDINGS)):
+    if isinstance(error, PLAIN):
         sys.stderr.write(f"error: {error}\n")
         return 1
     if is_loss(error):
@@ -85,10 +89,18 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     val_set = load_val_set(config, task.tokenizer)
     check_environment(config, task.agent, gpus_here(config))
     with held(config.trainer.default_local_dir):
+        logger.info("%s", plan_of(config, len(train_set)))
         config = decide_packing(config)
         resume = checkpoint_to_resume(config, train_set)
         write_config(raw, config)
         train(config, task, train_set, val_set, stop, resume)
+
+
+def plan_of(config: PPOConfig, num_questions: int) -> str:
+    """The first line of a run."""
+    newest = find_latest(config.trainer.default_local_dir)
+    steps = config.total_training_steps(num_questions)
+    return plan(config, num_questions, steps, step_of(newest) if newest else None)
 
 
 def gpus_here(config: PPOConfig) -> int:
@@ -165,8 +177,21 @@ def train(
     """
     root = config.trainer.default_local_dir
     remove_leftovers(root)
-    start_ray(config)
-    stop.listen()  # again, because Ray has installed its own handler of SIGTERM
+    with running_ray(config), tail_shown(root):
+        stop.listen()  # again, because Ray has installed its own handler of SIGTERM
+        train_under_ray(config, task, train_set, val_set, stop, resume)
+
+
+def train_under_ray(
+    config: PPOConfig,
+    task: Task,
+    train_set: RLHFDataset,
+    val_set: RLHFDataset,
+    stop: Stop,
+    resume: Path | None,
+) -> None:
+    """Does the part of `train` that needs Ray to run."""
+    root = config.trainer.default_local_dir
     tracking = None
     try:
         with Watchdog(config.trainer.hang_timeout_s, root) as watchdog:
@@ -195,7 +220,17 @@ def train(
     finally:
         if tracking is not None:
             tracking.finish()
-        ray.shutdown()
+
+
+@contextmanager
+def tail_shown(root: str) -> Iterator[None]:
+    """Shows the end of the log of the processes if the block is left by an error of theirs."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, PLAIN):
+            show_tail(root)
+        raise
 
 
 def fit(trainer: RayPPOTrainer) -> None:

@@ -195,7 +195,8 @@ def given_up(run_dir: str, max_restarts: int, returncode: int, step: int) -> str
     )
     return (
         f"the run ended by {cause(returncode)}; given up after {times} (trainer.max_restarts). The "
-        "cause is above, in Ray's logs (/tmp/ray/session_latest/logs), after a hang in "
+        f"cause is above, in {run_dir}/logs/console.log (what engines and ranks wrote), in Ray's "
+        "logs (/tmp/ray/session_latest/logs), after a hang in "
         f"{run_dir}/stacks; restarts are listed in {run_dir}/{RESTARTS}. SIGKILL that nobody sent "
         "is the kernel's answer to a lack of memory (dmesg). Repair it and run the same command: "
         f"it continues from {where(step)} unless trainer.resume_mode=disable."
