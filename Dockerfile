@@ -29,9 +29,9 @@ WORKDIR /app
 ENV SETUP_DEVICE=gpu SETUP_VENV=/home/search/venv
 
 # The packages are a layer of their own: they are installed again only when what names them changes
-COPY --chown=search:search pyproject.toml LICENSE NOTICE ./
+COPY --chown=search:search pyproject.toml setup.py LICENSE NOTICE ./
 COPY --chown=search:search scripts/setup.sh scripts/requirements_met.py scripts/constraints-gpu.txt scripts/
-COPY --chown=search:search verl/__init__.py verl/__init__.py
+COPY --chown=search:search verl/__init__.py verl/namesake.py verl/
 COPY --chown=search:search verl/utils/__init__.py verl/utils/device.py verl/utils/
 COPY --chown=search:search search_r1/__init__.py search_r1/__init__.py
 RUN --mount=type=cache,target=/var/cache/pip,uid=1000 touch README.md && bash scripts/setup.sh hub dense-gpu lucene

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # PPO from nothing to a trained search agent: `bash train_ppo.sh [experiment=...] [key=value ...]`
-# Without arguments: the closed world on this machine. `--help` lists every key.
+# Without arguments: the closed world on this machine. `--help` says what may follow.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
-exec "$PYTHON" -P -m search_r1.launch --config-name ppo "$@"
+exec "$PYTHON" -P -m search_r1.cli train --config-name ppo "$@"

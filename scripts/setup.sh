@@ -2,7 +2,8 @@
 # Makes an environment that can train: `bash scripts/setup.sh [EXTRA ...]`, or sourced by a script, to use its $PYTHON.
 #
 # An active virtual or conda environment that satisfies the requirements is used as it is. Otherwise .venv is made here.
-#   EXTRA                dense, dense-gpu, lucene, web, hub, mcp or dev: see pyproject.toml. What is installed stays.
+#   EXTRA                dense, dense-gpu, lucene, web, hub, mcp, tensorboard, mlflow, trackio, swanlab or dev: see
+#                        pyproject.toml. What is installed stays.
 #   SETUP_EXTRA          the same for a script that sources this: SETUP_EXTRA="hub lucene"
 #   SETUP_DEVICE         gpu or cpu, to override what nvidia-smi says: a login node can install for nodes with GPUs
 #   SETUP_VENV           another folder than .venv
@@ -20,8 +21,8 @@ EXTRAS=" ${SETUP_EXTRA:-} "
 [[ "${BASH_SOURCE[0]}" != "$0" ]] || EXTRAS+="$* "  # sourced, the arguments are the script's own
 for extra in $EXTRAS; do
   case "$extra" in
-    dense|dense-gpu|lucene|web|hub|mcp|dev) ;;
-    *) fail "'$extra' is no extra; there are dense, dense-gpu, lucene, web, hub, mcp and dev" ;;
+    dense|dense-gpu|lucene|web|hub|mcp|tensorboard|mlflow|trackio|swanlab|dev) ;;
+    *) fail "'$extra' is no extra; there are dense, dense-gpu, lucene, web, hub, mcp, tensorboard, mlflow, trackio, swanlab and dev" ;;
   esac
 done
 [[ "$(uname -s)" == Linux ]] || fail "Linux is needed (vLLM, pidfd, prctl): on macOS or Windows use a Linux container or WSL 2"

@@ -20,6 +20,7 @@ from pathlib import Path
 from search_r1.evaluation import report
 from search_r1.export import loadable_model
 from search_r1.launch import MODELS, TOKENIZER, composed, run_with_setup
+from search_r1.program import described, program_name
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 from verl.trainer.overrides import quoted
@@ -67,8 +68,8 @@ def given_overrides(model: str, endpoint: str | None) -> list[str]:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.evaluate",
-        description=__doc__,
+        prog=program_name("search_r1.evaluate"),
+        description=described("search_r1.evaluate", __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

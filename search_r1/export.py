@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 
-from search_r1.launch import ROOT
+from search_r1.program import described, program_name
 from verl.utils.errors import ConfigError, ModelError
 from verl.utils.model_names import HF, find_checkpoint, ready_model
+from verl.utils.places import root
 
 
 def loadable_model(name: str) -> str:
@@ -69,7 +70,7 @@ def export_to(
 
     sys.stderr.write(f"{checkpoint}: writing its policy as a Hugging Face model to {out}\n")
     try:
-        with chdir(ROOT):  # relative paths in the configuration of a run start there
+        with chdir(root()):  # relative paths in the configuration of a run start there
             export(checkpoint.resolve(), out.resolve(), base, tokenizer)
     except CheckpointError as error:
         raise ModelError(str(error)) from error
@@ -79,8 +80,8 @@ def export_to(
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports as the command line says; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.export",
-        description=__doc__,
+        prog=program_name("search_r1.export"),
+        description=described("search_r1.export", __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

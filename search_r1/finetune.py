@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from search_r1.config import FinetuneConfig
 from search_r1.data import rejection
-from search_r1.launch import ROOT, composed, files_of
+from search_r1.launch import composed, files_of
 from search_r1.prompts import build_prompt
 from search_r1.rewards.matching import gold_answers
 from search_r1.trajectory import required_question
@@ -36,6 +36,7 @@ from verl.utils.config import problems_of
 from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.model_names import full_path
+from verl.utils.places import root
 from verl.utils.processes import dying_with_this
 from verl.utils.run_folder import claim, replacing
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
@@ -197,7 +198,7 @@ class Finetune:
 def run(*command: str) -> None:
     """Runs Python with the arguments `command`; exits with its status if it fails."""
     if status := subprocess.call(
-        [sys.executable, *command], cwd=ROOT, preexec_fn=dying_with_this()
+        [sys.executable, *command], cwd=root(), preexec_fn=dying_with_this()
     ):
         sys.exit(status)
 

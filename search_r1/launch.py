@@ -11,6 +11,7 @@ set. What `setup` leaves null is not made: for the paper's recipes only the trai
 import logging
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,13 +36,15 @@ from verl.trainer.supervise import supervise_driver
 from verl.utils.addresses import direct
 from verl.utils.config import problems_of
 from verl.utils.errors import ConfigError, DataError
+from verl.utils.places import root, shipped
 from verl.utils.processes import Forward, dying_with_this, ended, exit_status
 
 logger = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[1]
 SERVER_START_S = 120
 MAX_SERVER_RESTARTS = 10
 BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+BASE = "data/closed_world/base"
+ARITHMETIC_BASE = "data/closed_world/arithmetic/base"
 PATHS = (
     "data.train_files",
     "data.val_files",
@@ -55,7 +58,7 @@ PATHS = (
 """Keys whose values are paths.
 
 Paths on the command line are relative to the working directory, those in configs/ to the
-repository.
+repository, or to the working directory where the program was installed from a wheel.
 """
 OF_SMALL_BASE = (
     "actor_rollout_ref.actor.optim.lr",
@@ -86,7 +89,7 @@ def launch(argv: Sequence[str]) -> int:
     if line.only_shows:
         complete = compose.absolute(line.overrides, Path.cwd(), PATHS, MODELS)
         shown = ["--config-name", line.config_name, *line.flags, *complete]
-        return subprocess.call([sys.executable, "-m", "verl.trainer.main_ppo", *shown], cwd=ROOT)
+        return subprocess.call([sys.executable, "-m", "verl.trainer.main_ppo", *shown], cwd=root())
     if line.is_foreign:
         raise ConfigError(
             [
@@ -117,15 +120,15 @@ def launch(argv: Sequence[str]) -> int:
 def composed(
     config_name: str, overrides: Sequence[str], models: Sequence[str] = MODELS
 ) -> tuple[DictConfig, list[str]]:
-    """Composes a configuration, and makes the repository the working directory.
+    """Composes a configuration, and makes `root()` the working directory.
 
     Returns the configuration and the overrides with absolute paths. Paths in configs/ stay relative
-    to the repository. `models` are the keys whose values may be names on the hub instead of paths.
+    to `root()`. `models` are the keys whose values may be names on the hub instead of paths.
     Raises ConfigError.
     """
     complete = compose.absolute(overrides, Path.cwd(), PATHS, models)
     config = compose.composed(config_name, complete)
-    os.chdir(ROOT)
+    os.chdir(root())
     return config, complete
 
 
@@ -277,14 +280,18 @@ def refuse_other_options(folder: Path, options: WorldConfig) -> None:
 
 
 def prepare_base(folder: Path, arithmetic: bool = False) -> None:
-    """Builds the base model of the closed world if it is missing.
+    """Copies the base model of the closed world if it is missing, or builds it.
 
-    All worlds have the same one, but for those with questions that need arithmetic.
+    All worlds have the same one, but for those with questions that need arithmetic. It comes with
+    the program; where it was deleted from the repository, it is built.
 
     Raises DataError when only some of its files are there.
     """
     missing = [name for name in BASE_FILES if not (folder / name).exists()]
-    if len(missing) == len(BASE_FILES):
+    ours = shipped(ARITHMETIC_BASE if arithmetic else BASE)
+    if len(missing) == len(BASE_FILES) and ours.is_dir() and not folder.exists():
+        shutil.copytree(ours, folder)
+    elif len(missing) == len(BASE_FILES):
         flags = ["--arithmetic"] if arithmetic else []
         module("search_r1.world.base", "--out", str(folder), *flags)
     elif missing:

@@ -17,7 +17,7 @@ SOURCES = {
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
-VERL_FOR_TASKS = ["verl.protocol", "verl.agent", "verl.utils"]
+VERL_FOR_TASKS = ["verl.protocol", "verl.agent", "verl.utils", "verl.namesake"]
 PURE = ["verl.protocol", "verl.agent", "verl.trainer.ppo.core_algos"]
 ENTRY_POINTS = [
     "verl.rollout",
@@ -33,6 +33,7 @@ COMMAND_LINE = [
     "verl.trainer.compat",
     "verl.trainer.overrides",
     "verl.trainer.config",
+    "verl.trainer.host",
 ]
 COMMANDS = [
     "search_r1.launch",
@@ -41,6 +42,7 @@ COMMANDS = [
     "search_r1.session",
     "search_r1.finetune",
     "search_r1.compat",
+    "search_r1.doctor",
 ]
 FORBIDDEN = [
     # where, what may not be imported, except

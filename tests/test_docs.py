@@ -17,7 +17,9 @@ from verl.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAM = re.compile(r"train_(?:ppo|grpo)\.sh|evaluate|infer|main_ppo|estimate|step_time")
+PROGRAM = re.compile(
+    r"train_(?:ppo|grpo)\.sh|evaluate|infer|main_ppo|estimate|step_time|search-r1 (?:train|ask)"
+)
 """What takes overrides."""
 OVERRIDE = re.compile(r"[+~]{0,2}[a-z_]+(?:\.\w+)*=.+")
 
@@ -102,7 +104,10 @@ def command_lines(page):
         words = shlex.split(line, comments=True)
         overrides = [word for word in words if OVERRIDE.fullmatch(word)]
         if PROGRAM.search(line) and "compat=" not in line and "…" not in line:
-            yield "ppo" if re.search("train_ppo|config-name ppo", line) else "grpo", overrides
+            yield (
+                "ppo" if re.search("train_ppo|config-name ppo|train ppo", line) else "grpo",
+                overrides,
+            )
 
 
 def test_command_lines_name_keys_that_exist():

@@ -2,3 +2,7 @@
 
 It knows nothing of any task.
 """
+
+from verl.namesake import warn_of_namesake
+
+warn_of_namesake()

@@ -30,12 +30,12 @@ for model in "${MODELS[@]}"; do
     [[ "$method" != search_r1_ppo ]] || config=ppo
     case "$method" in sft | r1 | rejection | search_r1_*)
       evaluated="$folder/hf"
-      [[ -e "$folder/hf/config.json" ]] || run "$PYTHON" -P -m search_r1.launch --config-name "$config" \
+      [[ -e "$folder/hf/config.json" ]] || run "$PYTHON" -P -m search_r1.cli train --config-name "$config" \
         "experiment=baseline/$method" "actor_rollout_ref.model.path=$model" \
         "trainer.default_local_dir=$folder" "${OVERRIDES[@]}"
       ;;
     esac
-    run "$PYTHON" -P -m search_r1.evaluate "$evaluated" "experiment=baseline/$method" \
+    run "$PYTHON" -P -m search_r1.cli evaluate "$evaluated" "experiment=baseline/$method" \
       "trainer.default_local_dir=$folder/evaluation" "${OVERRIDES[@]}"
     RESULTS+=("$(basename "$model"), $method=$folder/evaluation")
   done

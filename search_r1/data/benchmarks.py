@@ -31,6 +31,7 @@ SIZES = {  # FlashRAG's, of the split that is tested on
     "musique": 2417,
     "bamboogle": 125,
 }
+PAPER_FOLDER = "data/nq_hotpotqa_train"
 HUB_SETS = (*SIZES, "web_questions", "strategyqa")
 
 
@@ -196,6 +197,28 @@ def command(
         shared = leakage(written["train"], written["test"])
         sys.stdout.write(f"{len(shared)} of the test questions are also training questions\n")
     return 0
+
+
+def paper_train_set() -> int:
+    """Makes the training questions of the paper, or those of other sets; returns the status."""
+    return command(
+        "Training questions of several sets with the search prompt: train.parquet.",
+        "nq,hotpotqa",
+        PAPER_FOLDER,
+        ("train",),
+        "search",
+    )
+
+
+def paper_test_set() -> int:
+    """Makes the test questions of the paper's seven sets, or of others; returns the status."""
+    return command(
+        "Test questions of several sets with the search prompt: test.parquet.",
+        ",".join(SIZES),
+        PAPER_FOLDER,
+        ("test",),
+        "search",
+    )
 
 
 def make_parser(

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from search_r1.data.made import is_current, making, sha256
 from search_r1.data.rows import question_and_answers, read_rows, settle, texts_under, training_row
 from search_r1.data.shapes import normalise
+from search_r1.program import program_name
 from search_r1.prompts import TEMPLATES, WITH_CONTEXT, build_prompt
 from search_r1.rewards.matching import normalize_answer
 from verl.utils.dataset import read_row
@@ -96,7 +97,7 @@ def questions(rows: list[dict[str, Any]]) -> set[str]:
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.data.prepare", description="Make training files."
+        prog=program_name("search_r1.data.prepare"), description="Make training files."
     )
     add = parser.add_argument
     add(

@@ -1,6 +1,6 @@
 """Reports finished evaluations: tables, `summary.json`, a comparison with another result, a page.
 
-python -m search_r1.evaluation.report runs/A/evaluation.jsonl [--compare OTHER.jsonl] [--out DIR]
+python -m search_r1.evaluation.report runs/A/evaluation.jsonl [OTHER.jsonl] [--out DIR]
 """
 
 import argparse
@@ -14,8 +14,11 @@ from search_r1.evaluation.page import page
 from search_r1.evaluation.scores import compare
 from search_r1.evaluation.summary import AVERAGE, Record, by_question, read_records, summarize
 from search_r1.evaluation.table import paper_table
+from search_r1.program import described, program_name
 from verl.utils.errors import DataError
 
+EVALUATION = "evaluation.jsonl"
+"""What an evaluation leaves in its folder."""
 SHOWN = (
     "searches",
     "gold_retrieved",
@@ -100,17 +103,27 @@ def name_of(path: Path) -> str:
     )
 
 
+def trajectories_at(path: Path) -> Path:
+    """The file of trajectories that a path names: a folder stands for the evaluation in it."""
+    return path / EVALUATION if path.is_dir() else path
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.evaluation.report",
-        description=__doc__,
+        prog=program_name("search_r1.evaluation.report"),
+        description=described("search_r1.evaluation.report", __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("result", type=Path, help="trajectories of a validation, JSONL")
     parser.add_argument(
-        "--compare", type=Path, metavar="FILE", help="another result on the same questions"
+        "result",
+        type=Path,
+        help=f"trajectories of a validation, JSONL, or a folder with {EVALUATION}",
     )
+    parser.add_argument(
+        "other", type=Path, nargs="?", help="another result on the same questions, to compare with"
+    )
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="the same as `other`")
     parser.add_argument(
         "--closed-book", type=Path, metavar="FILE", help="a result without search, for over-search"
     )
@@ -147,6 +160,9 @@ def make_report(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Reports as the command line says; returns the exit status."""
     args = make_parser().parse_args(argv)
+    args.result = trajectories_at(args.result)
+    other = args.compare or args.other
+    args.compare = trajectories_at(other) if other else None
     try:
         text, results = make_report(args)
     except (DataError, KeyError) as error:

@@ -29,6 +29,7 @@ from search_r1.evaluate import given_overrides
 from search_r1.launch import composed, free_port, prepare_and_serve
 from search_r1.pages.html import page_html
 from search_r1.pages.viewer import json_text, packed
+from search_r1.program import described, program_name
 from verl.utils.errors import ConfigError, DataError, ModelError
 from verl.utils.processes import dying_with_this
 
@@ -189,8 +190,8 @@ def html_of(models: Sequence[Model]) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.pages.play",
-        description=__doc__,
+        prog=program_name("search_r1.pages.play"),
+        description=described("search_r1.pages.play", __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

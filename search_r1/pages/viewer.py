@@ -20,6 +20,7 @@ from typing import Any
 
 from search_r1.pages.html import page_html
 from search_r1.pages.records import Entry, read_entries, shown
+from search_r1.program import program_name
 from verl.utils.errors import DataError
 
 CHUNK = 256 * 1024
@@ -141,7 +142,7 @@ def build(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.pages.viewer",
+        prog=program_name("search_r1.pages.viewer"),
         description="Makes a page on which the trajectories of a run or a result can be read.",
     )
     parser.add_argument("place", type=Path, help="run folder, folder of results, or a .jsonl file")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from search_r1.program import described, program_name
 from search_r1.search.errors import CorpusError, RetrieverError
 from search_r1.search.extras import require
 from search_r1.search.index.documents import contents
@@ -122,8 +123,8 @@ def documents(
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m search_r1.search.make_corpus",
-        description=__doc__,
+        prog=program_name("search_r1.search.make_corpus"),
+        description=described("search_r1.search.make_corpus", __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

@@ -2,7 +2,7 @@
 
 With --documents also `/open` and `/find` over its corpus.
 
-python search_r1/search/retrieval_server.py --index_path INDEX/bm25 --corpus_path C.jsonl \\
+python -m search_r1.search.retrieval_server --index_path INDEX/bm25 --corpus_path C.jsonl \\
     --topk 3 --retriever_name bm25
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path, as the original's users do
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from search_r1.program import described, program_name
 from search_r1.search.engines.load import DENSE, ENGINES, INDEXED, load
 from search_r1.search.serve import add_document_flags, add_flags, positive, serve
 from search_r1.search.store import load_documents
@@ -24,9 +25,11 @@ __all__ = ["load", "load_documents", "main", "parse_arguments"]
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line, which has the original's flags."""
     parser = argparse.ArgumentParser(
-        prog="retrieval_server.py",
-        description=__doc__,
+        prog=program_name("search_r1.search.retrieval_server"),
+        usage="%(prog)s --retriever_name NAME --index_path PATH --corpus_path FILE [flag ...]",
+        description=described("search_r1.search.retrieval_server", __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="docs/retriever.md has examples of every engine.",
     )
     add_engine_flags(parser)
     add_dense_flags(parser)

@@ -1,6 +1,7 @@
 """The real command from prompt to checkpoint: Ray, FSDP, vLLM, HTTP."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from search_r1 import export
 from tests.documented_metrics import undocumented
 from tests.e2e.runs import arguments, metrics, train
 from tests.models import make_tiny_qwen2
+from verl.trainer.console import LOG
 from verl.utils.model_names import ready_model
 
 pytestmark = pytest.mark.cpu_engine
@@ -32,6 +34,18 @@ def reward(tmp_path_factory):
     return path
 
 
+def assert_console_is_quiet(output, log):
+    """The first line says what will be done; what engines say while they start is in the log."""
+    first, *others = output.splitlines()
+    assert re.search(
+        r"GRPO of \S+ \(\S+ [MB] parameters\) on [\d,]+ questions of \S+: "
+        r"2 steps of 12 trajectories, 1 process on CPU; run folder \S+$",
+        first,
+    )
+    assert not [line for line in others if "pid=" in line or "WARNING" in line]
+    assert "(VLLMServer pid=" in log.read_text()
+
+
 def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
     shared = {
         "retriever__url": retriever,
@@ -46,6 +60,7 @@ def test_grpo_trains_exports_and_resumes(tmp_path, model, retriever, reward):
         "grpo", arguments(tmp_path, model, trainer__total_training_steps=2, **shared)
     )
     assert status == 0, output[-3000:]
+    assert_console_is_quiet(output, tmp_path / "run" / LOG)
     lines = metrics(tmp_path)
     assert [line["training/global_step"] for line in lines] == [0, 1, 2]
     assert undocumented(name for line in lines for name in line) == []

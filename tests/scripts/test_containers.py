@@ -14,6 +14,8 @@ def test_what_is_copied_is_there_and_packages_come_before_the_code(name):
     copies = [line.split()[2:-1] for line in text.splitlines() if line.startswith("COPY")]
     missing = [path for paths in copies for path in paths if not (ROOT / path).exists()]
     assert not missing and copies[-1] == ["."]
+    # scripts/setup.sh asks verl.utils.device, and importing it runs verl/__init__.py
+    assert {"setup.py", "verl/__init__.py", "verl/namesake.py"} <= {p for c in copies for p in c}
     before, after = re.split(r"^RUN .*bash scripts/setup\.sh.*$", text, flags=re.MULTILINE)
     assert (
         "COPY --chown=search:search . ." in after and "COPY --chown=search:search . ." not in before

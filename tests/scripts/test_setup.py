@@ -53,7 +53,8 @@ def test_the_pins_for_gpus_are_those_that_were_installed():
 
 def test_unknown_extras_and_devices_are_named(tmp_path):
     assert setup(tmp_path, "denser")[1] == (
-        "setup: 'denser' is no extra; there are dense, dense-gpu, lucene, web, hub, mcp and dev\n"
+        "setup: 'denser' is no extra; there are dense, dense-gpu, lucene, web, hub, mcp, "
+        "tensorboard, mlflow, trackio, swanlab and dev\n"
     )
     assert "SETUP_DEVICE=tpu: gpu or cpu" in setup(tmp_path, SETUP_DEVICE="tpu")[1]
 

@@ -37,12 +37,12 @@ def composed(command):
 
 def test_every_method_is_evaluated_and_trained_where_it_learns():
     *lines, table = commands("org/Model-7B", "retriever.topk=5")
-    trainings = [c for c in lines if c[3] == "search_r1.launch"]
-    evaluations = [c for c in lines if c[3] == "search_r1.evaluate"]
-    methods = {c[5].removeprefix("experiment=baseline/"): c for c in evaluations}
+    trainings = [c for c in lines if c[3:5] == ["search_r1.cli", "train"]]
+    evaluations = [c for c in lines if c[3:5] == ["search_r1.cli", "evaluate"]]
+    methods = {c[6].removeprefix("experiment=baseline/"): c for c in evaluations}
     assert len(methods) == len(evaluations) == 12
-    assert {c[6].removeprefix("experiment=baseline/") for c in trainings} == TRAINED
-    assert {m for m, c in methods.items() if c[4].endswith("/hf")} == TRAINED
+    assert {c[7].removeprefix("experiment=baseline/") for c in trainings} == TRAINED
+    assert {m for m, c in methods.items() if c[5].endswith("/hf")} == TRAINED
     for command in trainings + evaluations:
         config = validate(composed(command))
         assert config.agent["retriever"]["topk"] == 5

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from search_r1 import evaluate, export
-from search_r1.launch import ROOT
 from tests.models import make_tiny_qwen2
 from tests.trained import make_run
+from verl.utils.places import root
 from verl.workers.config import ModelConfig
 
 
@@ -55,7 +55,7 @@ def test_the_command_writes_a_checkpoint_by_its_name_to_a_folder(run, tmp_path, 
 
 def test_the_command_runs_anywhere_and_says_what_is_wrong(run):
     command = [sys.executable, "-m", "search_r1.export", "run/global_step_3"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(root())}
     done = subprocess.run(
         command, cwd=run.parent, env=env, capture_output=True, text=True, timeout=100
     )

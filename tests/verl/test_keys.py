@@ -32,6 +32,7 @@ from verl.trainer.supervise import LOST, Stop
 from verl.utils import tracking as tracking_module
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.run_folder import best, steps
+from verl.utils.webhook import Webhook
 
 GRPO = ("grpo", *SMALL)
 PPO = ("ppo", *SMALL)
@@ -338,6 +339,9 @@ class WandbRun:
     def log(self, metrics: dict[str, float]) -> None:
         self.lines.append(metrics)
 
+    def finish(self) -> None:
+        pass
+
 
 @dataclass
 class Tracked:
@@ -364,6 +368,7 @@ def track(setting: Setting) -> Tracked:
     tracking = driver.start_tracking(setting.config, None)
     tracking.message("a message")
     tracking.log({"loss": 1.0}, 1)
+    tracking.finish()
     files = {str(path): path.read_text() for path in Path().rglob("*.jsonl")}
     return Tracked(started, wandb_run.lines, console, files)
 
@@ -382,6 +387,17 @@ def who_hears(setting: Setting) -> Any:
     """What comes to wandb and to the console."""
     tracked = track(setting)
     return tracked.wandb_lines, tracked.console
+
+
+def who_is_alerted(setting: Setting) -> Any:
+    """The variable whose webhook is told of a collapse."""
+    told: list[str] = []
+    for variable in ("ALERT_WEBHOOK", "OTHER_WEBHOOK"):
+        setting.patch.setenv(variable, f"http://{variable}")
+    setting.patch.setattr(Webhook, "tell", lambda webhook, *_: told.append(webhook.url))
+    tracking = driver.start_tracking(setting.config, None)
+    tracking.alert("collapse", "entropy")
+    return told
 
 
 def metrics_files(setting: Setting) -> Any:
@@ -473,6 +489,8 @@ TABLE = [
     Case("trainer.default_local_dir", "runs/other", metrics_files, default="runs/run"),
     Case("trainer.logger", ["wandb"], who_hears),
     Case("trainer.logger", ["console"], who_hears),
+    Case("trainer.alert_webhook_env", "OTHER_WEBHOOK", who_is_alerted),
+    Case("trainer.alert_webhook_env", None, who_is_alerted),
     Case("trainer.panels", {"panel": "loss"}, metrics_files),
     Case("trainer.device", "cuda", asked("places of a node")),
     Case("trainer.device", "cuda", asked("process groups")),

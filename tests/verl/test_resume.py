@@ -333,7 +333,7 @@ def test_everything_that_the_driver_has_become_is_restored(tmp_path):
     saved, restored = ({**t.state_dict(), "validating": None} for t in (before, resumed))
     assert restored == saved
     same = {key for key, value in fresh.items() if saved[key] == value}
-    assert same == {"config", "questions", "wandb"}, (
+    assert same == {"config", "questions", "trackers"}, (
         "all else had changed, so that a default would be seen"
     )
 

@@ -99,6 +99,7 @@ def test_no_restart_where_none_is_wanted(tmp_path, start):
     status, output = end(start("is_killed", max_restarts=0))
     assert status == 137 and len(starts(tmp_path)) == 1
     assert "the run ended by SIGKILL; given up after no restart" in output
+    assert "told: given up: the run ended by SIGKILL" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -28,6 +28,7 @@ from verl.trainer.config import PPOConfig
 
 Peaks = Mapping[str, tuple[Entries, str]]
 """For each phase what is alive at its peak, and the moment of the peak."""
+PROGRAM = "python -m verl.trainer.estimate"
 NO_RETRIEVER = (
     "; no retriever on these GPUs is counted (--retriever-passages N counts an exact E5 index of N)"
 )
@@ -271,9 +272,9 @@ def report(found: Estimate, gpu_memory_gb: float, mean_tokens: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m verl.trainer.estimate",
+        prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -316,8 +317,8 @@ def estimate_arguments(args: argparse.Namespace) -> Estimate:
     return estimate(config, roles, longest, args.gpu_memory_gb * GIB, retriever)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Prints table and verdict; the exit status says whether the configuration fits."""
-    args, found = answer(build_parser(), argv, estimate_arguments)
+    args, found = answer(build_parser(prog), argv, estimate_arguments)
     sys.stdout.write(report(found, args.gpu_memory_gb, args.mean_tokens))
     return int(not found.fits)

@@ -35,6 +35,8 @@ from verl.trainer.config import PPOConfig
 from verl.utils.errors import ConfigError
 from verl.workers.config import ActorConfig, CriticConfig
 
+PROGRAM = "python -m verl.trainer.step_time"
+
 
 class Verb(NamedTuple):
     """A part of the step."""
@@ -331,11 +333,11 @@ def hours(config: PPOConfig, step: float, validation: Verb | None) -> str:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     """The flags of the command: each assumption is one."""
     parser = argparse.ArgumentParser(
-        "python -m verl.trainer.step_time",
-        description=__doc__,
+        prog,
+        description=(__doc__ or "").replace(PROGRAM, prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
@@ -363,8 +365,8 @@ def step_time(args: argparse.Namespace) -> StepTime:
     return StepTime(config, roles, longest, card(args.gpu, args.gpu_memory_gb), assumptions)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Prints the step; the exit status is 0, or 2 where the configuration cannot work."""
-    args, found = answer(build_parser(), argv, step_time)
+    args, found = answer(build_parser(prog), argv, step_time)
     sys.stdout.write(report(found, args.val_questions))
     return 0

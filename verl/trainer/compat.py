@@ -9,8 +9,9 @@ docs/migration.md has the tables.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from verl.trainer.config import Logger
 from verl.trainer.overrides import parse, written
 from verl.utils.config import did_you_mean
 from verl.utils.errors import ConfigError
@@ -271,7 +272,7 @@ def warm_up_share(value: float | None, given: Given) -> float:
 def loggers(value: str | list[str], given: Given) -> list[str]:
     """The loggers that exist here."""
     names = [value] if isinstance(value, str) else value
-    return [name for name in names if name in ("console", "wandb")]
+    return [name for name in names if name in get_args(Logger)]
 
 
 def common_model(section: str) -> dict[str, Fate]:
@@ -341,7 +342,9 @@ COMMON: dict[str, Fate] = {
     "reward_model.enable": ignored_if(
         [False], "there is no reward model; reward.judge asks one behind an endpoint"
     ),
-    "trainer.logger": Fate("trainer.logger", "console and wandb; metrics.jsonl always", loggers),
+    "trainer.logger": Fate(
+        "trainer.logger", f"{', '.join(get_args(Logger))}; metrics.jsonl always", loggers
+    ),
     "trainer.default_hdfs_dir": ignored_if(
         [None], "nothing is copied to HDFS: name a mounted folder"
     ),

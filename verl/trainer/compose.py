@@ -20,9 +20,10 @@ from verl.trainer.overrides import first_line, parse, quoted
 from verl.trainer.schema import register_models
 from verl.utils.config import did_you_mean
 from verl.utils.errors import ConfigError
+from verl.utils.places import config_folders, configs
 
 register_models()
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = configs()
 HUB = "hf:"
 """The prefix of a data set of the Hugging Face hub, in keys that also accept paths."""
 HELP = {"--help", "-h", "--hydra-help", "--version"}
@@ -81,7 +82,13 @@ def checked_arguments(argv: Sequence[str], default_config: str) -> list[str]:
             check_overrides(line.config_name, line.overrides, sweeps=line.multirun)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    return [*line.flags, *line.overrides]
+    return [*line.flags, *own_folder(), *line.overrides]
+
+
+def own_folder() -> list[str]:
+    """The override by which Hydra finds the user's own configurations too, if there are any."""
+    _, *own = config_folders()
+    return [f"hydra.searchpath=[{quoted(f'file://{folder}')}]" for folder in own]
 
 
 def without(argv: Sequence[str], taken: Sequence[str]) -> list[str]:
@@ -198,7 +205,23 @@ def check_overrides(config_name: str, overrides: Sequence[str], *, sweeps: bool 
 def is_group(override: Override) -> bool:
     """Whether an override chooses a file of configs/, or concerns Hydra itself."""
     name = override.key_or_group
-    return name == "hydra" or name.startswith(("hydra.", "hydra/")) or (CONFIGS / name).is_dir()
+    return name == "hydra" or name.startswith(("hydra.", "hydra/")) or is_folder(name)
+
+
+def is_folder(name: str) -> bool:
+    """Whether there is a folder of configurations of that name."""
+    return any((folder / name).is_dir() for folder in config_folders())
+
+
+def choices(group: str) -> list[str]:
+    """The names of the files that an override of a group chooses from."""
+    folders = [folder / group for folder in config_folders()]
+    found = {
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder in folders
+        for path in folder.rglob("*.yaml")
+    }
+    return sorted(found)
 
 
 def choice_problems(override: Override) -> list[str]:
@@ -212,8 +235,7 @@ def choice_problems(override: Override) -> list[str]:
         or chosen is None
     ):
         return []
-    folder = CONFIGS / group
-    there = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    there = choices(group)
     names = chosen if isinstance(chosen, list) else [chosen]
     problems: list[str] = []
     for name in (str(name).removesuffix(".yaml") for name in names):
@@ -270,7 +292,7 @@ def compose_or_say_why(config_name: str, overrides: Sequence[str]) -> DictConfig
     """The configuration as Hydra composes it. Raises ConfigError with Hydra's first line."""
     try:
         with initialize_config_dir(str(CONFIGS), version_base=None):
-            return compose(config_name, list(overrides))
+            return compose(config_name, [*own_folder(), *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([first_line(error)]) from error
 

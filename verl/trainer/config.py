@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from verl.trainer.ppo.core_algos.advantages import AdvantageEstimator
 
 
+Logger = Literal["console", "wandb", "tensorboard", "mlflow", "trackio", "swanlab"]
+
+
 class DataConfig(Config):
     train_files: list[str]
     """Parquet files of training questions."""
@@ -187,15 +190,20 @@ class TrajectoryRecordsConfig(Config):
 
 class TrainerConfig(Config):
     project_name: str = "search-r1"
-    """Project in wandb."""
+    """Project in the services that show curves."""
     experiment_name: str
-    """Run in wandb; also the name of the run folder in the default of default_local_dir."""
+    """Run in the services that show curves; also the name of the run folder in the default of
+    default_local_dir."""
     default_local_dir: str
     """The run folder: checkpoints, metrics.jsonl, trajectories, config.yaml."""
-    logger: list[Literal["console", "wandb"]] = ["console", "wandb"]
-    """Where metrics go besides metrics.jsonl. Without a key wandb stays offline."""
+    logger: list[Logger] = ["console", "wandb"]
+    """Where metrics go besides metrics.jsonl: the console, and services that show curves, each by
+    its own client (docs/tracking.md). Without a key wandb and swanlab stay offline."""
+    alert_webhook_env: str | None = "ALERT_WEBHOOK"
+    """Environment variable that may hold the address of a webhook of a chat service, which is told
+    of a collapse and of the end of the run; null: nobody is told."""
     panels: dict[str, str] = {}
-    """Metrics to show again under another name, so that wandb groups them: {panel: metric}."""
+    """Metrics to show again under another name, so that services group them: {panel: metric}."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where torch sees one."""
     nnodes: PositiveInt = 1

@@ -3,15 +3,17 @@
 import logging
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError, RayTaskError
 
 from verl.agent import AgentLoop, RewardFn, RewardPreflight
 from verl.single_controller.worker_group import WorkerLost
 from verl.trainer.config import PPOConfig
+from verl.trainer.console import plan, show_tail
 from verl.trainer.packing import decide_packing
 from verl.trainer.ppo.checkpoints import read_state
 from verl.trainer.ppo.processes import Processes, start_processes
@@ -22,7 +24,7 @@ from verl.trainer.preparation import (
     load_train_set,
     load_val_set,
     prepare,
-    start_ray,
+    running_ray,
     write_config,
 )
 from verl.trainer.resume import check_resume
@@ -33,9 +35,13 @@ from verl.utils.dataset import RLHFDataset
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.model_names import HF, finished_model
 from verl.utils.run_folder import find_latest, folder_of, held, remove_leftovers, step_of
+from verl.utils.trackers import missing_clients
 from verl.utils.tracking import Timers, Tracking, truncate_metrics
+from verl.utils.webhook import webhook_of
 
 logger = logging.getLogger(__name__)
+PLAIN = (ConfigError, DataError, CheckpointError, *ENDINGS)
+"""Errors whose message says all: neither a traceback nor the log of the processes is needed."""
 
 
 def drive(raw: dict[str, Any], stop: Stop) -> int:
@@ -57,14 +63,19 @@ def drive(raw: dict[str, Any], stop: Stop) -> int:
 
 def status_of(error: Exception) -> int | None:
     """Logs a known error and returns its exit status; None for one whose traceback is needed."""
-    if isinstance(error, (ConfigError, DataError, CheckpointError, *ENDINGS)):
+    if isinstance(error, PLAIN):
         sys.stderr.write(f"error: {error}\n")
         return 1
-    # a RayTaskError is an error of our own code, raised in another process
-    if isinstance(error, (WorkerLost, RayError)) and not isinstance(error, RayTaskError):
+    if is_loss(error):
         logger.error("lost: %s", error)
         return LOST
     return None
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether a process was lost, so that another start may help."""
+    # a RayTaskError is an error of our own code, raised in another process
+    return isinstance(error, (WorkerLost, RayError)) and not isinstance(error, RayTaskError)
 
 
 def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
@@ -78,10 +89,18 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     val_set = load_val_set(config, task.tokenizer)
     check_environment(config, task.agent, gpus_here(config))
     with held(config.trainer.default_local_dir):
+        logger.info("%s", plan_of(config, len(train_set)))
         config = decide_packing(config)
         resume = checkpoint_to_resume(config, train_set)
         write_config(raw, config)
         train(config, task, train_set, val_set, stop, resume)
+
+
+def plan_of(config: PPOConfig, num_questions: int) -> str:
+    """The first line of a run."""
+    newest = find_latest(config.trainer.default_local_dir)
+    steps = config.total_training_steps(num_questions)
+    return plan(config, num_questions, steps, step_of(newest) if newest else None)
 
 
 def gpus_here(config: PPOConfig) -> int:
@@ -92,8 +111,8 @@ def gpus_here(config: PPOConfig) -> int:
 def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
     """Raises ConfigError for engines whose trajectories cannot be trained on.
 
-    It also raises for dynamic sampling by a metric that the reward does not have, and for a reward
-    that says that it does not fit the agent loop.
+    It also raises for dynamic sampling by a metric that the reward does not have, for a reward
+    that says that it does not fit the agent loop, and for loggers that are not installed.
     """
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
@@ -114,6 +133,10 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
         )
     if isinstance(reward, RewardPreflight):
         problems += reward.preflight(agent)
+    problems += [
+        f"trainer.logger: {name} is not installed; bash scripts/setup.sh {name}"
+        for name in missing_clients(config.trainer.logger)
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -154,8 +177,21 @@ def train(
     """
     root = config.trainer.default_local_dir
     remove_leftovers(root)
-    start_ray(config)
-    stop.listen()  # again, because Ray has installed its own handler of SIGTERM
+    with running_ray(config), tail_shown(root):
+        stop.listen()  # again, because Ray has installed its own handler of SIGTERM
+        train_under_ray(config, task, train_set, val_set, stop, resume)
+
+
+def train_under_ray(
+    config: PPOConfig,
+    task: Task,
+    train_set: RLHFDataset,
+    val_set: RLHFDataset,
+    stop: Stop,
+    resume: Path | None,
+) -> None:
+    """Does the part of `train` that needs Ray to run."""
+    root = config.trainer.default_local_dir
     tracking = None
     try:
         with Watchdog(config.trainer.hang_timeout_s, root) as watchdog:
@@ -176,10 +212,25 @@ def train(
             if not config.trainer.val_only and not stop.requested:
                 write_policy(config, processes, trainer.step, resume)
             processes.shutdown()
+            tracking.alert(*ending(config, trainer, stop))
+    except Exception as error:
+        if tracking is not None and not is_loss(error):
+            tracking.alert("ended by an error", f"{type(error).__name__}: {error}")
+        raise
     finally:
         if tracking is not None:
             tracking.finish()
-        ray.shutdown()
+
+
+@contextmanager
+def tail_shown(root: str) -> Iterator[None]:
+    """Shows the end of the log of the processes if the block is left by an error of theirs."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, PLAIN):
+            show_tail(root)
+        raise
 
 
 def fit(trainer: RayPPOTrainer) -> None:
@@ -189,6 +240,16 @@ def fit(trainer: RayPPOTrainer) -> None:
     except ENDINGS:
         trainer.checkpoints.complete()
         raise
+
+
+def ending(config: PPOConfig, trainer: RayPPOTrainer, stop: Stop) -> tuple[str, str]:
+    """What is told of a run that has ended by itself or by a signal: a title and a text."""
+    title = "stopped" if stop.requested else "finished"
+    metric = config.trainer.best_metric
+    score = trainer.tracking.latest.get(metric) if metric else None
+    reached = "" if score is None else f"; {metric} {score:.3f}"
+    where = config.trainer.default_local_dir
+    return title, f"after step {trainer.step} of {trainer.total}{reached}; run folder {where}"
 
 
 def write_policy(config: PPOConfig, processes: Processes, step: int, resume: Path | None) -> None:
@@ -214,10 +275,11 @@ def start_tracking(config: PPOConfig, resume: Path | None) -> Tracking:
     """Starts writing metrics.
 
     Metrics of later steps than the checkpoint `resume`, or all metrics without one, are dropped
-    because they will be written again. The wandb run of the checkpoint is continued.
+    because they will be written again. The services go on with the runs of the checkpoint.
     """
     trainer = config.trainer
-    truncate_metrics(trainer.default_local_dir, step_of(resume) if resume else -1)
+    step = step_of(resume) if resume else 0
+    truncate_metrics(trainer.default_local_dir, step if resume else -1)
     return Tracking(
         trainer.default_local_dir,
         trainer.logger,
@@ -225,5 +287,7 @@ def start_tracking(config: PPOConfig, resume: Path | None) -> Tracking:
         trainer.experiment_name,
         config.model_dump(),
         trainer.panels,
-        read_state(resume)["wandb"] if resume else None,
+        read_state(resume)["trackers"] if resume else None,
+        step,
+        webhook_of(trainer.alert_webhook_env),
     )

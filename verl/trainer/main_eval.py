@@ -16,18 +16,20 @@ from typing import Any
 import hydra
 import ray
 from omegaconf import DictConfig
+from ray.exceptions import RayError
 
 from verl.rollout.local import LocalRollout
 from verl.rollout.manager import RolloutManager
 from verl.trainer.compose import CONFIGS, as_plain, checked_arguments
 from verl.trainer.config import PPOConfig
+from verl.trainer.console import show_tail
 from verl.trainer.evaluation import evaluate, identify
 from verl.trainer.ppo.failures import RolloutFailed
 from verl.trainer.preparation import (
     check_environment,
     load_val_set,
     prepare,
-    start_ray,
+    running_ray,
     write_config,
 )
 from verl.utils.errors import ConfigError, DataError, RewardError
@@ -84,15 +86,17 @@ def rollout_of(config: PPOConfig) -> Iterator[RolloutManager | LocalRollout]:
         finally:
             local.shutdown()
         return
-    start_ray(config)
-    rollout = None
-    try:
-        rollout = RolloutManager(config, config.device, engine_locations(config, config.device))
-        yield rollout
-    finally:
-        if rollout is not None:
-            rollout.shutdown()
-        ray.shutdown()
+    with running_ray(config):
+        rollout = None
+        try:
+            rollout = RolloutManager(config, config.device, engine_locations(config, config.device))
+            yield rollout
+        except RayError:
+            show_tail(config.trainer.default_local_dir)
+            raise
+        finally:
+            if rollout is not None:
+                rollout.shutdown()
 
 
 def engine_locations(config: PPOConfig, device: str) -> list[dict[str, Any]]:

@@ -4,22 +4,28 @@ Everything that can be wrong with a run is found here, before its first process 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 from omegaconf import OmegaConf
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from transformers import PreTrainedTokenizerBase
 
 from verl.agent import AgentLoop, RewardFn
 from verl.trainer.checks import environment_problems
 from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer, validate
+from verl.trainer.console import keeping, library_log
 from verl.trainer.host import run_folder_problems
 from verl.utils.dataset import RLHFDataset, sample_per_source
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.run_folder import write_atomically
+
+RAYS_HANDLER = "ray_print_logs"
+"""The name of the handler by which Ray writes the lines of its processes to the console."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,34 @@ def write_config(raw: dict[str, Any], config: PPOConfig) -> None:
         write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(raw)))
     except OSError as error:  # a run that is restarted on a full disk must go on
         logging.getLogger(__name__).warning("%s", error)
+
+
+@contextmanager
+def running_ray(config: PPOConfig) -> Iterator[None]:
+    """Starts a local Ray, or joins the cluster at `trainer.ray_address`, until the block ends.
+
+    What its processes write goes to the run folder, and to the console where something is wrong
+    (`verl.trainer.console`).
+    """
+    with library_log(config.trainer.default_local_dir, "ray") as log:
+        start_ray(config)
+        keep_lines(log)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def keep_lines(log: IO[str]) -> None:
+    """Puts between Ray's processes and the console what keeps their lines and shows some.
+
+    Ray gives the lines of all processes to a list of handlers, and takes its own from it, by name,
+    when it shuts down.
+    """
+    for name, show in list(global_worker_stdstream_dispatcher.handlers):
+        if name == RAYS_HANDLER:
+            global_worker_stdstream_dispatcher.remove_handler(name)
+            global_worker_stdstream_dispatcher.add_handler(name, keeping(log, show))
 
 
 def start_ray(config: PPOConfig) -> None:

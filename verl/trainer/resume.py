@@ -51,6 +51,7 @@ WITHOUT_MEANING: dict[type[Config], list[str]] = {
         "experiment_name",
         "default_local_dir",
         "logger",
+        "alert_webhook_env",
         "resume_mode",
     ],
     # An endpoint is evaluated, never trained.

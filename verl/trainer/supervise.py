@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from verl.utils.processes import (
     session_over,
 )
 from verl.utils.run_folder import LATEST
+from verl.utils.webhook import webhook_of
 
 logger = logging.getLogger(__name__)
 LOST = 75
@@ -44,12 +46,18 @@ def supervise_driver(
     `trainer` is that section of the configuration. `meanwhile` is called about once a second.
     """
     limit = trainer["max_restarts"]
+    webhook = webhook_of(trainer.get("alert_webhook_env"))
     return supervise(
         [sys.executable, "-m", "verl.trainer.main_ppo", *arguments],
         str(trainer["default_local_dir"]),
         limit if isinstance(limit, int) else 0,  # the driver reports a value that is no number
         meanwhile=meanwhile,
+        tell=partial(webhook.tell, str(trainer["experiment_name"])) if webhook else silent,
     )
+
+
+def silent(title: str, text: str) -> None:
+    """Tells nobody."""
 
 
 def supervise(
@@ -59,6 +67,7 @@ def supervise(
     pause_s: float = 1.0,
     grace_s: float = 20.0,
     meanwhile: Callable[[], object] = lambda: None,
+    tell: Callable[[str, str], None] = silent,
 ) -> int:
     """Runs `command`, restarts it when it ends by a signal or with LOST; returns the exit status.
 
@@ -66,7 +75,7 @@ def supervise(
     between. The pause before the first restart is `pause_s` seconds, and doubles each time up to a
     minute. SIGINT and SIGTERM are passed on, and there is no restart after them; `grace_s` seconds
     after the second signal the session of the command is killed. `meanwhile` is called about once a
-    second while the command runs.
+    second while the command runs, `tell` with a title and a text when the run is given up.
     """
     latest = Path(run_dir) / LATEST
     first = seen = checkpoint(latest)
@@ -81,7 +90,9 @@ def supervise(
             attempts = 1 if now != seen else attempts + 1
             seen = now
             if attempts > max_restarts:
-                logger.error("%s", given_up(run_dir, max_restarts, returncode, now[0]))
+                message = given_up(run_dir, max_restarts, returncode, now[0])
+                logger.error("%s", message)
+                tell("given up", message)
                 return exit_status(returncode)
             record(run_dir, returncode, now[0])
             pause = min(MAX_PAUSE_S, pause_s * 2 ** (attempts - 1))
@@ -184,7 +195,8 @@ def given_up(run_dir: str, max_restarts: int, returncode: int, step: int) -> str
     )
     return (
         f"the run ended by {cause(returncode)}; given up after {times} (trainer.max_restarts). The "
-        "cause is above, in Ray's logs (/tmp/ray/session_latest/logs), after a hang in "
+        f"cause is above, in {run_dir}/logs/console.log (what engines and ranks wrote), in Ray's "
+        "logs (/tmp/ray/session_latest/logs), after a hang in "
         f"{run_dir}/stacks; restarts are listed in {run_dir}/{RESTARTS}. SIGKILL that nobody sent "
         "is the kernel's answer to a lack of memory (dmesg). Repair it and run the same command: "
         f"it continues from {where(step)} unless trainer.resume_mode=disable."

@@ -1,20 +1,21 @@
-"""Writes metrics and trajectories: to files always, to the console and wandb if configured."""
+"""Writes metrics and trajectories: to files always, to the console and services if configured."""
 
 import json
 import logging
 import math
-import netrc
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from verl.utils.mailbox import Mailbox
 from verl.utils.run_folder import PENDING, write_atomically
+from verl.utils.trackers import SERVICES, STEP, TrackedRun, Tracker
+from verl.utils.webhook import Webhook
 
 logger = logging.getLogger(__name__)
-STEP = "training/global_step"
 
 
 class Savable(Protocol):
@@ -47,7 +48,7 @@ class Timers:
 
 
 class Tracking:
-    """Writes metrics and trajectories of one run to its folder and to the chosen loggers."""
+    """Writes metrics and trajectories of one run to its folder, and hands them to the services."""
 
     def __init__(
         self,
@@ -57,22 +58,31 @@ class Tracking:
         experiment: str,
         config: dict[str, Any],
         panels: dict[str, str],
-        resume_id: str | None = None,
+        resume_ids: Mapping[str, str] | None = None,
+        step: int = 0,
+        webhook: Webhook | None = None,
     ) -> None:
+        """`resume_ids`: each service's name of the run that is resumed after `step`."""
         self.run_dir = Path(run_dir)
         self.panels = panels
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.unwritten = ""
         self.console = "console" in loggers
-        self.wandb: Any = (
-            _start_wandb(run_dir, project, experiment, config, resume_id)
-            if "wandb" in loggers
-            else None
-        )
+        self.experiment = experiment
+        self.webhook = webhook
+        self.latest: dict[str, float | None] = {}
+        """The newest value of every metric."""
+        ids = resume_ids or {}
+        self.mailboxes: dict[str, Mailbox] = {}
+        for name in loggers:
+            if name in SERVICES:
+                run = TrackedRun(self.run_dir, project, experiment, config, ids.get(name), step)
+                self.mailboxes[name] = Mailbox(name, SERVICES[name].start(run))
 
     @property
-    def wandb_id(self) -> str | None:
-        return self.wandb.id if self.wandb else None
+    def ids(self) -> dict[str, str]:
+        """Each service's name of the run."""
+        return {name: mailbox.tracker.id for name, mailbox in self.mailboxes.items()}
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Appends one line to metrics.jsonl and sends the metrics on.
@@ -84,10 +94,11 @@ class Tracking:
         metrics = {**metrics, **again}
         finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         line = {STEP: step, **finite}
+        self.latest |= finite
         self.unwritten += json.dumps(line) + "\n"
         self._write()
-        if self.wandb:
-            self.wandb.log({STEP: step, **metrics})
+        for mailbox in self.mailboxes.values():
+            mailbox.post(Tracker.log, metrics, step)
 
     def _write(self) -> None:
         path = self.run_dir / "metrics.jsonl"
@@ -109,7 +120,7 @@ class Tracking:
     def log_trajectories(
         self, name: str, records: Sequence[dict[str, Any]], step: int, samples: int = 8
     ) -> Path:
-        """Writes trajectories/<name>_<step>.jsonl, and the first `samples` as a wandb table."""
+        """Writes trajectories/<name>_<step>.jsonl, and hands on the first `samples`."""
         path = self.write_trajectories(name, records, step)
         self.show_trajectories(name, records[:samples], step)
         return path
@@ -129,13 +140,9 @@ class Tracking:
         return path
 
     def show_trajectories(self, name: str, records: Sequence[dict[str, Any]], step: int) -> None:
-        """Sends trajectories to wandb as a table, if that is one of the loggers."""
-        if self.wandb:
-            import wandb
-
-            rows: list[Any] = [_table_row(record) for record in records]
-            table = wandb.Table(columns=["data_source", "prompt", "response", "score"], data=rows)
-            self.wandb.log({STEP: step, f"{name}/trajectories": table})
+        """Hands trajectories to the services."""
+        for mailbox in self.mailboxes.values():
+            mailbox.post(Tracker.log_trajectories, name, records, step)
 
     def keep(self, batch: Savable, name: str) -> str:
         """Writes a batch to the file `name` of the run folder.
@@ -150,54 +157,24 @@ class Tracking:
             return f"could not be written: {error}"
         return f"is in {path}"
 
+    def alert(self, title: str, text: str) -> None:
+        """Tells whoever follows the run, by the services and the webhook."""
+        for mailbox in self.mailboxes.values():
+            mailbox.post(Tracker.alert, title, text)
+        if self.webhook is not None:
+            self.webhook.tell(self.experiment, title, text)
+
     def finish(self) -> None:
-        """Tries again to write lines that could not be written, and ends the wandb run."""
+        """Tries again to write lines that could not be written, and ends the services' runs."""
         if self.unwritten:
             self._write()
-        if self.wandb:
-            self.wandb.finish()
+        for mailbox in self.mailboxes.values():
+            mailbox.close()
 
 
 def json_line(record: dict[str, Any]) -> str:
     """A record as one line of JSON, without spaces: half of a record are lists of small numbers."""
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
-
-
-def _table_row(record: dict[str, Any]) -> list[Any]:
-    """A trajectory as a row of the wandb table: data source, prompt, response, score."""
-    response = "".join(segment["text"] for segment in record["segments"])
-    return [record["data_source"], record["prompt"], response, record["reward"]["score"]]
-
-
-def _start_wandb(
-    run_dir: str, project: str, name: str, config: dict[str, Any], resume_id: str | None
-) -> Any:
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-    run = wandb.init(
-        project=project,
-        name=name,
-        config=config,
-        dir=run_dir,
-        id=resume_id,
-        resume="allow",
-        mode=mode,  # pyright: ignore[reportArgumentType]
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    run.define_metric(STEP)
-    run.define_metric("*", step_metric=STEP)
-    return run
-
-
-def _has_wandb_key() -> bool:
-    """Whether `wandb login` was run here, or a key is in the environment."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return any("wandb" in host for host in netrc.netrc().hosts)
-    except FileNotFoundError:
-        return False
 
 
 def truncate_metrics(run_dir: str, step: int, moved_to: Path | None = None) -> None:

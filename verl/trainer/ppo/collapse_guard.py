@@ -52,6 +52,7 @@ class CollapseGuard:
         self.tracking.message(
             f"{alarm.message()}\nresponse: {self.config.response}; the state is in {folder}"
         )
+        self.tracking.alert(f"collapse at step {alarm.step}", alarm.message())
         self._keep(alarm, state, folder)
         if self.config.response == "continue":
             return None

@@ -381,7 +381,7 @@ class RayPPOTrainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "version": self.policy_version,
             "validating": self.validator.step is not None,
-            "wandb": self.tracking.wandb_id,
+            "trackers": self.tracking.ids,
         }
 
     def load_checkpoint(self, step: int) -> None:

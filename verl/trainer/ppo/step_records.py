@@ -32,7 +32,7 @@ COLUMNS = {
 DIGITS = 4
 """Significant digits of a number in a record."""
 SHOWN = 8
-"""Trajectories of a step that are sent to wandb."""
+"""Trajectories of a step that services are sent."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class StepRecords:
         self._due = None
 
     def complete(self) -> None:
-        """Waits until the step under way is written, and shows some of it in wandb."""
+        """Waits until the step under way is written, and shows some of it by the services."""
         if self._under_way is None:
             return
         step, future = self._under_way

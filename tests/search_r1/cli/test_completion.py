@@ -1,0 +1,83 @@
+"""Completion, by the functions of a real bash, and what it finds in a cache."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from search_r1.cli import known
+from search_r1.cli.commands import COMMANDS
+from search_r1.cli.completion import candidates
+from verl.utils.places import root
+
+CALL = """
+eval "$(search-r1 completion bash)"
+COMP_WORDS=("$@")
+COMP_CWORD=$(($# - 1))
+_search_r1_completion search-r1
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A program `search-r1` in PATH, and a cache that knows two keys."""
+    path = tmp_path / "search-r1"
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={root()} exec {sys.executable} -m search_r1.cli "$@"\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    known.kept("keys", lambda: ["trainer.seed", "trainer.total_epochs"])
+
+
+def complete(*words):
+    command = ["bash", "--norc", "-c", CALL, "bash", "search-r1", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_commands_recipes_and_keys(program):
+    assert complete("co") == ["corpus", "compare", "completion"]
+    assert complete("train", "trainer.t") == ["trainer.total_epochs="]
+    # bash splits words at `=` and replaces what follows it
+    assert complete("train", "ppo", "experiment", "=", "own") == ["own_data", "own_model"]
+    assert "search_o1" in complete("evaluate", "runs/A", "method", "=")
+
+
+def test_what_may_stand_at_the_cursor(monkeypatch):
+    monkeypatch.setattr("search_r1.cli.completion.keys", lambda: ["experiment=", "trainer.seed="])
+    train = COMMANDS["train"]
+    assert candidates(train, [], "")[:3] == ["grpo", "ppo", "experiment="]
+    assert candidates(train, ["ppo"], "")[0] == "experiment="
+    assert candidates(train, [], "method=")[0] == "method=artist"
+    assert candidates(train, [], "trainer.seed=") == []
+    assert candidates(COMMANDS["serve"], [], "") == []
+
+
+def test_flags_and_keys_are_found_once_until_the_program_changes(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said = []
+
+    def says(*arguments):
+        said.append(arguments)
+        return "usage: x [--port PORT] [--log_level L]  --not-a-flag_"
+
+    monkeypatch.setattr(known, "said_by", says)
+    assert known.flags("serve", None) == ["--help", "--log_level", "--not-a-flag_", "--port"]
+    assert known.flags("serve", None) and len(said) == 1
+    monkeypatch.setattr(known, "fingerprint", lambda: "changed")
+    assert known.flags("serve", None) and len(said) == 2
+    assert [path.name for path in (tmp_path / "search-r1").iterdir()] == [
+        "flags-serve-None-changed.json"
+    ]
+
+
+def test_without_a_cache_or_an_answer_nothing_breaks(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert known.kept("keys", lambda: ["a"]) == ["a"]
+    monkeypatch.setattr(known, "PATIENCE_S", 0.001)
+    assert known.said_by("-c", "import time; time.sleep(5)") == ""
