@@ -36,7 +36,7 @@ def flags_for(endpoint: str, retriever: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def player():
-    return Player({"Ada": [SEARCH, ANSWER], "edit": [SEARCH, ANSWER, OTHER, OTHER]})
+    return Player({"Ada Marin": [SEARCH, SEARCH, ANSWER, ANSWER, OTHER]})
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def page(browser, address):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
     for model in page.locator(".model-state").all():
-        expect(model).to_have_text("ready", timeout=PATIENCE_MS)
+        expect(model).to_have_text("ready", timeout=3 * PATIENCE_MS)
     yield page
     page.close()
     assert not foreign and not errors, (foreign, errors)
@@ -87,13 +87,12 @@ def ask(page, question: str, gold: str = "") -> None:
 
 @needs_browser
 def test_both_models_answer_and_what_they_found_can_be_edited(page):
-    ask(page, "Where was Ada Marin born, edit?", "Torvel")
+    ask(page, "Where was Ada Marin born?", "Torvel")
     first = page.get_by_label("scripted/one")
     second = page.get_by_label("scripted/two")
     for model in (first, second):
         expect(model.locator(".answers")).to_be_visible(timeout=PATIENCE_MS)
-    # the script goes on with each request, so that one model comes to another answer
-    expect(first.locator(".segment")).not_to_have_count(0)
+    # the script goes on with each request, whichever model makes it
     column = first if first.locator(".passages").count() else second
     assert Axe().run(page).response["violations"] == []
 
@@ -104,7 +103,7 @@ def test_both_models_answer_and_what_they_found_can_be_edited(page):
     expect(column.locator(".answers")).to_contain_text("Zorbin")
 
     column.locator(".by-policy .link-button").first.click()
-    page.get_by_label("What the policy says").fill(
+    page.get_by_role("textbox", name="What the policy says").fill(
         "<think> I know </think> <answer> Oslo </answer>"
     )
     page.get_by_role("button", name="Go on from here").click()
@@ -128,14 +127,16 @@ def test_other_sites_cannot_reach_it_under_a_name_of_theirs(address):
 
 
 def test_who_does_not_know_the_token_is_refused(models):
-    with at_address(make_app(models, token="secret")) as address:
-        with httpx.Client(base_url=address, trust_env=False) as client:
-            assert client.get("/").status_code == 401
-            assert client.get("/models").status_code == 401
-            assert client.get("/?token=wrong").status_code == 401
-            assert client.get("/?token=secret").status_code == 200
-            assert client.cookies.get(COOKIE) == "secret"
-            assert client.get("/models").status_code == 200
+    with (
+        at_address(make_app(models, token="secret")) as address,
+        httpx.Client(base_url=address, trust_env=False) as client,
+    ):
+        assert client.get("/").status_code == 401
+        assert client.get("/models").status_code == 401
+        assert client.get("/?token=wrong").status_code == 401
+        assert client.get("/?token=secret").status_code == 200
+        assert client.cookies.get(COOKIE) == "secret"
+        assert client.get("/models").status_code == 200
 
 
 def test_a_model_that_has_ended_is_told(tmp_path):
