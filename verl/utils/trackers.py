@@ -79,7 +79,7 @@ class Wandb:
 
     def log_trajectories(self, name: str, records: Sequence[Record], step: int) -> None:
         rows = [table_row(record, step) for record in records]
-        columns = list(rows[0]) if rows else []
+        columns: list[Any] = list(rows[0]) if rows else []
         table = self.client.Table(columns=columns, data=[list(row.values()) for row in rows])
         self.run.log({STEP: step, f"{name}/trajectories": table})
 
