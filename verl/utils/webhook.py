@@ -24,6 +24,7 @@ class Webhook:
         The address is not logged, because it lets everybody who knows it write to the channel.
         """
         body = {"text": f"{run}: {title}\n{text}"}
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it logs every address
         try:
             with httpx.Client(mounts=direct(self.url), timeout=TIMEOUT_S) as client:
                 client.post(self.url, json=body).raise_for_status()
