@@ -27,7 +27,6 @@ from verl.rollout.vllm_server import VLLMServer
 from verl.trainer.checks import environment_problems
 from verl.trainer.config import PPOConfig, build_agent, build_tokenizer
 from verl.utils.errors import ConfigError
-from verl.utils.tokenizer import encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,7 +186,7 @@ def scripted(
         given = next(coming, None)
         if given is None:
             return await generate(prompt_ids, max_tokens=max_tokens, stop=stop)
-        ids = encode_text(tokenizer, given) if isinstance(given, str) else list(given)
+        ids = with_control_tokens(tokenizer, given) if isinstance(given, str) else list(given)
         text = str(tokenizer.decode(ids))
         return Completion(
             token_ids=ids,
@@ -199,6 +198,11 @@ def scripted(
         )
 
     return next_completion
+
+
+def with_control_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The ids of a text that the policy is to have said, its control tokens among them."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
 
 
 def answer_of(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> str | None:

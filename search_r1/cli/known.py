@@ -50,9 +50,8 @@ def keys() -> list[str]:
 def flags(command: str, form: str | None) -> list[str]:
     """The flags that the help of a command names."""
     words = ["-m", "search_r1.cli", command, *([form] if form else []), "--help"]
-    return kept(
-        f"flags-{command}-{form}", lambda: sorted(set(FLAG.findall(said_by(*words))) | {"--help"})
-    )
+    found = kept(f"flags-{command}-{form}", lambda: sorted(set(FLAG.findall(said_by(*words)))))
+    return sorted({*found, "--help"})
 
 
 def said_by(*arguments: str) -> str:

@@ -58,6 +58,8 @@ def compiler() -> Finding:
 
 def memory(meminfo: Path = Path("/proc/meminfo")) -> Finding:
     """Whether enough memory is free for the processes of a small run."""
+    if not meminfo.exists():
+        return warning("memory", f"{meminfo} is missing, so it cannot be told", "use Linux")
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
     says = f"{in_gib(free)} available"

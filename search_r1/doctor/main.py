@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from search_r1.doctor import machine, network, packages
 from search_r1.doctor.finding import Finding, Status, fine, problem
 from search_r1.program import program_name
-from verl.trainer.compose import as_plain, composed
-from verl.trainer.config import validate
 from verl.utils.errors import ConfigError
 
 MARKS = {Status.OK: " ok ", Status.WARNING: "warn", Status.PROBLEM: "FAIL"}
@@ -65,6 +63,10 @@ def findings(overrides: Sequence[str], config_name: str, fast: bool) -> Iterator
 
 def of_configuration(config_name: str, overrides: Sequence[str]) -> Iterator[Finding]:
     """Yields whether a configuration can work, and whether its retriever answers."""
+    # what these need may be the very thing that is missing here
+    from verl.trainer.compose import as_plain, composed
+    from verl.trainer.config import validate
+
     try:
         plain = as_plain(composed(config_name, overrides))
         validate(plain)

@@ -95,17 +95,18 @@ def hub(environment: Mapping[str, str] = os.environ) -> Finding:
 
 def retriever(url: str) -> Finding:
     """Whether a retrieval server answers at its address."""
-    health = httpx.URL(url).join("/health")
+    shown = without_password(url)
     cure = "start it (search-r1 serve), or correct retriever.url"
     try:
+        health = httpx.URL(url).join("/health")
         with httpx.Client(mounts=direct(url), timeout=ANSWER_S) as client:
             answer = client.get(health)
-    except httpx.HTTPError as error:
-        says = f"{health} does not answer ({type(error).__name__}: {error})"
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        says = f"{shown} does not answer ({type(error).__name__}: {error})"
         return problem("retriever", says, cure)
     if answer.status_code == httpx.codes.OK:
         return fine("retriever", f"{host_of(url)} answers")
-    return problem("retriever", f"{health} answers with status {answer.status_code}", cure)
+    return problem("retriever", f"/health of {shown}: status {answer.status_code}", cure)
 
 
 CHECKS = (loopback, default_port, proxies, hub)

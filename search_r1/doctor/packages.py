@@ -33,7 +33,8 @@ def pins() -> Finding:
     """Whether the packages that a training needs are there, in the versions that are pinned."""
     engine = "gpu" if has_cuda_engine() or listed_gpus() else "cpu"
     try:
-        wrong = [text for line in pinned(("", "train", engine)) if (text := unmet(line))]
+        lines = dict.fromkeys(pinned(("", "train", engine)))
+        wrong = [text for line in lines if (text := unmet(line))]
     except PackageNotFoundError:
         return fine("packages", "not compared")
     except ImportError:

@@ -4,13 +4,14 @@
 
 The loop is that of training. What the model has said, and what its searches have found, can be
 edited, and it goes on from there. Two models answer the same question side by side. The page is
-served on this machine alone; with --host it is served to others, who need the token that the
-address names.
+served on this machine alone unless --host says otherwise. Whoever opens it needs the token in the
+printed address.
 """
 
 import argparse
-import logging
+import copy
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,14 +27,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from search_r1.evaluate import given_overrides
+from search_r1.infer import config_for_answering
 from search_r1.launch import composed, free_port, prepare_and_serve
 from search_r1.pages.html import page_html
 from search_r1.pages.viewer import json_text, packed
 from search_r1.program import described, program_name
+from verl.utils.addresses import bracketed
 from verl.utils.errors import ConfigError, DataError, ModelError
 from verl.utils.processes import dying_with_this
 
-logger = logging.getLogger(__name__)
 MODULES = (
     "dom.js",
     "theme.js",
@@ -48,6 +50,7 @@ MODULES = (
 )
 STYLES = ("base.css", "trajectory.css", "play.css")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANY_ADDRESS = ("0.0.0.0", "::")
 COOKIE = "search_r1_token"
 END_S = 10.0
 """Seconds that a model has to end by itself."""
@@ -87,15 +90,15 @@ def serving(models: Sequence[str], flags: Sequence[str], folder: Path) -> Iterat
     with tempfile.TemporaryDirectory(prefix="search-r1-play-") as sockets, ExitStack() as stack:
         started = []
         for number, name in enumerate(models):
-            socket = Path(sockets, f"{number}.sock")
+            path = Path(sockets, f"{number}.sock")
             command = [sys.executable, "-m", "search_r1.pages.play_model", name]
             process = subprocess.Popen(
-                [*command, "--socket", str(socket), *flags],
+                [*command, "--socket", str(path), *flags],
                 cwd=folder,
                 preexec_fn=dying_with_this(),
             )
             stack.callback(end, process)
-            started.append(Model(short_name(name), socket, process))
+            started.append(Model(short_name(name), path, process))
         yield started
 
 
@@ -118,28 +121,33 @@ def end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def make_app(models: Sequence[Model], token: str | None) -> FastAPI:
-    """The application of the page. Without a `token` only this machine's own names are served."""
+def make_app(models: Sequence[Model], token: str, is_local: bool = True) -> FastAPI:
+    """The application of the page, for those who know the token.
+
+    The browser gets it as a cookie that it sends to no page of another site. `is_local`: only this
+    machine's own names are served, so that no other name can be made to lead here.
+    """
+
+    def is_known(given: str) -> bool:
+        return secrets.compare_digest(given.encode(), token.encode())
 
     def check(request: Request) -> None:
         """Refuses whoever does not know the token."""
-        known = request.cookies.get(COOKIE, "")
-        if token is not None and not secrets.compare_digest(known.encode(), token.encode()):
+        if not is_known(request.cookies.get(cookie_of(request), "")):
             raise HTTPException(401, "open the address with the token that the playground printed")
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if token is None:
+    if is_local:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
 
     @app.get("/")
     def page(request: Request) -> Response:
-        given = request.query_params.get("token", "")
-        if token is not None and secrets.compare_digest(given.encode(), token.encode()):
-            response: Response = HTMLResponse(html_of(models))
-            response.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+        response = HTMLResponse(html_of(models))
+        if is_known(request.query_params.get("token", "")):
+            response.set_cookie(cookie_of(request), token, httponly=True, samesite="strict")
             return response
         check(request)
-        return HTMLResponse(html_of(models))
+        return response
 
     @app.get("/models", dependencies=[Depends(check)])
     async def states() -> JSONResponse:
@@ -152,6 +160,11 @@ def make_app(models: Sequence[Model], token: str | None) -> FastAPI:
         return await passed_on(models[number], await request.body())
 
     return app
+
+
+def cookie_of(request: Request) -> str:
+    """The name of the cookie: browsers keep one set of cookies for all ports of a host."""
+    return f"{COOKIE}_{request.url.port or 80}"
 
 
 async def passed_on(model: Model, body: bytes) -> Response:
@@ -187,6 +200,16 @@ def html_of(models: Sequence[Model]) -> str:
     return page_html("Playground", MODULES, STYLES, blocks, connects=True)
 
 
+def address_of(host: str, port: int) -> str:
+    """The address at which a browser finds what listens on `host`.
+
+    >>> address_of("::1", 8000), address_of("127.0.0.1", 8000)
+    ('http://[::1]:8000/', 'http://127.0.0.1:8000/')
+    """
+    name = socket.gethostname() if host in ANY_ADDRESS else host
+    return f"http://{bracketed(name)}:{port}/"
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -218,18 +241,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = [name for name in (args.model, args.beside) if name]
     flags = ["--config-name", args.config_name]
     flags += ["--endpoint", args.endpoint] if args.endpoint else []
-    token = None if args.host in LOOPBACK else secrets.token_urlsafe(24)
+    token = secrets.token_urlsafe(24)
     port = args.port or free_port()
     try:
         given = given_overrides(models[0], args.endpoint)
         config, _ = composed(args.config_name, [*given, *overrides])
+        # Reports a wrong configuration before anything is made or started.
+        config_for_answering(copy.deepcopy(config), None)
         with prepare_and_serve(config, overrides) as server, ExitStack() as stack:
             retriever = [f"retriever.url={server.url}"] if server else []
             running = stack.enter_context(serving(models, [*flags, *overrides, *retriever], here))
-            address = f"http://{args.host}:{port}/" + (f"?token={token}" if token else "")
-            sys.stdout.write(f"Playground: {address}\n")
+            app = make_app(running, token, args.host in LOOPBACK)
+            sys.stdout.write(f"Playground: {address_of(args.host, port)}?token={token}\n")
             sys.stdout.flush()
-            uvicorn.run(make_app(running, token), host=args.host, port=port, log_level="warning")
+            uvicorn.run(app, host=args.host, port=port, log_level="warning")
     except (ConfigError, DataError, ModelError) as error:
         sys.exit(f"error: {error}")
     return 0

@@ -17,10 +17,12 @@ import argparse
 import asyncio
 import copy
 import json
+import logging
+import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -42,6 +44,14 @@ from verl.rollout.agent_worker import Job
 from verl.rollout.records import TokenFacts, segment_record, trajectory_record
 from verl.utils.errors import ConfigError, DataError, ModelError
 
+logger = logging.getLogger(__name__)
+MOST_CHARACTERS = 100_000
+"""Most characters of a turn or of a passage that is given."""
+MOST_TURNS = 1000
+Said = (
+    Annotated[str, Field(max_length=MOST_CHARACTERS)]
+    | Annotated[list[int], Field(max_length=MOST_CHARACTERS)]
+)
 NOT_SHOWN = ("uid", "data_source")
 """What a record says of data and groups, of which there are none here."""
 
@@ -51,7 +61,7 @@ class EditedPassage(BaseModel):
 
     id: str = ""
     title: str = ""
-    text: str = Field(max_length=100_000)
+    text: str = Field(default="", max_length=MOST_CHARACTERS)
 
 
 class Ask(BaseModel):
@@ -60,7 +70,7 @@ class Ask(BaseModel):
     question: str = Field(min_length=1, max_length=10_000)
     gold: list[str] = []
     """Accepted answers, to be marked."""
-    said: list[str | list[int]] = []
+    said: list[Said] = Field(default=[], max_length=MOST_TURNS)
     """What the policy says first, a turn each: a text, or the ids of its tokens."""
     passages: dict[str, list[EditedPassage]] = {}
     """What searches find, by their query, instead of what the server has."""
@@ -78,7 +88,13 @@ def script_of(ask: Ask) -> Script:
 def response_of(query: str, passages: Sequence[EditedPassage]) -> ToolResponse:
     """What a search is answered that finds these passages."""
     text = format_passages([(passage.title, passage.text) for passage in passages])
-    facts = {"query": query, "passages": [passage.model_dump() for passage in passages]}
+    facts = {
+        "query": query,
+        "passages": [
+            passage.model_dump() | {"id": passage.id or f"added-{number}"}
+            for number, passage in enumerate(passages)
+        ],
+    }
     return ToolResponse(text, facts=facts)
 
 
@@ -154,6 +170,9 @@ async def events_of(session: InferenceSession, ask: Ask) -> AsyncIterator[str]:
             narrator.end(trajectory)
         except (TrajectoryFailed, DataError) as error:
             narrator.tell("failed", message=str(error.args[0]))
+        except Exception as error:  # whatever the engine makes of a given turn, the model lives on
+            logger.exception("a question failed")
+            narrator.tell("failed", message=f"{type(error).__name__}: {error}")
         finally:
             narrator.events.put_nowait(None)
 
@@ -172,7 +191,11 @@ def make_app(session: InferenceSession) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await session.start()
+        try:
+            await session.start()
+        except ConfigError as error:
+            sys.stderr.write(f"error: {error}\n")
+            os._exit(1)  # raised here it would be shown as an error of the server
         yield
         await session.close()
 

@@ -61,7 +61,8 @@ def record_files(place: Path) -> list[Path]:
     """
     if place.is_file():
         return [place]
-    folder = place / "trajectories" if (place / "trajectories").is_dir() else place
+    is_run = (place / "trajectories").is_dir() or (place / "config.yaml").exists()
+    folder = place / "trajectories" if is_run else place
     found = [path for path in folder.glob("*.jsonl") if path.name != "metrics.jsonl"]
     if not found:
         raise DataError(
@@ -196,7 +197,8 @@ def view_of_passage(passage: object, gold: GoldPassages) -> dict[str, Any]:
 
 def answer_of(record: Record) -> str | None:
     """The last complete answer of the policy, None without one."""
-    turns = [s["text"] for s in record["segments"] if s["source"] == Source.MODEL]
+    said = [s for s in record["segments"] if s["source"] == Source.MODEL]
+    turns = [s["text"] for s in said if not s.get("is_aside")]
     return last_answer(turns)
 
 

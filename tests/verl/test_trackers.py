@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from verl.utils.mailbox import Mailbox
+from verl.utils.mailbox import Mailbox, close_all
 from verl.utils.trackers import (
     SERVICES,
     Service,
@@ -146,7 +146,7 @@ def test_a_slow_service_is_not_waited_for():
         mailbox.post(Tracker.log, {}, step)
     assert service.heard == []
     gate.set()
-    mailbox.close()
+    close_all([mailbox])
     assert service.heard == [1, 2, 3, "finish"]
 
 
@@ -155,7 +155,7 @@ def test_what_a_service_misses_is_told_once(caplog):
     mailbox = Mailbox("away", service)
     for step in (1, 2, 3):
         mailbox.post(Tracker.log, {}, step)
-    mailbox.close()
+    close_all([mailbox])
     assert service.heard == [3, "finish"]
     assert caplog.text.count("ConnectionError: nobody there; the training goes on") == 1
     assert "away: 2 calls failed" in caplog.text
@@ -164,9 +164,21 @@ def test_what_a_service_misses_is_told_once(caplog):
 def test_a_service_that_never_answers_does_not_keep_a_run(caplog):
     mailbox = Mailbox("hung", Listener(gate=threading.Event()))
     mailbox.post(Tracker.log, {}, 1)
-    mailbox.close(wait_s=0.01)
+    close_all([mailbox], wait_s=0.01)
     assert "hung: not all was sent" in caplog.text
     assert mailbox.thread.daemon
+
+
+def test_a_service_that_is_away_at_the_start_does_not_end_a_run(tmp_path, monkeypatch, caplog):
+    def refuse(run: TrackedRun) -> Tracker:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setitem(SERVICES, "wandb", Service(refuse, "wandb"))
+    tracking = Tracking(str(tmp_path), ["wandb"], "project", "run", {}, {}, {"wandb": "old"})
+    tracking.log({"loss": 0.5}, 1)
+    tracking.finish()
+    assert "wandb: ConnectionError: nobody there; the run goes on without it" in caplog.text
+    assert tracking.ids == {"wandb": "old"}, "a later start may find it again"
 
 
 def test_a_run_tells_its_services_what_stands_in_its_folder(tmp_path, monkeypatch):

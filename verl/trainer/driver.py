@@ -3,7 +3,7 @@
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from verl.utils.tracking import Timers, Tracking, truncate_metrics
 from verl.utils.webhook import webhook_of
 
 logger = logging.getLogger(__name__)
+ENDED_BY_ERROR = "ended by an error"
 PLAIN = (ConfigError, DataError, CheckpointError, *ENDINGS)
 """Errors whose message says all: neither a traceback nor the log of the processes is needed."""
 
@@ -55,6 +56,10 @@ def drive(raw: dict[str, Any], stop: Stop) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         status = status_of(error)
+        webhook = webhook_of(raw["trainer"]["alert_webhook_env"])
+        if webhook is not None and status != LOST:
+            name = str(raw["trainer"]["experiment_name"])
+            webhook.tell(name, ENDED_BY_ERROR, f"{type(error).__name__}: {error}")
         if status is None:
             raise
         return status
@@ -134,7 +139,8 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
     if isinstance(reward, RewardPreflight):
         problems += reward.preflight(agent)
     problems += [
-        f"trainer.logger: {name} is not installed; bash scripts/setup.sh {name}"
+        f"trainer.logger: {name} is not installed; bash scripts/setup.sh {name}, or pip install "
+        f"'search-r1[{name}]'"
         for name in missing_clients(config.trainer.logger)
     ]
     if problems:
@@ -215,7 +221,8 @@ def train_under_ray(
             tracking.alert(*ending(config, trainer, stop))
     except Exception as error:
         if tracking is not None and not is_loss(error):
-            tracking.alert("ended by an error", f"{type(error).__name__}: {error}")
+            text = f"{type(error).__name__}: {error}"
+            tracking.alert(ENDED_BY_ERROR, text, by_webhook=False)  # which `drive` tells
         raise
     finally:
         if tracking is not None:
@@ -271,6 +278,13 @@ def has_policy_of(root: str, step: int) -> bool:
     return is_last and finished_model(Path(root)) is not None
 
 
+def service_ids(state: Mapping[str, Any]) -> dict[str, str]:
+    """Each service's name of the run of a checkpoint; older ones name that of wandb alone."""
+    if "trackers" in state:
+        return dict(state["trackers"])
+    return {"wandb": state["wandb"]} if state.get("wandb") else {}
+
+
 def start_tracking(config: PPOConfig, resume: Path | None) -> Tracking:
     """Starts writing metrics.
 
@@ -287,7 +301,7 @@ def start_tracking(config: PPOConfig, resume: Path | None) -> Tracking:
         trainer.experiment_name,
         config.model_dump(),
         trainer.panels,
-        read_state(resume)["trackers"] if resume else None,
+        service_ids(read_state(resume)) if resume else None,
         step,
         webhook_of(trainer.alert_webhook_env),
     )

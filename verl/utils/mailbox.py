@@ -2,11 +2,12 @@
 
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec
 
-from verl.utils.trackers import Tracker
+from verl.utils.trackers import SERVICES, TrackedRun, Tracker
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -53,12 +54,38 @@ class Mailbox:
                         error,
                     )
 
-    def close(self, wait_s: float = LAST_WAIT_S) -> None:
-        """Ends the service's run; waits at most `wait_s` seconds for what is still to be sent."""
+    def end(self) -> None:
+        """Has the service's run ended, when all else is sent."""
         self.post(Tracker.finish)
         self.calls.put(None)
-        self.thread.join(wait_s)
+
+    def report(self) -> None:
+        """Logs what the service has missed."""
         if self.thread.is_alive():
-            logger.warning("%s: not all was sent within %g s", self.name, wait_s)
+            logger.warning("%s: not all was sent in time", self.name)
         if self.missed:
             logger.warning("%s: %d calls failed", self.name, self.missed)
+
+
+def opened(name: str, run: TrackedRun) -> Mailbox | None:
+    """The mailbox of a service that is told of a run; None, and a warning, where it is away."""
+    try:
+        return Mailbox(name, SERVICES[name].start(run))
+    except Exception as error:  # clients raise whatever their transport raises
+        logger.warning(
+            "%s: %s: %s; the run goes on without it, and the run folder has everything",
+            name,
+            type(error).__name__,
+            error,
+        )
+        return None
+
+
+def close_all(mailboxes: Sequence[Mailbox], wait_s: float = LAST_WAIT_S) -> None:
+    """Ends the runs of all services; waits at most `wait_s` seconds for what is to be sent."""
+    for mailbox in mailboxes:
+        mailbox.end()
+    deadline = time.monotonic() + wait_s
+    for mailbox in mailboxes:
+        mailbox.thread.join(max(0.0, deadline - time.monotonic()))
+        mailbox.report()

@@ -98,7 +98,7 @@ class TensorBoard:
 
         folder = run.folder / "tensorboard"
         # points behind the step that a run goes on from are written again
-        purge_step = run.step + 1 if run.resume_id else None
+        purge_step = run.step + 1 if run.resume_id else 0
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
         self.id = str(folder)
 
@@ -128,6 +128,7 @@ class MLflow:
         self.metric = Metric
         where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.folder}/mlflow.db"
         self.client = MlflowClient(tracking_uri=where)
+        self.num_alerts = 0
         self.id = run.resume_id or self._create(run)
         self.client.update_run(self.id, status="RUNNING")
 
@@ -135,7 +136,9 @@ class MLflow:
         """Creates a run, and the experiment of the project where there is none."""
         experiment = self.client.get_experiment_by_name(run.project)
         if experiment is None:
-            number = self.client.create_experiment(run.project)
+            is_ours = "MLFLOW_TRACKING_URI" not in os.environ
+            place = (run.folder / "mlartifacts").resolve().as_uri() if is_ours else None
+            number = self.client.create_experiment(run.project, artifact_location=place)
         else:
             number = experiment.experiment_id
         created = self.client.create_run(number, run_name=run.name)
@@ -152,7 +155,8 @@ class MLflow:
         self.client.log_text(self.id, markdown_of(records, step), file)
 
     def alert(self, title: str, text: str) -> None:
-        self.client.set_tag(self.id, "alert", f"{title}: {text}")
+        self.num_alerts += 1
+        self.client.set_tag(self.id, f"alert.{self.num_alerts}", f"{title}: {text}")
 
     def finish(self) -> None:
         self.client.set_terminated(self.id)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from verl.utils.mailbox import Mailbox
+from verl.utils.mailbox import Mailbox, close_all, opened
 from verl.utils.run_folder import PENDING, write_atomically
 from verl.utils.trackers import SERVICES, STEP, TrackedRun, Tracker
 from verl.utils.webhook import Webhook
@@ -72,17 +72,20 @@ class Tracking:
         self.webhook = webhook
         self.latest: dict[str, float | None] = {}
         """The newest value of every metric."""
-        ids = resume_ids or {}
+        self.resume_ids = dict(resume_ids or {})
         self.mailboxes: dict[str, Mailbox] = {}
         for name in loggers:
             if name in SERVICES:
-                run = TrackedRun(self.run_dir, project, experiment, config, ids.get(name), step)
-                self.mailboxes[name] = Mailbox(name, SERVICES[name].start(run))
+                resume_id = self.resume_ids.get(name)
+                run = TrackedRun(self.run_dir, project, experiment, config, resume_id, step)
+                if (mailbox := opened(name, run)) is not None:
+                    self.mailboxes[name] = mailbox
 
     @property
     def ids(self) -> dict[str, str]:
         """Each service's name of the run."""
-        return {name: mailbox.tracker.id for name, mailbox in self.mailboxes.items()}
+        present = {name: mailbox.tracker.id for name, mailbox in self.mailboxes.items()}
+        return self.resume_ids | present
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Appends one line to metrics.jsonl and sends the metrics on.
@@ -157,19 +160,18 @@ class Tracking:
             return f"could not be written: {error}"
         return f"is in {path}"
 
-    def alert(self, title: str, text: str) -> None:
+    def alert(self, title: str, text: str, by_webhook: bool = True) -> None:
         """Tells whoever follows the run, by the services and the webhook."""
         for mailbox in self.mailboxes.values():
             mailbox.post(Tracker.alert, title, text)
-        if self.webhook is not None:
+        if by_webhook and self.webhook is not None:
             self.webhook.tell(self.experiment, title, text)
 
     def finish(self) -> None:
         """Tries again to write lines that could not be written, and ends the services' runs."""
         if self.unwritten:
             self._write()
-        for mailbox in self.mailboxes.values():
-            mailbox.close()
+        close_all(list(self.mailboxes.values()))
 
 
 def json_line(record: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from search_r1.pages.play import COOKIE, Model, make_app, serving
+from search_r1.pages.play import Model, make_app, serving
 from tests.e2e.runs import ROOT
 from tests.openai_server import Player
 from tests.retrieval import serving as at_address
@@ -19,6 +19,7 @@ SEARCH = "<think> t </think> <search> Ada Marin </search>"
 ANSWER = "<think> u </think> <answer> Torvel </answer>"
 OTHER = "<think> v </think> <answer> Zorbin </answer>"
 BASE = "data/closed_world/base"
+TOKEN = "secret"
 
 
 def flags_for(endpoint: str, retriever: str) -> list[str]:
@@ -52,7 +53,7 @@ def models(player, retriever):
 @pytest.fixture(scope="module")
 def address(models):
     """The page with both models."""
-    with at_address(make_app(models, token=None)) as address:
+    with at_address(make_app(models, TOKEN)) as address:
         yield address
 
 
@@ -71,7 +72,7 @@ def page(browser, address):
     errors: list[str] = []
     page.on("request", lambda r: None if r.url.startswith(address) else foreign.append(r.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(address)
+    page.goto(f"{address}/?token={TOKEN}")
     for model in page.locator(".model-state").all():
         expect(model).to_have_text("ready", timeout=3 * PATIENCE_MS)
     yield page
@@ -111,14 +112,21 @@ def test_both_models_answer_and_what_they_found_can_be_edited(page):
     expect(column.locator(".passages")).to_have_count(0)
 
 
-def test_a_question_nobody_can_answer_fails_with_its_reason(address, page):
-    answer = httpx.post(
-        f"{address}/models/0/ask", json={"question": "Unknown?"}, timeout=60, trust_env=False
-    )
+@pytest.fixture
+def known(address):
+    """A client that knows the token."""
+    with httpx.Client(base_url=address, trust_env=False, timeout=60) as client:
+        client.get("/", params={"token": TOKEN})
+        yield client
+
+
+@needs_browser
+def test_a_question_nobody_can_answer_fails_with_its_reason(page, known):
+    """The page has waited until the models are ready."""
+    answer = known.post("/models/0/ask", json={"question": "Unknown?"})
     assert "event: failed" in answer.text and "status 500" in answer.text
-    assert httpx.post(f"{address}/models/5/ask", json={}, trust_env=False).status_code == 404
-    wrong = httpx.post(f"{address}/models/0/ask", json={"question": ""}, trust_env=False)
-    assert wrong.status_code == 422
+    assert known.post("/models/5/ask", json={}).status_code == 404
+    assert known.post("/models/0/ask", json={"question": ""}).status_code == 422
 
 
 def test_other_sites_cannot_reach_it_under_a_name_of_theirs(address):
@@ -126,16 +134,16 @@ def test_other_sites_cannot_reach_it_under_a_name_of_theirs(address):
     assert answer.status_code == 400
 
 
-def test_who_does_not_know_the_token_is_refused(models):
-    with (
-        at_address(make_app(models, token="secret")) as address,
-        httpx.Client(base_url=address, trust_env=False) as client,
-    ):
+def test_who_does_not_know_the_token_is_refused(address):
+    with httpx.Client(base_url=address, trust_env=False) as client:
         assert client.get("/").status_code == 401
         assert client.get("/models").status_code == 401
+        assert client.post("/models/0/ask", json={"question": "?"}).status_code == 401
         assert client.get("/?token=wrong").status_code == 401
-        assert client.get("/?token=secret").status_code == 200
-        assert client.cookies.get(COOKIE) == "secret"
+        response = client.get(f"/?token={TOKEN}")
+        assert response.status_code == 200
+        assert "HttpOnly" in response.headers["set-cookie"]
+        assert "SameSite=strict" in response.headers["set-cookie"]
         assert client.get("/models").status_code == 200
 
 
@@ -143,8 +151,11 @@ def test_a_model_that_has_ended_is_told(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     gone = Model("gone", Path(tmp_path, "none.sock"), process)
-    with at_address(make_app([gone], token=None)) as address:
-        states = httpx.get(f"{address}/models", trust_env=False).json()
-        assert states == [{"name": "gone", "state": "ended"}]
-        answer = httpx.post(f"{address}/models/0/ask", json={"question": "?"}, trust_env=False)
+    with (
+        at_address(make_app([gone], TOKEN)) as address,
+        httpx.Client(base_url=address, trust_env=False) as client,
+    ):
+        client.get("/", params={"token": TOKEN})
+        assert client.get("/models").json() == [{"name": "gone", "state": "ended"}]
+        answer = client.post("/models/0/ask", json={"question": "?"})
         assert answer.status_code == 503 and answer.json() == {"detail": "gone: ended"}
