@@ -227,7 +227,8 @@ def prepare(setup: SetupConfig, config: DictConfig) -> None:
             base = Path(setup.world, "base")
             # A model that is missing anywhere else is a mistake in the configuration.
             if model.resolve() == base.resolve():
-                prepare_base(base, setup.world_options.arithmetic)
+                options = setup.world_options
+                prepare_base(base, options.arithmetic, options.deep)
         if setup.questions:
             prepare_questions(setup, config)
     except DataError as error:
@@ -276,16 +277,17 @@ def refuse_other_options(folder: Path, options: WorldConfig) -> None:
     )
 
 
-def prepare_base(folder: Path, arithmetic: bool = False) -> None:
+def prepare_base(folder: Path, arithmetic: bool = False, deep: bool = False) -> None:
     """Builds the base model of the closed world if it is missing.
 
-    All worlds have the same one, but for those with questions that need arithmetic.
+    All worlds have the same one, but for those with questions that need arithmetic, and those with
+    deep questions.
 
     Raises DataError when only some of its files are there.
     """
     missing = [name for name in BASE_FILES if not (folder / name).exists()]
     if len(missing) == len(BASE_FILES):
-        flags = ["--arithmetic"] if arithmetic else []
+        flags = ["--arithmetic"] * arithmetic + ["--deep"] * deep
         module("search_r1.world.base", "--out", str(folder), *flags)
     elif missing:
         raise DataError(

@@ -5,7 +5,8 @@ recall facts from a list, then to read them out of passages in clean traces; bot
 enough of the copied words are right. Then it goes on reading at a decaying learning rate, and
 finally learns the poor policy from which reinforcement learning starts.
 
-With `--arithmetic` it is the base for questions about years, in which a program calculates.
+With `--arithmetic` it is the base for questions about years, in which a program calculates. With
+`--deep` it is the base for questions of up to six hops, whose contexts are folded.
 """
 
 import argparse
@@ -31,9 +32,17 @@ from search_r1.world.arithmetic_traces import (
     ArithmeticWriter,
     YearRecallWriter,
 )
+from search_r1.world.deep_traces import CLEAN_DEEP, POOR_DEEP, DeepTraceWriter
 from search_r1.world.generate import FIRST, SECOND
-from search_r1.world.model import random_model
-from search_r1.world.tokenizer import Writer, poor_traces, train_tokenizer, training_texts
+from search_r1.world.model import grown_model, random_model
+from search_r1.world.tokenizer import (
+    EOS,
+    SUMMARY_TAGS,
+    Writer,
+    poor_traces,
+    train_tokenizer,
+    training_texts,
+)
 from search_r1.world.traces import (
     POOR,
     READING,
@@ -50,7 +59,11 @@ logger = logging.getLogger(__name__)
 
 
 Draw = Callable[[], list[TraceSegment]]
-PROGRAM_END = ("</python>",)
+SHIPPED = Path(__file__).parents[2] / "data" / "closed_world" / "base"
+"""The base of the closed world."""
+TURN_ENDS = ("</answer>", "</search>")
+GIVEN = ("prompt", "observation", "finding")
+"""The kinds of segments behind which a turn begins."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,8 @@ class Stage:
     """The stage ends when the running share of copied words that are right exceeds this, ..."""
     max_steps: int
     """... and at the latest after this many steps."""
+    rows: int = 48
+    """Rows of a step."""
 
 
 READING_STAGES = (
@@ -81,6 +96,12 @@ class Task:
     """Traces that its tokenizer is trained on."""
     numbers: bool = False
     """Whether its tokenizer has ids for pairs of digits."""
+    tags: tuple[str, ...] = ()
+    """Further tags of its tokenizer."""
+    ends: tuple[str, ...] = TURN_ENDS
+    """What ends an action."""
+    start: Path | None = None
+    """Folder of the base that the model begins as; null: with random weights."""
 
 
 NAMES = Task(lambda rng: TraceWriter(rng, PolicyMix()), poor_traces)
@@ -88,6 +109,7 @@ ARITHMETIC = Task(
     lambda rng: ArithmeticWriter(rng, CLEAN),
     lambda rng: ArithmeticWriter(rng, POOR_ARITHMETIC),
     numbers=True,
+    ends=(*TURN_ENDS, "</python>"),
 )
 ARITHMETIC_STAGES = (
     (
@@ -98,6 +120,19 @@ ARITHMETIC_STAGES = (
     (Stage("poor policy", ARITHMETIC.texts, 2.0, 170),),
 )
 """Reading, settled reading and the poor policy."""
+DEEP = Task(
+    lambda rng: DeepTraceWriter(rng, CLEAN_DEEP),
+    lambda rng: DeepTraceWriter(rng, POOR_DEEP),
+    tags=tuple(SUMMARY_TAGS),
+    ends=(*TURN_ENDS, "</summary>", EOS),
+    start=SHIPPED,
+)
+DEEP_STAGES = (
+    (Stage("reading", lambda rng: DeepTraceWriter(rng, CLEAN_DEEP, hops=(1, 2)), 0.965, 200, 32),),
+    (Stage("reading, settled", DEEP.questions, 2.0, 120, rows=32),),
+    (Stage("poor policy", DEEP.texts, 2.0, 100, rows=32),),
+)
+"""The same for the model that the base of the closed world becomes: it can recall already."""
 
 
 def examples(draw: Draw, tokenizer: PreTrainedTokenizerFast) -> Iterator[Example]:
@@ -116,7 +151,7 @@ def run_stage(stage: Stage, trainer: SFTTrainer, rows: Iterator[Example]) -> flo
     right = 0.0
     progress = tqdm(range(stage.max_steps), desc=stage.name, disable=dist.get_rank() > 0)
     for _ in progress:
-        metrics = trainer.step([next(rows) for _ in range(trainer.config.train_batch_size)])
+        metrics = trainer.step([next(rows) for _ in range(stage.rows)])
         right = 0.9 * right + 0.1 * metrics["watched"]
         progress.set_postfix(loss=f"{metrics['loss']:.3f}", read=f"{right:.3f}")
         if right > stage.until:
@@ -171,22 +206,22 @@ def train(
 def answered(path: str | Path, count: int = 300, seed: int = 1, task: Task = NAMES) -> float:
     """Measures whether a model can read: the share of `count` fresh questions it answers right.
 
-    Names have one to three hops. The model gets a clean trace up to the last passages, in which the
-    gold passage is at any rank among distractors, and continues it greedily. Where a program
-    follows, that must be right.
+    The model gets a row of a clean trace up to its last turn, where the gold passage is at any rank
+    among distractors, and continues it greedily. Where a program follows, that must be right, and
+    where the row ends with a summary or a finding, these.
     """
     model: Any = Qwen2ForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    ends = tokenizer.convert_tokens_to_ids(["</answer>", "</search>", *PROGRAM_END * task.numbers])
+    ends = tokenizer.convert_tokens_to_ids(list(task.ends))
     writer = task.questions(random.Random(seed))
     right = 0
     for _ in range(count):
         segments = writer()
-        last = max(i for i, segment in enumerate(segments) if segment.kind == "observation")
+        last = max(i for i, segment in enumerate(segments) if segment.kind in GIVEN)
         ids = torch.tensor([encode_trace(segments[: last + 1], tokenizer)["input_ids"]])
         mask = torch.ones_like(ids)
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=ends
+            ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=ends
         )
         right += tokenizer.decode(out[0, ids.shape[1] :]).endswith(
             next_action(segments[last + 1 :])
@@ -195,15 +230,15 @@ def answered(path: str | Path, count: int = 300, seed: int = 1, task: Task = NAM
 
 
 def next_action(segments: Sequence[TraceSegment]) -> str:
-    """The end of the first turn in a trace, behind its thought."""
+    """The end of the first turn in a trace, behind its thought, if it has one."""
     turn = "".join(s.text for s in takewhile(lambda s: s.kind != "result", segments))
-    return turn[turn.index("</think>") :]
+    return turn[max(0, turn.find("</think>")) :]
 
 
 def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
     """Trains the tokenizer of a task."""
     texts = training_texts(random.Random(0), writer=task.texts)
-    return train_tokenizer(texts, [*FIRST, *SECOND], task.numbers)
+    return train_tokenizer(texts, [*FIRST, *SECOND], task.numbers, task.tags)
 
 
 def build(
@@ -229,7 +264,8 @@ def build(
         start, reader, settled_reader = (
             f"{folder}/{name}" for name in ("start", "reader", "settled")
         )
-        random_model(tokenizer).save_pretrained(start)
+        model = grown_model(task.start, tokenizer) if task.start else random_model(tokenizer)
+        model.save_pretrained(start)
         tokenizer.save_pretrained(start)
         train(reading, start, reader, constant, seed, rng, asked, task)
         train(settled, reader, settled_reader, decaying, seed, rng, asked, task)
@@ -250,12 +286,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arithmetic", action="store_true", help="the base for worlds with arithmetic"
     )
+    parser.add_argument("--deep", action="store_true", help="the base for deep questions")
     args = parser.parse_args(argv)
+    if args.arithmetic and args.deep:
+        parser.error("--arithmetic, --deep: one of them, no base is made for both")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_process_group(args.threads)
     try:
         if args.arithmetic:
             build(args.out, args.seed, *ARITHMETIC_STAGES, task=ARITHMETIC)
+        elif args.deep:
+            build(args.out, args.seed, *DEEP_STAGES, task=DEEP)
         else:
             build(args.out, args.seed)
     finally:
