@@ -81,7 +81,9 @@ def test_the_request_is_what_the_key_says(tokenizer, train):
         tokenizer, [SEARCH, FINDING, ANSWER], by="policy", train=train, prompt=asked
     )
     text = tokenizer.decode(engine.calls[1][0])
-    assert f'Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel. | Ada | {SEARCH} | {{}}' in text
+    assert (
+        f'Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel. | Ada | {SEARCH} | {{}}' in text
+    )
     short = "{context} {query}"
     _, engine, _ = roll(tokenizer, [SEARCH, FINDING, ANSWER], by="policy", prompt=short)
     assert "born in Torvel. Ada" in tokenizer.decode(engine.calls[1][0])
