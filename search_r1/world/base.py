@@ -12,6 +12,7 @@ With `--arithmetic` it is the base for questions about years, in which a program
 import argparse
 import logging
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -120,6 +121,14 @@ ARITHMETIC_STAGES = (
     (Stage("poor policy", ARITHMETIC.texts, 2.0, 170),),
 )
 """Reading, settled reading and the poor policy."""
+
+
+def chain_traces(rng: random.Random) -> DeepTraceWriter:
+    """Makes what draws long traces with short observations: in them most is to choose the fact that
+    comes next."""
+    return DeepTraceWriter(rng, CLEAN_DEEP, num_passages=1, hops=(3, 4, 5, 6), is_noisy=False)
+
+
 DEEP = Task(
     lambda rng: DeepTraceWriter(rng, CLEAN_DEEP),
     lambda rng: DeepTraceWriter(rng, POOR_DEEP),
@@ -129,10 +138,21 @@ DEEP = Task(
 )
 DEEP_STAGES = (
     (Stage("reading", lambda rng: DeepTraceWriter(rng, CLEAN_DEEP, hops=(1, 2)), 0.965, 200, 32),),
-    (Stage("reading, settled", DEEP.questions, 2.0, 120, rows=32),),
+    (
+        Stage("chains", chain_traces, 2.0, 150),
+        Stage("reading, settled", DEEP.questions, 2.0, 140, rows=32),
+    ),
     (Stage("poor policy", DEEP.texts, 2.0, 100, rows=32),),
 )
 """The same for the model that the base of the closed world becomes: it can recall already."""
+
+
+MADE_FOR = {
+    "names": ((READING_STAGES, SETTLED_STAGES, POOR_STAGES), NAMES),
+    "arithmetic": (ARITHMETIC_STAGES, ARITHMETIC),
+    "deep": (DEEP_STAGES, DEEP),
+}
+"""Stages and task by what a base is made for."""
 
 
 def examples(draw: Draw, tokenizer: PreTrainedTokenizerFast) -> Iterator[Example]:
@@ -249,10 +269,12 @@ def build(
     poor: Sequence[Stage] = POOR_STAGES,
     asked: int = 300,
     task: Task = NAMES,
+    keep_reader: Path | None = None,
 ) -> None:
     """Trains the tokenizer and the model, and writes both. The process group must exist.
 
     After each part of the training the model is asked `asked` fresh questions to show its progress.
+    What reads well, before it becomes the poor policy, is written to `keep_reader`.
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -269,6 +291,8 @@ def build(
         tokenizer.save_pretrained(start)
         train(reading, start, reader, constant, seed, rng, asked, task)
         train(settled, reader, settled_reader, decaying, seed, rng, asked, task)
+        if keep_reader is not None:
+            shutil.copytree(settled_reader, keep_reader, dirs_exist_ok=True)
         train(poor, settled_reader, str(out), decaying, seed, rng, asked, task)
 
 
@@ -287,18 +311,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--arithmetic", action="store_true", help="the base for worlds with arithmetic"
     )
     parser.add_argument("--deep", action="store_true", help="the base for deep questions")
+    parser.add_argument(
+        "--keep-reader", type=Path, help="folder for the model before it becomes the poor policy"
+    )
     args = parser.parse_args(argv)
     if args.arithmetic and args.deep:
         parser.error("--arithmetic, --deep: one of them, no base is made for both")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_process_group(args.threads)
     try:
-        if args.arithmetic:
-            build(args.out, args.seed, *ARITHMETIC_STAGES, task=ARITHMETIC)
-        elif args.deep:
-            build(args.out, args.seed, *DEEP_STAGES, task=DEEP)
-        else:
-            build(args.out, args.seed)
+        kind = "arithmetic" if args.arithmetic else "deep" if args.deep else "names"
+        stages, task = MADE_FOR[kind]
+        build(args.out, args.seed, *stages, task=task, keep_reader=args.keep_reader)
     finally:
         dist.destroy_process_group()
     return 0

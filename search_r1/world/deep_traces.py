@@ -89,9 +89,12 @@ class DeepTraceWriter(TraceWriter):
         mix: DeepMix,
         num_passages: int = 3,
         hops: Sequence[int] = (1, 2, 3, 4, 5, 6),
+        is_noisy: bool = True,
     ) -> None:
+        """`is_noisy`: whether passages have sentences without a fact."""
         super().__init__(rng, mix, num_passages, ())
         self.deep_mix = mix
+        self.is_noisy = is_noisy
         self.chains = {h: plain_chains(h) for h in hops}
         self.pending: list[list[TraceSegment]] = []
 
@@ -107,7 +110,8 @@ class DeepTraceWriter(TraceWriter):
         taken = set(self.common_names)
         path = tuple(fresh_name(self.rng, taken) for _ in range(len(chain) + 1))
         is_condensed = self.rng.random() < CONDENSED
-        self.filler = self.rng.choice(CONDENSED_FILLERS if is_condensed else FILLERS)
+        if self.is_noisy:
+            self.filler = self.rng.choice(CONDENSED_FILLERS if is_condensed else FILLERS)
         most = self.rng.choice(SEARCHES_PER_CONTEXT) if self.rng.random() < FOLDED else None
         rows = self.rows(Progress(Question(chain, path)), taken, is_condensed, most)
         is_plain = len(rows) == 1 and not is_condensed

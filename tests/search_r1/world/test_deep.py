@@ -357,10 +357,15 @@ def test_builder_runs_end_to_end(tmp_path):
     ]
     start_process_group(1)
     try:
-        build(tmp_path / "base", 0, *short, asked=2, task=DEEP)
+        build(tmp_path / "base", 0, *short, asked=2, task=DEEP, keep_reader=tmp_path / "reader")
     finally:
         dist.destroy_process_group()
     assert answered(tmp_path / "base", count=2, task=DEEP) <= 1.0
+    kept, made = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).lm_head.weight
+        for name in ("reader", "base")
+    )
+    assert kept.shape == made.shape and not torch.equal(kept, made)
 
 
 def test_the_shipped_base_reads_summaries_and_passages_it_has_never_seen(base):
