@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from search_r1.launch import read_setup
+from search_r1.prompts import SHORT_CONDENSE_PROMPT
 from tests.e2e.runs import ROOT
 from tests.search_r1.evaluation.records import passage, record
 from verl.trainer.compose import as_plain
@@ -23,6 +24,7 @@ MASKING = ROOT / "scripts" / "sweeps" / "masking.yaml"
 ASYNCHRONY = ROOT / "scripts" / "sweeps" / "asynchrony.yaml"
 OVER_SEARCH = ROOT / "scripts" / "sweeps" / "over_search.yaml"
 FOLDING = ROOT / "scripts" / "sweeps" / "folding.yaml"
+CONDENSING = ROOT / "scripts" / "sweeps" / "condensing.yaml"
 COLLAPSE = ROOT / "scripts" / "sweeps" / "collapse.yaml"
 
 
@@ -101,6 +103,22 @@ def test_runs_of_the_study_of_folding_differ_in_their_contexts_alone(run, tokeni
     assert context.train_summaries == (name != "fold_untrained")
     assert context.keep_observations == (1 if name == "keep_last" else None)
     assert agent.config.max_prompt_length == (1536 if name == "no_fold_1536" else 512)
+
+
+@pytest.mark.parametrize("run", sweep.read_sweep(CONDENSING))
+def test_runs_of_the_study_of_findings_differ_in_who_condenses(run, tokenizer):
+    (_, _, *overrides), _ = sweep.read_sweep(CONDENSING)[run]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        composed = compose("grpo", overrides)
+    config = validate(OmegaConf.to_container(composed, resolve=True))
+    agent, reward = build_agent(config, tokenizer), build_reward(config, tokenizer)
+    check_trainable(config, agent, reward)
+    name = run.rpartition("-seed")[0]
+    condense = agent.config.condense
+    assert condense.by == {"cut": None, "endpoint": "endpoint"}.get(name, "policy")
+    assert condense.prompt == (None if name == "cut" else SHORT_CONDENSE_PROMPT)
+    assert condense.train == (name != "policy_untrained")
+    assert agent.config.max_obs_length == 64
 
 
 def row_of(run, em, searches, searched):
