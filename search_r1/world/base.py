@@ -126,7 +126,7 @@ ARITHMETIC_STAGES = (
 def chain_traces(rng: random.Random) -> DeepTraceWriter:
     """Makes what draws long traces with short observations: in them most is to choose the fact that
     comes next."""
-    return DeepTraceWriter(rng, CLEAN_DEEP, num_passages=1, hops=(3, 4, 5, 6), is_noisy=False)
+    return DeepTraceWriter(rng, CLEAN_DEEP, num_passages=1, is_noisy=False)
 
 
 DEEP = Task(
@@ -137,11 +137,8 @@ DEEP = Task(
     start=SHIPPED,
 )
 DEEP_STAGES = (
-    (Stage("reading", lambda rng: DeepTraceWriter(rng, CLEAN_DEEP, hops=(1, 2)), 0.965, 200, 32),),
-    (
-        Stage("chains", chain_traces, 2.0, 150),
-        Stage("reading, settled", DEEP.questions, 2.0, 140, rows=32),
-    ),
+    (Stage("chains", chain_traces, 0.975, 200),),
+    (Stage("reading, settled", DEEP.questions, 2.0, 160, rows=32),),
     (Stage("poor policy", DEEP.texts, 2.0, 100, rows=32),),
 )
 """The same for the model that the base of the closed world becomes: it can recall already."""

@@ -1,10 +1,15 @@
 """Traces of questions of up to six hops, on which the base model for deep questions is trained.
 
-They are those of `traces.py` with two things more. In half of the traces the context is folded
-after a few searches: the policy sums up what it knows and goes on from that. In some of them every
-search's passages are first shortened to a finding: by the policy itself, in a text of its own that
-holds the passages and the query, and ends with the facts about what the query names. Of some others
-the row is the last turn alone, before which older passages were left out of the context.
+They are those of `traces.py` with three things more.
+
+- Every thought ends with a plan: the verbs of the facts that are to follow. The policy reads it off
+  the question once and then copies what is left of it, because so small a model does not find its
+  place in a long question again in every turn.
+- In half of the traces the context is folded after a few searches: the policy sums up the newest
+  fact and what is left of the plan, which is all that is needed, and goes on from that.
+- In some of them every search's passages are first shortened to a finding, by the policy itself: a
+  text of its own that holds the passages and the query, and ends with the facts about what the
+  query names. Of some others the row is one turn alone, with older passages left out before it.
 
 A trace is several rows then, one for each context. Each holds only what the policy says in it, so
 that nothing is trained twice.
@@ -37,6 +42,8 @@ FILLERS = (0, 1, 2, 3, 4)
 """Sentences without a fact in each passage of a trace, ..."""
 CONDENSED_FILLERS = (3, 6)
 """... and where passages are shortened."""
+PLAN_END = "answer"
+"""What follows the last relation of a plan."""
 NOTHING = " nothing"
 """A summary, or a finding, without a fact."""
 
@@ -58,9 +65,8 @@ POOR_DEEP = DeepMix(
     guess=0.6,
     guess_known=0.1,
     wrong_query=0.12,
-    stop_early=0.12,
+    stop_early=0.08,
     search_again=0.02,
-    bold=frozenset({"employer", "country", "founder", "capital", "home"}),
     lose=0.1,
     misstate=0.1,
     misread=0.15,
@@ -161,6 +167,12 @@ class DeepTraceWriter(TraceWriter):
                 context.append(TraceSegment("finding", LEFT_OUT))
         return [*context, *(s for s in row[begin:end] if s.kind != "observation")]
 
+    def think(self, question: Question, known: int, query: str) -> list[TraceSegment]:
+        """The thought of a turn: what to look for, or the last fact, and what is to follow."""
+        said = last_fact(question, known) if known else [TraceSegment("model", f" find {query}")]
+        plan = f", {remaining(question, known)} </think>"
+        return [TraceSegment("model", "<think>"), *said, TraceSegment("model", plan)]
+
     def guess(self, taken: set[str]) -> TraceSegment:
         """Draws an answer out of nothing."""
         name = fresh_name(self.rng, taken)
@@ -178,16 +190,28 @@ class DeepTraceWriter(TraceWriter):
         Returns what ends the present row, and what follows the prompt in the next one.
         """
         progress.searches = 0
+        is_wrong = False
         if progress.known and self.rng.random() < self.deep_mix.lose:
             progress.known -= 1
         elif progress.known and self.rng.random() < self.deep_mix.misstate:
+            is_wrong = True
             path = list(progress.question.path)
             path[progress.known] = fresh_name(self.rng, set(path))
             progress.question = replace(progress.question, path=tuple(path))
-        said = [TraceSegment("model", "<summary>"), *facts_known(progress)]
-        said.append(TraceSegment("model", " </summary>"))
+        said = [TraceSegment("model", "<summary>"), *self.summed_up(progress, is_wrong)]
         text = "".join(segment.text for segment in said)
         return [TraceSegment("prompt", FOLD_ACTION), *said], TraceSegment("prompt", f"{text}\n")
+
+    def summed_up(self, progress: Progress, is_wrong: bool) -> list[TraceSegment]:
+        """What a summary says: the last fact, from which the others are no longer needed."""
+        question, known = progress.question, progress.known
+        if known == 0:
+            return [TraceSegment("model", f"{NOTHING} </summary>")]
+        subject, fact = last_fact(question, known)
+        if is_wrong:
+            fact = replace(fact, kind="model")  # it stands in no passage
+        plan = f", {remaining(question, known)} </summary>"
+        return [subject, fact, TraceSegment("model", plan)]
 
     def condense(
         self, turn: Sequence[TraceSegment], progress: Progress, known: int
@@ -212,18 +236,23 @@ class DeepTraceWriter(TraceWriter):
         return call, shown, known if about == query else progress.known
 
 
-def facts_known(progress: Progress) -> list[TraceSegment]:
-    """All facts that are known, as sentences."""
-    path = progress.question.path
-    segments: list[TraceSegment] = []
-    for number in range(progress.known):
-        verb = RELATIONS[progress.question.relations[number]].sentence
-        segments += [
-            TraceSegment("model", f" {path[number]}"),
-            TraceSegment("read", f" {verb} {path[number + 1]}"),
-            TraceSegment("model", "."),
-        ]
-    return segments or [TraceSegment("model", NOTHING)]
+def remaining(question: Question, known: int) -> str:
+    """The verbs of the facts that are to follow, and the end of the plan.
+
+    >>> remaining(Question(("residence", "mayor"), ("Torvel", "Zorbin", "Kalmen")), 1)
+    'elected answer'
+    """
+    verbs = [RELATIONS[relation].sentence for relation in question.relations[known:]]
+    return " ".join([*verbs, PLAN_END])
+
+
+def last_fact(question: Question, known: int) -> list[TraceSegment]:
+    """The newest fact that is known."""
+    verb = RELATIONS[question.relations[known - 1]].sentence
+    return [
+        TraceSegment("model", f" {question.path[known - 1]}"),
+        TraceSegment("read", f" {verb} {question.path[known]}"),
+    ]
 
 
 def facts_about(name: str, passages: Sequence[tuple[str, str]]) -> list[TraceSegment]:
