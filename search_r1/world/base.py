@@ -138,7 +138,7 @@ DEEP = Task(
 )
 DEEP_STAGES = (
     (Stage("chains", chain_traces, 0.975, 200),),
-    (Stage("reading, settled", DEEP.questions, 2.0, 160, rows=32),),
+    (Stage("reading, settled", DEEP.questions, 2.0, 200, rows=32),),
     (Stage("poor policy", DEEP.texts, 2.0, 100, rows=32),),
 )
 """The same for the model that the base of the closed world becomes: it can recall already."""
