@@ -9,7 +9,12 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("configs", "data/closed_world/base", "data/closed_world/arithmetic/base")
+SHIPPED = (
+    "configs",
+    "data/closed_world/base",
+    "data/closed_world/arithmetic/base",
+    "data/closed_world/deep/base",
+)
 TARGET = "search_r1/_shipped"
 
 

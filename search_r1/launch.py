@@ -45,6 +45,7 @@ MAX_SERVER_RESTARTS = 10
 BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 BASE = "data/closed_world/base"
 ARITHMETIC_BASE = "data/closed_world/arithmetic/base"
+DEEP_BASE = "data/closed_world/deep/base"
 PATHS = (
     "data.train_files",
     "data.val_files",
@@ -230,7 +231,8 @@ def prepare(setup: SetupConfig, config: DictConfig) -> None:
             base = Path(setup.world, "base")
             # A model that is missing anywhere else is a mistake in the configuration.
             if model.resolve() == base.resolve():
-                prepare_base(base, setup.world_options.arithmetic)
+                options = setup.world_options
+                prepare_base(base, options.arithmetic, options.deep)
         if setup.questions:
             prepare_questions(setup, config)
     except DataError as error:
@@ -279,20 +281,28 @@ def refuse_other_options(folder: Path, options: WorldConfig) -> None:
     )
 
 
-def prepare_base(folder: Path, arithmetic: bool = False) -> None:
+def base_of(arithmetic: bool, deep: bool) -> str:
+    """The place of the base model of such worlds in the repository."""
+    if deep:
+        return DEEP_BASE
+    return ARITHMETIC_BASE if arithmetic else BASE
+
+
+def prepare_base(folder: Path, arithmetic: bool = False, deep: bool = False) -> None:
     """Copies the base model of the closed world if it is missing, or builds it.
 
-    All worlds have the same one, but for those with questions that need arithmetic. It comes with
-    the program; where it was deleted from the repository, it is built.
+    All worlds have the same one, but for those with questions that need arithmetic, and those with
+    deep questions. It comes with the program; where it was deleted from the repository, it is
+    built.
 
     Raises DataError when only some of its files are there.
     """
     missing = [name for name in BASE_FILES if not (folder / name).exists()]
-    ours = shipped(ARITHMETIC_BASE if arithmetic else BASE)
+    ours = shipped(base_of(arithmetic, deep))
     if len(missing) == len(BASE_FILES) and ours.is_dir() and not folder.exists():
         shutil.copytree(ours, folder)
     elif len(missing) == len(BASE_FILES):
-        flags = ["--arithmetic"] if arithmetic else []
+        flags = ["--arithmetic"] * arithmetic + ["--deep"] * deep
         module("search_r1.world.base", "--out", str(folder), *flags)
     elif missing:
         raise DataError(

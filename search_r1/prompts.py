@@ -93,6 +93,8 @@ REASON_IN_DOCUMENTS_PROMPT = (
 )
 """The second prompt of Search-o1: passages become a short finding before the reasoning sees
 them."""
+SHORT_CONDENSE_PROMPT = "{context}\nQuery: {query}\nFacts:"
+"""The same for the closed world, whose small model learns from traces what is meant."""
 IRCOT_PROMPT = (
     "Answer the question by reasoning one sentence at a time, with the help of the passages, "
     "which may or may not be useful.\n\n"

@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def folder_of(path: Path, run: str) -> str:
 
 def figures(folder: Path) -> study.Row:
     """Curve of the validations over sampled trajectories, when it reached REACHED, and the last
-    validation by set."""
+    validation by set: figures, how trajectories ended, their contexts."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     sampled = 0.0
     curve = []
@@ -95,6 +95,9 @@ def figures(folder: Path) -> study.Row:
         "optimizer_steps": sum(line.get("actor/optimizer_steps", 0) for line in metrics),
         "last": {source: summary(records) for source, records in sorted(by_source.items())},
         "searched": {source: searched(records) for source, records in sorted(by_source.items())},
+        "ended": {source: ended(records) for source, records in sorted(by_source.items())},
+        "contexts": {source: contexts(records) for source, records in sorted(by_source.items())},
+        "logprob_diff": max(line.get("rollout/logprob_diff_max", 0.0) for line in trained),
     }
 
 
@@ -104,6 +107,20 @@ def searched(records: list[dict[str, Any]]) -> float:
     Asking the trained policy what it knows would beg the question (docs/results/evaluation.md).
     """
     return sum(bool(read_searches(record)) for record in records) / len(records)
+
+
+def ended(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of the records that ended for each reason."""
+    counts = Counter(record["stop_reason"] for record in records)
+    return {reason: count / len(records) for reason, count in sorted(counts.items())}
+
+
+def contexts(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Per record: how often its context was folded, and how many contexts it had in all."""
+    return {
+        "folds": statistics.mean(record["info"].get("folds", 0) for record in records),
+        "contexts": statistics.mean(1 + len(record.get("rewrites", ())) for record in records),
+    }
 
 
 def mean_of(metrics: list[dict[str, Any]], prefix: str) -> dict[str, float]:

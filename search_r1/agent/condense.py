@@ -3,9 +3,10 @@ call of the engine, or by another model behind an endpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from string import Formatter
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from search_r1.agent.observation import neutralise
 from search_r1.prompts import REASON_IN_DOCUMENTS_PROMPT
@@ -13,7 +14,11 @@ from search_r1.tools.base import SEARCH_TOOL, ToolFailed, ToolResponse
 from verl.agent import Completion, Generate
 from verl.utils.config import Config
 from verl.utils.endpoint import Endpoint, EndpointConfig, EndpointFailed, check_endpoint
-from verl.utils.tokenizer import encode_chat, encode_text
+from verl.utils.tokenizer import Message, encode_chat, encode_text
+
+NEEDED_FIELDS = frozenset({"query", "context"})
+ALL_FIELDS = NEEDED_FIELDS | {"reasoning"}
+"""The fields of a request for a finding."""
 
 
 class CondenserEndpointConfig(EndpointConfig):
@@ -34,15 +39,40 @@ class CondenseConfig(Config):
     """Most tokens of a result that whoever shortens it reads."""
     max_tokens: PositiveInt = 128
     """Most tokens of a finding."""
+    prompt: str | None = None
+    """What is asked of whoever shortens a result: a text with {query} and {context}, which the call
+    and its result replace, and perhaps {reasoning}, what the policy has written so far. null: what
+    Search-o1 asks (arXiv 2501.05366)."""
     train: bool = True
     """Whether findings of the policy are trained, each as a row of its trajectory."""
     endpoint: CondenserEndpointConfig = CondenserEndpointConfig()
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_fields(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_fields(value)
+        return value
 
     @model_validator(mode="after")
     def _has_endpoint(self) -> "CondenseConfig":
         if self.by == "endpoint" and not (self.endpoint.url and self.endpoint.model):
             raise ValueError("by=endpoint with endpoint.url and endpoint.model")
         return self
+
+
+def check_fields(prompt: str) -> None:
+    """Raises ValueError for a template that lacks a field of a request, or has another one."""
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"no template: {error}; a brace of the text is written twice") from error
+    if not NEEDED_FIELDS <= fields <= ALL_FIELDS:
+        found = ", ".join(f"{{{name}}}" for name in sorted(fields)) or "none"
+        raise ValueError(
+            "expected the fields {query}, {context} and perhaps {reasoning}, found "
+            f"{found}; a brace of the text is written twice"
+        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +140,7 @@ class Condenser:
     ) -> str:
         body = {
             "model": self.config.endpoint.model,
-            "messages": [{"role": "user", "content": request(reasoning, query, context)}],
+            "messages": self._messages(reasoning, query, context),
             "max_tokens": self.config.max_tokens,
             "temperature": 0.0,
         }
@@ -121,17 +151,18 @@ class Condenser:
 
     def _prompt(self, reasoning: str, query: str, context: str) -> list[int]:
         """Ids of the request, as the only message of a user."""
-        messages = [{"role": "user", "content": request(reasoning, query, context)}]
+        messages = self._messages(reasoning, query, context)
         return encode_chat(self.tokenizer, messages, **self.template_kwargs)
+
+    def _messages(self, reasoning: str, query: str, context: str) -> list[Message]:
+        """What is asked of whoever shortens a result."""
+        template = self.config.prompt or REASON_IN_DOCUMENTS_PROMPT
+        text = template.format(reasoning=reasoning, query=query, context=context)
+        return [{"role": "user", "content": text}]
 
     async def close(self) -> None:
         if self.endpoint is not None:
             await self.endpoint.close()
-
-
-def request(reasoning: str, query: str, context: str) -> str:
-    """What is asked of whoever shortens a result (Search-o1, arXiv 2501.05366)."""
-    return REASON_IN_DOCUMENTS_PROMPT.format(reasoning=reasoning, query=query, context=context)
 
 
 def read_finding(reply: Any) -> str:

@@ -5,12 +5,14 @@ recall facts from a list, then to read them out of passages in clean traces; bot
 enough of the copied words are right. Then it goes on reading at a decaying learning rate, and
 finally learns the poor policy from which reinforcement learning starts.
 
-With `--arithmetic` it is the base for questions about years, in which a program calculates.
+With `--arithmetic` it is the base for questions about years, in which a program calculates. With
+`--deep` it is the base for questions of up to six hops, whose contexts are folded.
 """
 
 import argparse
 import logging
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -31,9 +33,17 @@ from search_r1.world.arithmetic_traces import (
     ArithmeticWriter,
     YearRecallWriter,
 )
+from search_r1.world.deep_traces import CLEAN_DEEP, POOR_DEEP, DeepTraceWriter
 from search_r1.world.generate import FIRST, SECOND
-from search_r1.world.model import random_model
-from search_r1.world.tokenizer import Writer, poor_traces, train_tokenizer, training_texts
+from search_r1.world.model import grown_model, random_model
+from search_r1.world.tokenizer import (
+    EOS,
+    SUMMARY_TAGS,
+    Writer,
+    poor_traces,
+    train_tokenizer,
+    training_texts,
+)
 from search_r1.world.traces import (
     POOR,
     READING,
@@ -50,7 +60,11 @@ logger = logging.getLogger(__name__)
 
 
 Draw = Callable[[], list[TraceSegment]]
-PROGRAM_END = ("</python>",)
+SHIPPED = Path(__file__).parents[2] / "data" / "closed_world" / "base"
+"""The base of the closed world."""
+TURN_ENDS = ("</answer>", "</search>")
+GIVEN = ("prompt", "observation", "finding")
+"""The kinds of segments behind which a turn begins."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,8 @@ class Stage:
     """The stage ends when the running share of copied words that are right exceeds this, ..."""
     max_steps: int
     """... and at the latest after this many steps."""
+    rows: int = 48
+    """Rows of a step."""
 
 
 READING_STAGES = (
@@ -81,6 +97,12 @@ class Task:
     """Traces that its tokenizer is trained on."""
     numbers: bool = False
     """Whether its tokenizer has ids for pairs of digits."""
+    tags: tuple[str, ...] = ()
+    """Further tags of its tokenizer."""
+    ends: tuple[str, ...] = TURN_ENDS
+    """What ends an action."""
+    start: Path | None = None
+    """Folder of the base that the model begins as; null: with random weights."""
 
 
 NAMES = Task(lambda rng: TraceWriter(rng, PolicyMix()), poor_traces)
@@ -88,6 +110,7 @@ ARITHMETIC = Task(
     lambda rng: ArithmeticWriter(rng, CLEAN),
     lambda rng: ArithmeticWriter(rng, POOR_ARITHMETIC),
     numbers=True,
+    ends=(*TURN_ENDS, "</python>"),
 )
 ARITHMETIC_STAGES = (
     (
@@ -98,6 +121,35 @@ ARITHMETIC_STAGES = (
     (Stage("poor policy", ARITHMETIC.texts, 2.0, 170),),
 )
 """Reading, settled reading and the poor policy."""
+
+
+def chain_traces(rng: random.Random) -> DeepTraceWriter:
+    """Makes what draws long traces with short observations: in them most is to choose the fact that
+    comes next."""
+    return DeepTraceWriter(rng, CLEAN_DEEP, num_passages=1, is_noisy=False)
+
+
+DEEP = Task(
+    lambda rng: DeepTraceWriter(rng, CLEAN_DEEP),
+    lambda rng: DeepTraceWriter(rng, POOR_DEEP),
+    tags=tuple(SUMMARY_TAGS),
+    ends=(*TURN_ENDS, "</summary>", EOS),
+    start=SHIPPED,
+)
+DEEP_STAGES = (
+    (Stage("chains", chain_traces, 0.975, 200),),
+    (Stage("reading, settled", DEEP.questions, 2.0, 200, rows=32),),
+    (Stage("poor policy", DEEP.texts, 2.0, 100, rows=32),),
+)
+"""The same for the model that the base of the closed world becomes: it can recall already."""
+
+
+MADE_FOR = {
+    "names": ((READING_STAGES, SETTLED_STAGES, POOR_STAGES), NAMES),
+    "arithmetic": (ARITHMETIC_STAGES, ARITHMETIC),
+    "deep": (DEEP_STAGES, DEEP),
+}
+"""Stages and task by what a base is made for."""
 
 
 def examples(draw: Draw, tokenizer: PreTrainedTokenizerFast) -> Iterator[Example]:
@@ -116,7 +168,7 @@ def run_stage(stage: Stage, trainer: SFTTrainer, rows: Iterator[Example]) -> flo
     right = 0.0
     progress = tqdm(range(stage.max_steps), desc=stage.name, disable=dist.get_rank() > 0)
     for _ in progress:
-        metrics = trainer.step([next(rows) for _ in range(trainer.config.train_batch_size)])
+        metrics = trainer.step([next(rows) for _ in range(stage.rows)])
         right = 0.9 * right + 0.1 * metrics["watched"]
         progress.set_postfix(loss=f"{metrics['loss']:.3f}", read=f"{right:.3f}")
         if right > stage.until:
@@ -171,22 +223,22 @@ def train(
 def answered(path: str | Path, count: int = 300, seed: int = 1, task: Task = NAMES) -> float:
     """Measures whether a model can read: the share of `count` fresh questions it answers right.
 
-    Names have one to three hops. The model gets a clean trace up to the last passages, in which the
-    gold passage is at any rank among distractors, and continues it greedily. Where a program
-    follows, that must be right.
+    The model gets a row of a clean trace up to its last turn, where the gold passage is at any rank
+    among distractors, and continues it greedily. Where a program follows, that must be right, and
+    where the row ends with a summary or a finding, these.
     """
     model: Any = Qwen2ForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    ends = tokenizer.convert_tokens_to_ids(["</answer>", "</search>", *PROGRAM_END * task.numbers])
+    ends = tokenizer.convert_tokens_to_ids(list(task.ends))
     writer = task.questions(random.Random(seed))
     right = 0
     for _ in range(count):
         segments = writer()
-        last = max(i for i, segment in enumerate(segments) if segment.kind == "observation")
+        last = max(i for i, segment in enumerate(segments) if segment.kind in GIVEN)
         ids = torch.tensor([encode_trace(segments[: last + 1], tokenizer)["input_ids"]])
         mask = torch.ones_like(ids)
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=ends
+            ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=ends
         )
         right += tokenizer.decode(out[0, ids.shape[1] :]).endswith(
             next_action(segments[last + 1 :])
@@ -195,15 +247,15 @@ def answered(path: str | Path, count: int = 300, seed: int = 1, task: Task = NAM
 
 
 def next_action(segments: Sequence[TraceSegment]) -> str:
-    """The end of the first turn in a trace, behind its thought."""
+    """The end of the first turn in a trace, behind its thought, if it has one."""
     turn = "".join(s.text for s in takewhile(lambda s: s.kind != "result", segments))
-    return turn[turn.index("</think>") :]
+    return turn[max(0, turn.find("</think>")) :]
 
 
 def tokenizer_of(task: Task) -> PreTrainedTokenizerFast:
     """Trains the tokenizer of a task."""
     texts = training_texts(random.Random(0), writer=task.texts)
-    return train_tokenizer(texts, [*FIRST, *SECOND], task.numbers)
+    return train_tokenizer(texts, [*FIRST, *SECOND], task.numbers, task.tags)
 
 
 def build(
@@ -214,10 +266,12 @@ def build(
     poor: Sequence[Stage] = POOR_STAGES,
     asked: int = 300,
     task: Task = NAMES,
+    keep_reader: Path | None = None,
 ) -> None:
     """Trains the tokenizer and the model, and writes both. The process group must exist.
 
     After each part of the training the model is asked `asked` fresh questions to show its progress.
+    What reads well, before it becomes the poor policy, is written to `keep_reader`.
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -229,10 +283,13 @@ def build(
         start, reader, settled_reader = (
             f"{folder}/{name}" for name in ("start", "reader", "settled")
         )
-        random_model(tokenizer).save_pretrained(start)
+        model = grown_model(task.start, tokenizer) if task.start else random_model(tokenizer)
+        model.save_pretrained(start)
         tokenizer.save_pretrained(start)
         train(reading, start, reader, constant, seed, rng, asked, task)
         train(settled, reader, settled_reader, decaying, seed, rng, asked, task)
+        if keep_reader is not None:
+            shutil.copytree(settled_reader, keep_reader, dirs_exist_ok=True)
         train(poor, settled_reader, str(out), decaying, seed, rng, asked, task)
 
 
@@ -250,14 +307,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arithmetic", action="store_true", help="the base for worlds with arithmetic"
     )
+    parser.add_argument("--deep", action="store_true", help="the base for deep questions")
+    parser.add_argument(
+        "--keep-reader", type=Path, help="folder for the model before it becomes the poor policy"
+    )
     args = parser.parse_args(argv)
+    if args.arithmetic and args.deep:
+        parser.error("--arithmetic, --deep: one of them, no base is made for both")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start_process_group(args.threads)
     try:
-        if args.arithmetic:
-            build(args.out, args.seed, *ARITHMETIC_STAGES, task=ARITHMETIC)
-        else:
-            build(args.out, args.seed)
+        kind = "arithmetic" if args.arithmetic else "deep" if args.deep else "names"
+        stages, task = MADE_FOR[kind]
+        build(args.out, args.seed, *stages, task=task, keep_reader=args.keep_reader)
     finally:
         dist.destroy_process_group()
     return 0

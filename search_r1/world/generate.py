@@ -9,9 +9,9 @@ model may know without a search.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise, product, zip_longest
+from itertools import islice, product, zip_longest
 from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -82,7 +82,9 @@ FILES = (
 """The files of every world."""
 OPTIONS_FILE = "options.json"
 """The file in the folder of a world that holds the WorldConfig it was made with."""
-DATA_SOURCES = {1: "closed_world_1hop", 2: "closed_world_2hop", 3: "closed_world_3hop"}
+DEEP_FILES = ("train_deep.parquet", "test_deep.parquet")
+"""The further files of a world with deep questions."""
+DEEP_HOPS = (4, 5, 6)
 
 
 def relations_of(kind: str) -> list[Relation]:
@@ -127,11 +129,16 @@ class WorldConfig(Config):
     arithmetic: bool = False
     """Whether passages state years too, and two further files of train_questions and test_questions
     questions ask for years and for differences between them."""
+    deep: bool = False
+    """Whether two further files of train_questions and test_questions questions have four, five and
+    six hops, a third of them each. No relation occurs twice in one of these questions."""
 
     @property
     def files(self) -> tuple[str, ...]:
         """The files of such a world."""
-        return (*FILES, *ARITHMETIC_FILES) if self.arithmetic else FILES
+        arithmetic = ARITHMETIC_FILES if self.arithmetic else ()
+        deep = DEEP_FILES if self.deep else ()
+        return (*FILES, *arithmetic, *deep)
 
 
 @dataclass
@@ -213,11 +220,23 @@ class Question:
 
 def relation_chains(hops: int) -> list[tuple[str, ...]]:
     """Every sequence of relations in which each one may follow the one before."""
-    chains: list[tuple[str, ...]] = []
-    for relations in product(RELATIONS.values(), repeat=hops):
-        if all(may_follow(first, second) for first, second in pairwise(relations)):
-            chains.append(tuple(relation.name for relation in relations))
+    chains = [(name,) for name in RELATIONS]
+    for _ in range(hops - 1):
+        chains = [
+            (*chain, name)
+            for chain in chains
+            for name, relation in RELATIONS.items()
+            if may_follow(RELATIONS[chain[-1]], relation)
+        ]
     return chains
+
+
+def plain_chains(hops: int) -> list[tuple[str, ...]]:
+    """The chains in which no relation occurs twice.
+
+    So the relation that comes next can be read off the question without counting.
+    """
+    return [chain for chain in relation_chains(hops) if len(set(chain)) == hops]
 
 
 def may_follow(first: Relation, second: Relation) -> bool:
@@ -228,12 +247,19 @@ def may_follow(first: Relation, second: Relation) -> bool:
 
 
 def ask(island: dict[str, Entity], hops: int, count: int, rng: random.Random) -> list[Question]:
-    """Draws up to `count` different questions, spread evenly over the chains of relations.
+    """Draws up to `count` different questions, spread evenly over all chains of relations."""
+    return ask_along(island, relation_chains(hops), count, rng)
+
+
+def ask_along(
+    island: dict[str, Entity], chains: Sequence[tuple[str, ...]], count: int, rng: random.Random
+) -> list[Question]:
+    """Draws up to `count` different questions, spread evenly over these chains.
 
     No path visits an entity twice.
     """
     by_chain: list[list[Question]] = []
-    for chain in relation_chains(hops):
+    for chain in chains:
         questions = [Question(chain, path) for e in island if (path := follow(island, e, chain))]
         rng.shuffle(questions)
         by_chain.append(questions)
@@ -306,6 +332,8 @@ def make_world(config: WorldConfig) -> World:
     if config.arithmetic:
         counts = {"train": config.train_questions, "test": config.test_questions}
         rows |= year_rows(islands, ids, counts, years)
+    if config.deep:
+        rows |= deep_rows(islands, ids, config)
     return World(passages, rows)
 
 
@@ -320,6 +348,28 @@ def rows_of(
     for file, questions in questions_of(islands, config, rng).items():
         split = file.split("_")[0]
         rows[file] = [
+            row(question, split, index, ids, islands["common"])
+            for index, question in enumerate(questions)
+        ]
+    return rows
+
+
+def deep_rows(
+    islands: dict[str, dict[str, Entity]], ids: dict[str, str], config: WorldConfig
+) -> dict[str, list[dict[str, Any]]]:
+    """Draws the rows of the files of deep questions, each from a generator of its own.
+
+    So the other files stay what they are without them.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for split, count in (("train", config.train_questions), ("test", config.test_questions)):
+        rng = random.Random(f"deep {split} {config.seed}")
+        questions: list[Question] = []
+        for hops in DEEP_HOPS:
+            share = count // len(DEEP_HOPS)
+            questions += ask_along(islands[split], plain_chains(hops), share, rng)
+        rng.shuffle(questions)
+        rows[f"{split}_deep"] = [
             row(question, split, index, ids, islands["common"])
             for index, question in enumerate(questions)
         ]
@@ -359,7 +409,7 @@ def row(
     return training_row(
         question.text,
         [question.path[-1]],
-        "closed_world_common" if is_common else DATA_SOURCES[hops],
+        "closed_world_common" if is_common else f"closed_world_{hops}hop",
         build_prompt(question.text, "short"),
         split=split,
         index=index,

@@ -9,9 +9,11 @@ attention starts by matching content (mimetic initialization, Trockman and Kolte
 2305.09828).
 """
 
+from pathlib import Path
+
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 HIDDEN = 128
 HEADS = 4
@@ -54,6 +56,27 @@ def random_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         for attention in attentions:
             match_content(attention)
         look_back(attentions[0], config.initializer_range)
+    return model
+
+
+def grown_model(start: str | Path, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Makes the model in the folder `start` with the vocabulary of another tokenizer.
+
+    Tokens that both tokenizers have keep their vectors; those of the others are random.
+    """
+    old = Qwen2ForCausalLM.from_pretrained(start)
+    places = AutoTokenizer.from_pretrained(start).get_vocab()
+    model = random_model(tokenizer)
+    kept = {token: place for token, place in tokenizer.get_vocab().items() if token in places}
+    here = torch.tensor(list(kept.values()))
+    there = torch.tensor([places[token] for token in kept])
+    weights = old.state_dict()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if len(weight) == len(tokenizer) and weight.dim() == 2:
+                weight[here] = weights[name][there]
+            else:
+                weight.copy_(weights[name])
     return model
 
 

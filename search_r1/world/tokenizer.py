@@ -17,6 +17,7 @@ TAGS = [
     f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")
 ]
 PYTHON_TAGS = [f"<{slash}{tag}>" for tag in ("python", "result") for slash in ("", "/")]
+SUMMARY_TAGS = ["<summary>", "</summary>"]
 VOCAB_SIZE = 1024
 PAIRS = tuple(f"{number:02}" for number in range(100))
 """Pairs of digits. Where numbers are divided into them, a year is two ids and a difference one,
@@ -41,23 +42,27 @@ def training_texts(
     The halves of each name are divided by a line break, so that no pair of them becomes one token.
     """
     draw = writer(rng)
-    tags = "|".join(TAGS + PYTHON_TAGS)
+    tags = "|".join(TAGS + PYTHON_TAGS + SUMMARY_TAGS)
     for _ in range(count):
         text = "\n".join(p.text or format_passages(p.passages) for p in draw())
         yield NAME.sub(r"\1\n\2", re.sub(tags, "", text))
 
 
 def train_tokenizer(
-    texts: Iterable[str], syllables: Sequence[str], numbers: bool = False
+    texts: Iterable[str],
+    syllables: Sequence[str],
+    numbers: bool = False,
+    further_tags: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """Trains a tokenizer of at most VOCAB_SIZE ids, in which each of `syllables` is one id.
 
     A capitalised syllable is one id together with the space or quote before it. Each tag of the
-    protocol is one ordinary token, not a special one, so that decoding keeps it.
+    protocol, and each of `further_tags`, is one ordinary token, not a special one, so that decoding
+    keeps it.
 
     With `numbers`, each pair of digits is one id too, and so are the tags of programs.
     """
-    tags = TAGS + PYTHON_TAGS if numbers else TAGS
+    tags = [*TAGS, *(PYTHON_TAGS if numbers else ()), *further_tags]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizer(numbers)
     bpe.decoder = decoders.ByteLevel()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from search_r1.agent.observation import encode_observation, encode_passages
 from search_r1.prompts import build_prompt
-from search_r1.tools.formats import tagged
+from search_r1.tools.formats import SEARCH_R1, tagged
 from search_r1.world.generate import (
     KINDS,
     OF_KIND,
@@ -62,6 +62,8 @@ POOR = PolicyMix(
 MAX_TURNS = 4
 PYTHON_FORMAT = tagged("python", "result")
 """How a program and its result are written."""
+WRITTEN = ("model", "read", "end")
+"""The kinds of segments that the model writes."""
 WHOLE = 1 << 20
 """More tokens than any observation has."""
 
@@ -70,8 +72,9 @@ WHOLE = 1 << 20
 class TraceSegment:
     """A part of a trace by one author.
 
-    `kind` is prompt, model, read (written by the model, but copied out of a passage), observation
-    (passages) or result (what a program printed).
+    `kind` is prompt (whatever else the environment says), model, read (written by the model, but
+    copied out of a passage), end (the model's, the token that ends a text), observation (passages),
+    finding (what they were shortened to) or result (what a program printed).
     """
 
     kind: str
@@ -112,6 +115,9 @@ class RecallWriter:
 class PassageWriter:
     """Draws what a search finds: `num_passages` passages."""
 
+    filler: int = 0
+    """Number of sentences without a fact in each of them."""
+
     def __init__(self, rng: random.Random, num_passages: int = 3) -> None:
         self.rng = rng
         self.num_passages = num_passages
@@ -121,7 +127,8 @@ class PassageWriter:
         while len(entities) < self.num_passages:
             entities.append(self.distractor(query, kind, taken))
         self.rng.shuffle(entities)
-        return TraceSegment("observation", "", tuple(passage(e, self.rng) for e in entities))
+        passages = tuple(passage(e, self.rng, self.filler) for e in entities)
+        return TraceSegment("observation", "", passages)
 
     def entity(self, name: str, kind: str, taken: set[str]) -> Entity:
         return Entity(name, kind, {r.name: fresh_name(self.rng, taken) for r in OF_KIND[kind]})
@@ -140,6 +147,9 @@ class PassageWriter:
 
 class TraceWriter(PassageWriter):
     """Draws traces of one to three hops, in which every search finds `num_passages` passages."""
+
+    max_turns: int = MAX_TURNS
+    """Turns that may search; one more may only answer."""
 
     def __init__(
         self,
@@ -179,7 +189,7 @@ class TraceWriter(PassageWriter):
         """Draws one trace about entities that appear in no other trace."""
         segments = [TraceSegment("prompt", build_prompt(question.text, "short"))]
         known = 0
-        for turn in range(MAX_TURNS + 1):
+        for turn in range(self.max_turns + 1):
             if self.guesses(question, known, turn):
                 guess = random_name(self.rng)
                 segments.append(
@@ -206,7 +216,8 @@ class TraceWriter(PassageWriter):
         """Draws whether the policy answers with the last name that it knows: at the last turn, too
         early, or once it knows all facts."""
         hops = len(question.relations)
-        if turn == MAX_TURNS or (0 < known < hops and self.rng.random() < self.mix.stop_early):
+        is_last = turn == self.max_turns
+        if is_last or (0 < known < hops and self.rng.random() < self.mix.stop_early):
             return True
         return known == hops and self.rng.random() >= self.mix.search_again
 
@@ -268,9 +279,13 @@ def encode_trace(
             new, _ = encode_passages(segment.passages, tokenizer, WHOLE, emitted="")
         elif segment.kind == "result":
             new, _ = encode_observation(segment.text, tokenizer, WHOLE, "", PYTHON_FORMAT)
+        elif segment.kind == "finding":
+            new, _ = encode_observation(segment.text, tokenizer, WHOLE, "", SEARCH_R1)
+        elif segment.kind == "end":
+            new = [tokenizer.get_vocab()[segment.text]]
         else:
             new = encode_text(tokenizer, segment.text)
         ids += new
-        loss += [int(segment.kind in ("model", "read"))] * len(new)
+        loss += [int(segment.kind in WRITTEN)] * len(new)
         read += [int(segment.kind == "read")] * len(new)
     return {"input_ids": ids, "loss_mask": loss, "read_mask": read}

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from search_r1.launch import read_setup
+from search_r1.prompts import SHORT_CONDENSE_PROMPT
 from tests.e2e.runs import ROOT
 from tests.search_r1.evaluation.records import passage, record
 from verl.trainer.compose import as_plain
@@ -22,6 +23,8 @@ ALGORITHMS = ROOT / "scripts" / "sweeps" / "algorithms.yaml"
 MASKING = ROOT / "scripts" / "sweeps" / "masking.yaml"
 ASYNCHRONY = ROOT / "scripts" / "sweeps" / "asynchrony.yaml"
 OVER_SEARCH = ROOT / "scripts" / "sweeps" / "over_search.yaml"
+FOLDING = ROOT / "scripts" / "sweeps" / "folding.yaml"
+CONDENSING = ROOT / "scripts" / "sweeps" / "condensing.yaml"
 COLLAPSE = ROOT / "scripts" / "sweeps" / "collapse.yaml"
 
 
@@ -83,6 +86,39 @@ def test_runs_against_over_search_differ_in_what_they_are_named_after(run, token
         "turn_schedule": agent.config.max_turns_schedule == [(1, 1), (30, 4)],
     }
     assert own[run.rpartition("-seed")[0]]
+
+
+@pytest.mark.parametrize("run", sweep.read_sweep(FOLDING))
+def test_runs_of_the_study_of_folding_differ_in_their_contexts_alone(run, tokenizer):
+    (_, _, *overrides), _ = sweep.read_sweep(FOLDING)[run]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        composed = compose("grpo", overrides)
+    config = validate(OmegaConf.to_container(composed, resolve=True))
+    agent, reward = build_agent(config, tokenizer), build_reward(config, tokenizer)
+    check_trainable(config, agent, reward)
+    assert read_setup(as_plain(composed)).world_options.deep
+    name = run.rpartition("-seed")[0]
+    context = agent.config.context
+    assert (context.fold_at is not None) == name.startswith("fold")
+    assert context.train_summaries == (name != "fold_untrained")
+    assert context.keep_observations == (1 if name == "keep_last" else None)
+    assert agent.config.max_prompt_length == (1536 if name == "no_fold_1536" else 512)
+
+
+@pytest.mark.parametrize("run", sweep.read_sweep(CONDENSING))
+def test_runs_of_the_study_of_findings_differ_in_who_condenses(run, tokenizer):
+    (_, _, *overrides), _ = sweep.read_sweep(CONDENSING)[run]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        composed = compose("grpo", overrides)
+    config = validate(OmegaConf.to_container(composed, resolve=True))
+    agent, reward = build_agent(config, tokenizer), build_reward(config, tokenizer)
+    check_trainable(config, agent, reward)
+    name = run.rpartition("-seed")[0]
+    condense = agent.config.condense
+    assert condense.by == {"cut": None, "endpoint": "endpoint"}.get(name, "policy")
+    assert condense.prompt == (None if name == "cut" else SHORT_CONDENSE_PROMPT)
+    assert condense.train == (name != "policy_untrained")
+    assert agent.config.max_obs_length == 64
 
 
 def row_of(run, em, searches, searched):
@@ -149,13 +185,20 @@ def test_a_finished_run_becomes_a_row_a_table_and_a_plot(tmp_path):
         }
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "trajectories").mkdir()
-    last = [record("q", [("x", [passage("1")])], em=1.0, gold="1"), record("r", [], em=0.0)]
+    last = [
+        record("q", [("x", [passage("1")])], em=1.0, gold="1"),
+        record("r", [], em=0.0, stop="context"),
+    ]
+    last[0] |= {"info": {"folds": 1, **last[0]["info"]}, "rewrites": [{"at": 2}, {"at": 3}]}
     (tmp_path / "trajectories" / "val_000003.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in last)
     )
     row = {"run": "grpo-seed0", "wall_s": 60, **sweep.figures(tmp_path)}
     assert row["curve"] == [(0, 0.1), (240, 0.85), (480, 0.3), (720, 0.9)]
     assert row["searched"] == {"set": 0.5}
+    assert row["ended"] == {"set": {"answer": 0.5, "context": 0.5}}
+    assert row["contexts"] == {"set": {"folds": 0.5, "contexts": 2.0}}
+    assert row["logprob_diff"] == 0.0
     assert row["timer_coverage"] == 0.92 and row["seconds"] == [2.0] * 3 and row["alarms"] == []
     assert row["staleness"] == {"0": 0.25, "1": 0.75} and row["mismatch"] == {}
     assert (

@@ -2,6 +2,7 @@
 model."""
 
 import asyncio
+import re
 
 import pytest
 from pydantic import ValidationError
@@ -71,6 +72,35 @@ def test_short_results_and_those_of_other_tools_stay(tokenizer):
 
 def endpoint(url):
     return CondenserEndpointConfig(url=f"{url}/v1", model="m", max_retries=1, backoff_s=0.01)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_request_is_what_the_key_says(tokenizer, train):
+    asked = "{context} | {query} | {reasoning} | {{}}"
+    _, engine, _ = roll(
+        tokenizer, [SEARCH, FINDING, ANSWER], by="policy", train=train, prompt=asked
+    )
+    text = tokenizer.decode(engine.calls[1][0])
+    assert (
+        f'Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel. | Ada | {SEARCH} | {{}}' in text
+    )
+    short = "{context} {query}"
+    _, engine, _ = roll(tokenizer, [SEARCH, FINDING, ANSWER], by="policy", prompt=short)
+    assert "born in Torvel. Ada" in tokenizer.decode(engine.calls[1][0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"),
+    [
+        ("{query}", "found {query}"),
+        ("Shorten this.", "found none"),
+        ("{query} {context} {answer}", "found {answer}, {context}, {query}"),
+        ("{query} {context} {", "a brace of the text is written twice"),
+    ],
+)
+def test_a_request_without_its_fields_is_refused(prompt, problem):
+    with pytest.raises(ValidationError, match=re.escape(problem)):
+        CondenseConfig(by="policy", prompt=prompt)
 
 
 def test_another_model_shortens_a_result(tokenizer):

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.launch import BASE_FILES, prepare_base, prepare_world
-from search_r1.search.client import Passage
 from search_r1.world.arithmetic import ARITHMETIC_FILES
 from search_r1.world.arithmetic_traces import (
     CLEAN,
@@ -28,8 +27,9 @@ from search_r1.world.base import ARITHMETIC, ARITHMETIC_STAGES, answered, build,
 from search_r1.world.generate import FILES, FIRST, SECOND, WorldConfig, make_world
 from search_r1.world.tokenizer import train_tokenizer, training_texts
 from search_r1.world.traces import RecallWriter, encode_trace
+from tests.search_r1.world.played import Engine, Library
 from tests.search_r1.world.reading import share_read
-from verl.agent import Completion, Source, context_digest
+from verl.agent import Source
 from verl.trainer.sft import start_process_group
 from verl.utils.places import shipped
 from verl.utils.tokenizer import encode_text
@@ -151,34 +151,6 @@ def test_years_are_two_ids_and_differences_one_whatever_stands_before(tokenizer)
             ids = encode_text(tokenizer, before + number)
             assert tokenizer.decode(ids[-size:]) == number
     assert all(len(encode_text(tokenizer, t)) == 1 for t in ("<python>", "</result>"))
-
-
-class Engine:
-    """Says the turns of a trace, each a list of ids."""
-
-    def __init__(self, turns):
-        self.turns = list(turns)
-
-    async def __call__(self, prompt_ids, *, max_tokens, stop=()):
-        ids = self.turns.pop(0)
-        return Completion(ids, [-0.5] * len(ids), "stop", None, 1, context_digest(prompt_ids))
-
-
-class Library:
-    """Finds the passages of a trace, those of one observation after the other."""
-
-    def __init__(self, observations):
-        self.observations = list(observations)
-
-    async def search(self, query):
-        found = self.observations.pop(0)
-        return [Passage(str(i), title, text, 1.0) for i, (title, text) in enumerate(found)]
-
-    def take_errors(self):
-        return {}
-
-    async def close(self):
-        pass
 
 
 def turns_of(segments, tokenizer):
