@@ -12,7 +12,11 @@ from omegaconf import OmegaConf
 
 from verl.utils.places import IN_WHEEL, root
 
-BASES = ("data/closed_world/base", "data/closed_world/arithmetic/base")
+BASES = (
+    "data/closed_world/base",
+    "data/closed_world/arithmetic/base",
+    "data/closed_world/deep/base",
+)
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE")
 PACKAGES = ("search_r1", "verl", "configs", *BASES)
 

@@ -412,9 +412,10 @@ def test_a_run_is_compared_as_it_will_train_with_its_packing_decided(tmp_path, m
         for pack in (None, True)
     )
     compared = []
+    monkeypatch.setattr(driver, "load_train_set", lambda *_: [])
+    monkeypatch.setattr(driver, "plan_of", lambda *_: "")
     for name in (
         "check_trainable",
-        "load_train_set",
         "load_val_set",
         "check_environment",
         "write_config",

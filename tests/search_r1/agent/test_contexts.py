@@ -174,7 +174,7 @@ def test_a_record_says_where_contexts_were_written_anew(tokenizer):
         row = ROW
 
     _, trajectory, _ = roll(tokenizer, [SEARCH, SUMMED_UP, ANSWER], context={"fold_at": 60})
-    record = trajectory_record(Job, trajectory, tokenizer)
+    record = trajectory_record(Job, trajectory, tokenizer, [None] * len(trajectory.segments))
     (rewrite,) = record["rewrites"]
     assert rewrite["at"] == 4 and rewrite["prompt"].endswith(f"{SUMMED_UP}\n")
 

@@ -180,7 +180,8 @@ def test_a_retriever_is_asked_for_its_health(retriever):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     gone = network.retriever(f"http://127.0.0.1:{port}/retrieve")
-    assert is_wrong(gone, Status.PROBLEM, f":{port}/health", "retriever.url")
+    assert is_wrong(gone, Status.PROBLEM, f":{port}/retrieve", "retriever.url")
+    assert is_wrong(network.retriever("http://HOST:PORT"), Status.PROBLEM, "PORT", "retriever.url")
 
 
 def test_a_configuration_is_checked_and_its_retriever_asked(monkeypatch):

@@ -38,6 +38,7 @@ from search_r1.world.traces import WRITTEN, encode_trace
 from tests.search_r1.world.played import Engine, Library
 from tests.search_r1.world.reading import share_read
 from verl.trainer.sft import start_process_group
+from verl.utils.places import shipped
 from verl.utils.tokenizer import encode_text
 
 ROOT = Path(__file__).parents[3]
@@ -305,6 +306,10 @@ def test_the_launcher_makes_the_further_files_and_the_base_for_them(tmp_path, mo
     prepare_world(tmp_path, SMALL)
     assert "--deep=True" in called[0]
     prepare_base(tmp_path / "base", deep=True)
+    ours = shipped("data/closed_world/deep/base/model.safetensors")
+    assert (tmp_path / "base" / ours.name).read_bytes() == ours.read_bytes()
+    monkeypatch.setattr("search_r1.launch.shipped", lambda path: tmp_path / "nowhere")
+    prepare_base(tmp_path / "second", deep=True)
     assert called[1][-1] == "--deep"
     monkeypatch.undo()
     prepare_world(tmp_path, SMALL)
