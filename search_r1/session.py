@@ -7,6 +7,7 @@ to a place where it was changed, and from there the model goes on (`Script`).
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from search_r1.rewards.matching import last_answer
@@ -155,7 +156,7 @@ class InferenceSession:
             limits = {"max_tokens": max_tokens, "stop": list(stop), "seed": None}
             wanted = sampling.params() | limits | {"log_probs": self.log_probs}
             if isinstance(engine, LocalEngine):
-                told = None if on_tokens is None else telling(on_tokens, calls)
+                told = None if on_tokens is None else partial(on_tokens, calls)
                 return await engine.generate(session, prompt_ids, wanted, told)
             assert engine is not None
             return await engine.generate(session, prompt_ids, wanted)
@@ -167,11 +168,6 @@ class InferenceSession:
         await self.agent.close()
         if self.engine is not None:
             await self.engine.close()
-
-
-def telling(on_tokens: OnTokens, call: int) -> Callable[[list[int]], None]:
-    """`on_tokens` for the call of this number."""
-    return lambda ids: on_tokens(call, ids)
 
 
 def scripted(

@@ -125,7 +125,7 @@ _onlooker: ContextVar[Onlooker | None] = ContextVar("onlooker", default=None)
 
 @contextmanager
 def watching(onlooker: Onlooker) -> Iterator[None]:
-    """Shows `onlooker` the trajectories that are begun in this block, each time they have grown.
+    """Shows `onlooker` the trajectories that grow in this block, each time they have grown.
 
     The block holds for the present task and for those that it starts.
     """

@@ -1,7 +1,14 @@
 """The table of the commands. Another command is another line of it."""
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
+
+
+def function_at(place: str) -> Callable[..., int | None]:
+    """The function that `module:function` names; the module is imported."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 class Command(NamedTuple):
@@ -18,8 +25,7 @@ class Command(NamedTuple):
 
     def run(self) -> int | None:
         """Runs the command and returns its exit status; None stands for success."""
-        module, _, function = self.function.partition(":")
-        return getattr(import_module(module), function)()
+        return function_at(self.function)()
 
 
 TRAINED_BY = ("grpo", "ppo")

@@ -2,9 +2,8 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from importlib import import_module
 
-from search_r1.cli.commands import TRAINED_BY
+from search_r1.cli.commands import TRAINED_BY, function_at
 
 HELP = ("--help", "-h")
 TRAIN_HELP = """\
@@ -100,8 +99,7 @@ def chosen_part(parts: Mapping[str, tuple[str, str]]) -> Callable[..., int | Non
         (sys.stdout if is_asked else sys.stderr).write(parts_page(program, parts))
         sys.exit(0 if is_asked else 2)
     sys.argv = [f"{program} {part}", *arguments[1:]]
-    module, _, function = parts[part][1].partition(":")
-    return getattr(import_module(module), function)
+    return function_at(parts[part][1])
 
 
 def parts_page(program: str, parts: Mapping[str, tuple[str, str]]) -> str:

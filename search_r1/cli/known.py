@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from verl.utils.places import config_folders
+from verl.utils.places import config_folders, config_names
 
 GROUPS = ("experiment", "method", "algo")
 """Folders of configs/ that an override without + chooses from."""
@@ -26,13 +26,7 @@ PATIENCE_S = 30
 
 def choices(group: str) -> list[str]:
     """The overrides `GROUP=NAME` that choose a file of configs/; none for other keys."""
-    folders = [folder / group for folder in config_folders() if group]
-    found = {
-        f"{group}={path.relative_to(folder).with_suffix('').as_posix()}"
-        for folder in folders
-        for path in folder.rglob("*.yaml")
-    }
-    return sorted(found)
+    return [f"{group}={name}" for name in config_names(group)] if group else []
 
 
 def keys() -> list[str]:

@@ -5,7 +5,9 @@ script run, which it names by hash, and forbids every request and every text tha
 """
 
 import base64
+import gzip
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -90,3 +92,18 @@ def page_html(
 </body>
 </html>
 """
+
+
+def json_text(value: object) -> str:
+    """JSON in one line, without spaces. Half of a surrogate pair stays an escape."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"))
+    return text
+
+
+def packed(text: str) -> str:
+    """`text` as gzip in base64; the same text always gives the same."""
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()

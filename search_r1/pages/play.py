@@ -29,8 +29,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from search_r1.evaluate import given_overrides
 from search_r1.infer import config_for_answering
 from search_r1.launch import composed, free_port, prepare_and_serve
-from search_r1.pages.html import page_html
-from search_r1.pages.viewer import json_text, packed
+from search_r1.pages.html import json_text, packed, page_html
 from search_r1.program import described, program_name
 from verl.utils.addresses import bracketed
 from verl.utils.errors import ConfigError, DataError, ModelError

@@ -15,7 +15,6 @@ socket in a folder that only its user can enter. Events are server-sent events w
 
 import argparse
 import asyncio
-import copy
 import json
 import logging
 import os
@@ -224,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = given_overrides(args.model, args.endpoint)
         config, _ = composed(args.config_name, [*given, *overrides])
         session = InferenceSession(
-            config_for_answering(copy.deepcopy(config), None), log_probs=args.endpoint is None
+            config_for_answering(config, None), log_probs=args.endpoint is None
         )
     except (ConfigError, DataError, ModelError) as error:
         sys.exit(f"error: {error}")

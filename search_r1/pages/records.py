@@ -220,6 +220,7 @@ def summary_of(entry: Entry) -> dict[str, Any]:
     info = record.get("info") or {}
     reward = record["reward"]
     segments = record["segments"]
+    searches = read_searches(record)
     return {
         **summary,
         "source": record["data_source"],
@@ -230,9 +231,9 @@ def summary_of(entry: Entry) -> dict[str, Any]:
         "score": reward.get("score"),
         "em": reward.get("em"),
         "hops": facts.get("hops", info.get("hops")),
-        "searches": len(read_searches(record)),
+        "searches": len(searches),
         "stop": record.get("stop_reason") or "unknown",
         "detail": "tokens" if any("mask" in s for s in segments) else "text",
         "tokens": sum(len(s.get("token_ids") or ()) for s in segments),
-        "queries": [search.query for search in read_searches(record)],
+        "queries": [search.query for search in searches],
     }

@@ -8,9 +8,6 @@ further pages beside it.
 """
 
 import argparse
-import base64
-import gzip
-import json
 import sys
 import webbrowser
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from search_r1.pages.html import page_html
+from search_r1.pages.html import json_text, packed, page_html
 from search_r1.pages.records import Entry, read_entries, shown
 from search_r1.program import program_name
 from verl.utils.errors import DataError
@@ -73,21 +70,6 @@ class Page:
         if self.waiting:
             self.chunks.append(packed("\n".join(self.waiting)))
             self.waiting = []
-
-
-def json_text(value: object) -> str:
-    """JSON in one line, without spaces. Half of a surrogate pair stays an escape."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":"))
-    return text
-
-
-def packed(text: str) -> str:
-    """`text` as gzip in base64; the same text always gives the same."""
-    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def pages_of(entries: Iterable[Entry], size: int = PAGE) -> Iterator[Page]:

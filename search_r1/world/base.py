@@ -54,13 +54,14 @@ from search_r1.world.traces import (
     encode_trace,
 )
 from verl.trainer.sft import Example, SFTConfig, SFTTrainer, start_process_group
+from verl.utils.places import shipped
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
 
 logger = logging.getLogger(__name__)
 
 
 Draw = Callable[[], list[TraceSegment]]
-SHIPPED = Path(__file__).parents[2] / "data" / "closed_world" / "base"
+SHIPPED = shipped("data/closed_world/base")
 """The base of the closed world."""
 TURN_ENDS = ("</answer>", "</search>")
 GIVEN = ("prompt", "observation", "finding")

@@ -15,7 +15,6 @@ import pytest
 from verl.utils.mailbox import Mailbox, close_all
 from verl.utils.trackers import (
     SERVICES,
-    Service,
     TrackedRun,
     Tracker,
     markdown_of,
@@ -51,7 +50,7 @@ def offline(tmp_path, monkeypatch):
 def follow(name: str, folder: Path, steps: Sequence[int], resume_id: str | None = None) -> str:
     """Tells a service of these steps of a run; returns the service's name of the run."""
     run = TrackedRun(folder, "project", "run", {"trainer": {"seed": 0}}, resume_id, steps[0] - 1)
-    tracker = SERVICES[name].start(run)
+    tracker = SERVICES[name](run)
     for step in steps:
         tracker.log({SCORE: step / 10, "val/test_score/all": float("nan")}, step)
     tracker.log_trajectories("val", [RECORD, RECORD], steps[-1])
@@ -173,7 +172,7 @@ def test_a_service_that_is_away_at_the_start_does_not_end_a_run(tmp_path, monkey
     def refuse(run: TrackedRun) -> Tracker:
         raise ConnectionError("nobody there")
 
-    monkeypatch.setitem(SERVICES, "wandb", Service(refuse, "wandb"))
+    monkeypatch.setitem(SERVICES, "wandb", refuse)
     tracking = Tracking(str(tmp_path), ["wandb"], "project", "run", {}, {}, {"wandb": "old"})
     tracking.log({"loss": 0.5}, 1)
     tracking.finish()
@@ -183,7 +182,7 @@ def test_a_service_that_is_away_at_the_start_does_not_end_a_run(tmp_path, monkey
 
 def test_a_run_tells_its_services_what_stands_in_its_folder(tmp_path, monkeypatch):
     service = Listener()
-    monkeypatch.setitem(SERVICES, "wandb", Service(lambda run: service, "wandb"))
+    monkeypatch.setitem(SERVICES, "wandb", lambda run: service)
     tracking = Tracking(str(tmp_path), ["wandb"], "project", "run", {}, {})
     assert tracking.ids == {"wandb": "one"}
     tracking.log({"loss": 0.5}, 1)

@@ -20,7 +20,7 @@ from verl.trainer.overrides import first_line, parse, quoted
 from verl.trainer.schema import register_models
 from verl.utils.config import did_you_mean
 from verl.utils.errors import ConfigError
-from verl.utils.places import config_folders, configs
+from verl.utils.places import config_folders, config_names, configs
 
 register_models()
 CONFIGS = configs()
@@ -213,17 +213,6 @@ def is_folder(name: str) -> bool:
     return any((folder / name).is_dir() for folder in config_folders())
 
 
-def choices(group: str) -> list[str]:
-    """The names of the files that an override of a group chooses from."""
-    folders = [folder / group for folder in config_folders()]
-    found = {
-        path.relative_to(folder).with_suffix("").as_posix()
-        for folder in folders
-        for path in folder.rglob("*.yaml")
-    }
-    return sorted(found)
-
-
 def choice_problems(override: Override) -> list[str]:
     """What is wrong with the choice of a file: `experiment=NAME`."""
     group = override.key_or_group
@@ -235,7 +224,7 @@ def choice_problems(override: Override) -> list[str]:
         or chosen is None
     ):
         return []
-    there = choices(group)
+    there = config_names(group)
     names = chosen if isinstance(chosen, list) else [chosen]
     problems: list[str] = []
     for name in (str(name).removesuffix(".yaml") for name in names):

@@ -145,12 +145,12 @@ def plan(config: "PPOConfig", num_questions: int, steps: int, resumed_step: int 
     policy = config.actor_rollout_ref.model.path
     estimator = str(config.algorithm.adv_estimator)
     algorithm = ALGORITHMS.get(estimator, estimator)
-    trajectories = data.train_batch_size * config.actor_rollout_ref.rollout.n
+    trajectories = counted(config.rollout_batch_size, "trajectory", "trajectories")
     after = "" if resumed_step is None else f", going on after step {resumed_step}"
     return (
         f"{algorithm} of {policy} ({size_of(config)}) on {num_questions:,} questions of "
         f"{names_of(data.train_files)}: {counted(steps, 'step')} of "
-        f"{counted(trajectories, 'trajectory', 'trajectories')}{after}, {machines_of(config)}; "
+        f"{trajectories}{after}, {machines_of(config)}; "
         f"run folder {trainer.default_local_dir}"
     )
 

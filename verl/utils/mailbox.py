@@ -70,7 +70,7 @@ class Mailbox:
 def opened(name: str, run: TrackedRun) -> Mailbox | None:
     """The mailbox of a service that is told of a run; None, and a warning, where it is away."""
     try:
-        return Mailbox(name, SERVICES[name].start(run))
+        return Mailbox(name, SERVICES[name](run))
     except Exception as error:  # clients raise whatever their transport raises
         logger.warning(
             "%s: %s: %s; the run goes on without it, and the run folder has everything",

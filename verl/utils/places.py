@@ -39,3 +39,14 @@ def config_folders() -> list[Path]:
 def configs() -> Path:
     """The folder of the configurations that come with the program."""
     return shipped("configs")
+
+
+def config_names(group: str) -> list[str]:
+    """The names of the files of configurations that an override of a group chooses from."""
+    folders = [folder / group for folder in config_folders()]
+    found = {
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder in folders
+        for path in folder.rglob("*.yaml")
+    }
+    return sorted(found)

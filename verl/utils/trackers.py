@@ -228,28 +228,21 @@ class SwanLab:
         self.client.finish()
 
 
-@dataclass(frozen=True)
-class Service:
-    """How a service is started, and the package that its client comes with."""
-
-    start: Callable[[TrackedRun], Tracker]
-    package: str
-
-
-SERVICES = {
-    "wandb": Service(Wandb, "wandb"),
-    "tensorboard": Service(TensorBoard, "tensorboard"),
-    "mlflow": Service(MLflow, "mlflow"),
-    "trackio": Service(Trackio, "trackio"),
-    "swanlab": Service(SwanLab, "swanlab"),
+SERVICES: dict[str, Callable[[TrackedRun], Tracker]] = {
+    "wandb": Wandb,
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+    "swanlab": SwanLab,
 }
-"""The services by the name that `trainer.logger` gives them; also the names of the extras."""
+"""What starts a service, by the name of its package, which is that of the extra and of the entry in
+`trainer.logger`, too."""
 
 
 def missing_clients(names: Sequence[str]) -> list[str]:
     """The names of the services whose client is not installed."""
     asked = [name for name in names if name in SERVICES]
-    return [name for name in asked if importlib.util.find_spec(SERVICES[name].package) is None]
+    return [name for name in asked if importlib.util.find_spec(name) is None]
 
 
 def table_row(record: Record, step: int) -> dict[str, Any]:

@@ -100,8 +100,12 @@ class Tracking:
         self.latest |= finite
         self.unwritten += json.dumps(line) + "\n"
         self._write()
+        self._tell_services(Tracker.log, metrics, step)
+
+    def _tell_services(self, method: Callable[..., None], *args: Any) -> None:
+        """Has `method` of every service's tracker called later."""
         for mailbox in self.mailboxes.values():
-            mailbox.post(Tracker.log, metrics, step)
+            mailbox.post(method, *args)
 
     def _write(self) -> None:
         path = self.run_dir / "metrics.jsonl"
@@ -144,8 +148,7 @@ class Tracking:
 
     def show_trajectories(self, name: str, records: Sequence[dict[str, Any]], step: int) -> None:
         """Hands trajectories to the services."""
-        for mailbox in self.mailboxes.values():
-            mailbox.post(Tracker.log_trajectories, name, records, step)
+        self._tell_services(Tracker.log_trajectories, name, records, step)
 
     def keep(self, batch: Savable, name: str) -> str:
         """Writes a batch to the file `name` of the run folder.
@@ -162,8 +165,7 @@ class Tracking:
 
     def alert(self, title: str, text: str, by_webhook: bool = True) -> None:
         """Tells whoever follows the run, by the services and the webhook."""
-        for mailbox in self.mailboxes.values():
-            mailbox.post(Tracker.alert, title, text)
+        self._tell_services(Tracker.alert, title, text)
         if by_webhook and self.webhook is not None:
             self.webhook.tell(self.experiment, title, text)
 

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from search_r1.pages import viewer
-from search_r1.pages.html import IMPORT, asset, script_of, source_hash
+from search_r1.pages.html import IMPORT, asset, json_text, packed, script_of, source_hash
 from search_r1.pages.records import read_entries
-from search_r1.pages.viewer import MODULES, STYLES, json_text, main, packed, pages_of
+from search_r1.pages.viewer import MODULES, STYLES, main, pages_of
 from tests.search_r1.pages.made_records import HOSTILE, sample, write, write_run
 
 
