@@ -9,6 +9,7 @@ shift
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."  # the processes of a run start here: its relative paths mean the same everywhere
 source scripts/setup.sh
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}" RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
+export RAY_worker_niceness="${RAY_worker_niceness:-0}"  # at Ray's 15 any other busy process starves the run
 RAY=("$PYTHON" -m ray.scripts.scripts)
 [[ "$HEAD" == head ]] || exec "${RAY[@]}" start --address "$HEAD" --block "$@"
 [[ "$RAY_AUTH_MODE" != token ]] || "${RAY[@]}" get-auth-token --generate >/dev/null

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -38,6 +39,8 @@ ActorDied = (RayActorError, OutOfMemoryError, NodeDiedError)
 For a process that Ray killed because memory ran out it is not a RayActorError."""
 LIVENESS_S = 30
 """Seconds after which a process that does not answer counts as lost."""
+STACKS_S = 10
+"""Seconds that processes have to return their stacks."""
 
 
 class WorkerLost(RuntimeError):
@@ -353,3 +356,21 @@ def first_ready(calls: Sequence[ray.ObjectRef], timeout_s: float | None = None) 
 def kill(actor: ActorHandle) -> None:
     """Ends an actor at once."""
     ray.kill(actor)
+
+
+def collect_stacks(calls: Mapping[str, Any]) -> dict[str, str]:
+    """Waits STACKS_S seconds for the stacks of processes; returns them by the names of `calls`."""
+    deadline = time.monotonic() + STACKS_S
+    return {
+        name: answer(call, max(0.1, deadline - time.monotonic())) for name, call in calls.items()
+    }
+
+
+def answer(call: Any, timeout_s: float) -> str:
+    """Waits for the answer of a process, and returns it, or a text saying that there was none."""
+    if first_ready([call], timeout_s) is None:
+        return f"no answer within {timeout_s:.0f} s\n"
+    try:
+        return get(call)
+    except RayError as error:
+        return f"{type(error).__name__}: {error}\n"

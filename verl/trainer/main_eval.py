@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ray.exceptions import RayError
 
 from verl.rollout.local import LocalRollout
 from verl.rollout.manager import RolloutManager
+from verl.single_controller.worker_group import collect_stacks
 from verl.trainer.compose import CONFIGS, as_plain, checked_arguments
 from verl.trainer.config import PPOConfig
 from verl.trainer.console import show_tail
@@ -32,6 +34,7 @@ from verl.trainer.preparation import (
     running_ray,
     write_config,
 )
+from verl.trainer.watchdog import Watchdog
 from verl.utils.errors import ConfigError, DataError, RewardError
 
 RESULT = "evaluation.jsonl"
@@ -78,7 +81,10 @@ def gpus_of_engines(config: PPOConfig) -> int:
 
 @contextmanager
 def rollout_of(config: PPOConfig) -> Iterator[RolloutManager | LocalRollout]:
-    """Starts the rollout: engines under Ray, or a client of an endpoint in this process."""
+    """Starts the rollout: engines under Ray, or a client of an endpoint in this process.
+
+    Engines that hang end this process with the status LOST (`verl.trainer.watchdog`).
+    """
     if config.actor_rollout_ref.rollout.name == "openai":
         local = LocalRollout(config)
         try:
@@ -86,17 +92,25 @@ def rollout_of(config: PPOConfig) -> Iterator[RolloutManager | LocalRollout]:
         finally:
             local.shutdown()
         return
-    with running_ray(config):
+    root = config.trainer.default_local_dir
+    with running_ray(config), Watchdog(config.trainer.hang_timeout_s, root) as watchdog:
         rollout = None
         try:
             rollout = RolloutManager(config, config.device, engine_locations(config, config.device))
+            watchdog.watch(partial(running_stacks, rollout))
+            rollout.report_progress_to(watchdog.progress)
             yield rollout
         except RayError:
-            show_tail(config.trainer.default_local_dir)
+            show_tail(root)
             raise
         finally:
             if rollout is not None:
                 rollout.shutdown()
+
+
+def running_stacks(rollout: RolloutManager) -> dict[str, str]:
+    """The stacks of engines and agent workers, by name."""
+    return collect_stacks(rollout.stacks())
 
 
 def engine_locations(config: PPOConfig, device: str) -> list[dict[str, Any]]:

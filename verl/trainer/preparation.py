@@ -4,6 +4,7 @@ Everything that can be wrong with a run is found here, before its first process 
 """
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from verl.utils.dataset import RLHFDataset, sample_per_source
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.run_folder import write_atomically
 
+NICENESS = "RAY_worker_niceness"
+"""The environment variable by which Ray's processes learn at which niceness they work."""
 RAYS_HANDLER = "ray_print_logs"
 """The name of the handler by which Ray writes the lines of its processes to the console."""
 
@@ -148,7 +151,12 @@ def keep_lines(log: IO[str]) -> None:
 
 
 def start_ray(config: PPOConfig) -> None:
-    """Starts a local Ray, or joins the cluster at `trainer.ray_address`."""
+    """Starts a local Ray, or joins the cluster at `trainer.ray_address`.
+
+    Engines and ranks work at the niceness of this process. Ray's default for them is 15, at which
+    any other busy process of the machine takes nearly all of their time.
+    """
+    os.environ.setdefault(NICENESS, "0")
     address = config.trainer.ray_address
     ray.init(
         # without an address Ray would join RAY_ADDRESS, or whatever runs on this machine

@@ -1,25 +1,19 @@
 """The processes of a run: training ranks with their roles, engines, agent workers."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from verl.rollout.manager import RolloutManager
 from verl.single_controller.worker_group import (
     RayClassWithInitArgs,
-    RayError,
     RayResourcePool,
     RayWorkerGroup,
-    first_ready,
-    get,
+    collect_stacks,
 )
 from verl.trainer.config import PPOConfig
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
 from verl.workers.reference import ReferenceWorker
-
-STACKS_S = 10
-"""Seconds that the processes have to return their stacks."""
 
 
 @dataclass
@@ -44,26 +38,12 @@ class Processes:
         calls = self.group.stacks()
         for rollout in self.rollouts:
             calls |= rollout.stacks()
-        deadline = time.monotonic() + STACKS_S
-        return {
-            name: answer(call, max(0.1, deadline - time.monotonic()))
-            for name, call in calls.items()
-        }
+        return collect_stacks(calls)
 
     def shutdown(self) -> None:
         """Ends engines and agent workers; the training ranks end with Ray."""
         for rollout in self.rollouts:
             rollout.shutdown()
-
-
-def answer(call: Any, timeout_s: float) -> str:
-    """Waits for the answer of a process, and returns it, or a text saying that there was none."""
-    if first_ready([call], timeout_s) is None:
-        return f"no answer within {timeout_s:.0f} s\n"
-    try:
-        return get(call)
-    except RayError as error:
-        return f"{type(error).__name__}: {error}\n"
 
 
 def start_processes(config: PPOConfig, device: str, total_steps: int) -> Processes:
