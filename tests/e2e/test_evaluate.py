@@ -53,7 +53,7 @@ def evaluate(folder, world, url, **more):
     }
     command = [sys.executable, "-m", "verl.trainer.main_eval", *arguments(folder, BASE, **settings)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=420)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_a_model_is_evaluated_and_what_was_cut_off_is_asked_again(tmp_path, world, capsys):

@@ -58,7 +58,7 @@ def finetune(folder, world, url, *overrides):
     ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "search_r1.finetune", *settings]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_answers_are_learned_and_a_finished_round_is_not_repeated(tmp_path, world):
