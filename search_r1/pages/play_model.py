@@ -6,7 +6,7 @@ The playground (`search_r1.pages.play`) starts it, one process for each model, a
 socket in a folder that only its user can enter. Events are server-sent events with JSON:
 
     began      {"prompt"}                   the prompt of the trajectory
-    sampled    {"call", "text"}             what a call of the engine has written so far
+    sampled    {"text", "goes_on"}          what a call of the engine has written, see `Narrator`
     written    {"place", "segment"}         a segment is complete (`search_r1.pages.records`)
     rewritten  {"at", "prompt"}             the context was written anew
     ended      {"record"}                   the whole trajectory
@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 MOST_CHARACTERS = 100_000
 """Most characters of a turn or of a passage that is given."""
 MOST_TURNS = 1000
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""How a character is decoded whose last tokens have not come."""
 Said = (
     Annotated[str, Field(max_length=MOST_CHARACTERS)]
     | Annotated[list[int], Field(max_length=MOST_CHARACTERS)]
@@ -113,14 +115,23 @@ class Narrator:
         self.num_segments = 0
         self.num_rewrites = 0
         self.has_begun = False
+        self.typed: tuple[int, str] = (0, "")
+        """The call of the engine that writes, and what was told of its text."""
 
     def tell(self, event: str, **content: Any) -> None:
         """Puts an event into the queue."""
         self.events.put_nowait((event, content))
 
     def on_tokens(self, call: int, ids: list[int]) -> None:
-        """Tells what a call of the engine has written so far."""
-        self.tell("sampled", call=call, text=self.tokenizer.decode(ids))
+        """Tells what a call of the engine has written since the last time.
+
+        It goes on where the last event ended, or else it is the whole text so far.
+        """
+        text = self.tokenizer.decode(ids).rstrip(UNFINISHED)
+        last_call, told = self.typed
+        goes_on = call == last_call and text.startswith(told)
+        self.typed = (call, text)
+        self.tell("sampled", text=text.removeprefix(told) if goes_on else text, goes_on=goes_on)
 
     def on_growth(self, trajectory: Trajectory) -> None:
         """Tells what is new in a trajectory."""

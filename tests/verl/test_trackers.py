@@ -47,7 +47,13 @@ def offline(tmp_path, monkeypatch):
     return tmp_path
 
 
-def follow(name: str, folder: Path, steps: Sequence[int], resume_id: str | None = None) -> str:
+def follow(
+    name: str,
+    folder: Path,
+    steps: Sequence[int],
+    resume_id: str | None = None,
+    has_failed: bool = False,
+) -> str:
     """Tells a service of these steps of a run; returns the service's name of the run."""
     run = TrackedRun(folder, "project", "run", {"trainer": {"seed": 0}}, resume_id, steps[0] - 1)
     tracker = SERVICES[name](run)
@@ -55,16 +61,16 @@ def follow(name: str, folder: Path, steps: Sequence[int], resume_id: str | None 
         tracker.log({SCORE: step / 10, "val/test_score/all": float("nan")}, step)
     tracker.log_trajectories("val", [RECORD, RECORD], steps[-1])
     tracker.alert("collapse", "the entropy fell")
-    tracker.finish()
+    tracker.finish(has_failed)
     return tracker.id
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_resumed_run_goes_on_with_its_curve(name, offline):
-    """What a start was told stays, and the next one adds to it."""
+    """What a start that failed was told stays, and the next one adds to it."""
     if missing_clients([name]):
         pytest.skip(f"{name} is not installed")
-    first = follow(name, offline, [1, 2, 3])
+    first = follow(name, offline, [1, 2, 3], has_failed=True)
     assert follow(name, offline, [4, 5], first) == first
     if name in CURVES:
         assert CURVES[name](offline, first) == [(step, step / 10) for step in (1, 2, 3, 4, 5)]
@@ -103,6 +109,17 @@ def test_points_behind_the_checkpoint_are_written_again(offline):
     assert [step for step, _ in tensorboard_curve(offline, first)] == [1, 2, 3, 4]
 
 
+def test_mlflow_lists_a_run_that_failed_as_failed(offline):
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    first = follow("mlflow", offline, [1], has_failed=True)
+    store = MlflowClient(str(offline / "mlruns"))
+    assert store.get_run(first).info.status == "FAILED"
+    follow("mlflow", offline, [2], first)
+    assert store.get_run(first).info.status == "FINISHED"
+
+
 def test_a_transcript_is_no_markup():
     text = markdown_of([RECORD], 5)
     assert text.startswith('**1.0** nq, step 5, gold: "Ada"\n\n    Who?\n')
@@ -133,8 +150,8 @@ class Listener:
     def alert(self, title: str, text: str) -> None:
         self.heard.append((title, text))
 
-    def finish(self) -> None:
-        self.heard.append("finish")
+    def finish(self, has_failed: bool) -> None:
+        self.heard.append("failed" if has_failed else "finish")
 
 
 def test_a_slow_service_is_not_waited_for():
@@ -147,6 +164,12 @@ def test_a_slow_service_is_not_waited_for():
     gate.set()
     close_all([mailbox])
     assert service.heard == [1, 2, 3, "finish"]
+
+
+def test_a_run_that_failed_is_shown_as_failed():
+    service = Listener()
+    close_all([Mailbox("one", service)], has_failed=True)
+    assert service.heard == ["failed"]
 
 
 def test_what_a_service_misses_is_told_once(caplog):

@@ -199,6 +199,7 @@ def train_under_ray(
     """Does the part of `train` that needs Ray to run."""
     root = config.trainer.default_local_dir
     tracking = None
+    has_failed = True
     try:
         with Watchdog(config.trainer.hang_timeout_s, root) as watchdog:
             total_steps = config.total_training_steps(len(train_set))
@@ -219,6 +220,7 @@ def train_under_ray(
                 write_policy(config, processes, trainer.step, resume)
             processes.shutdown()
             tracking.alert(*ending(config, trainer, stop))
+        has_failed = False
     except Exception as error:
         if tracking is not None and not is_loss(error):
             text = f"{type(error).__name__}: {error}"
@@ -226,7 +228,7 @@ def train_under_ray(
         raise
     finally:
         if tracking is not None:
-            tracking.finish()
+            tracking.finish(has_failed)
 
 
 @contextmanager

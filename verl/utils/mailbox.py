@@ -54,9 +54,9 @@ class Mailbox:
                         error,
                     )
 
-    def end(self) -> None:
+    def end(self, has_failed: bool) -> None:
         """Has the service's run ended, when all else is sent."""
-        self.post(Tracker.finish)
+        self.post(Tracker.finish, has_failed)
         self.calls.put(None)
 
     def report(self) -> None:
@@ -81,10 +81,12 @@ def opened(name: str, run: TrackedRun) -> Mailbox | None:
         return None
 
 
-def close_all(mailboxes: Sequence[Mailbox], wait_s: float = LAST_WAIT_S) -> None:
+def close_all(
+    mailboxes: Sequence[Mailbox], has_failed: bool = False, wait_s: float = LAST_WAIT_S
+) -> None:
     """Ends the runs of all services; waits at most `wait_s` seconds for what is to be sent."""
     for mailbox in mailboxes:
-        mailbox.end()
+        mailbox.end(has_failed)
     deadline = time.monotonic() + wait_s
     for mailbox in mailboxes:
         mailbox.thread.join(max(0.0, deadline - time.monotonic()))

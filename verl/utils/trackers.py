@@ -48,8 +48,8 @@ class Tracker(Protocol):
     def alert(self, title: str, text: str) -> None:
         """Tells whoever follows the run."""
 
-    def finish(self) -> None:
-        """Sends what is left, and ends the run."""
+    def finish(self, has_failed: bool) -> None:
+        """Sends what is left, and ends the run, as failed where the service can show that."""
 
 
 class Wandb:
@@ -86,8 +86,8 @@ class Wandb:
     def alert(self, title: str, text: str) -> None:
         self.run.alert(title=title, text=text, level="WARN")
 
-    def finish(self) -> None:
-        self.run.finish()
+    def finish(self, has_failed: bool) -> None:
+        self.run.finish(exit_code=int(has_failed))
 
 
 class TensorBoard:
@@ -114,7 +114,7 @@ class TensorBoard:
         self.writer.add_text("alerts", f"**{title}**\n\n{text}")
         self.writer.flush()
 
-    def finish(self) -> None:
+    def finish(self, has_failed: bool) -> None:
         self.writer.close()
 
 
@@ -158,8 +158,8 @@ class MLflow:
         self.num_alerts += 1
         self.client.set_tag(self.id, f"alert.{self.num_alerts}", f"{title}: {text}")
 
-    def finish(self) -> None:
-        self.client.set_terminated(self.id)
+    def finish(self, has_failed: bool) -> None:
+        self.client.set_terminated(self.id, status="FAILED" if has_failed else "FINISHED")
 
 
 class Trackio:
@@ -190,7 +190,7 @@ class Trackio:
     def alert(self, title: str, text: str) -> None:
         self.run.alert(title=title, text=text)
 
-    def finish(self) -> None:
+    def finish(self, has_failed: bool) -> None:
         self.run.finish()
 
 
@@ -224,8 +224,11 @@ class SwanLab:
     def alert(self, title: str, text: str) -> None:
         self.run.log({"alerts": self.client.Text(f"{title}\n\n{text}")})
 
-    def finish(self) -> None:
-        self.client.finish()
+    def finish(self, has_failed: bool) -> None:
+        if has_failed:
+            self.client.finish(state="crashed", error="the training failed, see its run folder")
+        else:
+            self.client.finish()
 
 
 SERVICES: dict[str, Callable[[TrackedRun], Tracker]] = {

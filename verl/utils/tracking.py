@@ -169,11 +169,11 @@ class Tracking:
         if by_webhook and self.webhook is not None:
             self.webhook.tell(self.experiment, title, text)
 
-    def finish(self) -> None:
+    def finish(self, has_failed: bool = False) -> None:
         """Tries again to write lines that could not be written, and ends the services' runs."""
         if self.unwritten:
             self._write()
-        close_all(list(self.mailboxes.values()))
+        close_all(list(self.mailboxes.values()), has_failed)
 
 
 def json_line(record: dict[str, Any]) -> str:

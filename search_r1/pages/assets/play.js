@@ -149,14 +149,15 @@ class Live {
   take({ name, data }) {
     if (name === "began") append(this.turns, renderPrompt("Prompt", data.prompt));
     else if (name === "rewritten") append(this.turns, renderPrompt("Context written anew", data.prompt));
-    else if (name === "sampled") this.type(data.text);
+    else if (name === "sampled") this.type(data.text, data.goes_on);
     else if (name === "written") this.write(data.segment);
     else if (name === "failed") this.end(data.message);
   }
 
-  type(text) {
+  type(text, goesOn) {
     this.typing.hidden = false;
-    this.typed.textContent = text;
+    if (goesOn) this.typed.append(text);
+    else this.typed.textContent = text;
   }
 
   write(segment) {
