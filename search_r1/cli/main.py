@@ -42,11 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return 2
     sys.argv = [f"{CONSOLE_SCRIPT} {name}", *arguments[1:]]
     try:
+        guard_processes()
         return COMMANDS[name].run()
     except ImportError as error:
         if not is_installed("verl"):
             raise
         sys.exit(f"error: {error}. {OTHER_VERL}")
+
+
+def guard_processes() -> None:
+    """Keeps what lies in the user's folder from hiding packages of an installed program.
+
+    A clone of another `verl` there would otherwise be what the processes of a run import. Modules
+    of the user that a configuration names are found all the same (`verl.utils.loading`).
+    """
+    from verl.utils import places
+
+    if places.is_installed():
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 def help_page() -> str:

@@ -80,6 +80,17 @@ def test_its_commands_work_in_an_empty_folder_and_leave_it_empty(installed, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_clone_of_another_verl_in_the_folder_hides_nothing(installed, tmp_path):
+    other = tmp_path / "verl" / "__init__.py"
+    other.parent.mkdir()
+    other.write_text("raise ImportError('the package in the folder')")
+    job = ["train", "experiment=closed_world/grpo", "--cfg", "job"]
+    assert "closed_world" in run(installed, tmp_path, "-m", "search_r1.cli", *job)
+    (tmp_path / "my_reward.py").write_text("class Mine: ...")
+    code = "from verl.utils.loading import load_class as c; print(c('my_reward.Mine', 'reward'))"
+    assert "my_reward.Mine" in run(installed, tmp_path, "-c", code)
+
+
 def test_what_it_makes_lies_where_the_user_stands(installed, tmp_path):
     code = (
         "from search_r1.launch import composed, prepare_base; from pathlib import Path; "

@@ -2,15 +2,22 @@
 
 import importlib
 import importlib.util
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 from verl.utils.errors import ConfigError
+from verl.utils.places import root
 
 
 def load_class(target: str, key: str) -> Any:
-    """Imports the object at the dotted path `target`. Raises ConfigError naming `key`."""
+    """Imports the object at the dotted path `target`, of the user's modules last.
+
+    Raises ConfigError naming `key`.
+    """
+    if str(root()) not in sys.path:
+        sys.path.append(str(root()))
     module, _, name = target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
