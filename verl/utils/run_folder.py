@@ -58,6 +58,18 @@ def held(root: str | Path, patience_s: float = 60.0) -> Iterator[None]:
         yield
 
 
+def in_use(root: str | Path) -> bool:
+    """Whether a run keeps others out of the folder now. On a file system without locks: False."""
+    try:
+        with (Path(root) / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
 def _take(lock: IO[str], patience_s: float, folder: Path) -> bool:
     """Tries to lock the file for `patience_s` seconds, and returns whether that worked.
 
