@@ -23,7 +23,7 @@ from verl.utils.processes import (
     kill_session,
     session_over,
 )
-from verl.utils.run_folder import LATEST, write_atomically
+from verl.utils.run_folder import ENDED, LATEST, RESTARTS, write_atomically
 from verl.utils.webhook import webhook_of
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,6 @@ LOST = 75
 """Exit status (EX_TEMPFAIL) of a driver that a restart may help.
 
 It lost a rank or an engine that it cannot replace, or it hung."""
-RESTARTS = "restarts.jsonl"
-ENDED = "ended.json"
-"""How the run ended: `time` (UTC) and exit `status`; it is missing while the run goes on."""
 SUPERVISED = "VERL_SUPERVISED"
 MAX_PAUSE_S = 60.0
 SETTLE_S = 5.0
