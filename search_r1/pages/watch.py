@@ -135,10 +135,27 @@ class Feed:
         finally:
             self.pages.discard(page)
 
+    def end(self) -> None:
+        """Ends the events of all open pages."""
+        for page in self.pages:
+            page.put_nowait(None)
 
-def make_app(watch: Watch, access: Access, every_s: float, is_local: bool = True) -> FastAPI:
+
+class Server(uvicorn.Server):
+    """A server that ends the events of open pages when it is told to end."""
+
+    def __init__(self, config: uvicorn.Config, feed: Feed) -> None:
+        super().__init__(config)
+        self.feed = feed
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the events, then waits for the connections."""
+        self.feed.end()
+        await super().shutdown(sockets)
+
+
+def make_app(feed: Feed, access: Access, is_local: bool = True) -> FastAPI:
     """The application of the page, for those who know the token."""
-    feed = Feed(watch, every_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -148,7 +165,7 @@ def make_app(watch: Watch, access: Access, every_s: float, is_local: bool = True
         with suppress(asyncio.CancelledError):
             await following
 
-    app = guarded_app(access, watch.html, is_local)
+    app = guarded_app(access, feed.watch.html, is_local)
     app.router.lifespan_context = lifespan
 
     @app.get("/events", dependencies=[Depends(access.check)])
@@ -169,15 +186,16 @@ def write_page(watch: Watch, out: Path) -> None:
 def serve(watch: Watch, host: str, port: int, every_s: float) -> None:
     """Serves the page until Ctrl-C."""
     access = Access(program_name("search_r1.pages.watch"))
+    feed = Feed(watch, every_s)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
-        app = make_app(watch, access, every_s, host in LOOPBACK)
+        app = make_app(feed, access, host in LOOPBACK)
         address = address_of(host, listener.getsockname()[1])
         sys.stdout.write(f"Runs: {address}?token={access.token}\n")
         sys.stdout.flush()
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=END_S)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+            Server(config, feed).run(sockets=[listener])
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ export function withRows(rows, from, newer) {
  * @param {string} axis  a key of AXES
  * @returns {number[]}
  */
-export function placesOf(rows, axis) {
+export function alongAxis(rows, axis) {
   if (axis === "step") return rows.map((row) => row.step);
   let sum = 0;
   return rows.map((row) => {
@@ -33,7 +33,7 @@ export function placesOf(rows, axis) {
  * @returns {[number[], Array<number|null>]}
  */
 export function curveOf(rows, metric, axis) {
-  const places = placesOf(rows, axis);
+  const places = alongAxis(rows, axis);
   const xs = [];
   const ys = [];
   rows.forEach((row, number) => {

@@ -2,7 +2,7 @@
 /* global uPlot */
 
 import { el } from "./dom.js";
-import { AXES, duration, figure, placesOf } from "./series.js";
+import { AXES, duration, figure, alongAxis } from "./series.js";
 import { Chart, colourOf } from "./charts.js";
 
 const PREFIX = "timing_s/";
@@ -38,7 +38,7 @@ export class TimerChart extends Chart {
     const { steps, layers } = stackOf(rows);
     this.element.hidden = steps.length === 0;
     if (steps.length === 0) return;
-    const places = placesOf(rows, axis).filter((_, number) => typeof rows[number][WHOLE] === "number");
+    const places = alongAxis(rows, axis).filter((_, number) => typeof rows[number][WHOLE] === "number");
     const sums = [];
     layers.forEach((layer, number) => {
       sums.push(layer.values.map((value, place) => value + (number ? sums[number - 1][place] : 0)));

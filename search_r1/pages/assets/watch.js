@@ -13,7 +13,7 @@ const MOST_SAMPLES = 900;
 /** The charts: a name, and a metric or an expression that finds some. */
 const GROUPS = [
   ["Reward", [["Mean score", "critic/score/mean"], ["Spread of the score", "critic/score/std"], ["Trajectories that teach", "critic/advantages/nonzero_share"]]],
-  ["Exact match", [["Training", "reward/em"], ["Validation", /^val\/em\/(.+)/], ["Validation score", /^val\/test_score\/(.+)/]]],
+  ["Exact match", [["Training", "reward/em"], ["Validation", /^val\/em\/(.+)/], ["Validation score", "val/test_score/all"]]],
   ["Search", [["Searches", "env/number_of_valid_search"], ["Searches in validation", "val/env/number_of_valid_search"], ["Answered", "env/finish_ratio"], ["Gold passages found", "env/gold_recall"]]],
   ["Length", [["Tokens after the prompt", "response_length/mean"], ["Tokens of the policy", "response_length_model/mean"], ["Out of context", "response_length/clip_ratio"]]],
   ["Policy", [["Entropy", "actor/entropy"], ["KL to the reference, loss", "actor/kl_loss"], ["KL to the reference, reward", "critic/kl"], ["KL of an update", "actor/ppo_kl"], ["Gradient norm", "actor/grad_norm"]]],
@@ -43,7 +43,7 @@ class WatchPage {
     this.table = [];
     this.view = { axis: "step", smoothing: 0 };
     this.charts = new Map();
-    this.isDue = false;
+    this.due = new Set();
     this.state = el("span", { class: "hint", role: "status" }, about.live ? "connecting …" : `as of ${about.made}`);
     this.places = Object.fromEntries(["runs", "alarms", "retriever", "comparison"].map((name) => [name, el("div")]));
     this.trajectories = el("div", { class: "newest" });
@@ -68,7 +68,7 @@ class WatchPage {
     const axis = el("select", { id: "axis" }, ...Object.entries(AXES).map(([name, { label }]) => el("option", { value: name }, label)));
     axis.addEventListener("change", () => this.look({ axis: axis.value }));
     const slider = el("input", { id: "smoothing", type: "range", min: "0", max: "0.99", step: "0.01", value: "0" });
-    const shown = el("output", { for: "smoothing" }, "0");
+    const shown = el("span", { "aria-hidden": "true", class: "shown" }, "0");
     slider.addEventListener("input", () => {
       shown.textContent = slider.value;
       this.look({ smoothing: Number(slider.value) });
@@ -81,7 +81,7 @@ class WatchPage {
     this.choice = el("select", { id: "more" });
     const add = () => {
       if (this.choice.value) this.chartOf(this.more, this.choice.value, this.choice.value);
-      this.draw();
+      this.drawCharts();
     };
     return el("div", { class: "controls" }, el("label", { for: "more" }, "Another metric"), this.choice,
       el("button", { class: "quiet-button", type: "button", onclick: add }, "Show"));
@@ -89,18 +89,25 @@ class WatchPage {
 
   look(change) {
     Object.assign(this.view, change);
-    this.draw();
+    this.drawCharts();
   }
 
-  /** Takes messages of the server, and draws once for all of them. */
+  /** Takes messages of the server, and draws what they change, once for all of them. */
   take(messages) {
-    for (const message of messages) this.takeOne(message);
-    if (this.isDue) return;
-    this.isDue = true;
-    setTimeout(() => {
-      this.isDue = false;
-      this.draw();
-    });
+    if (this.due.size === 0) setTimeout(() => this.drawDue());
+    for (const message of messages) {
+      this.takeOne(message);
+      this.due.add(message.kind);
+    }
+  }
+
+  drawDue() {
+    const { due } = this;
+    this.due = new Set();
+    if (due.has("status") || due.has("comparison")) this.drawTables();
+    if (due.has("rows")) this.drawCharts();
+    if (due.has("retriever")) this.drawRetriever();
+    if (due.has("trajectories")) this.showTrajectories();
   }
 
   takeOne(message) {
@@ -113,10 +120,15 @@ class WatchPage {
       run.says = message.says;
       run.samples = [...(message.anew ? [] : run.samples), ...message.samples].slice(-MOST_SAMPLES);
     }
-    if (message.kind === "trajectories") this.showTrajectories();
   }
 
   draw() {
+    this.drawTables();
+    this.drawCharts();
+    this.drawRetriever();
+  }
+
+  drawTables() {
     const keep = document.activeElement?.id;
     fill(this.places.runs, renderRuns(this.runs, (run, isShown) => {
       run.isShown = isShown;
@@ -125,8 +137,6 @@ class WatchPage {
     fill(this.places.alarms, renderAlarms(this.runs));
     fill(this.places.comparison, renderComparison(this.runs, this.table));
     if (keep && document.activeElement === document.body) document.getElementById(keep)?.focus();
-    this.drawCharts();
-    this.drawRetriever();
   }
 
   drawCharts() {
