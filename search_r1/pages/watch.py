@@ -47,6 +47,8 @@ MODULES = (
 STYLES = ("base.css", "trajectory.css", "uplot.css", "watch.css")
 MOST_WAITING = 1000
 """Messages that wait for a page that does not read; then it is let go, and connects again."""
+SHORTEST_S = 0.1
+"""Least seconds between two looks at the runs."""
 END_S = 1
 """Seconds that open pages have when the server ends."""
 
@@ -226,7 +228,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves or writes the page; returns the exit status."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.every < SHORTEST_S:
+        parser.error(f"--every {args.every:g}: expected at least {SHORTEST_S:g} seconds")
     prices = Prices(args.device_hour_price, args.search_price, args.million_tokens_price)
     try:
         watch = Watch(args.runs, prices)

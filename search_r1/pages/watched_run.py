@@ -62,12 +62,16 @@ class WatchedRun:
         self._config: dict[str, Any] = {}
         self._config_time = 0
         self._files: list[tuple[str, int]] = []
+        self._progress = self._progress_of_rows()
 
     def poll(self) -> list[Message]:
         """Looks at the folder, and returns what has changed."""
         changed = self.metrics.poll()
         self._read_config()
-        messages = [] if changed is None else [self._rows(changed)]
+        messages = []
+        if changed is not None:
+            self._progress = self._progress_of_rows()
+            messages.append(self._rows(changed))
         status = self._status()
         if status != self.status:
             self.status = status
@@ -99,29 +103,33 @@ class WatchedRun:
 
     def _status(self) -> dict[str, Any]:
         """State, progress, cost and alarms of the run."""
-        rows = self.metrics.rows
-        steps = trained(rows)
-        step = next(reversed(rows), 0)
-        total = newest(rows, "training/total_steps") or self._setting(
-            "trainer", "total_training_steps"
-        )
+        progress = self._progress
+        step, seconds = progress["step"], progress["seconds_per_step"]
+        total = progress["total"] or self._setting("trainer", "total_training_steps")
         state = state_of(self.folder, step, total)
-        seconds = seconds_per_step(steps)
-        is_running = state == "running"
-        left = seconds * max(0, total - step) if seconds and total and is_running else None
+        is_known = state == "running" and seconds and total
         return {
+            **progress,
             "name": self.name,
             "folder": str(self.folder),
             "state": state,
-            "step": step,
             "total": total,
-            "seconds_per_step": seconds,
-            "eta_s": left,
+            "eta_s": seconds * max(0, total - step) if is_known else None,
             "model": self._setting("actor_rollout_ref", "model", "path"),
             "algorithm": self._setting("algorithm", "adv_estimator"),
-            "cost": cost_of(steps, self.prices),
             "alarms": alarms_of(self.folder),
             "problems": self._problems(),
+        }
+
+    def _progress_of_rows(self) -> dict[str, Any]:
+        """How far the run is and what it has cost, as far as the rows tell."""
+        rows = self.metrics.rows
+        steps = trained(rows)
+        return {
+            "step": next(reversed(rows), 0),
+            "total": newest(rows, "training/total_steps"),
+            "seconds_per_step": seconds_per_step(steps),
+            "cost": cost_of(steps, self.prices),
         }
 
     def _problems(self) -> list[str]:

@@ -39,6 +39,12 @@ def test_what_is_no_run_is_refused(tmp_path):
         main([str(tmp_path)])
 
 
+def test_looks_need_a_pause(runs, capsys):
+    with pytest.raises(SystemExit):
+        main([str(runs[0]), "--every", "0"])
+    assert "--every 0: expected at least 0.1 seconds" in capsys.readouterr().err
+
+
 async def test_nobody_looks_at_the_runs_without_an_open_page(runs, monkeypatch):
     watch = Watch(runs, Prices())
     looks: list[int] = []
