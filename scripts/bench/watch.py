@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from search_r1.pages.metrics_file import STEP_SECONDS, row_of
+from search_r1.pages.metrics_file import STEP_SECONDS, MetricsFile, row_of, trained
 from tests.search_r1.pages.browser import started
 from verl.utils.run_folder import in_use
 
@@ -104,7 +104,9 @@ def measure(run: Path, seconds: float) -> str:
             time.sleep(1)
         wall = time.monotonic() - began
         spent = cpu_seconds(server) - before[0], sum(map(alone, chromium)) - before[1]
-    steps = sum(STEP_SECONDS in row_of(line) for line in (run / "metrics.jsonl").open("rb"))
+    metrics = MetricsFile(run / "metrics.jsonl")
+    metrics.poll()
+    steps = len(trained(metrics.rows))
     return (
         f"{wall:.0f} s, {steps} steps in the file at the end\n"
         f"server: {spent[0]:.2f} s of CPU, {spent[0] / wall:.3%} of a step's time\n"

@@ -172,25 +172,27 @@ export class MetricChart extends Chart {
   values(curves, data, index, every, view) {
     const unit = AXES[view.axis].unit;
     const at = index === null ? "newest" : `${unit} ${figure(data[0][index])}`;
-    const values = curves.map(({ run }, number) => {
-      const column = data[1 + number * every];
-      const value = index === null ? lastOf(column) : column[index];
-      return el("span", { class: "value" }, lineSample(run.number), `${run.name} `, el("b", {}, figure(value)));
-    });
+    const values = curves.map(({ run }, number) => valueOf(run, data[1 + number * every], index));
     return [el("span", { class: "at" }, at), ...values];
   }
 }
 
-/** The line of a run; where lines are smoothed also the faint one of what was measured. */
-function seriesOf(run, length, isSmooth) {
+/** The value of a run at a place, at the end without one, beside a piece of its line. */
+export function valueOf(run, column, index) {
+  const value = index === null ? lastOf(column) : column[index];
+  return el("span", { class: "value" }, lineSample(run.number), `${run.name} `, el("b", {}, figure(value)));
+}
+
+/** The line of a run, as uPlot draws it. */
+export function lineOf(run) {
   const { colour, dash } = styleOf(run.number);
-  const line = {
-    label: run.name,
-    stroke: () => colourOf(colour),
-    width: 2,
-    dash,
-    points: { show: length < 40, size: 4, fill: () => colourOf(colour) },
-  };
+  return { label: run.name, stroke: () => colourOf(colour), width: 2, dash };
+}
+
+/** The line of a run in a chart of a metric; where lines are smoothed also the faint one of what was measured. */
+function seriesOf(run, length, isSmooth) {
+  const line = lineOf(run);
+  line.points = { show: length < 40, size: 4, fill: line.stroke };
   if (!isSmooth) return [line];
   const faint = { ...line, label: `${run.name}, measured`, width: 0.5, alpha: 0.5, dash: [], points: { show: false } };
   return [line, faint];

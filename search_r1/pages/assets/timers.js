@@ -1,5 +1,4 @@
 // Where the time of a step goes: the timers of a run, one upon the other.
-/* global uPlot */
 
 import { el } from "./dom.js";
 import { AXES, duration, figure, alongAxis } from "./series.js";

@@ -1,11 +1,12 @@
 // The page of runs: messages become rows and states, and these become tables and charts.
+/* global uPlot */
 
 import { append, chip, el, fill, num } from "./dom.js";
 import { themeSwitch } from "./theme.js";
 import { blockText } from "./data.js";
 import { renderTrajectory } from "./trajectory.js";
-import { AXES, duration, figure, metricsOf, withRows } from "./series.js";
-import { Chart, MetricChart, colourOf } from "./charts.js";
+import { AXES, figure, metricsOf, withRows } from "./series.js";
+import { Chart, MetricChart, lineOf, valueOf } from "./charts.js";
 import { TimerChart } from "./timers.js";
 import { renderAlarms, renderComparison, renderRuns } from "./runs.js";
 
@@ -226,23 +227,18 @@ class Group {
 
 /** What the retrieval servers of each run said lately, in minutes before now. */
 function drawSamples(chart, runs, column) {
-  const newest = Math.max(...runs.flatMap((run) => run.samples.map(([time]) => time)));
-  const tables = runs.filter((run) => run.samples.length).map((run) => [
+  const known = runs.filter((run) => run.samples.length > 0);
+  chart.element.hidden = known.length === 0;
+  if (known.length === 0) return;
+  const newest = Math.max(...known.flatMap((run) => run.samples.map(([time]) => time)));
+  const data = uPlot.join(known.map((run) => [
     run.samples.map(([time]) => (time - newest) / 60),
     run.samples.map((sample) => sample[column]),
-  ]);
-  chart.element.hidden = tables.length === 0;
-  if (tables.length === 0) return;
-  const data = uPlot.join(tables);
-  const series = runs.filter((run) => run.samples.length).map((run) => ({
-    label: run.name,
-    stroke: () => colourOf(`--run-${run.number % 8}`),
-    width: 2,
-    spanGaps: true,
-  }));
+  ]));
+  const series = known.map((run) => ({ ...lineOf(run), spanGaps: true, points: { show: false } }));
   const read = (index) => [
-    el("span", { class: "at" }, index === null ? "now" : `${figure(data[0][index])} min`),
-    ...series.map((one, place) => el("span", { class: "value" }, `${one.label} `, el("b", {}, figure(data[place + 1][index ?? data[0].length - 1])))),
+    el("span", { class: "at" }, index === null ? "newest" : `${figure(data[0][index])} min`),
+    ...known.map((run, place) => valueOf(run, data[place + 1], index)),
   ];
   chart.show(data, series, "minutes before now", read);
 }
@@ -255,7 +251,7 @@ function renderNewest(run, record, isNamed) {
     ? [chip("cannot be read", "bad"), content.problem]
     : [
       chip(`reward ${num(content.reward?.score)}`, isRight ? "good" : "bad"),
-      `${content.question || "a prompt without a question"} `,
+      ` ${content.question || "a prompt without a question"} `,
       el("span", { class: "hint" }, `answer ${content.answer ?? "none"}, gold ${(content.gold ?? []).join(" · ") || "–"}`),
     ];
   const place = el("div");

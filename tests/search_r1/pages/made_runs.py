@@ -1,8 +1,12 @@
 """Run folders as trainings write them, small enough to check by hand."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 
 from tests.search_r1.pages.made_records import HOSTILE, sample, write
 
@@ -17,6 +21,33 @@ trainer:
 retriever:
   url: {url}
 """
+
+METRICS = """# TYPE retrieval_queue_depth gauge
+retrieval_queue_depth 7.0
+# TYPE retrieval_request_seconds histogram
+retrieval_request_seconds_bucket{{le="+Inf"}} {count}
+retrieval_request_seconds_count {count}
+retrieval_request_seconds_sum {seconds}
+"""
+
+
+def metrics_app(answers: Iterable[tuple[int, float]]) -> FastAPI:
+    """A retrieval server as far as its `/metrics`: number and seconds of all requests so far.
+
+    Seven queries wait. It says one answer after the other, and then none.
+    """
+    app = FastAPI()
+    said = iter(answers)
+
+    @app.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        answer = next(said, None)
+        if answer is None:
+            return PlainTextResponse("", status_code=503)
+        count, seconds = answer
+        return PlainTextResponse(METRICS.format(count=count, seconds=seconds))
+
+    return app
 
 
 def step_line(step: int, score: float, **more: Any) -> str:

@@ -17,6 +17,7 @@ from tests.search_r1.pages.made_records import HOSTILE, sample, write
 from tests.search_r1.pages.made_runs import (
     append,
     make_run,
+    metrics_app,
     raise_alarms,
     step_line,
     validate,
@@ -196,6 +197,17 @@ def test_alarms_and_lines_that_cannot_be_read_are_shown_as_such(browser, runs):
         ):
             expect(alarms).to_contain_text(text)
         expect(readout(page, "Mean score")).to_contain_text("0.8")
+
+
+@needs_browser
+def test_what_retrieval_servers_have_to_do_is_shown_while_they_answer(browser, tmp_path):
+    with serving(metrics_app([(10, 1.0), (14, 2.0)])) as address:
+        folder = make_run(tmp_path / "run", [0.1], url=f"{address}/retrieve")
+        with held(folder), live(browser, [folder]) as page:
+            servers = page.get_by_role("region", name="Retrieval servers")
+            expect(servers).to_contain_text("run: 0 of 1 answer")
+            expect(readout(page, "Queries that wait")).to_contain_text("run 7")
+            expect(readout(page, "Seconds of a request")).to_contain_text("run 0.25")
 
 
 @needs_browser

@@ -14,7 +14,14 @@ from search_r1.pages.retriever_state import RetrieverState
 from search_r1.pages.watched_run import WatchedRun, retriever_urls, state_of
 from tests.retrieval import serving
 from tests.search_r1.pages.made_records import HOSTILE, sample, write
-from tests.search_r1.pages.made_runs import append, make_run, raise_alarms, step_line, validate
+from tests.search_r1.pages.made_runs import (
+    append,
+    make_run,
+    metrics_app,
+    raise_alarms,
+    step_line,
+    validate,
+)
 from verl.utils.errors import DataError
 from verl.utils.run_folder import held
 
@@ -128,24 +135,8 @@ def test_the_newest_trajectories_are_told_when_they_are_written(tmp_path):
     assert message["records"][0]["content"]["problem"].startswith("not JSON")
 
 
-METRICS = """# TYPE retrieval_queue_depth gauge
-retrieval_queue_depth 7.0
-# TYPE retrieval_request_seconds histogram
-retrieval_request_seconds_bucket{{le="+Inf"}} {count}
-retrieval_request_seconds_count {count}
-retrieval_request_seconds_sum {seconds}
-"""
-
-
 def test_the_retrieval_server_is_asked_while_the_run_goes_on(tmp_path):
-    app = FastAPI()
-    counts = iter([(10, 1.0), (14, 2.0), (2, 0.5)])
-
-    @app.get("/metrics")
-    def metrics() -> PlainTextResponse:
-        count, seconds = next(counts)
-        return PlainTextResponse(METRICS.format(count=count, seconds=seconds))
-
+    app = metrics_app([(10, 1.0), (14, 2.0), (2, 0.5)])
     with serving(app) as address:
         folder = make_run(tmp_path / "run", [0.1], url=f"{address}/retrieve")
         run = watched(folder)
