@@ -74,12 +74,20 @@ export class Chart {
    */
   show(data, series, unit, read, more = {}) {
     const shape = JSON.stringify([series.map((one) => [one.label, one.dash, one.width]), unit]);
+    const isZoomed = this.isZoomed();
     this.read = read;
     this.data = data;
-    if (this.plot && shape === this.shape) this.plot.setData(data);
+    if (this.plot && shape === this.shape) this.plot.setData(data, !isZoomed);
     else this.make(data, series, unit, more);
     this.shape = shape;
     this.say(null);
+  }
+
+  /** Whether less is shown than there is. */
+  isZoomed() {
+    if (!this.plot || this.data[0].length === 0) return false;
+    const { min, max } = this.plot.scales.x;
+    return min > this.data[0][0] || max < this.data[0][this.data[0].length - 1];
   }
 
   make(data, series, unit, more) {

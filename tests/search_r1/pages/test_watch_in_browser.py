@@ -329,3 +329,23 @@ def test_a_page_whose_server_has_ended_says_so_and_stays(browser, runs):
     expect(page.get_by_role("status")).to_contain_text("connection lost", timeout=PATIENCE_MS)
     expect(readout(page, "Mean score")).to_contain_text("0.6")
     page.close()
+
+
+@needs_browser
+def test_a_part_that_was_zoomed_into_stays_when_more_is_written(browser, runs):
+    append(runs[0], *(step_line(step, 0.6) for step in range(5, 9)))
+    with live(browser, runs[:1]) as page:
+        expect(readout(page, "Mean score")).to_contain_text("0.6")
+        plot = page.locator('[data-chart="Mean score"] .u-over')
+        plot.scroll_into_view_if_needed()
+        box = plot.bounding_box()
+        middle = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + 0.1 * box["width"], middle)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.5 * box["width"], middle, steps=5)
+        page.mouse.up()
+        append(runs[0], step_line(9, 0.9))
+        expect(page.locator(".runs tbody tr")).to_contain_text("9 of 10")
+        # the right edge is still about the middle of eight steps
+        page.mouse.move(box["x"] + 0.99 * box["width"], middle)
+        expect(readout(page, "Mean score")).to_contain_text("step 4")
