@@ -49,6 +49,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         ),
     ),
     "Look": (
+        Command("watch", "shows runs while they go on", "search_r1.pages.watch:main"),
         Command("view", "makes a page of trajectories to read", "search_r1.pages.viewer:main"),
         Command("play", "a playground in the browser", "search_r1.pages.play:main", (), True),
         Command("compare", "sets results side by side", "search_r1.evaluation.report:main"),

@@ -86,6 +86,7 @@ def comparison(first: Sequence[Record], second: Sequence[Record]) -> tuple[str, 
         f"{len(found.gained)} gained, {len(found.lost)} lost, McNemar p = {found.p_value:.2g}\n"
     )
     return text, {
+        "questions": found.questions,
         "difference": found.difference,
         "interval": found.interval,
         "p": found.p_value,
@@ -104,8 +105,23 @@ def name_of(path: Path) -> str:
 
 
 def trajectories_at(path: Path) -> Path:
-    """The file of trajectories that a path names: a folder stands for the evaluation in it."""
-    return path / EVALUATION if path.is_dir() else path
+    """The file of trajectories that a path names.
+
+    A folder stands for the evaluation in it; a run without one for its last validation. Raises
+    DataError for a folder with neither.
+    """
+    if not path.is_dir():
+        return path
+    evaluation = path / EVALUATION
+    return evaluation if evaluation.exists() else last_validation(path)
+
+
+def last_validation(run: Path) -> Path:
+    """The trajectories of the last validation of a run. Raises DataError if there is none."""
+    files = sorted((run / "trajectories").glob("val_*.jsonl"))
+    if not files:
+        raise DataError(f"{run}: neither {EVALUATION} nor a validation (trajectories/val_*.jsonl)")
+    return files[-1]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -118,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "result",
         type=Path,
-        help=f"trajectories of a validation, JSONL, or a folder with {EVALUATION}",
+        help=f"trajectories of a validation, JSONL, or a folder with {EVALUATION}, or of a run",
     )
     parser.add_argument(
         "other", type=Path, nargs="?", help="another result on the same questions, to compare with"
@@ -160,10 +176,10 @@ def make_report(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Reports as the command line says; returns the exit status."""
     args = make_parser().parse_args(argv)
-    args.result = trajectories_at(args.result)
     other = args.compare or args.other
-    args.compare = trajectories_at(other) if other else None
     try:
+        args.result = trajectories_at(args.result)
+        args.compare = trajectories_at(other) if other else None
         text, results = make_report(args)
     except (DataError, KeyError) as error:
         sys.exit(f"error: {error}")

@@ -11,7 +11,6 @@ printed address.
 import argparse
 import copy
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,15 +22,14 @@ from pathlib import Path
 import httpx
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from search_r1.evaluate import given_overrides
 from search_r1.infer import config_for_answering
 from search_r1.launch import composed, free_port, prepare_and_serve
+from search_r1.pages.access import LOOPBACK, Access, address_of, guarded_app
 from search_r1.pages.html import json_text, packed, page_html
 from search_r1.program import described, program_name
-from verl.utils.addresses import bracketed
 from verl.utils.errors import ConfigError, DataError, ModelError
 from verl.utils.processes import dying_with_this
 
@@ -48,9 +46,6 @@ MODULES = (
     "play.js",
 )
 STYLES = ("base.css", "trajectory.css", "play.css")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ANY_ADDRESS = ("0.0.0.0", "::")
-COOKIE = "search_r1_token"
 END_S = 10.0
 """Seconds that a model has to end by itself."""
 
@@ -123,47 +118,23 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 def make_app(models: Sequence[Model], token: str, is_local: bool = True) -> FastAPI:
     """The application of the page, for those who know the token.
 
-    The browser gets it as a cookie that it sends to no page of another site. `is_local`: only this
-    machine's own names are served, so that no other name can be made to lead here.
+    `is_local`: only this machine's own names are served.
     """
+    access = Access("the playground", token)
+    app = guarded_app(access, lambda: html_of(models), is_local)
+    known = [Depends(access.check)]
 
-    def is_known(given: str) -> bool:
-        return secrets.compare_digest(given.encode(), token.encode())
-
-    def check(request: Request) -> None:
-        """Refuses whoever does not know the token."""
-        if not is_known(request.cookies.get(cookie_of(request), "")):
-            raise HTTPException(401, "open the address with the token that the playground printed")
-
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if is_local:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
-
-    @app.get("/")
-    def page(request: Request) -> Response:
-        response = HTMLResponse(html_of(models))
-        if is_known(request.query_params.get("token", "")):
-            response.set_cookie(cookie_of(request), token, httponly=True, samesite="strict")
-            return response
-        check(request)
-        return response
-
-    @app.get("/models", dependencies=[Depends(check)])
+    @app.get("/models", dependencies=known)
     async def states() -> JSONResponse:
         return JSONResponse([{"name": m.name, "state": await m.state()} for m in models])
 
-    @app.post("/models/{number}/ask", dependencies=[Depends(check)])
+    @app.post("/models/{number}/ask", dependencies=known)
     async def ask(number: int, request: Request) -> Response:
         if not 0 <= number < len(models):
             raise HTTPException(404, f"there are {len(models)} models")
         return await passed_on(models[number], await request.body())
 
     return app
-
-
-def cookie_of(request: Request) -> str:
-    """The name of the cookie: browsers keep one set of cookies for all ports of a host."""
-    return f"{COOKIE}_{request.url.port or 80}"
 
 
 async def passed_on(model: Model, body: bytes) -> Response:
@@ -197,16 +168,6 @@ def html_of(models: Sequence[Model]) -> str:
     about = {"models": [model.name for model in models]}
     blocks = {"about": packed(json_text(about))}
     return page_html("Playground", MODULES, STYLES, blocks, connects=True)
-
-
-def address_of(host: str, port: int) -> str:
-    """The address at which a browser finds what listens on `host`.
-
-    >>> address_of("::1", 8000), address_of("127.0.0.1", 8000)
-    ('http://[::1]:8000/', 'http://127.0.0.1:8000/')
-    """
-    name = socket.gethostname() if host in ANY_ADDRESS else host
-    return f"http://{bracketed(name)}:{port}/"
 
 
 def make_parser() -> argparse.ArgumentParser:

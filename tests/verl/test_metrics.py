@@ -8,8 +8,10 @@ from verl.trainer.ppo.metrics import (
     compute_data_metrics,
     compute_throughput_metrics,
     explained_variance,
+    host_metrics,
     staleness_metrics,
 )
+from verl.workers.memory import peak_memory
 
 NAN = math.nan
 
@@ -88,6 +90,24 @@ def test_throughput():
         "perf/throughput": 1.0,
         "perf/timer_coverage": 0.9,
     }
+
+
+def test_memory_of_the_machine_is_what_is_not_available(tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  4000000 kB\nMemFree:  1 kB\nMemAvailable:  1000000 kB\n")
+    assert host_metrics(meminfo) == {"perf/cpu_memory_used_gb": 3.072}
+    assert host_metrics(tmp_path / "none") == {}
+
+
+def test_peak_memory_is_of_a_gpu_alone_and_begins_anew(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2e9)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
+    assert peak_memory(torch.device("cpu")) == {} and calls == []
+    card = torch.device("cuda", 0)
+    assert peak_memory(card) == {"max_memory_allocated_gb": 2.0, "max_memory_reserved_gb": 3.0}
+    assert calls == [card]
 
 
 def test_observations_are_not_sampled_even_where_they_are_trained_on():

@@ -20,6 +20,7 @@ from verl.utils.run_folder import (
     discard,
     find_latest,
     held,
+    in_use,
     mark_best,
     name_latest,
     pending_folder,
@@ -239,3 +240,11 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     monkeypatch.setattr(run_folder.fcntl, "flock", unsupported)
     with held(tmp_path):
         assert "start no second run in it" in caplog.text
+
+
+def test_a_folder_is_in_use_while_a_run_holds_it(tmp_path):
+    assert not in_use(tmp_path / "nowhere")
+    with held(tmp_path):
+        assert in_use(tmp_path)
+    assert not in_use(tmp_path)
+    assert not in_use(tmp_path)  # to ask leaves no lock behind

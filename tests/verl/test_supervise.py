@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_a_killed_driver_continues_from_its_checkpoint(tmp_path, start):
     assert status == 0
     assert starts(tmp_path) == ["False", "True"]
     assert [(r["signal"], r["step"]) for r in restarts(tmp_path)] == [("SIGKILL", 7)]
+    assert json.loads((tmp_path / "ended.json").read_text())["status"] == 0
     assert (
         "the run ended by SIGKILL: restart 1 of 3 in 0.01 s, from the checkpoint of step 7"
         in output
@@ -93,6 +95,14 @@ def test_progress_begins_the_count_anew(tmp_path, start):
 def test_other_ends_are_final(tmp_path, start, status):
     assert end(start(f"exits_{status}"))[0] == status
     assert len(starts(tmp_path)) == 1 and not (tmp_path / "restarts.jsonl").exists()
+
+
+@pytest.mark.parametrize("status", [1, 137])
+def test_the_run_folder_says_how_the_run_ended(tmp_path, start, status):
+    (tmp_path / "ended.json").write_text("of an earlier start")
+    end(start(f"exits_{status}"))
+    told = json.loads((tmp_path / "ended.json").read_text())
+    assert told["status"] == status and datetime.fromisoformat(told["time"]).tzinfo is UTC
 
 
 def test_no_restart_where_none_is_wanted(tmp_path, start):

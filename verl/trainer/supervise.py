@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from verl.utils.processes import (
     kill_session,
     session_over,
 )
-from verl.utils.run_folder import LATEST
+from verl.utils.run_folder import ENDED, LATEST, RESTARTS, write_atomically
 from verl.utils.webhook import webhook_of
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ LOST = 75
 """Exit status (EX_TEMPFAIL) of a driver that a restart may help.
 
 It lost a rank or an engine that it cannot replace, or it hung."""
-RESTARTS = "restarts.jsonl"
 SUPERVISED = "VERL_SUPERVISED"
 MAX_PAUSE_S = 60.0
 SETTLE_S = 5.0
@@ -75,8 +75,28 @@ def supervise(
     between. The pause before the first restart is `pause_s` seconds, and doubles each time up to a
     minute. SIGINT and SIGTERM are passed on, and there is no restart after them; `grace_s` seconds
     after the second signal the session of the command is killed. `meanwhile` is called about once a
-    second while the command runs, `tell` with a title and a text when the run is given up.
+    second while the command runs, `tell` with a title and a text when the run is given up. How it
+    ended is written to `run_dir`.
     """
+    with suppress(OSError):
+        (Path(run_dir) / ENDED).unlink()
+    status = supervise_until_its_end(
+        command, run_dir, max_restarts, pause_s, grace_s, meanwhile, tell
+    )
+    record_end(run_dir, status)
+    return status
+
+
+def supervise_until_its_end(
+    command: list[str],
+    run_dir: str,
+    max_restarts: int,
+    pause_s: float,
+    grace_s: float,
+    meanwhile: Callable[[], object],
+    tell: Callable[[str, str], None],
+) -> int:
+    """Does what `supervise` says, but for the record of the end; returns the exit status."""
     latest = Path(run_dir) / LATEST
     first = seen = checkpoint(latest)
     attempts = 0
@@ -86,15 +106,15 @@ def supervise(
             returncode = run_once(command, own, signals, grace_s, meanwhile)
             if signals.received or not is_lost(returncode):
                 return exit_status(returncode)
-            now = checkpoint(latest)
-            attempts = 1 if now != seen else attempts + 1
-            seen = now
+            reached = checkpoint(latest)
+            attempts = 1 if reached != seen else attempts + 1
+            seen = reached
             if attempts > max_restarts:
-                message = given_up(run_dir, max_restarts, returncode, now[0])
+                message = given_up(run_dir, max_restarts, returncode, reached[0])
                 logger.error("%s", message)
                 tell("given up", message)
                 return exit_status(returncode)
-            record(run_dir, returncode, now[0])
+            record(run_dir, returncode, reached[0])
             pause = min(MAX_PAUSE_S, pause_s * 2 ** (attempts - 1))
             logger.warning(
                 "the run ended by %s: restart %d of %d in %g s, from %s",
@@ -102,7 +122,7 @@ def supervise(
                 attempts,
                 max_restarts,
                 pause,
-                where(now[0]),
+                where(reached[0]),
             )
             rest(pause, signals)
             if signals.received:
@@ -175,15 +195,29 @@ def record(run_dir: str, returncode: int, step: int) -> None:
     It records the time (UTC), what ended the run, and the step after which it continues.
     """
     how = {"signal": signal.Signals(-returncode).name} if returncode < 0 else {"status": returncode}
-    line = json.dumps(
-        {"time": datetime.now(UTC).isoformat(timespec="seconds"), **how, "step": step}
-    )
+    line = json.dumps({"time": now(), **how, "step": step})
     try:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         with (Path(run_dir) / RESTARTS).open("a") as file:
             file.write(line + "\n")
     except OSError as error:  # a full disk is no reason to end the run
         logger.warning("restart not recorded: %s", error)
+
+
+def record_end(run_dir: str, status: int) -> None:
+    """Writes the exit status to ended.json, unless the run ended before it had a folder."""
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        return
+    try:
+        write_atomically(folder / ENDED, json.dumps({"time": now(), "status": status}) + "\n")
+    except OSError as error:  # a full disk does not change how the run ended
+        logger.warning("the end is not recorded: %s", error)
+
+
+def now() -> str:
+    """The present time in UTC, in ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def given_up(run_dir: str, max_restarts: int, returncode: int, step: int) -> str:

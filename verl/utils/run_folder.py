@@ -28,6 +28,10 @@ PICKLED_INDEX = ".metadata"
 that of torch's own index."""
 PREFIX = "global_step_"
 PENDING = ".tmp"
+ROLL_BACKS = "roll_backs.json"
+RESTARTS = "restarts.jsonl"
+ENDED = "ended.json"
+"""How the run ended: `time` (UTC) and exit `status`; it is missing while the run goes on."""
 LOCK = ".lock"
 """A file that a run locks while it uses the folder. The file itself is never deleted."""
 
@@ -56,6 +60,18 @@ def held(root: str | Path, patience_s: float = 60.0) -> Iterator[None]:
             problem = f"trainer.default_local_dir={root}: another run is using this folder"
             raise ConfigError([f"{problem}: wait until it has ended, or name another one"])
         yield
+
+
+def in_use(root: str | Path) -> bool:
+    """Whether a run keeps others out of the folder now. On a file system without locks: False."""
+    try:
+        with (Path(root) / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def _take(lock: IO[str], patience_s: float, folder: Path) -> bool:

@@ -20,6 +20,7 @@ from verl.workers.config import ActorConfig, ModelConfig, RolloutConfig
 from verl.workers.forward import entropy_of_rows, forward_log_probs, log_probs_of_rows
 from verl.workers.fsdp_model import build_model, build_train_state, describe
 from verl.workers.hf_folder import save_trained
+from verl.workers.memory import peak_memory
 from verl.workers.trained import TrainedWorker
 from verl.workers.update import (
     INPUTS,
@@ -158,7 +159,8 @@ class ActorWorker(TrainedWorker):
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """Takes one optimizer step per mini-batch of `actor.ppo_mini_batch_size`.
 
-        With `use_kl_loss` the batch must have `ref_log_prob`.
+        With `use_kl_loss` the batch must have `ref_log_prob`. On a GPU the metrics also have what
+        memory was held since the last update.
         """
 
         def loss_fn(rows: DataProto, counts: Counts) -> tuple[torch.Tensor, Metrics]:
@@ -172,7 +174,7 @@ class ActorWorker(TrainedWorker):
             assert entropy is not None
             return policy_loss(self.config, log_probs, entropy, rows, counts)
 
-        return update_mini_batches(
+        metrics = update_mini_batches(
             self.state,
             data.to(self.device),
             loss_fn,
@@ -184,6 +186,7 @@ class ActorWorker(TrainedWorker):
             ),
             grad_clip=self.config.grad_clip,
         )
+        return metrics | peak_memory(self.device)
 
     @register(Dispatch.ONE_TO_ALL)
     def describe(self) -> str:

@@ -15,7 +15,6 @@ from verl.utils.checkpoint_storage import CheckpointError, old_format
 
 TRAINER = "trainer.json"
 PICKLED_TRAINER = "trainer.pt"
-ROLL_BACKS = "roll_backs.json"
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -188,7 +187,7 @@ class Checkpoints:
 
     def roll_backs(self) -> list[dict[str, float]]:
         """Reads the roll-backs of this run folder: `alarm` and `to` (steps), `lr_factor`."""
-        path = self.root / ROLL_BACKS
+        path = self.root / run_folder.ROLL_BACKS
         return json.loads(path.read_text()) if path.exists() else []
 
     def rewind(self, alarm: int, lr_factor: float) -> int | None:
@@ -204,7 +203,7 @@ class Checkpoints:
         entries = [*self.roll_backs(), {"alarm": alarm, "to": step, "lr_factor": lr_factor}]
         # in this order, so that a crash in between loses the factor and does not apply it twice
         run_folder.name_latest(self.root, step)
-        run_folder.write_atomically(self.root / ROLL_BACKS, json.dumps(entries))
+        run_folder.write_atomically(self.root / run_folder.ROLL_BACKS, json.dumps(entries))
         return step
 
     def _healthy(self) -> int | None:

@@ -5,6 +5,7 @@ Shapes and columns are those of `verl.protocol`.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from verl.protocol import DataProto
 from verl.trainer.ppo.joined import has_several_rows, one_of_each, sum_of_trajectory
 from verl.utils.torch_functional import masked_mean, masked_sum, masked_var
+
+MEMINFO = Path("/proc/meminfo")
+"""What Linux says of the memory of the machine (proc_meminfo(5)), in KiB."""
 
 
 def compute_data_metrics(data: DataProto, max_length: int) -> dict[str, float]:
@@ -73,6 +77,18 @@ def compute_throughput_metrics(
         "perf/throughput": tokens / (seconds * n_gpus),
         "perf/timer_coverage": (sum(timing.values()) - seconds) / seconds,
     }
+
+
+def host_metrics(meminfo: Path = MEMINFO) -> dict[str, float]:
+    """Memory of the driver's machine that is in use, by all programs, in GB of 1e9 bytes.
+
+    It is unknown, and left out, where the system has no such file.
+    """
+    if not meminfo.exists():
+        return {}
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    total, available = (int(lines[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    return {"perf/cpu_memory_used_gb": (total - available) * 1024 / 1e9}
 
 
 def staleness_metrics(data: DataProto, version: int) -> dict[str, float]:

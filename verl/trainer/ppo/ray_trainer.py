@@ -22,6 +22,7 @@ from verl.trainer.ppo.metrics import (
     compute_data_metrics,
     compute_throughput_metrics,
     console_line,
+    host_metrics,
     staleness_metrics,
 )
 from verl.trainer.ppo.mismatch import FirstBatch
@@ -319,6 +320,8 @@ class RayPPOTrainer:
         self.records.complete()
         timing = self.timers.pop()
         line = metrics | timing | compute_throughput_metrics(batch, timing, self.config.num_gpus)
+        line |= host_metrics()
+        line["training/total_steps"] = float(self.total)
         line["training/epoch"] = float(self.batches.epoch)
         line["training/policy_version"] = float(self.policy_version)
         self.tracking.log(line, self.step)
