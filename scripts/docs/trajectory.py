@@ -1,10 +1,10 @@
 """Writes docs/trajectory.md, a trajectory of a real run with every part explained.
 
     python scripts/docs/trajectory.py [--check]
-    python scripts/docs/trajectory.py --take RUN/trajectories/train_000003.jsonl:15 --commit C --command "..."
+    python scripts/docs/trajectory.py --take FILE:LINE --commit C --command "..."
 
-The page is made from docs/assets/trajectory.json. `--take` puts another record there: a line of a
-recorded training step that was written with the numbers of its tokens.
+The page is made from docs/assets/trajectory.json. `--take` puts another record there: a line of
+`trajectories/train_*.jsonl` of a run that was written with the numbers of its tokens.
 """
 
 import argparse
@@ -28,84 +28,16 @@ NUMBERS = {
 }
 """Fields of a segment that have a number for each token, and the headings of their columns."""
 
-HEAD = """# A trajectory, explained
-
-Written by `python scripts/docs/trajectory.py` from a record of a real run, [trajectory.json](assets/trajectory.json):
-line {line} of `{file}` of
-
-```console
-$ {command}
-```
-
-at commit {commit}, on {machine}. It is the first command of the [tutorial](tutorial.md); your run will draw other trajectories.
-[Reading trajectories](viewer.md) shows all of a run in a browser; here is one, slowly.
-
-What happened: the question takes two searches. The policy, a model of 0.9 M parameters in its third training step, found the mayor,
-then the mayor's employer, and answered right. The other {others} trajectories of the same question, its *group*, scored
-{other_scores}.
-
-## 1. The prompt
-
-{prompt}
-
-{num_prompt} tokens, given and not trained. The template of the closed world (`setup.template=short`) is one line; the paper's asks for
-`<think>`, `<search>` and `<answer>` in words ([templates](templates.md)).
-
-## 2. What followed
-
-A trajectory is a list of *segments*, each by one author: `model` (sampled by the policy) or `observation` (written by the
-environment). Everything else follows from that list: which tokens are trained, what the reward reads, what the page above shows.
-"""
-
+TEMPLATE = Path(__file__).with_name("trajectory.template.md")
+"""The page, with the names of `facts` in braces."""
 ACTION = {
-    "search": "It thinks, and asks for a search. The engine stops at `</search>`, which is the last token of the turn.",
-    "answer": "It thinks, and answers. `</answer>` ends the trajectory (`stop_reason` is `{stop}`).",
+    "search": "It thinks, and asks for a search. The engine stops at `</search>`, the last token.",
+    "answer": "It thinks, and answers. `</answer>` ends the trajectory: `stop_reason` is `{stop}`.",
 }
-
-OBSERVATION = """The retrieval server got `{query}` and returned {count}, spliced in as it stands below, between
-`<information>` and `</information>`. These {tokens} tokens have **mask 0**: the policy reads them and is never trained to write them.
-They have no log-probs, because nobody sampled them.
-"""
-
-TAIL = """## 3. What the numbers say
-
-| column | meaning |
-|---|---|
-| mask | 1: the loss counts this token. Only tokens that the policy sampled have it (`response_mask`) |
-| log-prob, engine | by vLLM when the token was sampled |
-| log-prob, trainer | by the FSDP actor before the update, over the same ids. The largest gap in this trajectory is {gap}, so both compute the same policy |
-| log-prob, reference | by the model that training began with, for the KL term. Where it is lower the policy has come to prefer the token: most at `{most}` ({most_reference} there, {most_trainer} now) |
-| entropy | of the distribution that the token was drawn from, in nats. It is high where the policy decides (search or answer? which name?) and nearly 0 where a tag goes on |
-| advantage | what the update weighs the token by; positive: make it more likely |
-
-Read more of a run's numbers in [metrics](metrics.md).
-
-## 4. The reward
-
-The reward reads what the policy wrote, nothing else: `{answer}` against the right answers {gold}.
-
-| component | value |
-|---|---|
-{components}
-
-`score` is the weighted sum ([rewards](rewards.md)); here only `em` has a weight, so the others are logged and pay nothing.
-
-## 5. The advantage
-
-GRPO compares a trajectory with its group, the {size} trajectories of the same prompt. Their scores were {scores}.
-
-    advantage = (score - mean) / (standard deviation + 1e-6)
-              = ({score:g} - {mean:g}) / {deviation:.4f} = {advantage:.3f}
-
-One number for the whole trajectory, given to each of its {trained} trained tokens; the {masked} tokens of the observations get
-none. The {others} others of the group each got {other_advantage:.3f}, so their tokens became less likely. A group in which all scores are equal
-teaches nothing: every advantage is 0 ([algorithms](algorithms.md) has what can be done about it, and the other estimators).
-
-## 6. The update
-
-With these columns `policy_loss` of `verl/workers/actor.py` computes, for each token with mask 1, the ratio of new and old
-probability, clips it, and multiplies it by the advantage; the KL to the reference is added. The same happens to all
-trajectories of the step, and the new weights go to the engine before the next one ([architecture](architecture.md#one-training-step)).
+OBSERVATION = """The retrieval server got `{query}` and returned {count}, spliced in as it stands
+below, between `<information>` and `</information>`. These {tokens} tokens have **mask 0**: the
+policy reads them and is never trained to write them. They have no log-probs, because nobody sampled
+them.
 """
 
 
@@ -211,9 +143,8 @@ def facts(shown: dict[str, Any]) -> dict[str, Any]:
 def page() -> str:
     """The whole text of docs/trajectory.md."""
     shown = json.loads(SHOWN.read_text(encoding="utf-8"))
-    named = facts(shown)
-    parts = [HEAD.format(**named), *turns(shown["record"]), TAIL.format(**named)]
-    return "\n".join(parts)
+    told = "\n".join(turns(shown["record"])).rstrip("\n")
+    return TEMPLATE.read_text(encoding="utf-8").format(turns=told, **facts(shown))
 
 
 def take(place: str, commit: str, command: str) -> None:
