@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,21 +52,24 @@ def fresh_copy(folder: Path) -> Path:
 def run(script: str, folder: Path, **env: str) -> tuple[int, str]:
     """Exit status and output of a script; whatever it has started is ended with it."""
     outer = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    process = subprocess.Popen(
-        ["bash", "-c", f"set -euo pipefail\n{script}"],
-        cwd=folder,
-        env={**outer, "VIRTUAL_ENV": sys.prefix, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=1200)
-    finally:
-        if process.poll() is None or os.path.exists(f"/proc/{process.pid}"):
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
+    log = folder / "tutorial.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", f"set -euxo pipefail\n{script}"],
+            cwd=folder,
+            env={**outer, "VIRTUAL_ENV": sys.prefix, **env},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(timeout=1800)
+        except subprocess.TimeoutExpired:
+            status = -1
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return status, log.read_text()
 
 
 def metrics(folder: Path, name: str) -> list[dict[str, float]]:
