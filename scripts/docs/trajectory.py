@@ -162,7 +162,7 @@ def take(place: str, commit: str, command: str) -> None:
         "group_scores": [r["reward"]["score"] for r in records if r["uid"] == record["uid"]],
         "record": record,
     }
-    SHOWN.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+    SHOWN.write_text(json.dumps(shown) + "\n", encoding="utf-8")
 
 
 def main() -> int:
