@@ -24,9 +24,13 @@ if [[ "$(cat "$DOCS_VENV/.stamp" 2>/dev/null)" != "$INPUTS" ]]; then
 fi
 
 export NO_MKDOCS_2_WARNING=1  # what it warns of is in docs/architecture.md
-"$DOCS_VENV/bin/python" scripts/docs/stage.py build/docs_pages
+PYTHON="$DOCS_VENV/bin/python"
+"$PYTHON" scripts/docs/stage.py build/docs_pages
 if [[ "${1:-}" == serve ]]; then
-  exec "$DOCS_VENV/bin/mkdocs" serve --strict --config-file scripts/docs/mkdocs.yml "${@:2}"
+  while sleep 1; do "$PYTHON" scripts/docs/stage.py build/docs_pages; done &
+  trap "kill $!" EXIT
+  "$DOCS_VENV/bin/mkdocs" serve --livereload --config-file scripts/docs/mkdocs.yml "${@:2}"
+  exit
 fi
 "$DOCS_VENV/bin/mkdocs" build --strict --quiet --config-file scripts/docs/mkdocs.yml
 echo "docs: build/docs/index.html, to be opened from the disk or put on any server"

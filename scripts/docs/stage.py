@@ -15,7 +15,6 @@ their targets are on the site.
 
 import posixpath
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -72,9 +71,8 @@ def turned(text: str, path: str, modules: list[str]) -> str:
     return LINK.sub(on_page, text)
 
 
-def stage(folder: Path) -> None:
-    """Writes the pages into a folder, which is emptied first."""
-    shutil.rmtree(folder, ignore_errors=True)
+def pages() -> dict[str, bytes]:
+    """All files of the site, by their path on it."""
     modules = documented_modules()
     files: dict[str, bytes] = {}
     linked: set[str] = set()
@@ -88,13 +86,22 @@ def stage(folder: Path) -> None:
         uri = on_site(path, modules)
         if uri.startswith("source/") and (ROOT / path).is_file():
             files[uri] = (ROOT / path).read_bytes()
-    for module in modules:
-        files[f"api/{module}.md"] = f"# {module}\n\n::: {module}\n".encode()
-    for path in sorted((HERE / "assets").iterdir()):
-        files[f"assets/{path.name}"] = path.read_bytes()
+    files |= {f"api/{m}.md": f"# {m}\n\n::: {m}\n".encode() for m in modules}
+    files |= {f"assets/{path.name}": path.read_bytes() for path in (HERE / "assets").iterdir()}
+    return files
+
+
+def stage(folder: Path) -> None:
+    """Makes a folder hold the pages and nothing else; what did not change is not written."""
+    files = pages()
+    for path in folder.rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in files:
+            path.unlink()
     for uri, content in files.items():
-        (folder / uri).parent.mkdir(parents=True, exist_ok=True)
-        (folder / uri).write_bytes(content)
+        path = folder / uri
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
 
 if __name__ == "__main__":
