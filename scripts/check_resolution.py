@@ -1,7 +1,7 @@
 """Resolves the pinned environments for every supported Python, without installing or downloading
 them.
 
-    python scripts/check_resolution.py [gpu|cpu]
+    python scripts/check_resolution.py [gpu|cpu|docs]
 
 A resolution fails if constraints and requirements contradict each other, or if the constraints do
 not pin a package. The package indexes are those of pip's configuration.
@@ -21,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 PLATFORM = "x86_64-manylinux_2_28"
-EXTRAS = {"gpu": ("gpu", "dev", "dense-gpu"), "cpu": ("cpu", "dev")}
-ELSEWHERE = {"gpu": (), "cpu": ("torch", "torchvision", "torchaudio", "torchcodec")}
+EXTRAS = {"gpu": ("gpu", "dev", "dense-gpu"), "cpu": ("cpu", "dev"), "docs": ("docs",)}
+"""What each file of constraints is for."""
+ELSEWHERE = {"cpu": ("torch", "torchvision", "torchaudio", "torchcodec")}
 """Packages that scripts/setup.sh installs from another index, or removes."""
 FLAGS = {
     "index-url": "--index-url",
@@ -85,7 +86,7 @@ def resolve(
     for extra in EXTRAS[device]:
         command += ["--extra", extra]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
-        for name in ELSEWHERE[device]:
+        for name in ELSEWHERE.get(device, ()):
             # a marker that never holds: left out
             overrides.write(f'{name}; python_version < "3"\n')
         overrides.flush()
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "device", nargs="?", choices=tuple(EXTRAS), help="the environment (default: both)"
+        "device", nargs="?", choices=tuple(EXTRAS), help="the environment (default: all)"
     )
     args = parser.parse_args(argv)
     settings = pip_settings()

@@ -62,10 +62,11 @@ only if `*_micro_batch_size_per_gpu` is set; `actor.entropy_coeff` is 0 unless a
 `rollout.top_p` is 1. [migration.md](migration.md) lists the keys of the original and of verl that
 are known to be others here.
 """
-MIGRATION = """# Coming from the original Search-R1, or from verl
+MIGRATION = """# Every key of Search-R1 and of verl
 
 Written by `python scripts/config_reference.py` from the tables that translate
-(`search_r1/compat.py`, `verl/trainer/compat.py`).
+(`search_r1/compat.py`, `verl/trainer/compat.py`). What else is different, and worked examples:
+[from Search-R1](from_search_r1.md), [from verl](from_verl.md), [from SkyRL](from_skyrl.md).
 
 A command line of the original is taken whole, with its `+`-prefixed keys, when it says so:
 

@@ -31,15 +31,17 @@ from verl.utils.model_names import run_folder_of
 def run_name(model: str) -> str:
     """The name of the run: the path of the model, starting at the name of its run folder.
 
-    This tells the `hf` folders of two runs apart. A model outside of a run folder is named by the
-    last two parts of its path.
+    The `hf` folders in a run folder are left out: the final model of runs/A makes runs/evaluate-A.
+    A model outside of a run folder is named by the last two parts of its path.
 
     >>> run_name("/models/mine/hf"), run_name("Qwen/Qwen2.5-7B")
     ('evaluate-mine--hf', 'evaluate-Qwen--Qwen2.5-7B')
     """
     path = Path(model)
-    run = run_folder_of(path) or path.parent
-    return "evaluate-" + "--".join(path.relative_to(run.parent).parts)
+    run = run_folder_of(path)
+    if run is not None and path.name == "hf":
+        path = path.parent
+    return "evaluate-" + "--".join(path.relative_to((run or path.parent).parent).parts)
 
 
 def model_of(name: str, endpoint: str | None) -> str:

@@ -23,6 +23,7 @@ settings.load_profile("suite")
 
 LONGEST_FILES = (
     "e2e/test_survival.py",
+    "e2e/test_tutorial.py",
     "e2e/test_train.py",
     "e2e/test_evaluate.py",
     "e2e/test_two_nodes.py",

@@ -99,7 +99,7 @@ def test_documented_defaults_are_what_hydra_composes():
 
 def command_lines(page):
     """Configuration and overrides of every whole command line of a page that takes overrides."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    blocks = re.findall(r"```(?:bash|console)\n(.*?)```", page.read_text(), re.DOTALL)
     for line in "".join(blocks).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         overrides = [word for word in words if OVERRIDE.fullmatch(word)]

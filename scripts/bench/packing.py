@@ -126,7 +126,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             row.get("critic", ""),
             row["reason"],
         ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        on_a_line = [" ".join(cell.replace("|", "\\|").split()) for cell in cells]
+        lines.append("| " + " | ".join(on_a_line) + " |")
     return "\n".join(lines)
 
 

@@ -75,7 +75,8 @@ def test_a_checkpoint_is_exported_once_and_then_found(run, capsys):
     assert evaluate.given_overrides("run/global_step_1", None)[0] == first[0]
     assert capsys.readouterr().err == ""
     assert (run / "global_step_1/hf/model.safetensors").stat().st_mtime_ns == made
-    assert evaluate.run_name(f"{run}/global_step_1/hf") == "evaluate-run--global_step_1--hf"
+    assert evaluate.run_name(f"{run}/global_step_1/hf") == "evaluate-run--global_step_1"
+    assert evaluate.run_name(f"{run}/hf") == "evaluate-run"
 
 
 def test_a_finished_run_is_its_model_and_an_endpoint_knows_names_alone(run, capsys):
