@@ -15,7 +15,7 @@ SAID = "VERL_NAMESAKE_SAID"
 """Environment variable that keeps the processes of a run from repeating the warning."""
 CURE = (
     "Use an environment without it: pip uninstall verl, then install search-r1 again "
-    "(pip install --force-reinstall --no-deps search-r1)"
+    "(pip install --force-reinstall --no-deps WHEEL_FILE, or in a clone: bash scripts/setup.sh)"
 )
 
 

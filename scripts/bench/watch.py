@@ -62,7 +62,8 @@ def going_on(run: Path) -> Iterator[Path]:
         copy = Path(folder, run.name)
         copy.mkdir()
         shutil.copy(run / "config.yaml", copy)
-        shutil.copytree(run / "trajectories", copy / "trajectories")
+        if (run / "trajectories").exists():
+            shutil.copytree(run / "trajectories", copy / "trajectories")
         (copy / "metrics.jsonl").touch()
         thread = threading.Thread(target=replay, args=(run, copy, ended))
         thread.start()

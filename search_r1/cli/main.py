@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from search_r1.cli.commands import COMMANDS, SECTIONS
 from search_r1.program import CONSOLE_SCRIPT
@@ -13,7 +14,7 @@ COMPLETE = "_SEARCH_R1_COMPLETE"
 """Environment variable by which a shell asks for completions."""
 OTHER_VERL = (
     "PyPI's verl is installed too, whose package has the same name as a part of this program: pip "
-    "uninstall verl, then pip install --force-reinstall --no-deps search-r1"
+    "uninstall verl, then install this again (pip install --force-reinstall --no-deps WHEEL_FILE)"
 )
 """Said here too, because `verl.namesake` cannot say it where that package was found first."""
 HELP = ("--help", "-h", "help")
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return 2
     sys.argv = [f"{CONSOLE_SCRIPT} {name}", *arguments[1:]]
     try:
-        guard_processes()
+        if hidden := hidden_package():
+            sys.stderr.write(f"error: {hidden}\n")
+            return 2
         return COMMANDS[name].run()
     except ImportError as error:
         if not is_installed("verl"):
@@ -50,16 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         sys.exit(f"error: {error}. {OTHER_VERL}")
 
 
-def guard_processes() -> None:
-    """Keeps what lies in the user's folder from hiding packages of an installed program.
+def hidden_package() -> str | None:
+    """Says which package in the user's folder would hide one of an installed program; None: none.
 
-    A clone of another `verl` there would otherwise be what the processes of a run import. Modules
-    of the user that a configuration names are found all the same (`verl.utils.loading`).
+    The processes of a run look for packages in that folder first, for the sake of the user's own
+    modules, and would import a clone of another `verl` there.
     """
     from verl.utils import places
 
-    if places.is_installed():
-        os.environ.setdefault("PYTHONSAFEPATH", "1")
+    if not places.is_installed():
+        return None
+    for package in ("verl", "search_r1"):
+        found = Path.cwd() / package
+        if found.is_dir() and not found.samefile(places.HOME / package):
+            return (
+                f"{found} would hide the package {package} of this program from the processes of a "
+                "run: go to a folder without one of that name"
+            )
+    return None
 
 
 def help_page() -> str:

@@ -53,6 +53,8 @@ def compared(first: Path | None, other: Path | None) -> dict[str, Any]:
         return {**steps, "rows": rows_of(before, after)}
     except DataError as error:
         return {**steps, "problem": str(error)}
+    except (KeyError, ValueError, OSError) as error:
+        return {**steps, "problem": f"cannot be read: {type(error).__name__}: {error}"}
 
 
 def rows_of(before: Sequence[Record], after: Sequence[Record]) -> list[dict[str, Any]]:

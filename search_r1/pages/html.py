@@ -8,6 +8,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -95,13 +96,30 @@ def page_html(
 
 
 def json_text(value: object) -> str:
-    """JSON in one line, without spaces. Half of a surrogate pair stays an escape."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """JSON in one line, without spaces. Half of a surrogate pair stays an escape.
+
+    A number that is not finite becomes null, because a browser reads no other JSON.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return json_text(without_nonfinite(value))
     try:
         text.encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":"))
     return text
+
+
+def without_nonfinite(value: object) -> object:
+    """The same value with None in the place of every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: without_nonfinite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nonfinite(item) for item in value]
+    return value
 
 
 def packed(text: str) -> str:

@@ -5,7 +5,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from verl.utils.trackers import STEP
 
@@ -14,6 +14,8 @@ STEP_SECONDS = "timing_s/step"
 """What every line of a training step has, and no line of a validation alone."""
 DIGITS = 6
 """Significant digits of a number that a page gets."""
+LARGEST = 2**53
+"""Largest integer that a page can tell from the next."""
 MOST_PROBLEMS = 50
 """Unreadable lines of a file that are kept, each with its reason."""
 EXCERPT = 200
@@ -46,6 +48,7 @@ class MetricsFile:
         """The last line, while its end is missing: it is being written, or was cut off."""
         self._inode = 0
         self._offset = 0
+        self._last_line = b""
         self._num_lines = 0
 
     def poll(self) -> int | None:
@@ -57,7 +60,7 @@ class MetricsFile:
         try:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
-                is_other = status.st_ino != self._inode or status.st_size < self._offset
+                is_other = status.st_ino != self._inode or not self._goes_on(file)
                 had_rows = bool(self.rows)
                 if is_other:
                     self._forget()
@@ -70,10 +73,20 @@ class MetricsFile:
             return -1 if had_rows else None
         return -1 if is_other and had_rows else changed
 
+    def _goes_on(self, file: BinaryIO) -> bool:
+        """Whether the last line that was read still stands where it stood.
+
+        A file that was replaced twice may have the number of the first one.
+        """
+        file.seek(self._offset - len(self._last_line))
+        return file.read(len(self._last_line)) == self._last_line
+
     def _take(self, new: bytes) -> int | None:
         """Reads the complete lines of `new`; the rest is read again with what follows it."""
         *lines, rest = new.split(b"\n")
         self._offset += len(new) - len(rest)
+        if lines:
+            self._last_line = lines[-1] + b"\n"
         changed = [self._add(line) for line in lines]
         self.unfinished = None
         if rest.strip():
@@ -123,7 +136,7 @@ def row_of(line: bytes) -> Row:
 def number_of(value: float | None) -> float | None:
     """A number with few digits; integers stay whole."""
     if value is None or isinstance(value, int):
-        return value
+        return value if value is None or abs(value) <= LARGEST else None
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
@@ -134,10 +147,12 @@ def merge(rows: dict[int, Row], step: int, row: Row) -> None:
     row that it had, and of all rows behind it, which the run has given up. A validation that ended
     after its step is added to the row of that step.
     """
-    if STEP_SECONDS in row and any(STEP_SECONDS in rows[later] for later in rows if later >= step):
-        for later in [later for later in rows if later >= step]:
-            del rows[later]
-    is_last = not rows or step >= next(reversed(rows))
+    is_last = not rows or step > next(reversed(rows))
+    if not is_last and STEP_SECONDS in row:
+        later_steps = [later for later in rows if later >= step]
+        if any(STEP_SECONDS in rows[later] for later in later_steps):
+            for later in later_steps:
+                del rows[later]
     rows[step] = {**rows.get(step, {}), **row}
     if not is_last:
         ordered = sorted(rows.items())

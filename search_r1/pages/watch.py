@@ -9,6 +9,7 @@ written as one file, as the runs are now, and nothing is served.
 
 import argparse
 import asyncio
+import math
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -51,6 +52,8 @@ SHORTEST_S = 0.1
 """Least seconds between two looks at the runs."""
 END_S = 1
 """Seconds that open pages have when the server ends."""
+Page = asyncio.Queue[list[Message] | None]
+"""What an open page is to be told; None ends it."""
 
 
 class Watch:
@@ -68,8 +71,15 @@ class Watch:
 
     def poll(self) -> list[Message]:
         """Looks at the runs, and returns what has changed."""
-        messages = [message for run in self.runs for message in run.poll()]
+        messages = [message for run in self.runs for message in self._look_at(run)]
         return [*messages, *([self._compared()] if self.comparison.poll() else [])]
+
+    def _look_at(self, run: WatchedRun) -> list[Message]:
+        """What has changed in a run. Whatever its folder holds, the other runs are shown."""
+        try:
+            return run.poll()
+        except Exception as error:
+            return run.unreadable(error)
 
     def snapshot(self) -> list[Message]:
         """All that is known, for a page that was just opened."""
@@ -101,45 +111,52 @@ class Feed:
     def __init__(self, watch: Watch, every_s: float) -> None:
         self.watch = watch
         self.every_s = every_s
-        self.pages: set[asyncio.Queue[list[Message] | None]] = set()
-        self.looking = asyncio.Lock()
+        self.pages: set[Page] = set()
+        self.newcomers: list[Page] = []
+        """Pages that were opened since the last look, and know nothing yet."""
+        self.opened = asyncio.Event()
 
     async def follow(self) -> None:
-        """Looks at the runs again and again, while a page is open."""
-        while True:
-            await asyncio.sleep(self.every_s)
-            if self.pages:
-                async with self.looking:
-                    await self._look()
+        """Looks at the runs again and again, while a page is open.
 
-    async def _look(self) -> None:
-        """Looks at the runs once, and tells the open pages."""
-        messages = await asyncio.to_thread(self.watch.poll)
-        if not messages:
-            return
-        for page in list(self.pages):
+        Nobody else looks, so that a page that is closed during a look takes nothing from others.
+        """
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.every_s):
+                    await self.opened.wait()
+            self.opened.clear()
+            if self.pages or self.newcomers:
+                self._tell(await asyncio.to_thread(self.watch.poll))
+
+    def _tell(self, messages: list[Message]) -> None:
+        """Tells open pages what is new, and newcomers all that is known."""
+        for page in list(self.pages) if messages else []:
             if page.qsize() < MOST_WAITING:
                 page.put_nowait(messages)
             else:
                 self.pages.discard(page)
                 page.put_nowait(None)
+        newcomers, self.newcomers = self.newcomers, []
+        for page in newcomers:
+            page.put_nowait(self.watch.snapshot())
+            self.pages.add(page)
 
     async def events(self) -> AsyncIterator[str]:
         """Yields server-sent events: first all that is known, then what changes."""
-        page: asyncio.Queue[list[Message] | None] = asyncio.Queue()
-        async with self.looking:
-            await self._look()
-            page.put_nowait(self.watch.snapshot())
-            self.pages.add(page)
+        page: Page = asyncio.Queue()
+        self.newcomers.append(page)
+        self.opened.set()
         try:
             while (messages := await page.get()) is not None:
                 yield f"data: {json_text(messages)}\n\n"
         finally:
             self.pages.discard(page)
+            self.newcomers = [other for other in self.newcomers if other is not page]
 
     def end(self) -> None:
         """Ends the events of all open pages."""
-        for page in self.pages:
+        for page in (*self.pages, *self.newcomers):
             page.put_nowait(None)
 
 
@@ -200,6 +217,14 @@ def serve(watch: Watch, host: str, port: int, every_s: float) -> None:
             Server(config, feed).run(sockets=[listener])
 
 
+def price(text: str) -> float:
+    """The price that a text tells. Raises ValueError, which argparse reports."""
+    number = float(text)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -217,11 +242,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--every", type=float, default=2.0, metavar="S", help="seconds between looks (default: 2)"
     )
     parser.add_argument(
-        "--device-hour-price", type=float, metavar="X", help="price of an hour of one device"
+        "--device-hour-price", type=price, metavar="X", help="price of an hour of one device"
     )
-    parser.add_argument("--search-price", type=float, metavar="X", help="price of a search")
+    parser.add_argument("--search-price", type=price, metavar="X", help="price of a search")
     parser.add_argument(
-        "--million-tokens-price", type=float, metavar="X", help="of tokens that the policy writes"
+        "--million-tokens-price", type=price, metavar="X", help="of tokens that the policy writes"
     )
     return parser
 

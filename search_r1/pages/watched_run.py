@@ -31,7 +31,8 @@ TRAJECTORY_FILES = 2
 TRAJECTORIES_OF_A_FILE = 5
 MOST_SAMPLES = 900
 """Looks at the retriever that are kept for whoever opens the page later."""
-MOST_ALARMS = 50
+MOST_ALARMS = 20
+"""Alarms of one kind that are listed, the newest."""
 STOPPED = (130, 143)
 """Exit statuses after SIGINT and SIGTERM."""
 
@@ -54,7 +55,6 @@ class WatchedRun:
         self.number = number
         self.prices = prices
         self.metrics = MetricsFile(folder / METRICS)
-        self.status: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
         self.samples: deque[list[float]] = deque(maxlen=MOST_SAMPLES)
         self.retriever: RetrieverState | None = None
@@ -63,6 +63,18 @@ class WatchedRun:
         self._config_time = 0
         self._files: list[tuple[str, int]] = []
         self._progress = self._progress_of_rows()
+        self.status: dict[str, Any] = {
+            **self._progress,
+            "name": name,
+            "folder": str(folder),
+            "state": "lost",
+            "total": None,
+            "eta_s": None,
+            "model": None,
+            "algorithm": None,
+            "alarms": [],
+            "problems": [],
+        }
 
     def poll(self) -> list[Message]:
         """Looks at the folder, and returns what has changed."""
@@ -79,6 +91,15 @@ class WatchedRun:
         if self._read_trajectories():
             messages.append(self._message("trajectories", records=self.records))
         return [*messages, *self._ask_retriever()]
+
+    def unreadable(self, error: Exception) -> list[Message]:
+        """Tells that the folder could not be read this time, and why."""
+        reason = f"the folder cannot be read: {type(error).__name__}: {error}"
+        status = {**self.status, "problems": [reason]}
+        if status == self.status:
+            return []
+        self.status = status
+        return [self._message("status", **status)]
 
     def snapshot(self) -> list[Message]:
         """All that is known, for a page that was just opened."""
@@ -106,6 +127,8 @@ class WatchedRun:
         progress = self._progress
         step, seconds = progress["step"], progress["seconds_per_step"]
         total = progress["total"] or self._setting("trainer", "total_training_steps")
+        if not isinstance(total, int | float):
+            total = None
         state = state_of(self.folder, step, total)
         is_known = state == "running" and seconds and total
         return {
@@ -147,10 +170,10 @@ class WatchedRun:
     def _read_config(self) -> None:
         """Reads the configuration if it has changed."""
         path = self.folder / CONFIG
+        changed = changed_at(path)
+        if changed == self._config_time:
+            return
         try:
-            changed = path.stat().st_mtime_ns
-            if changed == self._config_time:
-                return
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
             if not isinstance(config, dict):
                 raise ValueError("it has no sections")
@@ -170,7 +193,9 @@ class WatchedRun:
         value: Any = self._config
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
-        return value if isinstance(value, str | int | float | list) else None
+        if isinstance(value, list):
+            return [str(item) for item in value]
+        return value if isinstance(value, str | int | float) else None
 
     def _read_trajectories(self) -> bool:
         """Reads the newest trajectories if there are newer ones, and returns whether there are."""
@@ -204,7 +229,7 @@ def state_of(folder: Path, step: int, total: float | None) -> str:
         return "running"
     try:
         status = json.loads((folder / ENDED).read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "finished" if total is not None and step >= total else "lost"
     if status == 0:
         return "finished"
@@ -213,19 +238,25 @@ def state_of(folder: Path, step: int, total: float | None) -> str:
 
 def alarms_of(folder: Path) -> list[dict[str, str]]:
     """What went wrong in the run, as far as its folder tells: `kind` and `text` of each."""
-    found = [
-        {"kind": "collapse", "text": text_of(path)}
-        for path in sorted(folder.glob("alarms/*/alarm.txt"), key=changed_at)
-    ]
-    for number, entry in enumerate(roll_backs_of(folder / ROLL_BACKS), 1):
-        found.append({"kind": "roll-back", "text": f"{number}: {roll_back_text(entry)}"})
-    for line in lines_of(folder / RESTARTS):
-        found.append({"kind": "restart", "text": restart_text(line)})
-    for path in sorted(folder.glob("nonfinite/*.pt")):
-        found.append({"kind": "not finite", "text": f"a batch was kept: {path.name}"})
-    for path in sorted(folder.glob("stacks/*")):
-        found.append({"kind": "hang", "text": f"stacks were kept: {path.name}"})
-    return found[-MOST_ALARMS:]
+    roll_backs = enumerate(roll_backs_of(folder / ROLL_BACKS), 1)
+    texts = {
+        "collapse": [
+            text_of(path) for path in sorted(folder.glob("alarms/*/alarm.txt"), key=changed_at)
+        ],
+        "roll-back": [f"{number}: {roll_back_text(entry)}" for number, entry in roll_backs],
+        "restart": [restart_text(line) for line in lines_of(folder / RESTARTS)],
+        "not finite": [
+            f"a batch was kept: {path.name}" for path in sorted(folder.glob("nonfinite/*.pt"))
+        ],
+        "hang": [f"stacks were kept: {path.name}" for path in sorted(folder.glob("stacks/*"))],
+    }
+    return [{"kind": kind, "text": text} for kind in texts for text in newest_of(texts[kind])]
+
+
+def newest_of(texts: Sequence[str]) -> list[str]:
+    """The last MOST_ALARMS texts, behind a line that says how many there are more."""
+    more = len(texts) - MOST_ALARMS
+    return [*([f"{more} more, before these"] if more > 0 else []), *texts[-MOST_ALARMS:]]
 
 
 def roll_backs_of(path: Path) -> Sequence[object]:
@@ -235,7 +266,7 @@ def roll_backs_of(path: Path) -> Sequence[object]:
         return []
     try:
         entries = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [text]
     return entries if isinstance(entries, list) else [entries]
 
@@ -253,7 +284,7 @@ def restart_text(line: str) -> str:
         entry = json.loads(line)
         how = entry["signal"] if "signal" in entry else f"status {entry['status']}"
         return f"{entry['time']}: ended by {how}, went on after step {entry['step']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"not a restart: {excerpt_of(line)}"
 
 

@@ -80,12 +80,13 @@ def test_its_commands_work_in_an_empty_folder_and_leave_it_empty(installed, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_clone_of_another_verl_in_the_folder_hides_nothing(installed, tmp_path):
-    other = tmp_path / "verl" / "__init__.py"
-    other.parent.mkdir()
-    other.write_text("raise ImportError('the package in the folder')")
-    job = ["train", "experiment=closed_world/grpo", "--cfg", "job"]
-    assert "closed_world" in run(installed, tmp_path, "-m", "search_r1.cli", *job)
+def test_a_package_in_the_folder_that_would_hide_its_own_is_refused(installed, tmp_path):
+    (tmp_path / "verl").mkdir()
+    with pytest.raises(AssertionError, match="verl would hide the package verl of this program"):
+        run(installed, tmp_path, "-m", "search_r1.cli", "train")
+
+
+def test_modules_of_the_user_are_found_in_the_folder(installed, tmp_path):
     (tmp_path / "my_reward.py").write_text("class Mine: ...")
     code = "from verl.utils.loading import load_class as c; print(c('my_reward.Mine', 'reward'))"
     assert "my_reward.Mine" in run(installed, tmp_path, "-c", code)

@@ -228,7 +228,12 @@ def test_a_run_that_is_just_ending_is_waited_for(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     with ExitStack() as ending:
         ending.enter_context(held(tmp_path))
-        monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: ending.close())
+
+        def sleep(seconds: float) -> None:
+            if seconds > 0.1:  # it was told before
+                ending.close()
+
+        monkeypatch.setattr(run_folder.time, "sleep", sleep)
         with held(tmp_path):
             assert "waiting up to 60 s for its end" in caplog.text
 
@@ -248,3 +253,9 @@ def test_a_folder_is_in_use_while_a_run_holds_it(tmp_path):
         assert in_use(tmp_path)
     assert not in_use(tmp_path)
     assert not in_use(tmp_path)  # to ask leaves no lock behind
+
+
+def test_a_run_that_takes_the_folder_removes_how_the_one_before_ended(tmp_path):
+    (tmp_path / run_folder.ENDED).write_text("{}")
+    with held(tmp_path):
+        assert not (tmp_path / run_folder.ENDED).exists()

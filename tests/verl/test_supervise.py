@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import family, wait_for
+from verl.utils.run_folder import held
 
 ROOT = Path(__file__).parents[2]
 SUPERVISOR = ROOT / "tests" / "programs" / "supervisor.py"
@@ -99,10 +100,19 @@ def test_other_ends_are_final(tmp_path, start, status):
 
 @pytest.mark.parametrize("status", [1, 137])
 def test_the_run_folder_says_how_the_run_ended(tmp_path, start, status):
-    (tmp_path / "ended.json").write_text("of an earlier start")
     end(start(f"exits_{status}"))
     told = json.loads((tmp_path / "ended.json").read_text())
     assert told["status"] == status and datetime.fromisoformat(told["time"]).tzinfo is UTC
+
+
+def test_a_start_that_was_refused_leaves_what_the_folder_says(tmp_path, start):
+    (tmp_path / "ended.json").write_text("of the run before")
+    end(start("exits_1"))
+    assert (tmp_path / "ended.json").read_text() == "of the run before"
+    (tmp_path / "ended.json").unlink()
+    with held(tmp_path):
+        end(start("exits_1"))
+    assert not (tmp_path / "ended.json").exists()
 
 
 def test_no_restart_where_none_is_wanted(tmp_path, start):

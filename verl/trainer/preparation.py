@@ -153,8 +153,9 @@ def keep_lines(log: IO[str]) -> None:
 def start_ray(config: PPOConfig) -> None:
     """Starts a local Ray, or joins the cluster at `trainer.ray_address`.
 
-    Engines and ranks work at the niceness of this process. Ray's default for them is 15, at which
-    any other busy process of the machine takes nearly all of their time.
+    Engines and ranks of a local Ray work at the niceness of this process. Ray's default for them is
+    15, at which any other busy process of the machine takes nearly all of their time. On a cluster
+    the environment of its nodes decides (docs/multinode.md).
     """
     os.environ.setdefault(NICENESS, "0")
     address = config.trainer.ray_address

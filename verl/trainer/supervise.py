@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from verl.utils.processes import (
     kill_session,
     session_over,
 )
-from verl.utils.run_folder import ENDED, LATEST, RESTARTS, write_atomically
+from verl.utils.run_folder import ENDED, LATEST, RESTARTS, in_use, write_atomically
 from verl.utils.webhook import webhook_of
 
 logger = logging.getLogger(__name__)
@@ -76,10 +75,8 @@ def supervise(
     minute. SIGINT and SIGTERM are passed on, and there is no restart after them; `grace_s` seconds
     after the second signal the session of the command is killed. `meanwhile` is called about once a
     second while the command runs, `tell` with a title and a text when the run is given up. How it
-    ended is written to `run_dir`.
+    ended is written to `run_dir`, unless it was refused there.
     """
-    with suppress(OSError):
-        (Path(run_dir) / ENDED).unlink()
     status = supervise_until_its_end(
         command, run_dir, max_restarts, pause_s, grace_s, meanwhile, tell
     )
@@ -205,9 +202,13 @@ def record(run_dir: str, returncode: int, step: int) -> None:
 
 
 def record_end(run_dir: str, status: int) -> None:
-    """Writes the exit status to ended.json, unless the run ended before it had a folder."""
+    """Writes the exit status to ended.json.
+
+    A run that ended before it held the folder (`run_folder.held`) leaves what is said of the run
+    before, or of the one that is using the folder.
+    """
     folder = Path(run_dir)
-    if not folder.is_dir():
+    if not folder.is_dir() or (folder / ENDED).exists() or in_use(folder):
         return
     try:
         write_atomically(folder / ENDED, json.dumps({"time": now(), "status": status}) + "\n")

@@ -77,8 +77,12 @@ export class Chart {
     const isZoomed = this.isZoomed();
     this.read = read;
     this.data = data;
-    if (this.plot && shape === this.shape) this.plot.setData(data, !isZoomed);
-    else this.make(data, series, unit, more);
+    if (this.plot && shape === this.shape) {
+      this.plot.setData(data, !isZoomed);
+      if (isZoomed) this.plot.redraw();
+    } else {
+      this.make(data, series, unit, more);
+    }
     this.shape = shape;
     this.say(null);
   }

@@ -67,6 +67,16 @@ def test_a_file_that_was_replaced_is_read_anew(run, file):
     assert scores(file) == {1: 0.7}
 
 
+def test_a_file_with_the_number_of_the_one_before_is_read_anew(run, file):
+    """A file that is replaced twice may get the number of the first one back."""
+    lines = [validation_line(0, 0.1), *(step_line(step, 0.9) for step in range(1, 9))]
+    number = file.path.stat().st_ino
+    file.path.write_text("".join(lines))
+    assert file.path.stat().st_ino == number
+    assert file.poll() == -1
+    assert set(scores(file).values()) == {0.9} and len(scores(file)) == 8
+
+
 def test_a_file_that_became_shorter_is_read_anew(run, file):
     (run / "metrics.jsonl").write_text(step_line(1, 0.7))
     assert file.poll() == -1
@@ -115,9 +125,9 @@ def test_a_line_of_something_else_is_told_and_left_out(run, file, line, reason):
 
 def test_what_is_no_number_is_left_out_and_what_is_not_finite_is_none(run, file):
     values = {"training/global_step": 4, "a": "x", "b": [1], "c": True, "d": None, "e": 1 / 3}
-    append(run, json.dumps({**values, "f": float("inf")}) + "\n")
+    append(run, json.dumps({**values, "f": float("inf"), "g": 10**400}) + "\n")
     file.poll()
-    assert file.rows[4] == {"d": None, "e": 0.333333, "f": None}
+    assert file.rows[4] == {"d": None, "e": 0.333333, "f": None, "g": None}
 
 
 def test_many_unreadable_lines_are_counted(run, file):

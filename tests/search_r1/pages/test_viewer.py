@@ -87,3 +87,8 @@ def test_where_there_is_nothing_to_show_the_command_says_so(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     assert main([str(run), "--step", "99"]) == 1
     assert "no trajectory records" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_null_to_a_browser():
+    value = {"a": [float("nan"), 1.5, (float("-inf"),)], "b": "NaN"}
+    assert json_text(value) == '{"a":[null,1.5,[null]],"b":"NaN"}'

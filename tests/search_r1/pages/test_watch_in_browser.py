@@ -8,6 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
+from search_r1.pages import retriever_state
 from search_r1.pages.access import Access
 from search_r1.pages.cost import Prices
 from search_r1.pages.watch import Feed, Watch, main, make_app
@@ -200,7 +201,10 @@ def test_alarms_and_lines_that_cannot_be_read_are_shown_as_such(browser, runs):
 
 
 @needs_browser
-def test_what_retrieval_servers_have_to_do_is_shown_while_they_answer(browser, tmp_path):
+def test_what_retrieval_servers_have_to_do_is_shown_while_they_answer(
+    browser, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(retriever_state, "TIMEOUT_S", 60)
     with serving(metrics_app([(10, 1.0), (14, 2.0)])) as address:
         folder = make_run(tmp_path / "run", [0.1], url=f"{address}/retrieve")
         with held(folder), live(browser, [folder]) as page:

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 
 from search_r1.evaluation.report import trajectories_at
+from search_r1.pages import retriever_state
 from search_r1.pages.comparison import Comparison
 from search_r1.pages.cost import Prices, cost_of
 from search_r1.pages.retriever_state import RetrieverState
@@ -135,7 +136,21 @@ def test_the_newest_trajectories_are_told_when_they_are_written(tmp_path):
     assert message["records"][0]["content"]["problem"].startswith("not JSON")
 
 
-def test_the_retrieval_server_is_asked_while_the_run_goes_on(tmp_path):
+def test_many_alarms_of_a_kind_hide_none_of_another(tmp_path):
+    folder = make_run(tmp_path / "run", [0.1])
+    (folder / "alarms" / "step_1").mkdir(parents=True)
+    (folder / "alarms" / "step_1" / "alarm.txt").write_text("the entropy fell")
+    (folder / "nonfinite").mkdir()
+    for number in range(60):
+        (folder / "nonfinite" / f"actor_{number:02}.pt").touch()
+    alarms = status_of(watched(folder))["alarms"]
+    assert alarms[0] == {"kind": "collapse", "text": "the entropy fell"}
+    assert alarms[1] == {"kind": "not finite", "text": "40 more, before these"}
+    assert alarms[-1]["text"] == "a batch was kept: actor_59.pt" and len(alarms) == 22
+
+
+def test_the_retrieval_server_is_asked_while_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(retriever_state, "TIMEOUT_S", 60)
     app = metrics_app([(10, 1.0), (14, 2.0), (2, 0.5)])
     with serving(app) as address:
         folder = make_run(tmp_path / "run", [0.1], url=f"{address}/retrieve")

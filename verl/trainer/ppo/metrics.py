@@ -82,12 +82,13 @@ def compute_throughput_metrics(
 def host_metrics(meminfo: Path = MEMINFO) -> dict[str, float]:
     """Memory of the driver's machine that is in use, by all programs, in GB of 1e9 bytes.
 
-    It is unknown, and left out, where the system has no such file.
+    It is left out where the system does not tell it.
     """
-    if not meminfo.exists():
+    try:
+        lines = dict(line.partition(":")[::2] for line in meminfo.read_text().splitlines())
+        total, available = (int(lines[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError, ValueError, IndexError):
         return {}
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    total, available = (int(lines[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
     return {"perf/cpu_memory_used_gb": (total - available) * 1024 / 1e9}
 
 
