@@ -14,10 +14,15 @@ fail() { echo "docs: $1" >&2; exit 1; }
 [[ $# == 0 || "$1" == serve ]] || fail "'$1': nothing, to build the site, or serve, to look at it while you write"
 if [[ "$(cat "$DOCS_VENV/.stamp" 2>/dev/null)" != "$INPUTS" ]]; then
   echo "docs: installing into $DOCS_VENV (once, half a minute)"
+  found=""
   for name in python3.12 python3.11 python3.13 python3 python; do
-    if "$name" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then break; fi
+    if "$name" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+      found="$name"
+      break
+    fi
   done
-  "$name" -m venv "$DOCS_VENV" || fail "Python 3.11, 3.12 or 3.13 with venv and ensurepip is needed"
+  [[ -n "$found" ]] || fail "Python 3.11, 3.12 or 3.13 with venv and ensurepip is needed"
+  "$found" -m venv "$DOCS_VENV"
   "$DOCS_VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$PINS" -e '.[docs]' \
     || fail "the packages could not be installed"
   echo "$INPUTS" > "$DOCS_VENV/.stamp"

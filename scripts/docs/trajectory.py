@@ -4,7 +4,9 @@
     python scripts/docs/trajectory.py --take FILE:LINE --commit C --command "..."
 
 The page is made from docs/assets/trajectory.json. `--take` puts another record there: a line of
-`trajectories/train_*.jsonl` of a run that was written with the numbers of its tokens.
+`trajectories/train_*.jsonl` of a run that was written with the numbers of its tokens. All others
+of its group must have one score. The paragraph "What happened" in `trajectory.template.md` tells
+of the present record, and is to be written anew for another.
 """
 
 import argparse
@@ -97,6 +99,8 @@ def facts(shown: dict[str, Any]) -> dict[str, Any]:
     score = record["reward"]["score"]
     others = list(scores)
     others.remove(score)
+    if len(set(others)) != 1:
+        raise ValueError(f"the page tells of one advantage, and the others scored {others}")
     mean, deviation = statistics.mean(scores), statistics.stdev(scores)
     written = [s for s in record["segments"] if s["source"] == "model"]
     read = [s for s in record["segments"] if s["source"] == "observation"]
@@ -175,6 +179,8 @@ def main() -> int:
     parser.add_argument("--commit", help="with --take: the commit of its run")
     parser.add_argument("--command", help="with --take: the command of its run")
     args = parser.parse_args()
+    if args.take and not (args.commit and args.command):
+        parser.error("--take: --commit and --command are needed too, because the page names them")
     if args.take:
         take(args.take, args.commit, args.command)
     if args.check:
