@@ -186,6 +186,10 @@ def plug_in(memory: Memory, uuid: Callable[[], str], log: Callable[..., None]) -
     torch.cuda.empty_cache = empty_cache
     torch.cuda.ipc_collect = lambda: None
     torch.cuda.memory_allocated = lambda device=None: memory.allocated
+    torch.cuda.max_memory_allocated = lambda device=None: memory.peak
+    torch.cuda.max_memory_reserved = lambda device=None: memory.reserved
+    # the rehearsal takes the peak after every call itself
+    torch.cuda.reset_peak_memory_stats = lambda device=None: None
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device="cuda": None
     torch.cuda.is_current_stream_capturing = lambda: False
