@@ -97,6 +97,8 @@ def test_memory_of_the_machine_is_what_is_not_available(tmp_path):
     meminfo.write_text("MemTotal:  4000000 kB\nMemFree:  1 kB\nMemAvailable:  1000000 kB\n")
     assert host_metrics(meminfo) == {"perf/cpu_memory_used_gb": 3.072}
     assert host_metrics(tmp_path / "none") == {}
+    meminfo.write_text("MemTotal:  4000000 kB\nsomething else\n")
+    assert host_metrics(meminfo) == {}
 
 
 def test_peak_memory_is_of_a_gpu_alone_and_begins_anew(monkeypatch):

@@ -85,8 +85,9 @@ def host_metrics(meminfo: Path = MEMINFO) -> dict[str, float]:
     It is left out where the system does not tell it.
     """
     try:
-        lines = dict(line.partition(":")[::2] for line in meminfo.read_text().splitlines())
-        total, available = (int(lines[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+        lines = (line.partition(":") for line in meminfo.read_text().splitlines())
+        values = {name: value for name, _, value in lines}
+        total, available = (int(values[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError, IndexError):
         return {}
     return {"perf/cpu_memory_used_gb": (total - available) * 1024 / 1e9}
