@@ -15,6 +15,16 @@ from html import escape
 from importlib.resources import files
 
 ASSETS = files("search_r1.pages") / "assets"
+TRAJECTORY_MODULES = (
+    "dom.js",
+    "theme.js",
+    "data.js",
+    "parts.js",
+    "tokens.js",
+    "passages.js",
+    "trajectory.js",
+)
+"""What shows a trajectory, on whatever page, in the order in which they need each other."""
 IMPORT = re.compile(r"^import\s[^;]*?from\s+\"\./[\w.]+\";\n", re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|class) )", re.MULTILINE)
 

@@ -91,7 +91,7 @@ class MetricsFile:
         self.unfinished = None
         if rest.strip():
             reason = "its end is missing: it is being written, or was cut off"
-            self.unfinished = UnreadableLine(self._num_lines + 1, reason, excerpt_of(rest))
+            self.unfinished = UnreadableLine(self._num_lines + 1, reason, beginning_of(rest))
         return min((step for step in changed if step is not None), default=None)
 
     def _add(self, line: bytes) -> int | None:
@@ -104,7 +104,7 @@ class MetricsFile:
         except ValueError as error:
             self.num_problems += 1
             if len(self.problems) < MOST_PROBLEMS:
-                found = UnreadableLine(self._num_lines, str(error), excerpt_of(line))
+                found = UnreadableLine(self._num_lines, str(error), beginning_of(line))
                 self.problems.append(found)
             return None
         step = int(row.pop(STEP) or 0)
@@ -160,7 +160,7 @@ def merge(rows: dict[int, Row], step: int, row: Row) -> None:
         rows.update(ordered)
 
 
-def excerpt_of(line: bytes) -> str:
+def beginning_of(line: bytes) -> str:
     """The beginning of a line as text."""
     return line[:EXCERPT].decode("utf-8", errors="replace")
 

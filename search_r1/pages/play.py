@@ -28,19 +28,13 @@ from search_r1.evaluate import given_overrides
 from search_r1.infer import config_for_answering
 from search_r1.launch import composed, free_port, prepare_and_serve
 from search_r1.pages.access import LOOPBACK, Access, address_of, guarded_app
-from search_r1.pages.html import json_text, packed, page_html
+from search_r1.pages.html import TRAJECTORY_MODULES, json_text, packed, page_html
 from search_r1.program import described, program_name
 from verl.utils.errors import ConfigError, DataError, ModelError
 from verl.utils.processes import dying_with_this
 
 MODULES = (
-    "dom.js",
-    "theme.js",
-    "data.js",
-    "parts.js",
-    "tokens.js",
-    "passages.js",
-    "trajectory.js",
+    *TRAJECTORY_MODULES,
     "events.js",
     "edit.js",
     "play.js",

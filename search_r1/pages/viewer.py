@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from search_r1.pages.html import json_text, packed, page_html
+from search_r1.pages.html import TRAJECTORY_MODULES, json_text, packed, page_html
 from search_r1.pages.records import Entry, read_entries, shown
 from search_r1.program import program_name
 from verl.utils.errors import DataError
@@ -25,15 +25,9 @@ CHUNK = 256 * 1024
 PAGE = 48 * 1024 * 1024
 """Bytes of packed trajectories after which another page begins."""
 MODULES = (
-    "dom.js",
-    "theme.js",
-    "data.js",
+    *TRAJECTORY_MODULES,
     "filters.js",
     "list.js",
-    "parts.js",
-    "tokens.js",
-    "passages.js",
-    "trajectory.js",
     "compare.js",
     "viewer.js",
 )

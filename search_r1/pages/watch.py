@@ -24,20 +24,14 @@ from fastapi.responses import StreamingResponse
 from search_r1.pages.access import LOOPBACK, Access, address_of, guarded_app
 from search_r1.pages.comparison import Comparison
 from search_r1.pages.cost import Prices
-from search_r1.pages.html import json_text, packed, page_html
+from search_r1.pages.html import TRAJECTORY_MODULES, json_text, packed, page_html
 from search_r1.pages.watched_run import Message, WatchedRun, unique_names
 from search_r1.program import described, program_name
 from verl.utils.errors import DataError
 
 MODULES = (
     "uplot.js",
-    "dom.js",
-    "theme.js",
-    "data.js",
-    "parts.js",
-    "tokens.js",
-    "passages.js",
-    "trajectory.js",
+    *TRAJECTORY_MODULES,
     "series.js",
     "charts.js",
     "timers.js",
