@@ -1,5 +1,6 @@
 """The fixtures that tests of several folders share, and what is skipped on a GPU."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from verl.trainer.schema import register_models
 from verl.utils.device import has_cuda_engine
 
 TESTS = Path(__file__).parent
+
+# where a test starts Ray itself; at Ray's niceness of 15 whatever runs beside it starves it
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 register_models()  # tests compose with Hydra itself
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,12 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.processes import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[2]
+TAIL_LINES = 60
+LOGS = ("logs/console.log", "stacks/*.txt")
+"""Below a run folder: what engines and ranks wrote, and where they hung."""
 QUESTIONS = [
     "Where was Ada Marin born",
     "In which country lies Torvel",
@@ -116,11 +122,30 @@ def start(
     )
 
 
-def train(config: str, overrides: list[str], timeout: float = 420) -> tuple[int, str]:
-    """Exit status and output of a whole run."""
+def train(config: str, overrides: list[str]) -> tuple[int, str]:
+    """Exit status and output of a whole run. One that hangs is killed and its logs are shown."""
     run = start(config, overrides)
-    output, _ = run.communicate(timeout=timeout)
+    try:
+        output, _ = run.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired as hang:
+        os.killpg(run.pid, signal.SIGKILL)
+        values = dict(override.split("=", 1) for override in overrides)
+        for path, lines in tails_of_logs(Path(values["trainer.default_local_dir"])).items():
+            hang.add_note(f"{path}\n{lines}")
+        raise
     return run.returncode, output
+
+
+def tails_of_logs(folder: Path) -> dict[str, str]:
+    """The last lines of the logs of all run folders below a folder, by path."""
+    paths = sorted(path for pattern in LOGS for path in folder.glob(f"**/{pattern}"))
+    return {str(path): tail(path) for path in paths}
+
+
+def tail(path: Path) -> str:
+    """The last lines of a text file."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-TAIL_LINES:])
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from search_r1.launch import free_port
 from search_r1.search.engines import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import arguments, metrics, start, train
-from tests.processes import wait_for
+from tests.processes import PATIENCE_S, wait_for
 from tests.retrieval import retrieval_server
 from verl.rollout.vllm_server import VLLMServer
 from verl.workers.config import ModelConfig, RolloutConfig
@@ -60,9 +60,9 @@ def test_a_retriever_that_dies_mid_step_loses_nothing(tmp_path, world):
     port = free_port()
     with retrieval_server(world, port=port) as (url, server):
         run = start("grpo", settings(tmp_path, world, url, 500))
-        wait_for(lambda: len(metrics(tmp_path)) >= 3 or run.poll() is not None, 600)
+        wait_for(lambda: len(metrics(tmp_path)) >= 3 or run.poll() is not None)
         server.kill()
-        output, _ = run.communicate(timeout=120)
+        output, _ = run.communicate(timeout=PATIENCE_S)
     assert run.returncode != 0
     for part in ("trajectories failed", url, "run the same command again to resume"):
         assert part in output, output[-3000:]

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from search_r1.prompts import INVALID_ACTION, build_prompt
 from tests.e2e.runs import ROOT
 from tests.openai_server import Player
+from tests.processes import PATIENCE_S
 from tests.retrieval import serving
 from tests.templates import make_family_tokenizer
 from verl.trainer.driver import run_ppo
@@ -387,7 +388,7 @@ def test_the_command_evaluates_an_endpoint_and_reports(tmp_path, questions, retr
         ]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S
         )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| tale | 4 | 1.000 |" in done.stdout

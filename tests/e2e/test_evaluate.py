@@ -12,6 +12,7 @@ from search_r1.evaluation import report
 from search_r1.search.engines import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import ROOT, arguments
+from tests.processes import PATIENCE_S
 from tests.retrieval import retrieval_server
 from tests.trained import make_run
 from verl.workers.config import ModelConfig
@@ -53,7 +54,9 @@ def evaluate(folder, world, url, **more):
     }
     command = [sys.executable, "-m", "verl.trainer.main_eval", *arguments(folder, BASE, **settings)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S
+    )
 
 
 def test_a_model_is_evaluated_and_what_was_cut_off_is_asked_again(tmp_path, world, capsys):
@@ -116,7 +119,7 @@ def test_a_checkpoint_is_evaluated_by_its_name(tmp_path, world):
         command = [sys.executable, "-m", "search_r1.evaluate", "mine/best", *settings]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S
         )
     assert done.returncode == 0, done.stderr[-3000:]
     identity = json.loads((out / "evaluation.meta.json").read_text())

@@ -17,6 +17,7 @@ from search_r1.finetune import answer_rows
 from search_r1.search.engines import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import ROOT
+from tests.processes import PATIENCE_S
 from tests.retrieval import retrieval_server
 from tests.templates import make_family_tokenizer
 from verl.utils.dataset import read_parquet, read_questions
@@ -58,7 +59,9 @@ def finetune(folder, world, url, *overrides):
     ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "search_r1.finetune", *settings]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S
+    )
 
 
 def test_answers_are_learned_and_a_finished_round_is_not_repeated(tmp_path, world):

@@ -14,6 +14,7 @@ from search_r1 import infer
 from search_r1.prompts import build_prompt
 from tests.e2e.runs import ROOT
 from tests.openai_server import Player
+from tests.processes import PATIENCE_S
 from tests.retrieval import serving, write_lines
 from tests.trained import make_run
 from verl.utils.errors import DataError
@@ -135,7 +136,7 @@ def test_a_real_engine_answers_from_a_checkpoint(retriever, tmp_path):
         env=env,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("<think>") and " searches, " in done.stdout.splitlines()[-1]

@@ -17,7 +17,7 @@ import pytest
 from search_r1.launch import free_port
 from tests.e2e.runs import CORPUS, QUESTIONS, arguments, metrics, start
 from tests.models import make_tiny_qwen2
-from tests.processes import family, wait_for
+from tests.processes import PATIENCE_S, family, wait_for
 from tests.retrieval import retrieval_server, write_corpus
 from verl.protocol import DataProto
 from verl.utils.dataset import ResumableSampler
@@ -59,7 +59,7 @@ class Run:
         ]
 
     def reached(self, step):
-        wait_for(lambda: step in self.steps() or self.process.poll() is not None, 600)
+        wait_for(lambda: step in self.steps() or self.process.poll() is not None)
         assert step in self.steps(), self.output[-3000:]
 
     def pids(self, name):
@@ -77,7 +77,7 @@ class Run:
 
     def kill(self, name, which=0):
         """SIGKILL for such a process, by age."""
-        wait_for(lambda: len(self.pids(name)) > which, 120)
+        wait_for(lambda: len(self.pids(name)) > which)
         os.kill(self.pids(name)[which], signal.SIGKILL)
 
     def kill_everything(self):
@@ -90,8 +90,8 @@ class Run:
             self.process.poll()
 
     def ends(self, status=0):
-        assert self.process.wait(900) == status, self.output[-4000:]
-        wait_for(lambda: not self.alive(), 20)  # no orphan, no Ray
+        assert self.process.wait(PATIENCE_S) == status, self.output[-4000:]
+        wait_for(lambda: not self.alive())  # no orphan, no Ray
 
 
 def prompts(folder):
@@ -227,7 +227,7 @@ def test_every_part_is_killed_in_turn(tmp_path, model):
             run.reached(step - 1)
             began = tmp_path / "began"
             log = tmp_path / "run/metrics.jsonl"
-            wait_for(lambda: began.stat().st_mtime_ns > log.stat().st_mtime_ns, 120)
+            wait_for(lambda: began.stat().st_mtime_ns > log.stat().st_mtime_ns)
 
         in_the_middle_of(2)
         run.kill("VLLMServer")
@@ -276,8 +276,7 @@ def test_asked_to_stop(tmp_path, model):
                 wait_for(
                     lambda: (
                         "finishing the step under way" in run.output.rpartition("resuming after")[2]
-                    ),
-                    20,
+                    )
                 )
             run.ends(128 + signals[0])
             return run.steps()[-1]

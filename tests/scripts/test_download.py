@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI, Request, Response
 
+from tests.processes import PATIENCE_S
 from tests.retrieval import serving
 
 pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
@@ -108,7 +109,7 @@ def download(hub, folder, *flags):
         "PATH": "/usr/bin:/bin",
     }
     command = [sys.executable, str(SCRIPT), "--save_path", str(folder / "data"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE_S)
 
 
 def test_everything_is_joined_unpacked_and_there_once(hub, tmp_path):

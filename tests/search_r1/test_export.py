@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from search_r1 import evaluate, export
 from tests.models import make_tiny_qwen2
+from tests.processes import PATIENCE_S
 from tests.trained import make_run
 from verl.utils.places import root
 from verl.workers.config import ModelConfig
@@ -57,7 +58,7 @@ def test_the_command_runs_anywhere_and_says_what_is_wrong(run):
     command = [sys.executable, "-m", "search_r1.export", "run/global_step_3"]
     env = {**os.environ, "PYTHONPATH": str(root())}
     done = subprocess.run(
-        command, cwd=run.parent, env=env, capture_output=True, text=True, timeout=100
+        command, cwd=run.parent, env=env, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr == (

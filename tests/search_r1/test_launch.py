@@ -27,7 +27,7 @@ from search_r1.launch import (
 )
 from search_r1.launch import launch as launch_command
 from search_r1.world.generate import FILES, OPTIONS_FILE, WorldConfig
-from tests.processes import family, wait_for
+from tests.processes import PATIENCE_S, family, wait_for
 from tests.retrieval import write_corpus
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
@@ -185,7 +185,7 @@ def test_a_killed_server_comes_back_at_its_address(tmp_path, launch):
     launcher = launch("searches_until_answered")
     os.kill(server_of(tmp_path), signal.SIGKILL)
     (tmp_path / "killed").touch()
-    output, _ = launcher.communicate(timeout=60)
+    output, _ = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 0
     assert "the retrieval server ended (status 137): restart 1 of 10" in output
 
@@ -194,7 +194,7 @@ def test_a_signal_reaches_the_program_once_and_the_server_stays_until_its_end(tm
     launcher = launch("searches_after_a_signal")
     server_of(tmp_path)
     os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
-    output, _ = launcher.communicate(timeout=60)
+    output, _ = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 130, output
     assert "Traceback" not in output
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed import run_ranks
 from tests.models import make_tiny_qwen2
+from tests.processes import PATIENCE_S
 from tests.verl.batches import ragged_batch
 from tests.verl.workers import Workers, build, save
 from verl.single_controller.decorator import Dispatch, dispatch
@@ -370,7 +371,7 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, model):
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import family, wait_for
+from tests.processes import PATIENCE_S, family, wait_for
 from verl.utils.run_folder import held
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def start(tmp_path):
 
 
 def end(supervisor: "subprocess.Popen[str]") -> tuple[int, str]:
-    output, _ = supervisor.communicate(timeout=60)
+    output, _ = supervisor.communicate(timeout=PATIENCE_S)
     return supervisor.returncode, output
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+from tests.processes import PATIENCE_S
 from verl.trainer.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
@@ -66,5 +67,5 @@ def test_a_hanging_driver_leaves_with_the_status_that_is_restarted(tmp_path):
         "with Watchdog(0.2, sys.argv[1]) as watchdog:\n"
         "    watchdog.beat('update_weights'); time.sleep(600)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=PATIENCE_S)
     assert done.returncode == 75

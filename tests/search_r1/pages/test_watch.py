@@ -16,7 +16,7 @@ from search_r1.pages.access import Access
 from search_r1.pages.cost import Prices
 from search_r1.pages.watch import Feed, Watch, main, make_app
 from search_r1.pages.watched_run import Message
-from tests.processes import wait_for
+from tests.processes import PATIENCE_S, wait_for
 from tests.retrieval import serving
 from tests.search_r1.pages.made_runs import append, make_run, step_line
 
@@ -153,5 +153,5 @@ def test_the_command_serves_until_it_is_interrupted_and_ends_without_a_word(runs
         with client.stream("GET", "/events") as answer:
             assert next(answer.iter_lines()).startswith("data: ")
             server.send_signal(signal.SIGINT)
-            output, errors = server.communicate(timeout=60)
+            output, errors = server.communicate(timeout=PATIENCE_S)
     assert (server.returncode, output, errors) == (0, "", "")

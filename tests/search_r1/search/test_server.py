@@ -22,7 +22,7 @@ from search_r1.search.server.batching import BatchingEngine, Overloaded
 from search_r1.search.server.latency import Latency
 from search_r1.search.server.metrics import ServerMetrics
 from search_r1.search.server.service import ServerSettings, Service
-from tests.processes import wait_for
+from tests.processes import PATIENCE_S, wait_for
 from tests.retrieval import SERVER, retrieval_server, serving, wait_until_ready, write_corpus
 from tests.search_r1.search.echo import ROWS, Engine, Gate, app
 
@@ -481,7 +481,9 @@ def test_an_unexpected_failure_to_load_ends_the_server_with_its_traceback(tmp_pa
         "serve\n"
     )
     start += f"sys.exit(serve('broken_engine', ['--port', '{free_port()}']))"
-    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", start], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     line = json.loads(done.stderr.splitlines()[0])
     assert done.returncode == 1 and line["event"] == (
         "not started: unexpected RuntimeError while loading the engine: bitter"
@@ -517,7 +519,7 @@ def test_logs_are_json_lines_without_queries(folder):
     wait_until_ready(f"http://127.0.0.1:{port}/health", server)
     ask(f"http://127.0.0.1:{port}", "my private question")
     server.terminate()
-    _, output = server.communicate(timeout=20)
+    _, output = server.communicate(timeout=PATIENCE_S)
     ready = json.loads(output.splitlines()[0])
     assert ready["event"] == "ready" and ready["engine"] == "bm25" and ready["documents"] == 4
     assert "private" not in output

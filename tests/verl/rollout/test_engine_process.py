@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from tests.models import make_tiny_qwen2
+from tests.processes import PATIENCE_S
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -51,7 +52,7 @@ def test_a_killed_engine_takes_its_server_along_when_nothing_is_generated(tmp_pa
     (tmp_path / "serve.py").write_text(SERVER)
     command = [sys.executable, str(tmp_path / "serve.py"), make_tiny_qwen2(tmp_path)]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=240
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=PATIENCE_S
     )
     assert done.returncode == 1
 

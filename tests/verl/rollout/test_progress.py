@@ -8,6 +8,7 @@ import threading
 import pytest
 import ray
 
+from tests.processes import PATIENCE_S
 from verl.agent import Trajectory
 from verl.rollout.agent_worker import AgentLoopWorker, Job
 from verl.rollout.job import Submitted
@@ -85,7 +86,7 @@ def test_finished_trajectories_are_progress_and_nothing_else_is(caplog):
     assert not heard.acquire(blocking=False), "nothing has finished"
     for _ in range(3):
         get(worker.end_one.remote())
-        assert heard.acquire(timeout=60)
+        assert heard.acquire(timeout=PATIENCE_S)
         wait_for_lines(2)
     get(worker.end_one.remote())
     waiting.join(60)
