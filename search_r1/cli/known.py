@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from search_r1.program import HELP_ALL
 from verl.utils.places import config_folders, config_names
 
 GROUPS = ("experiment", "method", "algo")
@@ -42,10 +43,16 @@ def keys() -> list[str]:
 
 
 def flags(command: str, form: str | None) -> list[str]:
-    """The flags that the help of a command names."""
-    words = ["-m", "search_r1.cli", command, *([form] if form else []), "--help"]
-    found = kept(f"flags-{command}-{form}", lambda: sorted(set(FLAG.findall(said_by(*words)))))
-    return sorted({*found, "--help"})
+    """The flags that the help of a command names, the longer help where there are two."""
+    words = ["-m", "search_r1.cli", command, *([form] if form else [])]
+
+    def find() -> list[str]:
+        named = FLAG.findall(said_by(*words, "--help"))
+        if HELP_ALL in named:
+            named = FLAG.findall(said_by(*words, HELP_ALL))
+        return sorted(set(named))
+
+    return sorted({*kept(f"flags-{command}-{form}", find), "--help"})
 
 
 def said_by(*arguments: str) -> str:

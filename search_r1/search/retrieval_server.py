@@ -14,9 +14,15 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by its path, as the original's users do
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from search_r1.program import described, program_name
+from search_r1.program import described, program_name, short_help
 from search_r1.search.engines.load import DENSE, ENGINES, INDEXED, load
-from search_r1.search.serve import add_document_flags, add_flags, positive, serve
+from search_r1.search.serve import (
+    add_document_flags,
+    add_flags,
+    add_serving_flags,
+    positive,
+    serve,
+)
 from search_r1.search.store import load_documents
 
 __all__ = ["load", "load_documents", "main", "parse_arguments"]
@@ -24,6 +30,7 @@ __all__ = ["load", "load_documents", "main", "parse_arguments"]
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line, which has the original's flags."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog=program_name("search_r1.search.retrieval_server"),
         usage="%(prog)s --retriever_name NAME --index_path PATH --corpus_path FILE [flag ...]",
@@ -32,11 +39,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="docs/retriever.md has examples of every engine.",
     )
     add_engine_flags(parser)
-    add_dense_flags(parser)
-    add_combination_flags(parser)
-    add_experiment_flags(parser)
-    add_document_flags(parser)
-    add_flags(parser)
+    if short_help(parser, argv):
+        add_serving_flags(parser)
+    else:
+        add_dense_flags(parser)
+        add_combination_flags(parser)
+        add_experiment_flags(parser)
+        add_document_flags(parser)
+        add_flags(parser)
     args = parser.parse_args(argv)
     if args.faiss_gpu and args.workers > 1:
         parser.error(

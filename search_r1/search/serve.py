@@ -35,6 +35,13 @@ can break a request that is just arriving."""
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that every server has."""
+    add_serving_flags(parser)
+    add_limit_flags(parser)
+    add_latency_flags(parser)
+
+
+def add_serving_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where, how widely and to whom is served."""
     http = parser.add_argument_group("serving")
     add = http.add_argument
     add(
@@ -66,8 +73,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get(TOKEN),
         help=f"bearer token clients must send (default: ${TOKEN}, else none)",
     )
-    add_limit_flags(parser)
-    add_latency_flags(parser)
 
 
 def add_limit_flags(parser: argparse.ArgumentParser) -> None:

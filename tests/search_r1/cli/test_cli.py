@@ -12,6 +12,8 @@ from search_r1.cli.main import OTHER_VERL, help_page, main
 from verl.utils.places import root
 
 SCREEN = (24 + 8, 80)
+LONGEST_HELP = 52
+"""Lines at a width of 80."""
 """Lines and columns of a small terminal window."""
 
 
@@ -40,11 +42,20 @@ def test_the_help_names_every_command_and_fits_on_a_screen(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_exists_and_calls_itself_by_its_name(name, capsys):
+def test_every_command_calls_itself_by_its_name_in_a_help_of_a_screen(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     module, _, function = COMMANDS[name].function.partition(":")
     assert callable(getattr(import_module(module), function))
     status, out, _ = run(name, "--help", capsys=capsys)
     assert status == 0 and out.lower().startswith(f"usage: search-r1 {name}")
+    assert len(out.splitlines()) <= LONGEST_HELP
+
+
+def test_a_long_help_is_there_for_those_who_ask(capsys):
+    status, short, _ = run("serve", "--help", capsys=capsys)
+    assert status == 0 and "--help-all" in short and "--max_queue" not in short
+    status, whole, _ = run("serve", "--help-all", capsys=capsys)
+    assert status == 0 and all(flag in whole for flag in ("--port", "--nprobe", "--max_queue"))
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,13 @@ def test_flags_and_keys_are_found_once_until_the_program_changes(monkeypatch, tm
     ]
 
 
+def test_flags_are_those_of_the_longer_help(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    helps = {"--help": "--port  --help-all", "--help-all": "--port --nprobe --help-all"}
+    monkeypatch.setattr(known, "said_by", lambda *arguments: helps[arguments[-1]])
+    assert known.flags("serve", None) == ["--help", "--help-all", "--nprobe", "--port"]
+
+
 def test_without_a_cache_or_an_answer_nothing_breaks(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
