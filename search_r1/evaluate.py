@@ -67,13 +67,8 @@ def given_overrides(model: str, endpoint: str | None) -> list[str]:
     return given
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("search_r1.evaluate"),
-        description=described("search_r1.evaluate", __doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name a model and the configuration with which it is asked."""
     parser.add_argument(
         "model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint"
     )
@@ -83,6 +78,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-name", default="grpo", help="configuration to start from (default: grpo)"
     )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog=program_name("search_r1.evaluate"),
+        description=described("search_r1.evaluate", __doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_flags(parser)
     parser.add_argument(
         "--compare", type=Path, metavar="FILE", help="evaluation.jsonl of another model or method"
     )

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from search_r1.data.rows import read_rows
 from search_r1.data.shapes import normalise
-from search_r1.evaluate import given_overrides
+from search_r1.evaluate import add_model_flags, given_overrides
 from search_r1.launch import composed, prepare_and_serve
 from search_r1.program import described, program_name
 from search_r1.session import InferenceSession, answer_of
@@ -33,6 +33,7 @@ from verl.trainer.config import PPOConfig, validate
 from verl.utils.errors import ConfigError, DataError, ModelError, listed
 from verl.utils.model_names import weights_of
 from verl.utils.run_folder import claim
+from verl.utils.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,10 +101,8 @@ async def ask_aloud(session: InferenceSession, questions: Iterator[str]) -> None
             sys.stdout.write(f"\n[failed: {error.args[0]}]\n")
             continue
         answer = answer_of(trajectory, session.tokenizer)
-        facts = (
-            f"{trajectory.info.get('searches', 0)} searches, {time.perf_counter() - began:.1f} s, "
-            f"{trajectory.stop_reason}"
-        )
+        searches = counted(trajectory.info.get("searches", 0), "search", "searches")
+        facts = f"{searches}, {time.perf_counter() - began:.1f} s, {trajectory.stop_reason}"
         sys.stdout.write(f"\n[{'no answer' if answer is None else 'answer: ' + answer}; {facts}]\n")
 
 
@@ -226,6 +225,11 @@ async def run_session(
     try:
         await session.start()
         await work(session)
+    except (ConfigError, DataError):
+        raise
+    except Exception:
+        session.show_log()
+        raise
     finally:
         await session.close()
 
@@ -237,20 +241,12 @@ def make_parser() -> argparse.ArgumentParser:
         description=described("search_r1.infer", __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint"
-    )
+    add_model_flags(parser)
     parser.add_argument(
         "question",
         metavar="QUESTION",
         nargs="?",
         help="in quotes; without it you are asked for one",
-    )
-    parser.add_argument(
-        "--endpoint", metavar="URL", help="base address of an OpenAI-compatible API, such as .../v1"
-    )
-    parser.add_argument(
-        "--config-name", default="grpo", help="configuration to start from (default: grpo)"
     )
     parser.add_argument("--questions", type=Path, metavar="FILE", help="questions to answer")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where their answers go, JSONL")

@@ -6,6 +6,8 @@ on them.
 
 from collections.abc import Sequence
 
+from verl.utils.wording import counted
+
 SEARCH_PROMPT = (
     "Answer the given question. You must conduct reasoning inside <think> and </think> first "
     "every time you get new information. After reasoning, if you find you lack some knowledge, "
@@ -208,7 +210,7 @@ def budget(calls: int, unit: tuple[str, str]) -> str:
     >>> budget(4, SEARCHES)
     'You have 4 searches in all, and what follows each of them says how many are left.'
     """
-    return BUDGET.format(left=counted(calls, unit))
+    return BUDGET.format(left=counted(calls, *unit))
 
 
 def remaining(calls: int, unit: tuple[str, str]) -> str:
@@ -217,13 +219,7 @@ def remaining(calls: int, unit: tuple[str, str]) -> str:
     >>> remaining(1, SEARCHES)
     '(1 search left)'
     """
-    return REMAINING.format(left=counted(calls, unit))
-
-
-def counted(number: int, unit: tuple[str, str]) -> str:
-    """A number with what it counts, in its singular or plural."""
-    one, many = unit
-    return f"{number} {one if number == 1 else many}"
+    return REMAINING.format(left=counted(calls, *unit))
 
 
 def with_mark(question: str) -> str:

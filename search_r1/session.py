@@ -4,11 +4,14 @@ What is said and found may be given from outside: an earlier trajectory is so go
 to a place where it was changed, and from there the model goes on (`Script`).
 """
 
+import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from search_r1.rewards.matching import last_answer
 from search_r1.tools.base import ToolResponse
@@ -28,6 +31,7 @@ from verl.rollout.vllm_server import VLLMServer
 from verl.trainer.checks import environment_problems
 from verl.trainer.config import PPOConfig, build_agent, build_tokenizer
 from verl.utils.errors import ConfigError
+from verl.utils.processes import writing_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +93,8 @@ class InferenceSession:
         self.agent: AgentLoop = build_agent(config, self.tokenizer)
         self.engine: LocalEngine | OpenAIEngine | None = None
         """None before `start`."""
+        self.log = nameless_file()
+        """What a local engine writes. It is of interest when something fails."""
 
     async def start(self) -> None:
         """Starts the engine. Raises ConfigError when something that it needs is missing."""
@@ -100,9 +106,11 @@ class InferenceSession:
             model = self.config.actor_rollout_ref.model.path
             self.engine = OpenAIEngine(rollout.endpoint, model, self.tokenizer)
             return
-        server = self._build_server()
-        self.engine = LocalEngine(server)
-        await server.start()
+        sys.stderr.write(f"loading {self.config.actor_rollout_ref.model.path}\n")
+        with writing_to(self.log):
+            server = self._build_server()
+            self.engine = LocalEngine(server)
+            await server.start()
 
     def _build_server(self) -> VLLMServer:
         """Makes an engine server that runs in this process."""
@@ -163,11 +171,22 @@ class InferenceSession:
 
         return generate
 
+    def show_log(self) -> None:
+        """Writes what a local engine wrote to stderr."""
+        self.log.seek(0)
+        shutil.copyfileobj(self.log, sys.stderr)
+
     async def close(self) -> None:
         """Stops the agent loop and the engine."""
         await self.agent.close()
         if self.engine is not None:
             await self.engine.close()
+        self.log.close()
+
+
+def nameless_file() -> IO[str]:
+    """A file that is gone when it is closed."""
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
 def scripted(

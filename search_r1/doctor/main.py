@@ -13,6 +13,7 @@ from search_r1.doctor import machine, network, packages
 from search_r1.doctor.finding import Finding, Status, fine, problem
 from search_r1.program import program_name
 from verl.utils.errors import ConfigError
+from verl.utils.wording import counted
 
 MARKS = {Status.OK: " ok ", Status.WARNING: "warn", Status.PROBLEM: "FAIL"}
 COLORS = {Status.OK: "\033[32m", Status.WARNING: "\033[33m", Status.PROBLEM: "\033[31m"}
@@ -99,15 +100,6 @@ def verdict(found: Sequence[Finding]) -> str:
     if problems:
         return f"{counted(problems, 'problem')}, {warnings}\n"
     return f"No problem found; {warnings}. Next: search-r1 train\n"
-
-
-def counted(count: int, one: str) -> str:
-    """A number with its noun.
-
-    >>> counted(1, "warning"), counted(0, "warning")
-    ('1 warning', '0 warnings')
-    """
-    return f"{count} {one if count == 1 else one + 's'}"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from search_r1.evaluate import given_overrides
+from search_r1.evaluate import add_model_flags, given_overrides
 from search_r1.infer import config_for_answering
 from search_r1.launch import composed, free_port, prepare_and_serve
 from search_r1.pages.access import LOOPBACK, Access, address_of, guarded_app
@@ -171,16 +171,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=described("search_r1.pages.play", __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint"
-    )
+    add_model_flags(parser)
     parser.add_argument("--beside", metavar="MODEL", help="another model, asked the same questions")
-    parser.add_argument(
-        "--endpoint", metavar="URL", help="base address of an OpenAI-compatible API, such as .../v1"
-    )
-    parser.add_argument(
-        "--config-name", default="grpo", help="configuration to start from (default: grpo)"
-    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to serve at (default: this machine alone)"
     )

@@ -28,7 +28,7 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
-from search_r1.evaluate import given_overrides
+from search_r1.evaluate import add_model_flags, given_overrides
 from search_r1.infer import config_for_answering
 from search_r1.launch import composed
 from search_r1.pages.records import view_of, view_of_segment
@@ -181,6 +181,7 @@ async def events_of(session: InferenceSession, ask: Ask) -> AsyncIterator[str]:
         except (TrajectoryFailed, DataError) as error:
             narrator.tell("failed", message=str(error.args[0]))
         except Exception as error:  # whatever the engine makes of a given turn, the model lives on
+            session.show_log()
             logger.exception("a question failed")
             narrator.tell("failed", message=f"{type(error).__name__}: {error}")
         finally:
@@ -206,6 +207,9 @@ def make_app(session: InferenceSession) -> FastAPI:
         except ConfigError as error:
             sys.stderr.write(f"error: {error}\n")
             os._exit(1)  # raised here it would be shown as an error of the server
+        except Exception:
+            session.show_log()
+            raise
         yield
         await session.close()
 
@@ -225,10 +229,8 @@ def make_app(session: InferenceSession) -> FastAPI:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves a model until it is told to end; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m search_r1.pages.play_model")
-    parser.add_argument("model", help="folder, checkpoint, or name of the hub or at the endpoint")
+    add_model_flags(parser)
     parser.add_argument("--socket", required=True, help="file of the socket to listen on")
-    parser.add_argument("--endpoint", help="base address of an OpenAI-compatible API")
-    parser.add_argument("--config-name", default="grpo", help="configuration to start from")
     args, overrides = parser.parse_known_args(argv)
     try:
         given = given_overrides(args.model, args.endpoint)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -33,7 +34,8 @@ class RetrieverState:
         all servers, and the mean seconds of the requests since the last call, None without one.
         Without an answer `sample` is None.
         """
-        answers = [self._ask(url) for url in self.urls]
+        with ThreadPoolExecutor(len(self.urls)) as pool:  # one that is silent holds up no other
+            answers = list(pool.map(self._ask, self.urls))
         found = [answer for answer in answers if answer is not None]
         says = f"{len(found)} of {len(self.urls)} answer"
         if not found:

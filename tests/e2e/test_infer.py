@@ -5,6 +5,7 @@ Most tests play transcripts; one has a real engine.
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -60,7 +61,7 @@ def test_a_question_is_shown_piece_by_piece(retriever, repository, capsys):
         f'{SEARCH}\n\n<information>Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.'
     )
     assert (
-        f"</information>\n\n{ANSWER}\n[answer: Torvel; 1 searches, " in shown
+        f"</information>\n\n{ANSWER}\n[answer: Torvel; 1 search, " in shown
         and "\033" not in shown
     )
     first = played.requests["Ada"][0]["messages"]
@@ -139,7 +140,10 @@ def test_a_real_engine_answers_from_a_checkpoint(retriever, tmp_path):
         timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("<think>") and " searches, " in done.stdout.splitlines()[-1]
+    assert done.stdout.startswith("<think>") and " search" in done.stdout.splitlines()[-1]
+    assert f"loading {tmp_path}" in done.stderr
+    # what the engine and its processes say is shown when something fails
+    assert not re.search(r"warn|vllm|leaked", done.stderr, re.IGNORECASE), done.stderr
     assert (tmp_path / "run" / "global_step_2" / "hf" / "model.safetensors").is_file()
 
 

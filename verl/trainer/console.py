@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from verl.utils.wording import counted
+
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
 
@@ -182,12 +184,3 @@ def machines_of(config: "PPOConfig") -> str:
     if config.device == "cuda":
         return f"{counted(count, 'GPU')}{where}"
     return f"{counted(count, 'process', 'processes')} on CPU{where}"
-
-
-def counted(count: int, one: str, many: str | None = None) -> str:
-    """A number with its noun.
-
-    >>> counted(1, "GPU"), counted(8, "GPU")
-    ('1 GPU', '8 GPUs')
-    """
-    return f"{count:,} {one if count == 1 else many or one + 's'}"

@@ -5,12 +5,14 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import IO
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -50,6 +52,28 @@ def follow(pid: int, action: Callable[[], object]) -> None:
         action()
 
     threading.Thread(target=watch, daemon=True, name=f"follow-{pid}").start()
+
+
+@contextmanager
+def writing_to(file: IO[str]) -> Iterator[None]:
+    """Sends stdout and stderr of this process to a file during the block.
+
+    Processes that it starts in the block write there as long as they live.
+    """
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+    own = [(descriptor, os.dup(descriptor)) for descriptor in (1, 2)]
+    for descriptor, _ in own:
+        os.dup2(file.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        for descriptor, copy in own:
+            os.dup2(copy, descriptor)
+            os.close(copy)
 
 
 def dying_with_this() -> Callable[[], None]:
