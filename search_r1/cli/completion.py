@@ -8,10 +8,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import click
-from click.shell_completion import BashComplete, CompletionItem, get_completion_class
+from click.shell_completion import BashComplete, CompletionItem, FishComplete, ZshComplete
 
 from search_r1.cli.commands import COMMANDS, Command
 from search_r1.cli.known import choices, flags, keys
@@ -49,6 +48,20 @@ class Bash(BashComplete):
         if self.split_at_equals and item.type == "plain":
             value = value.rpartition("=")[2] or value
         return f"{item.type},{value}"
+
+
+class Zsh(ZshComplete):
+    """zsh, which puts no space after a word that ends with `=`, because its value follows."""
+
+    source_template = ZshComplete.source_template.replace(
+        "compadd -U -V unsorted -a completions",
+        "compadd -U -V unsorted -- ${completions:#*=}\n"
+        "        compadd -U -V unsorted -S '' -- ${(M)completions:#*=}",
+    )
+
+
+SHELLS = {"bash": Bash, "zsh": Zsh, "fish": FishComplete}
+"""The classes that speak with the shells."""
 
 
 def joined_at_equals(words: Sequence[str]) -> list[str]:
@@ -115,13 +128,8 @@ def complete(instruction: str) -> int:
     """Writes the completions that a shell asks for; returns the exit status."""
     shell = instruction.partition("_")[0]
     group = Group(CONSOLE_SCRIPT, add_help_option=False)
-    sys.stdout.write(completer(shell)(group, {}, CONSOLE_SCRIPT, COMPLETE).complete() + "\n")
+    sys.stdout.write(SHELLS[shell](group, {}, CONSOLE_SCRIPT, COMPLETE).complete() + "\n")
     return 0
-
-
-def completer(shell: str) -> Any:
-    """The class that speaks with a shell."""
-    return Bash if shell == "bash" else get_completion_class(shell)
 
 
 def main() -> int:
@@ -135,5 +143,5 @@ def main() -> int:
     parser.add_argument("shell", choices=INSTALLED_BY)
     shell = parser.parse_args().shell
     group = Group(CONSOLE_SCRIPT)
-    sys.stdout.write(completer(shell)(group, {}, CONSOLE_SCRIPT, COMPLETE).source() + "\n")
+    sys.stdout.write(SHELLS[shell](group, {}, CONSOLE_SCRIPT, COMPLETE).source() + "\n")
     return 0

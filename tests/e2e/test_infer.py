@@ -61,8 +61,7 @@ def test_a_question_is_shown_piece_by_piece(retriever, repository, capsys):
         f'{SEARCH}\n\n<information>Doc 1(Title: "Ada Marin") Ada Marin was born in Torvel.'
     )
     assert (
-        f"</information>\n\n{ANSWER}\n[answer: Torvel; 1 search, " in shown
-        and "\033" not in shown
+        f"</information>\n\n{ANSWER}\n[answer: Torvel; 1 search, " in shown and "\033" not in shown
     )
     first = played.requests["Ada"][0]["messages"]
     assert first == [

@@ -1,6 +1,7 @@
 """Completion, by the functions of a real bash, and what it finds in a cache."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,16 @@ COMP_WORDS=("$@")
 COMP_CWORD=$(($# - 1))
 _search_r1_completion search-r1
 printf '%s\\n' "${COMPREPLY[@]}"
+"""
+CALL_ZSH = """
+compdef() {}
+compadd() { [[ $# -gt 3 ]] && print -r -- "$*" }
+_describe() {}
+eval "$(search-r1 completion zsh)"
+words=("$@")
+CURRENT=$#
+_search_r1_completion
+true
 """
 
 
@@ -45,6 +56,40 @@ def test_bash_completes_commands_recipes_and_keys(program):
     # bash splits words at `=` and replaces what follows it
     assert complete("train", "ppo", "experiment", "=", "own") == ["own_data", "own_model"]
     assert "search_o1" in complete("evaluate", "runs/A", "method", "=")
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
+def test_zsh_puts_a_space_after_words_but_not_after_the_name_of_a_key(program):
+    def added(*words):
+        command = ["zsh", "-f", "-c", CALL_ZSH, "zsh", "search-r1", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [
+            line.removeprefix("-U -V unsorted ")
+            for line in done.stdout.splitlines()
+            if "-- " in line
+        ]
+
+    assert added("train", "ppo", "experiment=own") == [
+        "-- experiment=own_data experiment=own_model"
+    ]
+    assert added("train", "trainer.t") == ["-S  -- trainer.total_epochs="]
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")
+def test_fish_completes_commands_recipes_and_keys(program):
+    def completions(line):
+        ask = f"search-r1 completion fish | source; complete -C {shlex.quote(line)}"
+        done = subprocess.run(
+            ["fish", "--no-config", "-c", ask], capture_output=True, text=True, check=True
+        )
+        return [line.split("\t")[0] for line in done.stdout.splitlines() if line]
+
+    assert completions("search-r1 co") == ["compare", "completion", "corpus"]
+    assert completions("search-r1 train experiment=own") == [
+        "experiment=own_data",
+        "experiment=own_model",
+    ]
+    assert completions("search-r1 train trainer.t") == ["trainer.total_epochs="]
 
 
 def test_what_may_stand_at_the_cursor(monkeypatch):
