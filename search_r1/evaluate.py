@@ -68,7 +68,7 @@ def given_overrides(model: str, endpoint: str | None) -> list[str]:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name a model and the configuration with which it is asked."""
+    """Adds the arguments that name a model and the configuration with which it is asked."""
     parser.add_argument(
         "model", metavar="MODEL", help="folder, checkpoint, hub name, or name at the endpoint"
     )
@@ -89,7 +89,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_model_flags(parser)
     parser.add_argument(
-        "--compare", type=Path, metavar="FILE", help="evaluation.jsonl of another model or method"
+        "--compare",
+        type=Path,
+        metavar="RESULT",
+        help="evaluation.jsonl of another model or method, or its folder",
     )
     parser.add_argument(
         "--closed-book", type=Path, metavar="FILE", help="evaluation.jsonl without search"
@@ -100,14 +103,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def report_flags(args: argparse.Namespace) -> list[str]:
-    """The flags that are passed on to the report, with full paths of files."""
-    flags = [f"--published={args.published}"] if args.published else []
-    if args.compare:
-        flags.append(f"--compare={args.compare.resolve()}")
+def report_arguments(args: argparse.Namespace) -> list[str]:
+    """What is passed on to the report, with full paths of files."""
+    arguments = [str(args.compare.resolve())] if args.compare else []
+    if args.published:
+        arguments.append(f"--published={args.published}")
     if args.closed_book:
-        flags.append(f"--closed-book={args.closed_book.resolve()}")
-    return flags
+        arguments.append(f"--closed-book={args.closed_book.resolve()}")
+    return arguments
 
 
 def all_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
@@ -123,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates as the command line says, and writes the report; returns the exit status."""
     args, overrides = make_parser().parse_known_args(argv)
     # The paths are relative to the working directory, which `composed` changes below.
-    flags = report_flags(args)
+    arguments = report_arguments(args)
     try:
         overrides = all_overrides(args, overrides)
         # The name of a model at an endpoint is not a path, even if a folder here has that name.
@@ -136,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status:
         return status
     folder = Path(config.trainer.default_local_dir)
-    return report.main([str(folder / "evaluation.jsonl"), "--out", str(folder), *flags])
+    return report.main([str(folder / "evaluation.jsonl"), *arguments, "--out", str(folder)])
 
 
 if __name__ == "__main__":

@@ -139,7 +139,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "other", type=Path, nargs="?", help="another result on the same questions, to compare with"
     )
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="the same as `other`")
     parser.add_argument(
         "--closed-book", type=Path, metavar="FILE", help="a result without search, for over-search"
     )
@@ -165,21 +164,20 @@ def make_report(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     summary = summarize(records, closed)
     results = {name_of(args.result): summary}
     text = f"{table(summary)}\n{paper_table(results, args.published)}"
-    if args.compare:
-        other = read_records(args.compare)
+    if args.other:
+        other = read_records(args.other)
         line, summary["comparison"] = comparison(other, records)
-        results[name_of(args.compare)] = summarize(other, closed)
-        text += f"\nagainst {args.compare}: {line}"
+        results[name_of(args.other)] = summarize(other, closed)
+        text += f"\nagainst {args.other}: {line}"
     return text, results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reports as the command line says; returns the exit status."""
     args = make_parser().parse_args(argv)
-    other = args.compare or args.other
     try:
         args.result = trajectories_at(args.result)
-        args.compare = trajectories_at(other) if other else None
+        args.other = trajectories_at(args.other) if args.other else None
         text, results = make_report(args)
     except (DataError, KeyError) as error:
         sys.exit(f"error: {error}")

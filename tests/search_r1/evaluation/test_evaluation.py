@@ -140,7 +140,6 @@ def test_report_of_two_results(tmp_path, capsys):
     out = tmp_path / "out"
     flags = [
         str(paths[1]),
-        "--compare",
         str(paths[0]),
         "--closed-book",
         str(paths[0]),
