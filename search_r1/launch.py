@@ -282,7 +282,15 @@ def refuse_other_options(folder: Path, options: WorldConfig) -> None:
 
 
 def base_of(arithmetic: bool, deep: bool) -> str:
-    """The place of the base model of such worlds in the repository."""
+    """The place of the base model of such worlds in the repository.
+
+    Raises DataError for both, which no base has learned.
+    """
+    if arithmetic and deep:
+        raise DataError(
+            "setup.world_options: no base model has learned both arithmetic and deep questions: "
+            "set one of them, or name a model of your own in actor_rollout_ref.model.path"
+        )
     if deep:
         return DEEP_BASE
     return ARITHMETIC_BASE if arithmetic else BASE
@@ -295,7 +303,7 @@ def prepare_base(folder: Path, arithmetic: bool = False, deep: bool = False) -> 
     deep questions. It comes with the program; where it was deleted from the repository, it is
     built.
 
-    Raises DataError when only some of its files are there.
+    Raises DataError when only some of its files are there, and as `base_of` does.
     """
     missing = [name for name in BASE_FILES if not (folder / name).exists()]
     ours = shipped(base_of(arithmetic, deep))

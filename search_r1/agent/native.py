@@ -37,6 +37,7 @@ from verl.utils.tool_parser import NativeCall, ToolCallParser
 from verl.utils.tool_turns import (
     ChatMessage,
     ResultPiece,
+    ResultTurn,
     call_message,
     render,
     result_message,
@@ -196,15 +197,20 @@ class NativeDialect(Dialect):
             cut = len(ids) > share
             shown = texts[number] + notes[number]
             if cut:
-                end = result_turn.content(notes[number]) + piece.closing
-                closing = encode_text(self.tokenizer, end) if end else []
-                kept = ids[: max(0, share - len(closing))]
-                shown = result_turn.text(self.tokenizer.decode(kept).removeprefix(piece.opening))
-                shown += notes[number]
-                ids = kept + closing
+                ids, shown = self._cut_to(share, result_turn, piece, ids, notes[number])
             opening = before if number == 0 else piece.before
             observations.append(Observation([*opening, *ids, *piece.after], cut, shown))
         return observations
+
+    def _cut_to(
+        self, share: int, turn: ResultTurn, piece: ResultPiece, ids: list[int], note: str
+    ) -> tuple[list[int], str]:
+        """Cuts an encoded result to `share` tokens, its note and closing kept: ids and text."""
+        end = turn.content(note) + piece.closing
+        closing = encode_text(self.tokenizer, end) if end else []
+        kept = ids[: max(0, share - len(closing))]
+        text = turn.text(self.tokenizer.decode(kept).removeprefix(piece.opening))
+        return kept + closing, text + note
 
     def _encoded(self, piece: ResultPiece, content: str) -> list[int]:
         """A result with what a token may join to it."""

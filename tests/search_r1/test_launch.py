@@ -78,6 +78,12 @@ def test_what_is_missing_of_a_world_is_made_again_unless_that_would_replace_what
     assert (tmp_path / "corpus.jsonl").read_text() == "mine\n"
 
 
+def test_no_base_has_learned_both_kinds_of_questions(tmp_path):
+    with pytest.raises(DataError, match="no base model has learned both"):
+        prepare_base(tmp_path / "base", arithmetic=True, deep=True)
+    assert not (tmp_path / "base").exists()
+
+
 def test_a_part_of_a_base_model_is_refused(tmp_path):
     (tmp_path / "config.json").touch()
     with pytest.raises(
