@@ -56,6 +56,40 @@ class Script:
     """The responses to some calls of tools, by their key (`search_r1.tools.toolbox.call_key`)."""
 
 
+@dataclass
+class Memory:
+    """What was said and found in a trajectory, so that it can be gone through again."""
+
+    said: list[list[int]] = field(default_factory=list)
+    """The completions of all calls, in their order, also of calls that are not trained."""
+    found: list[tuple[int, str, ToolResponse]] = field(default_factory=list)
+    """Responses of tools with their keys; each after how many completions it came."""
+    turns: list[list[int]] = field(default_factory=list)
+    """What of it stands in the trajectory, as segments of the policy."""
+
+    def hear(self, key: str, response: ToolResponse) -> None:
+        """Keeps the response of a tool."""
+        self.found.append((len(self.said), key, response))
+
+    def script(self, turns: Sequence[str | list[int]], found: Mapping[str, ToolResponse]) -> Script:
+        """The script by which the first turns are said again, of which the last may be another.
+
+        Calls between them that are not trained say what they said, and tools respond as they did,
+        except for the responses `found`.
+        """
+        said: list[str | list[int]] = []
+        num_turns = 0
+        for completion in self.said:
+            if num_turns == len(turns):
+                break
+            own = self.turns[num_turns] if num_turns < len(self.turns) else None
+            is_turn = own is not None and completion[: len(own)] == own
+            said.append(turns[num_turns] if is_turn else completion)
+            num_turns += is_turn
+        earlier = {key: response for place, key, response in self.found if place <= len(said)}
+        return Script([*said, *turns[num_turns:]], {**earlier, **found})
+
+
 class LocalEngine:
     """An engine of this process, which serves one session after the other or several at once."""
 
@@ -134,19 +168,24 @@ class InferenceSession:
         onlooker: Onlooker = nobody,
         on_tokens: OnTokens | None = None,
         script: Script = Script(),
+        memory: Memory | None = None,
     ) -> Trajectory:
         """Rolls out one question.
 
-        `onlooker` is shown the trajectory each time it has grown. Raises TrajectoryFailed when a
-        tool or the endpoint fails.
+        `onlooker` is shown the trajectory each time it has grown, and `memory` keeps what is said
+        and found. Raises TrajectoryFailed when a tool or the endpoint fails.
         """
         assert self.engine is not None, "the session is not started"
+        memory = Memory() if memory is None else memory
         session = f"{time.monotonic_ns()}"
-        generate = scripted(self._generate(session, on_tokens), script.said, self.tokenizer)
+        sampling = self._generate(session, on_tokens)
+        generate = remembering(scripted(sampling, script.said, self.tokenizer), memory)
         row = {"extra_info": {"question": question}, "data_source": "infer"}
         try:
-            with watching(onlooker), answering(script.found):
-                return await self.agent.run([], row, generate)
+            with watching(onlooker), answering(script.found, memory.hear):
+                trajectory = await self.agent.run([], row, generate)
+            memory.turns = [s.token_ids for s in trajectory.segments if s.source is Source.MODEL]
+            return trajectory
         finally:
             self.engine.forget(session)
 
@@ -211,6 +250,19 @@ def scripted(
             policy_version=GIVEN,
             context_digest=context_digest(prompt_ids),
         )
+
+    return next_completion
+
+
+def remembering(generate: Generate, memory: Memory) -> Generate:
+    """Wraps `generate`: `memory` keeps its completions."""
+
+    async def next_completion(
+        prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+    ) -> Completion:
+        completion = await generate(prompt_ids, max_tokens=max_tokens, stop=stop)
+        memory.said.append(completion.token_ids)
+        return completion
 
     return next_completion
 

@@ -9,7 +9,7 @@ socket in a folder that only its user can enter. Events are server-sent events w
     sampled    {"text", "goes_on"}          what a call of the engine has written, see `Narrator`
     written    {"place", "segment"}         a segment is complete (`search_r1.pages.records`)
     rewritten  {"at", "prompt"}             the context was written anew
-    ended      {"record"}                   the whole trajectory
+    ended      {"record", "name"}           the whole trajectory, and a name to follow it by
     failed     {"message"}                  the environment broke, or nobody can answer
 """
 
@@ -19,9 +19,11 @@ import json
 import logging
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
+from uuid import uuid4
 
 import uvicorn
 from fastapi import FastAPI
@@ -34,7 +36,7 @@ from search_r1.launch import composed
 from search_r1.pages.records import view_of, view_of_segment
 from search_r1.prompts import format_passages
 from search_r1.rewards.matching import exact_match
-from search_r1.session import GIVEN, InferenceSession, Script
+from search_r1.session import GIVEN, InferenceSession, Memory, Script
 from search_r1.tools.base import SEARCH_TOOL, ToolResponse
 from search_r1.tools.toolbox import call_key
 from search_r1.trajectory import gold_passages
@@ -47,6 +49,8 @@ logger = logging.getLogger(__name__)
 MOST_CHARACTERS = 100_000
 """Most characters of a turn or of a passage that is given."""
 MOST_TURNS = 1000
+MOST_MEMORIES = 32
+"""Trajectories that can be followed; an older one is gone through by what its page knows."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """How a character is decoded whose last tokens have not come."""
 Said = (
@@ -75,15 +79,36 @@ class Ask(BaseModel):
     """What the policy says first, a turn each: a text, or the ids of its tokens."""
     passages: dict[str, list[EditedPassage]] = {}
     """What searches find, by their query, instead of what the server has."""
+    follows: str | None = None
+    """The name of the trajectory that was edited."""
 
 
-def script_of(ask: Ask) -> Script:
-    """The script of a question."""
+class Memories:
+    """What was said and found in the last trajectories, by their names."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[str, Memory] = OrderedDict()
+
+    def new(self) -> tuple[str, Memory]:
+        """A name and a memory for a trajectory that begins. The oldest one makes room."""
+        name = uuid4().hex
+        self.kept[name] = Memory()
+        if len(self.kept) > MOST_MEMORIES:
+            self.kept.popitem(last=False)
+        return name, self.kept[name]
+
+    def of(self, name: str | None) -> Memory:
+        """The memory of a trajectory; an empty one when it is forgotten."""
+        return self.kept.get(name or "", Memory())
+
+
+def script_of(ask: Ask, memory: Memory) -> Script:
+    """The script of a question; `memory` is that of the trajectory that it follows."""
     found = {
         call_key(SEARCH_TOOL, {"query": query}): response_of(query, passages)
         for query, passages in ask.passages.items()
     }
-    return Script(ask.said, found)
+    return memory.script(ask.said, found)
 
 
 def response_of(query: str, passages: Sequence[EditedPassage]) -> ToolResponse:
@@ -153,31 +178,33 @@ class Narrator:
         is_sampled = segment.source is Source.MODEL and segment.policy_version != GIVEN
         return {"rollout_log_probs": segment.log_probs} if self.log_probs and is_sampled else {}
 
-    def end(self, trajectory: Trajectory) -> None:
-        """Tells the whole trajectory."""
+    def end(self, trajectory: Trajectory, name: str) -> None:
+        """Tells the whole trajectory and its name."""
         job = Job("play", "play", self.row, trajectory.prompt_ids)
         facts = [self.facts_of(segment) for segment in trajectory.segments]
         record = view_of(trajectory_record(job, trajectory, self.tokenizer, facts))
-        record = {name: value for name, value in record.items() if name not in NOT_SHOWN}
+        record = {key: value for key, value in record.items() if key not in NOT_SHOWN}
         if record["gold"]:
             em = exact_match(record["answer"] or "", record["gold"])
             record["reward"] = {"score": em, "em": em}
-        self.tell("ended", record=record)
+        self.tell("ended", record=record, name=name)
 
 
-async def events_of(session: InferenceSession, ask: Ask) -> AsyncIterator[str]:
+async def events_of(session: InferenceSession, ask: Ask, memories: Memories) -> AsyncIterator[str]:
     """Yields the events of a question as server-sent events.
 
     The question is given up when nobody reads on.
     """
     narrator = Narrator(session, ask)
+    script = script_of(ask, memories.of(ask.follows))
+    name, memory = memories.new()
 
     async def answer() -> None:
         try:
             trajectory = await session.ask(
-                ask.question, narrator.on_growth, narrator.on_tokens, script_of(ask)
+                ask.question, narrator.on_growth, narrator.on_tokens, script, memory
             )
-            narrator.end(trajectory)
+            narrator.end(trajectory, name)
         except (TrajectoryFailed, DataError) as error:
             narrator.tell("failed", message=str(error.args[0]))
         except Exception as error:  # whatever the engine makes of a given turn, the model lives on
@@ -199,6 +226,7 @@ async def events_of(session: InferenceSession, ask: Ask) -> AsyncIterator[str]:
 
 def make_app(session: InferenceSession) -> FastAPI:
     """The application that serves a session."""
+    memories = Memories()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -221,7 +249,8 @@ def make_app(session: InferenceSession) -> FastAPI:
 
     @app.post("/ask")
     async def ask(body: Ask) -> StreamingResponse:
-        return StreamingResponse(events_of(session, body), media_type="text/event-stream")
+        events = events_of(session, body, memories)
+        return StreamingResponse(events, media_type="text/event-stream")
 
     return app
 

@@ -5,12 +5,12 @@ import json
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from jsonschema import Draft202012Validator
@@ -27,25 +27,43 @@ class Executed:
     """Seconds that it took; None for a call that was refused."""
 
 
-_given: ContextVar[Mapping[str, ToolResponse] | None] = ContextVar("given", default=None)
+class Answers(NamedTuple):
+    """What `answering` gives to calls, and whom it tells of all responses."""
+
+    responses: Mapping[str, ToolResponse]
+    tell: Callable[[str, ToolResponse], object]
+
+
+_answers: ContextVar[Answers | None] = ContextVar("answers", default=None)
 
 
 @contextmanager
-def answering(responses: Mapping[str, ToolResponse]) -> Iterator[None]:
+def answering(
+    responses: Mapping[str, ToolResponse], tell: Callable[[str, ToolResponse], object]
+) -> Iterator[None]:
     """Answers calls of this block by these responses, by `call_key`, instead of running them.
 
-    The block holds for the present task and for those that it starts.
+    `tell(key, response)` is told of every response, also of those given here. The block holds for
+    the present task and for those that it starts.
     """
-    token = _given.set(responses)
+    token = _answers.set(Answers(responses, tell))
     try:
         yield
     finally:
-        _given.reset(token)
+        _answers.reset(token)
 
 
 def given_response(name: str, arguments: Arguments) -> ToolResponse | None:
     """The response that `answering` gives to a call; None for one that is to be run."""
-    return (_given.get() or {}).get(call_key(name, arguments))
+    answers = _answers.get()
+    return None if answers is None else answers.responses.get(call_key(name, arguments))
+
+
+def tell_response(name: str, arguments: Arguments, response: ToolResponse) -> None:
+    """Tells the block `answering` what a call was answered."""
+    answers = _answers.get()
+    if answers is not None:
+        answers.tell(call_key(name, arguments), response)
 
 
 class Toolbox:
@@ -100,15 +118,18 @@ class Toolbox:
         response with an `error`; one that is given a response (`answering`) is not run. Raises
         ToolFailed.
         """
-        ready = self._refusal(name, arguments) or given_response(name, arguments)
-        if ready is not None:
-            return Executed(ready)
+        if refusal := self._refusal(name, arguments):
+            return Executed(refusal)
+        if given := given_response(name, arguments):
+            tell_response(name, arguments, given)
+            return Executed(given)
         began = time.perf_counter()
         try:
             response = await self._answer(self.tools[name], arguments)
         except ToolFailed as failure:
             self.failures[name][failure.kind] += 1
             raise
+        tell_response(name, arguments, response)
         return Executed(response, time.perf_counter() - began)
 
     def _refusal(self, name: str, arguments: Arguments) -> ToolResponse | None:

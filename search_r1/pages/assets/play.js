@@ -97,7 +97,7 @@ class Column {
     this.state.textContent = "writing …";
     try {
       for await (const event of postForEvents(`models/${this.number}/ask`, body, abort.signal)) {
-        if (event.name === "ended") this.show(event.data.record, body);
+        if (event.name === "ended") this.show(event.data.record, { ...body, follows: event.data.name });
         else live.take(event);
       }
       this.state.textContent = STATES.ready;
