@@ -4,10 +4,12 @@ The page is served and open in one browser (Chromium, without a screen) for --mi
 run ends. A run that goes on is followed as it is. Of a run that has ended a copy is made, whose
 metrics come again, each step after the time that it took. What is printed: the CPU time of the
 server over the wall time, which is the share of a step's time on one core, and the same for the
-browser, which may run elsewhere.
+browser, which may run elsewhere. With --steps N nothing is served: printed is how much a page is
+sent of a run with N steps, whose metrics are those of RUN again and again.
 """
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
@@ -17,13 +19,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import psutil
 
+from search_r1.pages.cost import Prices
+from search_r1.pages.html import json_text
 from search_r1.pages.metrics_file import STEP_SECONDS, MetricsFile, row_of, trained
+from search_r1.pages.watch import Watch
 from tests.search_r1.pages.browser import started
 from verl.utils.run_folder import in_use
+from verl.utils.tracking import STEP
 
 SETTLE_S = 10.0
 """Seconds after the page was opened before the measurement begins."""
@@ -115,6 +122,26 @@ def measure(run: Path, seconds: float) -> str:
     )
 
 
+def sent(run: Path, steps: int) -> str:
+    """How much a page is sent when it is opened, and with a further step."""
+    metrics = MetricsFile(run / "metrics.jsonl")
+    metrics.poll()
+    rows = trained(metrics.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        shutil.copy(run / "config.yaml", copy)
+        with (copy / "metrics.jsonl").open("w", encoding="utf-8") as file:
+            for step, row in zip(range(1, steps + 1), cycle(rows), strict=False):
+                file.write(json.dumps({**row, STEP: step}) + "\n")
+        watch = Watch([copy], Prices(None, None, None))
+        watch.poll()
+        opened = len(json_text(watch.snapshot()))
+        with (copy / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**rows[0], STEP: steps + 1}) + "\n")
+        further = len(json_text(watch.poll()))
+    return f"{opened / 1e6:.1f} MB when it is opened, {further / 1e3:.1f} kB with a further step\n"
+
+
 def alone(process: psutil.Process) -> float:
     """CPU seconds of one process; 0 when it has ended."""
     try:
@@ -130,7 +157,11 @@ def main() -> int:
     )
     parser.add_argument("run", type=Path, help="folder of a run that goes on, or has ended")
     parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--steps", type=int, metavar="N", help="print what a page is sent")
     args = parser.parse_args()
+    if args.steps:
+        sys.stdout.write(sent(args.run, args.steps))
+        return 0
     with going_on(args.run) as run:
         sys.stdout.write(measure(run, args.minutes * 60))
     return 0
