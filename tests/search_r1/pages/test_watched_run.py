@@ -1,6 +1,7 @@
 """What the page is told of a run folder: state, cost, alarms, trajectories, retriever."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from search_r1.pages.comparison import Comparison
 from search_r1.pages.cost import Prices, cost_of
 from search_r1.pages.retriever_state import RetrieverState
 from search_r1.pages.watched_run import WatchedRun, retriever_urls, state_of
+from tests.processes import PATIENCE_S
 from tests.retrieval import serving
 from tests.search_r1.pages.made_records import HOSTILE, sample, write
 from tests.search_r1.pages.made_runs import (
@@ -180,6 +182,19 @@ def test_a_server_of_something_else_is_no_retriever():
         }
     assert retriever_urls(["http://a", "file:///etc/passwd", 3]) == ["http://a"]
     assert retriever_urls(None) == []
+
+
+def test_a_server_that_is_silent_holds_up_no_other(monkeypatch):
+    """Each is answered only when all have been asked."""
+    all_asked = threading.Barrier(3, timeout=PATIENCE_S)
+
+    def ask(self, url):
+        all_asked.wait()
+        return (2.0, 1.0, 4.0)
+
+    monkeypatch.setattr(RetrieverState, "_ask", ask)
+    answer = RetrieverState([f"http://127.0.0.1:{port}/retrieve" for port in (1, 2, 3)]).poll()
+    assert answer["says"] == "3 of 3 answer" and answer["sample"][1:] == [6.0, 0.25]
 
 
 def test_last_validations_are_compared_question_by_question(tmp_path):
