@@ -281,6 +281,11 @@ def test_algorithms_are_one_switch_each(overrides):
             ["algorithm.adv_estimator=rloo", *ALONE],
             "adv_estimator=rloo needs actor_rollout_ref.rollout.n >= 2",
         ),
+        (["algorithm.lam=0.95"], "algorithm.lam=0.95 has no effect with"),
+        (
+            ["algorithm.adv_estimator=rloo", "algorithm.norm_adv_by_std_in_grpo=false"],
+            "norm_adv_by_std_in_grpo=false has no effect with algorithm.adv_estimator=rloo",
+        ),
         (
             ["algorithm.adv_estimator=turn_level", f"{ACTOR}.state_masking=false"],
             "trains on tokens of no turn",

@@ -44,6 +44,7 @@ def combination_problems(config: "PPOConfig") -> list[str]:
     rules = (
         mini_batch_problems,
         group_problems,
+        estimator_problems,
         sampling_problems,
         parallelism_problems,
         context_length_problems,
@@ -101,6 +102,16 @@ def group_problems(config: "PPOConfig") -> list[str]:
             "itself, so all of them would be left out"
         )
     return problems
+
+
+def estimator_problems(config: "PPOConfig") -> list[str]:
+    """Settings that the estimator of the advantage does not read."""
+    return [
+        f"algorithm.{name}={str(value).lower()} has no effect with "
+        f"algorithm.adv_estimator={config.algorithm.adv_estimator}: docs/algorithms.md says which "
+        "estimators read it"
+        for name, value in config.ignored_by_estimator.items()
+    ]
 
 
 def sampling_problems(config: "PPOConfig") -> list[str]:

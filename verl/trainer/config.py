@@ -300,6 +300,17 @@ class PPOConfig(Config):
         return self._estimator.uses_critic
 
     @property
+    def ignored_by_estimator(self) -> dict[str, Any]:
+        """Settings of the advantage that differ from the default and that its estimator ignores."""
+        defaults = AlgorithmConfig()
+        return {
+            name: value
+            for name in ("gamma", "lam", "norm_adv_by_std_in_grpo")
+            if (value := getattr(self.algorithm, name)) != getattr(defaults, name)
+            and not self._estimator.takes(name)
+        }
+
+    @property
     def uses_groups(self) -> bool:
         """Whether advantages come from comparing the trajectories of one prompt."""
         return self._estimator.uses_groups

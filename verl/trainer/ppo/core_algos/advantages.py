@@ -5,6 +5,7 @@ To add one, write a function and name it in ADVANTAGE_ESTIMATORS (CONTRIBUTING.m
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import torch
@@ -231,6 +232,10 @@ class AdvantageEstimator:
     uses_groups: bool = False
     """Whether it compares the trajectories of one prompt, so that there must be two or more."""
     uses_critic: bool = False
+
+    def takes(self, setting: str) -> bool:
+        """Whether the function has a parameter of this name."""
+        return setting in signature(self.compute).parameters
 
 
 ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
