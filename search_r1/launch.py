@@ -226,12 +226,15 @@ def prepare(setup: SetupConfig, config: DictConfig) -> None:
     """
     try:
         if setup.world:
-            prepare_world(Path(setup.world), setup.world_options)
+            options = setup.world_options
             model = Path(config.actor_rollout_ref.model.path)
             base = Path(setup.world, "base")
             # A model that is missing anywhere else is a mistake in the configuration.
-            if model.resolve() == base.resolve():
-                options = setup.world_options
+            is_base = model.resolve() == base.resolve()
+            if is_base and not base.exists():
+                refuse_what_no_base_has_learned(options)
+            prepare_world(Path(setup.world), options)
+            if is_base:
                 prepare_base(base, options.arithmetic, options.deep)
         if setup.questions:
             prepare_questions(setup, config)
@@ -247,6 +250,15 @@ def prepare(setup: SetupConfig, config: DictConfig) -> None:
             setup.index_dir,
         ]
         module("search_r1.search.index_builder", *flags)
+
+
+def refuse_what_no_base_has_learned(options: WorldConfig) -> None:
+    """Raises DataError for a world with two kinds of questions of which a base has learned one."""
+    if options.arithmetic and options.deep:
+        raise DataError(
+            "setup.world_options: no base model has learned both arithmetic and deep questions: "
+            "set one of them, or name a model of your own in actor_rollout_ref.model.path"
+        )
 
 
 def prepare_world(folder: Path, options: WorldConfig) -> None:
@@ -282,15 +294,7 @@ def refuse_other_options(folder: Path, options: WorldConfig) -> None:
 
 
 def base_of(arithmetic: bool, deep: bool) -> str:
-    """The place of the base model of such worlds in the repository.
-
-    Raises DataError for both, which no base has learned.
-    """
-    if arithmetic and deep:
-        raise DataError(
-            "setup.world_options: no base model has learned both arithmetic and deep questions: "
-            "set one of them, or name a model of your own in actor_rollout_ref.model.path"
-        )
+    """The place of the base model of such worlds in the repository."""
     if deep:
         return DEEP_BASE
     return ARITHMETIC_BASE if arithmetic else BASE
@@ -303,7 +307,7 @@ def prepare_base(folder: Path, arithmetic: bool = False, deep: bool = False) -> 
     deep questions. It comes with the program; where it was deleted from the repository, it is
     built.
 
-    Raises DataError when only some of its files are there, and as `base_of` does.
+    Raises DataError when only some of its files are there.
     """
     missing = [name for name in BASE_FILES if not (folder / name).exists()]
     ours = shipped(base_of(arithmetic, deep))

@@ -1,20 +1,16 @@
-"""A model that is asked questions by the agent loop of training, while somebody looks on.
-
-What is said and found may be given from outside: an earlier trajectory is so gone through again up
-to a place where it was changed, and from there the model goes on (`Script`).
-"""
+"""A model that is asked questions by the agent loop of training, while somebody looks on."""
 
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from search_r1.replay import Memory, Script, scripted
 from search_r1.rewards.matching import last_answer
-from search_r1.tools.base import ToolResponse
 from search_r1.tools.toolbox import answering
 from verl.agent import (
     AgentLoop,
@@ -23,7 +19,6 @@ from verl.agent import (
     Onlooker,
     Source,
     Trajectory,
-    context_digest,
     watching,
 )
 from verl.rollout.openai_engine import OpenAIEngine
@@ -36,58 +31,12 @@ from verl.utils.processes import writing_to
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GIVEN = -2
-"""The policy version of a completion that was given; engines have versions from -1 on."""
 OnTokens = Callable[[int, list[int]], None]
 """`on_tokens(call, ids)` is told of all ids that a call of the engine has sampled so far."""
 
 
 def nobody(trajectory: Trajectory) -> None:
     """Looks at nothing."""
-
-
-@dataclass(frozen=True)
-class Script:
-    """What is given instead of being sampled or looked up."""
-
-    said: Sequence[str | list[int]] = ()
-    """The first completions, in the order of the calls: token ids, or a text."""
-    found: Mapping[str, ToolResponse] = field(default_factory=dict)
-    """The responses to some calls of tools, by their key (`search_r1.tools.toolbox.call_key`)."""
-
-
-@dataclass
-class Memory:
-    """What was said and found in a trajectory, so that it can be gone through again."""
-
-    said: list[list[int]] = field(default_factory=list)
-    """The completions of all calls, in their order, also of calls that are not trained."""
-    found: list[tuple[int, str, ToolResponse]] = field(default_factory=list)
-    """Responses of tools with their keys; each after how many completions it came."""
-    turns: list[list[int]] = field(default_factory=list)
-    """What of it stands in the trajectory, as segments of the policy."""
-
-    def hear(self, key: str, response: ToolResponse) -> None:
-        """Keeps the response of a tool."""
-        self.found.append((len(self.said), key, response))
-
-    def script(self, turns: Sequence[str | list[int]], found: Mapping[str, ToolResponse]) -> Script:
-        """The script by which the first turns are said again, of which the last may be another.
-
-        Calls between them that are not trained say what they said, and tools respond as they did,
-        except for the responses `found`.
-        """
-        said: list[str | list[int]] = []
-        num_turns = 0
-        for completion in self.said:
-            if num_turns == len(turns):
-                break
-            own = self.turns[num_turns] if num_turns < len(self.turns) else None
-            is_turn = own is not None and completion[: len(own)] == own
-            said.append(turns[num_turns] if is_turn else completion)
-            num_turns += is_turn
-        earlier = {key: response for place, key, response in self.found if place <= len(said)}
-        return Script([*said, *turns[num_turns:]], {**earlier, **found})
 
 
 class LocalEngine:
@@ -127,8 +76,10 @@ class InferenceSession:
         self.agent: AgentLoop = build_agent(config, self.tokenizer)
         self.engine: LocalEngine | OpenAIEngine | None = None
         """None before `start`."""
-        self.log = nameless_file()
-        """What a local engine writes. It is of interest when something fails."""
+        self.log: Path | None = None
+        """The file of what a local engine writes, which is of interest when something fails."""
+        self.num_shown = 0
+        """Characters of it that were shown."""
 
     async def start(self) -> None:
         """Starts the engine. Raises ConfigError when something that it needs is missing."""
@@ -140,10 +91,13 @@ class InferenceSession:
             model = self.config.actor_rollout_ref.model.path
             self.engine = OpenAIEngine(rollout.endpoint, model, self.tokenizer)
             return
-        sys.stderr.write(f"loading {self.config.actor_rollout_ref.model.path}\n")
-        with writing_to(self.log):
-            server = self._build_server()
-            self.engine = LocalEngine(server)
+        self.log = Path(tempfile.mkdtemp(prefix="search-r1-"), "engine.log")
+        model = self.config.actor_rollout_ref.model.path
+        sys.stderr.write(f"loading {model} (what the engine says: {self.log})\n")
+        server = self._build_server()
+        server.on_death = self.show_log
+        self.engine = LocalEngine(server)
+        with self.log.open("a", encoding="utf-8") as log, writing_to(log):
             await server.start()
 
     def _build_server(self) -> VLLMServer:
@@ -167,22 +121,24 @@ class InferenceSession:
         question: str,
         onlooker: Onlooker = nobody,
         on_tokens: OnTokens | None = None,
-        script: Script = Script(),
+        script: Script | None = None,
         memory: Memory | None = None,
     ) -> Trajectory:
         """Rolls out one question.
 
+        What `script` has is given instead of being sampled or looked up (`search_r1.replay`).
         `onlooker` is shown the trajectory each time it has grown, and `memory` keeps what is said
         and found. Raises TrajectoryFailed when a tool or the endpoint fails.
         """
         assert self.engine is not None, "the session is not started"
+        script = Script() if script is None else script
         memory = Memory() if memory is None else memory
         session = f"{time.monotonic_ns()}"
         sampling = self._generate(session, on_tokens)
-        generate = remembering(scripted(sampling, script.said, self.tokenizer), memory)
+        generate = scripted(sampling, script, memory, self.tokenizer)
         row = {"extra_info": {"question": question}, "data_source": "infer"}
         try:
-            with watching(onlooker), answering(script.found, memory.hear):
+            with watching(onlooker), answering(script.response, memory.hear):
                 trajectory = await self.agent.run([], row, generate)
             memory.turns = [s.token_ids for s in trajectory.segments if s.source is Source.MODEL]
             return trajectory
@@ -211,65 +167,21 @@ class InferenceSession:
         return generate
 
     def show_log(self) -> None:
-        """Writes what a local engine wrote to stderr."""
-        self.log.seek(0)
-        shutil.copyfileobj(self.log, sys.stderr)
+        """Writes to stderr what a local engine has written since the last time."""
+        if self.log is None:
+            return
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        sys.stderr.write(text[self.num_shown :])
+        sys.stderr.flush()
+        self.num_shown = len(text)
 
     async def close(self) -> None:
         """Stops the agent loop and the engine."""
         await self.agent.close()
         if self.engine is not None:
             await self.engine.close()
-        self.log.close()
-
-
-def nameless_file() -> IO[str]:
-    """A file that is gone when it is closed."""
-    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-
-
-def scripted(
-    generate: Generate, said: Sequence[str | list[int]], tokenizer: "PreTrainedTokenizerBase"
-) -> Generate:
-    """Wraps `generate`: its first completions are those of `said`."""
-    coming = iter(said)
-
-    async def next_completion(
-        prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
-    ) -> Completion:
-        given = next(coming, None)
-        if given is None:
-            return await generate(prompt_ids, max_tokens=max_tokens, stop=stop)
-        ids = with_control_tokens(tokenizer, given) if isinstance(given, str) else list(given)
-        text = str(tokenizer.decode(ids))
-        return Completion(
-            token_ids=ids,
-            log_probs=[0.0] * len(ids),
-            finish_reason="stop",
-            stop_reason=next((end for end in stop if text.endswith(end)), None),
-            policy_version=GIVEN,
-            context_digest=context_digest(prompt_ids),
-        )
-
-    return next_completion
-
-
-def remembering(generate: Generate, memory: Memory) -> Generate:
-    """Wraps `generate`: `memory` keeps its completions."""
-
-    async def next_completion(
-        prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
-    ) -> Completion:
-        completion = await generate(prompt_ids, max_tokens=max_tokens, stop=stop)
-        memory.said.append(completion.token_ids)
-        return completion
-
-    return next_completion
-
-
-def with_control_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The ids of a text that the policy is to have said, its control tokens among them."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        if self.log is not None:
+            shutil.rmtree(self.log.parent, ignore_errors=True)
 
 
 def answer_of(trajectory: Trajectory, tokenizer: "PreTrainedTokenizerBase") -> str | None:

@@ -55,8 +55,10 @@ class Zsh(ZshComplete):
 
     source_template = ZshComplete.source_template.replace(
         "compadd -U -V unsorted -a completions",
-        "compadd -U -V unsorted -- ${completions:#*=}\n"
-        "        compadd -U -V unsorted -S '' -- ${(M)completions:#*=}",
+        "local -a names=(${(M)completions:#*=}) words=(${completions:#*=})\n"
+        "        (( $#words )) && compadd -U -V unsorted -a words\n"
+        "        (( $#names )) && compadd -U -V unsorted -S '' -a names\n"
+        "        return 0",
     )
 
 

@@ -35,8 +35,9 @@ from search_r1.infer import config_for_answering
 from search_r1.launch import composed
 from search_r1.pages.records import view_of, view_of_segment
 from search_r1.prompts import format_passages
+from search_r1.replay import GIVEN, Memory, Script
 from search_r1.rewards.matching import exact_match
-from search_r1.session import GIVEN, InferenceSession, Memory, Script
+from search_r1.session import InferenceSession
 from search_r1.tools.base import SEARCH_TOOL, ToolResponse
 from search_r1.tools.toolbox import call_key
 from search_r1.trajectory import gold_passages
@@ -217,8 +218,8 @@ async def events_of(session: InferenceSession, ask: Ask, memories: Memories) -> 
     task = asyncio.create_task(answer())
     try:
         while (event := await narrator.events.get()) is not None:
-            name, content = event
-            yield f"event: {name}\ndata: {json.dumps(content)}\n\n"
+            kind, content = event
+            yield f"event: {kind}\ndata: {json.dumps(content)}\n\n"
         await task
     finally:
         task.cancel()

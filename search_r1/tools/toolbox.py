@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
@@ -28,9 +28,9 @@ class Executed:
 
 
 class Answers(NamedTuple):
-    """What `answering` gives to calls, and whom it tells of all responses."""
+    """Who gives responses to calls, and who is told of all responses."""
 
-    responses: Mapping[str, ToolResponse]
+    give: Callable[[str], ToolResponse | None]
     tell: Callable[[str, ToolResponse], object]
 
 
@@ -39,14 +39,14 @@ _answers: ContextVar[Answers | None] = ContextVar("answers", default=None)
 
 @contextmanager
 def answering(
-    responses: Mapping[str, ToolResponse], tell: Callable[[str, ToolResponse], object]
+    give: Callable[[str], ToolResponse | None], tell: Callable[[str, ToolResponse], object]
 ) -> Iterator[None]:
-    """Answers calls of this block by these responses, by `call_key`, instead of running them.
+    """Answers calls of this block by `give`, which gets their `call_key`, where it is not None.
 
-    `tell(key, response)` is told of every response, also of those given here. The block holds for
-    the present task and for those that it starts.
+    These calls are not run. `tell(key, response)` is told of every response, also of those
+    given here. The block holds for the present task and for those that it starts.
     """
-    token = _answers.set(Answers(responses, tell))
+    token = _answers.set(Answers(give, tell))
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def answering(
 def given_response(name: str, arguments: Arguments) -> ToolResponse | None:
     """The response that `answering` gives to a call; None for one that is to be run."""
     answers = _answers.get()
-    return None if answers is None else answers.responses.get(call_key(name, arguments))
+    return None if answers is None else answers.give(call_key(name, arguments))
 
 
 def tell_response(name: str, arguments: Arguments, response: ToolResponse) -> None:

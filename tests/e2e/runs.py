@@ -129,7 +129,9 @@ def train(config: str, overrides: list[str]) -> tuple[int, str]:
         output, _ = run.communicate(timeout=PATIENCE_S)
     except subprocess.TimeoutExpired as hang:
         os.killpg(run.pid, signal.SIGKILL)
-        values = dict(override.split("=", 1) for override in overrides)
+        output, _ = run.communicate()
+        hang.add_note(output)
+        values = {key: value for key, _, value in (each.partition("=") for each in overrides)}
         for path, lines in tails_of_logs(Path(values["trainer.default_local_dir"])).items():
             hang.add_note(f"{path}\n{lines}")
         raise

@@ -60,7 +60,7 @@ def test_a_retriever_that_dies_mid_step_loses_nothing(tmp_path, world):
     port = free_port()
     with retrieval_server(world, port=port) as (url, server):
         run = start("grpo", settings(tmp_path, world, url, 500))
-        wait_for(lambda: len(metrics(tmp_path)) >= 3 or run.poll() is not None)
+        wait_for(lambda: len(metrics(tmp_path)) >= 3 or run.poll() is not None, PATIENCE_S)
         server.kill()
         output, _ = run.communicate(timeout=PATIENCE_S)
     assert run.returncode != 0

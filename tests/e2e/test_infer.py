@@ -8,16 +8,20 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from search_r1 import infer
 from search_r1.prompts import build_prompt
+from search_r1.session import InferenceSession
+from tests.configs import composed
 from tests.e2e.runs import ROOT
 from tests.openai_server import Player
 from tests.processes import PATIENCE_S
 from tests.retrieval import serving, write_lines
 from tests.trained import make_run
+from verl.trainer.config import validate
 from verl.utils.errors import DataError
 from verl.workers.config import ModelConfig
 
@@ -143,7 +147,23 @@ def test_a_real_engine_answers_from_a_checkpoint(retriever, tmp_path):
     assert f"loading {tmp_path}" in done.stderr
     # what the engine and its processes say is shown when something fails
     assert not re.search(r"warn|vllm|leaked", done.stderr, re.IGNORECASE), done.stderr
+    (log,) = re.findall(r"what the engine says: (\S+)\)", done.stderr)
+    assert not Path(log).parent.exists()
     assert (tmp_path / "run" / "global_step_2" / "hf" / "model.safetensors").is_file()
+
+
+def test_what_an_engine_has_said_is_shown_when_it_dies(tmp_path, monkeypatch, capsys):
+    session = InferenceSession(validate(composed("grpo", "experiment=closed_world/grpo")))
+    session.log = tmp_path / "engine.log"
+    session.log.write_text("out of memory\n")
+    server = session._build_server()
+    server.on_death = session.show_log
+    server.engine = object()
+    monkeypatch.setattr("os._exit", lambda status: None)
+    server._engine_ended()
+    assert capsys.readouterr().err == "out of memory\n"
+    server._engine_ended()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_retriever_that_is_down_is_a_clear_error(repository):

@@ -59,7 +59,7 @@ class Run:
         ]
 
     def reached(self, step):
-        wait_for(lambda: step in self.steps() or self.process.poll() is not None)
+        wait_for(lambda: step in self.steps() or self.process.poll() is not None, PATIENCE_S)
         assert step in self.steps(), self.output[-3000:]
 
     def pids(self, name):

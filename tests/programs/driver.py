@@ -32,7 +32,7 @@ class Driver:
         (self._folder / "ready").touch()
 
     def _start_descendant(self) -> None:
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
 
     def is_killed_after_a_checkpoint(self) -> None:
         if self._start == 1:
@@ -104,7 +104,7 @@ class Driver:
     def works_with_a_descendant(self) -> None:
         self._start_descendant()
         self._ready()
-        time.sleep(600)
+        time.sleep(3600)
 
     def is_killed_beside_a_descendant(self) -> None:
         """The first time; the second works without one."""
@@ -112,7 +112,7 @@ class Driver:
             self._start_descendant()
             self._ready()
             self.is_killed()
-        time.sleep(600)
+        time.sleep(3600)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Program:
 
     def works(self) -> None:
         self._ready()
-        time.sleep(600)
+        time.sleep(3600)
 
 
 if __name__ == "__main__":

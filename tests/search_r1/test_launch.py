@@ -19,6 +19,7 @@ from search_r1.launch import (
     MAX_SERVER_RESTARTS,
     RetrievalServer,
     composed,
+    prepare,
     prepare_base,
     prepare_questions,
     prepare_world,
@@ -79,9 +80,14 @@ def test_what_is_missing_of_a_world_is_made_again_unless_that_would_replace_what
 
 
 def test_no_base_has_learned_both_kinds_of_questions(tmp_path):
-    with pytest.raises(DataError, match="no base model has learned both"):
-        prepare_base(tmp_path / "base", arithmetic=True, deep=True)
-    assert not (tmp_path / "base").exists()
+    both = {"arithmetic": True, "deep": True}
+    setup = SetupConfig(world=str(tmp_path / "world"), world_options=WorldConfig(**both))
+    config = OmegaConf.create(
+        {"actor_rollout_ref": {"model": {"path": str(tmp_path / "world" / "base")}}}
+    )
+    with pytest.raises(SystemExit, match="no base model has learned both"):
+        prepare(setup, config)
+    assert not (tmp_path / "world").exists()
 
 
 def test_a_part_of_a_base_model_is_refused(tmp_path):

@@ -200,7 +200,7 @@ import sys, time
 from verl.utils.run_folder import held
 with held(sys.argv[1]):
     print("held", flush=True)
-    time.sleep(600)
+    time.sleep(3600)
 """
 
 

@@ -45,6 +45,8 @@ class VLLMServer:
         self.updating = False
         self.engine: Any = None
         self.stop_token_ids: list[int] = []
+        self.on_death: Callable[[], object] = lambda: None
+        """Is called when the engine has ended, before this process ends."""
 
     async def start(self) -> None:
         """Builds the engine.
@@ -69,7 +71,12 @@ class VLLMServer:
         vLLM leaves calls to a dead engine hanging.
         """
         if self.engine is not None:
-            os._exit(1)
+            self._exit()
+
+    def _exit(self) -> None:
+        """Ends this process at once, whatever its threads do."""
+        self.on_death()
+        os._exit(1)
 
     def _build(self, **kwargs: Any) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -184,7 +191,7 @@ class VLLMServer:
                 if on_tokens is not None:
                     on_tokens(list(output.outputs[0].token_ids))
         except EngineDeadError:
-            os._exit(1)  # raised instead, it would look like an error of this call
+            self._exit()  # raised instead, it would look like an error of this call
         assert final is not None, "the engine ended a request without an output"
         completion = final.outputs[0]
         ids = list(completion.token_ids)

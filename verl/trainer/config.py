@@ -308,6 +308,8 @@ class PPOConfig(Config):
             for name in ("gamma", "lam", "norm_adv_by_std_in_grpo")
             if (value := getattr(self.algorithm, name)) != getattr(defaults, name)
             and not self._estimator.takes(name)
+            # without the std is what dr_grpo is
+            and (name, self.algorithm.adv_estimator) != ("norm_adv_by_std_in_grpo", "dr_grpo")
         }
 
     @property

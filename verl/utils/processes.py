@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
@@ -60,20 +60,15 @@ def writing_to(file: IO[str]) -> Iterator[None]:
 
     Processes that it starts in the block write there as long as they live.
     """
-    streams = (sys.stdout, sys.stderr)
-    for stream in streams:
-        stream.flush()
-    own = [(descriptor, os.dup(descriptor)) for descriptor in (1, 2)]
-    for descriptor, _ in own:
-        os.dup2(file.fileno(), descriptor)
-    try:
-        yield
-    finally:
-        for stream in streams:
+    with ExitStack() as restoring:
+        for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
             stream.flush()
-        for descriptor, copy in own:
-            os.dup2(copy, descriptor)
-            os.close(copy)
+            copy = os.dup(descriptor)
+            restoring.callback(os.close, copy)
+            restoring.callback(os.dup2, copy, descriptor)
+            restoring.callback(stream.flush)
+            os.dup2(file.fileno(), descriptor)
+        yield
 
 
 def dying_with_this() -> Callable[[], None]:

@@ -12,9 +12,9 @@ from search_r1.cli.main import OTHER_VERL, help_page, main
 from verl.utils.places import root
 
 SCREEN = (24 + 8, 80)
-LONGEST_HELP = 52
-"""Lines at a width of 80."""
 """Lines and columns of a small terminal window."""
+LONGEST_HELP = 52
+"""Lines of a window of usual height, at a width of 80."""
 
 
 @pytest.fixture(autouse=True)

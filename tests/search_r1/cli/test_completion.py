@@ -22,7 +22,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 """
 CALL_ZSH = """
 compdef() {}
-compadd() { [[ $# -gt 3 ]] && print -r -- "$*" }
+compadd() { print -r -- "${argv[1,-3]}: ${(P)argv[-1]}" }
 _describe() {}
 eval "$(search-r1 completion zsh)"
 words=("$@")
@@ -63,16 +63,11 @@ def test_zsh_puts_a_space_after_words_but_not_after_the_name_of_a_key(program):
     def added(*words):
         command = ["zsh", "-f", "-c", CALL_ZSH, "zsh", "search-r1", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return [
-            line.removeprefix("-U -V unsorted ")
-            for line in done.stdout.splitlines()
-            if "-- " in line
-        ]
+        return [line.removeprefix("-U -V unsorted").strip() for line in done.stdout.splitlines()]
 
-    assert added("train", "ppo", "experiment=own") == [
-        "-- experiment=own_data experiment=own_model"
-    ]
-    assert added("train", "trainer.t") == ["-S  -- trainer.total_epochs="]
+    recipes = "experiment=own_data experiment=own_model"
+    assert added("train", "ppo", "experiment=own") == [f": {recipes}"]
+    assert added("train", "trainer.t") == ["-S : trainer.total_epochs="]
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")

@@ -1,5 +1,6 @@
 """The playground in a real browser: real processes, a real retrieval server, a scripted model."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from search_r1.pages.play import Model, make_app, serving
+from search_r1.pages.retriever_state import numbers_of
 from tests.e2e.runs import ROOT
 from tests.openai_server import Player
 from tests.retrieval import serving as at_address
@@ -37,7 +39,9 @@ def flags_for(endpoint: str, retriever: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def player():
-    return Player({"Ada Marin": [SEARCH, SEARCH, ANSWER, ANSWER, OTHER]})
+    return Player(
+        {"Ada Marin": [SEARCH, SEARCH, ANSWER, ANSWER, OTHER], "Bo Keld": [SEARCH, ANSWER]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,38 @@ def test_a_question_nobody_can_answer_fails_with_its_reason(page, known):
     assert "event: failed" in answer.text and "status 500" in answer.text
     assert known.post("/models/5/ask", json={}).status_code == 404
     assert known.post("/models/0/ask", json={"question": ""}).status_code == 422
+
+
+def events_of(answer: httpx.Response) -> dict[str, dict]:
+    """The last event of each kind."""
+    blocks = [block.splitlines() for block in answer.text.strip().split("\n\n")]
+    return {
+        name.removeprefix("event: "): json.loads(data.removeprefix("data: "))
+        for name, data in blocks
+    }
+
+
+def queries_of(retriever: str) -> float:
+    """The queries that the retrieval server has answered."""
+    metrics = httpx.get(retriever.removesuffix("/retrieve") + "/metrics", trust_env=False)
+    return numbers_of(metrics.text)["retrieval_queries_total"]
+
+
+@needs_browser
+def test_who_follows_a_trajectory_asks_no_tool_again(page, known, retriever):
+    """The page has waited until the models are ready."""
+    first = events_of(known.post("/models/0/ask", json={"question": "Who is Bo Keld?"}))["ended"]
+    searched = queries_of(retriever)
+    turn, observation, _ = first["record"]["segments"]
+    edited = {
+        "question": "Who is Bo Keld?",
+        "said": [turn["token_ids"], OTHER],
+        "follows": first["name"],
+    }
+    second = events_of(known.post("/models/0/ask", json=edited))["ended"]
+    shown = [segment["text"] for segment in second["record"]["segments"]]
+    assert shown == [turn["text"], observation["text"], OTHER]
+    assert queries_of(retriever) == searched
 
 
 def test_other_sites_cannot_reach_it_under_a_name_of_theirs(address):

@@ -14,7 +14,6 @@ from search_r1.pages.comparison import Comparison
 from search_r1.pages.cost import Prices, cost_of
 from search_r1.pages.retriever_state import RetrieverState
 from search_r1.pages.watched_run import WatchedRun, retriever_urls, state_of
-from tests.processes import PATIENCE_S
 from tests.retrieval import serving
 from tests.search_r1.pages.made_records import HOSTILE, sample, write
 from tests.search_r1.pages.made_runs import (
@@ -186,7 +185,7 @@ def test_a_server_of_something_else_is_no_retriever():
 
 def test_a_server_that_is_silent_holds_up_no_other(monkeypatch):
     """Each is answered only when all have been asked."""
-    all_asked = threading.Barrier(3, timeout=PATIENCE_S)
+    all_asked = threading.Barrier(3, timeout=60)
 
     def ask(self, url):
         all_asked.wait()

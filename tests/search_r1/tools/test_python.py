@@ -460,7 +460,7 @@ async def test_without_the_filter_what_a_program_leaves_behind_is_killed(run, wi
     without("seccomp")
     outcome = await run(
         "import os, time\nchild = os.fork()\nif not child:\n    os.close(1); os.close(2)\n"
-        "    time.sleep(99)\nprint(child)",
+        "    time.sleep(3600)\nprint(child)",
         allow_without=["seccomp"],
     )
     await until(lambda: not alive(int(outcome.output)))

@@ -41,7 +41,7 @@ if __name__ == "__main__":
     asyncio.run(main())
 """
 ENGINE = "import os, time; from verl.rollout.engine_process import FollowServer; "
-FOLLOW = "FollowServer().follow({server}); print('ready', flush=True); time.sleep(60)"
+FOLLOW = "FollowServer().follow({server}); print('ready', flush=True); time.sleep(3600)"
 START = (
     "import os, subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}.replace('SERVER', "
     "str(os.getpid()))])"

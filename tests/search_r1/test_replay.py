@@ -2,7 +2,8 @@
 
 import asyncio
 
-from search_r1.session import InferenceSession, Memory
+from search_r1.replay import Call, Memory
+from search_r1.session import InferenceSession
 from search_r1.tools.base import SEARCH_TOOL, ToolResponse
 from search_r1.tools.toolbox import call_key
 from tests.configs import composed
@@ -49,7 +50,7 @@ def ask(session, turns=(), found=None, memory=None):
 def test_calls_that_are_not_trained_say_again_what_they_said(tokenizer):
     session = session_of(tokenizer, [SEARCH, FACTS, ANSWER])
     first, memory = ask(session)
-    assert len(memory.said) == 3 and len(memory.turns) == 2
+    assert len(memory.calls) == 3 and len(memory.turns) == 2
     assert any(FACTS in text for source, text in shown(first, tokenizer) if source != "model")
 
     # nothing is sampled and nothing is looked up: the engine has nothing more to say
@@ -74,12 +75,36 @@ def test_after_the_edit_the_engine_goes_on(tokenizer):
     assert texts[0] == SEARCH and "Marin: Nowhere" in texts[1] and texts[2] == EDITED
 
 
+def test_calls_are_known_by_what_they_were_asked_and_not_by_their_order(tokenizer):
+    """Calls that run at once may end, and be repeated, in any order."""
+    session = session_of(tokenizer, [SEARCH, FACTS, ANSWER])
+    first, memory = ask(session)
+    memory.calls.reverse()
+    again, _ = ask(session, memory.turns, memory=memory)
+    assert shown(again, tokenizer) == shown(first, tokenizer)
+
+
+def taken(script, *contexts):
+    return [script.completion(context) for context in contexts]
+
+
 def test_a_script_takes_what_came_before_the_edit():
-    first, later = ToolResponse("first"), ToolResponse("later")
-    memory = Memory([[1], [9], [2, 0], [3]], [(1, "a", first), (3, "b", later)], [[1], [2], [3]])
+    first, second, later = (ToolResponse(text) for text in ("first", "second", "later"))
+    calls = [Call(10, [1]), Call(11, [9]), Call(12, [2, 0]), Call(13, [3])]
+    found = [(1, "a", first), (2, "a", second), (3, "a", later)]
+    memory = Memory(calls, found, [[1], [2], [3]])
     script = memory.script([[1], "edited"], {})
-    assert script.said == [[1], [9], "edited"] and script.found == {"a": first, "b": later}
-    script = memory.script(["edited"], {"b": first})
-    assert script.said == ["edited"] and script.found == {"a": first, "b": first}
-    # of a trajectory that is forgotten, the turns alone are known
-    assert Memory().script([[1], "edited"], {}).said == [[1], "edited"]
+    assert taken(script, 11, 10, 12, 13) == [[9], [1], "edited", None]
+    # the same call was answered twice; what came after the edit is asked for again
+    assert [script.response("a") for _ in range(3)] == [first, second, None]
+    script = memory.script(["edited"], {"b": later})
+    assert taken(script, 10, 11) == ["edited", None]
+    assert [script.response(key) for key in ("a", "b", "b")] == [None, later, later]
+    # passages that were edited: calls until the next turn stay
+    script = memory.script([[1]], {"a": later})
+    assert taken(script, 10, 11, 12) == [[1], [9], None]
+    assert [script.response("a") for _ in range(2)] == [later, later]
+
+
+def test_of_a_trajectory_that_is_forgotten_the_turns_alone_are_known():
+    assert taken(Memory().script([[1], "edited"], {}), 5, 6, 7) == [[1], "edited", None]
