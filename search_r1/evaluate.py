@@ -20,7 +20,7 @@ from pathlib import Path
 from search_r1.evaluation import report
 from search_r1.export import loadable_model
 from search_r1.launch import MODELS, TOKENIZER, composed, run_with_setup
-from search_r1.program import described, program_name
+from search_r1.program import command_parser
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 from verl.trainer.overrides import quoted
@@ -82,11 +82,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("search_r1.evaluate"),
-        description=described("search_r1.evaluate", __doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("search_r1.evaluate", __doc__)
     add_model_flags(parser)
     parser.add_argument(
         "--compare",

@@ -6,7 +6,6 @@ tokenizer and the generation settings are those of the model that the run began 
 are merged. `search_r1.evaluate` and `search_r1.infer` export a checkpoint by themselves.
 """
 
-import argparse
 import fcntl
 import os
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 
-from search_r1.program import described, program_name
+from search_r1.program import command_parser
 from verl.utils.errors import ConfigError, ModelError
 from verl.utils.model_names import HF, find_checkpoint, ready_model
 from verl.utils.places import root
@@ -79,11 +78,7 @@ def export_to(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports as the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("search_r1.export"),
-        description=described("search_r1.export", __doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("search_r1.export", __doc__)
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",

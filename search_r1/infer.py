@@ -25,7 +25,7 @@ from search_r1.data.rows import read_rows
 from search_r1.data.shapes import normalise
 from search_r1.evaluate import add_model_flags, given_overrides
 from search_r1.launch import composed, prepare_and_serve
-from search_r1.program import described, program_name
+from search_r1.program import command_parser
 from search_r1.session import InferenceSession, answer_of
 from verl.agent import AgentLoop, Source, Trajectory, TrajectoryFailed
 from verl.trainer.compose import as_plain
@@ -236,11 +236,7 @@ async def run_session(
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("search_r1.infer"),
-        description=described("search_r1.infer", __doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("search_r1.infer", __doc__)
     add_model_flags(parser)
     parser.add_argument(
         "question",

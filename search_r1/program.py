@@ -22,6 +22,15 @@ def described(module: str, text: str | None) -> str:
     return (text or "").replace(f"python -m {module}", program_name(module))
 
 
+def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:
+    """The parser of the command that a module is; `text` is its docstring."""
+    return argparse.ArgumentParser(
+        prog=program_name(module),
+        description=described(module, text),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def short_help(parser: argparse.ArgumentParser, argv: Sequence[str]) -> bool:
     """Whether only the help is asked for, and only of the flags that most users need.
 

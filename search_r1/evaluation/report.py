@@ -14,7 +14,7 @@ from search_r1.evaluation.page import page
 from search_r1.evaluation.scores import compare
 from search_r1.evaluation.summary import AVERAGE, Record, by_question, read_records, summarize
 from search_r1.evaluation.table import paper_table
-from search_r1.program import described, program_name
+from search_r1.program import command_parser
 from verl.utils.errors import DataError
 
 EVALUATION = "evaluation.jsonl"
@@ -126,11 +126,7 @@ def last_validation(run: Path) -> Path:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("search_r1.evaluation.report"),
-        description=described("search_r1.evaluation.report", __doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("search_r1.evaluation.report", __doc__)
     parser.add_argument(
         "result",
         type=Path,

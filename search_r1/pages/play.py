@@ -29,7 +29,7 @@ from search_r1.infer import config_for_answering
 from search_r1.launch import composed, free_port, prepare_and_serve
 from search_r1.pages.access import LOOPBACK, Access, address_of, guarded_app
 from search_r1.pages.html import TRAJECTORY_MODULES, json_text, packed, page_html
-from search_r1.program import described, program_name
+from search_r1.program import command_parser
 from verl.utils.errors import ConfigError, DataError, ModelError
 from verl.utils.processes import dying_with_this
 
@@ -166,11 +166,7 @@ def html_of(models: Sequence[Model]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("search_r1.pages.play"),
-        description=described("search_r1.pages.play", __doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("search_r1.pages.play", __doc__)
     add_model_flags(parser)
     parser.add_argument("--beside", metavar="MODEL", help="another model, asked the same questions")
     parser.add_argument(

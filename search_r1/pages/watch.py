@@ -26,7 +26,7 @@ from search_r1.pages.comparison import Comparison
 from search_r1.pages.cost import Prices
 from search_r1.pages.html import TRAJECTORY_MODULES, json_text, packed, page_html
 from search_r1.pages.watched_run import Message, WatchedRun, unique_names
-from search_r1.program import described, program_name
+from search_r1.program import command_parser, program_name
 from verl.utils.errors import DataError
 
 MODULES = (
@@ -221,11 +221,7 @@ def price(text: str) -> float:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("search_r1.pages.watch"),
-        description=described("search_r1.pages.watch", __doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("search_r1.pages.watch", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, help="write the page to this file, and serve nothing")
     parser.add_argument(

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from search_r1.program import described, program_name
+from search_r1.program import command_parser
 from search_r1.search.engines import bm25
 from search_r1.search.engines.encoder import DEFAULT_MODELS
 from search_r1.search.engines.load import DENSE, INDEXED
@@ -29,11 +29,7 @@ from search_r1.search.serve import positive
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line, which has the original's flags."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("search_r1.search.index_builder"),
-        description=described("search_r1.search.index_builder", __doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("search_r1.search.index_builder", __doc__)
     add = parser.add_argument
     add(
         "--retrieval_method",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from search_r1.program import described, program_name
+from search_r1.program import command_parser
 from search_r1.search.errors import CorpusError, RetrieverError
 from search_r1.search.extras import require
 from search_r1.search.index.documents import contents
@@ -122,11 +122,7 @@ def documents(
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        prog=program_name("search_r1.search.make_corpus"),
-        description=described("search_r1.search.make_corpus", __doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("search_r1.search.make_corpus", __doc__)
     add = parser.add_argument
     add("--input", type=Path, required=True, help="folder, searched with all its folders")
     add("--out", type=Path, required=True, help="corpus to write (.jsonl)")
