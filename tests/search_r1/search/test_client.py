@@ -9,7 +9,7 @@ from fastapi import FastAPI, Response
 
 from search_r1.launch import free_port
 from search_r1.search.client import RetrievalClient, SearchError, check_server
-from search_r1.search.client.client import encodable
+from search_r1.search.client.client import MAX_CONNECTIONS, encodable
 from search_r1.search.client.config import RetrieverConfig
 from search_r1.search.client.errors import ServerBusy
 from tests.retrieval import retrieval_server, serving, write_corpus
@@ -188,13 +188,33 @@ async def test_a_dead_replica_beside_a_busy_one_fails_nothing():
         await c.close()
 
 
-async def test_the_wait_for_a_connection_is_not_time_of_the_search():
-    """Two hundred requests, 64 at a time, over an engine that takes .03 s for each: 6 s, and a
-    deadline of 4."""
-    with serving(app(Engine(lag=0.03), max_batch_size=1, cache_size=0)) as base:
-        c = client(f"{base}/retrieve", max_batch_size=1, timeout_s=4.0)
-        found = await asyncio.gather(*(c.search(f"q{i}") for i in range(200)))
+async def test_no_more_requests_are_sent_than_there_are_connections():
+    """Else they would wait for a connection within HTTP, where waiting is time of the search."""
+    engine = Gate()
+    with serving(app(engine, max_batch_size=1)) as base:
+        c = client(f"{base}/retrieve", max_batch_size=1, timeout_s=60.0)
+        (server,) = c.balancer.servers
+        running = [asyncio.create_task(c.search(f"q{i}")) for i in range(200)]
+        await until(lambda: engine.calls and server.in_flight == MAX_CONNECTIONS)
+        assert len(c.tasks) == 200
+        engine.opened.set()
+        found = await asyncio.gather(*running)
         assert [hits[0].text for hits in found] == [f"q{i}" for i in range(200)]
+        await c.close()
+
+
+async def test_the_wait_for_a_connection_is_not_time_of_the_search(monkeypatch):
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    scripted_app, asked = scripted((500, "{}", {}), GOOD)
+    with serving(scripted_app) as base:
+        c = client(f"{base}/retrieve", timeout_s=60.0, backoff_s=0.0)
+        c.connections = asyncio.Semaphore(1)
+        async with c.connections:
+            search = asyncio.create_task(c.search("x"))
+            await until(lambda: c.connections._waiters)
+            monkeypatch.setattr(loop, "time", lambda: clock() + 1000.0)
+        assert (await search)[0].id == "7" and len(asked) == 2
         await c.close()
 
 
