@@ -83,7 +83,7 @@ def test_the_tutorial_works_in_a_fresh_clone(tmp_path):
 
     first = metrics(folder, "first")
     assert [line["training/global_step"] for line in first] == [0, 1, 2, 3]
-    assert "| all | 500 |" in (folder / "runs/first/report.md").read_text()
+    assert "| all | 100 |" in (folder / "runs/first/report.md").read_text()
     assert (folder / "runs/first/viewer.html").stat().st_size > 100_000
     assert list((folder / "runs/evaluate-first").glob("*.html"))
     assert "<answer>" in output.split("Where does Fenmiv live?")[-1]
