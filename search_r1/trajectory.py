@@ -41,11 +41,32 @@ class Search:
 
 def read_searches(trajectory: Trajectory | Record) -> list[Search]:
     """The executed searches, in their order."""
-    return [
-        Search(str(facts["query"]), facts.get("passages") or [], facts.get("latency_s"))
-        for facts in observed_facts(trajectory)
-        if facts.get("kind", SEARCH_TOOL) == SEARCH_TOOL and "query" in facts
-    ]
+    found = [search_of(facts) for facts in observed_facts(trajectory)]
+    return [search for search in found if search is not None]
+
+
+def search_of(facts: dict[str, Any]) -> Search | None:
+    """The search that an observation with these facts answers, None if it answers none."""
+    if facts.get("kind", SEARCH_TOOL) != SEARCH_TOOL or "query" not in facts:
+        return None
+    return Search(str(facts["query"]), facts.get("passages") or [], facts.get("latency_s"))
+
+
+def searches_by_turn(trajectory: Trajectory) -> list[list[Search]]:
+    """The searches that each of `trajectory.turns` asked for, which the next observations answer.
+
+    An aside asks for nothing, even where it stands between a turn and the answers to it.
+    """
+    searches: list[list[Search]] = []
+    asked: list[Search] = []
+    for segment in trajectory.segments:
+        if segment.source is Source.MODEL:
+            searches.append([])
+            if not segment.is_aside:
+                asked = searches[-1]
+        elif search := search_of(segment.info):
+            asked.append(search)
+    return searches
 
 
 def read_passages(trajectory: Trajectory | Record) -> list[dict[str, Any]]:

@@ -78,6 +78,8 @@ class Segment:
     is_aside: bool = False
     """Whether the policy says it beside the conversation: it is trained, but no part of an
     answer."""
+    reward: float = 0.0
+    """What this turn of the policy is paid: a part of the trajectory's score."""
     info: dict[str, Any] = field(default_factory=dict)
     """Free-form facts for logs and rewards (query, passages, latency); never read by the
     trainer."""
@@ -145,7 +147,8 @@ class Trajectory:
     are those of all rows, in the order of time.
 
     `reward` holds finite numbers: `score`, and components to log. Everything else that the reward
-    function returned is in `info["reward"]`.
+    function returned is in `info["reward"]`. The score includes what single turns are paid
+    (`Segment.reward`); the rest of it is paid at the end.
     """
 
     prompt_ids: list[int]
@@ -181,6 +184,11 @@ class Trajectory:
             show(self)
         elif len(prompt_ids) > len(present):
             self.add_observation(list(prompt_ids[len(present) :]), kind="context")
+
+    @property
+    def turns(self) -> list[Segment]:
+        """What the policy wrote, one segment for each of its turns, asides included."""
+        return [segment for segment in self.segments if segment.source is Source.MODEL]
 
     @property
     def rows(self) -> list[TrajectoryRow]:
@@ -242,7 +250,7 @@ class Trajectory:
                 completion.log_probs,
                 completion.policy_version,
                 is_aside,
-                info,
+                info=info,
             )
         )
         show(self)
@@ -342,7 +350,10 @@ class RewardFn(Protocol):
     def __call__(
         self, trajectory: Trajectory, row: Row
     ) -> dict[str, float] | Awaitable[dict[str, float]]:
-        """Returns `score` and any components to log.
+        """Returns `score`, any components to log, and `turn_rewards` if single turns are paid.
+
+        `turn_rewards` has a number for each of `trajectory.turns`, and is a part of the score: what
+        it leaves of the score is paid at the end.
 
         Raises TrajectoryFailed when no score can be computed, which is not a score of 0. Any other
         exception counts as a bug of the reward and ends the run.

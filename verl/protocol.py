@@ -12,7 +12,8 @@ where its context was written anew (`verl.agent.Trajectory.rewrite`).
 | rollout_log_probs   | [B, R]   | float32 | agent loop | log-prob as sampled, 0 elsewhere |
 | policy_versions     | [B, R]   | int32   | agent loop | version that sampled it; -1 elsewhere |
 | turns               | [B, R]   | int32   | agent loop | the policy's turn, from 0; -1 elsewhere |
-| token_level_scores  | [B, R]   | float32 | reward     | score, on the last policy token |
+| states              | [B, R]   | int64   | agent loop | what it had read before the turn; -1 |
+| token_level_scores  | [B, R]   | float32 | reward     | score: of turns, and the rest at the end |
 | token_level_rewards | [B, R]   | float32 | advantage  | scores, less any KL in the reward |
 | old_log_probs       | [B, R]   | float32 | actor      | log-prob before the update |
 | ref_log_prob        | [B, R]   | float32 | reference  | log-prob under the initial weights |
@@ -43,7 +44,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.agent import Source, Trajectory, TrajectoryRow
+from verl.agent import Source, Trajectory, TrajectoryRow, context_digest
 
 ACTOR_MINI_BATCH = "mini_batch"
 CRITIC_MINI_BATCH = "critic_mini_batch"
@@ -239,7 +240,9 @@ def collate_rows(rows: Sequence[BatchRow], pad_token_id: int) -> DataProto:
 
     prompts        . p q          attention_mask  0 1 1 | 1 1 1 1 1 0
     responses      m m o o m .    response_mask           1 1 0 0 1 0
-    scores         0 0 0 0 s 0
+    scores         0 t 0 0 s 0
+
+    The first turn is paid t, and s is the rest of the score.
 
     Raises ValueError for a trajectory without a sampled token, which cannot be trained on (callers
     drop and count these beforehand), and for a sampled segment without a log-prob for every token.
@@ -261,6 +264,7 @@ def collate_rows(rows: Sequence[BatchRow], pad_token_id: int) -> DataProto:
         "rollout_log_probs": spread(tokens.log_probs, real, 0.0),
         "policy_versions": spread(tokens.versions, real, -1),
         "turns": spread(tokens.turns, real, -1),
+        "states": spread(tokens.states, real, -1),
         "token_level_scores": token_level_scores(rows, response_mask),
         "truncated": np.array([r.trajectory.truncated for r in rows]),
         "void_turns": np.array([r.trajectory.void_turns for r in rows]),
@@ -271,14 +275,35 @@ def collate_rows(rows: Sequence[BatchRow], pad_token_id: int) -> DataProto:
 
 
 def token_level_scores(rows: Sequence[BatchRow], response_mask: np.ndarray) -> np.ndarray:
-    """The score of each trajectory on its last policy token, 0 elsewhere: [B, R], float32."""
+    """What each trajectory is paid, by token: [B, R], float32.
+
+    A turn's reward is on its last token. What these rewards leave of the score is on the last
+    policy token of the trajectory, so that all of them together are the score.
+    """
     # the first true entry from the right; every row has one
     last = response_mask.shape[1] - 1 - np.argmax(response_mask[:, ::-1], axis=1)
-    scores = np.zeros(response_mask.shape, dtype=np.float32)
-    scores[np.arange(len(rows)), last] = [
-        r.trajectory.reward["score"] if r.is_last else 0.0 for r in rows
-    ]
-    return scores
+    scores = np.zeros(response_mask.shape, dtype=np.float64)
+    for number, row in enumerate(rows):
+        for end, reward in turn_rewards(row.row):
+            scores[number, end] += reward
+        if row.is_last:
+            scores[number, last[number]] += rest_of_score(row.trajectory)
+    return scores.astype(np.float32)
+
+
+def turn_rewards(row: TrajectoryRow) -> Iterator[tuple[int, float]]:
+    """Yields the place of the last token of each turn that is paid, and what it is paid."""
+    end = 0
+    for segment in row.segments:
+        end += len(segment.token_ids)
+        if segment.reward and segment.token_ids:
+            yield end - 1, segment.reward
+
+
+def rest_of_score(trajectory: Trajectory) -> float:
+    """The score without what turns are paid. A turn without tokens cannot be paid."""
+    paid = [segment.reward for segment in trajectory.turns if segment.token_ids]
+    return trajectory.reward["score"] - sum(paid)
 
 
 @dataclass(frozen=True)
@@ -292,6 +317,8 @@ class ResponseTokens:
     """Int32: the weight version that sampled the token, -1 where none did."""
     turns: np.ndarray
     """Int32: the number of the policy's turn, -1 for what others wrote."""
+    states: np.ndarray
+    """Int64: a digest of what the policy read right before the turn, -1 for what others wrote."""
 
 
 def response_tokens(rows: Sequence[TrajectoryRow]) -> ResponseTokens:
@@ -303,6 +330,7 @@ def response_tokens(rows: Sequence[TrajectoryRow]) -> ResponseTokens:
     segments = [segment for row in rows for segment in row.segments]
     lengths = np.array([len(segment.token_ids) for segment in segments], dtype=np.int64)
     turns = np.array([turn for row in rows for turn in turn_numbers(row)], dtype=np.int32)
+    states = np.array([state for row in rows for state in turn_states(row)], dtype=np.int64)
     versions = np.array([segment.policy_version for segment in segments], dtype=np.int32)
     own = [segment for segment in segments if segment.source is Source.MODEL]
     for segment in own:
@@ -318,6 +346,7 @@ def response_tokens(rows: Sequence[TrajectoryRow]) -> ResponseTokens:
         log_probs=log_probs,
         versions=np.repeat(versions, lengths),
         turns=turn_of_token,
+        states=np.repeat(states, lengths),
     )
 
 
@@ -330,6 +359,24 @@ def turn_numbers(row: TrajectoryRow) -> list[int]:
         turn += own
         numbers.append(turn if own else -1)
     return numbers
+
+
+def turn_states(row: TrajectoryRow) -> list[int]:
+    """For each segment of the policy a digest of what it read since its last one, else -1.
+
+    It reads the prompt before its first turn, then what the environment wrote: turns with the same
+    digest were begun after the same observation, whatever stands before that.
+    """
+    states: list[int] = []
+    unread = list(row.prompt_ids)
+    for segment in row.segments:
+        if segment.source is Source.MODEL:
+            states.append(context_digest(unread))
+            unread = []
+        else:
+            states.append(-1)
+            unread += segment.token_ids
+    return states
 
 
 def flat(lists: Sequence[Sequence[float]], dtype: type[np.generic]) -> np.ndarray:

@@ -6,9 +6,11 @@ in `<information>`.
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from search_r1.rewards import components
+import numpy as np
+
+from search_r1.rewards import components, turn_components
 from search_r1.rewards.config import SearchRewardConfig, Weight
 from search_r1.rewards.episode import Episode, read_episode
 from search_r1.rewards.judge import Judge
@@ -16,10 +18,16 @@ from search_r1.schedule import value_at
 from search_r1.trajectory import read_searches
 from verl.agent import AgentLoop, Row, Source, Trajectory, TrajectoryFailed, context_digest
 from verl.utils.endpoint import EndpointFailed
+from verl.utils.errors import RewardError
+from verl.utils.reward import TURN_REWARDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Result = dict[str, Any]
+"""Numbers by the name of a component, and what turns are paid."""
+OfTurns = dict[str, list[float]]
+"""By the name of a component, its value for each turn of a trajectory."""
 Component = Callable[[Episode, SearchRewardConfig], float]
 ALWAYS: dict[str, Component] = {
     "em": components.em,
@@ -40,6 +48,13 @@ WEIGHTED: dict[str, Component] = {
     "otc_ppo": components.otc_ppo,
 }
 """Components that are computed only if their weight is not 0."""
+TurnComponent = Callable[[Episode], list[float]]
+BY_TURN: dict[str, TurnComponent] = {
+    "new_evidence": turn_components.new_evidence,
+    "redundancy": turn_components.redundancy,
+    "repeated_search": turn_components.repeated_search,
+}
+"""Components that are paid to single turns, computed only if their weight is not 0."""
 ToolComponent = Callable[[Episode, SearchRewardConfig, str], float]
 BY_TOOL: dict[str, ToolComponent] = {
     "call_price": components.call_price,
@@ -67,13 +82,15 @@ class SearchReward:
             for name, function in BY_TOOL.items()
             for tool in getattr(config, name)
         }
+        self.by_turn = {name: f for name, f in BY_TURN.items() if getattr(config, name)}
         self.judge = Judge(config.judge_endpoint) if config.judge else None
 
     @property
     def entries(self) -> frozenset[str]:
         """The names of everything in the result of a training trajectory."""
-        optional = {name for name in ("random", "judge", "otc_grpo") if getattr(self.config, name)}
-        named = self.functions.keys() | self.by_tool.keys()
+        by_hand = ("random", "random_turn", "judge", "otc_grpo")
+        optional = {name for name in by_hand if getattr(self.config, name)}
+        named = self.functions.keys() | self.by_turn.keys() | self.by_tool.keys()
         return frozenset({"score", "answered"} | named | optional)
 
     def preflight(self, agent: AgentLoop) -> list[str]:
@@ -86,32 +103,56 @@ class SearchReward:
             if tool not in known
         ]
 
-    def __call__(
-        self, trajectory: Trajectory, row: Row
-    ) -> dict[str, float] | Awaitable[dict[str, float]]:
+    def __call__(self, trajectory: Trajectory, row: Row) -> Result | Awaitable[Result]:
         episode = read_episode(trajectory, row, self.tokenizer)
         parts = {name: function(episode, self.config) for name, function in self.functions.items()}
         for name, (by_tool, tool) in self.by_tool.items():
             parts[name] = by_tool(episode, self.config, tool)
         if self.config.random:
-            parts["random"] = coin(trajectory)
+            parts["random"] = float(coin_of(trajectory).random() < 0.5)
+        of_turns = self._of_turns(episode, trajectory, row)
+        parts |= {name: sum(of_each) for name, of_each in of_turns.items()}
         if self.judge is not None:
-            return self._judged(self.judge, episode, parts, trajectory)
-        return self._sum(parts, trajectory)
+            return self._judged(self.judge, episode, parts, of_turns, trajectory)
+        return self._sum(parts, of_turns, trajectory)
+
+    def _of_turns(self, episode: Episode, trajectory: Trajectory, row: Row) -> OfTurns:
+        """What each component by turn says of each turn. Raises RewardError if the data lack it."""
+        if "new_evidence" in self.by_turn and episode.gold is None:
+            raise RewardError(
+                "reward.new_evidence needs extra_info.gold_ids or extra_info.gold_titles, which "
+                f"this {row['data_source']} row lacks: prepare the data with them, or with an "
+                "empty list where the evidence is unknown"
+            )
+        of_turns = {name: function(episode) for name, function in self.by_turn.items()}
+        if self.config.random_turn:
+            of_turns["random_turn"] = turn_components.coins(episode, coin_of(trajectory))
+        return of_turns
 
     async def _judged(
-        self, judge: Judge, episode: Episode, parts: dict[str, float], trajectory: Trajectory
-    ) -> dict[str, float]:
+        self,
+        judge: Judge,
+        episode: Episode,
+        parts: dict[str, float],
+        of_turns: OfTurns,
+        trajectory: Trajectory,
+    ) -> Result:
         try:
             parts["judge"] = await judge(episode)
         except EndpointFailed as error:
             raise TrajectoryFailed(f"judge: {error}", num_calls=episode.searches) from error
-        return self._sum(parts, trajectory)
+        return self._sum(parts, of_turns, trajectory)
 
-    def _sum(self, parts: dict[str, float], trajectory: Trajectory) -> dict[str, float]:
+    def _sum(self, parts: dict[str, float], of_turns: OfTurns, trajectory: Trajectory) -> Result:
         step = training_step(trajectory)
         score = sum(self._weight(name, step) * part for name, part in parts.items())
-        return {"score": score, **parts, "answered": 1.0 - parts["no_answer"]}
+        result = {"score": score, **parts, "answered": 1.0 - parts["no_answer"]}
+        if not of_turns:
+            return result
+        paid = np.zeros(len(trajectory.turns))
+        for name, of_each in of_turns.items():
+            paid += self._weight(name, step) * np.array(of_each)
+        return {**result, TURN_REWARDS: paid}
 
     def _weight(self, name: str, step: int) -> float:
         """The weight of a component at a training step; that of a price is negative."""
@@ -147,11 +188,11 @@ def training_step(trajectory: Trajectory) -> int:
     return next(own, 0) + 1
 
 
-def coin(trajectory: Trajectory) -> float:
-    """A reproducible 0 or 1, seeded by the trajectory's tokens and the version of the weights.
+def coin_of(trajectory: Trajectory) -> random.Random:
+    """A reproducible coin, seeded by the trajectory's tokens and the version of the weights.
 
     If only the tokens were the seed, the same words would be rewarded at every step, which can be
     learned.
     """
     versions = [s.policy_version for s in trajectory.segments]
-    return float(random.Random(f"{context_digest(trajectory.token_ids)} {versions}").random() < 0.5)
+    return random.Random(f"{context_digest(trajectory.token_ids)} {versions}")

@@ -39,6 +39,16 @@ class SearchRewardConfig(Config):
     """Weight of not answering; negative for a penalty."""
     repeated_query: Weight = 0.0
     """Weight of the share of searches asked before; negative for a penalty."""
+    new_evidence: Weight = 0.0
+    """Weight of the share of the gold passages that a turn found first, paid to that turn. The data
+    must name them (`extra_info.gold_ids` or `gold_titles`)."""
+    redundancy: Weight = 0.0
+    """Weight of the share of a turn's passages that an earlier turn had found, paid to that turn;
+    negative for a penalty. StepSearch is new_evidence=1 redundancy=-1."""
+    repeated_search: Weight = 0.0
+    """Weight of each search that was asked before, paid to its turn; negative for a penalty."""
+    random_turn: Weight = 0.0
+    """Weight of a coin flip per turn that searches, paid to that turn: a control."""
     overlong: Weight = 0.0
     """Weight of DAPO's soft punishment of length, between 0 and -1: positive for a penalty."""
     ikea: Weight = 0.0

@@ -2,10 +2,18 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from search_r1.rewards.matching import gold_answers, last_answer
-from search_r1.trajectory import NO_TOOLS, question_of, read_searches
+from search_r1.trajectory import (
+    NO_TOOLS,
+    GoldPassages,
+    Search,
+    gold_passages,
+    question_of,
+    searches_by_turn,
+)
 from verl.agent import Row, Segment, Source, Trajectory
 
 if TYPE_CHECKING:
@@ -38,10 +46,11 @@ class Episode:
     """The policy's text, one entry for each turn. A `<think>` with which the chat template opened
     the turn is included, because the thought is well-formed only with it; nothing else that the
     environment wrote is."""
-    queries: list[str]
-    """The queries of the executed searches, in their order."""
-    passages: list[list[str]]
-    """The passages that each of these searches found, as title and text."""
+    searches_by_turn: list[list[Search]]
+    """The executed searches that each turn asked for. There is an entry for each of the
+    trajectory's turns, the asides included, which ask for nothing."""
+    gold: GoldPassages | None = None
+    """The passages with the evidence; None where the data do not say."""
     own_tokens: int = 0
     """Tokens that the policy wrote."""
     call_tags: tuple[str, ...] = ("search",)
@@ -50,6 +59,16 @@ class Episode:
     """Names of the tags around their results."""
     tools: Mapping[str, ToolUse] = field(default_factory=dict)
     """The tools that were called, by name."""
+
+    @property
+    def queries(self) -> list[str]:
+        """The queries of the executed searches, in their order."""
+        return [search.query for search in chain.from_iterable(self.searches_by_turn)]
+
+    @property
+    def passages(self) -> list[list[str]]:
+        """The passages that each of these searches found, as title and text."""
+        return [search.texts for search in chain.from_iterable(self.searches_by_turn)]
 
     def use_of(self, tool: str) -> ToolUse:
         """What was made of a tool; nothing where it was not called."""
@@ -67,14 +86,15 @@ class Episode:
 
 def read_episode(trajectory: Trajectory, row: Row, tokenizer: "PreTrainedTokenizerBase") -> Episode:
     """The episode of a trajectory. Special tokens are left out of its texts."""
-    searches = read_searches(trajectory)
+    facts = row.get("extra_info") or {}
+    says_gold = any(facts.get(key) is not None for key in ("gold_ids", "gold_titles"))
     tags = trajectory.info.get("tags", {"call": ["search"], "result": ["information"]})
     return Episode(
         question=question_of(row),
         golds=gold_answers(row["reward_model"]["ground_truth"]),
         turns=read_turns(trajectory, tokenizer),
-        queries=[search.query for search in searches],
-        passages=[search.texts for search in searches],
+        searches_by_turn=searches_by_turn(trajectory),
+        gold=gold_passages(facts) if says_gold else None,
         own_tokens=trajectory.num_tokens(Source.MODEL),
         call_tags=tuple(tags["call"]),
         result_tags=tuple(tags["result"]),

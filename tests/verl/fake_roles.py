@@ -156,6 +156,16 @@ class Role:
         self.said.append(("save_pretrained", path, checkpoint))
 
 
+class Letters:
+    """A tokenizer of letters."""
+
+    pad_token_id = 0
+    decode = staticmethod(str)
+
+    def __call__(self, text: str, **_: object) -> dict:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
 def make_processes(config: PPOConfig, scores: dict | None = None) -> SimpleNamespace:
     """Processes whose `said` is what the roles and engines were asked, in that order."""
     said: list = []
@@ -179,7 +189,7 @@ def trainer_over(config: PPOConfig, processes: SimpleNamespace) -> RayPPOTrainer
     tracking = Tracking(config.trainer.default_local_dir, [], "project", "run", {}, {})
     made = RayPPOTrainer(
         config,
-        Task(SimpleNamespace(pad_token_id=0, decode=str), agent, None),
+        Task(Letters(), agent, None),
         Questions(),
         Questions(),
         processes,

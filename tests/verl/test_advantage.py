@@ -18,6 +18,9 @@ MASK = torch.tensor(
     [[1, 1, 0, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 1]]
 )
 TURNS = torch.where(MASK.bool(), torch.tensor([0, 0, 0, 1, 1]), -1)
+STATES = torch.where(MASK.bool(), torch.tensor([[7, 7, 7, k, k] for k in (1, 1, 1, 1, 2)]), -1)
+"""All began with 7; before turn 1 all but the last row read 1."""
+STEP_W = 0.5
 GROUPS = np.array(["a", "a", "b", "b", "b"], dtype=object)
 """One of two and one of three: of two scores the median, too, is the mean."""
 
@@ -37,6 +40,7 @@ def batch() -> DataProto:
         "ref_log_prob": torch.full((ROWS, RESPONSE), -1.5),
         "values": rewards().flip(0),
         "turns": TURNS,
+        "states": STATES,
     }
     return DataProto.from_dict(columns, {"uid": GROUPS})
 
@@ -58,7 +62,15 @@ EXPECTED = {
         core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(rewards(), MASK, GROUPS)
     ),
     "turn_level": lambda: core_algos.compute_turn_level_advantage(rewards(), MASK, GROUPS, TURNS),
+    "gigpo": lambda: core_algos.compute_gigpo_advantage(
+        rewards(), MASK, GROUPS, TURNS, STATES, GAMMA, STEP_W
+    ),
+    "igpo": lambda: core_algos.compute_igpo_advantage(rewards(), MASK, GROUPS, TURNS, GAMMA),
 }
+
+
+def configured(name: str) -> AlgorithmConfig:
+    return AlgorithmConfig(adv_estimator=name, gamma=GAMMA, lam=LAM, step_advantage_w=STEP_W)
 
 
 def test_every_estimator_is_among_these():
@@ -72,7 +84,7 @@ def test_an_estimator_says_what_it_needs(name, column):
     data = batch()
     (data.non_tensor_batch if column == "uid" else data.batch).pop(column)
     estimator = core_algos.ADVANTAGE_ESTIMATORS[name]
-    config = AlgorithmConfig(adv_estimator=name, gamma=GAMMA, lam=LAM)
+    config = configured(name)
     if estimator.uses_groups if column == "uid" else estimator.uses_critic:
         with pytest.raises(TypeError, match="index" if column == "uid" else column):
             compute_advantage(data, config)
@@ -83,7 +95,7 @@ def test_an_estimator_says_what_it_needs(name, column):
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_each_estimator_is_given_what_is_configured(name):
-    data, _ = compute_advantage(batch(), AlgorithmConfig(adv_estimator=name, gamma=GAMMA, lam=LAM))
+    data, _ = compute_advantage(batch(), configured(name))
     advantages, returns = EXPECTED[name]()
     assert torch.equal(data.batch["advantages"], advantages)
     assert torch.equal(data.batch["returns"], returns)

@@ -2,6 +2,7 @@
 by enumeration."""
 
 import math
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -15,6 +16,10 @@ from tests.verl.drawn import JUNK, masks, normal, with_junk
 from verl.trainer.ppo.core_algos import (
     POLICY_LOSSES,
     agg_loss,
+    are_equal,
+    compute_gigpo_advantage,
+    compute_grpo_outcome_advantage,
+    compute_igpo_advantage,
     compute_reinforce_advantage,
     compute_reinforce_plus_plus_baseline_outcome_advantage,
     compute_reinforce_plus_plus_outcome_advantage,
@@ -137,19 +142,118 @@ def test_turn_level_by_hand():
     )
 
 
+def test_gigpo_by_hand():
+    """One group of three, from the same question. a and b read the same after their first turn, c
+    reads something else; a is right."""
+    rewards = torch.tensor([[0.0, 9.0, 1.0], [0.4, 9.0, 0.0], [0.0, 9.0, 0.0]])
+    mask = torch.tensor([[1, 0, 1], [1, 0, 1], [1, 0, 1]])
+    turns = torch.tensor([[0, -1, 1]] * 3)
+    states = torch.tensor([[7, -1, 1], [7, -1, 1], [7, -1, 2]])
+    index = np.zeros(3, dtype=int)
+    advantages, returns = compute_gigpo_advantage(
+        rewards, mask, index, turns, states, 0.5, 2.0, norm_adv_by_std_in_grpo=False
+    )
+    assert returns.tolist() == [
+        pytest.approx([0.5, 0.0, 1.0]),
+        pytest.approx([0.4, 0.0, 0.0]),
+        [0.0, 0.0, 0.0],
+    ]
+    episode = np.array([1.0, 0.4, 0.0]) - 1.4 / 3
+    first = np.array([0.5, 0.4, 0.0]) - 0.3
+    second = np.array([0.5, -0.5, 0.0])
+    expected = np.stack([episode + 2 * first, np.zeros(3), episode + 2 * second], axis=1)
+    np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-6)
+
+    by_std, _ = compute_gigpo_advantage(rewards, mask, index, turns, states, 0.5, 2.0)
+    scaled = episode / np.std([1.0, 0.4, 0.0], ddof=1) + 2 * second / np.std([1.0, 0.0], ddof=1)
+    np.testing.assert_allclose(by_std[:2, 2].numpy(), scaled[:2], atol=1e-4)
+
+
+def test_gigpo_is_grpo_where_every_state_is_new():
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    mask = torch.ones(2, 2)
+    turns = torch.tensor([[0, 1], [0, 1]])
+    states = torch.tensor([[1, 2], [3, 4]])
+    index = np.zeros(2, dtype=int)
+    found, _ = compute_gigpo_advantage(rewards, mask, index, turns, states, 1.0, 1.0)
+    expected, _ = compute_grpo_outcome_advantage(rewards, mask, index)
+    assert torch.equal(found, expected)
+
+
+def test_igpo_by_hand():
+    # turns of one group are paid .1, .9 (a), .5 (b, which stops after one turn), 0, 0 (c)
+    rewards = torch.tensor([[0.1, 9.0, 0.9], [0.5, 9.0, 9.0], [0.0, 9.0, 0.0]])
+    mask = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 0, 1]])
+    turns = torch.tensor([[0, -1, 1], [0, -1, -1], [0, -1, 1]])
+    advantages, returns = compute_igpo_advantage(rewards, mask, np.zeros(3, dtype=int), turns, 0.5)
+    paid = np.array([0.1, 0.9, 0.5, 0.0, 0.0])
+    a, b, c, d, e = (paid - paid.mean()) / (paid.std(ddof=1) + 1e-6)
+    expected = [[a + 0.5 * b, 0, b], [c, 0, 0], [d + 0.5 * e, 0, e]]
+    np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(returns.numpy(), [[0.55, 0, 0.9], [0.5, 0, 0], [0, 0, 0]], atol=1e-6)
+
+
+TURN_ESTIMATORS = {
+    "turn_level": compute_turn_level_advantage,
+    "gigpo": partial(compute_gigpo_advantage, gamma=0.9, step_advantage_w=0.7),
+    "igpo": partial(compute_igpo_advantage, gamma=0.9),
+}
+
+
+@pytest.mark.parametrize("name", TURN_ESTIMATORS)
+@given(mask=masks(), seed=st.integers(0, 99), junk=st.sampled_from(JUNK))
+@settings(max_examples=30, deadline=None)
+def test_credit_by_turn_ignores_what_is_masked_and_the_order_of_the_rows(name, mask, seed, junk):
+    """Turns change where an observation stands; junk in it, and other groups, change nothing."""
+    rewards = normal(mask, seed)
+    turns = torch.where(mask.bool(), (1 - mask).cumsum(1), -1)
+    states = torch.where(mask.bool(), turns % 2, -1)
+    index = np.arange(len(mask)) % 2
+    estimate = TURN_ESTIMATORS[name]
+
+    def run(rewards, rows):
+        return estimate(
+            rewards[rows], mask[rows], index[rows], turns=turns[rows], states=states[rows]
+        )
+
+    order = np.arange(len(mask))
+    advantages, returns = run(rewards, order)
+    dirty, _ = run(with_junk(rewards, mask, junk), order)
+    assert torch.equal(dirty, advantages)
+    assert (advantages[mask == 0] == 0).all() and (returns[mask == 0] == 0).all()
+    backwards, _ = run(rewards, order[::-1].copy())
+    torch.testing.assert_close(backwards.flip(0), advantages, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7, -1e-7])
+def test_scores_that_differ_in_their_last_bits_are_equal(noise):
+    """What turns are paid adds up to the score, up to the rounding of float32."""
+    assert are_equal(torch.tensor([1.0, 1.0 + noise, 1.0]))
+    assert not are_equal(torch.tensor([1.0, 1.0 + 1e-4, 1.0]))
+    rewards = torch.tensor([[1.0], [1.0 + noise], [1.0]])
+    mask = torch.ones(3, 1)
+    advantages, _ = compute_grpo_outcome_advantage(rewards, mask, np.zeros(3, dtype=int))
+    assert (advantages == 0).all()
+
+
 @pytest.mark.parametrize("size", [2, 3])
-def test_turn_level_credit_is_unbiased_when_the_policy_decides_to_stop(size):
+@pytest.mark.parametrize("go_on", [0.0, 0.2, -0.5])
+def test_turn_level_credit_is_unbiased_when_the_policy_decides_to_stop(size, go_on):
     """All outcomes of a group, weighted by their probability: the mean estimate is the gradient of
     the expected reward.
 
-    Turn 0 goes on with probability p (reward .3 for stopping); turn 1 is right with probability q
-    (reward 1).
+    Turn 0 goes on with probability p, which is paid at once, or stops, which earns .3; turn 1 is
+    right with probability q (reward 1).
     """
     p = 0.6
     q = 0.25
     stop = 0.3
-    outcomes = {"stop": (1 - p, stop), "right": (p * q, 1.0), "wrong": (p * (1 - q), 0.0)}
-    true = {"p": q - stop, "q": p}  # of J = (1 - p) stop + p q
+    outcomes = {
+        "stop": (1 - p, [stop, 0.0]),
+        "right": (p * q, [go_on, 1.0]),
+        "wrong": (p * (1 - q), [go_on, 0.0]),
+    }
+    true = {"p": go_on + q - stop, "q": p}  # of J = (1 - p) stop + p (go_on + q)
     score = {  # d log-probability of turn 0 by p, of turn 1 by q
         "stop": (-1 / (1 - p), 0.0),
         "right": (1 / p, 1 / q),
@@ -159,9 +263,8 @@ def test_turn_level_credit_is_unbiased_when_the_policy_decides_to_stop(size):
     for group in product(outcomes, repeat=size):
         mask = torch.tensor([[1, int(o != "stop")] for o in group])
         turns = torch.where(mask.bool(), torch.tensor([0, 1]), -1)
-        rewards = torch.zeros(size, 2, dtype=torch.float64)
-        for row, outcome in enumerate(group):
-            rewards[row, int(outcome != "stop")] = outcomes[outcome][1]
+        paid = [outcomes[outcome][1] for outcome in group]
+        rewards = torch.tensor(paid, dtype=torch.float64)
         advantages, _ = compute_turn_level_advantage(
             rewards, mask, np.zeros(size, dtype=int), turns
         )

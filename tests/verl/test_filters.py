@@ -76,6 +76,7 @@ def test_groups_without_variance_are_told_by_their_scores_whatever_the_estimator
             "token_level_rewards": scores - 0.1 * torch.arange(8).view(4, 2),
             "values": torch.zeros(4, 2),
             "turns": torch.zeros(4, 2, dtype=torch.int32),
+            "states": torch.zeros(4, 2, dtype=torch.long),
             "response_mask": torch.ones(4, 2, dtype=torch.long),
         },
         {"uid": np.array(list("aabb"), dtype=object)},

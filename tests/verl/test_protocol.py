@@ -44,6 +44,30 @@ def test_score_sits_on_the_last_sampled_token_even_if_the_environment_spoke_last
     assert batch["token_level_scores"].tolist() == [[0, 0, 0, 0, 1.0, 0, 0]]
 
 
+def test_turns_are_paid_on_their_last_token_and_the_rest_of_the_score_at_the_end():
+    t = trajectory()
+    t.segments[0].reward = 0.25
+    batch = collate_trajectories([t], pad_token_id=0).batch
+    assert batch["token_level_scores"].tolist() == [[0, 0.25, 0, 0, 0.75]]
+    t.segments[2].reward = -0.5
+    batch = collate_trajectories([t], pad_token_id=0).batch
+    assert batch["token_level_scores"].tolist() == [[0, 0.25, 0, 0, 0.75]]
+    t.segments.insert(2, Segment(Source.MODEL, [], [], reward=9.0))
+    batch = collate_trajectories([t], pad_token_id=0).batch
+    assert batch["token_level_scores"].sum().item() == t.reward["score"], "no token, no pay"
+
+
+def test_a_state_is_what_was_read_right_before_the_turn():
+    other = trajectory()
+    other.segments[0].token_ids = [6, 6]
+    new = trajectory()
+    new.segments[1].token_ids = [3, 9]
+    states = collate_trajectories([trajectory(), other, new], pad_token_id=0).batch["states"]
+    first, second = states[:, 0], states[:, 4]
+    assert first.unique().numel() == 1 and states[:, 2:4].tolist() == [[-1, -1]] * 3
+    assert second[0] == second[1] != second[2]
+
+
 def test_pad_id_in_the_text_stays_a_token():
     """Llama-3-Instruct and others pad with a token that also occurs in prompts."""
     t = Trajectory([0, 8, 0], [Segment(Source.MODEL, [0, 5, 0], [-1.0] * 3)], reward={"score": 0.0})

@@ -66,6 +66,19 @@ def test_every_kind_of_number_is_a_score(tokenizer, value):
         assert scored(returning(result), tokenizer).reward == {"score": 1.0}
 
 
+@pytest.mark.parametrize("paid", [[0.25], (0.25,), np.array([0.25]), torch.tensor([0.25])])
+def test_turns_are_paid_what_the_reward_says(tokenizer, paid):
+    trajectory = scored(returning({"score": 1.0, "turn_rewards": paid}), tokenizer)
+    assert [segment.reward for segment in trajectory.segments] == [0.25, 0.0]
+    assert trajectory.reward == {"score": 1.0} and "reward" not in trajectory.info
+
+
+@pytest.mark.parametrize("paid", [[], [0.1, 0.2], 0.1, None, [None], ["x"], [math.nan], "ab"])
+def test_pay_that_does_not_fit_the_turns_ends_the_run(tokenizer, paid):
+    with pytest.raises(RewardError, match=r"'turn_rewards': expected a list.* 1 turns"):
+        scored(returning({"score": 1.0, "turn_rewards": paid}), tokenizer)
+
+
 def test_a_coroutine_function_is_awaited(tokenizer):
     async def compute_score(solution_str, **kwargs):
         await asyncio.sleep(0)

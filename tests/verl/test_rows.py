@@ -19,7 +19,7 @@ from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, co
 from verl.trainer.ppo.batching import build_batch
 from verl.trainer.ppo.core_algos import ADVANTAGE_ESTIMATORS, LOSS_AGG_MODES, POLICY_LOSSES
 from verl.trainer.ppo.filters import correct_rollout, filter_loss
-from verl.trainer.ppo.joined import Joined, with_seq_tokens
+from verl.trainer.ppo.joined import Joined, one_of_each, sum_of_trajectory, with_seq_tokens
 from verl.trainer.ppo.metrics import compute_data_metrics
 from verl.workers.actor import policy_loss
 from verl.workers.config import ActorConfig, FSDPConfig, ModelConfig, PolicyLossConfig
@@ -54,7 +54,9 @@ def trajectories(split: bool) -> list[Trajectory]:
             context = trajectory.token_ids
             if split and turn:
                 trajectory.rewrites.append(Rewrite(len(trajectory.segments), context))
-            trajectory.segments.append(Segment(Source.MODEL, said, [-0.5] * len(said), 0))
+            paid = 0.125 * (turn + number % 4)
+            segment = Segment(Source.MODEL, said, [-0.5] * len(said), 0, reward=paid)
+            trajectory.segments.append(segment)
             trajectory.add_observation(shown)
         made.append(trajectory)
     return made
@@ -86,7 +88,9 @@ def with_numbers(batch: DataProto) -> DataProto:
         name: torch.randn(NUM, 40, generator=generator, dtype=torch.float64)[:, : shape[1]] - 3
         for name in ("old_log_probs", "ref_log_prob", "values", "rollout_log_probs")
     }
-    return batch.with_tensors(**{name: joined.split(w) for name, w in whole.items()})
+    columns = {name: joined.split(w) for name, w in whole.items()}
+    # a rewritten context is another state than an observation, so that states would differ
+    return batch.with_tensors(states=batch.batch["turns"] % 2, **columns)
 
 
 def by_trajectory(batch: DataProto, column: torch.Tensor) -> torch.Tensor:
@@ -116,7 +120,7 @@ def test_rows_of_a_trajectory_and_their_turns():
     assert trajectory.context_violations == 1
 
 
-def test_every_row_trains_its_own_tokens_once_and_the_last_one_has_the_score():
+def test_every_row_trains_its_own_tokens_once_and_has_what_its_turns_are_paid():
     whole = make_batch(split=False)
     split = make_batch(split=True)
     assert len(whole) == NUM and len(split) == 2 * (1 + 2 + 3)
@@ -124,8 +128,9 @@ def test_every_row_trains_its_own_tokens_once_and_the_last_one_has_the_score():
         assert torch.equal(
             by_trajectory(whole, whole.batch[column]), by_trajectory(split, split.batch[column])
         ), column
-    scores = split.batch["token_level_scores"].sum(-1) != 0
-    assert scores.sum() == NUM
+    scores = sum_of_trajectory(split.batch["token_level_scores"].sum(-1), split)
+    expected = [trajectory.reward["score"] for trajectory in trajectories(split=True)]
+    assert scores[one_of_each(split)].tolist() == expected
     for name in ("mini_batch", "critic_mini_batch"):
         of = dict(zip(split.batch["trajectory"].tolist(), split.batch[name].tolist(), strict=True))
         pairs = zip(split.batch["trajectory"].tolist(), split.batch[name].tolist(), strict=True)

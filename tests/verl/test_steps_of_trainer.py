@@ -77,6 +77,17 @@ def test_a_step_of_grpo_has_neither_critic_nor_values(tmp_path):
     ]
 
 
+def test_the_gain_of_information_is_paid_before_the_batch_is_made(tmp_path):
+    """Log-probs are asked for once more, for the answers, once the engines sleep."""
+    weight = "algorithm.information_gain.weight=0.5"
+    trainer = make_trainer(tmp_path, "grpo", weight, "trainer.total_training_steps=1")
+    trainer.fit()
+    assert verbs(trainer)[2:6] == ["collect", "sleep", "old_log_probs", "old_log_probs"]
+    (line,) = trainer.logged
+    assert line["reward/information_gain"] == 0.0, "a trajectory of one turn has none"
+    assert line["information_gain/contexts"] == PROMPTS
+
+
 def test_only_the_critic_learns_up_to_the_last_step_of_its_warm_up(tmp_path):
     trainer = make_trainer(tmp_path, "ppo", "trainer.critic_warmup=2")
     trainer.fit()

@@ -71,7 +71,9 @@ def trajectory_record(
 def segment_record(
     segment: Segment, tokenizer: PreTrainedTokenizerBase, facts: TokenFacts | None
 ) -> dict[str, Any]:
-    """One segment as JSON: its source, text, ids and facts; `is_aside` only if it is one.
+    """One segment as JSON: its source, text, ids and facts.
+
+    `is_aside` is there only if it is one, and `reward` if the turn is paid.
 
     `facts` is None where nothing is wanted of single tokens. Otherwise it is part of the record,
     with `token_ends` where the policy wrote the segment or there are facts of its tokens.
@@ -80,6 +82,7 @@ def segment_record(
     ends = {"token_ends": token_ends(segment.token_ids, tokenizer)} if has_ends else {}
     return {
         **({"is_aside": True} if segment.is_aside else {}),
+        **({"reward": segment.reward} if segment.reward else {}),
         "source": str(segment.source),
         "text": tokenizer.decode(segment.token_ids),
         "token_ids": segment.token_ids,

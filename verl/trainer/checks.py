@@ -204,10 +204,10 @@ def loss_mode_problems(config: "PPOConfig") -> list[str]:
             "optimizer steps on one rollout batch: set ppo_mini_batch_size to train_batch_size * "
             "rollout.n, and ppo_epochs to 1"
         )
-    if config.algorithm.adv_estimator == "turn_level" and not actor.state_masking:
+    if config.credits_turns and not actor.state_masking:
         problems.append(
             f"{ACTOR}.state_masking=false trains on tokens of no turn, which "
-            "adv_estimator=turn_level cannot credit"
+            f"adv_estimator={config.algorithm.adv_estimator} cannot credit"
         )
     if actor.policy_loss.llds_coef and steps == 1 and not bypasses:
         problems.append(

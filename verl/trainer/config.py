@@ -102,6 +102,25 @@ class FilterGroupsConfig(Config):
     """Most rollout batches per training step; after that the step trains on the groups it has."""
 
 
+class InformationGainConfig(Config):
+    """A reward for turns after which the right answer is likelier (IGPO, arXiv 2510.14967)."""
+
+    weight: float = 0.0
+    """Weight of the gain of each turn, in the probability that the policy gives to the first
+    accepted answer; 0: it is not computed. It takes a forward pass for each turn."""
+    before: str = "<answer>"
+    """What stands between the context and the answer, as if the policy had written it."""
+    answer: str = " {answer} </answer>"
+    """The text whose probability is asked for, with `{answer}` for the answer."""
+
+    @field_validator("answer")
+    @classmethod
+    def _has_the_answer(cls, value: str) -> str:
+        if "{answer}" not in value:
+            raise ValueError("expected a text with {answer} in the place of the answer")
+        return value
+
+
 Level = Annotated[str, OneOf("verl.trainer.ppo.core_algos.LEVELS")]
 
 
@@ -148,11 +167,14 @@ class AlgorithmConfig(Config):
     """How rewards become advantages; docs/algorithms.md says what each does and needs. gae is PPO,
     with a critic."""
     gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount per token of the policy."""
+    """Discount per token of the policy; with gigpo and igpo, per turn."""
     lam: float = Field(default=1.0, ge=0, le=1)
     """GAE lambda."""
     norm_adv_by_std_in_grpo: bool = True
     """Divide by the group's standard deviation; false: do not, as in Dr. GRPO."""
+    step_advantage_w: float = Field(default=1.0, ge=0)
+    """Weight of the advantage of a turn beside that of its trajectory, with gigpo."""
+    information_gain: InformationGainConfig = InformationGainConfig()
     filter_groups: FilterGroupsConfig = FilterGroupsConfig()
     loss_filters: list[LossFilter] = []
     """Filters that leave trajectories out of the policy loss, after the advantages of their group
@@ -305,7 +327,7 @@ class PPOConfig(Config):
         defaults = AlgorithmConfig()
         return {
             name: value
-            for name in ("gamma", "lam", "norm_adv_by_std_in_grpo")
+            for name in ("gamma", "lam", "norm_adv_by_std_in_grpo", "step_advantage_w")
             if (value := getattr(self.algorithm, name)) != getattr(defaults, name)
             and not self._estimator.takes(name)
             # without the std is what dr_grpo is
@@ -316,6 +338,11 @@ class PPOConfig(Config):
     def uses_groups(self) -> bool:
         """Whether advantages come from comparing the trajectories of one prompt."""
         return self._estimator.uses_groups
+
+    @property
+    def credits_turns(self) -> bool:
+        """Whether each turn of the policy has an advantage of its own."""
+        return self._estimator.takes("turns")
 
     @property
     def _estimator(self) -> "AdvantageEstimator":

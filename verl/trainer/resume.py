@@ -88,6 +88,7 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "horizon",
         "target_kl",
     ],  # see advantage.restore_kl
+    trainer_config.InformationGainConfig: ["weight", "before", "answer"],
     trainer_config.FilterGroupsConfig: ["enable", "metric", "max_num_gen_batches"],
     trainer_config.RolloutCorrectionConfig: [
         "rollout_is",
@@ -103,6 +104,7 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "gamma",
         "lam",
         "norm_adv_by_std_in_grpo",
+        "step_advantage_w",
         "loss_filters",
         "use_kl_in_reward",
         "kl_penalty",

@@ -26,6 +26,8 @@ ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 """The names of the arguments of a reward function."""
 LARGEST_SCORE = float(np.finfo(np.float32).max)
 """The largest score: batches hold scores in float32, where a larger one would be infinite."""
+TURN_REWARDS = "turn_rewards"
+"""The entry of a reward's result with what each turn of the policy is paid."""
 MAX_SHOWN = 120
 """Most characters of a question or a value in a message."""
 
@@ -136,11 +138,14 @@ def take(result: object, trajectory: Trajectory, name: str) -> None:
 
     A result is a number, or a mapping with a number under `score`; a bool and a NumPy or torch
     value with one element count as numbers. Other entries of the mapping that are finite numbers
-    are components and go to `reward` with the score. The rest is kept in `info["reward"]`. Raises
-    TrajectoryFailed if there is no finite score.
+    are components and go to `reward` with the score; `turn_rewards` go to the turns. The rest is
+    kept in `info["reward"]`. Raises TrajectoryFailed if there is no finite score, and RewardError
+    if `turn_rewards` are not a finite number for each turn.
     """
     given = result if isinstance(result, Mapping) else {"score": result}
     entries = {str(key): value for key, value in given.items()}
+    if TURN_REWARDS in entries:
+        pay_turns(entries.pop(TURN_REWARDS), trajectory, name)
     read = {key: number_of(value) for key, value in entries.items()}
     numbers = {key: number for key, number in read.items() if number is not None}
     if not abs(numbers.get("score", math.nan)) <= LARGEST_SCORE:  # also true for NaN
@@ -153,6 +158,25 @@ def take(result: object, trajectory: Trajectory, name: str) -> None:
     facts = {key: as_json(value) for key, value in entries.items() if key not in trajectory.reward}
     if facts:
         trajectory.info["reward"] = {**trajectory.info.get("reward", {}), **facts}
+
+
+def pay_turns(rewards: object, trajectory: Trajectory, name: str) -> None:
+    """Writes what the reward called `name` pays for each turn of the policy.
+
+    Raises RewardError unless `rewards` is a finite number for each turn.
+    """
+    rewards = plain(rewards)
+    given = rewards if isinstance(rewards, list | tuple) else []
+    numbers = [number for number in map(number_of, given) if number is not None]
+    turns = trajectory.turns
+    is_paid = len(given) == len(numbers) == len(turns)
+    if not is_paid or not all(abs(number) <= LARGEST_SCORE for number in numbers):
+        raise RewardError(
+            f"{name} returned {shortened(rewards)} under '{TURN_REWARDS}': expected a list with a "
+            f"finite number for each of the {len(turns)} turns of the policy (trajectory.turns)"
+        )
+    for turn, number in zip(turns, numbers, strict=True):
+        turn.reward = number
 
 
 def number_of(value: object) -> float | None:

@@ -20,7 +20,7 @@ from verl.trainer.config import build_reward
 
 ROW = {
     "reward_model": {"ground_truth": {"target": ["Rome"]}},
-    "extra_info": {"question": "Which city?"},
+    "extra_info": {"question": "Which city?", "gold_titles": ["A title"]},
 }
 
 
@@ -208,6 +208,10 @@ TABLE = [
     Case("reward.no_search", -1.0, score_of("right at once")),
     Case("reward.no_answer", -1.0, score_of("silent")),
     Case("reward.repeated_query", -1.0, score_of("right after repeating itself")),
+    Case("reward.new_evidence", 1.0, score_of("wrong")),
+    Case("reward.redundancy", -1.0, score_of("right after repeating itself")),
+    Case("reward.repeated_search", -1.0, score_of("right after repeating itself")),
+    Case("reward.random_turn", 1.0, scores),
     Case("reward.overlong", 1.0, score_of("wrong"), {"reward.overlong_limit": 20}),
     Case("reward.ikea", 1.0, score_of("right after a search")),
     Case("reward.otc_ppo", 1.0, score_of("right after a search")),

@@ -29,6 +29,7 @@ from search_r1.rewards.matching import (
     normalize_answer,
     substring_match,
 )
+from search_r1.trajectory import Search
 from tests.retrieval import serving
 from tests.search_r1.rewards.trajectories import trajectory_of
 from tests.templates import make_family_tokenizer
@@ -257,7 +258,18 @@ def test_format(turns, expected):
 
 
 def episode(turns, golds=("Rome",), queries=(), passages=None):
-    return Episode("q?", list(golds), list(turns), list(queries), passages or [[] for _ in queries])
+    """An episode in which each query was asked in a turn of its own."""
+    found = passages or [[] for _ in queries]
+    searches = [
+        [Search(query, [passage_of(text) for text in texts])]
+        for query, texts in zip(queries, found, strict=True)
+    ]
+    return Episode("q?", list(golds), list(turns), searches)
+
+
+def passage_of(text):
+    title, _, body = text.rpartition("\n")
+    return {"title": title, "text": body}
 
 
 SEARCHING = "<think> t </think> <search> q </search>"

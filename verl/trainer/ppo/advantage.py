@@ -81,6 +81,7 @@ def compute_advantage(
         "response_mask": batch["response_mask"],
         "values": batch.get("values"),
         "turns": batch.get("turns"),
+        "states": batch.get("states"),
         "index": data.non_tensor_batch.get("uid"),
     }
     joined = Joined.of(data, batch["response_mask"]) if has_several_rows(data) else None
@@ -90,6 +91,7 @@ def compute_advantage(
         gamma=config.gamma,
         lam=config.lam,
         norm_adv_by_std_in_grpo=config.norm_adv_by_std_in_grpo,
+        step_advantage_w=config.step_advantage_w,
         **{name: column for name, column in columns.items() if column is not None},
     )
     nonzero = (advantages.abs().amax(1) > 0).float().mean()
@@ -104,8 +106,8 @@ def join_columns(columns: dict[str, Any], joined: Joined, data: DataProto) -> di
     """The columns of an estimator with a row for each trajectory instead of each context."""
     tensors = {name: column for name, column in columns.items() if isinstance(column, torch.Tensor)}
     whole: dict[str, Any] = {name: joined.join(column) for name, column in tensors.items()}
-    if "turns" in whole:
-        whole["turns"] = joined.join(columns["turns"], pad=-1)
+    for name in {"turns", "states"} & tensors.keys():
+        whole[name] = joined.join(tensors[name], pad=-1)
     if columns["index"] is not None:
         _, first = np.unique(data.batch["trajectory"].numpy(), return_index=True)
         whole["index"] = columns["index"][first]

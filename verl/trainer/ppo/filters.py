@@ -10,6 +10,7 @@ from verl.protocol import DataProto
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import (
     accepted,
+    are_equal,
     group_rows,
     importance_weights,
     log_ratios,
@@ -29,7 +30,7 @@ def _zero_variance(data: DataProto) -> Tensor:
     scores = sum_of_trajectory(scores, data)
     same = torch.zeros(len(data), dtype=torch.bool)
     for rows in group_rows(data.non_tensor_batch["uid"]):
-        same[rows] = (scores[rows] == scores[rows[0]]).all()
+        same[rows] = are_equal(scores[rows])
     return same
 
 

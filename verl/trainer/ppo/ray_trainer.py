@@ -11,12 +11,18 @@ from verl.trainer.ppo.advantage import (
     compute_advantage,
     restore_kl,
 )
-from verl.trainer.ppo.batch_source import BatchSource, NothingToLearn, trajectory_metrics
+from verl.trainer.ppo.batch_source import (
+    BatchSource,
+    NothingToLearn,
+    Rollouts,
+    trajectory_metrics,
+)
 from verl.trainer.ppo.checkpoints import Checkpoints
 from verl.trainer.ppo.collapse import Alarm, TrainingCollapsed
 from verl.trainer.ppo.collapse_guard import CollapseGuard
 from verl.trainer.ppo.failures import RolloutFailed
 from verl.trainer.ppo.filters import correct_rollout, filter_loss
+from verl.trainer.ppo.information_gain import pay_information
 from verl.trainer.ppo.joined import with_seq_tokens
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
@@ -108,8 +114,11 @@ class RayPPOTrainer:
         while self.wants_a_step():
             self.step += 1
             with self.timers("step"):
-                batch, metrics = self.generate()
+                rollouts = self.generate()
                 self.sleep()
+                metrics = self.pay_information(rollouts)
+                batch, batch_metrics = self.build(rollouts)
+                metrics |= batch_metrics
                 batch = self.old_log_prob(batch)
                 batch = self.ref_log_prob(batch)
                 batch = self.values(batch)
@@ -165,15 +174,38 @@ class RayPPOTrainer:
         """Whether something that is done every `frequency` steps, and at the end, is due now."""
         return self.step == self.total or (frequency > 0 and self.step % frequency == 0)
 
-    def generate(self) -> tuple[DataProto, Metrics]:
-        """Waits for the scored trajectories of this step, and returns their batch.
-
-        Raises NothingToLearn when none of them can be trained on.
-        """
+    def generate(self) -> Rollouts:
+        """Waits for the scored trajectories of this step."""
         with self.timers("gen"):
             rollouts = self.batches.roll_out(steps_left=self.total - self.step + 1)
         with self.timers("save_checkpoint"):
             self.checkpoints.complete()
+        return rollouts
+
+    def sleep(self) -> None:
+        """Frees the engines' memory for the update."""
+        with self.timers("sleep"):
+            self.rollout.sleep()
+
+    def pay_information(self, rollouts: Rollouts) -> Metrics:
+        """Pays turns for their gain of information, if that is configured."""
+        config = self.config.algorithm.information_gain
+        if not config.weight or not rollouts.trajectories:
+            return {}
+        with self.timers("information_gain"):
+            return pay_information(
+                rollouts.jobs,
+                rollouts.trajectories,
+                self.task.tokenizer,
+                config,
+                self.actor.compute_log_prob,
+            )
+
+    def build(self, rollouts: Rollouts) -> tuple[DataProto, Metrics]:
+        """Returns the batch of the trajectories to train on.
+
+        Raises NothingToLearn when there are none.
+        """
         with self.timers("prepare"):
             batch = self.batches.build(rollouts)
             self.records.begin(self.step, rollouts)
@@ -181,11 +213,6 @@ class RayPPOTrainer:
             metrics |= self.task.agent.reduce_metrics(rollouts.surviving)
             metrics |= staleness_metrics(batch, self.policy_version)
         return batch, metrics
-
-    def sleep(self) -> None:
-        """Frees the engines' memory for the update."""
-        with self.timers("sleep"):
-            self.rollout.sleep()
 
     def old_log_prob(self, batch: DataProto) -> DataProto:
         """Adds the log-probs of the weights before the update.

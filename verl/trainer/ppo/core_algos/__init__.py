@@ -24,8 +24,6 @@ from verl.trainer.ppo.core_algos.advantages import (
     compute_reinforce_plus_plus_baseline_outcome_advantage,
     compute_reinforce_plus_plus_outcome_advantage,
     compute_rloo_outcome_advantage,
-    compute_turn_level_advantage,
-    group_rows,
 )
 from verl.trainer.ppo.core_algos.correction import (
     LEVELS,
@@ -34,6 +32,7 @@ from verl.trainer.ppo.core_algos.correction import (
     log_ratios,
     mismatch,
 )
+from verl.trainer.ppo.core_algos.group_scores import are_equal, group_rows
 from verl.trainer.ppo.core_algos.kl import (
     KL_PENALTIES,
     AdaptiveKLController,
@@ -50,6 +49,11 @@ from verl.trainer.ppo.core_algos.losses import (
     compute_value_loss,
     likelihood_losses,
 )
+from verl.trainer.ppo.core_algos.turn_advantages import (
+    compute_gigpo_advantage,
+    compute_igpo_advantage,
+    compute_turn_level_advantage,
+)
 
 __all__ = [
     "ADVANTAGE_ESTIMATORS",
@@ -63,10 +67,13 @@ __all__ = [
     "LossInputs",
     "accepted",
     "agg_loss",
+    "are_equal",
     "compute_dr_grpo_outcome_advantage",
     "compute_entropy_loss",
     "compute_gae_advantage_return",
+    "compute_gigpo_advantage",
     "compute_grpo_outcome_advantage",
+    "compute_igpo_advantage",
     "compute_reinforce_advantage",
     "compute_reinforce_plus_plus_baseline_outcome_advantage",
     "compute_reinforce_plus_plus_outcome_advantage",

@@ -1,4 +1,4 @@
-"""Estimators of advantages from rewards.
+"""Estimators of advantages from rewards; those that credit single turns are in turn_advantages.py.
 
 To add one, write a function and name it in ADVANTAGE_ESTIMATORS (CONTRIBUTING.md lists the rest).
 """
@@ -11,6 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from verl.trainer.ppo.core_algos.group_scores import centred, group_rows, per_token
+from verl.trainer.ppo.core_algos.turn_advantages import (
+    compute_gigpo_advantage,
+    compute_igpo_advantage,
+    compute_turn_level_advantage,
+)
 from verl.utils.torch_functional import masked_sum, masked_whiten
 
 
@@ -40,27 +46,6 @@ def compute_gae_advantage_return(
     advantages = torch.stack(columns[::-1], dim=1)
     returns = torch.where(mask, advantages + values, 0.0)
     return masked_whiten(advantages, mask), returns
-
-
-def group_rows(index: np.ndarray) -> list[Tensor]:
-    """The row numbers of each group that `index` [B] names."""
-    names, group_of = np.unique(np.asarray(index), return_inverse=True)
-    return [torch.from_numpy(np.flatnonzero(group_of == group)) for group in range(len(names))]
-
-
-def per_token(advantages: Tensor, response_mask: Tensor) -> Tensor:
-    """Advantages [B] of rows, spread over their policy tokens [B, R]."""
-    return torch.where(response_mask.bool(), advantages.unsqueeze(-1), 0.0)
-
-
-def centred(scores: Tensor, rows: Tensor) -> Tensor:
-    """The scores of a group of at least two, minus their mean.
-
-    Equal scores become exactly 0, because a rounding error of their mean would become large when it
-    is divided by their std.
-    """
-    members = scores[rows] - scores[rows[0]]
-    return members - members.mean()
 
 
 def compute_grpo_outcome_advantage(
@@ -167,65 +152,14 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     return whitened, whitened
 
 
-def compute_turn_level_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: np.ndarray,
-    turns: Tensor,
-    **_: object,
-) -> tuple[Tensor, Tensor]:
-    """Credit by turn: the return from a turn on, minus a baseline from the group's *other* rows.
-
-    `turns` [B, R] numbers the policy's turns from 0, -1 elsewhere. The baseline of turn k is the
-    mean return from turn k on of the other rows that have a turn k. If no other row has one, it is
-    the mean of the whole returns of the other rows. A group of one has the bare return. Returns
-    advantages and returns-to-go, both [B, R].
-
-    The estimate is unbiased although the policy decides when to stop: which rows reach turn k
-    depends on what they did before, not on this row's turn k, and a row is never part of its own
-    baseline. A group mean over the rows that reach turn k would be biased.
-    """
-    mask = response_mask.bool()
-    rewards = torch.where(mask, token_level_rewards, 0.0)
-    of_turn = [turns == k for k in range(int(turns.max()) + 1)]
-    reward_of_turn = torch.stack([(rewards * here).sum(-1) for here in of_turn], dim=1)
-    # the sum from each turn to the last one
-    to_go = reward_of_turn.flip(1).cumsum(1).flip(1)
-    reached = torch.stack([(mask & here).any(-1) for here in of_turn], dim=1)
-    baselines = turn_baselines(to_go, reached, index)
-    turn_of_token = turns.clamp(min=0).long()
-    returns = torch.where(mask, to_go.gather(1, turn_of_token), 0.0)
-    advantages = torch.where(mask, returns - baselines.gather(1, turn_of_token), 0.0)
-    return advantages, returns
-
-
-def turn_baselines(to_go: Tensor, reached: Tensor, index: np.ndarray) -> Tensor:
-    """The baseline of each row and turn [B, turns], computed from the other rows of the group.
-
-    `to_go`: returns from each turn on. `reached`: whether a row has the turn. Both [B, turns].
-    """
-    baselines = torch.zeros_like(to_go)
-    for rows in group_rows(index):
-        for i, row in enumerate(rows.tolist()):
-            others = torch.cat([rows[:i], rows[i + 1 :]])
-            if len(others) == 0:
-                continue
-            others_reached = reached[others]
-            count = others_reached.sum(0).clamp(min=1)
-            means = (to_go[others] * others_reached).sum(0) / count
-            # a turn that no other row has is compared with their whole returns
-            whole_returns = to_go[others, 0].mean()
-            baselines[row] = torch.where(others_reached.any(0), means, whole_returns)
-    return baselines
-
-
 @dataclass(frozen=True)
 class AdvantageEstimator:
     """A function from rewards to advantages and returns, both [B, R], and what it needs.
 
     The function is called with all of these keywords and names those that it uses:
     token_level_rewards and response_mask [B, R], index [B] (the group of each row), values [B, R]
-    (with a critic), turns [B, R], gamma, lam, norm_adv_by_std_in_grpo.
+    (with a critic), turns and states [B, R], gamma, lam, norm_adv_by_std_in_grpo,
+    step_advantage_w.
     """
 
     compute: Callable[..., tuple[Tensor, Tensor]]
@@ -249,5 +183,7 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
         compute_reinforce_plus_plus_baseline_outcome_advantage, uses_groups=True
     ),
     "turn_level": AdvantageEstimator(compute_turn_level_advantage, uses_groups=True),
+    "gigpo": AdvantageEstimator(compute_gigpo_advantage, uses_groups=True),
+    "igpo": AdvantageEstimator(compute_igpo_advantage, uses_groups=True),
 }
 """The choices of `algorithm.adv_estimator`."""

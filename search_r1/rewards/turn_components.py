@@ -1,0 +1,61 @@
+"""Components of a reward that are paid to the turn that earned them.
+
+Pure functions of an episode. Each gives a value for each of the trajectory's turns; the component
+of the trajectory, which is logged, is their sum.
+"""
+
+import random
+
+from search_r1.rewards.episode import Episode
+from search_r1.rewards.matching import normalize_answer
+
+
+def new_evidence(e: Episode) -> list[float]:
+    """The share of the gold passages that a turn found and no earlier one had found.
+
+    This is the information gain of StepSearch (2505.15107), where the similarity of a passage to a
+    gold passage is 1 if it is that passage and else 0. Over the turns it adds up to the share of
+    the evidence that was found.
+    """
+    if e.gold is None or not e.gold.names:
+        return [0.0] * len(e.searches_by_turn)
+    known: frozenset[str] = frozenset()
+    gains: list[float] = []
+    for searches in e.searches_by_turn:
+        found = frozenset().union(*(e.gold.found_in(search.passages) for search in searches))
+        gains.append(len(found - known) / len(e.gold.names))
+        known |= found
+    return gains
+
+
+def redundancy(e: Episode) -> list[float]:
+    """The share of a turn's passages that an earlier turn had found (StepSearch's penalty)."""
+    known: set[str] = set()
+    shares: list[float] = []
+    for searches in e.searches_by_turn:
+        found = [text for search in searches for text in search.texts]
+        repeated = sum(text in known for text in found)
+        shares.append(repeated / len(found) if found else 0.0)
+        known.update(found)
+    return shares
+
+
+def repeated_search(e: Episode) -> list[float]:
+    """The searches of a turn whose query, normalised, was asked before."""
+    asked: set[str] = set()
+    repeated: list[float] = []
+    for searches in e.searches_by_turn:
+        count = 0
+        for query in (normalize_answer(search.query) for search in searches):
+            count += query in asked
+            asked.add(query)
+        repeated.append(float(count))
+    return repeated
+
+
+def coins(e: Episode, coin: random.Random) -> list[float]:
+    """0 or 1 by chance for each turn that searched, 0 for the others."""
+    flips = [float(coin.random() < 0.5) for _ in e.searches_by_turn]
+    return [
+        flip if searches else 0.0 for flip, searches in zip(flips, e.searches_by_turn, strict=True)
+    ]

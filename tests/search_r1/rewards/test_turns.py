@@ -1,0 +1,113 @@
+"""What single turns are paid."""
+
+import asyncio
+import random
+
+import pytest
+
+from search_r1.rewards import turn_components
+from search_r1.rewards.compose import SearchReward
+from search_r1.rewards.config import SearchRewardConfig
+from search_r1.rewards.episode import Episode
+from search_r1.trajectory import GoldPassages, Search, searches_by_turn
+from tests.search_r1.rewards.trajectories import trajectory_of
+from verl.agent import Segment, Source
+from verl.utils.errors import RewardError
+from verl.utils.reward import score
+
+ROW = {
+    "data_source": "made",
+    "reward_model": {"ground_truth": {"target": ["Rome"]}},
+    "extra_info": {"question": "q?", "gold_ids": ["1", "2"]},
+}
+
+
+def passage(name):
+    return {"id": name, "title": f"T{name}", "text": f"about {name}"}
+
+
+def found(query, *names):
+    return Search(query, [passage(name) for name in names])
+
+
+def episode(*by_turn, gold=("1", "2")):
+    names = None if gold is None else GoldPassages(frozenset(gold), "id")
+    return Episode("q?", ["Rome"], [], [list(searches) for searches in by_turn], names)
+
+
+PLAYED = episode(
+    [found("The moon?", "1", "5")],
+    [found("moon", "5", "1"), found("sun", "2", "6")],
+    [],
+    [found("sun", "2")],
+)
+
+
+def test_evidence_is_paid_to_the_turn_that_found_it_first():
+    assert turn_components.new_evidence(PLAYED) == [0.5, 0.5, 0.0, 0.0]
+    both = episode([found("a", "1", "2")], [found("b", "1")])
+    assert turn_components.new_evidence(both) == [1.0, 0.0]
+    assert turn_components.new_evidence(episode([found("a", "1")], gold=())) == [0.0]
+
+
+def test_what_was_found_or_asked_before_counts_against_the_later_turn():
+    assert turn_components.redundancy(PLAYED) == [0.0, 0.5, 0.0, 1.0]
+    assert turn_components.repeated_search(PLAYED) == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_coins_fall_for_turns_that_search():
+    flips = [turn_components.coins(PLAYED, random.Random(seed)) for seed in range(200)]
+    assert {flip[2] for flip in flips} == {0.0}
+    for turn in (0, 1, 3):
+        heads = sum(flip[turn] for flip in flips)
+        assert 60 < heads < 140
+    assert turn_components.coins(PLAYED, random.Random(3)) == flips[3]
+
+
+def searching(tokenizer):
+    """A trajectory of three turns, of which the first two find one gold passage each."""
+    trajectory = trajectory_of(
+        tokenizer,
+        ("M", "<search> a </search>"),
+        ("O", "<information> 1 </information>"),
+        ("M", "<search> b </search>"),
+        ("O", "<information> 2 </information>"),
+        ("M", "<answer> Rome </answer>"),
+    )
+    for place, (query, name) in {1: ("a", "1"), 3: ("b", "2")}.items():
+        trajectory.segments[place].info = {"query": query, "passages": [passage(name)]}
+    return trajectory
+
+
+def scored(tokenizer, trajectory, row=ROW, **weights):
+    reward = SearchReward(SearchRewardConfig(**weights), tokenizer)
+    asyncio.run(score(reward, trajectory, row))
+    return trajectory
+
+
+def test_turns_are_paid_a_part_of_the_score(tokenizer):
+    trajectory = scored(tokenizer, searching(tokenizer), new_evidence=0.4, repeated_search=-1.0)
+    assert [turn.reward for turn in trajectory.turns] == pytest.approx([0.2, 0.2, 0.0])
+    assert trajectory.reward["new_evidence"] == 1.0 and trajectory.reward["repeated_search"] == 0.0
+    assert trajectory.reward["score"] == pytest.approx(1.4)
+    unpaid = scored(tokenizer, searching(tokenizer))
+    assert [turn.reward for turn in unpaid.turns] == [0.0, 0.0, 0.0]
+    assert "new_evidence" not in unpaid.reward
+
+
+def test_a_search_belongs_to_the_turn_that_asked_and_not_to_an_aside(tokenizer):
+    trajectory = searching(tokenizer)
+    aside = Segment(Source.MODEL, [5], [-1.0], is_aside=True, info={"kind": "finding"})
+    trajectory.segments.insert(1, aside)
+    queries = [[search.query for search in asked] for asked in searches_by_turn(trajectory)]
+    assert queries == [["a"], [], ["b"], []]
+
+
+@pytest.mark.parametrize("facts", [{}, {"gold_ids": None}])
+def test_evidence_that_the_data_do_not_name_ends_the_run_with_the_cure(tokenizer, facts):
+    row = {**ROW, "extra_info": {"question": "q?", **facts}}
+    with pytest.raises(RewardError, match=r"new_evidence needs extra_info.gold_ids.*made row"):
+        scored(tokenizer, searching(tokenizer), row, new_evidence=1.0)
+    unknown = {**ROW, "extra_info": {"question": "q?", "gold_ids": []}}
+    trajectory = scored(tokenizer, searching(tokenizer), unknown, new_evidence=1.0)
+    assert trajectory.reward["new_evidence"] == 0.0
