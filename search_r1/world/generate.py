@@ -85,6 +85,8 @@ OPTIONS_FILE = "options.json"
 DEEP_FILES = ("train_deep.parquet", "test_deep.parquet")
 """The further files of a world with deep questions."""
 DEEP_HOPS = (4, 5, 6)
+THREE_HOP_FILE = "train_3hop.parquet"
+"""The further file of a world in which three hops are trained."""
 
 
 def relations_of(kind: str) -> list[Relation]:
@@ -133,12 +135,16 @@ class WorldConfig(Config):
     """Whether two further files of train_questions and test_questions questions have four, five and
     six hops, a third of them each. No relation occurs twice in one of these questions."""
 
+    train_three_hops: bool = False
+    """Whether a further file has half of train_questions training questions of three hops."""
+
     @property
     def files(self) -> tuple[str, ...]:
         """The files of such a world."""
+        three_hops = (THREE_HOP_FILE,) if self.train_three_hops else ()
         arithmetic = ARITHMETIC_FILES if self.arithmetic else ()
         deep = DEEP_FILES if self.deep else ()
-        return (*FILES, *arithmetic, *deep)
+        return (*FILES, *three_hops, *arithmetic, *deep)
 
 
 @dataclass
@@ -332,6 +338,8 @@ def make_world(config: WorldConfig) -> World:
     if config.arithmetic:
         counts = {"train": config.train_questions, "test": config.test_questions}
         rows |= year_rows(islands, ids, counts, years)
+    if config.train_three_hops:
+        rows["train_3hop"] = three_hop_rows(islands, ids, config)
     if config.deep:
         rows |= deep_rows(islands, ids, config)
     return World(passages, rows)
@@ -352,6 +360,18 @@ def rows_of(
             for index, question in enumerate(questions)
         ]
     return rows
+
+
+def three_hop_rows(
+    islands: dict[str, dict[str, Entity]], ids: dict[str, str], config: WorldConfig
+) -> list[dict[str, Any]]:
+    """Draws training questions of three hops, from a generator of its own."""
+    rng = random.Random(f"three hops {config.seed}")
+    questions = ask(islands["train"], 3, config.train_questions // 2, rng)
+    return [
+        row(question, "train", index, ids, islands["common"])
+        for index, question in enumerate(questions)
+    ]
 
 
 def deep_rows(

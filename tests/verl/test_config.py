@@ -84,6 +84,14 @@ def test_the_script_chooses_the_algorithm_where_no_recipe_does(overrides):
     assert grpo == composed("ppo", *given, "algo=grpo")
 
 
+def test_loop_is_rloo_with_the_clip_of_ppo_and_without_a_kl():
+    recipe = ["experiment=closed_world/grpo", "algo=loop"]
+    config = validate(composed("grpo", *recipe))
+    assert config.algorithm.adv_estimator == "rloo" and not config.use_critic
+    assert config.actor_rollout_ref.actor.policy_loss.loss_mode == "vanilla"
+    assert not config.use_reference and config.uses_groups
+
+
 def test_both_algorithms_set_the_same_switches():
     """So that none of one is left where the other is chosen."""
     files = {name: OmegaConf.load(ROOT / "configs" / "algo" / f"{name}.yaml") for name in ALGOS}

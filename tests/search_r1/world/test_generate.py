@@ -80,6 +80,18 @@ def test_questions_are_different_and_spread_over_relations():
     assert len(set(questions)) == 14 and len({q.relations for q in questions}) == 7
 
 
+def test_three_hops_are_trained_on_if_asked_for_and_the_other_files_stay(world):
+    config = SMALL.model_copy(update={"train_three_hops": True})
+    asked = make_world(config)
+    three_hops = asked.rows.pop("train_3hop")
+    assert asked.rows == world.rows and asked.passages == world.passages
+    assert len(three_hops) == 50 and {row["extra_info"]["hops"] for row in three_hops} == {3}
+    assert {len(row["extra_info"]["gold_ids"]) for row in three_hops} == {3}
+    held_out = {name for row in world.rows["test_3hop"] for name in row["extra_info"]["path"]}
+    assert not held_out & {name for row in three_hops for name in row["extra_info"]["path"]}
+    assert set(config.files) - set(SMALL.files) == {"train_3hop.parquet"}
+
+
 def test_command_line_writes_the_files(tmp_path):
     small = [
         "--train-people",
