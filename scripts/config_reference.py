@@ -46,8 +46,8 @@ values of their own; `--cfg job` shows what comes of it:
 
 - `experiment=NAME`, a recipe of `configs/experiment/`. One that is made for an algorithm chooses
   it, whatever script starts it.
-- `algo=NAME`, the algorithm (`configs/algo/`): every switch that tells PPO, GRPO and LOOP apart. Without
-  a recipe that chooses it (`experiment=own_data`, for instance) it is the script's:
+- `algo=NAME`, the algorithm (`configs/algo/`): every switch that tells PPO, GRPO and LOOP apart.
+  Without a recipe that chooses it (`experiment=own_data`, for instance) it is the script's:
   `train_ppo.sh` or `train_grpo.sh`, `--config-name ppo` or `grpo`.
 - `method=NAME`, how the model is asked to search (`configs/method/`).
 - `+mode=deterministic`: the same bits in every run.
