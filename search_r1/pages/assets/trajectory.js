@@ -144,6 +144,7 @@ function renderSegmentHead(segment, author, actions) {
     info.kind && String(info.kind).replaceAll("_", " "),
     segment.is_aside && "beside the conversation",
     segment.policy_version >= 0 && `version ${segment.policy_version}`,
+    segment.reward && `paid ${Number(segment.reward.toPrecision(3))}`,
     segment.token_ids?.length && counted(segment.token_ids.length, "token"),
     info.finish_reason === "length" && "cut at the limit of tokens",
     info.cut === true && "cut to fit",

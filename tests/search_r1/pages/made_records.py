@@ -77,11 +77,11 @@ def sample(question: str, answer: str, *, uid: str, advantage: float | None = No
 
 
 def unusual() -> dict:
-    """A trajectory whose context was written anew after a summary that is not trained.
+    """A trajectory whose context was written anew after a summary that is paid and not trained.
 
     Its answer has a character of two tokens, which JavaScript counts as two of its own.
     """
-    summary = said("a summary", 0.5, mask=[0, 0], is_aside=True)
+    summary = said("a summary", 0.5, mask=[0, 0], is_aside=True, reward=0.25)
     engine = {"source": "forced", "text": "</search>", "token_ids": [5], "info": {}}
     answer = said("", 0.5) | {
         "text": "ok 🙂 <answer> Paris </answer>",

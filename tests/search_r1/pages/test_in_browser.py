@@ -150,6 +150,9 @@ def test_contexts_written_anew_untrained_text_and_characters_of_several_tokens(b
     page = opened.page
     heads = [head.split("\n")[0] for head in page.locator(".author").all_inner_texts()]
     assert heads == ["Prompt", "Policy, not trained", "Engine", "Context written anew", "Policy"]
+    facts = page.locator(".segment-facts").all_inner_texts()
+    (paid,) = [text for text in facts if "paid" in text]
+    assert "beside the conversation" in paid and "paid 0.25" in paid
     tokens = page.locator(".by-policy .tok")
     assert tokens.all_inner_texts() == ["ok ", "▫", "🙂", " <answer> Paris </answer>"]
     assert page.locator(".by-untrained .tok").first.get_attribute("data-author") == "untrained"
