@@ -17,7 +17,6 @@ from search_r1.search.client.config import RetrieverConfig
 from search_r1.tools.base import SEARCH_TOOL, Schema, Tool, ToolConfig, ToolFailed, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
 
-
 _step: ContextVar[int | None] = ContextVar("training_step", default=None)
 
 

@@ -181,9 +181,7 @@ class RetrievalClient:
         task.add_done_callback(self.tasks.discard)
         return task
 
-    def _deliver(
-        self, queries: list[str], noise: Noise, task: "asyncio.Task[list[Found]]"
-    ) -> None:
+    def _deliver(self, queries: list[str], noise: Noise, task: "asyncio.Task[list[Found]]") -> None:
         """Settles every query of a batch, also when the task failed or was never begun."""
         for query, found in zip(queries, outcome(task, len(queries)), strict=True):
             self._settle(query, noise, found)

@@ -279,9 +279,7 @@ def attempt(retriever: Retriever, queries: list[Asked], topk: int) -> list[Hits 
     return results
 
 
-def ask(
-    retriever: Retriever, queries: Sequence[Asked], topk: int
-) -> Sequence[Hits | EngineError]:
+def ask(retriever: Retriever, queries: Sequence[Asked], topk: int) -> Sequence[Hits | EngineError]:
     """What the engine finds, or writes if it simulates."""
     texts = [query.text for query in queries]
     if isinstance(retriever, Simulator):

@@ -32,15 +32,18 @@ class Model:
     `answers`: what to answer first instead, in turn; `bodies`, `keys`: what was asked.
     """
 
-    def __init__(self, text=GOOD):
-        self.text = text
+    def __init__(self):
+        self.reset()
+        self.app = FastAPI()
+        self.app.add_api_route("/v1/models", self.models)
+        self.app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+
+    def reset(self):
+        self.text = GOOD
         self.answers = []
         self.bodies = []
         self.keys = []
         self.listing = JSONResponse({"data": [{"id": "writer"}, {"id": "other"}]})
-        self.app = FastAPI()
-        self.app.add_api_route("/v1/models", self.models)
-        self.app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
 
     async def models(self):
         return self.listing
@@ -58,12 +61,18 @@ class Model:
         return [body["messages"][0]["content"] for body in self.bodies]
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope="module")
+def endpoint():
     made = Model()
     with serving(made.app) as base:
         made.url = f"{base}/v1"
         yield made
+
+
+@pytest.fixture
+def model(endpoint):
+    endpoint.reset()
+    return endpoint
 
 
 def arguments(url, *flags):
@@ -161,8 +170,8 @@ def test_what_is_no_chat_completion_is_malformed(model, body):
 
 def test_half_a_surrogate_pair_is_malformed(model):
     text = GOOD.replace("Marna", r"\ud800").replace("\n", r"\n")
-    body = '{"choices": [{"message": {"content": "%s"}}]}' % text
-    model.answers = [Response(body)] * 3
+    whole = chat_of("TEXT").body.replace(b"TEXT", text.encode())
+    model.answers = [Response(whole)] * 3
     (failed,) = engine(model).search(["a"], 1)
     assert failed.kind == "malformed"
 
@@ -193,14 +202,19 @@ def test_the_key_of_the_environment_is_sent_and_never_told(model, monkeypatch):
 
 
 def test_an_endpoint_that_does_not_answer_is_named():
-    with pytest.raises(RetrieverError, match=r"--simulated_url http://127.0.0.1:9/v1 does not answ"):
+    with pytest.raises(
+        RetrieverError, match=r"--simulated_url http://127.0.0.1:9/v1 does not answ"
+    ):
         load(arguments("http://127.0.0.1:9/v1"))
 
 
 @pytest.mark.parametrize(
     ("listing", "message"),
     [
-        (JSONResponse({"data": [{"id": "a"}]}), "--simulated_model writer: .* no such model, only a"),
+        (
+            JSONResponse({"data": [{"id": "a"}]}),
+            "--simulated_model writer: .* no such model, only a",
+        ),
         (JSONResponse({}, 401), "refuses the key in .OPENAI_API_KEY"),
         (JSONResponse({}, 500), "not the list of models .*status 500"),
         (JSONResponse([]), "not the list of models"),
