@@ -90,10 +90,10 @@ class RetrievalClient:
         """Requests that are under way, each with all its attempts."""
 
     async def search(self, query: str, noise: Noise = NO_NOISE) -> list[Passage]:
-        """Returns the passages for `query`, or with some probability `noise`, if that is asked for.
+        """Returns the passages for `query`, which do not help where the `noise` falls on it.
 
-        A query that is already under way is not sent again, and shares requests with others, both
-        if they ask for the same noise.
+        A query that is already under way with the same noise is not sent again. Only searches with
+        the same noise share a request.
 
         Half a surrogate pair, which a model may write but no request can carry, is searched as
         U+FFFD. Raises a SearchError when the time or the attempts are used up, or when the engine
@@ -383,7 +383,7 @@ def check_noise(url: str) -> str | None:
     problem = probe(url, body, lambda answer: parse_response(answer, 1, url))
     return problem and (
         f"{url} gives no noise ({problem}); start a server with --retriever_name simulated "
-        "(docs/retriever.md), or leave retriever.noise out"
+        "(docs/retriever.md), or set the shares of retriever.noise to 0"
     )
 
 

@@ -102,7 +102,9 @@ class BatchingEngine:
     async def search(
         self, queries: Sequence[str], topk: int, noise: Noise = NO_NOISE
     ) -> list[Hits | EngineError]:
-        """Returns the hits of each query, those of some queries noise, if the engine simulates.
+        """Returns the hits of each query, which do not help where the noise falls on it.
+
+        Noise is only for an engine that simulates.
 
         Raises Overloaded at once when the queue has no room for all of them.
         """
