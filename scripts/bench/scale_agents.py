@@ -19,6 +19,7 @@ from search_r1.rewards.compose import SearchReward
 from search_r1.rewards.config import SearchRewardConfig
 from search_r1.search.client import Passage
 from search_r1.search.client.config import RetrieverConfig
+from search_r1.search.noise import Noise
 from verl import agent
 from verl.agent import Source, Trajectory
 from verl.rollout.agent_worker import AgentLoopWorker, Failure, Job
@@ -51,8 +52,8 @@ class FakeRetriever:
     def __init__(self, world: World) -> None:
         self.world = world
 
-    async def search(self, query: str) -> list[Passage]:
-        """The passages of a query."""
+    async def search(self, query: str, noise: Noise) -> list[Passage]:
+        """The passages of a query, whatever noise is asked for."""
         found = self.world.found(query)
         return [
             Passage.from_contents(p["document"]["id"], p["document"]["contents"], p["score"])

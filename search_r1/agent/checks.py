@@ -86,7 +86,7 @@ def method_problems(
 
 def idle_problems(config: SearchAgentConfig) -> list[str]:
     """Keys that say how something is done which is not done at all."""
-    problems = []
+    problems = noise_problems(config)
     if config.condense.by is None and config.condense != CondenseConfig():
         problems.append("agent.condense: without agent.condense.by its other keys have no effect")
     context = config.context
@@ -97,3 +97,18 @@ def idle_problems(config: SearchAgentConfig) -> list[str]:
             "agent.context: without agent.context.fold_at the keys of summaries have no effect"
         )
     return problems
+
+
+def noise_problems(config: SearchAgentConfig) -> list[str]:
+    """Noise of searches that no server is asked."""
+    if not config.retriever.noise.is_on:
+        return []
+    options = {
+        "do_search=false: nothing is searched": not config.do_search,
+        "agent.replay_calls: no server is asked": config.replay_calls is not None,
+    }
+    return [
+        f"retriever.noise has no effect beside {text}; remove it"
+        for text, is_on in options.items()
+        if is_on
+    ]

@@ -41,7 +41,7 @@ from search_r1.prompts import (
 )
 from search_r1.tools.base import Tool, ToolFailed, ToolResponse
 from search_r1.tools.formats import SEARCH_R1
-from search_r1.tools.search import SearchTool
+from search_r1.tools.search import SearchTool, searching_at
 from search_r1.tools.sections import build_tools, naming_problems
 from search_r1.tools.toolbox import Toolbox
 from search_r1.trajectory import FINDING_KIND, SUMMARY_KIND, SUMMARY_REQUEST, required_question
@@ -152,15 +152,19 @@ class SearchAgentLoop(AgentLoop):
     async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
         """Rolls out one question. Raises TrajectoryFailed when a tool fails for good."""
         trajectory = Trajectory(list(prompt_ids))
-        limit = self.config.turns_at(row.get(TRAINING_STEP))
+        step = row.get(TRAINING_STEP)
+        limit = self.config.turns_at(step)
         max_calls = min(limit, self.max_calls)
         data = AgentData(row, generate, trajectory, self.tools, max_calls)
-        await self._begin(data)
-        while not trajectory.stop_reason:
-            await self._turn(data, may_call=data.turns < data.max_calls)
+        with searching_at(step):
+            await self._begin(data)
+            while not trajectory.stop_reason:
+                await self._turn(data, may_call=data.turns < data.max_calls)
         trajectory.info |= data.facts() | self.dialect_facts()
         if self.config.max_turns_schedule is not None:
             trajectory.info["max_turns"] = data.max_calls
+        if self.config.retriever.noise.is_on:
+            trajectory.info["noise"] = self.config.retriever.noise.share_at(step)
         departure = self.dialect.departure(trajectory, data.messages, data.shown)
         if departure is not None:
             trajectory.info["template_departure"] = departure

@@ -18,7 +18,7 @@ def reduce_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """The metrics `env/...`: turns, actions, searches, latencies, recall, stop reasons."""
     stats = [t.info for t in trajectories]
     metrics = _actions(stats)
-    metrics |= _limits(stats)
+    metrics |= _scheduled(stats)
     metrics |= _stop_reasons(trajectories)
     metrics |= _overruns(stats)
     metrics |= _latency(stats)
@@ -48,10 +48,14 @@ def _actions(stats: list[Stats]) -> dict[str, float]:
     }
 
 
-def _limits(stats: list[Stats]) -> dict[str, float]:
-    """Turns that might call, where they follow a schedule."""
-    limits = [s["max_turns"] for s in stats if "max_turns" in s]
-    return {"env/max_turns": float(np.mean(limits))} if limits else {}
+def _scheduled(stats: list[Stats]) -> dict[str, float]:
+    """Turns that might call, and the share of noise in searches, where they follow a schedule."""
+    metrics: dict[str, float] = {}
+    for name in ("max_turns", "noise"):
+        values = [s[name] for s in stats if name in s]
+        if values:
+            metrics[f"env/{name}"] = float(np.mean(values))
+    return metrics
 
 
 def _stop_reasons(trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a search engine must offer to be served."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Hits = list[tuple[dict[str, Any], float]]
 """Documents with their scores, best first."""
@@ -28,4 +28,15 @@ class Retriever(Protocol):
 
         An exception fails every query of the call.
         """
+        ...
+
+
+@runtime_checkable
+class Simulator(Retriever, Protocol):
+    """An engine that can answer a query by passages that do not help, where it is asked to."""
+
+    def simulate(
+        self, queries: Sequence[str], noisy: Sequence[bool], topk: int
+    ) -> Sequence[Hits | EngineError]:
+        """Returns what `search` does, with passages that do not help for the noisy queries."""
         ...

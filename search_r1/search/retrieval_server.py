@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # run by its path, as the original's users do
 
 from search_r1.program import described, program_name, short_help
 from search_r1.search.engines.load import DENSE, ENGINES, INDEXED, load
+from search_r1.search.engines.simulated import PLACES, SimulatorSettings
 from search_r1.search.serve import (
     add_document_flags,
     add_flags,
@@ -44,6 +45,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     else:
         add_dense_flags(parser)
         add_combination_flags(parser)
+        add_simulated_flags(parser)
         add_experiment_flags(parser)
         add_document_flags(parser)
         add_flags(parser)
@@ -54,6 +56,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if not 0 <= args.noise <= 1:
         parser.error("--noise is a share, from 0 to 1")
+    if args.simulated_temperature < 0:
+        parser.error("--simulated_temperature must be at least 0")
+    if args.simulated_max_retries < 0:
+        parser.error("--simulated_max_retries must be at least 0")
+    if args.simulated_timeout_s <= 0:
+        parser.error("--simulated_timeout_s must be positive")
     return args
 
 
@@ -124,6 +132,77 @@ def add_combination_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--rerank_depth", type=positive, default=20, help="passages it looks at (default: 20)")
     add("--batch_size", type=positive, default=32, help="pairs it looks at at a time (default: 32)")
+
+
+def add_simulated_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the engine whose passages a model writes."""
+    defaults = SimulatorSettings("", "")
+    places = " and ".join(PLACES)
+    simulated = parser.add_argument_group("simulated: a language model writes the passages")
+    add = simulated.add_argument
+    add(
+        "--simulated_url",
+        metavar="URL",
+        help="OpenAI-compatible endpoint, such as http://127.0.0.1:8001/v1 of a local vLLM",
+    )
+    add("--simulated_model", metavar="MODEL", help="the model to ask, as the endpoint names it")
+    add(
+        "--simulated_key_env",
+        metavar="NAME",
+        default=defaults.key_env,
+        help=f"environment variable with the key, if one is needed (default: {defaults.key_env})",
+    )
+    add(
+        "--simulated_useful_prompt",
+        metavar="FILE",
+        type=Path,
+        help=f"prompt for useful passages, with {places} (default: one of its own)",
+    )
+    add(
+        "--simulated_noisy_prompt",
+        metavar="FILE",
+        type=Path,
+        help=f"prompt for passages that do not help, with {places} (default: one of its own)",
+    )
+    add(
+        "--simulated_temperature",
+        type=float,
+        default=defaults.temperature,
+        help=f"temperature of the model (default: {defaults.temperature})",
+    )
+    add(
+        "--simulated_passage_tokens",
+        type=positive,
+        default=defaults.passage_tokens,
+        help=f"most tokens of an answer per passage (default: {defaults.passage_tokens})",
+    )
+    add(
+        "--simulated_max_retries",
+        type=int,
+        default=defaults.max_retries,
+        help=(
+            "further attempts after errors, rate limits and answers that are no passages (default: "
+            f"{defaults.max_retries})"
+        ),
+    )
+    add(
+        "--simulated_timeout_s",
+        type=float,
+        default=defaults.timeout_s,
+        help=f"seconds a request to the model may take (default: {defaults.timeout_s:g})",
+    )
+    add(
+        "--simulated_concurrency",
+        type=positive,
+        default=defaults.concurrency,
+        help=f"queries that are written for at the same time (default: {defaults.concurrency})",
+    )
+    add(
+        "--simulated_cache",
+        metavar="FILE",
+        type=Path,
+        help="SQLite file that keeps what was written (default: none)",
+    )
 
 
 def add_experiment_flags(parser: argparse.ArgumentParser) -> None:

@@ -30,17 +30,28 @@ class RetrieveRequest(BaseModel):
     name_documents: bool = Field(default=False, strict=True)
     """Whether each passage comes with the name of its document, `document_id`. Only with
     `return_scores`, and only a server with --documents knows them."""
+    noise: float | None = Field(default=None, ge=0, le=1)
+    """Share of the queries that are to get passages that do not help; null and 0: none. Which
+    queries these are is drawn from query and `noise_seed`. A server whose engine does not simulate
+    a search engine refuses a share above 0 by 409."""
+    noise_seed: int = 0
+    """With another number the noise falls on other queries."""
 
-    @field_validator("topk", mode="before")
+    @field_validator("topk", "noise_seed", mode="before")
     @classmethod
     def _no_bool_no_text(cls, value: object) -> object:
         return no_bool_no_text(value)
 
+    @field_validator("noise", mode="before")
+    @classmethod
+    def _a_number(cls, value: object) -> object:
+        return no_bool_no_text(value, "a number")
 
-def no_bool_no_text(value: object) -> object:
+
+def no_bool_no_text(value: object, expected: str = "an integer") -> object:
     """The same value. Raises ValueError for what would only be read as a number."""
     if isinstance(value, bool | str):
-        raise ValueError("must be an integer")
+        raise ValueError(f"must be {expected}")
     return value
 
 

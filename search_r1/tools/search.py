@@ -1,5 +1,8 @@
 """Search as a tool: the query goes to the retrieval server, passages come back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from search_r1.prompts import format_passages, named_title
@@ -7,11 +10,27 @@ from search_r1.search.client import (
     RetrievalClient,
     SearchError,
     check_documents,
+    check_noise,
     check_server,
 )
 from search_r1.search.client.config import RetrieverConfig
 from search_r1.tools.base import SEARCH_TOOL, Schema, Tool, ToolConfig, ToolFailed, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
+
+_step: ContextVar[int | None] = ContextVar("training_step", default=None)
+
+
+@contextmanager
+def searching_at(step: int | None) -> Iterator[None]:
+    """Tells the searches of this block the training step; None: outside of training.
+
+    The block holds for the present task and for those that it starts.
+    """
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
 
 
 class SearchTool(Tool):
@@ -41,12 +60,18 @@ class SearchTool(Tool):
         problems = [check_server(url) for url in self.config.urls]
         if self.config.show_documents:
             problems += [check_documents(url) for url in self.config.urls]
+        if self.config.noise.is_on:
+            problems += [check_noise(url) for url in self.config.urls]
         return [f"retriever.url: {problem}" for problem in problems if problem]
 
     async def execute(self, argument: str) -> ToolResponse:
-        """Searches. Raises ToolFailed when the search fails for good."""
+        """Searches, with the noise of the training step.
+
+        Raises ToolFailed when the search fails for good.
+        """
+        noise = self.config.noise.at(_step.get())
         try:
-            passages = await self.client.search(argument)
+            passages = await self.client.search(argument, noise)
         except SearchError as error:
             raise ToolFailed(str(error), kind=error.kind) from error
         text = format_passages([(named_title(p.title, p.document), p.text) for p in passages])

@@ -22,7 +22,7 @@ def test_flags_are_the_servers(script, tmp_path):
     echo = tmp_path / "echo.sh"
     echo.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     echo.chmod(0o755)
-    names = ("CORPUS", "INDEX", "BM25_INDEX", "E5_INDEX")
+    names = ("CORPUS", "INDEX", "BM25_INDEX", "E5_INDEX", "MODEL", "URL")
     env = {**os.environ, "PYTHON": str(echo), **{name: f"/{name.lower()}" for name in names}}
     done = subprocess.run(
         ["bash", str(script), "--topk", "5"], env=env, capture_output=True, text=True, check=True

@@ -1,7 +1,12 @@
 """The client of a retrieval server, for the agent that searches."""
 
 from search_r1.search.client.answers import Passage
-from search_r1.search.client.client import RetrievalClient, check_documents, check_server
+from search_r1.search.client.client import (
+    RetrievalClient,
+    check_documents,
+    check_noise,
+    check_server,
+)
 from search_r1.search.client.config import RetrieverConfig
 from search_r1.search.client.errors import SearchError
 
@@ -11,5 +16,6 @@ __all__ = [
     "RetrieverConfig",
     "SearchError",
     "check_documents",
+    "check_noise",
     "check_server",
 ]

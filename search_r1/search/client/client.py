@@ -33,6 +33,7 @@ from search_r1.search.client.errors import (
     ServerFailed,
     Unreachable,
 )
+from search_r1.search.noise import NO_NOISE, Noise
 from search_r1.search.retry import backoff, seconds_to_wait
 from search_r1.search.schema import MAX_PAGE, FindResponse, OpenResponse
 
@@ -81,14 +82,18 @@ class RetrievalClient:
         self.connections = asyncio.Semaphore(MAX_CONNECTIONS)
         self.balancer = Balancer(config.urls, config.backoff_s)
         self.errors: Counter[str] = Counter()
-        self.waiting: list[str] = []
-        self.running: dict[str, asyncio.Future[list[Passage]]] = {}
+        self.waiting: dict[Noise, list[str]] = {}
+        """Queries that are to be sent, those of one noise together."""
+        self.running: dict[tuple[str, Noise], asyncio.Future[list[Passage]]] = {}
         self.flush: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
         """Requests that are under way, each with all its attempts."""
 
-    async def search(self, query: str) -> list[Passage]:
-        """Returns the passages for `query`. A query that is already under way is not sent again.
+    async def search(self, query: str, noise: Noise = NO_NOISE) -> list[Passage]:
+        """Returns the passages for `query`, which do not help where the `noise` falls on it.
+
+        A query that is already under way with the same noise is not sent again. Only searches with
+        the same noise share a request.
 
         Half a surrogate pair, which a model may write but no request can carry, is searched as
         U+FFFD. Raises a SearchError when the time or the attempts are used up, or when the engine
@@ -96,11 +101,12 @@ class RetrievalClient:
         """
         loop = asyncio.get_running_loop()
         query = self._short(query)
-        future = self.running.get(query)
+        future = self.running.get((query, noise))
         if future is None:
-            future = self.running[query] = loop.create_future()
-            self.waiting.append(query)
-            if len(self.waiting) >= self.config.max_batch_size:
+            future = self.running[query, noise] = loop.create_future()
+            batch = self.waiting.setdefault(noise, [])
+            batch.append(query)
+            if len(batch) >= self.config.max_batch_size:
                 self._send_waiting()
             elif self.flush is None:
                 self.flush = loop.call_later(self.config.batch_wait_s, self._send_waiting)
@@ -110,15 +116,15 @@ class RetrievalClient:
         if self.flush is not None:
             self.flush.cancel()
             self.flush = None
-        batch = self.waiting
-        self.waiting = []
-        if batch:
-            task = self._begin(self._search_for(batch))
-            task.add_done_callback(partial(self._deliver, batch))
+        waiting = self.waiting
+        self.waiting = {}
+        for noise, batch in waiting.items():
+            task = self._begin(self._search_for(batch, noise))
+            task.add_done_callback(partial(self._deliver, batch, noise))
 
-    def _search_for(self, queries: list[str]) -> Question[list[Passage]]:
-        """The question of a batch of queries."""
-        body = {
+    def _search_for(self, queries: list[str], noise: Noise) -> Question[list[Passage]]:
+        """The question of a batch of queries that ask for the same noise."""
+        body: dict[str, Any] = {
             "queries": queries,
             "topk": self.config.topk,
             "return_scores": True,
@@ -126,6 +132,8 @@ class RetrievalClient:
         }
         if self.config.show_documents:
             body["name_documents"] = True
+        if noise != NO_NOISE:
+            body |= {"noise": noise.share, "noise_seed": noise.seed}
         return Question("", body, partial(self._read_passages, len(queries)))
 
     def _read_passages(self, num_queries: int, answer: httpx.Response, url: str) -> list[Found]:
@@ -173,14 +181,14 @@ class RetrievalClient:
         task.add_done_callback(self.tasks.discard)
         return task
 
-    def _deliver(self, queries: list[str], task: "asyncio.Task[list[Found]]") -> None:
+    def _deliver(self, queries: list[str], noise: Noise, task: "asyncio.Task[list[Found]]") -> None:
         """Settles every query of a batch, also when the task failed or was never begun."""
         for query, found in zip(queries, outcome(task, len(queries)), strict=True):
-            self._settle(query, found)
+            self._settle(query, noise, found)
 
-    def _settle(self, query: str, found: Found) -> None:
+    def _settle(self, query: str, noise: Noise, found: Found) -> None:
         """Gives the outcome to all that wait for `query`; the next caller starts a new search."""
-        future = self.running.pop(query)
+        future = self.running.pop((query, noise))
         if isinstance(found, SearchError):
             future.set_exception(type(found)(*found.args))
             future.exception()  # marks it as seen, because the caller may be gone
@@ -285,9 +293,10 @@ class RetrievalClient:
             self.flush.cancel()
             self.flush = None
         unsent = self.waiting
-        self.waiting = []
-        for query in unsent:
-            self._settle(query, Closed(CLOSED))
+        self.waiting = {}
+        for noise, batch in unsent.items():
+            for query in batch:
+                self._settle(query, noise, Closed(CLOSED))
         running = list(self.tasks)
         for task in running:
             task.cancel()
@@ -365,6 +374,19 @@ def check_documents(url: str) -> str | None:
     )
 
 
+def check_noise(url: str) -> str | None:
+    """Asks the server at `url` for noise.
+
+    Returns what is wrong with it, None if it answers by the contract.
+    """
+    body = {"queries": ["probe"], "topk": 1, "return_scores": True, "noise": 1.0}
+    problem = probe(url, body, lambda answer: parse_response(answer, 1, url))
+    return problem and (
+        f"{url} gives no noise ({problem}); start a server with --retriever_name simulated "
+        "(docs/retriever.md), or set the shares of retriever.noise to 0"
+    )
+
+
 def probe(url: str, body: dict[str, Any], read: Callable[[httpx.Response], object]) -> str | None:
     """What is wrong with a server that is asked once; None for a right answer."""
     try:
@@ -374,7 +396,8 @@ def probe(url: str, body: dict[str, Any], read: Callable[[httpx.Response], objec
             answer = client.post(url, json=body)
         if answer.status_code == 429:
             return None  # it works, and is only busy with other searches
-        answer.raise_for_status()
+        if answer.status_code != 200:
+            return f"status {answer.status_code}: {answer.text[:200]}"
         read(answer)
     except (httpx.HTTPError, httpx.InvalidURL, SearchError) as error:
         return f"{type(error).__name__}: {error}"

@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Sequence
-from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 
@@ -11,12 +10,7 @@ from search_r1.search.engine import EngineError, Hits, Retriever
 from search_r1.search.engines.bm25 import BM25Retriever
 from search_r1.search.errors import CorpusError
 from search_r1.search.index.corpus import Corpus
-
-
-def rng_of(query: str, seed: int) -> random.Random:
-    """A random generator that depends only on the query and the seed, not on earlier queries."""
-    text = f"{seed}\n{query}".encode("utf-8", "surrogatepass")
-    return random.Random(blake2b(text, digest_size=8).digest())
+from search_r1.search.noise import rng_of
 
 
 class Empty:

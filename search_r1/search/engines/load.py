@@ -8,6 +8,14 @@ from search_r1.search.engine import Retriever
 from search_r1.search.engines.bm25 import BM25Retriever
 from search_r1.search.engines.experiments import Empty, Noisy, Oracle, Random, Record, Replay
 from search_r1.search.engines.lucene import LuceneRetriever, is_lucene_index
+from search_r1.search.engines.simulated import (
+    NOISY_PROMPT,
+    USEFUL_PROMPT,
+    Prompts,
+    SimulatedRetriever,
+    SimulatorSettings,
+    prompt_of,
+)
 from search_r1.search.errors import RetrieverError
 from search_r1.search.extras import require
 from search_r1.search.index.corpus import Corpus
@@ -15,7 +23,7 @@ from search_r1.search.index.corpus import Corpus
 DENSE = ("e5", "bge", "dense")
 INDEXED = ("bm25", "lucene", *DENSE)
 EXPERIMENTS = ("oracle", "random", "empty", "noisy", "replay")
-ENGINES = (*INDEXED, "hybrid", *EXPERIMENTS)
+ENGINES = (*INDEXED, "hybrid", "simulated", *EXPERIMENTS)
 
 
 def load(args: argparse.Namespace) -> Retriever:
@@ -28,6 +36,8 @@ def load(args: argparse.Namespace) -> Retriever:
         retriever = indexed(name, one_index(args), args)
     elif name == "hybrid":
         retriever = hybrid(args)
+    elif name == "simulated":
+        return simulated(args)
     else:
         retriever = EXPERIMENT_LOADERS[name](args)
     if args.reranker:
@@ -67,6 +77,42 @@ def hybrid(args: argparse.Namespace) -> Retriever:
         )
     pairs = zip(args.hybrid_of, args.index_path, strict=True)
     return Hybrid([indexed(name, index, args) for name, index in pairs])
+
+
+def simulated(args: argparse.Namespace) -> Retriever:
+    """Makes the engine whose passages a model writes.
+
+    Raises RetrieverError for flags of engines that search, without an endpoint and its model, and
+    when the endpoint does not answer or lacks the model.
+    """
+    of_others = ("index_path", "corpus_path", "documents", "reranker", "record")
+    if given := [f"--{name}" for name in of_others if getattr(args, name)]:
+        raise RetrieverError(
+            f"--retriever_name simulated searches nothing: remove {' and '.join(given)}"
+        )
+    needed = ("simulated_url", "simulated_model")
+    if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
+        raise RetrieverError(f"--retriever_name simulated needs {' and '.join(missing)}")
+    if not args.simulated_url.startswith(("http://", "https://")):
+        raise RetrieverError(
+            f"--simulated_url {args.simulated_url}: expected an address such as "
+            "http://127.0.0.1:8001/v1"
+        )
+    prompts = Prompts(
+        prompt_of(args.simulated_useful_prompt, USEFUL_PROMPT, "--simulated_useful_prompt"),
+        prompt_of(args.simulated_noisy_prompt, NOISY_PROMPT, "--simulated_noisy_prompt"),
+    )
+    settings = SimulatorSettings(
+        url=args.simulated_url,
+        model=args.simulated_model,
+        key_env=args.simulated_key_env,
+        temperature=args.simulated_temperature,
+        passage_tokens=args.simulated_passage_tokens,
+        max_retries=args.simulated_max_retries,
+        timeout_s=args.simulated_timeout_s,
+        concurrency=args.simulated_concurrency,
+    )
+    return SimulatedRetriever(settings, prompts, args.simulated_cache)
 
 
 def one_index(args: argparse.Namespace) -> Path:

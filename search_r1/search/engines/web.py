@@ -5,13 +5,10 @@ in no message, no log and no cache entry.
 """
 
 import hashlib
-import json
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 import httpx
 
 from search_r1.search.addresses import direct
+from search_r1.search.disk_cache import DiskCache
 from search_r1.search.engine import EngineError, Hits
 from search_r1.search.extras import require
 from search_r1.search.index.documents import contents
@@ -326,25 +324,3 @@ class Pace:
             start = max(now, self.next)
             self.next = start + self.interval
         time.sleep(start - now)
-
-
-class DiskCache:
-    """JSON values by key, in one SQLite file that several processes may use."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        with closing(self._open()) as db, db:
-            db.execute("CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value TEXT)")
-
-    def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=30)
-
-    def get(self, key: str) -> Any:
-        with closing(self._open()) as db:
-            row = db.execute("SELECT value FROM entries WHERE key = ?", (key,)).fetchone()
-        return json.loads(row[0]) if row else None
-
-    def put(self, key: str, value: object) -> None:
-        with closing(self._open()) as db, db:
-            db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", (key, json.dumps(value)))

@@ -10,16 +10,29 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from search_r1.search.engine import EngineError, Hits, Retriever
+from search_r1.search.engine import EngineError, Hits, Retriever, Simulator
+from search_r1.search.noise import NO_NOISE, Noise
 from search_r1.search.server.metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
-Key = tuple[str, int]
 Answer = asyncio.Future[Hits | EngineError]
 """The future that a caller waits for."""
 MIN_RETRY_S = 1.0
 """The least number of seconds after which a refused caller is asked to come again."""
+
+
+class Asked(NamedTuple):
+    """A query as the engine is asked it."""
+
+    text: str
+    is_noisy: bool
+    """Whether it is to get passages that do not help."""
+
+
+Key = tuple[Asked, int]
+"""What hits are kept under: a query as it is asked, and topk."""
 
 
 class Overloaded(Exception):
@@ -79,27 +92,32 @@ class BatchingEngine:
         self.max_wait_s = max_wait_s
         self.cache = Cache(cache_size)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self.waiting: dict[int, dict[str, Waiting]] = {}
+        self.waiting: dict[int, dict[Asked, Waiting]] = {}
         """The queue: by topk, then by query, in the order of arrival."""
         self.num_waiting = 0
         self.arrivals = itertools.count()
         self.arrived = asyncio.Event()
         self.pace = Pace()
 
-    async def search(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
-        """Returns the hits of each query.
+    async def search(
+        self, queries: Sequence[str], topk: int, noise: Noise = NO_NOISE
+    ) -> list[Hits | EngineError]:
+        """Returns the hits of each query, which do not help where the noise falls on it.
+
+        Noise is only for an engine that simulates.
 
         Raises Overloaded at once when the queue has no room for all of them.
         """
-        kept = [self.cache.get((query, topk)) for query in queries]
-        missing = [query for query, hits in zip(queries, kept, strict=True) if hits is None]
-        self.metrics.cached.inc(len(queries) - len(missing))
+        asked = [Asked(query, noise.falls_on(query)) for query in queries]
+        kept = [self.cache.get((query, topk)) for query in asked]
+        missing = [query for query, hits in zip(asked, kept, strict=True) if hits is None]
+        self.metrics.cached.inc(len(asked) - len(missing))
         if missing and (self.is_full() or self.num_waiting + len(missing) > self.max_queue):
             raise self.overloaded()
         found = iter(await self.wait_for(missing, topk))
         return [next(found) if hits is None else hits for hits in kept]
 
-    async def wait_for(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
+    async def wait_for(self, queries: Sequence[Asked], topk: int) -> list[Hits | EngineError]:
         """Puts queries into the queue and returns their hits, when they are found.
 
         A caller that went away, or ran out of time, cancels this: its queries leave the queue.
@@ -112,7 +130,7 @@ class BatchingEngine:
                 self.withdraw(query, topk, future)
             raise
 
-    def enqueue(self, query: str, topk: int) -> Answer:
+    def enqueue(self, query: Asked, topk: int) -> Answer:
         """Puts a query into the queue; returns the future of its hits."""
         future: Answer = asyncio.get_running_loop().create_future()
         group = self.waiting.setdefault(topk, {})
@@ -124,7 +142,7 @@ class BatchingEngine:
         self.arrived.set()
         return future
 
-    def withdraw(self, query: str, topk: int, future: Answer) -> None:
+    def withdraw(self, query: Asked, topk: int, future: Answer) -> None:
         """Takes a query out of the queue, if it is still there and nobody else asks it."""
         group = self.waiting.get(topk, {})
         entry = group.get(query)
@@ -248,10 +266,10 @@ class EngineCrash(EngineError):
     kind = "crash"
 
 
-def attempt(retriever: Retriever, queries: list[str], topk: int) -> list[Hits | EngineError]:
+def attempt(retriever: Retriever, queries: list[Asked], topk: int) -> list[Hits | EngineError]:
     """Calls the engine and returns its results. What it raises becomes the error of all queries."""
     try:
-        results = list(retriever.search(queries, topk))
+        results = list(ask(retriever, queries, topk))
     except EngineError as error:
         return [error] * len(queries)
     except Exception as error:
@@ -261,6 +279,14 @@ def attempt(retriever: Retriever, queries: list[str], topk: int) -> list[Hits | 
     if len(results) != len(queries):
         return [EngineCrash(f"{len(results)} results for {len(queries)} queries")] * len(queries)
     return results
+
+
+def ask(retriever: Retriever, queries: Sequence[Asked], topk: int) -> Sequence[Hits | EngineError]:
+    """What the engine finds, or writes if it simulates."""
+    texts = [query.text for query in queries]
+    if isinstance(retriever, Simulator):
+        return retriever.simulate(texts, [query.is_noisy for query in queries], topk)
+    return retriever.search(texts, topk)
 
 
 class Cache:

@@ -23,6 +23,7 @@ def problem(description: str) -> dict[str, Any]:
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: problem("Undecodable body"),
     401: problem("Missing or wrong token"),
+    409: problem("Noise, of an engine that does not simulate"),
     413: problem("Body too large"),
     422: problem("Invalid request"),
     429: problem("Queue full"),

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from fastapi import HTTPException
 
-from search_r1.search.engine import EngineError, Hits, Retriever
+from search_r1.search.engine import EngineError, Hits, Retriever, Simulator
 from search_r1.search.errors import RetrieverError
+from search_r1.search.noise import Noise
 from search_r1.search.schema import FindResponse, OpenResponse, RetrieveRequest
 from search_r1.search.server.batching import BatchingEngine, Overloaded
 from search_r1.search.server.latency import Latency
@@ -147,16 +148,20 @@ class Service:
     async def answer(self, request: RetrieveRequest) -> list[Hits | EngineError]:
         """Searches the queries of a request; returns the hits of each.
 
-        Raises HTTPException when the engine is not ready, too busy or too slow.
+        Raises HTTPException when the engine is not ready, too busy or too slow, or is asked for
+        noise that it cannot make.
         """
         if self.engine is None:
             raise loading()
+        noise = Noise(request.noise or 0.0, request.noise_seed)
+        if noise.share > 0 and not isinstance(self.engine.retriever, Simulator):
+            raise no_noise(self.engine.retriever.name)
         self.metrics.queries.inc(len(request.queries))
         self.served += len(request.queries)
         if not request.queries:
             return []
         topk = request.topk or self.settings.topk
-        search = partial(self.engine.search, request.queries, topk)
+        search = partial(self.engine.search, request.queries, topk, noise)
         return await self.in_time(search, len(request.queries))
 
     async def read(self, endpoint: str, read: Callable[[DocumentStore], A]) -> A:
@@ -210,3 +215,12 @@ class Service:
 def loading() -> HTTPException:
     """The answer while engine and store are not there yet."""
     return HTTPException(503, "the engine is loading", {"Retry-After": str(LOADING_RETRY_S)})
+
+
+def no_noise(engine: str) -> HTTPException:
+    """The answer to a request for noise from an engine that only searches."""
+    return HTTPException(
+        409,
+        f"noise: the engine {engine} searches and cannot write noise; only --retriever_name "
+        "simulated can. Ask for noise 0, or leave it out",
+    )

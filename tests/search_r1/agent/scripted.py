@@ -3,6 +3,7 @@
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.search.client import Passage, SearchError
+from search_r1.search.noise import NO_NOISE
 from verl.agent import Completion, Source, context_digest
 
 ADA = Passage("7", '"Ada Marin"', "Ada Marin was born in Torvel.", 2.5)
@@ -39,7 +40,7 @@ class Library:
         self.fail_at = fail_at
         self.queries = []
 
-    async def search(self, query):
+    async def search(self, query, noise=NO_NOISE):
         self.queries.append(query)
         if len(self.queries) == self.fail_at:
             raise SearchError("the library is on fire")

@@ -24,7 +24,7 @@ class Library:
     def __init__(self, observations):
         self.observations = list(observations)
 
-    async def search(self, query):
+    async def search(self, query, noise):
         found = self.observations.pop(0)
         return [Passage(str(i), title, text, 1.0) for i, (title, text) in enumerate(found)]
 
