@@ -59,6 +59,20 @@ def data() -> int | None:
     return part()
 
 
+def expand() -> int | None:
+    """Finds words that documents lack, for an index of expanded documents."""
+    part = chosen_part(
+        {
+            "neighbours": (
+                "words of the documents most like each one",
+                "search_r1.search.expand_neighbours:main",
+            ),
+            "model": ("words that a language model proposes", "search_r1.expand:main"),
+        }
+    )
+    return part()
+
+
 def benchmarks() -> int | None:
     """Makes the training or the test questions of the paper, or those of other sets."""
     part = chosen_part(

@@ -6,12 +6,12 @@ without scoring every document, `retriever` is the engine. `expansions` adds ter
 """
 
 from search_r1.search.engines.bm25.retriever import (
-    DOCUMENT_EXPANSION,
     NAME,
     PARAMETERS,
     BM25Retriever,
     build,
     described,
+    document_expansion,
 )
 
-__all__ = ["DOCUMENT_EXPANSION", "NAME", "PARAMETERS", "BM25Retriever", "build", "described"]
+__all__ = ["NAME", "PARAMETERS", "BM25Retriever", "build", "described", "document_expansion"]

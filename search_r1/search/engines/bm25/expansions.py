@@ -8,8 +8,9 @@ the document's own. Text and added words are two fields of BM25 (Robertson, Zara
     occurrences = occurrences in the text + occurrences among the added words / m
     length      = words of the text + added words / m
 
-and the formula of BM25 follows, with the documents that have the word in either field for its
-document frequency. m is `own_weight`, a whole number, so that the index holds whole numbers.
+and the formula of BM25 follows. The document frequency of a word counts the documents that have it
+in their text, because being added makes no word less telling; of a word that no text has, those it
+was added to. m is `own_weight`, a whole number, so that the index holds whole numbers.
 """
 
 import json

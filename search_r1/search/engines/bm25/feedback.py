@@ -36,7 +36,7 @@ class Relevance(BaseModel):
     """The number of found documents that are taken for relevant."""
     terms: PositiveInt = 10
     """The number of words that are taken from them."""
-    max_df: Annotated[float, Field(gt=0, le=1)] = 0.1
+    max_df: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Words that a larger share of the corpus has are too common to tell documents apart, and are
     not taken."""
 

@@ -23,6 +23,8 @@ DOCUMENTS_A_BATCH = 256
 class Neighbourhood(Relevance):
     """How many neighbours a document has, and how many of their words it gets."""
 
+    terms: PositiveInt = 20
+    """The number of words that a document gets."""
     query_words: PositiveInt = 20
     """The number of a document's words that are searched for, those of the highest occurrences
     times inverse document frequency. It bounds the time of long documents."""

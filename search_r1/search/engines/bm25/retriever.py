@@ -51,7 +51,8 @@ def build(reader: CorpusReader | Path, index: Path, expansions: Expansions | Non
     with building(index) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        gathered = Gatherer(scratch, expansions.own_weight if expansions else 1)
+        own_weight = expansions.own_weight if expansions else 1
+        gathered = Gatherer(scratch, own_weight, expands=expansions is not None)
         analyze = Analyzer()
         for document in reader.store(folder):
             added = analyze(expansions.take(document["id"])) if expansions else []
@@ -78,6 +79,11 @@ def described(expansions: Expansions | None) -> dict[str, Any]:
     return {DOCUMENT_EXPANSION: expansions.description} if expansions else {}
 
 
+def document_expansion(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The part of a manifest that `described` wrote."""
+    return {key: manifest[key] for key in (DOCUMENT_EXPANSION,) if key in manifest}
+
+
 class BM25Retriever:
     """An index and its corpus, both mapped into memory."""
 
@@ -102,7 +108,8 @@ class BM25Retriever:
                 f"{index}: an index of an older format; build it again: {cure} {index.parent}"
             )
         self.corpus = Corpus.of_index(index, manifest, corpus)
-        self.settings = {key: manifest[key] for key in (DOCUMENT_EXPANSION,) if key in manifest}
+        self.fingerprint = manifest["corpus"]
+        self.settings = document_expansion(manifest)
         self.analyze = Analyzer()
         self.scorer = Scorer(index, len(self.corpus), threads or os.cpu_count() or 1)
 
