@@ -51,7 +51,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
             "data",
             "makes training files of questions or benchmarks",
             "search_r1.cli.forms:data",
-            ("prepare", "benchmarks"),
+            ("prepare", "mask", "benchmarks"),
         ),
     ),
     "Look": (

@@ -50,6 +50,10 @@ def data() -> int | None:
                 "training files of your own questions and answers",
                 "search_r1.data.prepare:main",
             ),
+            "mask": (
+                "training files of a corpus alone, whose questions are masked sentences",
+                "search_r1.data.mask:main",
+            ),
             "benchmarks": (
                 "training and test files of published sets of questions",
                 "search_r1.cli.forms:benchmarks",

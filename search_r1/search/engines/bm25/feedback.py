@@ -15,6 +15,7 @@ cut to its highest words and scaled to a sum of 1.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -99,8 +100,8 @@ def relevance_model(
         for word, occurrences in Counter(words).items():
             gained = score * occurrences / len(words)
             probability[word] = probability.get(word, 0.0) + gained
-    kept = [word for word in probability if keep(word)]
-    best = sorted(kept, key=lambda word: (-probability[word], word))[:terms]
+    ranked = sorted(probability, key=lambda word: (-probability[word], word))
+    best = list(islice(filter(keep, ranked), terms))
     total = sum(probability[word] for word in best)
     return {word: probability[word] / total for word in best}
 
