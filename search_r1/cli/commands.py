@@ -38,6 +38,12 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     "Retrieval": (
         Command("serve", "serves an index", "search_r1.search.retrieval_server:main"),
         Command("index", "builds an index of a corpus", "search_r1.search.index_builder:main"),
+        Command(
+            "expand",
+            "finds words by which documents can be searched",
+            "search_r1.cli.forms:expand",
+            ("neighbours", "model"),
+        ),
         Command("corpus", "makes a corpus of documents", "search_r1.search.make_corpus:main"),
     ),
     "Data": (
@@ -45,7 +51,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
             "data",
             "makes training files of questions or benchmarks",
             "search_r1.cli.forms:data",
-            ("prepare", "benchmarks"),
+            ("prepare", "mask", "benchmarks"),
         ),
     ),
     "Look": (

@@ -50,10 +50,28 @@ def data() -> int | None:
                 "training files of your own questions and answers",
                 "search_r1.data.prepare:main",
             ),
+            "mask": (
+                "training files of a corpus alone, whose questions are masked sentences",
+                "search_r1.data.mask:main",
+            ),
             "benchmarks": (
                 "training and test files of published sets of questions",
                 "search_r1.cli.forms:benchmarks",
             ),
+        }
+    )
+    return part()
+
+
+def expand() -> int | None:
+    """Finds words that documents lack, for an index of expanded documents."""
+    part = chosen_part(
+        {
+            "neighbours": (
+                "words of the documents most like each one",
+                "search_r1.search.expand_neighbours:main",
+            ),
+            "model": ("words that a language model proposes", "search_r1.expand:main"),
         }
     )
     return part()

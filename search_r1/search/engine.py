@@ -16,8 +16,16 @@ class EngineError(Exception):
     kind = "engine"
 
 
+def settings_of(retriever: object) -> dict[str, Any]:
+    """What an engine says of how it searches, for `/health`: its `settings`, if it has any."""
+    return getattr(retriever, "settings", {})
+
+
 class Retriever(Protocol):
-    """A search engine. It is called from one thread at a time."""
+    """A search engine. It is called from one thread at a time.
+
+    It may have `settings`, a dictionary for `/health`.
+    """
 
     name: str
 

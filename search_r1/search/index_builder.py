@@ -2,7 +2,7 @@
 
 D/bm25:
     python -m search_r1.search.index_builder --retrieval_method bm25 \\
-        --corpus_path C.jsonl --save_dir D
+        --corpus_path C.jsonl --save_dir D [--expansions E.jsonl]
 D/e5_Flat.index:
     python -m search_r1.search.index_builder --retrieval_method e5 --faiss_type Flat \\
         --corpus_path C.jsonl --save_dir D
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from search_r1.program import command_parser
 from search_r1.search.engines import bm25
+from search_r1.search.engines.bm25.expansions import OWN_WEIGHT, Expansions
 from search_r1.search.engines.encoder import DEFAULT_MODELS
 from search_r1.search.engines.load import DENSE, INDEXED
 from search_r1.search.errors import CorpusError, RetrieverError
@@ -61,6 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=os.cpu_count(),
         help="lucene: indexing threads (default: all cores)",
     )
+    add_expansion_flags(parser)
     dense = parser.add_argument_group(f"dense engines ({', '.join(DENSE)})")
     add = dense.add_argument
     add(
@@ -78,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_length", type=positive, default=180, help="longest passage in tokens (default: 180)")
     add("--batch_size", type=positive, default=512, help="passages per encoder call (default: 512)")
     add("--use_fp16", action="store_true", help="encoder in half precision")
-    add("--device", help="where the encoder runs (default: a GPU where there is one)")
+    add("--device", help="where the encoder runs (default: a GPU, if any)")
     add(
         "--shard_size",
         type=positive,
@@ -98,6 +100,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_expansion_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of document expansion."""
+    add = parser.add_argument
+    add("--expansions", type=Path, metavar="FILE", help="bm25: words to add to documents")
+    add(
+        "--own_weight",
+        type=positive,
+        default=OWN_WEIGHT,
+        metavar="M",
+        help=f"bm25: added words worth one of its own (default: {OWN_WEIGHT})",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds the index, unless one of this corpus is there; returns the exit status."""
     args = parse_arguments(argv)
@@ -107,12 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     index = args.save_dir / name
     try:
         reader = CorpusReader(args.corpus_path, args.skip_bad)
-        if not args.overwrite and is_built(args.retrieval_method, reader, index, args.model_path):
+        expansions = expansions_of(args)
+        if not args.overwrite and is_built(
+            args.retrieval_method, reader, index, args.model_path, expansions
+        ):
             sys.stdout.write(f"{index}: already built for {args.corpus_path}\n")
             return 0
         if not args.overwrite:
             check_target(index)
-        count = build(args, reader, index)
+        count = build(args, reader, index, expansions)
     except RetrieverError as error:
         sys.exit(f"error: {error}")
     bad = f", {reader.bad} bad lines left out" if reader.bad else ""
@@ -120,17 +138,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def is_built(method: str, reader: CorpusReader, index: Path, model: str | None) -> bool:
+def expansions_of(args: argparse.Namespace) -> Expansions | None:
+    """The file of expansions that the flags name, None without one.
+
+    Raises CorpusError for a bad file, RetrieverError when the engine cannot expand documents.
+    """
+    if args.expansions is None:
+        return None
+    if args.retrieval_method != bm25.NAME:
+        raise RetrieverError(
+            f"--expansions is for --retrieval_method {bm25.NAME}, not {args.retrieval_method}"
+        )
+    return Expansions(args.expansions, args.own_weight)
+
+
+def is_built(
+    method: str,
+    reader: CorpusReader,
+    index: Path,
+    model: str | None,
+    expansions: Expansions | None = None,
+) -> bool:
     """Whether `index` is a complete index of exactly this corpus, in the current format.
 
     A dense index must also be made with the encoder `model`, or else the default encoder of the
-    method.
+    method, and a BM25 index with these expansions, or with none.
     """
     try:
         manifest = read_manifest(index)
     except CorpusError:
         return False
     if method == bm25.NAME and manifest.get("parameters") != bm25.PARAMETERS:
+        return False
+    if bm25.document_expansion(manifest) != bm25.described(expansions):
         return False
     encoder = model or DEFAULT_MODELS.get(method)
     if method in DENSE and manifest["parameters"].get("model") != encoder:
@@ -152,14 +192,16 @@ def check_target(index: Path) -> None:
         )
 
 
-def build(args: argparse.Namespace, reader: CorpusReader, index: Path) -> int:
+def build(
+    args: argparse.Namespace, reader: CorpusReader, index: Path, expansions: Expansions | None
+) -> int:
     """Builds the index and returns the number of documents in it.
 
     Raises CorpusError when the corpus is bad or the disk is full, RetrieverError when a package is
     missing.
     """
     if args.retrieval_method == "bm25":
-        return bm25.build(reader, index)
+        return bm25.build(reader, index, expansions)
     if args.retrieval_method == "lucene":
         from search_r1.search.engines import lucene
 

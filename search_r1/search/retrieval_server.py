@@ -15,6 +15,7 @@ if __package__ in (None, ""):  # run by its path, as the original's users do
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from search_r1.program import described, program_name, short_help
+from search_r1.search.engines.bm25.feedback import RM3, Feedback
 from search_r1.search.engines.load import DENSE, ENGINES, INDEXED, load
 from search_r1.search.engines.simulated import PLACES, SimulatorSettings
 from search_r1.search.serve import (
@@ -23,6 +24,7 @@ from search_r1.search.serve import (
     add_serving_flags,
     positive,
     serve,
+    share,
 )
 from search_r1.search.store import load_documents
 
@@ -43,6 +45,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if short_help(parser, argv):
         add_serving_flags(parser)
     else:
+        add_expansion_flags(parser)
         add_dense_flags(parser)
         add_combination_flags(parser)
         add_simulated_flags(parser)
@@ -89,6 +92,47 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="JSONL with id and contents, the one the index was built from",
     )
     add("--threads", type=positive, help="bm25, lucene: search threads (default: all cores)")
+
+
+def add_expansion_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of query expansion, whose defaults are those of `Feedback`."""
+    defaults = Feedback()
+    add = parser.add_argument_group("bm25: query expansion").add_argument
+    add(
+        "--query_expansion",
+        choices=(RM3,),
+        help=(
+            "rm3: search twice, the second time with words of the passages found first (default: "
+            "none). The flags that follow are its parameters"
+        ),
+    )
+    add(
+        "--feedback_docs",
+        type=positive,
+        default=defaults.documents,
+        help=f"passages whose words are taken (default: {defaults.documents})",
+    )
+    add(
+        "--feedback_terms",
+        type=positive,
+        default=defaults.terms,
+        help=f"words that are taken (default: {defaults.terms})",
+    )
+    add(
+        "--original_weight",
+        type=share,
+        default=defaults.original_weight,
+        help=f"share of the query's own words, 0 to 1 (default: {defaults.original_weight})",
+    )
+    add(
+        "--max_df",
+        type=share,
+        default=defaults.max_df,
+        help=(
+            "words that a larger share of the passages has are not taken, 0 to 1 (default: "
+            f"{defaults.max_df})"
+        ),
+    )
 
 
 def add_dense_flags(parser: argparse.ArgumentParser) -> None:

@@ -185,6 +185,14 @@ def positive(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("is a share, from 0 to 1")
+    return value
+
+
 def settings_of(args: argparse.Namespace) -> ServerSettings:
     """The flags of `add_flags` as settings."""
     latency = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from search_r1.search.engine import EngineError, Hits, Retriever
+from search_r1.search.engine import EngineError, Hits, Retriever, settings_of
 from search_r1.search.engines.bm25 import BM25Retriever
 from search_r1.search.errors import CorpusError
 from search_r1.search.index.corpus import Corpus
@@ -54,6 +54,7 @@ class Noisy:
 
     def __init__(self, retriever: Retriever, corpus: Corpus, noise: float, seed: int = 0) -> None:
         self.retriever = retriever
+        self.settings = settings_of(retriever)
         self.random = Random(corpus, seed)
         self.noise = noise
         self.seed = seed
@@ -142,6 +143,7 @@ class Record:
     def __init__(self, retriever: Retriever, path: Path) -> None:
         self.retriever = retriever
         self.name = retriever.name
+        self.settings = settings_of(retriever)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a", encoding="utf-8")
 

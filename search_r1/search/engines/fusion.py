@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from search_r1.search.engine import EngineError, Hits, Retriever
+from search_r1.search.engine import EngineError, Hits, Retriever, settings_of
 from search_r1.search.errors import RetrieverError
 
 RRF_K = 60
@@ -20,6 +20,9 @@ class Hybrid:
 
     def __init__(self, retrievers: Sequence[Retriever]) -> None:
         self.retrievers = retrievers
+        self.settings = {
+            key: value for retriever in retrievers for key, value in settings_of(retriever).items()
+        }
 
     def __len__(self) -> int:
         return max(len(retriever) for retriever in self.retrievers)
@@ -72,6 +75,7 @@ class Reranker:
         self.depth = depth
         self.batch_size = batch_size
         self.name = f"{retriever.name}+reranker"
+        self.settings = settings_of(retriever)
 
     def __len__(self) -> int:
         return len(self.retriever)

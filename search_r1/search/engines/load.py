@@ -6,6 +6,7 @@ from pathlib import Path
 
 from search_r1.search.engine import Retriever
 from search_r1.search.engines.bm25 import BM25Retriever
+from search_r1.search.engines.bm25.feedback import Feedback, Rm3Retriever
 from search_r1.search.engines.experiments import Empty, Noisy, Oracle, Random, Record, Replay
 from search_r1.search.engines.lucene import LuceneRetriever, is_lucene_index
 from search_r1.search.engines.simulated import (
@@ -32,6 +33,7 @@ def load(args: argparse.Namespace) -> Retriever:
     Raises RetrieverError that names what is missing, damaged or unsuitable.
     """
     name = args.retriever_name
+    check_query_expansion(args)
     if name in INDEXED:
         retriever = indexed(name, one_index(args), args)
     elif name == "hybrid":
@@ -53,9 +55,15 @@ def load(args: argparse.Namespace) -> Retriever:
 def indexed(name: str, index: Path, args: argparse.Namespace) -> Retriever:
     """Loads an engine with an index. A Lucene index is served by Lucene, also for the name bm25."""
     if name == "lucene" or (name == "bm25" and is_lucene_index(index)):
+        if name == "bm25" and args.query_expansion:
+            raise RetrieverError(
+                f"--query_expansion {args.query_expansion}: {index} is an index of Lucene, whose "
+                "queries are not expanded here; build one with --retrieval_method bm25"
+            )
         return LuceneRetriever(index, args.corpus_path, args.threads)
     if name == "bm25":
-        return BM25Retriever(index, args.corpus_path, args.threads)
+        retriever = BM25Retriever(index, args.corpus_path, args.threads)
+        return expanding(retriever, args) if args.query_expansion else retriever
     require("dense", f"--retriever_name {name}")
     from search_r1.search.engines.dense import DenseRetriever
     from search_r1.search.engines.encoder import Encoder
@@ -64,6 +72,28 @@ def indexed(name: str, index: Path, args: argparse.Namespace) -> Retriever:
     return DenseRetriever(
         index, args.corpus_path, encoder, name, args.faiss_gpu, args.nprobe, args.ef_search
     )
+
+
+def check_query_expansion(args: argparse.Namespace) -> None:
+    """Raises RetrieverError when queries shall be expanded for engines none of which is `bm25`."""
+    searched = {"hybrid": args.hybrid_of, "noisy": [args.noisy_of]}
+    engines = searched.get(args.retriever_name, [args.retriever_name])
+    if args.query_expansion and "bm25" not in engines:
+        raise RetrieverError(
+            f"--query_expansion {args.query_expansion} is for the engine bm25, not for "
+            f"{' and '.join(engines)}: leave it out, or serve bm25"
+        )
+
+
+def expanding(bm25: BM25Retriever, args: argparse.Namespace) -> Rm3Retriever:
+    """Expands the queries of an engine as the flags say."""
+    feedback = Feedback(
+        documents=args.feedback_docs,
+        terms=args.feedback_terms,
+        original_weight=args.original_weight,
+        max_df=args.max_df,
+    )
+    return Rm3Retriever(bm25, feedback)
 
 
 def hybrid(args: argparse.Namespace) -> Retriever:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, StringConstraints
 from pydantic_core import to_json
 
-from search_r1.search.engine import EngineError, Hits, Retriever
+from search_r1.search.engine import EngineError, Hits, Retriever, settings_of
 from search_r1.search.schema import (
     FindRequest,
     FindResponse,
@@ -143,6 +143,7 @@ def add_health(app: FastAPI, service: Service) -> None:
             "status": "ok",
             "retriever": retriever.name,
             "num_documents": len(retriever),
+            **settings_of(retriever),
             **documents,
         }
 

@@ -32,6 +32,11 @@ MAX_KEPT_STEMS = 1 << 21
 HAS_SYLLABLE = re.compile(r"[aeiou][^aeiou]|[^aeiou]y[^aeiou]")  # Porter's m > 0
 
 
+def words(text: str) -> list[str]:
+    """The words of a text as they stand there, stop words among them."""
+    return (ASCII_WORD if text.isascii() else WORD).findall(text)
+
+
 class Analyzer(dict[str, str | None]):
     """`analyzer(text)` returns the stems of its words. The stems are kept for later texts."""
 
@@ -39,8 +44,7 @@ class Analyzer(dict[str, str | None]):
         self.stemmer = Stemmer.Stemmer("porter")
 
     def __call__(self, text: str) -> list[str]:
-        words = (ASCII_WORD if text.isascii() else WORD).findall(text)
-        return [stem for word in words if (stem := self[word]) is not None]
+        return [stem for word in words(text) if (stem := self[word]) is not None]
 
     def __missing__(self, word: str) -> str | None:
         """The stem of a word, None for a stop word."""

@@ -10,7 +10,14 @@ import numpy as np
 
 from search_r1.search.engines.bm25.arrays import Postings, Room
 from search_r1.search.engines.bm25.compiled import compiled
-from search_r1.search.engines.bm25.postings import K1, B, Gatherer, allocate, write_postings
+from search_r1.search.engines.bm25.postings import (
+    K1,
+    B,
+    Gatherer,
+    allocate,
+    document_frequencies,
+    write_postings,
+)
 from search_r1.search.engines.bm25.score import CHUNK, RANGE, TOP_LEVEL
 
 FREQUENT = 256
@@ -66,8 +73,13 @@ def write_index(gathered: Gatherer, folder: Path) -> None:
     """Writes everything but manifest and corpus to `folder`."""
     numbers = write_vocabulary(gathered.vocabulary, folder)
     lengths = np.frombuffer(gathered.lengths, dtype=np.int32)
-    starts, exceptions, counts = write_postings(gathered, numbers, length_bytes(lengths), folder)
-    write_statistics(folder, starts, exceptions, counts, lengths)
+    whole_lengths = (lengths + gathered.own_weight // 2) // gathered.own_weight
+    kept_lengths = length_bytes(whole_lengths)
+    starts, exceptions, counts = write_postings(gathered, numbers, kept_lengths, folder)
+    with_words = int(np.count_nonzero(lengths))
+    frequency = document_frequencies(gathered, numbers, starts)
+    np.save(folder / "idf.npy", inverse_frequencies(frequency, with_words))
+    write_statistics(folder, starts, exceptions, counts, lengths, gathered.own_weight)
 
 
 def write_statistics(
@@ -76,23 +88,24 @@ def write_statistics(
     exceptions: np.ndarray,
     counts: np.ndarray,
     lengths: np.ndarray,
+    own_weight: int,
 ) -> None:
-    """Writes what is derived from the postings: weights of words, scores by code, highest scores.
+    """Writes what is derived from the postings: scores by code, highest scores of words.
 
-    `counts` are the occurrences of the postings at `exceptions`, `lengths` those of the documents
-    in words.
+    `counts` are the occurrences of the postings at `exceptions`, `lengths` those of the documents.
+    Both are `own_weight` times what the formula gets, as in `Gatherer`.
     """
     with_words = int(np.count_nonzero(lengths))
-    average = max(1.0, lengths.sum(dtype=np.int64) / max(1, with_words))
+    average = max(1.0, lengths.sum(dtype=np.int64) / own_weight / max(1, with_words))
     norms = inverse_norms(average)
     codes = np.load(folder / "posting_codes.npy", mmap_mode="r")
-    occurrences = np.arange(256, dtype=np.float32)
+    occurrences = np.arange(256, dtype=np.float32) / np.float32(own_weight)
     divisors = (np.float32(1) + occurrences[:, None] * norms).ravel()
     levels = levels_of(divisors)
     exception_norms = norms[codes[exceptions]]  # the code of an exception is only the length byte
-    exception_divisors = np.float32(1) + counts.astype(np.float32) * exception_norms
+    exception_occurrences = counts.astype(np.float32) / np.float32(own_weight)
+    exception_divisors = np.float32(1) + exception_occurrences * exception_norms
     np.save(folder / "starts.npy", starts)
-    np.save(folder / "idf.npy", inverse_frequencies(np.diff(starts), with_words))
     np.save(folder / "divisors.npy", divisors)
     np.save(folder / "levels.npy", levels)
     np.save(folder / "exceptions.npy", exceptions)

@@ -2,6 +2,8 @@
 
 import os
 from array import array
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,17 @@ MAX_CODED = 255
 
 
 class Gatherer:
-    """Collects the occurrences of words, and writes them to `scratch` in sorted blocks."""
+    """Collects the occurrences of words, and writes them to `scratch` in sorted blocks.
 
-    def __init__(self, scratch: Path) -> None:
+    A word of a document counts `own_weight` times, and a word that was added to it once: all
+    occurrences and lengths are so many times what the formula of BM25 gets.
+    """
+
+    def __init__(self, scratch: Path, own_weight: int = 1, expands: bool = False) -> None:
         self.scratch = scratch
+        self.own_weight = own_weight
+        self.own_documents: Counter[int] | None = Counter() if expands else None
+        """The number of documents that have a word of their own, where words are added."""
         self.vocabulary: dict[str, int] = {}
         self.lengths = array("i")
         self.blocks = 0
@@ -30,12 +39,17 @@ class Gatherer:
         self.documents = array("i")
         self.counts = array("H")
 
-    def add(self, stems: list[str]) -> None:
-        """Adds the stems of the next document."""
+    def add(self, stems: list[str], added: Sequence[str] = ()) -> None:
+        """Adds the stems of the next document, and those by which it is expanded."""
         number = len(self.lengths)
-        self.lengths.append(len(stems))
+        self.lengths.append(self.own_weight * len(stems) + len(added))
         counts: dict[int, int] = {}
         for stem in stems:
+            term = self.vocabulary.setdefault(stem, len(self.vocabulary))
+            counts[term] = counts.get(term, 0) + self.own_weight
+        if self.own_documents is not None:
+            self.own_documents.update(counts.keys())
+        for stem in added:
             term = self.vocabulary.setdefault(stem, len(self.vocabulary))
             counts[term] = counts.get(term, 0) + 1
         self.terms.extend(counts)
@@ -94,6 +108,20 @@ def write_postings(
     positions = np.concatenate(exceptions)
     order = np.argsort(positions)
     return starts, positions[order], np.concatenate(exception_counts)[order]
+
+
+def document_frequencies(gathered: Gatherer, numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The number of documents by which the rarity of each word is judged: int64 [T].
+
+    Where words are added these are the documents that have the word of their own, because being
+    added makes no word less telling; for a word that none has, those it was added to.
+    """
+    frequency = np.diff(starts)
+    if gathered.own_documents is not None:
+        words = np.fromiter(gathered.own_documents.keys(), np.int64)
+        own = np.fromiter(gathered.own_documents.values(), np.int64)
+        frequency[numbers[words]] = own
+    return frequency
 
 
 def codes_of(counts: np.ndarray, length_bytes: np.ndarray) -> np.ndarray:

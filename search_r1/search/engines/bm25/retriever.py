@@ -7,16 +7,18 @@ closely). Postings are mapped into memory, and most of them are skipped.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from search_r1.search.engine import Hits
 from search_r1.search.engines.bm25.analysis import Analyzer
 from search_r1.search.engines.bm25.arrays import Query, new_query
+from search_r1.search.engines.bm25.expansions import Expansions
 from search_r1.search.engines.bm25.postings import K1, B, Gatherer
 from search_r1.search.errors import CorpusError
 from search_r1.search.index.corpus import Corpus
@@ -27,6 +29,8 @@ from search_r1.search.index.reader import CorpusReader
 NAME = "bm25"
 PARAMETERS = {"k1": K1, "b": B, "format": 3}
 """The version of the files, in the manifest. An index of another format cannot be read."""
+DOCUMENT_EXPANSION = "document_expansion"
+"""Entry of the manifest of an index whose documents were expanded."""
 QUERIES_PER_THREAD = 8
 """The least queries per thread; fewer are searched faster without a further thread."""
 
@@ -34,8 +38,12 @@ Ranking = list[tuple[int, float]]
 """(position in the corpus, score), best first; ties in the order of the corpus."""
 
 
-def build(reader: CorpusReader | Path, index: Path) -> int:
-    """Writes the index of a corpus, whole or not at all; returns the number of documents."""
+def build(reader: CorpusReader | Path, index: Path, expansions: Expansions | None = None) -> int:
+    """Writes the index of a corpus, whole or not at all; returns the number of documents.
+
+    With `expansions` their words are added to the documents. Raises CorpusError when they name a
+    document that the corpus lacks.
+    """
     # numba takes half a second to import
     from search_r1.search.engines.bm25.index import write_index
 
@@ -43,18 +51,37 @@ def build(reader: CorpusReader | Path, index: Path) -> int:
     with building(index) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        gathered = Gatherer(scratch)
+        own_weight = expansions.own_weight if expansions else 1
+        gathered = Gatherer(scratch, own_weight, expands=expansions is not None)
         analyze = Analyzer()
         for document in reader.store(folder):
-            gathered.add(analyze(document["contents"]))
+            added = analyze(expansions.take(document["id"])) if expansions else []
+            gathered.add(analyze(document["contents"]), added)
+        if expansions:
+            expansions.check_all_taken(reader.source)
         write_index(gathered, folder)
         shutil.rmtree(scratch)
         count = len(gathered.lengths)
         Scorer(folder, count, threads=1)  # compiles on a new machine, so that servers start fast
         write_manifest(
-            folder, engine=NAME, parameters=PARAMETERS, corpus=reader.fingerprint(), documents=count
+            folder,
+            engine=NAME,
+            parameters=PARAMETERS,
+            corpus=reader.fingerprint(),
+            documents=count,
+            **described(expansions),
         )
     return count
+
+
+def described(expansions: Expansions | None) -> dict[str, Any]:
+    """What the manifest of an index says of its expansions: nothing where there are none."""
+    return {DOCUMENT_EXPANSION: expansions.description} if expansions else {}
+
+
+def document_expansion(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The part of a manifest that `described` wrote."""
+    return {key: manifest[key] for key in (DOCUMENT_EXPANSION,) if key in manifest}
 
 
 class BM25Retriever:
@@ -81,6 +108,8 @@ class BM25Retriever:
                 f"{index}: an index of an older format; build it again: {cure} {index.parent}"
             )
         self.corpus = Corpus.of_index(index, manifest, corpus)
+        self.fingerprint = manifest["corpus"]
+        self.settings = document_expansion(manifest)
         self.analyze = Analyzer()
         self.scorer = Scorer(index, len(self.corpus), threads or os.cpu_count() or 1)
 
@@ -94,6 +123,11 @@ class BM25Retriever:
         """
         rankings = self.scorer.rank([self.analyze(query) for query in queries], topk)
         return [self.to_hits(ranking) for ranking in rankings]
+
+    def words_at(self, position: int) -> list[int]:
+        """The numbers of the words of a document's own text, in their order."""
+        stems = self.analyze(self.corpus[position]["contents"])
+        return [self.scorer.vocabulary[stem] for stem in stems]
 
     def to_hits(self, ranking: Ranking) -> Hits:
         """The documents of a ranking with their scores."""
@@ -123,7 +157,10 @@ class Scorer:
 
     def rank(self, queries: Sequence[list[str]], topk: int) -> list[Ranking]:
         """Ranks the best documents of each query, which is a list of index terms."""
-        words = [self.words_of(query) for query in queries]
+        return self.rank_words([self.words_of(query) for query in queries], topk)
+
+    def rank_words(self, words: Sequence[Mapping[int, float]], topk: int) -> list[Ranking]:
+        """Ranks the best documents of each query, which has a weight for each word's number."""
         parts = max(1, min(self.threads, len(words) // QUERIES_PER_THREAD))
         if parts == 1:
             return self.rank_part(words, topk, 0)
@@ -141,7 +178,14 @@ class Scorer:
                 counts[number] = counts.get(number, 0) + 1
         return counts
 
-    def rank_part(self, queries: Sequence[dict[int, int]], topk: int, room: int) -> list[Ranking]:
+    def frequency(self, word: int) -> int:
+        """The number of documents that have a word."""
+        starts = self.postings.starts
+        return int(starts[word + 1] - starts[word])
+
+    def rank_part(
+        self, queries: Sequence[Mapping[int, float]], topk: int, room: int
+    ) -> list[Ranking]:
         """Ranks some queries in the calling thread, with the working memory number `room`."""
         words, starts = self.weighted(queries)
         kept = min(topk, self.documents)
@@ -154,7 +198,7 @@ class Scorer:
             for i, n in enumerate(counts.tolist())
         ]
 
-    def weighted(self, queries: Sequence[dict[int, int]]) -> tuple[Query, np.ndarray]:
+    def weighted(self, queries: Sequence[Mapping[int, float]]) -> tuple[Query, np.ndarray]:
         """The words of the queries, those of each query ordered by what they can add to a score.
 
         Returns them with the position of each query's first word, int64 [queries + 1].

@@ -1,0 +1,80 @@
+"""Words that a model proposes for documents, asked for over HTTP, and going on after a stop."""
+
+import json
+
+import pytest
+from fastapi import Response
+
+from search_r1 import expand
+from search_r1.search.engines import bm25
+from search_r1.search.engines.bm25.expansions import Expansions
+from tests.openai_server import Player
+from tests.retrieval import serving, write_corpus
+
+ROWS = [
+    {"id": 0, "contents": "tide harbour boat"},
+    {"id": "1", "contents": "moon crater"},
+    {"id": "2", "contents": "bread oven boat"},
+]
+SCRIPTS = {
+    "tide": ["Seaport, harbours; boats, ebb and flow"],
+    "crater": ["<think>hm, a rock</think>lunar surface\nimpact"],
+    "bread": ["Bakery"],
+}
+
+
+def command(folder, url, *more):
+    index = ["--index_path", str(folder / "bm25"), "--corpus_path", str(folder / "corpus.jsonl")]
+    asked = ["--url", f"{url}/v1", "--model", "m", "--max_df", "0.5", "--max_concurrent", "1"]
+    return [*index, *asked, "--out", str(folder / "e.jsonl"), *more]
+
+
+def written(path):
+    return {row["id"]: row["terms"] for row in map(json.loads, path.open())}
+
+
+def test_proposed_words_are_written_without_those_that_a_document_has(tmp_path):
+    path = write_corpus(tmp_path, ROWS)
+    player = Player(SCRIPTS)
+    with serving(player.app) as url:
+        assert expand.main(command(tmp_path, url)) == 0
+    assert written(tmp_path / "e.jsonl") == {
+        "0": ["Seaport", "ebb", "flow"],
+        "1": ["lunar", "surface", "impact"],
+        "2": ["Bakery"],
+    }
+    assert player.requests["bread"][0]["model"] == "m"
+    bm25.build(path, tmp_path / "bm25", Expansions(tmp_path / "e.jsonl"))
+    found = bm25.BM25Retriever(tmp_path / "bm25", path).rank("seaports", 3)
+    assert [position for position, _ in found] == [0]
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(tmp_path):
+    write_corpus(tmp_path, ROWS)
+    part = tmp_path / "e.jsonl.part"
+    refusing = Player({**SCRIPTS, "bread": [Response(status_code=400)]})
+    with serving(refusing.app) as url:
+        with pytest.raises(SystemExit, match=r"status 400.*the same command goes on"):
+            expand.main(command(tmp_path, url))
+        with part.open("a") as file:
+            file.write('{"id": "2", "ter')
+        with pytest.raises(SystemExit, match="begun with other settings"):
+            expand.main(command(tmp_path, url, "--terms", "3"))
+    assert not (tmp_path / "e.jsonl").exists()
+    player = Player(SCRIPTS)
+    with serving(player.app) as url:
+        assert expand.main(command(tmp_path, url)) == 0
+    assert list(player.requests) == ["bread"]
+    assert set(written(tmp_path / "e.jsonl")) == {"0", "1", "2"} and not part.exists()
+
+
+def test_an_endpoint_that_is_not_there_is_named(tmp_path):
+    write_corpus(tmp_path, ROWS)
+    with pytest.raises(SystemExit, match=r"error: --url: .* does not answer"):
+        expand.main(command(tmp_path, "http://127.0.0.1:9"))
+
+
+@pytest.mark.parametrize("text", ["", "<think>only thoughts</think>", "..."])
+def test_a_reply_without_words_is_unusable(text):
+    with pytest.raises(ValueError, match="no words in"):
+        expand.read_terms({"choices": [{"message": {"content": text}}]})
