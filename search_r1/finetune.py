@@ -31,11 +31,12 @@ from search_r1.prompts import build_prompt
 from search_r1.rewards.matching import gold_answers
 from search_r1.traces.convert import convert
 from search_r1.traces.main import converter_of, template_of, write_rows
+from search_r1.traces.sample import RECORDS, sampling_overrides
 from search_r1.trajectory import required_question
 from verl.agent import Row
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
-from verl.trainer.overrides import quoted, written
+from verl.trainer.overrides import quoted
 from verl.utils.config import problems_of
 from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
@@ -157,7 +158,7 @@ class Finetune:
             return path
         files = files_of(self.raw["data"]["train_files"])
         if self.config.data == "samples":
-            samples = self.sample(folder / "samples", files)
+            samples = self.sample(folder / "samples")
             rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))
         else:
             rows = list(self.answers(files))
@@ -181,27 +182,22 @@ class Finetune:
         kwargs = data["apply_chat_template_kwargs"]
         return answer_rows(locations, questions, self.raw["template"], tokenizer, kwargs)
 
-    def sample(self, folder: Path, files: Sequence[str]) -> Path:
+    def sample(self, folder: Path) -> Path:
         """Samples trajectories of the model on the training questions; returns their file."""
-        val = "actor_rollout_ref.rollout.val_kwargs"
         run(
             "-m",
             "verl.trainer.main_eval",
             *self.argv,
             f"actor_rollout_ref.model.path={quoted(self.model)}",
-            f"data.val_files={written(list(files))}",
-            f"data.val_data_num={written(self.raw['data']['train_data_num'])}",
-            f"data.val_sample_seed={self.raw['data']['train_sample_seed']}",
-            "data.val_sample_per_source=null",
-            f"{val}.n={self.config.samples}",
-            f"{val}.temperature={self.config.temperature}",
-            f"trainer.default_local_dir={quoted(str(folder))}",
+            *sampling_overrides(self.raw, folder),
         )
-        return folder / "evaluation.jsonl"
+        return folder / RECORDS
 
     def train(self, rows: Path, folder: Path) -> None:
         """Trains the current model on a file of rows; writes the result to `folder`/hf."""
-        data = self.raw["data"]
+        lengths = ("max_prompt_length", "max_response_length", "max_obs_length")
+        # the last part of a trajectory may be a result for which the context has no room
+        longest = sum(self.raw["data"][key] for key in lengths)
         model = self.raw["actor_rollout_ref"]["model"]
         fsdp = self.raw["actor_rollout_ref"]["actor"]["fsdp_config"]
         ranks = self.raw["trainer"]["n_gpus_per_node"]
@@ -218,7 +214,7 @@ class Finetune:
             f"total_training_steps={self.config.steps}",
             f"train_batch_size={self.config.train_batch_size}",
             f"max_token_len_per_gpu={self.config.max_token_len_per_gpu}",
-            f"max_length={data['max_prompt_length'] + data['max_response_length']}",
+            f"max_length={longest}",
             f"seed={self.raw['trainer']['seed']}",
         )
         (folder / "unfinished").rename(folder / "hf")

@@ -106,7 +106,9 @@ def test_samples_that_scored_are_learned(tmp_path, world):
 
 def test_without_a_method_there_is_nothing_to_do(tmp_path, world):
     done = finetune(tmp_path, world, "http://127.0.0.1:9")
-    assert done.returncode == 1 and "finetune.data: expected answers or samples" in done.stderr
+    assert (
+        done.returncode == 1 and "finetune.data: expected answers, samples or traces" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
