@@ -118,22 +118,29 @@ class Converter:
         trajectory = await self._run(trace.question, script)
         segments = [(str(s.source), s.token_ids) for s in trajectory.segments]
         self._check_lengths(trajectory.prompt_ids, segments)
+        self._check_read(trajectory, script)
+        return trajectory
+
+    def _check_read(self, trajectory: Trajectory, script: Script) -> None:
+        """Raises Rejected where the agent did not read the turns of a script as they are meant."""
+        num_turns = len(script.turns)
         own = sum(segment.source is Source.MODEL for segment in trajectory.segments)
-        if trajectory.stop_reason == "max_turns" and own <= len(script.turns) - 1:
+        observed = len(trajectory.segments) - own
+        if trajectory.stop_reason == "context":
+            most = self.agent.config.max_prompt_length
+            check_length("data.max_prompt_length", len(trajectory.token_ids), most)
+        if trajectory.stop_reason == "max_turns" and own < num_turns:
             most = self.agent.max_calls
-            raise Rejected(
-                Reason.TOO_MANY_CALLS, f"{len(script.turns) - 1} turns call, max_turns={most}"
-            )
-        observed = sum(s.source is Source.OBSERVATION for s in trajectory.segments)
-        all_was_read = (own, observed) == (len(script.turns), len(script.responses))
-        if trajectory.stop_reason != "answer" or not all_was_read:
+            raise Rejected(Reason.TOO_MANY_CALLS, f"{num_turns - 1} turns call, max_turns={most}")
+        if trajectory.void_turns:
+            raise Rejected(Reason.MISREAD, "a turn is read as neither a call nor an answer")
+        if (own, observed, trajectory.stop_reason) != (num_turns, len(script.responses), "answer"):
             said = self.agent.tokenizer.decode(trajectory.segments[-1].token_ids)
             raise Rejected(
                 Reason.MISREAD,
-                f"turn {own} of {len(script.turns)} ends the trajectory "
-                f"({trajectory.stop_reason}): {said!r:.80}",
+                f"turn {own} of {num_turns} ends the trajectory ({trajectory.stop_reason}): "
+                f"{said!r:.80}",
             )
-        return trajectory
 
     async def _run(self, question: str, script: Script) -> Trajectory:
         """Lets the agent's policy say a script; behind it the policy says nothing more.
