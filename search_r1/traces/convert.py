@@ -16,8 +16,7 @@ from tqdm import tqdm
 from search_r1.agent.loop import SearchAgentLoop
 from search_r1.data.rejection import examples_of
 from search_r1.prompts import build_prompt
-from search_r1.replay import Memory, completion_of, scripted
-from search_r1.replay import Script as Given
+from search_r1.replay import Memory, Script, completion_of, scripted
 from search_r1.rewards.matching import exact_match
 from search_r1.tools.base import ToolResponse
 from search_r1.tools.toolbox import answering
@@ -25,8 +24,8 @@ from search_r1.traces.read import question_of, read_files, read_trace, score_of
 from search_r1.traces.records import check_answered, check_form, has_tokens_of, is_record
 from search_r1.traces.text import call_tags
 from search_r1.traces.trace import Reason, Rejected, Trace
-from search_r1.traces.turns import Script, script_of
-from verl.agent import Completion, Source, Trajectory, TrajectoryRow
+from search_r1.traces.turns import ScriptedTurns, scripted_turns
+from verl.agent import Completion, Source, Trajectory
 from verl.utils.errors import ConfigError, DataError, listed
 from verl.utils.tokenizer import encode_chat
 from verl.utils.wording import counted
@@ -108,20 +107,20 @@ class Converter:
 
     async def _asked(self, question: str) -> list[int]:
         """The prompt of a question. Raises Rejected."""
-        nothing = Script(turns=(), responses=())
+        nothing = ScriptedTurns(turns=(), responses=())
         return (await self._run(question, nothing)).prompt_ids
 
     async def replayed(self, trace: Trace) -> Trajectory:
         """The trajectory in which the agent's policy says what the trace says. Raises Rejected."""
         prompt_ids = await self._asked(trace.question)
-        script = script_of(trace.said, self.agent, self.names, prompt_ids)
+        script = scripted_turns(trace.said, self.agent, self.names, prompt_ids)
         trajectory = await self._run(trace.question, script)
         segments = [(str(s.source), s.token_ids) for s in trajectory.segments]
         self._check_lengths(trajectory.prompt_ids, segments)
         self._check_read(trajectory, script)
         return trajectory
 
-    def _check_read(self, trajectory: Trajectory, script: Script) -> None:
+    def _check_read(self, trajectory: Trajectory, script: ScriptedTurns) -> None:
         """Raises Rejected where the agent did not read the turns of a script as they are meant."""
         num_turns = len(script.turns)
         own = sum(segment.source is Source.MODEL for segment in trajectory.segments)
@@ -142,7 +141,7 @@ class Converter:
                 f"{said!r:.80}",
             )
 
-    async def _run(self, question: str, script: Script) -> Trajectory:
+    async def _run(self, question: str, script: ScriptedTurns) -> Trajectory:
         """Lets the agent's policy say a script; behind it the policy says nothing more.
 
         Raises Rejected.
@@ -164,7 +163,7 @@ class Converter:
         ) -> Completion:
             return completion_of([], 0, stop, self.agent.tokenizer)
 
-        said = Given(script.turns)
+        said = Script(script.turns)
         generate = scripted(nothing_more, said, Memory(), self.agent.tokenizer)
         with answering(give, lambda key, response: None):
             return await self.agent.run(prompt_ids, row, generate)
@@ -206,14 +205,11 @@ def score(trace: Trace) -> float | None:
     return exact_match(trace.said.answer, trace.golds)
 
 
-def example_of(trajectory: Trajectory | TrajectoryRow) -> Example:
+def example_of(trajectory: Trajectory) -> Example:
     """The tokens of a trajectory, of which those that the policy said are trained."""
-    input_ids = list(trajectory.prompt_ids)
-    loss_mask = [0] * len(input_ids)
-    for segment in trajectory.segments:
-        input_ids += segment.token_ids
-        loss_mask += [int(segment.source is Source.MODEL)] * len(segment.token_ids)
-    return {"input_ids": input_ids, "loss_mask": loss_mask}
+    prompt_mask = [0] * len(trajectory.prompt_ids)
+    loss_mask = prompt_mask + trajectory.response_mask
+    return {"input_ids": trajectory.token_ids, "loss_mask": loss_mask}
 
 
 @dataclass

@@ -46,9 +46,10 @@ def read_said(row: Row, tags: CallTags) -> Said:
         return read_record(dict(row))
     if row.get("messages") is not None:
         return read_messages(messages_of(row), tags)
-    for key, holder in [(key, holder) for holder in holders(row) for key in TEXT_KEYS]:
-        if isinstance(holder.get(key), str):
-            return read_text(holder[key], tags)
+    values = [holder.get(key) for holder in holders(row) for key in TEXT_KEYS]
+    texts = [value for value in values if isinstance(value, str)]
+    if texts:
+        return read_text(texts[0], tags)
     raise Rejected(
         Reason.UNKNOWN_FORM,
         f"expected a record of this project (prompt_ids, segments, reward), messages, or a text "
@@ -104,15 +105,18 @@ def question_of(row: Row) -> str:
 def golds_of(row: Row) -> tuple[str, ...]:
     """The accepted answers of a row; none where it has none. Raises Rejected."""
     model = row.get("reward_model")
-    values = {key: row[key] for key in GOLD_KEYS if row.get(key) is not None}
-    if isinstance(model, dict) and model.get("ground_truth") is not None:
-        values["reward_model.ground_truth"] = model["ground_truth"]
-    for key, value in values.items():
-        try:
-            return tuple(gold_answers(value))
-        except ValueError as error:
-            raise Rejected(Reason.UNKNOWN_FORM, f"{key}: {error}") from error
-    return ()
+    values = {key: row.get(key) for key in GOLD_KEYS}
+    values["reward_model.ground_truth"] = (
+        model.get("ground_truth") if isinstance(model, dict) else None
+    )
+    known = [(key, value) for key, value in values.items() if value is not None]
+    if not known:
+        return ()
+    key, value = known[0]
+    try:
+        return tuple(gold_answers(value))
+    except ValueError as error:
+        raise Rejected(Reason.UNKNOWN_FORM, f"{key}: {error}") from error
 
 
 def score_of(row: Row) -> float | None:

@@ -56,6 +56,8 @@ def read_text(text: str, tags: CallTags) -> Said:
     last, answer, after = read_end(rest)
     if any(opening in after for opening in tags):
         raise Rejected(Reason.GOES_ON, f"a call stands behind <answer>{answer}</answer>")
+    if any(CORRECTION in part for part in [*parts, last]):
+        raise Rejected(Reason.NO_ACTION, f"the environment answered: {CORRECTION}")
     *before, last = whole_thoughts([*parts, last])
     turns = [TracedTurn(said, (call,)) for said, call in zip(before, calls, strict=True)]
     return Said(tuple(turns), last, answer)
@@ -122,8 +124,6 @@ def whole_thoughts(parts: Sequence[str], in_one_text: bool = True) -> list[str]:
     whole: list[str] = []
     goes_on = False
     for number, part in enumerate(parts):
-        if part and CORRECTION in part:
-            raise Rejected(Reason.NO_ACTION, f"the environment answered: {CORRECTION}")
         marks = THOUGHT.findall(part)
         opened_by_prompt = marks[:1] == [THINK_CLOSED] and (number == 0 or not in_one_text)
         if goes_on or opened_by_prompt:

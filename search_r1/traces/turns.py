@@ -21,7 +21,7 @@ OPENED = re.compile(r"<think>\s*\Z")
 
 
 @dataclass(frozen=True)
-class Script:
+class ScriptedTurns:
     """What the policy says, and what its calls bring."""
 
     turns: tuple[str, ...]
@@ -29,9 +29,9 @@ class Script:
     """For each call, in their order, the name of the tool and its response."""
 
 
-def script_of(
+def scripted_turns(
     said: Said, agent: SearchAgentLoop, names: Mapping[str, str], prompt_ids: Sequence[int]
-) -> Script:
+) -> ScriptedTurns:
     """The turns of a trace in the format of the agent, and the responses to its calls.
 
     `names`: for names of tools in traces those of the agent, where they differ. Raises Rejected.
@@ -58,7 +58,7 @@ def script_of(
     is_opened = opened and (native is not None or not texts)
     last = unopened(said.last) if is_opened else said.last
     texts.append(f"{last}<answer>{said.answer}</answer>{end_of_answer(agent)}")
-    return Script(tuple(texts), tuple(responses))
+    return ScriptedTurns(tuple(texts), tuple(responses))
 
 
 def check_no_control_tokens(said: Said, agent: SearchAgentLoop) -> None:

@@ -131,7 +131,11 @@ def called(name, **arguments):
 
 def chat(*calls, answer="So. <answer> Torvel </answer>"):
     results = [{"role": "tool", "content": f"{FOUND} {number}"} for number in range(len(calls))]
-    assistant = {"role": "assistant", "content": "<think>\nt\n</think>\n\n", "tool_calls": list(calls)}
+    assistant = {
+        "role": "assistant",
+        "content": "<think>\nt\n</think>\n\n",
+        "tool_calls": list(calls),
+    }
     return {
         "messages": [
             {"role": "user", "content": QUESTION},
