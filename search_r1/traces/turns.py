@@ -42,22 +42,21 @@ def scripted_turns(
     native = agent.dialect if isinstance(agent.dialect, NativeDialect) else None
     writes_several = native is not None and native.max_answered > 1
     turns = said.turns if writes_several else single_calls(said.turns)
-    texts: list[str] = []
-    responses: list[tuple[str, ToolResponse]] = []
-    for turn in turns:
-        called = [(find_tool(call, tools, names), call) for call in turn.calls]
-        if native is None:
-            ((tool, call),) = called
-            is_first = opened and not texts
-            text = unopened(turn.said) if is_first else turn.said
-            texts.append(turn_in_tags(text, tool, call))
-        else:
-            pairs = [(tool.name, arguments_of(tool, call)) for tool, call in called]
-            texts.append(native_turn(native, turn.said, pairs))
-        responses += [(tool.name, response_of(tool, call)) for tool, call in called]
-    is_opened = opened and (native is not None or not texts)
-    last = unopened(said.last) if is_opened else said.last
-    texts.append(f"{last}<answer>{said.answer}</answer>{end_of_answer(agent)}")
+    called = [[(find_tool(call, tools, names), call) for call in turn.calls] for turn in turns]
+    answer = f"<answer>{said.answer}</answer>{end_of_answer(agent)}"
+    if native is None:
+        texts = [
+            turn_in_tags(turn.said, *first) for turn, (first,) in zip(turns, called, strict=True)
+        ]
+        texts.append(said.last + answer)
+        # all of them stand in the one turn that the prompt has opened
+        texts[:1] = [unopened(texts[0])] if opened else texts[:1]
+    else:
+        texts = [
+            native_turn(native, turn.said, calls) for turn, calls in zip(turns, called, strict=True)
+        ]
+        texts.append((unopened(said.last) if opened else said.last) + answer)
+    responses = [(tool.name, response_of(tool, call)) for calls in called for tool, call in calls]
     return ScriptedTurns(tuple(texts), tuple(responses))
 
 
@@ -131,12 +130,15 @@ def turn_in_tags(said: str, tool: Tool, call: TracedCall) -> str:
     return f"{said}{gap}<{tool.tags.call_tag}>{argument}</{tool.tags.call_tag}>"
 
 
-def native_turn(dialect: NativeDialect, said: str, calls: Sequence[tuple[str, Arguments]]) -> str:
+def native_turn(
+    dialect: NativeDialect, said: str, called: Sequence[tuple[Tool, TracedCall]]
+) -> str:
     """A turn that calls as the chat template writes calls, behind its generation prompt.
 
     Raises Rejected where the template does not write it there.
     """
     tokenizer, schemas, kwargs = dialect.tokenizer, dialect.schemas, dialect.kwargs
+    calls = [(tool.name, arguments_of(tool, call)) for tool, call in called]
     try:
         asked = render(tokenizer, [USER], schemas, kwargs, generation_prompt=True)
         whole = render(tokenizer, [USER, call_message(said.strip(), calls)], schemas, kwargs)
@@ -152,9 +154,14 @@ def native_turn(dialect: NativeDialect, said: str, calls: Sequence[tuple[str, Ar
 
 
 def unopened(said: str) -> str:
-    """What is said behind a prompt that has opened a thought; without one of its own it ends it."""
-    _, opened, rest = said.partition(THINK)
-    return rest.removeprefix("\n") if opened else f"\n{THINK_CLOSED}\n\n{said}"
+    """What is said behind a prompt that has opened a thought.
+
+    What does not begin with a thought of its own ends the one of the prompt first.
+    """
+    words = said.lstrip()
+    if words.startswith(THINK):
+        return words.removeprefix(THINK).removeprefix("\n")
+    return f"\n{THINK_CLOSED}\n\n{said}"
 
 
 def end_of_answer(agent: SearchAgentLoop) -> str:

@@ -80,6 +80,15 @@ def test_a_text_becomes_the_row_that_the_loop_makes_of_the_same_turns(tokenizer)
     assert tokenizer.decode(trained) == "".join(TURNS)
 
 
+def test_a_thought_that_the_prompt_has_opened_is_not_opened_again(family):
+    tokenizer = family("qwen3-thinking")
+    trajectory, _ = rolled(make_loop(tokenizer), [TURNS[0].removeprefix("<think>"), *TURNS[1:]])
+    assert example(make_loop(tokenizer), TRACE) == row_of(trajectory)
+    answer = {"question": QUESTION, "response": "So. <answer> Torvel </answer>"}
+    text = tokenizer.decode(example(make_loop(tokenizer), answer)["input_ids"])
+    assert text.endswith("<think>\n\n</think>\n\nSo. <answer> Torvel </answer>")
+
+
 def test_a_record_keeps_the_tokens_that_were_sampled(tokenizer):
     """One of them runs past its tag, which no text tells."""
     turns = [TURNS[0] + "\n\n", *TURNS[1:]]
