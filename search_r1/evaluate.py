@@ -28,8 +28,8 @@ from verl.utils.errors import ConfigError, ModelError
 from verl.utils.model_names import run_folder_of
 
 
-def run_name(model: str) -> str:
-    """The name of the run: the path of the model, starting at the name of its run folder.
+def run_name(model: str, verb: str = "evaluate") -> str:
+    """The name of the run: `verb` and the path of the model, starting at its run folder.
 
     The `hf` folders in a run folder are left out: the final model of runs/A makes runs/evaluate-A.
     A model outside of a run folder is named by the last two parts of its path.
@@ -41,7 +41,7 @@ def run_name(model: str) -> str:
     run = run_folder_of(path)
     if run is not None and path.name == "hf":
         path = path.parent
-    return "evaluate-" + "--".join(path.relative_to((run or path.parent).parent).parts)
+    return f"{verb}-" + "--".join(path.relative_to((run or path.parent).parent).parts)
 
 
 def model_of(name: str, endpoint: str | None) -> str:

@@ -1,11 +1,12 @@
-"""Trains the supervised baselines.
+"""Supervised fine-tuning: on answers, on the policy's own trajectories, on those of others.
 
-    python -m search_r1.finetune --config-name grpo method=sft|rejection [key=value ...]
+    python -m search_r1.finetune --config-name grpo method=sft|rejection|traces [key=value ...]
 
 `sft`: the policy is trained on the answers of the training questions. `rejection`: in every round
-it samples trajectories and is trained on those that scored high enough. Both train with
-`verl.trainer.sft`. Every round keeps its model, so that an interrupted run continues after the last
-finished round. The final model is `trainer.default_local_dir`/hf, as in a training run.
+it samples trajectories and is trained on those that scored high enough. `traces`: it is trained on
+trajectories of other programs and models. All train with `verl.trainer.sft`. Every round keeps its
+model, so that an interrupted run continues after the last finished round. The final model is
+`trainer.default_local_dir`/hf, as in a training run.
 """
 
 import argparse
@@ -24,14 +25,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from search_r1.config import FinetuneConfig
 from search_r1.data import rejection
+from search_r1.data.made import sha256
 from search_r1.launch import composed, files_of
 from search_r1.prompts import build_prompt
 from search_r1.rewards.matching import gold_answers
+from search_r1.traces.convert import convert
+from search_r1.traces.main import converter_of, template_of, write_rows
+from search_r1.traces.sample import RECORDS, sampling_overrides
 from search_r1.trajectory import required_question
 from verl.agent import Row
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
-from verl.trainer.overrides import quoted, written
+from verl.trainer.overrides import quoted
 from verl.utils.config import problems_of
 from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
@@ -40,6 +45,11 @@ from verl.utils.places import root
 from verl.utils.processes import dying_with_this
 from verl.utils.run_folder import claim, replacing
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
+
+NOT_OF_ROUNDS = frozenset({"rounds", "max_token_len_per_gpu"})
+"""Keys of `finetune` that the result of a round does not depend on."""
+OF_TRACES = frozenset({"traces", "trace_tools"})
+"""Keys that only traces read."""
 
 
 def read_finetune(raw: Mapping[str, Any]) -> FinetuneConfig:
@@ -109,28 +119,46 @@ class Finetune:
         model = self.raw["actor_rollout_ref"]["model"]
         agent = self.raw["agent"]
         sampling = ("train_data_num", "train_sample_seed", "apply_chat_template_kwargs")
+        unread = NOT_OF_ROUNDS if self.config.data == "traces" else NOT_OF_ROUNDS | OF_TRACES
         return {
             "model": {**model, "path": full_path(model["path"])},
             "train_files": [full_path(path) for path in files_of(data["train_files"])],
             **{key: data[key] for key in sampling},
             "template": self.raw["template"],
-            "finetune": {
-                k: v
-                for k, v in self.raw["finetune"].items()
-                if k not in ("rounds", "max_token_len_per_gpu")
-            },
+            "finetune": {k: v for k, v in self.raw["finetune"].items() if k not in unread},
+            **self.made_of_traces(),
             "agent": {k: v for k, v in agent.items() if k != "retriever"},
             "topk": agent.get("retriever", {}).get("topk"),
             "reward": {k: v for k, v in self.raw["reward"].items() if k != "judge_endpoint"},
             "custom_reward_function": self.raw["custom_reward_function"],
         }
 
+    def made_of_traces(self) -> dict[str, Any]:
+        """What else a result depends on where it is made of traces.
+
+        Raises DataError for a file of traces that is missing.
+        """
+        if self.config.data != "traces":
+            return {}
+        if missing := [path for path in files_of(self.config.traces) if not Path(path).is_file()]:
+            raise DataError(f"finetune.traces: {', '.join(missing)}: no such file")
+        return {
+            "content of traces": [sha256(Path(path)) for path in files_of(self.config.traces)],
+            "template of traces": template_of(self.raw),
+        }
+
     def rows(self, folder: Path) -> Path:
         """Writes the training rows of a round; returns their file."""
         path = folder / "rows.jsonl"
+        if self.config.data == "traces":
+            converter, _ = converter_of(self.raw)
+            conversion = convert(converter, [Path(name) for name in files_of(self.config.traces)])
+            write_rows(conversion, path)
+            sys.stdout.write(f"{path}: {conversion.summary()}\n")
+            return path
         files = files_of(self.raw["data"]["train_files"])
         if self.config.data == "samples":
-            samples = self.sample(folder / "samples", files)
+            samples = self.sample(folder / "samples")
             rows = list(rejection.keep(rejection.read_records(samples), self.config.min_score))
         else:
             rows = list(self.answers(files))
@@ -154,26 +182,22 @@ class Finetune:
         kwargs = data["apply_chat_template_kwargs"]
         return answer_rows(locations, questions, self.raw["template"], tokenizer, kwargs)
 
-    def sample(self, folder: Path, files: Sequence[str]) -> Path:
+    def sample(self, folder: Path) -> Path:
         """Samples trajectories of the model on the training questions; returns their file."""
-        val = "actor_rollout_ref.rollout.val_kwargs"
         run(
             "-m",
             "verl.trainer.main_eval",
             *self.argv,
             f"actor_rollout_ref.model.path={quoted(self.model)}",
-            f"data.val_files={written(list(files))}",
-            f"data.val_data_num={written(self.raw['data']['train_data_num'])}",
-            f"data.val_sample_seed={self.raw['data']['train_sample_seed']}",
-            "data.val_sample_per_source=null",
-            f"{val}.n={self.config.samples}",
-            f"{val}.temperature={self.config.temperature}",
-            f"trainer.default_local_dir={quoted(str(folder))}",
+            *sampling_overrides(self.raw, folder),
         )
-        return folder / "evaluation.jsonl"
+        return folder / RECORDS
 
     def train(self, rows: Path, folder: Path) -> None:
         """Trains the current model on a file of rows; writes the result to `folder`/hf."""
+        lengths = ("max_prompt_length", "max_response_length", "max_obs_length")
+        # the last part of a trajectory may be a result for which the context has no room
+        longest = sum(self.raw["data"][key] for key in lengths)
         model = self.raw["actor_rollout_ref"]["model"]
         fsdp = self.raw["actor_rollout_ref"]["actor"]["fsdp_config"]
         ranks = self.raw["trainer"]["n_gpus_per_node"]
@@ -190,6 +214,7 @@ class Finetune:
             f"total_training_steps={self.config.steps}",
             f"train_batch_size={self.config.train_batch_size}",
             f"max_token_len_per_gpu={self.config.max_token_len_per_gpu}",
+            f"max_length={longest}",
             f"seed={self.raw['trainer']['seed']}",
         )
         (folder / "unfinished").rename(folder / "hf")
@@ -217,8 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.finetune.data is None:
             raise ConfigError(
                 [
-                    "finetune.data: expected answers or samples; method=sft and method=rejection "
-                    "set it"
+                    "finetune.data: expected answers, samples or traces; method=sft, "
+                    "method=rejection and method=traces set it"
                 ]
             )
         sys.stdout.write(

@@ -51,6 +51,7 @@ PATHS = (
     "data.val_files",
     "trainer.default_local_dir",
     "custom_reward_function.path",
+    "finetune.traces",
     "setup.world",
     "setup.questions",
     "setup.corpus_path",

@@ -41,6 +41,8 @@ COMMANDS = [
     "search_r1.infer",
     "search_r1.session",
     "search_r1.finetune",
+    "search_r1.traces.main",
+    "search_r1.traces.sample",
     "search_r1.compat",
     "search_r1.doctor",
 ]

@@ -49,9 +49,10 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     "Data": (
         Command(
             "data",
-            "makes training files of questions or benchmarks",
+            "makes training files: questions, benchmarks, traces",
             "search_r1.cli.forms:data",
-            ("prepare", "mask", "benchmarks"),
+            ("prepare", "mask", "benchmarks", "sample", "traces"),
+            True,
         ),
     ),
     "Look": (

@@ -43,7 +43,7 @@ def train() -> int:
 
 
 def data() -> int | None:
-    """Makes training files of a user's questions, or of benchmarks."""
+    """Makes training files of questions, of benchmarks, or of trajectories."""
     part = chosen_part(
         {
             "prepare": (
@@ -57,6 +57,14 @@ def data() -> int | None:
             "benchmarks": (
                 "training and test files of published sets of questions",
                 "search_r1.cli.forms:benchmarks",
+            ),
+            "sample": (
+                "trajectories that a model, also at an endpoint, plays over questions",
+                "search_r1.traces.sample:main",
+            ),
+            "traces": (
+                "rows to fine-tune on, of trajectories of other programs and models",
+                "search_r1.traces.main:main",
             ),
         }
     )

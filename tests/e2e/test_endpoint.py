@@ -15,6 +15,7 @@ import pytest
 from fastapi import Response
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 
 from search_r1.prompts import INVALID_ACTION, build_prompt
 from tests.e2e.runs import ROOT
@@ -394,4 +395,57 @@ def test_the_command_evaluates_an_endpoint_and_reports(tmp_path, questions, retr
     assert "| tale | 4 | 1.000 |" in done.stdout
     assert (
         json.loads((Path(questions).parent / "run" / "summary.json").read_text())["all"]["em"] == 1
+    )
+
+
+def test_trajectories_of_an_endpoint_become_rows_for_another_model(tmp_path, questions, retriever):
+    """Right ones alone are kept, a second call asks nothing, and the rows have the prompt and the
+    tokens of the model that is to be trained."""
+    search = TAGGED["search_r1"][1]
+    scripts = {"right": [search, RIGHT], "wrong": [search, WRONG], "malformed": [RIGHT]}
+    played = Player({QUESTIONS[kind]: scripts.get(kind, [search]) for kind in KINDS})
+    with serving(played.app) as url:
+        settings = overrides("search_r1", url, questions, retriever, "finetune.samples=1")
+        first, again = (
+            command(tmp_path, "sample", "scripted", "--endpoint", f"{url}/v1", *out, *settings)
+            for out in (["--out", "traces.jsonl"], ["--out", "again.jsonl"])
+        )
+    assert first.returncode == again.returncode == 0, first.stderr[-3000:] + again.stderr[-3000:]
+    assert "traces.jsonl: 2 of 4 trajectories scored 1 or more, to 2 questions" in first.stdout
+    assert [len(played.requests[QUESTIONS[kind]]) for kind in KINDS] == [2, 2, 1, MAX_TURNS + 1]
+    traces = tmp_path / "traces.jsonl"
+    assert {json.loads(line)["row"] for line in traces.open()} == {0, 2}
+    assert traces.read_text() == (tmp_path / "again.jsonl").read_text()
+    make_family_tokenizer(tmp_path / "llama", "llama3-instruct")
+    model = [
+        "experiment=nq_hotpotqa/grpo",
+        f"actor_rollout_ref.model.path={tmp_path}/llama",
+        f"data.train_files={questions}",
+        "data.max_start_length=1024",
+    ]
+    done = command(tmp_path, "main", "--in", "traces.jsonl", "--out", "rows.jsonl", *model)
+    assert done.returncode == 0 and "2 rows of 2 traces" in done.stdout, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").open()]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    texts = [tokenizer.decode(row["input_ids"]) for row in rows]
+    start, end = (
+        f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant")
+    )
+    asked = f"{start}{build_prompt(QUESTIONS['right'], 'search').strip()}<|eot_id|>{end}"
+    said = f"{search}\n\n<information>{ADA}"
+    whole = next(text for text in texts if QUESTIONS["right"] in text)
+    assert whole.startswith(f"<|begin_of_text|>{asked}{said}")
+    assert whole.endswith("</information>\n\nKnown. <answer> Torvel </answer>")
+
+
+def command(folder, module, *arguments):
+    """A command of `search_r1.traces`, as it ended."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", f"search_r1.traces.{module}", *arguments],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )

@@ -1,4 +1,4 @@
-"""The supervised baselines: SFT on answers, and rejection sampling.
+"""Supervised fine-tuning: on answers, on the policy's own trajectories, on traces.
 
 Both resume behind the last finished round.
 """
@@ -18,7 +18,7 @@ from search_r1.search.engines import bm25
 from search_r1.world.__main__ import main as make_world
 from tests.e2e.runs import ROOT
 from tests.processes import PATIENCE_S
-from tests.retrieval import retrieval_server
+from tests.retrieval import retrieval_server, write_lines
 from tests.templates import make_family_tokenizer
 from verl.utils.dataset import read_parquet, read_questions
 from verl.utils.errors import DataError
@@ -102,11 +102,37 @@ def test_samples_that_scored_are_learned(tmp_path, world):
     rows = [json.loads(line) for line in (tmp_path / "round_1" / "rows.jsonl").open()]
     assert len(samples) == 120 and 0 < len(rows) == len(right) < 120
     assert (tmp_path / "hf" / "model.safetensors").exists()
+    check_that_they_are_traces_as_well(tmp_path, world, samples, rows)
+
+
+def check_that_they_are_traces_as_well(folder, world, samples, rows):
+    """Records of a run, and the texts of these records, become the rows that the loop made."""
+    texts = [
+        {
+            "question": sample["extra_info"]["question"],
+            "golden_answers": sample["ground_truth"]["target"],
+            "response": "".join(segment["text"] for segment in sample["segments"]),
+        }
+        for sample in samples
+    ]
+    records = folder / "round_1" / "samples" / "evaluation.jsonl"
+    for name, file in (("records", records), ("texts", write_lines(folder / "t.jsonl", texts))):
+        run = folder / name
+        more = ["method=traces", f"finetune.traces={file}"]
+        done = finetune(run, world, "http://127.0.0.1:9", *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+        made = [json.loads(line) for line in (run / "round_1" / "rows.jsonl").open()]
+        assert made == rows, name
+        assert (run / "hf" / "model.safetensors").exists()
+        left_out = len((run / "round_1" / "rows.rejected.jsonl").read_text().splitlines())
+        assert left_out == len(samples) - len(rows)
 
 
 def test_without_a_method_there_is_nothing_to_do(tmp_path, world):
     done = finetune(tmp_path, world, "http://127.0.0.1:9")
-    assert done.returncode == 1 and "finetune.data: expected answers or samples" in done.stderr
+    assert (
+        done.returncode == 1 and "finetune.data: expected answers, samples or traces" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

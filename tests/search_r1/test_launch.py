@@ -274,7 +274,7 @@ def test_wrong_configurations_are_refused_before_a_world_is_made(tmp_path):
     assert caught.value.problems == [
         "data.train_batch_size=0: expected a number above 0",
         "setup.test_size=0: expected a number above 0",
-        "finetune.data=foo: expected 'answers' or 'samples'",
+        "finetune.data=foo: expected 'answers', 'samples' or 'traces'",
     ]
     assert not world.exists()
 

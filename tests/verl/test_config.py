@@ -162,7 +162,7 @@ def test_wrong_keys_and_types_in_every_section():
         "agent.retriever.adress",
         "reward.emm",
         "setup.corpus",
-        "finetune.data=foo: expected 'answers' or 'samples'",
+        "finetune.data=foo: expected 'answers', 'samples' or 'traces'",
         "surprise",
     ):
         assert key in str(caught.value)

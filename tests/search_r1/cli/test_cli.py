@@ -59,7 +59,15 @@ def test_a_long_help_is_there_for_those_who_ask(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["data prepare", "data benchmarks", "data benchmarks test", "estimate time"]
+    "name",
+    [
+        "data prepare",
+        "data benchmarks",
+        "data benchmarks test",
+        "data sample",
+        "data traces",
+        "estimate time",
+    ],
 )
 def test_parts_of_commands_call_themselves_by_their_names(name, capsys):
     status, out, _ = run(*name.split(), "--help", capsys=capsys)
