@@ -10,6 +10,7 @@ The last turn of a trajectory has no gain: it is paid the outcome.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -109,8 +110,7 @@ class Questions:
 
     def batch(self) -> DataProto:
         """The batch of all rows, in which only the answers are not masked."""
-        pad = self.tokenizer.pad_token_id
-        return collate_trajectories(self.rows, pad_token_id=int(pad) if pad is not None else 0)
+        return collate_trajectories(self.rows, cast(int, self.tokenizer.pad_token_id))
 
 
 def first_answer(row: Row) -> str:
