@@ -100,12 +100,19 @@ class Writer:
 
 
 def read_terms(reply: Any) -> list[str]:
-    """The terms in a reply, which thoughts may precede. Raises ValueError when there are none."""
-    text = str(reply["choices"][0]["message"]["content"]).rpartition("</think>")[2]
-    terms = [term.strip() for term in re.split(r"[,;\n]", text) if words(term)]
-    if not terms:
-        raise ValueError(f"no words in {text[:80]!r}")
-    return terms
+    """The terms in a reply, which thoughts may precede; none where it has no words.
+
+    Raises ValueError for a reply that is no text, or whose thought is cut off.
+    """
+    said = reply["choices"][0]["message"]["content"]
+    if not isinstance(said, str):
+        raise ValueError(f"expected a text, got {said!r}")
+    if "<think>" in said and "</think>" not in said:
+        raise ValueError(
+            f"a thought that is cut off ({said[:80]!r}): take a model that thinks less"
+        )
+    text = said.rpartition("</think>")[2]
+    return [term.strip() for term in re.split(r"[,;\n]", text) if words(term)]
 
 
 def started(part: Path, settings: dict[str, Any]) -> set[str]:

@@ -52,13 +52,15 @@ def search_of(facts: dict[str, Any]) -> Search | None:
     return Search(str(facts["query"]), facts.get("passages") or [], facts.get("latency_s"))
 
 
-def searches_by_turn(trajectory: Trajectory) -> list[list[Search]]:
-    """The searches that each of `trajectory.turns` asked for, which the next observations answer.
+def searches_by_turn(trajectory: Trajectory) -> tuple[list[Search], list[list[Search]]]:
+    """The searches before the first turn, and those that each of `trajectory.turns` asked for.
 
-    An aside asks for nothing, even where it stands between a turn and the answers to it.
+    The observations after a turn answer it. An aside asks for nothing, even where it stands between
+    a turn and the answers to it.
     """
+    before: list[Search] = []
     searches: list[list[Search]] = []
-    asked: list[Search] = []
+    asked = before
     for segment in trajectory.segments:
         if segment.source is Source.MODEL:
             searches.append([])
@@ -66,7 +68,7 @@ def searches_by_turn(trajectory: Trajectory) -> list[list[Search]]:
                 asked = searches[-1]
         elif search := search_of(segment.info):
             asked.append(search)
-    return searches
+    return before, searches
 
 
 def read_passages(trajectory: Trajectory | Record) -> list[dict[str, Any]]:

@@ -78,11 +78,11 @@ class Segment:
     is_aside: bool = False
     """Whether the policy says it beside the conversation: it is trained, but no part of an
     answer."""
-    reward: float = 0.0
-    """What this turn of the policy is paid: a part of the trajectory's score."""
     info: dict[str, Any] = field(default_factory=dict)
     """Free-form facts for logs and rewards (query, passages, latency); never read by the
     trainer."""
+    reward: float = 0.0
+    """What this turn of the policy is paid: a part of the trajectory's score."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ class Masker:
         rng.shuffle(candidates)
         for sentence, span in candidates:
             masked = whole(span).sub(MASK, sentence)
-            if golds := self.holders(masked, span, position):
+            is_masked = MASK in masked  # not where the span is a part of a longer number
+            if is_masked and (golds := self.holders(masked, span, position)):
                 return Question(str(passage["id"]), masked, span, golds)
         return None
 

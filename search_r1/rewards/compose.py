@@ -126,7 +126,8 @@ class SearchReward:
             )
         of_turns = {name: function(episode) for name, function in self.by_turn.items()}
         if self.config.random_turn:
-            of_turns["random_turn"] = turn_components.coins(episode, coin_of(trajectory))
+            coin = coin_of(trajectory, "turns")
+            of_turns["random_turn"] = turn_components.coins(episode, coin)
         return of_turns
 
     async def _judged(
@@ -188,11 +189,13 @@ def training_step(trajectory: Trajectory) -> int:
     return next(own, 0) + 1
 
 
-def coin_of(trajectory: Trajectory) -> random.Random:
+def coin_of(trajectory: Trajectory, salt: str = "") -> random.Random:
     """A reproducible coin, seeded by the trajectory's tokens and the version of the weights.
+
+    Coins of different `salt` fall independently.
 
     If only the tokens were the seed, the same words would be rewarded at every step, which can be
     learned.
     """
     versions = [s.policy_version for s in trajectory.segments]
-    return random.Random(f"{context_digest(trajectory.token_ids)} {versions}")
+    return random.Random(f"{context_digest(trajectory.token_ids)} {versions}{salt}")

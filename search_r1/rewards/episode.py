@@ -49,6 +49,8 @@ class Episode:
     searches_by_turn: list[list[Search]]
     """The executed searches that each turn asked for. There is an entry for each of the
     trajectory's turns, the asides included, which ask for nothing."""
+    searches_before: list[Search] = field(default_factory=list)
+    """Those that the agent made by itself before the first turn."""
     gold: GoldPassages | None = None
     """The passages with the evidence; None where the data do not say."""
     own_tokens: int = 0
@@ -61,14 +63,19 @@ class Episode:
     """The tools that were called, by name."""
 
     @property
+    def all_searches(self) -> list[Search]:
+        """The executed searches, in their order."""
+        return [*self.searches_before, *chain.from_iterable(self.searches_by_turn)]
+
+    @property
     def queries(self) -> list[str]:
         """The queries of the executed searches, in their order."""
-        return [search.query for search in chain.from_iterable(self.searches_by_turn)]
+        return [search.query for search in self.all_searches]
 
     @property
     def passages(self) -> list[list[str]]:
         """The passages that each of these searches found, as title and text."""
-        return [search.texts for search in chain.from_iterable(self.searches_by_turn)]
+        return [search.texts for search in self.all_searches]
 
     def use_of(self, tool: str) -> ToolUse:
         """What was made of a tool; nothing where it was not called."""
@@ -87,13 +94,15 @@ class Episode:
 def read_episode(trajectory: Trajectory, row: Row, tokenizer: "PreTrainedTokenizerBase") -> Episode:
     """The episode of a trajectory. Special tokens are left out of its texts."""
     facts = row.get("extra_info") or {}
+    before, by_turn = searches_by_turn(trajectory)
     says_gold = any(facts.get(key) is not None for key in ("gold_ids", "gold_titles"))
     tags = trajectory.info.get("tags", {"call": ["search"], "result": ["information"]})
     return Episode(
         question=question_of(row),
         golds=gold_answers(row["reward_model"]["ground_truth"]),
         turns=read_turns(trajectory, tokenizer),
-        searches_by_turn=searches_by_turn(trajectory),
+        searches_by_turn=by_turn,
+        searches_before=before,
         gold=gold_passages(facts) if says_gold else None,
         own_tokens=trajectory.num_tokens(Source.MODEL),
         call_tags=tuple(tags["call"]),

@@ -5,32 +5,39 @@ of the trajectory, which is logged, is their sum.
 """
 
 import random
+from collections.abc import Iterable
 
 from search_r1.rewards.episode import Episode
 from search_r1.rewards.matching import normalize_answer
+from search_r1.trajectory import GoldPassages, Search
 
 
 def new_evidence(e: Episode) -> list[float]:
     """The share of the gold passages that a turn found and no earlier one had found.
 
-    This is the information gain of StepSearch (2505.15107), where the similarity of a passage to a
-    gold passage is 1 if it is that passage and else 0. Over the turns it adds up to the share of
-    the evidence that was found.
+    Opened pages do not count. This is the information gain of StepSearch (2505.15107), where the
+    similarity of a passage to a gold passage is 1 if it is that passage and else 0. Over the turns
+    it adds up to the share of the evidence that was found.
     """
     if e.gold is None or not e.gold.names:
         return [0.0] * len(e.searches_by_turn)
-    known: frozenset[str] = frozenset()
+    known = found_by(e.gold, e.searches_before)
     gains: list[float] = []
     for searches in e.searches_by_turn:
-        found = frozenset().union(*(e.gold.found_in(search.passages) for search in searches))
+        found = found_by(e.gold, searches)
         gains.append(len(found - known) / len(e.gold.names))
         known |= found
     return gains
 
 
+def found_by(gold: GoldPassages, searches: Iterable[Search]) -> frozenset[str]:
+    """The names of the gold passages that searches found."""
+    return frozenset().union(*(gold.found_in(search.passages) for search in searches))
+
+
 def redundancy(e: Episode) -> list[float]:
     """The share of a turn's passages that an earlier turn had found (StepSearch's penalty)."""
-    known: set[str] = set()
+    known = {text for search in e.searches_before for text in search.texts}
     shares: list[float] = []
     for searches in e.searches_by_turn:
         found = [text for search in searches for text in search.texts]
@@ -42,7 +49,7 @@ def redundancy(e: Episode) -> list[float]:
 
 def repeated_search(e: Episode) -> list[float]:
     """The searches of a turn whose query, normalised, was asked before."""
-    asked: set[str] = set()
+    asked = {normalize_answer(search.query) for search in e.searches_before}
     repeated: list[float] = []
     for searches in e.searches_by_turn:
         count = 0

@@ -30,6 +30,7 @@ from verl.trainer.config import build_agent, build_tokenizer, validate
 from verl.trainer.overrides import written
 from verl.utils.dataset import read_row
 from verl.utils.errors import ConfigError, DataError, listed
+from verl.utils.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,13 +73,13 @@ def converter_of(raw: dict[str, Any]) -> tuple[Converter, "PreTrainedTokenizerBa
 def write_rows(conversion: Conversion, path: Path) -> None:
     """Writes the rows to `path`, and what was left out beside it."""
     lines = [json.dumps(example) for example in conversion.examples]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
     rejected = [
         json.dumps({"place": place, "reason": error.reason, "found": str(error)})
         for place, error in conversion.rejected
     ]
     beside = path.with_name(f"{path.stem}.rejected.jsonl")
-    beside.write_text("".join(f"{line}\n" for line in rejected), encoding="utf-8")
+    write_atomically(beside, "".join(f"{line}\n" for line in rejected))
 
 
 def in_words(example: Example, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -117,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [str(path.expanduser().resolve()) for path in args.files]
     out = args.out.expanduser().resolve()  # `composed` changes the working directory
     given = ["finetune.data=traces", f"finetune.traces={written(files)}"]
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         config, _ = composed(args.config_name, [*overrides, *given])
         converter, tokenizer = converter_of(as_plain(config))

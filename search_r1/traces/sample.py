@@ -24,6 +24,7 @@ from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 from verl.trainer.overrides import quoted, written
 from verl.utils.errors import ConfigError, DataError, ModelError
+from verl.utils.run_folder import write_atomically
 from verl.utils.wording import counted
 
 TRACES = "traces.jsonl"
@@ -58,7 +59,8 @@ def write_scored(records: Path, out: Path, min_score: float) -> str:
     if not kept:
         raise DataError(f"{records}: none of {total} scored finetune.min_score={min_score:g}")
     lines = [json.dumps(record) for record in kept]
-    out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, "".join(f"{line}\n" for line in lines))
     questions = counted(len({record["row"] for record in kept}), "question")
     return f"{len(kept):,} of {total} scored {min_score:g} or more, to {questions}"
 

@@ -74,7 +74,16 @@ def test_an_endpoint_that_is_not_there_is_named(tmp_path):
         expand.main(command(tmp_path, "http://127.0.0.1:9"))
 
 
+def reply(content):
+    return {"choices": [{"message": {"content": content}}]}
+
+
 @pytest.mark.parametrize("text", ["", "<think>only thoughts</think>", "..."])
-def test_a_reply_without_words_is_unusable(text):
-    with pytest.raises(ValueError, match="no words in"):
-        expand.read_terms({"choices": [{"message": {"content": text}}]})
+def test_a_reply_without_words_adds_nothing(text):
+    assert expand.read_terms(reply(text)) == []
+
+
+@pytest.mark.parametrize(("said", "problem"), [(None, "a text, got None"), ("<think>a", "cut off")])
+def test_a_reply_that_is_no_text_or_all_thought_is_unusable(said, problem):
+    with pytest.raises(ValueError, match=problem):
+        expand.read_terms(reply(said))

@@ -75,7 +75,22 @@ def test_a_rewritten_context_is_asked_as_it_was(tokenizer):
     trajectory.segments.append(Segment(Source.MODEL, [11], [-1.0]))
     trajectory.rewrite([1, 9])
     trajectory.segments.append(Segment(Source.MODEL, [12], [-1.0]))
-    assert list(contexts_of_turns(trajectory)) == [[1, 2], [1, 9]]
+    assert [context for _, context in contexts_of_turns(trajectory)] == [[1, 2], [1, 9]]
+
+
+def test_asides_and_turns_without_tokens_shift_no_gain(tokenizer):
+    """An aside has a context of its own; a context in which nothing was said is none."""
+    trajectory = Trajectory([1, 2], reward={"score": 0.0})
+    trajectory.segments.append(Segment(Source.MODEL, [], []))
+    trajectory.rewrite([3, 2])
+    trajectory.segments.append(Segment(Source.MODEL, [11], [-1.0]))
+    trajectory.rewrite([7])
+    trajectory.segments.append(Segment(Source.MODEL, [12], [-1.0], is_aside=True))
+    trajectory.rewrite([1, 30])
+    trajectory.segments.append(Segment(Source.MODEL, [13], [-1.0]))
+    compute, _ = believing({2: 0.1, 30: 0.5})
+    pay_information(jobs_for(ROW), [trajectory], tokenizer, CONFIG, compute)
+    assert [turn.reward for turn in trajectory.turns] == pytest.approx([0.0, 0.2, 0.0, 0.0])
 
 
 def test_a_question_without_an_answer_ends_the_run(tokenizer):
@@ -111,6 +126,6 @@ def test_the_chance_is_that_of_the_model(tmp_path, tokenizer):
         found = [log_probs[place, token] for place, token in zip(places, answer, strict=True)]
         return math.exp(sum(found) / len(found))
 
-    chances = [chance(context) for context in contexts_of_turns(trajectory)]
+    chances = [chance(context) for _, context in contexts_of_turns(trajectory)]
     expected = [chances[1] - chances[0], chances[2] - chances[1], 0.0]
     assert [turn.reward for turn in trajectory.turns] == pytest.approx(expected, abs=1e-6)

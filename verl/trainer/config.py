@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     Field,
+    FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -105,7 +106,7 @@ class FilterGroupsConfig(Config):
 class InformationGainConfig(Config):
     """A reward for turns after which the right answer is likelier (IGPO, arXiv 2510.14967)."""
 
-    weight: float = 0.0
+    weight: FiniteFloat = 0.0
     """Weight of the gain of each turn, in the probability that the policy gives to the first
     accepted answer; 0: it is not computed. It takes a forward pass for each turn."""
     before: str = "<answer>"

@@ -25,7 +25,11 @@ from verl.utils.dataset import RLHFDataset, sample_per_source
 from verl.utils.errors import ConfigError, DataError
 from verl.utils.run_folder import write_atomically
 
+logger = logging.getLogger(__name__)
 NICENESS = "RAY_worker_niceness"
+RAY_STARTS = 4
+SLOW_START = "timed out during startup"
+"""A part of Ray's message when a local node was not there after 30 s."""
 """The environment variable by which Ray's processes learn at which niceness they work."""
 RAYS_HANDLER = "ray_print_logs"
 """The name of the handler by which Ray writes the lines of its processes to the console."""
@@ -155,10 +159,25 @@ def start_ray(config: PPOConfig) -> None:
 
     Engines and ranks of a local Ray work at the niceness of this process. Ray's default for them is
     15, at which any other busy process of the machine takes nearly all of their time. On a cluster
-    the environment of its nodes decides (docs/multinode.md).
+    the environment of its nodes decides (docs/multinode.md). A local Ray gives up a start that
+    takes 30 s, which a busy machine may need: it is tried `RAY_STARTS` times.
     """
     os.environ.setdefault(NICENESS, "0")
     address = config.trainer.ray_address
+    for attempt in range(1, RAY_STARTS + 1):
+        try:
+            connect_ray(address)
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            was_slow = address is None and SLOW_START in str(error)
+            if not was_slow or attempt == RAY_STARTS:
+                raise
+            logger.warning("this machine is too busy for Ray to start in time; starting it again")
+            ray.shutdown()
+
+
+def connect_ray(address: str | None) -> None:
+    """Starts a local Ray, or joins the cluster at `address`."""
     ray.init(
         # without an address Ray would join RAY_ADDRESS, or whatever runs on this machine
         address=address or "local",

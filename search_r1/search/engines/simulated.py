@@ -130,7 +130,7 @@ class SimulatedRetriever:
         self, settings: SimulatorSettings, prompts: Prompts, cache: Path | None = None
     ) -> None:
         """Raises RetrieverError when the endpoint does not answer or lacks the model."""
-        self.settings = settings
+        self.simulator = settings
         self.prompts = prompts
         self.base = settings.url.rstrip("/")
         self.http = httpx.Client(
@@ -180,10 +180,10 @@ class SimulatedRetriever:
         """The request for the passages of a query."""
         prompt = self.prompts.ask(query, is_noisy, topk)
         return {
-            "model": self.settings.model,
+            "model": self.simulator.model,
             "messages": [{"role": "user", "content": prompt}],
-            "temperature": self.settings.temperature,
-            "max_tokens": topk * self.settings.passage_tokens,
+            "temperature": self.simulator.temperature,
+            "max_tokens": topk * self.simulator.passage_tokens,
         }
 
     def _ask(self, body: dict[str, Any], topk: int) -> list[str]:
@@ -199,10 +199,10 @@ class SimulatedRetriever:
                 raise
             except SimulatorError as error:
                 failures += 1
-                if failures > self.settings.max_retries:
+                if failures > self.simulator.max_retries:
                     raise
                 asked_s = error.wait_s
-            time.sleep(asked_s or backoff(self.settings.backoff_s, failures))
+            time.sleep(asked_s or backoff(self.simulator.backoff_s, failures))
 
     def _ask_once(self, body: dict[str, Any], topk: int) -> list[str]:
         """Sends one request and reads its answer. Raises a SimulatorError."""

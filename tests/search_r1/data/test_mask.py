@@ -63,6 +63,19 @@ def test_a_question_is_what_another_passage_answers(tmp_path):
     assert by_span["1", "1947"].gold_ids == ["2"] and by_span["2", "1947"].gold_ids == ["1"]
 
 
+def test_no_question_is_made_without_a_mask(tmp_path):
+    """1950 is a part of the number 1950.75, which stays as it is."""
+    text = "In all the years the price of rye rose to 1950.75 crowns."
+    rows = [
+        {"id": "1", "contents": f'"Rye"\n{text}'},
+        {"id": "2", "contents": '"Prices"\nThe price of rye rose in all the years to 1950.'},
+    ]
+    path = write_corpus(tmp_path, rows)
+    masker = mask.Masker(BM25Retriever(tmp_path / "bm25", path))
+    found = [question for seed in range(8) for question in masker.questions(seed)]
+    assert all(mask.MASK in question.text for question in found)
+
+
 def test_a_span_is_masked_wherever_it_stands_whole():
     assert mask.whole("194").sub("_", "194 is not 1947, nor 194.5 or a194, but 194.") == (
         "_ is not 1947, nor 194.5 or a194, but _."

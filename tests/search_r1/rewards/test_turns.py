@@ -8,7 +8,7 @@ import pytest
 from search_r1.rewards import turn_components
 from search_r1.rewards.compose import SearchReward
 from search_r1.rewards.config import SearchRewardConfig
-from search_r1.rewards.episode import Episode
+from search_r1.rewards.episode import Episode, read_episode
 from search_r1.trajectory import GoldPassages, Search, searches_by_turn
 from tests.search_r1.rewards.trajectories import trajectory_of
 from verl.agent import Segment, Source
@@ -32,7 +32,7 @@ def found(query, *names):
 
 def episode(*by_turn, gold=("1", "2")):
     names = None if gold is None else GoldPassages(frozenset(gold), "id")
-    return Episode("q?", ["Rome"], [], [list(searches) for searches in by_turn], names)
+    return Episode("q?", ["Rome"], [], [list(searches) for searches in by_turn], gold=names)
 
 
 PLAYED = episode(
@@ -99,8 +99,21 @@ def test_a_search_belongs_to_the_turn_that_asked_and_not_to_an_aside(tokenizer):
     trajectory = searching(tokenizer)
     aside = Segment(Source.MODEL, [5], [-1.0], is_aside=True, info={"kind": "finding"})
     trajectory.segments.insert(1, aside)
-    queries = [[search.query for search in asked] for asked in searches_by_turn(trajectory)]
-    assert queries == [["a"], [], ["b"], []]
+    before, by_turn = searches_by_turn(trajectory)
+    assert before == []
+    assert [[search.query for search in asked] for asked in by_turn] == [["a"], [], ["b"], []]
+
+
+def test_searches_that_the_agent_made_by_itself_count_and_are_paid_to_no_turn(tokenizer):
+    """RAG and IRCoT search before the policy says anything."""
+    trajectory = searching(tokenizer)
+    searched = trajectory.segments.pop(1)
+    trajectory.segments.insert(0, searched)
+    scored(tokenizer, trajectory, new_evidence=1.0, no_search=-1.0)
+    assert [turn.reward for turn in trajectory.turns] == pytest.approx([0.0, 0.5, 0.0])
+    assert trajectory.reward["no_search"] == 0.0 and trajectory.reward["new_evidence"] == 0.5
+    episode = read_episode(trajectory, ROW, tokenizer)
+    assert episode.queries == ["a", "b"] and len(episode.passages) == 2
 
 
 @pytest.mark.parametrize("facts", [{}, {"gold_ids": None}])

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -82,7 +83,7 @@ def arguments(url, *flags):
 
 def engine(model, *flags):
     made = load(arguments(model.url, *flags))
-    made.settings = made.settings.__class__(**{**vars(made.settings), "backoff_s": 0.01})
+    made.simulator = replace(made.simulator, backoff_s=0.01)
     return made
 
 

@@ -11,12 +11,13 @@ from search_r1.traces.read import read_files
 from search_r1.traces.trace import Reason
 from tests.search_r1.agent.scripted import make_loop
 
-FOLDER = Path("/work/shared/data/searchr1_trajectories")
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT.parent / "shared/data/searchr1_trajectories"
 ENOUGH = {"max_obs_length": 9000, "max_prompt_length": 36000, "max_response_length": 4000}
 """Limits that hold the passages in the tokens of a tiny vocabulary."""
 
 
-@pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} has the rollouts, and is not here")
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="the published rollouts are not here")
 @pytest.mark.parametrize("name", ["bamboogle_qwen2.5-3b-instruct-grpo", "nq_qwen2.5-3b-base-grpo"])
 def test_real_rollouts_are_read_and_scored_as_published(tokenizer, name):
     path = FOLDER / name / "intermediate_data.json"

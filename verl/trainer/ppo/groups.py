@@ -3,8 +3,11 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+
 from verl.agent import GroupReward, RewardFn, Source, Trajectory
 from verl.rollout.agent_worker import Failure, Job
+from verl.trainer.ppo.core_algos import are_equal
 from verl.utils.errors import RewardError
 from verl.utils.reward import compare
 
@@ -76,10 +79,10 @@ def differing_groups(
             f"{', '.join(sorted(lacking[0].reward))}: name one of these, or let the reward return "
             "it for every trajectory"
         )
-    values: dict[str, set[float]] = {}
+    values: dict[str, list[float]] = {}
     for job, trajectory in zip(jobs, trajectories, strict=True):
-        values.setdefault(job.uid, set()).add(trajectory.reward[metric])
-    differing = {uid for uid, found in values.items() if len(found) > 1}
+        values.setdefault(job.uid, []).append(trajectory.reward[metric])
+    differing = {uid for uid, found in values.items() if not are_equal(torch.tensor(found))}
     return of_groups(jobs, trajectories, differing)
 
 

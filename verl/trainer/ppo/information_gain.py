@@ -4,7 +4,8 @@ IGPO (arXiv 2510.14967). With the answer a of L tokens and the context c_k in wh
 
     p_k = exp(1/L sum_j log pi(a_j | c_k, a_<j)),    gain of turn k = p_(k+1) - p_k
 
-The last turn of a trajectory has no gain: it is paid the outcome.
+where pi is the policy at the temperature at which it samples. The last turn of a trajectory has no
+gain: it is paid the outcome.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,14 +43,17 @@ def pay_information(
     """
     questions = Questions(tokenizer, config)
     asked = [
-        [questions.number_of(context, job.row) for context in contexts_of_turns(trajectory)]
+        [
+            (turn, questions.number_of(context, job.row))
+            for turn, context in contexts_of_turns(trajectory)
+        ]
         for job, trajectory in zip(jobs, trajectories, strict=True)
     ]
     batch = questions.batch()
     likelihoods = answer_likelihoods(compute_log_prob(batch), batch)
-    for trajectory, numbers in zip(trajectories, asked, strict=True):
-        gains = gains_of_turns([likelihoods[number] for number in numbers])
-        for turn, gain in zip(trajectory.turns, gains, strict=False):
+    for trajectory, turns in zip(trajectories, asked, strict=True):
+        gains = gains_of_turns([likelihoods[number] for _, number in turns])
+        for (turn, _), gain in zip(turns, gains, strict=True):
             turn.reward += config.weight * gain
         trajectory.reward[COMPONENT] = sum(gains)
         trajectory.reward["score"] += config.weight * sum(gains)
@@ -59,13 +63,16 @@ def pay_information(
     }
 
 
-def contexts_of_turns(trajectory: Trajectory) -> Iterator[list[int]]:
-    """Yields the context in which each turn of the policy began."""
+def contexts_of_turns(trajectory: Trajectory) -> Iterator[tuple[Segment, list[int]]]:
+    """Yields each turn of the policy with the context in which it began.
+
+    An aside is left out: it is said in a context of its own, where the question may not stand.
+    """
     for row in trajectory.rows:
         context = list(row.prompt_ids)
         for segment in row.segments:
-            if segment.source is Source.MODEL:
-                yield list(context)
+            if segment.source is Source.MODEL and not segment.is_aside:
+                yield segment, list(context)
             context += segment.token_ids
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-6
-"""Relative error of a sum of a few numbers in float32."""
+"""Error of a sum of a few numbers in float32, relative to the largest, or absolute below 1."""
 
 
 def group_rows(index: np.ndarray) -> list[Tensor]:
