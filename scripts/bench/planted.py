@@ -69,7 +69,7 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     (GROUPS, "set(in_order[:count])", "set(in_order[-count:])"),
     (GROUPS, "set(in_order[:count])", "set(in_order)"),
     (FILTERS, 'data.batch["void_turns"] > 0', 'data.batch["void_turns"] > 1'),
-    (GROUPS, "if len(found) > 1", "if len(found) > 0"),
+    (GROUPS, "if not are_equal(torch.tensor(found))", "if len(found) > 0"),
     (FILTERS, "if config.bypass_mode:", "if False:"),
     (BATCHING, "position * number // len(trajectories)", "position % number"),
     (BATCHING, "parts[first:] + parts[:first]", "parts"),
