@@ -35,6 +35,9 @@ from verl.utils.run_folder import write_atomically
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NAMED = "trainer.experiment_name=traces"
+"""A run needs a name, and nothing is run here."""
+
 
 def template_of(raw: Mapping[str, Any]) -> str:
     """The template in which a training with this configuration asks its questions.
@@ -120,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = ["finetune.data=traces", f"finetune.traces={written(files)}"]
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        config, _ = composed(args.config_name, [*overrides, *given])
+        config, _ = composed(args.config_name, [NAMED, *overrides, *given])
         converter, tokenizer = converter_of(as_plain(config))
         conversion = convert(converter, [Path(path) for path in files])
     except (ConfigError, DataError) as error:

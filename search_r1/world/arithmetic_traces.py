@@ -16,7 +16,8 @@ from search_r1.world.arithmetic import (
     YearQuestion,
     draw_year,
 )
-from search_r1.world.generate import Entity, fresh_name, random_name
+from search_r1.world.generate import Entity
+from search_r1.world.names import fresh_name, random_name
 from search_r1.world.traces import PassageWriter, RecallWriter, TraceSegment
 
 MAX_SEARCHES = 3

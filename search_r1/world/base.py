@@ -34,8 +34,8 @@ from search_r1.world.arithmetic_traces import (
     YearRecallWriter,
 )
 from search_r1.world.deep_traces import CLEAN_DEEP, POOR_DEEP, DeepTraceWriter
-from search_r1.world.generate import FIRST, SECOND
 from search_r1.world.model import grown_model, random_model
+from search_r1.world.names import FIRST, SECOND
 from search_r1.world.tokenizer import (
     EOS,
     SUMMARY_TAGS,

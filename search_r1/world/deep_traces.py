@@ -26,7 +26,8 @@ from search_r1.prompts import (
     build_prompt,
     format_passages,
 )
-from search_r1.world.generate import RELATIONS, Question, fresh_name, plain_chains
+from search_r1.world.generate import RELATIONS, Question, plain_chains
+from search_r1.world.names import fresh_name
 from search_r1.world.tokenizer import EOS
 from search_r1.world.traces import PolicyMix, TraceSegment, TraceWriter
 

@@ -11,7 +11,7 @@ model may know without a search.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, product, zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -19,6 +19,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from search_r1.data.rows import training_row
 from search_r1.prompts import build_prompt
 from search_r1.world.arithmetic import ARITHMETIC_FILES, YEAR_OF, add_years, year_rows
+from search_r1.world.names import COMMON_SEED, fresh_name
 from verl.utils.config import Config
 
 
@@ -64,7 +65,6 @@ RELATIONS = {
 SENTENCES = {r.name: r.sentence for r in RELATIONS.values()} | {v: v for v in YEAR_OF.values()}
 """The verb by which a passage states a relation or a year."""
 KINDS = ("person", "city", "company", "country")
-COMMON_SEED = 20_250_312
 FILLER = (
     "Little else is known about {}.",
     "Records of {} were lost in a fire.",
@@ -95,16 +95,6 @@ def relations_of(kind: str) -> list[Relation]:
 
 
 OF_KIND = {kind: relations_of(kind) for kind in KINDS}
-
-
-def _syllables() -> tuple[list[str], list[str]]:
-    """Two disjoint pools of 96 syllables, for the first and the second halves of names."""
-    syllables = ["".join(s) for s in product("bdfgklmnprstvz", "aeiou", "bdgklmnprtvz")]
-    random.Random(COMMON_SEED).shuffle(syllables)
-    return [s.capitalize() for s in syllables[:96]], syllables[96:192]
-
-
-FIRST, SECOND = _syllables()
 
 
 class WorldConfig(Config):
@@ -153,18 +143,6 @@ class Entity:
     kind: str
     facts: dict[str, str]
     """The name of the object by relation; in a world with years also the year."""
-
-
-def random_name(rng: random.Random) -> str:
-    return rng.choice(FIRST) + rng.choice(SECOND)
-
-
-def fresh_name(rng: random.Random, taken: set[str]) -> str:
-    """Draws a name that is not in `taken`, and adds it there."""
-    while (name := random_name(rng)) in taken:
-        pass
-    taken.add(name)
-    return name
 
 
 def passage(entity: Entity, rng: random.Random, filler: int = 0) -> tuple[str, str]:
@@ -354,12 +332,21 @@ def rows_of(
     """Draws the rows of each file of questions about names."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for file, questions in questions_of(islands, config, rng).items():
-        split = file.split("_")[0]
-        rows[file] = [
-            row(question, split, index, ids, islands["common"])
-            for index, question in enumerate(questions)
-        ]
+        rows[file] = to_rows(questions, file.split("_")[0], ids, islands)
     return rows
+
+
+def to_rows(
+    questions: list[Question],
+    split: str,
+    ids: dict[str, str],
+    islands: dict[str, dict[str, Entity]],
+) -> list[dict[str, Any]]:
+    """The rows of a file."""
+    return [
+        row(question, split, index, ids, islands["common"])
+        for index, question in enumerate(questions)
+    ]
 
 
 def three_hop_rows(
@@ -368,10 +355,7 @@ def three_hop_rows(
     """Draws training questions of three hops, from a generator of its own."""
     rng = random.Random(f"three hops {config.seed}")
     questions = ask(islands["train"], 3, config.train_questions // 2, rng)
-    return [
-        row(question, "train", index, ids, islands["common"])
-        for index, question in enumerate(questions)
-    ]
+    return to_rows(questions, "train", ids, islands)
 
 
 def deep_rows(
@@ -389,10 +373,7 @@ def deep_rows(
             share = count // len(DEEP_HOPS)
             questions += ask_along(islands[split], plain_chains(hops), share, rng)
         rng.shuffle(questions)
-        rows[f"{split}_deep"] = [
-            row(question, split, index, ids, islands["common"])
-            for index, question in enumerate(questions)
-        ]
+        rows[f"{split}_deep"] = to_rows(questions, split, ids, islands)
     return rows
 
 

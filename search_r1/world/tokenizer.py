@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from search_r1.prompts import format_passages
-from search_r1.world.generate import FIRST
+from search_r1.world.names import FIRST
 from search_r1.world.traces import POOR, TraceSegment, TraceWriter
 
 PAD = "<|pad|>"

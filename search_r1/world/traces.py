@@ -23,11 +23,10 @@ from search_r1.world.generate import (
     Question,
     ask,
     common_island,
-    fresh_name,
     passage,
-    random_name,
     relation_chains,
 )
+from search_r1.world.names import fresh_name, random_name
 from verl.utils.tokenizer import encode_text
 
 if TYPE_CHECKING:

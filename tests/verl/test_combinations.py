@@ -56,6 +56,7 @@ def batch() -> DataProto:
             "values": noise + junk,
             "rollout_log_probs": data.batch["old_log_probs"] + noise + junk,
             "turns": turns,
+            "states": torch.where(mask.bool(), turns % 2, -1).long(),
             "truncated": torch.arange(ROWS) == 3,
             "void_turns": torch.zeros(ROWS, dtype=torch.long),
         },

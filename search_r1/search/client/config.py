@@ -71,7 +71,8 @@ class NoiseConfig(BaseModel):
         p_i = p_s + (b^(i/m) - 1) / (b - 1) * (p_e - p_s), and p_e after the last step m
         (ZeroSearch, arXiv 2505.04588), with p_s = `start`, p_e = `end`, b = `base`, m = `steps`.
 
-        >>> [NoiseConfig(end=0.6, steps=10).share_at(step) for step in (0, 5, 10, 11, None)]
+        >>> noise = NoiseConfig(end=0.6, steps=10)
+        >>> [round(noise.share_at(step), 6) for step in (0, 5, 10, 11, None)]
         [0.0, 0.2, 0.6, 0.6, 0.0]
         """
         if step is None:

@@ -24,7 +24,8 @@ from search_r1.world.arithmetic_traces import (
     YearRecallWriter,
 )
 from search_r1.world.base import ARITHMETIC, ARITHMETIC_STAGES, answered, build, examples
-from search_r1.world.generate import FILES, FIRST, SECOND, WorldConfig, make_world
+from search_r1.world.generate import FILES, WorldConfig, make_world
+from search_r1.world.names import FIRST, SECOND
 from search_r1.world.tokenizer import train_tokenizer, training_texts
 from search_r1.world.traces import RecallWriter, encode_trace
 from tests.search_r1.world.played import Engine, Library

@@ -26,13 +26,12 @@ from search_r1.world.generate import (
     DEEP_FILES,
     DEEP_HOPS,
     FILES,
-    FIRST,
     RELATIONS,
-    SECOND,
     WorldConfig,
     make_world,
 )
 from search_r1.world.model import grown_model
+from search_r1.world.names import FIRST, SECOND
 from search_r1.world.tokenizer import SUMMARY_TAGS, train_tokenizer, training_texts
 from search_r1.world.traces import WRITTEN, encode_trace
 from tests.search_r1.world.played import Engine, Library

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from search_r1.world.generate import FIRST, SECOND, random_name
+from search_r1.world.names import FIRST, SECOND, random_name
 from search_r1.world.tokenizer import train_tokenizer, training_texts
 from search_r1.world.traces import POOR, READING, PolicyMix, TraceSegment, TraceWriter, encode_trace
 from verl.utils.tokenizer import encode_text
