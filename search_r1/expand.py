@@ -95,8 +95,7 @@ class Writer:
     def is_rare(self, stem: str) -> bool:
         """Whether no more than the share `--max_df` of the documents has a stem."""
         number = self.bm25.scorer.vocabulary[stem]
-        most_frequent = self.args.max_df * len(self.bm25)
-        return number < 0 or self.bm25.scorer.frequency(number) <= most_frequent
+        return number < 0 or self.bm25.is_rare(number, self.args.max_df)
 
 
 def read_terms(reply: Any) -> list[str]:

@@ -79,10 +79,10 @@ class Rm3Retriever:
     def expand(self, query: Mapping[int, float], found: Ranking) -> Weights:
         """The words of a query with those of the documents that it found."""
         documents = [(self.bm25.words_at(position), score) for position, score in found]
-        most_frequent = self.feedback.max_df * len(self.bm25)
-        frequency = self.bm25.scorer.frequency
         model = relevance_model(
-            documents, lambda word: frequency(word) <= most_frequent, self.feedback.terms
+            documents,
+            lambda word: self.bm25.is_rare(word, self.feedback.max_df),
+            self.feedback.terms,
         )
         return interpolated(query, model, self.feedback.original_weight)
 

@@ -36,7 +36,6 @@ class Neighbours:
     def __init__(self, bm25: BM25Retriever, settings: Neighbourhood) -> None:
         self.bm25 = bm25
         self.settings = settings
-        self.most_frequent = settings.max_df * len(bm25)
         self.spellings: dict[int, str] = {}
         """A word as it was first read, for the number of its stem."""
 
@@ -66,10 +65,9 @@ class Neighbours:
             (self.read(other), score) for other, score in others[: self.settings.documents]
         ]
         own = set(self.bm25.words_at(position))
-        frequency = self.bm25.scorer.frequency
         return relevance_model(
             neighbours,
-            lambda word: word not in own and frequency(word) <= self.most_frequent,
+            lambda word: word not in own and self.bm25.is_rare(word, self.settings.max_df),
             self.settings.terms,
         )
 

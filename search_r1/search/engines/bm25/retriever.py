@@ -124,6 +124,10 @@ class BM25Retriever:
         rankings = self.scorer.rank([self.analyze(query) for query in queries], topk)
         return [self.to_hits(ranking) for ranking in rankings]
 
+    def is_rare(self, word: int, max_df: float) -> bool:
+        """Whether no more than the share `max_df` of the documents has a word, by its number."""
+        return self.scorer.frequency(word) <= max_df * len(self)
+
     def words_at(self, position: int) -> list[int]:
         """The numbers of the words of a document's own text, in their order."""
         stems = self.analyze(self.corpus[position]["contents"])

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl.trainer.ppo.core_algos.group_scores import centred, group_rows, per_token
+from verl.trainer.ppo.core_algos.group_scores import (
+    centred,
+    group_rows,
+    per_token,
+    standardised,
+)
 from verl.trainer.ppo.core_algos.turn_advantages import (
     compute_gigpo_advantage,
     compute_igpo_advantage,
@@ -67,9 +72,7 @@ def compute_grpo_outcome_advantage(
     advantages = scores.clone()
     for rows in group_rows(index):
         if len(rows) > 1:
-            members = centred(scores, rows)
-            spread = members.std() + epsilon if norm_adv_by_std_in_grpo else 1.0
-            advantages[rows] = members / spread
+            advantages[rows] = standardised(scores[rows], norm_adv_by_std_in_grpo, epsilon)
         elif norm_adv_by_std_in_grpo:
             advantages[rows] = scores[rows] / (1.0 + epsilon)
     advantages = per_token(advantages, response_mask)
@@ -97,7 +100,7 @@ def compute_rloo_outcome_advantage(
     advantages = scores.clone()
     for rows in group_rows(index):
         if len(rows) > 1:
-            advantages[rows] = centred(scores, rows) * len(rows) / (len(rows) - 1)
+            advantages[rows] = centred(scores[rows]) * len(rows) / (len(rows) - 1)
     advantages = per_token(advantages, response_mask)
     return advantages, advantages
 
@@ -147,7 +150,7 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     advantages = scores.clone()
     for rows in group_rows(index):
         if len(rows) > 1:
-            advantages[rows] = centred(scores, rows)
+            advantages[rows] = centred(scores[rows])
     whitened = masked_whiten(per_token(advantages, response_mask), response_mask)
     return whitened, whitened
 

@@ -28,14 +28,22 @@ def are_equal(scores: Tensor) -> bool:
     return float(scores.max() - scores.min()) <= ROUNDING * largest
 
 
-def centred(scores: Tensor, rows: Tensor) -> Tensor:
-    """The scores of a group of at least two, minus their mean.
+def centred(scores: Tensor) -> Tensor:
+    """The scores [N] of a group of at least two, minus their mean.
 
     Equal scores become exactly 0, because a rounding error would become large when it is divided by
     their std.
     """
-    members = scores[rows]
-    if are_equal(members):
-        return torch.zeros_like(members)
-    members = members - members[0]
+    if are_equal(scores):
+        return torch.zeros_like(scores)
+    members = scores - scores[0]
     return members - members.mean()
+
+
+def standardised(scores: Tensor, by_std: bool, epsilon: float = 1e-6) -> Tensor:
+    """The scores [N] of a group of at least two, minus their mean.
+
+    With `by_std` they are divided by their unbiased std plus `epsilon`.
+    """
+    members = centred(scores)
+    return members / (members.std() + epsilon) if by_std else members

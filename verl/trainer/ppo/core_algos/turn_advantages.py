@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl.trainer.ppo.core_algos.group_scores import centred, group_rows, per_token
+from verl.trainer.ppo.core_algos.group_scores import group_rows, per_token, standardised
 from verl.utils.torch_functional import masked_sum
-
-EPSILON = 1e-6
-"""Added to a standard deviation before something is divided by it."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +157,6 @@ def step_advantages(returns: Tensor, reached: Tensor, states: Tensor, by_std: bo
         if members.sum() > 1:
             advantages[members] = standardised(returns[members], by_std)
     return advantages
-
-
-def standardised(values: Tensor, by_std: bool) -> Tensor:
-    """Values [N] of at least two members minus their mean, over their unbiased std if `by_std`."""
-    members = centred(values, torch.arange(len(values)))
-    return members / (members.std() + EPSILON) if by_std else members
 
 
 def compute_igpo_advantage(
