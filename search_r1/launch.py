@@ -69,7 +69,7 @@ OF_SMALL_BASE = (
 )
 """Keys whose values in experiment=own_data suit only the model that it names."""
 TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
-MODELS = ("actor_rollout_ref.model.path", TOKENIZER, "critic.model.path")
+MODELS = ("actor_rollout_ref.model.path", TOKENIZER, "critic.model.path", "teacher.model.path")
 """Keys whose values are paths or names of models on the Hugging Face hub."""
 
 

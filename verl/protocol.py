@@ -17,6 +17,7 @@ where its context was written anew (`verl.agent.Trajectory.rewrite`).
 | token_level_rewards | [B, R]   | float32 | advantage  | scores, less any KL in the reward |
 | old_log_probs       | [B, R]   | float32 | actor      | log-prob before the update |
 | ref_log_prob        | [B, R]   | float32 | reference  | log-prob under the initial weights |
+| teacher_log_prob    | [B, R]   | float32 | teacher    | log-prob under the teacher, if any |
 | entropy             | [B, R]   | float32 | actor      | of recorded rows, else NaN |
 | values              | [B, R]   | float32 | critic     | value of the state it was chosen in |
 | advantages, returns | [B, R]   | float32 | advantage  | see core_algos |

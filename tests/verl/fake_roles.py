@@ -103,7 +103,8 @@ class Rollout:
 
 
 class Role:
-    """A worker group: log-probs of -1 for the actor, of -1.5 for the reference, values of 0."""
+    """A worker group: log-probs of -1 for the actor, of -1.5 for reference and teacher, values
+    of 0."""
 
     def __init__(self, name: str, said: list) -> None:
         self.name = name
@@ -169,7 +170,13 @@ class Letters:
 def make_processes(config: PPOConfig, scores: dict | None = None) -> SimpleNamespace:
     """Processes whose `said` is what the roles and engines were asked, in that order."""
     said: list = []
-    names = ["actor", *["ref"] * config.use_reference, *["critic"] * config.use_critic]
+    uses = {
+        "actor": True,
+        "ref": config.use_reference,
+        "teacher": config.use_teacher,
+        "critic": config.use_critic,
+    }
+    names = [name for name, is_used in uses.items() if is_used]
     rollout = Rollout(said, scores or {number: [0.0, 1.0, 0.0, 1.0] for number in range(ROWS)})
     return SimpleNamespace(
         said=said,

@@ -8,7 +8,12 @@ import torch
 from verl.protocol import DataProto
 from verl.trainer.config import AlgorithmConfig
 from verl.trainer.ppo import core_algos
-from verl.trainer.ppo.advantage import apply_kl_penalty, build_kl_controller, compute_advantage
+from verl.trainer.ppo.advantage import (
+    add_distillation,
+    apply_kl_penalty,
+    build_kl_controller,
+    compute_advantage,
+)
 
 ROWS = 5
 RESPONSE = 5
@@ -66,6 +71,7 @@ EXPECTED = {
         rewards(), MASK, GROUPS, TURNS, STATES, GAMMA, STEP_W
     ),
     "igpo": lambda: core_algos.compute_igpo_advantage(rewards(), MASK, GROUPS, TURNS, GAMMA),
+    "none": lambda: (torch.zeros(ROWS, RESPONSE), torch.zeros(ROWS, RESPONSE)),
 }
 
 
@@ -157,3 +163,34 @@ def test_a_fixed_coefficient_stays():
     controller = build_kl_controller(config)
     apply_kl_penalty(batch(), config, controller)
     assert controller.value == 0.3
+
+
+def test_the_teachers_part_is_the_gradient_of_the_reverse_kl():
+    """Over all tokens that may follow: the mean of the gradient is that of minus KL(policy || T)."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, generator=generator, requires_grad=True)
+    policy = logits.log_softmax(0)
+    teacher = torch.randn(4, generator=generator).log_softmax(0)
+    tokens = DataProto(
+        {
+            "response_mask": torch.ones(4, 1),
+            "advantages": torch.zeros(4, 1),
+            "old_log_probs": policy.detach()[:, None],
+            "teacher_log_prob": teacher[:, None],
+        }
+    )
+    distilled, _ = add_distillation(tokens, weight=0.5)
+    parts = distilled.batch["advantages"][:, 0]
+    (found,) = torch.autograd.grad((policy.detach().exp() * parts * policy).sum(), logits)
+    kl = (logits.softmax(0) * (logits.log_softmax(0) - teacher)).sum()
+    (expected,) = torch.autograd.grad(-0.5 * kl, logits)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_the_teacher_says_nothing_of_what_the_policy_did_not_write():
+    data = batch()
+    unknown = torch.where(MASK.bool(), -1.5, float("nan"))
+    data = data.with_tensors(advantages=torch.zeros(ROWS, RESPONSE), teacher_log_prob=unknown)
+    distilled, metrics = add_distillation(data, weight=2.0)
+    assert torch.equal(distilled.batch["advantages"], -1.0 * MASK)
+    assert metrics == {"teacher/reverse_kl": pytest.approx(0.5)}

@@ -4,7 +4,9 @@ at once."""
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,10 +14,11 @@ from transformers import Gemma3TextConfig, Qwen2Config
 
 from tests.configs import ROOT, composed
 from tests.models import make_tiny_qwen2
-from verl.trainer.checks import context_problems, critic_problems
+from tests.templates import make_family_tokenizer
+from verl.trainer.checks import context_problems, critic_problems, teacher_token_problems
 from verl.trainer.config import validate
 from verl.utils.errors import ConfigError
-from verl.workers.config import ModelConfig
+from verl.workers.config import FrozenModelConfig, ModelConfig
 
 EXPERIMENTS = ROOT / "configs" / "experiment"
 RECIPES = sorted((EXPERIMENTS / "nq_hotpotqa").glob("*-*.yaml"))
@@ -211,12 +214,45 @@ def test_a_context_longer_than_the_model_is_refused_before_anything_starts(tmp_p
 
     def config(length, **overrides):
         model = ModelConfig(path=str(tmp_path), override_config=overrides)
-        return SimpleNamespace(actor_rollout_ref=SimpleNamespace(model=model), max_model_len=length)
+        main = SimpleNamespace(model=model)
+        return SimpleNamespace(actor_rollout_ref=main, max_model_len=length, use_teacher=False)
 
     assert context_problems(config(limit)) == []
     (problem,) = context_problems(config(limit + 1))
     assert str(limit + 1) in problem and "max_position_embeddings" in problem
     assert context_problems(config(limit + 1, max_position_embeddings=limit + 1)) == []
+
+
+def with_teacher(policy: Path, teacher: Path, length: int = 64) -> Any:
+    """As much of a configuration as the checks of a teacher's model read."""
+    return SimpleNamespace(
+        actor_rollout_ref=SimpleNamespace(model=ModelConfig(path=str(policy))),
+        teacher=SimpleNamespace(model=FrozenModelConfig(path=str(teacher))),
+        max_model_len=length,
+        use_teacher=True,
+    )
+
+
+def test_a_teacher_with_a_shorter_context_is_refused(tmp_path):
+    policy = tmp_path / "policy"
+    teacher = tmp_path / "teacher"
+    Qwen2Config(max_position_embeddings=128).save_pretrained(policy)
+    Qwen2Config(max_position_embeddings=64).save_pretrained(teacher)
+    assert context_problems(with_teacher(policy, teacher, 64)) == []
+    (problem,) = context_problems(with_teacher(policy, teacher, 65))
+    assert f"64 tokens that {teacher} can hold" in problem
+
+
+def test_a_teacher_of_other_tokens_is_refused(tmp_path):
+    policy = tmp_path / "policy"
+    teacher = tmp_path / "teacher"
+    make_family_tokenizer(policy, "qwen2.5-instruct").save_pretrained(teacher)
+    assert teacher_token_problems(with_teacher(policy, teacher)) == []
+    make_family_tokenizer(teacher, "llama3-instruct")
+    (problem,) = teacher_token_problems(with_teacher(policy, teacher))
+    assert f"teacher.model.path={teacher}: " in problem and "3 of the policy's" in problem
+    (problem,) = teacher_token_problems(with_teacher(policy, tmp_path / "nothing"))
+    assert "no tokenizer could be loaded" in problem
 
 
 def test_a_critic_without_a_value_head_is_refused(tmp_path):
@@ -264,6 +300,8 @@ NORM = [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_f
             f"{ACTOR}.ppo_epochs=2",
         ],
         [f"{ACTOR}.policy_loss.llds_coef=0.1", BYPASS],
+        ["algorithm.adv_estimator=none", "teacher.weight=1", "teacher.model.path=/b", *ALONE],
+        ["teacher.weight=0.1"],
     ],
 )
 def test_algorithms_are_one_switch_each(overrides):
@@ -352,6 +390,8 @@ def test_algorithms_are_one_switch_each(overrides):
             "and below",
         ),
         ([f"{CORRECTION}.rollout_token_veto_threshold=1.0"], "rollout_token_veto_threshold"),
+        (["teacher.model.path=/b"], "teacher.model.path=/b has no effect with teacher.weight=0"),
+        (["algorithm.adv_estimator=none"], "nothing would be learned"),
     ],
 )
 def test_combinations_that_would_be_something_else_are_refused(overrides, reason):

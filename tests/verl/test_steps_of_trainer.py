@@ -77,6 +77,22 @@ def test_a_step_of_grpo_has_neither_critic_nor_values(tmp_path):
     ]
 
 
+def test_a_teacher_is_asked_about_the_batch_and_moves_its_advantages_alone(tmp_path):
+    """The teacher stands at -1.5 and the policy at -1: each token loses half of the weight."""
+    steps = ["trainer.total_training_steps=1", "actor_rollout_ref.actor.use_kl_loss=false"]
+    plain = make_trainer(tmp_path / "plain", "grpo", *steps)
+    plain.fit()
+    taught = make_trainer(tmp_path / "taught", "grpo", "teacher.weight=0.2", *steps)
+    taught.fit()
+    assert verbs(taught)[3:6] == ["sleep", "old_log_probs", "ref_log_prob"]
+    (before,) = (batch.batch for batch in plain.actor.batches)
+    (after,) = (batch.batch for batch in taught.actor.batches)
+    lost = before["advantages"] - after["advantages"]
+    assert torch.allclose(lost, 0.1 * before["response_mask"])
+    assert torch.equal(after["returns"], before["returns"])
+    assert taught.logged[-1]["teacher/reverse_kl"] == pytest.approx(0.5)
+
+
 def test_the_gain_of_information_is_paid_before_the_batch_is_made(tmp_path):
     """Log-probs are asked for once more, for the answers, once the engines sleep."""
     weight = "algorithm.information_gain.weight=0.5"

@@ -80,7 +80,7 @@ class Pass(NamedTuple):
 class Role:
     """One model on one of `world` ranks."""
 
-    name: Literal["actor", "ref", "critic"]
+    name: Literal["actor", "ref", "teacher", "critic"]
     sizes: Sizes
     trained: int
     """Parameters with a gradient: all, those of the adapters, or none."""
@@ -270,13 +270,13 @@ def resting(roles: Sequence[Role], phase: str, active: Role | None = None) -> En
     """Bytes that the roles keep during a phase, beside the passes of the `active` role.
 
     Without resharding a forward pass leaves its parameters gathered until the next backward pass.
-    The reference has no backward pass, so its parameters stay gathered.
+    The reference and the teacher have no backward pass, so their parameters stay gathered.
     """
     entries: Entries = {}
     for role in roles:
         kept = resident(role, updates=phase == f"{role.name} update")
         entries |= {(role.name, name): size for name, size in kept.items()}
-        lingers = role.name == "ref" or phase in ("log-probs", "critic update")
+        lingers = role.name in ("ref", "teacher") or phase in ("log-probs", "critic update")
         if lingers and role is not active and not role.reshards:
             entries[role.name, GATHERED] = role.gathered(0)
     return entries

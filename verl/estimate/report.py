@@ -32,7 +32,7 @@ PROGRAM = "python -m verl.trainer.estimate"
 NO_RETRIEVER = (
     "; no retriever on these GPUs is counted (--retriever-passages N counts an exact E5 index of N)"
 )
-OWNERS = ["actor", "ref", "critic", "engine", "retriever", ""]
+OWNERS = ["actor", "ref", "teacher", "critic", "engine", "retriever", ""]
 """Whose entries the table lists, in its order."""
 
 

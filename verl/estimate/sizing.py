@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Found = TypeVar("Found")
-SECTIONS = {"actor": "actor_rollout_ref.actor", "ref": "actor_rollout_ref.ref", "critic": "critic"}
+SECTIONS = {
+    "actor": "actor_rollout_ref.actor",
+    "ref": "actor_rollout_ref.ref",
+    "teacher": "teacher",
+    "critic": "critic",
+}
 """Where in the configuration a role is described."""
 Shapes = Mapping[str, Mapping[str, Any]]
 """By `model.path`: the content of the model's `config.json`."""
@@ -186,6 +191,11 @@ def roles_of(config: PPOConfig, longest: Longest, shapes: Shapes) -> list[Role]:
     if config.use_reference:
         log_probs = largest_pass(config, SECTIONS["ref"], main.ref, "log_prob", batch, longest)
         roles.append(Role("ref", roles[0].sizes, 0, main.ref.fsdp_config, world, log_probs))
+    if config.use_teacher:
+        teacher = config.teacher
+        log_probs = largest_pass(config, SECTIONS["teacher"], teacher, "log_prob", batch, longest)
+        sizes, _ = read_model(teacher.model.frozen(), "lm", shapes)
+        roles.append(Role("teacher", sizes, 0, teacher.fsdp_config, world, log_probs))
     if config.use_critic:
         values = largest_pass(config, SECTIONS["critic"], critic, "ppo", batch, longest)
         roles.append(trained("critic", critic.model, values))

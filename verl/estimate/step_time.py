@@ -239,6 +239,9 @@ class StepTime:
             found.append(
                 self.forward("ref", by_name["ref"], main.ref.log_prob_max_token_len_per_gpu)
             )
+        if "teacher" in by_name:
+            limit = self.config.teacher.log_prob_max_token_len_per_gpu
+            found.append(self.forward("teacher", by_name["teacher"], limit))
         if "critic" in by_name:
             critic = by_name["critic"]
             found.append(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from verl.trainer.host import host_problems
 from verl.utils import device
 from verl.utils.endpoint import check_endpoint
-from verl.workers.config import ModelConfig
+from verl.workers.config import FrozenModelConfig
 
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
@@ -52,6 +52,7 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         aggregation_problems,
         loss_mode_problems,
         kl_problems,
+        teacher_problems,
         correction_problems,
         schedule_problems,
         async_problems,
@@ -236,6 +237,26 @@ def kl_problems(config: "PPOConfig") -> list[str]:
     return problems
 
 
+def teacher_problems(config: "PPOConfig") -> list[str]:
+    """A teacher that is named and not asked, or one that is missing."""
+    teacher = config.teacher
+    if config.use_teacher:
+        return []
+    problems: list[str] = []
+    if teacher.model.path != config.actor_rollout_ref.model.path:
+        problems.append(
+            f"teacher.model.path={teacher.model.path} has no effect with teacher.weight=0: set "
+            "teacher.weight, for instance to 1"
+        )
+    if config.algorithm.adv_estimator == "none":
+        problems.append(
+            "algorithm.adv_estimator=none takes nothing from the rewards, and with "
+            "teacher.weight=0 there is no teacher either: nothing would be learned. Set "
+            "teacher.weight and teacher.model.path, or another estimator"
+        )
+    return problems
+
+
 def correction_problems(config: "PPOConfig") -> list[str]:
     """Rollout corrections that are applied twice, have no effect, or reject every token."""
     correction = config.algorithm.rollout_correction
@@ -414,6 +435,7 @@ def environment_problems(config: "PPOConfig", agent: Preflight, gpus: int) -> li
     else:
         problems = device_problems(config, gpus)
         problems += context_problems(config) + critic_problems(config)
+        problems += teacher_token_problems(config)
         if config.trainer.ray_address is None:
             problems += host_problems(config)
     return problems + agent.preflight()
@@ -450,7 +472,7 @@ def cpu_problem() -> str:
     )
 
 
-def hf_config_of(model: ModelConfig) -> Any:
+def hf_config_of(model: FrozenModelConfig) -> Any:
     """The Hugging Face config of a model, as training and engine will see it."""
     from transformers import AutoConfig
 
@@ -476,12 +498,49 @@ def critic_problems(config: "PPOConfig") -> list[str]:
     ]
 
 
-def context_problems(config: "PPOConfig") -> list[str]:
-    """A model whose context is too short for a whole trajectory.
+def teacher_token_problems(config: "PPOConfig") -> list[str]:
+    """A teacher that reads other tokens than the policy writes."""
+    from transformers import AutoTokenizer
 
-    The engine would refuse it too, but only after everything has started.
+    if not config.use_teacher:
+        return []
+    policy = config.actor_rollout_ref.model
+    teacher = config.teacher.model
+    try:
+        tokens = AutoTokenizer.from_pretrained(
+            teacher.path, trust_remote_code=teacher.trust_remote_code
+        ).get_vocab()
+    except (OSError, ValueError) as error:
+        return [
+            f"teacher.model.path={teacher.path}: no tokenizer could be loaded, so that its tokens "
+            f"cannot be compared with the policy's ({error})"
+        ]
+    written = AutoTokenizer.from_pretrained(
+        policy.tokenizer_path or policy.path, trust_remote_code=policy.trust_remote_code
+    ).get_vocab()
+    differing = sorted(word for word in written if tokens.get(word) != written[word])
+    if not differing:
+        return []
+    return [
+        f"teacher.model.path={teacher.path}: {len(differing):,} of the policy's {len(written):,} "
+        f"tokens have another number there, or none, such as {differing[0]!r}: a teacher needs the "
+        "tokenizer of the policy, as models of one family have it"
+    ]
+
+
+def context_problems(config: "PPOConfig") -> list[str]:
+    """Models whose context is too short for a whole trajectory.
+
+    The engine would refuse the policy too, but only after everything has started.
     """
-    model = config.actor_rollout_ref.model
+    models: list[FrozenModelConfig] = [config.actor_rollout_ref.model]
+    if config.use_teacher:
+        models.append(config.teacher.model)
+    return [problem for model in models for problem in length_problems(config, model)]
+
+
+def length_problems(config: "PPOConfig", model: FrozenModelConfig) -> list[str]:
+    """A model whose context is too short for a whole trajectory."""
     text = hf_config_of(model).get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or {}

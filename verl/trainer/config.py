@@ -27,7 +27,7 @@ from verl.utils.loading import load_class, load_function
 from verl.utils.model_names import is_checkpoint, is_place, is_run
 from verl.utils.reward import FunctionReward, check_signature
 from verl.utils.tokenizer import template_problems
-from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty
+from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty, TeacherConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,7 +166,7 @@ LossFilter = Annotated[str, OneOf("verl.trainer.ppo.filters.FILTERS")]
 class AlgorithmConfig(Config):
     adv_estimator: Estimator = "gae"
     """How rewards become advantages; docs/algorithms.md says what each does and needs. gae is PPO,
-    with a critic."""
+    with a critic. none leaves everything to the teacher."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token of the policy; with gigpo and igpo, per turn."""
     lam: float = Field(default=1.0, ge=0, le=1)
@@ -302,6 +302,7 @@ class PPOConfig(Config):
     data: DataConfig
     actor_rollout_ref: ActorRolloutRefConfig
     critic: CriticConfig
+    teacher: TeacherConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
     async_training: AsyncTrainingConfig = AsyncTrainingConfig()
     trainer: TrainerConfig
@@ -355,6 +356,10 @@ class PPOConfig(Config):
     @property
     def use_reference(self) -> bool:
         return self.actor_rollout_ref.actor.use_kl_loss or self.algorithm.use_kl_in_reward
+
+    @property
+    def use_teacher(self) -> bool:
+        return self.teacher.weight > 0
 
     @property
     def num_gpus(self) -> int:

@@ -1,26 +1,27 @@
 """The decision whether rows are packed: taken once, in the driver, before anything starts."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from verl.trainer.checks import hf_config_of
 from verl.utils.errors import ConfigError
-from verl.workers.config import FSDPConfig, ModelConfig
+from verl.workers.config import FrozenModelConfig, FSDPConfig
 from verl.workers.packing import OTHERS, Packing, packing_of
 from verl.workers.shallow import EXPERT_KEYS, LENGTH_DEPENDENT, Head, rope_kinds, rope_limit
 
 if TYPE_CHECKING:
     from verl.trainer.config import PPOConfig
 
+AnyModel = TypeVar("AnyModel", bound=FrozenModelConfig)
 logger = logging.getLogger(__name__)
 WRONG_ON_CPU = ("lfm2",)
 """Model types for which vLLM 0.32 on the CPU gives other log-probs than transformers."""
 
 
 def decide_packing(config: "PPOConfig") -> "PPOConfig":
-    """Probes policy and critic; logs the verdicts and returns `config` with them.
+    """Probes policy, critic and teacher; logs the verdicts and returns `config` with them.
 
     Raises ConfigError, with the key of the model, for one that cannot be trained here.
     """
@@ -34,6 +35,10 @@ def decide_packing(config: "PPOConfig") -> "PPOConfig":
     if config.use_critic:
         model = _decide(config, "critic.model", critic.model, critic.fsdp_config, problems)
         update["critic"] = critic.model_copy(update={"model": model})
+    if config.use_teacher:
+        teacher = config.teacher
+        model = _decide(config, "teacher.model", teacher.model, teacher.fsdp_config, problems)
+        update["teacher"] = teacher.model_copy(update={"model": model})
     if problems:
         raise ConfigError(problems)
     return config.model_copy(update=update)
@@ -87,8 +92,8 @@ def cpu_engine_problems(config: "PPOConfig") -> list[str]:
 
 
 def _decide(
-    config: "PPOConfig", key: str, model: ModelConfig, fsdp: FSDPConfig, problems: list[str]
-) -> ModelConfig:
+    config: "PPOConfig", key: str, model: AnyModel, fsdp: FSDPConfig, problems: list[str]
+) -> AnyModel:
     """Probes `model` and returns it with the verdict, or adds the reason to `problems`."""
     head: Head = "value" if key.startswith("critic") else "lm"
     on_gpu = config.device == "cuda"
@@ -117,7 +122,7 @@ def in_words(packing: Packing) -> str:
     )
 
 
-def decided(model: ModelConfig, packing: Packing) -> ModelConfig:
+def decided(model: AnyModel, packing: Packing) -> AnyModel:
     """`model` with the verdict, so that no other process has to probe it again."""
     override = model.override_config
     if not packing.packs and packing.attention in OTHERS:

@@ -148,6 +148,13 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
     ],
     trainer_config.CustomRewardConfig: ["path", "name"],
     PPOConfig: ["agent", "reward"],  # all their keys: a checkpoint holds nothing of a task
+    workers_config.FrozenModelConfig: [
+        "path",
+        "trust_remote_code",
+        "use_torch_compile",
+        "pack_rows",
+        "override_config",
+    ],
     workers_config.ModelConfig: [
         "trust_remote_code",
         "enable_gradient_checkpointing",
@@ -192,6 +199,11 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
     workers_config.RefConfig: [
         "log_prob_micro_batch_size_per_gpu",
         "log_prob_max_token_len_per_gpu",
+    ],
+    workers_config.TeacherConfig: [
+        "log_prob_micro_batch_size_per_gpu",
+        "log_prob_max_token_len_per_gpu",
+        "weight",
     ],
     workers_config.CriticConfig: [
         "ppo_mini_batch_size",
@@ -300,17 +312,27 @@ def changes_since(saved: dict[str, Any], config: PPOConfig) -> list[Change]:
     """Every value in which `config` differs from `saved`, the configuration of a checkpoint.
 
     A key that only one of them has belongs to another version of the code, and is no change. The
-    critic's section is compared only if both runs have a critic.
+    critic's section is compared only if both runs have a critic, and the teacher's only if this run
+    has one, or had one.
     """
     present = config.model_dump(mode="json")
-    with_critic = config.use_critic and had_critic(saved)
+    without: list[str] = []
+    if not (config.use_critic and had_critic(saved)):
+        without.append("critic.")
+    if not (config.use_teacher or had_teacher(saved)):
+        without.append("teacher.")
     changes = _changes(PPOConfig, saved, present, "")
-    return [change for change in changes if with_critic or not change.key.startswith("critic.")]
+    return [change for change in changes if not change.key.startswith(tuple(without))]
 
 
 def had_critic(saved: dict[str, Any]) -> bool:
     """Whether the run of a saved configuration had a critic."""
     return saved["algorithm"]["adv_estimator"] == "gae"
+
+
+def had_teacher(saved: dict[str, Any]) -> bool:
+    """Whether the run of a saved configuration had a teacher."""
+    return saved.get("teacher", {}).get("weight", 0) > 0
 
 
 def _changes(

@@ -16,24 +16,15 @@ LossAggMode = Annotated[str, OneOf("verl.trainer.ppo.core_algos.LOSS_AGG_MODES")
 KLPenalty = Annotated[str, OneOf("verl.trainer.ppo.core_algos.KL_PENALTIES")]
 
 
-class ModelConfig(Config):
+class FrozenModelConfig(Config):
+    """A model of which nothing is trained."""
+
     path: str
-    """Hugging Face directory or hub name of the initial weights."""
-    tokenizer_path: str | None = None
-    """Hugging Face directory or hub name of the tokenizer; null: the one beside the weights."""
+    """Hugging Face directory or hub name of the weights, which training starts from."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights."""
-    enable_gradient_checkpointing: bool = True
-    """Recompute activations of each decoder layer in the backward pass."""
     use_torch_compile: bool = False
-    """Compile every decoder layer of actor, reference and critic."""
-    lora_rank: NonNegativeInt = 0
-    """Rank of trained adapters (LoRA, arXiv 2106.09685) over frozen weights; 0: train all
-    weights."""
-    lora_alpha: PositiveInt = 16
-    """Adapters are scaled by lora_alpha / lora_rank."""
-    target_modules: str | list[str] = "all-linear"
-    """Names of the linear layers that get adapters."""
+    """Compile every decoder layer where this model is trained or computes log-probs."""
     pack_rows: bool | None = None
     """Whether trajectories share a forward pass. Null: they do if a probe on a shallow random copy
     of the model shows that they do not affect each other; otherwise each passes alone, which is
@@ -46,6 +37,26 @@ class ModelConfig(Config):
     def architecture(self) -> dict[str, Any]:
         """The entries that say what the model is, not how training computes it."""
         return {k: v for k, v in self.override_config.items() if k != "attn_implementation"}
+
+    def frozen(self) -> "ModelConfig":
+        """This model without anything that only its training would need."""
+        return ModelConfig(**self.model_dump(include=set(FrozenModelConfig.model_fields)))
+
+
+class ModelConfig(FrozenModelConfig):
+    """A model that is trained."""
+
+    tokenizer_path: str | None = None
+    """Hugging Face directory or hub name of the tokenizer; null: the one beside the weights."""
+    enable_gradient_checkpointing: bool = True
+    """Recompute activations of each decoder layer in the backward pass."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of trained adapters (LoRA, arXiv 2106.09685) over frozen weights; 0: train all
+    weights."""
+    lora_alpha: PositiveInt = 16
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the linear layers that get adapters."""
 
 
 class OptimConfig(Config):
@@ -133,6 +144,18 @@ class RefConfig(Config):
     log_prob_max_token_len_per_gpu: PositiveInt = 32768
     """Most tokens in such a pass."""
     fsdp_config: FSDPConfig = FSDPConfig(model_dtype="bfloat16")
+
+
+class TeacherConfig(RefConfig):
+    """A model that says how it would have written the tokens of the policy.
+
+    On-policy distillation: `weight` times the teacher's log-prob minus the policy's is added to the
+    advantage of each token that the policy wrote.
+    """
+
+    weight: NonNegativeFloat = 0.0
+    """Weight of the teacher beside the advantage by the reward; 0: there is no teacher."""
+    model: FrozenModelConfig
 
 
 class CriticConfig(Config):

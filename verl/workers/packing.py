@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from verl.protocol import DataProto
 from verl.utils.errors import ConfigError
 from verl.workers.attention import PACKED, choose_attention
-from verl.workers.config import ModelConfig
+from verl.workers.config import FrozenModelConfig
 from verl.workers.forward import forward_log_probs, forward_values
 from verl.workers.shallow import (
     LENGTH_DEPENDENT,
@@ -52,7 +52,11 @@ class Packing:
 
 
 def packing_of(
-    config: ModelConfig, head: Head, on_gpu: bool, dtype: torch.dtype, longest: int | None = None
+    config: FrozenModelConfig,
+    head: Head,
+    on_gpu: bool,
+    dtype: torch.dtype,
+    longest: int | None = None,
 ) -> Packing:
     """Decides how rows of this model go through it. `longest`: most tokens of a row, if known.
 

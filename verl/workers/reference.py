@@ -1,26 +1,29 @@
-"""The reference: the initial policy, frozen."""
+"""A frozen model that gives log-probs: the reference, which is the initial policy, or a teacher."""
 
 from functools import partial
 
 from verl.protocol import DataProto
 from verl.single_controller.decorator import Dispatch, register
 from verl.single_controller.worker import Worker
-from verl.workers.config import ModelConfig, RefConfig
+from verl.workers.config import FrozenModelConfig, RefConfig
 from verl.workers.forward import log_probs_of_rows
 from verl.workers.fsdp_model import build_model
 from verl.workers.update import INPUTS, Budget, map_micro_batches
 
 
 class ReferenceWorker(Worker):
-    """One rank of the reference. There is one only if a KL is computed."""
+    """One rank of the reference or of the teacher.
 
-    def __init__(self, model: ModelConfig, config: RefConfig, temperature: float) -> None:
+    There is a reference only if a KL to it is computed, and a teacher only if it has a weight.
+    """
+
+    def __init__(self, model: FrozenModelConfig, config: RefConfig, temperature: float) -> None:
         super().__init__()
         self.config = config
         self.temperature = temperature
         # new adapters change nothing, so the reference is the model without them
-        plain = model.model_copy(update={"lora_rank": 0})
-        self.model = build_model(plain, "lm", config.fsdp_config, self.mesh).requires_grad_(False)
+        frozen = build_model(model.frozen(), "lm", config.fsdp_config, self.mesh)
+        self.model = frozen.requires_grad_(False)
 
     @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:

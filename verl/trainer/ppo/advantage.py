@@ -102,6 +102,21 @@ def compute_advantage(
     return data.with_tensors(advantages=advantages, returns=returns.to(torch.float32)), shares
 
 
+def add_distillation(data: DataProto, weight: float) -> tuple[DataProto, dict[str, float]]:
+    """The batch with the teacher's part in its `advantages`, and the policy's KL to the teacher.
+
+    On a token of the policy the part is `weight * (log teacher - log policy)`, which is minus
+    `weight` times the sample of the reverse KL there. What a token does to the KL of the tokens
+    after it is not credited to it (discount 0), as in https://thinkingmachines.ai/blog/on-policy-distillation.
+    """
+    batch = data.batch
+    mask = batch["response_mask"]
+    gap = batch["teacher_log_prob"] - batch["old_log_probs"]
+    part = torch.where(mask.bool(), weight * gap, 0.0)
+    kl = masked_mean(-gap, mask).item()
+    return data.with_tensors(advantages=batch["advantages"] + part), {"teacher/reverse_kl": kl}
+
+
 def join_columns(columns: dict[str, Any], joined: Joined, data: DataProto) -> dict[str, Any]:
     """The columns of an estimator with a row for each trajectory instead of each context."""
     tensors = {name: column for name, column in columns.items() if isinstance(column, torch.Tensor)}

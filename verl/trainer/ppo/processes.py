@@ -22,7 +22,7 @@ class Processes:
 
     group: RayWorkerGroup
     roles: dict[str, Any]
-    """`actor`, and `ref` and `critic` where the algorithm uses them."""
+    """`actor`, and `ref`, `teacher` and `critic` where the algorithm uses them."""
     rollout: RolloutManager
     val_rollout: RolloutManager
     """The engines of the validation: the same as `rollout`, without `rollout.num_val_replicas`."""
@@ -66,6 +66,10 @@ def start_processes(config: PPOConfig, device: str, total_steps: int) -> Process
     if config.use_reference:
         specs["ref"] = RayClassWithInitArgs(
             ReferenceWorker, model.model, model.ref, model.rollout.temperature
+        )
+    if config.use_teacher:
+        specs["teacher"] = RayClassWithInitArgs(
+            ReferenceWorker, config.teacher.model, config.teacher, model.rollout.temperature
         )
     if config.use_critic:
         specs["critic"] = RayClassWithInitArgs(CriticWorker, config.critic, total_steps)

@@ -6,6 +6,7 @@ from typing import Any, cast
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.advantage import (
+    add_distillation,
     apply_kl_penalty,
     build_kl_controller,
     compute_advantage,
@@ -75,6 +76,7 @@ class RayPPOTrainer:
         self.total = config.total_training_steps(len(train_set))
         self.actor = processes.roles["actor"]
         self.reference = processes.roles.get("ref")
+        self.teacher = processes.roles.get("teacher")
         self.critic = processes.roles.get("critic")
         self.rollout = processes.rollout
         self.val_rollout = processes.val_rollout
@@ -121,6 +123,7 @@ class RayPPOTrainer:
                 metrics |= batch_metrics
                 batch = self.old_log_prob(batch)
                 batch = self.ref_log_prob(batch)
+                batch = self.teacher_log_prob(batch)
                 batch = self.values(batch)
                 batch, adv_metrics = self.advantage(batch)
                 metrics |= adv_metrics
@@ -230,6 +233,14 @@ class RayPPOTrainer:
         with self.timers("ref"):
             return batch.union(self.reference.compute_ref_log_prob(batch))
 
+    def teacher_log_prob(self, batch: DataProto) -> DataProto:
+        """Adds the log-probs of the teacher, if there is one."""
+        if self.teacher is None:
+            return batch
+        with self.timers("teacher"):
+            scored = self.teacher.compute_ref_log_prob(batch)
+            return batch.with_tensors(teacher_log_prob=scored.batch["ref_log_prob"])
+
     def values(self, batch: DataProto) -> DataProto:
         """Adds the critic's values, if there is a critic."""
         if self.critic is None:
@@ -238,11 +249,18 @@ class RayPPOTrainer:
             return batch.union(self.critic.compute_values(batch))
 
     def advantage(self, batch: DataProto) -> tuple[DataProto, Metrics]:
-        """Adds rewards (minus the KL, if it is in the reward), advantages and returns."""
+        """Adds rewards (minus the KL, if it is in the reward), advantages and returns.
+
+        A teacher's part is in the advantages, and not in the returns.
+        """
         with self.timers("adv"):
             batch, kl_metrics = apply_kl_penalty(batch, self.config.algorithm, self.kl_ctrl)
             batch, metrics = compute_advantage(batch, self.config.algorithm)
-        return batch, kl_metrics | metrics
+            metrics |= kl_metrics
+            if self.config.use_teacher:
+                batch, teacher_metrics = add_distillation(batch, self.config.teacher.weight)
+                metrics |= teacher_metrics
+        return batch, metrics
 
     def update_critic(self, batch: DataProto) -> Metrics:
         """Trains the critic, if there is one."""

@@ -155,6 +155,17 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     return whitened, whitened
 
 
+def compute_no_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, **_: object
+) -> tuple[Tensor, Tensor]:
+    """No advantage from rewards, for training on the advantages of a teacher alone.
+
+    Returns advantages and returns, which are all 0, [B, R].
+    """
+    zeros = torch.zeros_like(token_level_rewards)
+    return zeros, zeros
+
+
 @dataclass(frozen=True)
 class AdvantageEstimator:
     """A function from rewards to advantages and returns, both [B, R], and what it needs.
@@ -188,5 +199,6 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
     "turn_level": AdvantageEstimator(compute_turn_level_advantage, uses_groups=True),
     "gigpo": AdvantageEstimator(compute_gigpo_advantage, uses_groups=True),
     "igpo": AdvantageEstimator(compute_igpo_advantage, uses_groups=True),
+    "none": AdvantageEstimator(compute_no_advantage),
 }
 """The choices of `algorithm.adv_estimator`."""
