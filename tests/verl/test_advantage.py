@@ -166,7 +166,7 @@ def test_a_fixed_coefficient_stays():
 
 
 def test_the_teachers_part_is_the_gradient_of_the_reverse_kl():
-    """Over all tokens that may follow: the mean of the gradient is that of minus KL(policy || T)."""
+    """Its mean over all tokens that may follow is the gradient of minus KL(policy || teacher)."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, generator=generator, requires_grad=True)
     policy = logits.log_softmax(0)

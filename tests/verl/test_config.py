@@ -95,6 +95,13 @@ def test_loop_is_rloo_with_the_clip_of_ppo_and_without_a_kl():
     assert not config.use_reference and config.uses_groups
 
 
+def test_distillation_leaves_the_reward_out_and_has_no_reference():
+    recipe = ["experiment=closed_world/grpo", "algo=distillation", "teacher.model.path=/b"]
+    config = validate(composed("grpo", *recipe))
+    assert config.algorithm.adv_estimator == "none" and config.use_teacher
+    assert not config.use_critic and not config.use_reference and not config.uses_groups
+
+
 def test_both_algorithms_set_the_same_switches():
     """So that none of one is left where the other is chosen."""
     files = {name: OmegaConf.load(ROOT / "configs" / "algo" / f"{name}.yaml") for name in ALGOS}

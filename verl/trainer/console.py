@@ -34,7 +34,7 @@ WRONG = re.compile(
 )
 """A line that tells of an error: of Python, of vLLM, of C++ (glog's E and F), or of the system."""
 BEGIN_OF_TRACEBACK = "Traceback (most recent call last)"
-ALGORITHMS = {"gae": "PPO", "grpo": "GRPO"}
+ALGORITHMS = {"gae": "PPO", "grpo": "GRPO", "none": "distillation"}
 """What estimators of the advantage are called together with their loss."""
 
 Lines = Mapping[str, Any]
@@ -147,11 +147,12 @@ def plan(config: "PPOConfig", num_questions: int, steps: int, resumed_step: int 
     policy = config.actor_rollout_ref.model.path
     estimator = str(config.algorithm.adv_estimator)
     algorithm = ALGORITHMS.get(estimator, estimator)
+    teacher = f", taught by {config.teacher.model.path}" if config.use_teacher else ""
     trajectories = counted(config.rollout_batch_size, "trajectory", "trajectories")
     after = "" if resumed_step is None else f", going on after step {resumed_step}"
     return (
         f"{algorithm} of {policy} ({size_of(config)}) on {num_questions:,} questions of "
-        f"{names_of(data.train_files)}: {counted(steps, 'step')} of "
+        f"{names_of(data.train_files)}{teacher}: {counted(steps, 'step')} of "
         f"{trajectories}{after}, {machines_of(config)}; "
         f"run folder {trainer.default_local_dir}"
     )
