@@ -4,7 +4,8 @@ python -m search_r1.expand --index_path INDEX/bm25 --corpus_path C.jsonl --out e
     --url http://127.0.0.1:8001/v1 --model NAME
 
 The model stands behind an OpenAI-compatible endpoint, whose key is read from $OPENAI_API_KEY. The
-same command goes on where it was stopped: what is done stands in OUT.part until all is.
+same command goes on where it was stopped: what is done stands in OUT.part until all is. The
+settings of a finished file stand in OUT.made_from, so that the same command does nothing again.
 """
 
 import argparse
@@ -120,24 +121,46 @@ def started(part: Path, settings: dict[str, Any]) -> set[str]:
     Its first line holds the settings. A last line that a killed process left unfinished is cut off.
     Raises CorpusError when it was begun with other settings.
     """
-    header = json.dumps(settings) + "\n"
-    if not part.exists():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(header, encoding="utf-8")
-    data = part.read_bytes()
+    data = part.read_bytes() if part.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
+    if not whole:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        return set()
     os.truncate(part, len(whole))
-    first, _, rest = whole.partition(b"\n")
-    if first + b"\n" != header.encode():
+    first, _, rest = whole.decode(errors="replace").partition("\n")
+    if first != json.dumps(settings):
         raise CorpusError(
-            f"{part} was begun with other settings ({first.decode(errors='replace')}): give the "
-            "same ones to go on, or remove it to begin anew"
+            f"{part} was begun with other settings ({first}): give the same ones to go on, or "
+            "remove it to begin anew"
         )
     return {json.loads(line)["id"] for line in rest.splitlines()}
 
 
-def finish(part: Path, out: Path) -> None:
-    """Makes `out` of `part`, without its first line."""
+def is_finished(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether `out` is there, made with these settings.
+
+    Raises CorpusError when it was made with other ones, or by something else.
+    """
+    if not out.exists():
+        return False
+    made_from = made_from_file(out)
+    first = made_from.read_text(encoding="utf-8") if made_from.exists() else "unknown"
+    if first == json.dumps(settings):
+        return True
+    raise CorpusError(
+        f"{out} is there, made with other settings ({first}): name another --out, or remove it"
+    )
+
+
+def made_from_file(out: Path) -> Path:
+    """The file that holds the settings with which `out` was made."""
+    return out.with_name(out.name + ".made_from")
+
+
+def finish(part: Path, out: Path, settings: dict[str, Any]) -> None:
+    """Makes `out` of `part`, without its first line, and writes the settings beside it."""
+    made_from_file(out).write_text(json.dumps(settings), encoding="utf-8")
     body = part.with_name(part.name + ".body")
     with part.open("rb") as source, body.open("wb") as target:
         source.readline()
@@ -173,13 +196,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def expand(args: argparse.Namespace) -> int:
     """Asks for the words of all documents that have none yet; returns the number of documents.
 
-    Raises RetrieverError for a bad index or an endpoint that does not answer, EndpointFailed when
+    A file that is finished stays. Raises RetrieverError for a bad index, a file with other settings
+    or an endpoint that does not answer, EndpointFailed when
     a document gets no usable reply.
     """
     bm25 = load_plain(args)
-    if problem := check_endpoint(EndpointConfig(url=args.url)):
-        raise RetrieverError(f"--url: {problem}")
-    part = args.out.with_name(args.out.name + ".part")
     settings = {
         "corpus": bm25.fingerprint,
         "model": args.model,
@@ -187,6 +208,11 @@ def expand(args: argparse.Namespace) -> int:
         "max_df": args.max_df,
         "prompt": PROMPT,
     }
+    if is_finished(args.out, settings):
+        return len(bm25)
+    if problem := check_endpoint(EndpointConfig(url=args.url)):
+        raise RetrieverError(f"--url: {problem}")
+    part = args.out.with_name(args.out.name + ".part")
     with locked(part):
         done = started(part, settings)
         with (
@@ -196,7 +222,7 @@ def expand(args: argparse.Namespace) -> int:
             documents = (bm25.corpus[position] for position in range(len(bm25)))
             left = (document for document in documents if str(document["id"]) not in done)
             asyncio.run(Writer(args, bm25, file).write_all(left, bar))
-        finish(part, args.out)
+        finish(part, args.out, settings)
     return len(bm25)
 
 

@@ -115,20 +115,27 @@ class Finetune:
 
     def made_of(self) -> dict[str, Any]:
         """The settings that the result of a round depends on; the number of rounds is not one."""
-        data = self.raw["data"]
         model = self.raw["actor_rollout_ref"]["model"]
         agent = self.raw["agent"]
-        sampling = ("train_data_num", "train_sample_seed", "apply_chat_template_kwargs")
-        unread = NOT_OF_ROUNDS if self.config.data == "traces" else NOT_OF_ROUNDS | OF_TRACES
+        is_of_traces = self.config.data == "traces"
+        unread = NOT_OF_ROUNDS if is_of_traces else NOT_OF_ROUNDS | OF_TRACES
         return {
             "model": {**model, "path": full_path(model["path"])},
-            "train_files": [full_path(path) for path in files_of(data["train_files"])],
-            **{key: data[key] for key in sampling},
+            "apply_chat_template_kwargs": self.raw["data"]["apply_chat_template_kwargs"],
             "template": self.raw["template"],
             "finetune": {k: v for k, v in self.raw["finetune"].items() if k not in unread},
-            **self.made_of_traces(),
             "agent": {k: v for k, v in agent.items() if k != "retriever"},
-            "topk": agent.get("retriever", {}).get("topk"),
+            **(self.made_of_traces() if is_of_traces else self.made_of_questions()),
+        }
+
+    def made_of_questions(self) -> dict[str, Any]:
+        """What else a result depends on where questions are answered, searched for and scored."""
+        data = self.raw["data"]
+        return {
+            "train_files": [full_path(path) for path in files_of(data["train_files"])],
+            "train_data_num": data["train_data_num"],
+            "train_sample_seed": data["train_sample_seed"],
+            "topk": self.raw["agent"].get("retriever", {}).get("topk"),
             "reward": {k: v for k, v in self.raw["reward"].items() if k != "judge_endpoint"},
             "custom_reward_function": self.raw["custom_reward_function"],
         }
@@ -138,8 +145,6 @@ class Finetune:
 
         Raises DataError for a file of traces that is missing.
         """
-        if self.config.data != "traces":
-            return {}
         if missing := [path for path in files_of(self.config.traces) if not Path(path).is_file()]:
             raise DataError(f"finetune.traces: {', '.join(missing)}: no such file")
         return {

@@ -25,7 +25,7 @@ from search_r1.search.extras import require
 from search_r1.search.index.files import locked
 from search_r1.search.index.manifest import MANIFEST, read_manifest
 from search_r1.search.index.reader import CorpusReader
-from search_r1.search.serve import positive
+from search_r1.search.serve import positive, refuse_unread
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -97,7 +97,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="keep the embeddings, for another --faiss_type",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    refuse_unread(parser, args, {"own_weight": (args.expansions is not None, "--expansions")})
+    return args
 
 
 def add_expansion_flags(parser: argparse.ArgumentParser) -> None:

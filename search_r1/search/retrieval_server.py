@@ -23,11 +23,13 @@ from search_r1.search.serve import (
     add_flags,
     add_serving_flags,
     positive,
+    refuse_unread,
     serve,
     share,
 )
 from search_r1.search.store import load_documents
 
+EXPANSION_FLAGS = ("feedback_docs", "feedback_terms", "original_weight", "max_df")
 __all__ = ["load", "load_documents", "main", "parse_arguments"]
 
 
@@ -53,12 +55,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         add_document_flags(parser)
         add_flags(parser)
     args = parser.parse_args(argv)
+    refuse_unread(parser, args, readers_of_flags(args))
     if args.faiss_gpu and args.workers > 1:
         parser.error(
             "--faiss_gpu: an index on the GPU belongs to one process; leave --workers at 1"
         )
-    if not 0 <= args.noise <= 1:
-        parser.error("--noise is a share, from 0 to 1")
     if args.simulated_temperature < 0:
         parser.error("--simulated_temperature must be at least 0")
     if args.simulated_max_retries < 0:
@@ -66,6 +67,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.simulated_timeout_s <= 0:
         parser.error("--simulated_timeout_s must be positive")
     return args
+
+
+def readers_of_flags(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
+    """For flags that one engine or one choice reads: whether it is served, and its flag."""
+    name = args.retriever_name
+    expansion = (args.query_expansion is not None, f"--query_expansion {RM3}")
+    of_engine = {
+        "hybrid": ("hybrid_of",),
+        "noisy": ("noisy_of", "noise"),
+        "oracle": ("questions",),
+        "simulated": tuple(flag for flag in vars(args) if flag.startswith("simulated_")),
+    }
+    readers = dict.fromkeys(EXPANSION_FLAGS, expansion)
+    for engine, flags in of_engine.items():
+        readers |= dict.fromkeys(flags, (name == engine, f"--retriever_name {engine}"))
+    return readers
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -268,7 +285,7 @@ def add_experiment_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--noise",
-        type=float,
+        type=share,
         default=0.3,
         help="noisy: share of passages replaced by random ones (default: 0.3)",
     )

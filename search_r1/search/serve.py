@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -183,6 +183,20 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def refuse_unread(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    readers: Mapping[str, tuple[bool, str]],
+) -> None:
+    """Ends the command for a flag that differs from its default and that nothing would read.
+
+    `readers`: for each flag whether it is read, and the flag that would make it be read.
+    """
+    for flag, (is_read, reader) in readers.items():
+        if not is_read and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag} has no effect without {reader}")
 
 
 def share(text: str) -> float:

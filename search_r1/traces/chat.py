@@ -73,17 +73,18 @@ def read_calls(
 ) -> tuple[TracedCall, ...]:
     """The calls of a message with their results, told by their ids or else by their order.
 
-    Raises Rejected.
+    Ids that several calls share tell nothing. Raises Rejected.
     """
     by_id = {result.get("tool_call_id"): result for result in results}
-    named = [by_id.get(call.get("id")) for call in calls if call.get("id")]
-    own = named if len(named) == len(calls) and all(named) else list(results)
+    ids = {call.get("id") for call in calls}
+    are_told = len(ids) == len(calls) and ids <= by_id.keys() and all(ids)
+    own = [by_id[call["id"]] for call in calls] if are_told else list(results)
     if len(own) < len(calls):
         raise Rejected(Reason.NO_RESULT, f"{len(calls)} calls with {len(results)} results")
     if len(results) > len(calls):
         raise Rejected(Reason.NO_CALL, f"{len(calls)} calls with {len(results)} results")
     return tuple(
-        TracedCall(*name_and_arguments(call), text_in((result or {}).get("content")).strip())
+        TracedCall(*name_and_arguments(call), text_in(result.get("content")).strip())
         for call, result in zip(calls, own, strict=True)
     )
 

@@ -68,6 +68,29 @@ def test_the_same_command_goes_on_where_it_was_stopped(tmp_path):
     assert set(written(tmp_path / "e.jsonl")) == {"0", "1", "2"} and not part.exists()
 
 
+def test_a_finished_file_stays_and_other_settings_are_refused(tmp_path):
+    write_corpus(tmp_path, ROWS)
+    player = Player(SCRIPTS)
+    with serving(player.app) as url:
+        assert expand.main(command(tmp_path, url)) == 0
+    asked = {name: len(requests) for name, requests in player.requests.items()}
+    assert expand.main(command(tmp_path, "http://127.0.0.1:9")) == 0
+    assert {name: len(requests) for name, requests in player.requests.items()} == asked
+    with pytest.raises(SystemExit, match=r"e\.jsonl is there, made with other settings"):
+        expand.main(command(tmp_path, url, "--terms", "3"))
+    (tmp_path / "e.jsonl.made_from").unlink()
+    with pytest.raises(SystemExit, match=r"made with other settings \(unknown\)"):
+        expand.main(command(tmp_path, url))
+
+
+@pytest.mark.parametrize("left", ["", '{"corpus": "of a kil'])
+def test_a_start_that_was_killed_before_its_first_line_is_no_start(tmp_path, left):
+    part = tmp_path / "e.jsonl.part"
+    part.write_text(left)
+    assert expand.started(part, {"terms": 3}) == set()
+    assert part.read_text() == '{"terms": 3}\n'
+
+
 def test_an_endpoint_that_is_not_there_is_named(tmp_path):
     write_corpus(tmp_path, ROWS)
     with pytest.raises(SystemExit, match=r"error: --url: .* does not answer"):

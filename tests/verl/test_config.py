@@ -399,6 +399,10 @@ def test_algorithms_are_one_switch_each(overrides):
         ([f"{CORRECTION}.rollout_token_veto_threshold=1.0"], "rollout_token_veto_threshold"),
         (["teacher.model.path=/b"], "teacher.model.path=/b has no effect with teacher.weight=0"),
         (["algorithm.adv_estimator=none"], "nothing would be learned"),
+        (
+            ["algorithm.information_gain.before=So"],
+            "information_gain.before='So' has no effect with algorithm.information_gain.weight=0",
+        ),
     ],
 )
 def test_combinations_that_would_be_something_else_are_refused(overrides, reason):

@@ -59,7 +59,7 @@ def test_a_turn_is_paid_what_it_adds_to_the_chance_of_the_answer(tokenizer):
     second = played()
     second.segments[1].token_ids = [31]
     compute, batches = believing({2: 0.1, 30: 0.4, 31: 0.1, 40: 0.9})
-    found = pay_information(jobs_for(ROW, ROW), [first, second], tokenizer, CONFIG, compute)
+    found = pay_information(jobs_for(ROW, ROW), [first, second], tokenizer, CONFIG, compute, 1)
     assert [turn.reward for turn in first.turns] == pytest.approx([0.15, 0.25, 0.0])
     assert [turn.reward for turn in second.turns] == pytest.approx([0.0, 0.4, 0.0])
     assert first.reward == pytest.approx({"score": 1.4, "information_gain": 0.8})
@@ -68,6 +68,19 @@ def test_a_turn_is_paid_what_it_adds_to_the_chance_of_the_answer(tokenizer):
     assert found["information_gain/tokens"] == batch.batch["attention_mask"].sum()
     said = batch.batch["responses"][0][batch.batch["response_mask"][0].bool()].tolist()
     assert said == encode_text(tokenizer, " Rome </answer>")
+
+
+def test_equal_shares_of_the_rows_have_nearly_equal_tokens(tokenizer):
+    """Contexts grow from turn to turn: in their own order the second rank would have more."""
+    trajectory = played()
+    compute, batches = believing({2: 0.1, 30: 0.4, 40: 0.9, 50: 0.8})
+    trajectory.add_observation([50])
+    trajectory.segments.append(Segment(Source.MODEL, [14], [-1.0]))
+    pay_information(jobs_for(ROW), [trajectory], tokenizer, CONFIG, compute, 2)
+    assert [turn.reward for turn in trajectory.turns] == pytest.approx([0.15, 0.25, -0.05, 0.0])
+    lengths = batches[0].batch["attention_mask"].sum(1)
+    asked = lengths - lengths.min()
+    assert asked.tolist() == [0, 7, 2, 5]
 
 
 def test_a_rewritten_context_is_asked_as_it_was(tokenizer):
@@ -89,7 +102,7 @@ def test_asides_and_turns_without_tokens_shift_no_gain(tokenizer):
     trajectory.rewrite([1, 30])
     trajectory.segments.append(Segment(Source.MODEL, [13], [-1.0]))
     compute, _ = believing({2: 0.1, 30: 0.5})
-    pay_information(jobs_for(ROW), [trajectory], tokenizer, CONFIG, compute)
+    pay_information(jobs_for(ROW), [trajectory], tokenizer, CONFIG, compute, 1)
     assert [turn.reward for turn in trajectory.turns] == pytest.approx([0.0, 0.2, 0.0, 0.0])
 
 
@@ -97,7 +110,7 @@ def test_a_question_without_an_answer_ends_the_run(tokenizer):
     row = {"data_source": "made", "reward_model": {"ground_truth": {"target": []}}}
     compute, _ = believing({})
     with pytest.raises(RewardError, match=r"information_gain needs an answer.*made row"):
-        pay_information(jobs_for(row), [played()], tokenizer, CONFIG, compute)
+        pay_information(jobs_for(row), [played()], tokenizer, CONFIG, compute, 1)
 
 
 def test_the_chance_is_that_of_the_model(tmp_path, tokenizer):
@@ -114,7 +127,7 @@ def test_the_chance_is_that_of_the_model(tmp_path, tokenizer):
                 {"old_log_probs": log_probs_of_rows(model, batch.with_tensors(**ids), 1.0)}
             )
 
-    pay_information(jobs_for(ROW), [trajectory], tokenizer, config, shrunk)
+    pay_information(jobs_for(ROW), [trajectory], tokenizer, config, shrunk, 1)
     answer = [t % size for t in encode_text(tokenizer, "Rome")]
     before = [t % size for t in encode_text(tokenizer, "a")]
 

@@ -45,6 +45,7 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         mini_batch_problems,
         group_problems,
         estimator_problems,
+        information_problems,
         sampling_problems,
         parallelism_problems,
         context_length_problems,
@@ -112,6 +113,20 @@ def estimator_problems(config: "PPOConfig") -> list[str]:
         f"algorithm.adv_estimator={config.algorithm.adv_estimator}: docs/algorithms.md says which "
         "estimators read it"
         for name, value in config.ignored_by_estimator.items()
+    ]
+
+
+def information_problems(config: "PPOConfig") -> list[str]:
+    """Settings of a gain of information that is not computed."""
+    section = config.algorithm.information_gain
+    if section.weight:
+        return []
+    defaults = type(section)()
+    return [
+        f"algorithm.information_gain.{name}={getattr(section, name)!r} has no effect with "
+        "algorithm.information_gain.weight=0"
+        for name in ("before", "answer")
+        if getattr(section, name) != getattr(defaults, name)
     ]
 
 

@@ -292,6 +292,36 @@ def test_bad_parameters_are_refused(flag, value, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--feedback_terms", "5"], "--feedback_terms has no effect without --query_expansion rm3"),
+        (["--noise", "0.5"], "--noise has no effect without --retriever_name noisy"),
+        (
+            ["--retriever_name", "simulated", "--noise", "0.5"],
+            "--noise has no effect without --retriever_name noisy",
+        ),
+        (["--noisy_of", "e5"], "--noisy_of has no effect without --retriever_name noisy"),
+        (["--hybrid_of", "e5", "e5"], "--hybrid_of has no effect without --retriever_name hybrid"),
+        (["--questions", "q"], "--questions has no effect without --retriever_name oracle"),
+        (
+            ["--simulated_timeout_s", "9"],
+            "--simulated_timeout_s has no effect without --retriever_name simulated",
+        ),
+    ],
+)
+def test_flags_that_nothing_reads_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_the_weight_of_a_document_needs_words_to_weigh_it_against(capsys):
+    with pytest.raises(SystemExit):
+        index_builder.parse_arguments(["--corpus_path", "c.jsonl", "--own_weight", "3"])
+    assert "--own_weight has no effect without --expansions" in capsys.readouterr().err
+
+
 def test_neighbours_give_the_words_that_a_document_lacks(tmp_path):
     """Document 3 is like 4 alone, whose butter it lacks; 0 and 1 share the tide."""
     path = write_corpus(tmp_path, ROWS)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from search_r1.traces.chat import read_calls
 from search_r1.traces.read import read_trace
 from search_r1.traces.text import SEARCHES
 from search_r1.traces.trace import Reason, Rejected, Said, TracedCall, TracedTurn
@@ -85,6 +86,12 @@ def test_messages_with_calls_are_read_and_results_told_by_their_ids():
     first = TracedTurn("<think>\na\n</think>\n\n", called)
     assert trace.said == Said((first,), "<think>b</think> ", " Torvel ")
     assert trace.question == "Where was Ada born?" and trace.golds == ("Torvel", "Marna")
+
+
+def test_results_of_calls_that_share_an_id_are_told_by_their_order():
+    calls = [call("web", '{"query": "Ada"}', "x"), call("web", '{"query": "Bo"}', "x")]
+    results = [{"role": "tool", "tool_call_id": "x", "content": text} for text in ("one", "two")]
+    assert [called.result for called in read_calls(calls, results)] == ["one", "two"]
 
 
 @pytest.mark.parametrize(

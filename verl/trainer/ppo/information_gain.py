@@ -22,6 +22,7 @@ from verl.rollout.agent_worker import Job
 from verl.trainer.config import InformationGainConfig
 from verl.utils.answers import answers_of
 from verl.utils.errors import RewardError
+from verl.utils.seqlen_balancing import balance
 from verl.utils.tokenizer import encode_text
 from verl.utils.torch_functional import masked_mean
 
@@ -35,11 +36,12 @@ def pay_information(
     tokenizer: PreTrainedTokenizerBase,
     config: InformationGainConfig,
     compute_log_prob: Callable[[DataProto], DataProto],
+    world_size: int,
 ) -> dict[str, float]:
     """Pays each turn `config.weight` times its gain, as a part of the trajectory's score.
 
-    `compute_log_prob` adds `old_log_probs` to a batch. Returns what was computed for it. Raises
-    RewardError for a question without an answer.
+    `compute_log_prob` adds `old_log_probs` to a batch, on `world_size` ranks. Returns
+    what was computed for it. Raises RewardError for a question without an answer.
     """
     questions = Questions(tokenizer, config)
     asked = [
@@ -50,7 +52,10 @@ def pay_information(
         for job, trajectory in zip(jobs, trajectories, strict=True)
     ]
     batch = questions.batch()
-    likelihoods = answer_likelihoods(compute_log_prob(batch), batch)
+    order = balanced_order(batch, world_size)
+    ordered = batch[order]
+    found = answer_likelihoods(compute_log_prob(ordered), ordered)
+    likelihoods = dict(zip(order, found, strict=True))
     for trajectory, turns in zip(trajectories, asked, strict=True):
         gains = gains_of_turns([likelihoods[number] for _, number in turns])
         for (turn, _), gain in zip(turns, gains, strict=True):
@@ -61,6 +66,12 @@ def pay_information(
         "information_gain/contexts": float(len(batch)),
         "information_gain/tokens": float(batch.batch["attention_mask"].sum()),
     }
+
+
+def balanced_order(batch: DataProto, world_size: int) -> list[int]:
+    """The rows in the order in which equal shares of them have nearly equal tokens."""
+    lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
+    return [row for part in balance(lengths, world_size) for row in part]
 
 
 def contexts_of_turns(trajectory: Trajectory) -> Iterator[tuple[Segment, list[int]]]:

@@ -74,6 +74,7 @@ class RayPPOTrainer:
         self.task = task
         self.questions = questions_digest(train_set.rows)
         self.total = config.total_training_steps(len(train_set))
+        self.world_size = processes.group.world_size
         self.actor = processes.roles["actor"]
         self.reference = processes.roles.get("ref")
         self.teacher = processes.roles.get("teacher")
@@ -89,7 +90,7 @@ class RayPPOTrainer:
             processes.rollout,
             task.reward,
             pad_token_id=cast(int, task.tokenizer.pad_token_id),
-            world_size=processes.group.world_size,
+            world_size=self.world_size,
         )
         self.validator = Validator(config, val_set, processes.val_rollout, task, tracking)
         self.validates_again = False
@@ -202,6 +203,7 @@ class RayPPOTrainer:
                 self.task.tokenizer,
                 config,
                 self.actor.compute_log_prob,
+                self.world_size,
             )
 
     def build(self, rollouts: Rollouts) -> tuple[DataProto, Metrics]:
