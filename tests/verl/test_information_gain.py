@@ -106,7 +106,7 @@ def test_a_number_of_the_reward_by_the_same_name_is_not_overwritten(tokenizer):
     named = played()
     named.reward["information_gain"] = 0.25
     compute, batches = believing({})
-    with pytest.raises(RewardError, match="returned a number under 'information_gain'.*rename"):
+    with pytest.raises(RewardError, match=r"returned a number under .information_gain..*rename"):
         pay_information(jobs_for(ROW), [named], tokenizer, CONFIG, compute)
     assert not batches and named.reward["information_gain"] == 0.25
 
