@@ -40,6 +40,7 @@ from verl.trainer.overrides import quoted
 from verl.utils.config import problems_of
 from verl.utils.dataset import read_questions
 from verl.utils.errors import ConfigError, DataError
+from verl.utils.loading import load_class
 from verl.utils.model_names import full_path
 from verl.utils.places import root
 from verl.utils.processes import dying_with_this
@@ -58,6 +59,17 @@ def read_finetune(raw: Mapping[str, Any]) -> FinetuneConfig:
         return FinetuneConfig.model_validate(raw["finetune"])
     except ValidationError as error:
         raise ConfigError(problems_of(error, "finetune.", FinetuneConfig)) from error
+
+
+def check_method(target: str) -> None:
+    """Raises ConfigError for an agent loop that is evaluated alone."""
+    if load_class(target, "agent._target_").is_evaluated_alone:
+        raise ConfigError(
+            [
+                f"agent._target_={target}: this method is evaluated alone, nothing of it is "
+                "trained; remove method="
+            ]
+        )
 
 
 def answer_rows(
@@ -243,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     try:
         config, complete = composed(args.config_name, overrides)
-        validate(as_plain(config))
+        check_method(validate(as_plain(config)).agent["_target_"])
         if config.finetune.data is None:
             raise ConfigError(
                 [

@@ -108,6 +108,30 @@ IRCOT_PROMPT = (
     "words, inside <answer> and </answer>, for example <answer> Beijing </answer>.\n"
 )
 """One sentence of a chain of thought, which is the next query (IRCoT, 2212.10509)."""
+SELF_RAG_NEED_PROMPT = (
+    "A question is to be answered. Judge whether passages of a search engine are needed for it, or "
+    "whether you know the answer for certain. Put yes, if passages are needed, or no inside "
+    "<verdict> and </verdict>.\n"
+    "Question: {question}\n"
+)
+"""The first prompt of Self-RAG (2310.11511): whether to retrieve."""
+SELF_RAG_RELEVANCE_PROMPT = (
+    "Judge whether the passage holds something that helps to answer the question. Put yes or no "
+    "inside <verdict> and </verdict>.\n"
+    "Question: {question}\n"
+    "Passage: {context}\n"
+)
+"""The second: whether a passage is relevant."""
+SELF_RAG_SUPPORT_PROMPT = (
+    "Judge whether the passage supports the answer to the question. Put full, if all of the answer "
+    "follows from the passage, partial, if a part of it does, or none inside <verdict> and "
+    "</verdict>.\n"
+    "Question: {question}\n"
+    "Answer: {answer}\n"
+    "Passage: {context}\n"
+)
+"""The third: whether an answer is supported."""
+VERDICT_END = "</verdict>"
 
 TEMPLATES = {
     "search": SEARCH_PROMPT,

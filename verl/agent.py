@@ -303,6 +303,8 @@ class AgentLoop:
     rewrites_contexts: bool = False
     """Whether it writes contexts anew (`Trajectory.rewrite`), so that a trajectory may have several
     rows."""
+    is_evaluated_alone: bool = False
+    """Whether nothing of its trajectories can be trained: a training with it is refused."""
     needs_tokens: bool = False
     """Whether it works on the tokens of a chat template, which an endpoint of text cannot take."""
 

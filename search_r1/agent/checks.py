@@ -61,6 +61,7 @@ def method_problems(
     if not calls_tools:
         options = {
             "agent.tools: this method searches by itself and calls no other tool": config.tools,
+            "do_search=false: this method searches by itself": not config.do_search,
             f"agent.format={config.format}: this method calls no tool": config.format != TAGS,
             "agent.context: this method writes its contexts by itself": config.context.rewrites,
             "agent.condense: this method writes its contexts by itself": config.condense.by,

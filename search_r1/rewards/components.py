@@ -15,6 +15,8 @@ from search_r1.trajectory import num_repeated
 
 IKEA_BONUS = (0.6, 0.4, 0.2, 0.0)
 """IKEA's bonus for a right answer, by the number of searches."""
+PARTLY_RIGHT = 0.8
+"""What Search-P1 gives at most for a wrong answer that is partly right."""
 
 
 def em(e: Episode, config: SearchRewardConfig) -> float:
@@ -35,6 +37,39 @@ def f1(e: Episode, config: SearchRewardConfig) -> float:
 def f1_above(e: Episode, config: SearchRewardConfig) -> float:
     """1 where token F1 reaches the threshold."""
     return float(f1(e, config) >= config.f1_threshold)
+
+
+def soft_em(e: Episode, config: SearchRewardConfig) -> float:
+    """1 for an exact match, else 0.8 times token F1 (Search-P1, 2602.22576).
+
+    There a language model says how right a wrong answer is, and pays up to 0.2 more for the quality
+    of the reasoning; token F1 stands for the one, and for the other nothing does.
+    """
+    return 1.0 if em(e, config) else PARTLY_RIGHT * f1(e, config)
+
+
+def balanced_f1(e: Episode, config: SearchRewardConfig) -> float:
+    """Token F1; -1 without an answer, or where a tag stands alone (DeepResearcher, 2504.03160).
+
+    Tags are those of thoughts, calls, results and the answer, over all turns together. Words that
+    an answer repeats count as often as they stand there, as in every F1 here; the paper's code
+    compares sets of words.
+    """
+    names = ("think", "answer", *e.call_tags, *e.result_tags)
+    text = "".join(e.turns)
+    if e.answer is None or not all(is_balanced(text, name) for name in names):
+        return -1.0
+    return f1(e, config)
+
+
+def is_balanced(text: str, name: str) -> bool:
+    """Whether a tag opens and closes in turn.
+
+    >>> is_balanced("<a> </a> <a> </a>", "a"), is_balanced("</a> <a>", "a")
+    (True, False)
+    """
+    found = re.findall(rf"</?{re.escape(name)}>", text)
+    return found == [f"<{name}>", f"</{name}>"] * (len(found) // 2)
 
 
 def no_search(e: Episode, config: SearchRewardConfig) -> float:

@@ -39,6 +39,8 @@ ALWAYS: dict[str, Component] = {
 """Components that are computed and logged whatever their weight is, even 0."""
 WEIGHTED: dict[str, Component] = {
     "f1_above": components.f1_above,
+    "soft_em": components.soft_em,
+    "balanced_f1": components.balanced_f1,
     "em_format": components.em_format,
     "retrieval": components.retrieval,
     "no_search": components.no_search,
@@ -51,10 +53,13 @@ WEIGHTED: dict[str, Component] = {
 TurnComponent = Callable[[Episode], list[float]]
 BY_TURN: dict[str, TurnComponent] = {
     "new_evidence": turn_components.new_evidence,
+    "path": turn_components.path,
     "redundancy": turn_components.redundancy,
     "repeated_search": turn_components.repeated_search,
 }
 """Components that are paid to single turns, computed only if their weight is not 0."""
+OF_EVIDENCE = ("new_evidence", "path")
+"""Those of them for which the data must name the gold passages."""
 ToolComponent = Callable[[Episode, SearchRewardConfig, str], float]
 BY_TOOL: dict[str, ToolComponent] = {
     "call_price": components.call_price,
@@ -118,9 +123,10 @@ class SearchReward:
 
     def _of_turns(self, episode: Episode, trajectory: Trajectory, row: Row) -> OfTurns:
         """What each component by turn says of each turn. Raises RewardError if the data lack it."""
-        if "new_evidence" in self.by_turn and episode.gold is None:
+        needing = [name for name in OF_EVIDENCE if name in self.by_turn]
+        if needing and episode.gold is None:
             raise RewardError(
-                "reward.new_evidence needs extra_info.gold_ids or extra_info.gold_titles, which "
+                f"reward.{needing[0]} needs extra_info.gold_ids or extra_info.gold_titles, which "
                 f"this {row['data_source']} row lacks: prepare the data with them, or with an "
                 "empty list where the evidence is unknown"
             )

@@ -25,6 +25,12 @@ class SearchRewardConfig(Config):
     """Weight of token F1."""
     f1_above: Weight = 0.0
     """Weight of token F1 reaching `f1_threshold`, as 0 or 1."""
+    soft_em: Weight = 0.0
+    """Weight of exact match, where a wrong answer gets 0.8 times its token F1. Search-P1 is em=0
+    soft_em=0.6 path=0.3 format=0.1."""
+    balanced_f1: Weight = 0.0
+    """Weight of DeepResearcher's reward (2504.03160): token F1, and -1 without an answer or where a
+    tag stands alone."""
     format: Weight = 0.0
     """Weight of well-formed turns: each one `<think>`, then one `<search>` or, in the last turn,
     one `<answer>`."""
@@ -42,6 +48,10 @@ class SearchRewardConfig(Config):
     new_evidence: Weight = 0.0
     """Weight of the share of the gold passages that a turn found first, paid to that turn. The data
     must name them (`extra_info.gold_ids` or `gold_titles`)."""
+    path: Weight = 0.0
+    """Weight of the path by which the gold passages were found (Search-P1, 2602.22576): the share
+    found, times gold passages per search. Each turn is paid the change that it makes. The data must
+    name them."""
     redundancy: Weight = 0.0
     """Weight of the share of a turn's passages that an earlier turn had found, paid to that turn;
     negative for a penalty. StepSearch is new_evidence=1 redundancy=-1."""

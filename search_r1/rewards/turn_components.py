@@ -35,6 +35,46 @@ def found_by(gold: GoldPassages, searches: Iterable[Search]) -> frozenset[str]:
     return frozenset().union(*(gold.found_in(search.passages) for search in searches))
 
 
+def path(e: Episode) -> list[float]:
+    """What each turn adds to the score of the path, or takes from it (Search-P1, 2602.22576).
+
+    With a reference path of n steps, of which c were taken, in whatever order, by m actions,
+
+        S_ref = c / n * min(1, c / m)
+
+    Here the steps are the gold passages, one is taken where a search finds it, and actions are
+    searches. A turn is paid S_ref after it minus S_ref before it: one that finds nothing new costs
+    something where a step was taken before. Over the turns it adds up to the score of the path,
+    less that of what the agent had found before the first turn.
+
+    The paper lets a language model write the reference path beforehand and match actions with its
+    steps, and takes the larger one of S_ref and of the same figure over the plan that the policy
+    states itself; gold passages need no model, and no plan is read. The bound of 1 is ours: a
+    search may find two passages.
+    """
+    if e.gold is None or not e.gold.names:
+        return [0.0] * len(e.searches_by_turn)
+    taken = found_by(e.gold, e.searches_before)
+    actions = len(e.searches_before)
+    score = path_score(len(taken), len(e.gold.names), actions)
+    paid: list[float] = []
+    for searches in e.searches_by_turn:
+        taken |= found_by(e.gold, searches)
+        actions += len(searches)
+        before, score = score, path_score(len(taken), len(e.gold.names), actions)
+        paid.append(score - before)
+    return paid
+
+
+def path_score(taken: int, steps: int, actions: int) -> float:
+    """The score of a path of so many actions that took so many of the steps.
+
+    >>> path_score(1, 2, 1), path_score(2, 2, 4), path_score(2, 2, 1), path_score(0, 2, 0)
+    (0.5, 0.5, 1.0, 0.0)
+    """
+    return taken / steps * min(1.0, taken / actions) if actions else 0.0
+
+
 def redundancy(e: Episode) -> list[float]:
     """The share of a turn's passages that an earlier turn had found (StepSearch's penalty)."""
     known = {text for search in e.searches_before for text in search.texts}

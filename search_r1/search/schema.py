@@ -121,7 +121,7 @@ class OpenResponse(BaseModel):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    error: Literal["unknown_document", "no_such_page"] | None = None
+    error: Literal["unknown_document", "unreadable", "no_such_page"] | None = None
     document: str
     title: str = ""
     """As the corpus has it, with its quotes."""
@@ -160,7 +160,7 @@ class FindResponse(BaseModel):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    error: Literal["unknown_document", "no_match"] | None = None
+    error: Literal["unknown_document", "unreadable", "no_match"] | None = None
     document: str
     title: str = ""
     """As the corpus has it, with its quotes."""

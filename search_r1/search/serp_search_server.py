@@ -6,7 +6,8 @@ python search_r1/search/serp_search_server.py --provider google \\
     --google_api_key KEY --google_cse_id ID
 python search_r1/search/serp_search_server.py --provider brave --brave_api_key KEY
 
-Keys may stand in SERPAPI_API_KEY, GOOGLE_API_KEY, GOOGLE_CSE_ID and BRAVE_API_KEY instead.
+Keys may stand in SERPAPI_API_KEY, GOOGLE_API_KEY, GOOGLE_CSE_ID and BRAVE_API_KEY instead. With
+--documents id --cache FILE the pages that were found can be opened (docs/retriever.md).
 """
 
 import argparse
@@ -21,8 +22,10 @@ if __package__ in (None, ""):  # run by its path, as the original's users do
 from search_r1.search.engine import Retriever
 from search_r1.search.engines.experiments import Record
 from search_r1.search.engines.web import Provider, WebRetriever, brave, google, serpapi
+from search_r1.search.engines.web_pages import WebPages
 from search_r1.search.errors import RetrieverError
-from search_r1.search.serve import add_flags, positive, serve
+from search_r1.search.serve import add_document_flags, add_flags, positive, serve
+from search_r1.search.store import StoreLimits
 
 KEY_FLAGS = {
     "serpapi": ("serp_api_key",),
@@ -42,9 +45,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_provider_flags(parser)
     add_searching_flags(parser)
     add_flags(parser)
+    add_document_flags(parser)
     args = parser.parse_args(argv)
     if args.requests_per_s <= 0:
         parser.error("--requests_per_s must be positive")
+    if args.documents not in (None, "id"):
+        parser.error(f"--documents {args.documents}: a page is named by its address: id")
+    if args.documents and not args.cache:
+        parser.error("--documents needs --cache FILE, which keeps what was found and read")
     return args
 
 
@@ -134,8 +142,15 @@ def load(args: argparse.Namespace) -> Retriever:
         args.requests_per_s,
         args.max_retries,
         args.timeout_s,
+        pages=load_documents(args) if args.documents else None,
     )
     return Record(retriever, args.record) if args.record else retriever
+
+
+def load_documents(args: argparse.Namespace) -> WebPages:
+    """The pages that this server's searches have found."""
+    limits = StoreLimits(args.page_chars, args.max_matches, args.max_document_chars)
+    return WebPages(args.cache, limits, args.timeout_s)
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from search_r1.search.server.latency import Latency
 from search_r1.search.server.logs import set_up_logging
 from search_r1.search.server.metrics import MULTIPROC_DIR
 from search_r1.search.server.service import CANNOT_LOAD, ServerSettings
-from search_r1.search.store import DocumentStore, StoreLimits
+from search_r1.search.store import Store, StoreLimits
 
 WORKER = "SEARCH_R1_WORKER"
 """Environment variable that tells worker processes what to serve."""
@@ -267,7 +267,7 @@ def serve(module: str, argv: Sequence[str] | None = None) -> int:
 
 def loaders(
     server: ModuleType, args: argparse.Namespace
-) -> tuple[Callable[[], Retriever], Callable[[], DocumentStore] | None]:
+) -> tuple[Callable[[], Retriever], Callable[[], Store] | None]:
     """What makes the engine and, where the flags ask for documents, their store."""
     documents = getattr(args, "documents", None)
     load_documents = partial(server.load_documents, args) if documents else None

@@ -1,11 +1,13 @@
-"""Documents made of the passages of a corpus: opened a page at a time, and searched for a text.
+"""Documents that are opened a page at a time, and searched for a text.
 
-Nothing is kept in memory: the passages of a document are read from the mapped corpus whenever it is
-asked for.
+Those of a corpus are made of its passages. Nothing is kept in memory: the passages of a document
+are read from the mapped corpus whenever it is asked for. Those of the web are pages
+(engines/web_pages.py).
 """
 
 import argparse
 import re
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,6 +37,10 @@ class StoreLimits:
     max_document_chars: int = 16 << 20
 
 
+class Unreadable(Exception):
+    """A document is there, and cannot be read."""
+
+
 @dataclass(frozen=True)
 class Text:
     """A document that has been read."""
@@ -60,23 +66,33 @@ class Text:
         ]
 
 
-class DocumentStore:
-    """The documents of a corpus, grouped by a field of its passages."""
+class Store(ABC):
+    """Documents that can be read whole, under their names."""
 
-    def __init__(self, corpus: Corpus, field: str, limits: StoreLimits | None = None) -> None:
-        """Makes the table of names if there is none yet. Raises CorpusError for a bad passage."""
-        self.corpus = corpus
+    num_threads = 1
+    """Documents that are read at the same time: more where reading is waiting."""
+
+    def __init__(self, field: str, limits: StoreLimits | None = None) -> None:
         self.field = field
         self.limits = limits or StoreLimits()
-        self.groups = Groups.of_corpus(corpus, field)
 
     def name_of(self, passage: dict[str, Any]) -> str:
         """The name by which `open` and `find` know the document of a passage."""
         return document_name(passage, self.field)
 
+    @abstractmethod
+    def read(self, document: str) -> Text | None:
+        """Reads a document up to `max_document_chars`; None where there is no such document.
+
+        Raises Unreadable for one that is there and cannot be read.
+        """
+
     def open(self, document: str, page: int) -> OpenResponse:
         """A page of a document, or what is wrong with the question."""
-        read = self.read(document)
+        try:
+            read = self.read(document)
+        except Unreadable:
+            return OpenResponse(document=document, page=page, error="unreadable")
         if read is None:
             return OpenResponse(document=document, page=page, error="unknown_document")
         starts = page_starts(read.text, self.limits.page_chars)
@@ -96,7 +112,10 @@ class DocumentStore:
 
         Upper and lower case are the same, and so is all white space.
         """
-        read = self.read(document)
+        try:
+            read = self.read(document)
+        except Unreadable:
+            return FindResponse(document=document, error="unreadable")
         if read is None:
             return FindResponse(document=document, error="unknown_document")
         starts = page_starts(read.text, self.limits.page_chars)
@@ -110,8 +129,18 @@ class DocumentStore:
             found.error = "no_match"
         return found
 
+
+class DocumentStore(Store):
+    """The documents of a corpus, grouped by a field of its passages."""
+
+    def __init__(self, corpus: Corpus, field: str, limits: StoreLimits | None = None) -> None:
+        """Makes the table of names if there is none yet. Raises CorpusError for a bad passage."""
+        super().__init__(field, limits)
+        self.corpus = corpus
+        self.groups = Groups.of_corpus(corpus, field)
+
     def read(self, document: str) -> Text | None:
-        """Reads a document up to `max_document_chars`; None where there is no such document."""
+        """Reads the passages of a document in the order of the corpus."""
         name = clean(document, self.field)
         title = ""
         texts, ids, starts = list[str](), list[str](), list[int]()

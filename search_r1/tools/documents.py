@@ -100,6 +100,8 @@ class OpenTool(DocumentTool):
         facts = page_facts(opened)
         if opened.error == "unknown_document":
             return ToolResponse(unknown(opened.document), opened.error, facts)
+        if opened.error == "unreadable":
+            return ToolResponse(unreadable(opened.document), opened.error, facts)
         if opened.error is not None:
             pages = "1 page" if opened.pages == 1 else f"{opened.pages} pages"
             return ToolResponse(f"{title} has {pages}.", opened.error, facts)
@@ -138,6 +140,8 @@ class FindTool(DocumentTool):
         facts = match_facts(found, text)
         if found.error == "unknown_document":
             return ToolResponse(unknown(found.document), found.error, facts)
+        if found.error == "unreadable":
+            return ToolResponse(unreadable(found.document), found.error, facts)
         if found.error is not None:
             return ToolResponse(f"{title} does not hold this text.", found.error, facts)
         lines = [f"Page {match.page} of {found.pages}: {match.text}" for match in found.matches]
@@ -148,6 +152,11 @@ class FindTool(DocumentTool):
 def unknown(document: str) -> str:
     """What the policy is told of a name that no document has."""
     return f"There is no document {document!r}."
+
+
+def unreadable(document: str) -> str:
+    """What the policy is told of a page that cannot be fetched."""
+    return f"{document!r} cannot be read."
 
 
 def page_facts(opened: OpenResponse) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def test_every_method_is_evaluated_and_trained_where_it_learns():
         ("rag", "RagLoop", True, "rag"),
         ("ircot", "IRCoTLoop", True, "ircot"),
         ("search_o1", "SearchO1Loop", True, "search_o1"),
+        ("self_rag", "SelfRagLoop", True, "rag"),
         ("react", "ReActLoop", True, "react"),
         ("search", "SearchAgentLoop", True, None),
         ("r1", "SearchAgentLoop", False, "r1"),

@@ -12,18 +12,20 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import Gemma3TextConfig, Qwen2Config
 
+from search_r1.rewards.compose import ALWAYS, BY_TURN, WEIGHTED
 from tests.configs import ROOT, composed
 from tests.models import make_tiny_qwen2
 from tests.templates import make_family_tokenizer
 from verl.trainer.checks import context_problems, critic_problems, teacher_token_problems
-from verl.trainer.config import validate
+from verl.trainer.config import build_reward, validate
 from verl.utils.errors import ConfigError
 from verl.workers.config import FrozenModelConfig, ModelConfig
 
 EXPERIMENTS = ROOT / "configs" / "experiment"
 RECIPES = sorted((EXPERIMENTS / "nq_hotpotqa").glob("*-*.yaml"))
 OTHER_RECIPES = sorted(
-    [*EXPERIMENTS.glob("baseline/*"), *EXPERIMENTS.glob("closed_world/*po.yaml")]
+    {*EXPERIMENTS.glob("baseline/*"), *EXPERIMENTS.glob("*/*po.yaml")}
+    - {*EXPERIMENTS.glob("nq_hotpotqa/*")}
 )
 ALGOS = ("grpo", "ppo")
 OWN = ["experiment=own_data", "setup.corpus_path=c.jsonl", "setup.questions=q.jsonl"]
@@ -85,6 +87,25 @@ def test_the_script_chooses_the_algorithm_where_no_recipe_does(overrides):
     assert grpo["algorithm"]["adv_estimator"] == "grpo"
     assert ppo == composed("grpo", *given, "algo=ppo")
     assert grpo == composed("ppo", *given, "algo=grpo")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "paid"),
+    [
+        ("stepsearch/qwen2.5-3b-ppo", {"f1": 1.0, "new_evidence": 1.0, "redundancy": -1.0}),
+        ("closed_world/stepsearch_ppo", {"em": 1.0, "new_evidence": 1.0, "redundancy": -1.0}),
+        ("search_p1/qwen2.5-3b-grpo", {"soft_em": 0.6, "path": 0.3, "format": 0.1}),
+        ("closed_world/search_p1_grpo", {"soft_em": 0.6, "path": 0.3, "format": 0.1}),
+        ("deepresearcher/qwen2.5-7b-instruct-grpo", {"balanced_f1": 1.0}),
+        ("masksearch/qwen2.5-3b-grpo", {"em": 1.0}),
+    ],
+)
+def test_systems_are_paid_as_their_papers_say(recipe, paid):
+    config = validate(composed("grpo", f"experiment={recipe}"))
+    reward = build_reward(config, None)
+    weights = {name: getattr(reward.config, name) for name in type(reward.config).model_fields}
+    components = {*ALWAYS, *WEIGHTED, *BY_TURN}
+    assert {name: weights[name] for name in components if weights[name]} == paid
 
 
 def test_loop_is_rloo_with_the_clip_of_ppo_and_without_a_kl():

@@ -6,13 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.configs import composed
 from tests.verl.batches import make_model
-from verl.agent import Segment, Source, Trajectory
+from verl.agent import AgentLoop, Segment, Source, Trajectory
 from verl.protocol import DataProto
 from verl.rollout.job import make_jobs
-from verl.trainer.config import InformationGainConfig
+from verl.trainer.config import InformationGainConfig, validate
+from verl.trainer.driver import check_trainable
 from verl.trainer.ppo.information_gain import contexts_of_turns, pay_information
-from verl.utils.errors import RewardError
+from verl.utils.errors import ConfigError, RewardError
 from verl.utils.tokenizer import encode_text
 from verl.workers.config import SamplingConfig
 from verl.workers.forward import log_probs_of_rows
@@ -111,6 +113,30 @@ def test_a_question_without_an_answer_ends_the_run(tokenizer):
     compute, _ = believing({})
     with pytest.raises(RewardError, match=r"information_gain needs an answer.*made row"):
         pay_information(jobs_for(row), [played()], tokenizer, CONFIG, compute, 1)
+
+
+def test_a_number_of_the_reward_by_the_same_name_is_not_overwritten(tokenizer):
+    named = played()
+    named.reward["information_gain"] = 0.25
+    compute, batches = believing({})
+    with pytest.raises(RewardError, match=r"returned a number under .information_gain..*rename"):
+        pay_information(jobs_for(ROW), [named], tokenizer, CONFIG, compute, 1)
+    assert not batches and named.reward["information_gain"] == 0.25
+
+
+class Namesake:
+    """A reward that says what it returns."""
+
+    entries = frozenset({"score", "information_gain"})
+
+
+def test_a_reward_that_names_the_gain_is_refused_before_the_start():
+    paid = ["experiment=closed_world/grpo", "algorithm.information_gain.weight=1"]
+    config = validate(composed("grpo", *paid))
+    with pytest.raises(ConfigError, match=r"information_gain\.weight: the reward has a number"):
+        check_trainable(config, AgentLoop(None, None), Namesake())
+    without = validate(composed("grpo", paid[0]))
+    check_trainable(without, AgentLoop(None, None), Namesake())
 
 
 def test_the_chance_is_that_of_the_model(tmp_path, tokenizer):

@@ -16,6 +16,7 @@ from verl.trainer.config import PPOConfig
 from verl.trainer.console import plan, show_tail
 from verl.trainer.packing import decide_packing
 from verl.trainer.ppo.checkpoints import read_state
+from verl.trainer.ppo.information_gain import COMPONENT
 from verl.trainer.ppo.processes import Processes, start_processes
 from verl.trainer.ppo.ray_trainer import ENDINGS, RayPPOTrainer
 from verl.trainer.preparation import (
@@ -117,12 +118,18 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
     """Raises ConfigError for engines whose trajectories cannot be trained on.
 
     It also raises for dynamic sampling by a metric that the reward does not have, for a reward
-    that says that it does not fit the agent loop, and for loggers that are not installed.
+    that has the name of the gain of information or says that it does not fit the agent loop, and
+    for loggers that are not installed.
     """
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
         problems.append(
             "actor_rollout_ref.rollout.name=openai: an endpoint gives no tokens or weights to train"
+        )
+    if agent.is_evaluated_alone:
+        problems.append(
+            f"agent._target_={config.agent['_target_']}: this method is evaluated alone, nothing "
+            "of it is trained; evaluate a model with it, or leave it out"
         )
     if agent.rewrites_contexts and not config.actor_rollout_ref.actor.state_masking:
         problems.append(
@@ -131,6 +138,11 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
         )
     filters = config.algorithm.filter_groups
     entries = getattr(reward, "entries", None)
+    if config.algorithm.information_gain.weight and COMPONENT in (entries or ()):
+        problems.append(
+            f"algorithm.information_gain.weight: the reward has a number {COMPONENT} of its own, "
+            "in whose place the gain of information would be logged; rename that one"
+        )
     if filters.enable and entries is not None and filters.metric not in entries:
         problems.append(
             f"algorithm.filter_groups.metric={filters.metric}: the reward has no such number, only "

@@ -18,6 +18,7 @@ import httpx
 from search_r1.search.addresses import direct
 from search_r1.search.disk_cache import DiskCache
 from search_r1.search.engine import EngineError, Hits
+from search_r1.search.engines.web_pages import WebPages, text_at
 from search_r1.search.extras import require
 from search_r1.search.index.documents import contents
 from search_r1.search.index.html import title_and_text
@@ -26,7 +27,6 @@ from search_r1.search.retry import backoff, seconds_to_wait
 MAX_QUERY_CHARS = 400
 MAX_QUERY_WORDS = 50
 """Brave's limits, which are the tightest of the three providers."""
-MAX_PAGE_BYTES = 2 << 20
 MAX_WAIT_S = 60.0
 """The longest time in seconds that is waited when a provider asks to wait."""
 SERPAPI_QUERY_KEYS = {"yahoo": "p", "yandex": "text", "naver": "query", "ebay": "_nkw"}
@@ -163,7 +163,9 @@ class WebRetriever:
         timeout_s: float = 10.0,
         backoff_s: float = 0.5,
         workers: int = 16,
+        pages: WebPages | None = None,
     ) -> None:
+        """`pages` is told of all pages that are found, so that they can be opened."""
         require("web", "web search")
         self.provider = provider
         self.name = provider.name
@@ -177,6 +179,7 @@ class WebRetriever:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="web")
         self.pace = Pace(requests_per_s)
         self.cache = DiskCache(cache) if cache is not None else None
+        self.pages = pages
 
     def __len__(self) -> int:
         return 0
@@ -186,8 +189,13 @@ class WebRetriever:
         return list(self.pool.map(lambda query: self._search(shorten(query), topk), queries))
 
     def _search(self, query: str, topk: int) -> Hits | EngineError:
-        if not query:
-            return []
+        hits = self._found(query, topk) if query else []
+        if self.pages is not None and not isinstance(hits, EngineError):
+            self.pages.add(document for document, _ in hits)
+        return hits
+
+    def _found(self, query: str, topk: int) -> Hits | EngineError:
+        """What the cache holds for a query, or else the provider finds."""
         key = f"{self.name}\n{self.fetch_pages}\n{topk}\n{query}"
         if self.cache is not None and (kept := self.cache.get(key)) is not None:
             return [(document, score) for document, score in kept]
@@ -237,27 +245,11 @@ class WebRetriever:
         title = title_and_text(page.title)[1] or page.url
         text = title_and_text(page.snippet)[1]
         if self.fetch_pages and page.url:
-            text = self._page_text(page.url) or text
+            text = text_at(self.http, page.url)[: self.max_page_chars] or text
         return {
             "id": page.url or hashlib.sha256(text.encode()).hexdigest()[:16],
             "contents": contents(title, text),
         }
-
-    def _page_text(self, url: str) -> str:
-        """Fetches the beginning of a page's text; empty when the page cannot be fetched."""
-        try:
-            with self.http.stream("GET", url) as answer:
-                is_html = "html" in answer.headers.get("content-type", "")
-                if answer.status_code != 200 or not is_html:
-                    return ""
-                data = b""
-                for chunk in answer.iter_bytes():
-                    data += chunk
-                    if len(data) > MAX_PAGE_BYTES:
-                        break
-        except httpx.HTTPError:
-            return ""
-        return title_and_text(data)[1][: self.max_page_chars]
 
 
 def shorten(query: str) -> str:

@@ -27,7 +27,7 @@ from search_r1.search.schema import (
 from search_r1.search.server.handling import PROBLEMS, handle
 from search_r1.search.server.limits import BodyLimit, Door
 from search_r1.search.server.service import ServerSettings, Service
-from search_r1.search.store import DocumentStore
+from search_r1.search.store import Store
 
 NAMED_ERRORS = 3
 """Failed queries whose causes are given in the answer to a request that failed with them."""
@@ -36,7 +36,7 @@ NAMED_ERRORS = 3
 def create_app(
     load: Callable[[], Retriever],
     settings: ServerSettings,
-    load_documents: Callable[[], DocumentStore] | None = None,
+    load_documents: Callable[[], Store] | None = None,
 ) -> FastAPI:
     """Makes the application.
 
@@ -100,7 +100,7 @@ def add_open(app: FastAPI, service: Service) -> None:
     async def open(body: LimitedOpenRequest, request: Request) -> Response:
         """A page of a document."""
 
-        def read(store: DocumentStore) -> OpenResponse:
+        def read(store: Store) -> OpenResponse:
             return store.open(body.document, body.page)
 
         return await handle(service, request, partial(service.read, "open", read), to_json_response)
@@ -122,7 +122,7 @@ def add_find(app: FastAPI, service: Service) -> None:
     async def find(body: LimitedFindRequest, request: Request) -> Response:
         """The sentences of a document that hold a text."""
 
-        def read(store: DocumentStore) -> FindResponse:
+        def read(store: Store) -> FindResponse:
             return store.find(body.document, body.text)
 
         return await handle(service, request, partial(service.read, "find", read), to_json_response)

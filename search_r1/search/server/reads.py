@@ -11,7 +11,7 @@ from typing import TypeVar
 from search_r1.search.engine import EngineError
 from search_r1.search.server.batching import Overloaded, Pace, retry_after_s
 from search_r1.search.server.metrics import ServerMetrics
-from search_r1.search.store import DocumentStore
+from search_r1.search.store import Store
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,7 +24,7 @@ class ReadFailed(EngineError):
 
 
 class Reads:
-    """Reads documents one after the other, in a thread of its own.
+    """Reads documents in threads of its own, as many at a time as the store says.
 
     There is no room for a further read when it would wait for more than `max_wait_s` at the pace of
     the last ones; while no pace is known, when `max_unpaced` wait. In any case at most
@@ -33,7 +33,7 @@ class Reads:
 
     def __init__(
         self,
-        store: DocumentStore,
+        store: Store,
         metrics: ServerMetrics,
         max_unpaced: int = 256,
         max_waiting: int = 1 << 18,
@@ -44,11 +44,11 @@ class Reads:
         self.max_unpaced = max_unpaced
         self.max_waiting = max_waiting
         self.max_wait_s = max_wait_s
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="documents")
+        self.threads = ThreadPoolExecutor(store.num_threads, thread_name_prefix="documents")
         self.num_waiting = 0
         self.pace = Pace()
 
-    async def run(self, read: Callable[[DocumentStore], T]) -> T:
+    async def run(self, read: Callable[[Store], T]) -> T:
         """What `read` returns of the store.
 
         Raises Overloaded at once when there is no room, ReadFailed for whatever `read` raises.
@@ -57,12 +57,12 @@ class Reads:
             raise self.overloaded()
         self.add_waiting(1)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.thread, self.timed, read)
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self.timed, read)
         finally:
             self.add_waiting(-1)
 
-    def timed(self, read: Callable[[DocumentStore], T]) -> T:
-        """Reads, and takes the time; runs in the thread. Raises ReadFailed."""
+    def timed(self, read: Callable[[Store], T]) -> T:
+        """Reads, and takes the time; runs in a thread. Raises ReadFailed."""
         began = time.monotonic()
         try:
             with self.metrics.read_seconds.time():
@@ -81,7 +81,7 @@ class Reads:
     @property
     def wait_s(self) -> float:
         """How long all that wait will take, at the pace of the last reads."""
-        return self.num_waiting * self.pace.seconds_per_query
+        return self.num_waiting * self.pace.seconds_per_query / self.store.num_threads
 
     def is_full(self) -> bool:
         """Whether there is no room for a further read."""

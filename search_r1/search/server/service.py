@@ -22,7 +22,7 @@ from search_r1.search.server.batching import BatchingEngine, Overloaded
 from search_r1.search.server.latency import Latency
 from search_r1.search.server.metrics import ServerMetrics
 from search_r1.search.server.reads import ReadFailed, Reads
-from search_r1.search.store import DocumentStore
+from search_r1.search.store import Store
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class Service:
         self,
         load: Callable[[], Retriever],
         settings: ServerSettings,
-        load_documents: Callable[[], DocumentStore] | None = None,
+        load_documents: Callable[[], Store] | None = None,
     ) -> None:
         self.load = load
         self.load_documents = load_documents
@@ -124,7 +124,7 @@ class Service:
             max_wait_s=WAIT_SHARE * s.request_timeout_s,
         )
 
-    def limited(self, store: DocumentStore) -> Reads:
+    def limited(self, store: Store) -> Reads:
         """The store with its line, by the settings."""
         s = self.settings
         max_wait_s = WAIT_SHARE * s.request_timeout_s
@@ -164,7 +164,7 @@ class Service:
         search = partial(self.engine.search, request.queries, topk, noise)
         return await self.in_time(search, len(request.queries))
 
-    async def read(self, endpoint: str, read: Callable[[DocumentStore], A]) -> A:
+    async def read(self, endpoint: str, read: Callable[[Store], A]) -> A:
         """What `read` returns of the store; counts it under the endpoint.
 
         Raises HTTPException when the store is not ready, too busy, too slow or broken.

@@ -1,12 +1,24 @@
 """Masked sentences of a corpus as questions: the rules for spans, and what can be answered."""
 
+import asyncio
+
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
 from search_r1.data import mask
+from search_r1.finetune import Finetune
+from search_r1.launch import files_of
 from search_r1.search.engines.bm25 import BM25Retriever
-from tests.retrieval import write_corpus
+from search_r1.search.server.app import create_app
+from search_r1.search.server.service import ServerSettings
+from tests.configs import composed
+from tests.retrieval import serving, wait_until_ready, write_corpus
+from tests.search_r1.agent.scripted import Engine, check_growing
+from verl.trainer.config import build_agent, build_reward, validate
+from verl.trainer.preparation import load_train_set
 from verl.utils.dataset import read_row
+from verl.utils.reward import score
 
 ROWS = [
     {
@@ -111,3 +123,72 @@ def test_a_corpus_with_too_few_questions_is_refused(tmp_path):
     assert not (tmp_path / "made").exists()
     with pytest.raises(SystemExit, match="no index here"):
         mask.main([*index[:1], str(tmp_path / "absent"), "--out", str(tmp_path / "made")])
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """Two masked questions, and the address of a server that searches their corpus."""
+    path = write_corpus(tmp_path, ROWS)
+    index = ["--index_path", str(tmp_path / "bm25"), "--corpus_path", str(path)]
+    made = ["--out", str(tmp_path / "made"), "--count", "2", "--test-size", "1"]
+    assert mask.main([*index, *made]) == 0
+    bm25 = BM25Retriever(tmp_path / "bm25", path)
+    with serving(create_app(lambda: bm25, ServerSettings())) as base:
+        wait_until_ready(f"{base}/health")
+        yield tmp_path / "made", f"{base}/retrieve"
+
+
+def recipe(folder, url, *more):
+    return composed(
+        "grpo",
+        "experiment=masksearch/qwen2.5-3b-grpo",
+        f"data.train_files={folder}/train.parquet",
+        f"data.val_files={folder}/test.parquet",
+        f"retriever.url={url}",
+        *more,
+    )
+
+
+def test_a_masked_question_is_rolled_out_and_rewarded_as_the_recipe_says(masked, tokenizer):
+    """With the prompt of the data set, the recipe's loop, BM25 and the recipe's reward."""
+    config = validate(recipe(*masked))
+    questions = load_train_set(config, tokenizer)
+    (row,) = questions.rows
+    (prompt_ids,) = questions.prompt_ids
+    (span,) = row["reward_model"]["ground_truth"]["target"]
+    sentence = row["extra_info"]["question"].split("\n")[0]
+    turns = [
+        f"<think> t </think> <search> {sentence.replace('[MASK]', '')} </search>",
+        f"<think> t </think> <answer> {span} </answer>",
+    ]
+    agent = build_agent(config, tokenizer)
+
+    async def rolled():
+        engine = Engine(tokenizer, turns)
+        try:
+            trajectory = await agent.run(prompt_ids, row, engine)
+        finally:
+            await agent.close()
+        check_growing(trajectory, engine)
+        return trajectory
+
+    trajectory = asyncio.run(rolled())
+    asyncio.run(score(build_reward(config, tokenizer), trajectory, row))
+    assert trajectory.reward["score"] == trajectory.reward["em"] == 1.0
+    assert agent.reduce_metrics([trajectory])["env/gold_recall"] == 1.0
+
+
+def test_masked_questions_are_rows_of_fine_tuning_too(masked, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    raw = recipe(
+        *masked, "method=sft", f"actor_rollout_ref.model.tokenizer_path={tmp_path}/tokenizer"
+    )
+    rows = list(Finetune(OmegaConf.create(raw), []).answers(files_of(raw["data"]["train_files"])))
+    ((question, span),) = [
+        (row["extra_info"]["question"], row["reward_model"]["ground_truth"]["target"][0])
+        for row in pq.read_table(masked[0] / "train.parquet").to_pylist()
+    ]
+    (row,) = rows
+    trained = [i for i, on in zip(row["input_ids"], row["loss_mask"], strict=True) if on]
+    assert f"<answer> {span} </answer>" in tokenizer.decode(trained)
+    assert question in tokenizer.decode(row["input_ids"][: -len(trained)])

@@ -343,6 +343,32 @@ def test_ikea(last, searches, expected):
     assert components.ikea(e, CONFIG) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([SEARCHING, "<think> t </think> <answer> Rome city </answer>"], 2 / 3),
+        (["<answer> Rome </answer>"], 1.0),
+        ([SEARCHING, WRONG], 0.0),
+        ([SEARCHING, "hm"], -1.0),
+        (["<think> t <search> q </search>", "so </think> <answer> Rome </answer>"], 1.0),
+        (["<think> t <answer> Rome </answer>"], -1.0),
+        (["</think> <think> <answer> Rome </answer>"], -1.0),
+        (["<think> <think> t </think> </think> <answer> Rome </answer>"], -1.0),
+        (["<information> <answer> Rome </answer>"], -1.0),
+        ([], -1.0),
+    ],
+)
+def test_f1_of_an_answer_whose_tags_are_balanced(turns, expected):
+    assert components.balanced_f1(episode(turns), CONFIG) == pytest.approx(expected)
+
+
+def test_a_wrong_answer_that_is_partly_right_earns_some_of_a_right_one():
+    half = episode(["<answer> Rome city </answer>"])
+    assert components.soft_em(half, CONFIG) == pytest.approx(0.8 * 2 / 3)
+    assert components.soft_em(episode([RIGHT]), CONFIG) == 1.0
+    assert components.soft_em(episode([WRONG]), CONFIG) == 0.0
+
+
 def test_otc_by_hand():
     def of(searches, last=RIGHT):
         return episode([SEARCHING] * searches + [last], queries=["q"] * searches)
@@ -471,7 +497,7 @@ ANY_TEXT = st.one_of(
 )
 def test_components_keep_their_range_and_ignore_what_was_retrieved(turns, golds, queries, passage):
     bare, full = (episode(turns, golds, queries, [[p] for _ in queries]) for p in ("", passage))
-    ranges = {"ikea": (-1, 1.6), "em_format": (0, 1)}
+    ranges = {"ikea": (-1, 1.6), "em_format": (0, 1), "balanced_f1": (-1, 1)}
     for name, function in (composition.ALWAYS | composition.WEIGHTED).items():
         low, high = ranges.get(name, (0, 1))
         assert low <= function(bare, CONFIG) <= high

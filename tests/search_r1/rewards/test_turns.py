@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -48,6 +49,23 @@ def test_evidence_is_paid_to_the_turn_that_found_it_first():
     both = episode([found("a", "1", "2")], [found("b", "1")])
     assert turn_components.new_evidence(both) == [1.0, 0.0]
     assert turn_components.new_evidence(episode([found("a", "1")], gold=())) == [0.0]
+
+
+def test_a_path_is_worth_what_it_takes_of_the_reference_and_each_turn_what_it_changes():
+    """By hand: after its searches it has taken 1 of 2 in 1, 2 of 2 in 3, and nothing more in 4."""
+    assert turn_components.path(PLAYED) == pytest.approx([1 / 2, 2 / 3 - 1 / 2, 0.0, 1 / 2 - 2 / 3])
+    in_any_order = episode([found("b", "2")], [found("a", "1")])
+    assert turn_components.path(in_any_order) == [0.5, 0.5]
+    both_at_once = episode([found("a", "1", "2")], [found("b", "9")])
+    assert turn_components.path(both_at_once) == [1.0, 0.0]
+    in_vain = episode([found("a", "9")], [found("b", "1")])
+    assert turn_components.path(in_vain) == [0.0, 0.25]
+    assert turn_components.path(episode([found("a", "1")], gold=())) == [0.0]
+
+
+def test_what_the_agent_found_by_itself_is_no_turns_path():
+    before = replace(episode([found("b", "2")], []), searches_before=[found("q?", "1")])
+    assert turn_components.path(before) == [0.5, 0.0]
 
 
 def test_what_was_found_or_asked_before_counts_against_the_later_turn():
@@ -117,10 +135,19 @@ def test_searches_that_the_agent_made_by_itself_count_and_are_paid_to_no_turn(to
 
 
 @pytest.mark.parametrize("facts", [{}, {"gold_ids": None}])
-def test_evidence_that_the_data_do_not_name_ends_the_run_with_the_cure(tokenizer, facts):
+@pytest.mark.parametrize("name", ["new_evidence", "path"])
+def test_evidence_that_the_data_do_not_name_ends_the_run_with_the_cure(tokenizer, name, facts):
     row = {**ROW, "extra_info": {"question": "q?", **facts}}
-    with pytest.raises(RewardError, match=r"new_evidence needs extra_info.gold_ids.*made row"):
-        scored(tokenizer, searching(tokenizer), row, new_evidence=1.0)
+    with pytest.raises(RewardError, match=rf"{name} needs extra_info.gold_ids.*made row"):
+        scored(tokenizer, searching(tokenizer), row, **{name: 1.0})
     unknown = {**ROW, "extra_info": {"question": "q?", "gold_ids": []}}
-    trajectory = scored(tokenizer, searching(tokenizer), unknown, new_evidence=1.0)
-    assert trajectory.reward["new_evidence"] == 0.0
+    trajectory = scored(tokenizer, searching(tokenizer), unknown, **{name: 1.0})
+    assert trajectory.reward[name] == 0.0
+
+
+def test_search_p1_pays_the_path_to_the_turns_and_the_rest_at_the_end(tokenizer):
+    weights = {"em": 0.0, "soft_em": 0.6, "path": 0.3, "format": 0.1}
+    trajectory = scored(tokenizer, searching(tokenizer), **weights)
+    assert [turn.reward for turn in trajectory.turns] == pytest.approx([0.15, 0.15, 0.0])
+    assert trajectory.reward["path"] == 1.0 and trajectory.reward["format"] == 0.0
+    assert trajectory.reward["score"] == pytest.approx(0.6 + 0.3)

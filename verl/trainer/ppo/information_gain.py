@@ -40,9 +40,16 @@ def pay_information(
 ) -> dict[str, float]:
     """Pays each turn `config.weight` times its gain, as a part of the trajectory's score.
 
-    `compute_log_prob` adds `old_log_probs` to a batch, on `world_size` ranks. Returns
-    what was computed for it. Raises RewardError for a question without an answer.
+    `compute_log_prob` adds `old_log_probs` to a batch, on `world_size` ranks. Returns what was
+    computed for it. Raises RewardError for a question without an answer, and for a reward with a
+    number of this name.
     """
+    if any(COMPONENT in trajectory.reward for trajectory in trajectories):
+        raise RewardError(
+            f"the reward returned a number under {COMPONENT!r}, the name under which "
+            "algorithm.information_gain logs the gain of information: rename it, or set "
+            "algorithm.information_gain.weight=0"
+        )
     questions = Questions(tokenizer, config)
     asked = [
         [
