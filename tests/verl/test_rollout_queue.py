@@ -1,13 +1,13 @@
 """Rolling ahead: order, age, what is under way and what a checkpoint resumes with, over a rollout
 that writes down."""
 
-from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from verl.trainer.ppo.gate import GateConfig
 from verl.trainer.ppo.rollout_queue import RolloutQueue
 from verl.utils.dataset import ResumableSampler
 
@@ -53,7 +53,12 @@ class Questions:
 def ahead(staleness: int, partial: bool = True) -> tuple[RolloutQueue, Rollout]:
     rollout = Rollout()
     config = SimpleNamespace(
-        data=SimpleNamespace(train_batch_size=BATCH, shuffle_train_dataloader=True),
+        data=SimpleNamespace(
+            train_batch_size=BATCH,
+            shuffle_train_dataloader=True,
+            source_weights={},
+            gate=GateConfig(),
+        ),
         trainer=SimpleNamespace(seed=SEED),
         actor_rollout_ref=SimpleNamespace(rollout=None),
         async_training=SimpleNamespace(max_staleness=staleness, partial_rollout=partial),
@@ -63,8 +68,8 @@ def ahead(staleness: int, partial: bool = True) -> tuple[RolloutQueue, Rollout]:
 
 def expected(count: int) -> list[tuple[list[int], int]]:
     """Rows and seed of the first batches: the order of the sampler, whatever the staleness."""
-    rows = islice(ResumableSampler(ROWS, BATCH, SEED, shuffle=True), count)
-    return [(batch, SEED + 1_000_000 * (place + 1)) for place, batch in enumerate(rows)]
+    order = ResumableSampler(ROWS, SEED, shuffle=True)
+    return [(order.take(BATCH), SEED + 1_000_000 * number) for number in range(1, count + 1)]
 
 
 def train(source: RolloutQueue, rollout: Rollout, steps: int, total: int, done: int = 0):
@@ -72,7 +77,8 @@ def train(source: RolloutQueue, rollout: Rollout, steps: int, total: int, done: 
     batches = []
     ages = []
     for step in range(done, done + steps):
-        (rows, seed, version), _ = source.next_batch(total - step)
+        numbers, (rows, seed, version), _ = source.next_batch(total - step)
+        assert numbers == rows
         batches.append((rows, seed))
         ages.append(rollout.version - version)
         source.drain_before_sync()
@@ -113,20 +119,36 @@ def test_a_resumed_run_sees_exactly_the_batches_not_yet_returned(staleness, afte
 
 
 @given(
-    before=st.integers(1, 9),
+    staleness=st.integers(0, 3),
     after=st.integers(1, 9),
-    drawn=st.integers(0, 12),
-    shuffle=st.booleans(),
+    done=st.integers(0, 12),
 )
 @settings(deadline=None)
-def test_another_batch_size_goes_on_with_the_next_question(before, after, drawn, shuffle):
+def test_another_batch_size_goes_on_with_the_next_question(staleness, after, done):
     """Row after row as if nothing had changed, and seeds of rollouts that were not used yet."""
-    sampler, resumed = (ResumableSampler(ROWS, size, SEED, shuffle) for size in (before, after))
-    seen = [row for batch in islice(sampler, drawn) for row in batch]
-    resumed.load_state_dict(sampler.state_dict())
-    seen += [row for batch in islice(resumed, 12) for row in batch]
-    one_by_one = islice(ResumableSampler(ROWS, 1, SEED, shuffle), len(seen))
-    assert seen == [row for (row,) in one_by_one] and resumed.drawn == drawn + 12
+    source, rollout = ahead(staleness)
+    before, _ = train(source, rollout, done, 99)
+    resumed, rollout = ahead(0)
+    resumed.config.data.train_batch_size = after
+    resumed.load_state_dict(source.state_dict())
+    rest, _ = train(resumed, rollout, 12, 99)
+    seen = [row for rows, _ in before + rest for row in rows]
+    order = ResumableSampler(ROWS, SEED, shuffle=True)
+    assert seen == order.take(len(seen)) and resumed.sampler.drawn == done + 12
+    seeds = [seed for _, seed in before + rest]
+    assert seeds == [SEED + 1_000_000 * number for number in range(1, done + 13)]
+
+
+@given(sizes=st.lists(st.integers(0, 20), max_size=9), shuffle=st.booleans())
+def test_an_epoch_has_every_row_once_however_it_is_divided(sizes, shuffle):
+    order = ResumableSampler(ROWS, SEED, shuffle)
+    seen = [row for size in sizes for row in order.take(size)]
+    assert (order.epoch, order.position) == divmod(len(seen), ROWS)
+    for start in range(0, len(seen) - ROWS + 1, ROWS):
+        assert sorted(seen[start : start + ROWS]) == list(range(ROWS))
+    other = ResumableSampler(ROWS, SEED, shuffle)
+    other.load_state_dict(order.state_dict())
+    assert seen + other.take(5) == ResumableSampler(ROWS, SEED, shuffle).take(len(seen) + 5)
 
 
 def test_several_batches_in_a_step_keep_order_and_age():
@@ -134,7 +156,7 @@ def test_several_batches_in_a_step_keep_order_and_age():
     is younger."""
     source, rollout = ahead(2)
     train(source, rollout, 2, 10)
-    taken = [source.next_batch(8)[0] for _ in range(4)]
+    taken = [source.next_batch(8)[1] for _ in range(4)]
     assert [(rows, seed) for rows, seed, _ in taken] == expected(6)[2:]
     assert [rollout.version - version for *_, version in taken] == [2, 1, 0, 0]
 
