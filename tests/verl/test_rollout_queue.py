@@ -1,6 +1,7 @@
 """Rolling ahead: order, age, what is under way and what a checkpoint resumes with, over a rollout
 that writes down."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from verl.trainer.ppo.gate import GateConfig
 from verl.trainer.ppo.rollout_queue import RolloutQueue
 from verl.utils.dataset import ResumableSampler
+from verl.utils.schedule import weight_at
 
 ROWS = 7
 BATCH = 3
@@ -50,20 +52,22 @@ class Questions:
         return len(self.rows)
 
 
-def ahead(staleness: int, partial: bool = True) -> tuple[RolloutQueue, Rollout]:
+def ahead(
+    staleness: int, partial: bool = True, questions: type = Questions, **data: object
+) -> tuple[RolloutQueue, Rollout]:
     rollout = Rollout()
+    usual = {"source_weights": {}, "gate": GateConfig()}
     config = SimpleNamespace(
         data=SimpleNamespace(
             train_batch_size=BATCH,
             shuffle_train_dataloader=True,
-            source_weights={},
-            gate=GateConfig(),
+            **usual | data,
         ),
         trainer=SimpleNamespace(seed=SEED),
         actor_rollout_ref=SimpleNamespace(rollout=None),
         async_training=SimpleNamespace(max_staleness=staleness, partial_rollout=partial),
     )
-    return RolloutQueue(config, Questions(), rollout), rollout
+    return RolloutQueue(config, questions(), rollout), rollout
 
 
 def expected(count: int) -> list[tuple[list[int], int]]:
@@ -149,6 +153,66 @@ def test_an_epoch_has_every_row_once_however_it_is_divided(sizes, shuffle):
     other = ResumableSampler(ROWS, SEED, shuffle)
     other.load_state_dict(order.state_dict())
     assert seen + other.take(5) == ResumableSampler(ROWS, SEED, shuffle).take(len(seen) + 5)
+
+
+class Sources(Questions):
+    """Five questions of one source, two of another."""
+
+    rows = tuple({"number": n, "data_source": "ab"[n % 3 == 2]} for n in range(ROWS))
+
+
+CURRICULUM = {
+    "source_weights": {"a": 1.0, "b": [(2, 0.0), (6, 2.0)]},
+    "gate": GateConfig(rest_solved=2, rest_unsolved=1),
+}
+
+
+def train_with_a_gate(source: RolloutQueue, rollout: Rollout, steps: int, total: int, done: int):
+    """The rows and versions of `steps` steps, whose scores depend on row and step."""
+    seen = []
+    for step in range(done, done + steps):
+        rows, batch, _ = source.next_batch(total - step)
+        seen.append(batch)
+        for row in rows:
+            source.sampler.gate.observe(row, [float(row % 2), float((row + step) % 3 == 0)])
+        rollout.version += 1
+    return seen
+
+
+@given(staleness=st.integers(0, 3), total=st.integers(1, 14), data=st.data())
+@settings(deadline=None)
+def test_weights_and_a_gate_are_resumed_exactly_also_with_batches_under_way(staleness, total, data):
+    """Batches under way were drawn at earlier steps, and before later scores."""
+    done = data.draw(st.integers(0, total))
+    source, rollout = ahead(staleness, questions=Sources, **CURRICULUM)
+    train_with_a_gate(source, rollout, done, total, 0)
+    state = json.loads(json.dumps(source.state_dict()))
+    undisturbed = train_with_a_gate(source, rollout, total - done, total, done)
+    resumed, rollout = ahead(staleness, questions=Sources, **CURRICULUM)
+    rollout.version = done
+    resumed.load_state_dict(state)
+    rest = train_with_a_gate(resumed, rollout, total - done, total, done)
+    assert [batch[:2] for batch in rest] == [batch[:2] for batch in undisturbed]
+    assert resumed.state_dict() == source.state_dict()
+
+
+def test_a_batch_is_mixed_for_the_step_at_which_it_is_handed_out():
+    source, rollout = ahead(1, questions=Sources, **CURRICULUM)
+    train_with_a_gate(source, rollout, 8, 99, 0)
+    shares = [sum(row % 3 == 2 for row in rows) for rows, _, _ in rollout.submitted]
+    weights = [
+        weight_at(CURRICULUM["source_weights"]["b"], version + 1)
+        for *_, version in (rollout.submitted)
+    ]
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - BATCH * weight / (1 + weight)) < 1
+    assert shares[0] == 0 and shares[-1] == 2
+
+
+def test_a_bare_place_in_one_order_is_a_state():
+    source, rollout = ahead(0)
+    source.load_state_dict({"epoch": 0, "position": 6, "drawn": 2})
+    assert train(source, rollout, 2, 9)[0] == expected(4)[2:]
 
 
 def test_several_batches_in_a_step_keep_order_and_age():

@@ -90,12 +90,16 @@ class QuestionSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`."""
+        """Continues from a `state_dict`.
+
+        A bare place in one order, with nothing under way and nothing that rests, is a state, too.
+        """
         self.drawn = state["drawn"]
-        self.waiting = list(state["waiting"])
+        self.waiting = list(state.get("waiting", []))
+        orders = state.get("orders", {ALL: state})
         for source, order in self.orders.items():
-            order.load_state_dict(state["orders"][source])
-        self.gate.load_state_dict(state["resting"])
+            order.load_state_dict(orders[source])
+        self.gate.load_state_dict(state.get("resting", {}))
 
 
 def check_sources(weights: Mapping[str, Weight], rows: Sequence[Row]) -> None:
