@@ -11,23 +11,28 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
+from search_r1.partial import finish, started
 from search_r1.program import command_parser
 from search_r1.search.engines.bm25.analysis import words
 from search_r1.search.engines.bm25.retriever import BM25Retriever
-from search_r1.search.errors import CorpusError, RetrieverError
+from search_r1.search.errors import RetrieverError
 from search_r1.search.expand_neighbours import add_index_flags, load_plain
 from search_r1.search.index.files import locked
 from search_r1.search.serve import positive, share
-from verl.utils.endpoint import Endpoint, EndpointConfig, EndpointFailed, check_endpoint
+from verl.utils.endpoint import (
+    Endpoint,
+    EndpointConfig,
+    EndpointFailed,
+    check_endpoint,
+    said_in,
+)
 
 PROMPT = """Passage:
 {passage}
@@ -99,52 +104,8 @@ class Writer:
 
 
 def read_terms(reply: Any) -> list[str]:
-    """The terms in a reply, which thoughts may precede; none where it has no words.
-
-    Raises ValueError for a reply that is no text, or whose thought is cut off.
-    """
-    said = reply["choices"][0]["message"]["content"]
-    if not isinstance(said, str):
-        raise ValueError(f"expected a text, got {said!r}")
-    if "<think>" in said and "</think>" not in said:
-        raise ValueError(
-            f"a thought that is cut off ({said[:80]!r}): take a model that thinks less"
-        )
-    text = said.rpartition("</think>")[2]
-    return [term.strip() for term in re.split(r"[,;\n]", text) if words(term)]
-
-
-def started(part: Path, settings: dict[str, Any]) -> set[str]:
-    """The ids whose lines stand in `part`, which is begun if it is not there.
-
-    Its first line holds the settings. A last line that a killed process left unfinished is cut off.
-    Raises CorpusError when it was begun with other settings.
-    """
-    header = json.dumps(settings) + "\n"
-    if not part.exists():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(header, encoding="utf-8")
-    data = part.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    os.truncate(part, len(whole))
-    first, _, rest = whole.partition(b"\n")
-    if first + b"\n" != header.encode():
-        raise CorpusError(
-            f"{part} was begun with other settings ({first.decode(errors='replace')}): give the "
-            "same ones to go on, or remove it to begin anew"
-        )
-    return {json.loads(line)["id"] for line in rest.splitlines()}
-
-
-def finish(part: Path, out: Path) -> None:
-    """Makes `out` of `part`, without its first line."""
-    body = part.with_name(part.name + ".body")
-    with part.open("rb") as source, body.open("wb") as target:
-        source.readline()
-        for line in source:
-            target.write(line)
-    body.replace(out)
-    part.unlink()
+    """The terms in a reply, none where it has no words. Raises ValueError as `said_in` does."""
+    return [term.strip() for term in re.split(r"[,;\n]", said_in(reply)) if words(term)]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -188,7 +149,7 @@ def expand(args: argparse.Namespace) -> int:
         "prompt": PROMPT,
     }
     with locked(part):
-        done = started(part, settings)
+        done = {row["id"] for row in started(part, settings)}
         with (
             part.open("a", encoding="utf-8") as file,
             tqdm(total=len(bm25), initial=len(done), desc="documents") as bar,
