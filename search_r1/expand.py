@@ -12,23 +12,28 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
+from search_r1.partial import finish, is_finished, started
 from search_r1.program import command_parser
 from search_r1.search.engines.bm25.analysis import words
 from search_r1.search.engines.bm25.retriever import BM25Retriever
-from search_r1.search.errors import CorpusError, RetrieverError
+from search_r1.search.errors import RetrieverError
 from search_r1.search.expand_neighbours import add_index_flags, load_plain
 from search_r1.search.index.files import locked
 from search_r1.search.serve import positive, share
-from verl.utils.endpoint import Endpoint, EndpointConfig, EndpointFailed, check_endpoint
+from verl.utils.endpoint import (
+    Endpoint,
+    EndpointConfig,
+    EndpointFailed,
+    check_endpoint,
+    said_in,
+)
 
 PROMPT = """Passage:
 {passage}
@@ -100,74 +105,8 @@ class Writer:
 
 
 def read_terms(reply: Any) -> list[str]:
-    """The terms in a reply, which thoughts may precede; none where it has no words.
-
-    Raises ValueError for a reply that is no text, or whose thought is cut off.
-    """
-    said = reply["choices"][0]["message"]["content"]
-    if not isinstance(said, str):
-        raise ValueError(f"expected a text, got {said!r}")
-    if "<think>" in said and "</think>" not in said:
-        raise ValueError(
-            f"a thought that is cut off ({said[:80]!r}): take a model that thinks less"
-        )
-    text = said.rpartition("</think>")[2]
-    return [term.strip() for term in re.split(r"[,;\n]", text) if words(term)]
-
-
-def started(part: Path, settings: dict[str, Any]) -> set[str]:
-    """The ids whose lines stand in `part`, which is begun if it is not there.
-
-    Its first line holds the settings. A last line that a killed process left unfinished is cut off.
-    Raises CorpusError when it was begun with other settings.
-    """
-    data = part.read_bytes() if part.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if not whole:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        return set()
-    os.truncate(part, len(whole))
-    first, _, rest = whole.decode(errors="replace").partition("\n")
-    if first != json.dumps(settings):
-        raise CorpusError(
-            f"{part} was begun with other settings ({first}): give the same ones to go on, or "
-            "remove it to begin anew"
-        )
-    return {json.loads(line)["id"] for line in rest.splitlines()}
-
-
-def is_finished(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` is there, made with these settings.
-
-    Raises CorpusError when it was made with other ones, or by something else.
-    """
-    if not out.exists():
-        return False
-    made_from = made_from_file(out)
-    first = made_from.read_text(encoding="utf-8") if made_from.exists() else "unknown"
-    if first == json.dumps(settings):
-        return True
-    raise CorpusError(
-        f"{out} is there, made with other settings ({first}): name another --out, or remove it"
-    )
-
-
-def made_from_file(out: Path) -> Path:
-    """The file that holds the settings with which `out` was made."""
-    return out.with_name(out.name + ".made_from")
-
-
-def finish(part: Path, out: Path, settings: dict[str, Any]) -> None:
-    """Makes `out` of `part`, without its first line, and writes the settings beside it."""
-    made_from_file(out).write_text(json.dumps(settings), encoding="utf-8")
-    body = part.with_name(part.name + ".body")
-    with part.open("rb") as source, body.open("wb") as target:
-        source.readline()
-        for line in source:
-            target.write(line)
-    body.replace(out)
-    part.unlink()
+    """The terms in a reply, none where it has no words. Raises ValueError as `said_in` does."""
+    return [term.strip() for term in re.split(r"[,;\n]", said_in(reply)) if words(term)]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -197,8 +136,7 @@ def expand(args: argparse.Namespace) -> int:
     """Asks for the words of all documents that have none yet; returns the number of documents.
 
     A file that is finished stays. Raises RetrieverError for a bad index, a file with other settings
-    or an endpoint that does not answer, EndpointFailed when
-    a document gets no usable reply.
+    or an endpoint that does not answer, EndpointFailed when a document gets no usable reply.
     """
     bm25 = load_plain(args)
     settings = {
@@ -214,7 +152,7 @@ def expand(args: argparse.Namespace) -> int:
         raise RetrieverError(f"--url: {problem}")
     part = args.out.with_name(args.out.name + ".part")
     with locked(part):
-        done = started(part, settings)
+        done = {row["id"] for row in started(part, settings)}
         with (
             part.open("a", encoding="utf-8") as file,
             tqdm(total=len(bm25), initial=len(done), desc="documents") as bar,

@@ -7,10 +7,10 @@ from pydantic import PositiveInt, field_validator, model_validator
 from search_r1.agent.condense import CondenseConfig
 from search_r1.agent.contexts import ContextConfig
 from search_r1.prompts import TEMPLATES
-from search_r1.schedule import check_points, value_at
 from search_r1.search.client.config import RetrieverConfig
 from search_r1.tools.sections import Section, check_sections
 from verl.utils.config import Config
+from verl.utils.schedule import check_points, value_at
 
 TAGS = "tags"
 

@@ -51,7 +51,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
             "data",
             "makes training files: questions, benchmarks, traces",
             "search_r1.cli.forms:data",
-            ("prepare", "mask", "benchmarks", "sample", "traces"),
+            ("prepare", "mask", "synthesize", "filter", "benchmarks", "sample", "traces"),
             True,
         ),
     ),

@@ -54,6 +54,14 @@ def data() -> int | None:
                 "training files of a corpus alone, whose questions are masked sentences",
                 "search_r1.data.mask:main",
             ),
+            "synthesize": (
+                "training files of a corpus alone, whose questions a model writes",
+                "search_r1.data.synthesize:main",
+            ),
+            "filter": (
+                "the training questions that a policy solves sometimes",
+                "search_r1.data.pass_rate:main",
+            ),
             "benchmarks": (
                 "training and test files of published sets of questions",
                 "search_r1.cli.forms:benchmarks",

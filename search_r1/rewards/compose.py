@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from search_r1.rewards import components, turn_components
-from search_r1.rewards.config import SearchRewardConfig, Weight
+from search_r1.rewards.config import SearchRewardConfig
 from search_r1.rewards.episode import Episode, read_episode
 from search_r1.rewards.judge import Judge
-from search_r1.schedule import value_at
 from search_r1.trajectory import read_searches
 from verl.agent import AgentLoop, Row, Source, Trajectory, TrajectoryFailed, context_digest
 from verl.utils.endpoint import EndpointFailed
 from verl.utils.errors import RewardError
 from verl.utils.reward import TURN_REWARDS
+from verl.utils.schedule import weight_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,11 +181,6 @@ class SearchReward:
                 weight = weight_at(self.config.otc_grpo, training_step(trajectory))
                 trajectory.reward["otc_grpo"] = part
                 trajectory.reward["score"] += weight * part
-
-
-def weight_at(weight: Weight, step: int) -> float:
-    """The weight at a training step."""
-    return value_at(weight, step) if isinstance(weight, list) else weight
 
 
 def training_step(trajectory: Trajectory) -> int:

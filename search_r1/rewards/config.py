@@ -1,18 +1,13 @@
 """The keys of the `reward` section: a weight for each component, and what components read."""
 
-from collections.abc import Iterator
 from math import isfinite
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from search_r1.rewards.judge import JudgeConfig
-from search_r1.schedule import check_points
 from verl.utils.config import Config
-
-Weight = float | list[tuple[int, float]]
-"""A number, or a schedule `[[step, weight], ...]`: linear between the steps, constant before the
-first and after the last."""
+from verl.utils.schedule import Weight, check_points, values_of
 
 
 class SearchRewardConfig(Config):
@@ -130,11 +125,3 @@ class SearchRewardConfig(Config):
             if not all(map(isfinite, values_of(weight))):
                 raise ValueError(f"expected a finite number for {tool}")
         return value
-
-
-def values_of(weight: Weight) -> Iterator[float]:
-    """Yields the values that a weight has at its steps."""
-    if isinstance(weight, list):
-        yield from (value for _, value in weight)
-    else:
-        yield weight

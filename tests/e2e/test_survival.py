@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 from contextlib import contextmanager
-from itertools import islice
 
 import psutil
 import pytest
@@ -116,8 +115,8 @@ def compared(line):
 
 def drawn(steps, batch_size):
     """What the sampler draws for these many steps."""
-    batches = iter(ResumableSampler(len(QUESTIONS), batch_size, seed=0, shuffle=True))
-    return dict(enumerate(islice(batches, steps), 1))
+    order = ResumableSampler(len(QUESTIONS), seed=0, shuffle=True)
+    return {step: order.take(batch_size) for step in range(1, steps + 1)}
 
 
 BITS = {

@@ -6,6 +6,7 @@ import pytest
 from fastapi import Response
 
 from search_r1 import expand
+from search_r1.partial import started
 from search_r1.search.engines import bm25
 from search_r1.search.engines.bm25.expansions import Expansions
 from tests.openai_server import Player
@@ -87,7 +88,7 @@ def test_a_finished_file_stays_and_other_settings_are_refused(tmp_path):
 def test_a_start_that_was_killed_before_its_first_line_is_no_start(tmp_path, left):
     part = tmp_path / "e.jsonl.part"
     part.write_text(left)
-    assert expand.started(part, {"terms": 3}) == set()
+    assert list(started(part, {"terms": 3})) == []
     assert part.read_text() == '{"terms": 3}\n'
 
 

@@ -245,6 +245,12 @@ def verbs(setting: Setting) -> Any:
     return [event[0] for event in run(setting).said]
 
 
+def batches_of_certain_questions(setting: Setting) -> Any:
+    """The questions of every batch where 0 is always solved, and 1 never; and how the run ends."""
+    ended = run(setting, MIXED | {0: [1.0] * 4, 1: [0.0] * 4})
+    return [event[1] for event in ended.said if event[0] == "submit rollout"], ended.ending
+
+
 def checkpoints_written(setting: Setting) -> Any:
     """Every checkpoint, and whether it is written in the background."""
     return run(setting).processes.roles["actor"].checkpoints
@@ -456,6 +462,9 @@ ROLLED_BACK = COLLAPSE | {f"{WATCH}.response": "roll_back"}
 
 ONE_STEP = {"trainer.total_training_steps": 1}
 ONE_EPOCH = {"trainer.total_training_steps": None, "trainer.total_epochs": 1}
+TWO_EPOCHS = {"trainer.total_training_steps": 6}
+GATE = "data.gate"
+GATED = TWO_EPOCHS | {f"{GATE}.rest_solved": 1}
 WANDB = {"trainer.logger": ["wandb"]}
 SHUFFLED = {"data.shuffle_train_dataloader": True}
 NO_THINKING = {"enable_thinking": False}
@@ -480,6 +489,11 @@ TABLE = [
     Case("data.val_sample_seed", 1, val_questions, {"data.val_data_num": 7}),
     Case("data.val_sample_seed", 1, val_questions, {"data.val_sample_per_source": 3}),
     Case("data.shuffle_train_dataloader", False, batches),
+    Case("data.source_weights", {"tiny": 1.0}, batches, TWO_EPOCHS),
+    Case(f"{GATE}.rest_solved", 1, batches_of_certain_questions, TWO_EPOCHS),
+    Case(f"{GATE}.rest_unsolved", 1, batches_of_certain_questions, TWO_EPOCHS),
+    Case(f"{GATE}.metric", "em", batches_of_certain_questions, GATED),
+    Case(f"{GATE}.solved_at", 2.0, batches_of_certain_questions, GATED),
     Case("data.apply_chat_template_kwargs", NO_THINKING, train_questions),
     Case("data.apply_chat_template_kwargs", NO_THINKING, val_questions),
     Case("data.apply_chat_template_kwargs", NO_THINKING, trajectory, {"template": "search"}),

@@ -200,6 +200,19 @@ def test_a_critic_can_be_left_and_not_made_up(tmp_path):
         check_resume(tmp_path, configured(name="ppo"), QUESTIONS)
 
 
+def test_weights_of_sources_may_change_but_not_come_or_go(tmp_path):
+    one = configured("++data.source_weights={set: 1}")
+    other = configured("++data.source_weights={set: [[0, 1], [9, 2]]}")
+    saved_with(tmp_path, one)
+    (change,) = check_resume(tmp_path, other, QUESTIONS)
+    assert str(change) == "data.source_weights.set: 1.0 -> [[0, 1.0], [9, 2.0]]"
+    with pytest.raises(ConfigError, match=r"saved with weights of sources, .* of each source"):
+        check_resume(tmp_path, configured(), QUESTIONS)
+    saved_with(tmp_path, configured())
+    with pytest.raises(ConfigError, match=r"saved without weights of sources, .* all questions"):
+        check_resume(tmp_path, one, QUESTIONS)
+
+
 @pytest.mark.parametrize(
     ("questions", "same"),
     [

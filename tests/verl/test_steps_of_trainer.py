@@ -16,6 +16,7 @@ from verl.trainer.config import validate
 from verl.trainer.ppo import ray_trainer
 from verl.trainer.ppo.batch_source import NothingToLearn
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.utils.errors import RewardError
 
 
 @pytest.fixture(autouse=True)
@@ -203,6 +204,43 @@ def test_dynamic_sampling_ends_after_its_largest_number_of_batches(tmp_path, mos
     ):
         trainer.fit()
     assert verbs(trainer).count("collect") == most
+
+
+def test_questions_that_are_always_or_never_solved_rest_and_are_counted(tmp_path):
+    """Six questions, two a step. 0 is always solved, 3 never; a step that fails is no verdict."""
+    mixed = [0.0, 1.0, 0.0, 1.0]
+    scores = dict.fromkeys(range(ROWS), mixed) | {0: [1.0] * 4, 3: [0.0] * 4}
+    settings = [
+        "data.gate.rest_solved=2",
+        "data.gate.rest_unsolved=1",
+        "trainer.total_training_steps=8",
+    ]
+    trainer = make_trainer(tmp_path, "grpo", *settings, scores=scores)
+    trainer.fit()
+    asked = [event[1] for event in trainer.said if event[0] == "submit rollout"]
+    assert asked == [(0, 1), (2, 3), (4, 5), (1, 2), (4, 5), (1, 2), (3, 4), (5, 0)]
+    counts = [line["gate/resting"] for line in trainer.logged]
+    assert counts == [1, 2, 2, 2, 1, 0, 1, 2]
+    passed_over = [line["gate/passed_over"] for line in trainer.logged]
+    assert passed_over == [0, 0, 0, 1, 1, 1, 0, 0]
+    assert [line["gate/solved"] for line in trainer.logged] == [1, 0, 0, 0, 0, 0, 0, 1]
+    assert [line["gate/unsolved"] for line in trainer.logged] == [0, 1, 0, 0, 0, 0, 1, 0]
+
+
+def test_the_shares_of_sources_are_logged_and_without_weights_are_not(tmp_path):
+    trainer = make_trainer(tmp_path, "grpo", "++data.source_weights={tiny: 2}")
+    trainer.fit()
+    assert [line["data/share/tiny"] for line in trainer.logged] == [1.0, 1.0, 1.0]
+    plain = make_trainer(tmp_path, "grpo", "trainer.default_local_dir=other")
+    plain.fit()
+    assert not [n for line in plain.logged for n in line if n.startswith(("data/", "gate/"))]
+
+
+def test_a_gate_by_a_number_that_a_reward_lacks_ends_the_run(tmp_path):
+    settings = ["data.gate.rest_solved=1", "data.gate.metric=em"]
+    trainer = make_trainer(tmp_path, "grpo", *settings)
+    with pytest.raises(RewardError, match=r"data\.gate\.metric=em: .* only score"):
+        trainer.fit()
 
 
 def test_an_update_without_anything_left_is_left_out(tmp_path):

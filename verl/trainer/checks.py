@@ -44,6 +44,7 @@ def combination_problems(config: "PPOConfig") -> list[str]:
     rules = (
         mini_batch_problems,
         group_problems,
+        gate_problems,
         estimator_problems,
         information_problems,
         sampling_problems,
@@ -104,6 +105,21 @@ def group_problems(config: "PPOConfig") -> list[str]:
             "itself, so all of them would be left out"
         )
     return problems
+
+
+def gate_problems(config: "PPOConfig") -> list[str]:
+    """A gate that cannot see that a question is solved sometimes, or settings of none."""
+    gate = config.data.gate
+    if gate.is_on and config.actor_rollout_ref.rollout.n < 2:
+        return [
+            f"data.gate needs {ROLLOUT}.n >= 2: the one trajectory of a prompt solves it always or "
+            "never, so every question would rest"
+        ]
+    if not gate.is_on and gate != type(gate)():
+        return [
+            "data.gate: metric and solved_at have no effect without rest_solved or rest_unsolved"
+        ]
+    return []
 
 
 def estimator_problems(config: "PPOConfig") -> list[str]:

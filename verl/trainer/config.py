@@ -21,11 +21,13 @@ from pydantic import (
 from verl.agent import AgentLoop
 from verl.trainer.checks import combination_problems
 from verl.trainer.ppo.collapse import CollapseWatchConfig
+from verl.trainer.ppo.gate import GateConfig
 from verl.utils.config import Config, OneOf, problems_of
 from verl.utils.errors import ConfigError
 from verl.utils.loading import load_class, load_function
 from verl.utils.model_names import is_checkpoint, is_place, is_run
 from verl.utils.reward import FunctionReward, check_signature
+from verl.utils.schedule import Weight, check_shares
 from verl.utils.tokenizer import template_problems
 from verl.workers.config import ActorRolloutRefConfig, CriticConfig, KLPenalty, TeacherConfig
 
@@ -69,6 +71,10 @@ class DataConfig(Config):
     """Seed of these two samples."""
     shuffle_train_dataloader: bool = True
     """Draw a new order of the questions every epoch, from trainer.seed."""
+    source_weights: dict[str, Weight] = {}
+    """Weight of every data_source in the batches, a number or a schedule `[[step, weight], ...]`,
+    such as `{nq: 1, hotpotqa: [[0, 0], [100, 3]]}`. Empty: all questions in one order."""
+    gate: GateConfig = GateConfig()
     apply_chat_template_kwargs: dict[str, Any] = {}
     """Further arguments of the tokenizer's chat template."""
 
@@ -76,6 +82,12 @@ class DataConfig(Config):
     @classmethod
     def _one_file(cls, value: object) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("source_weights")
+    @classmethod
+    def _some_source_at_every_step(cls, value: dict[str, Weight]) -> dict[str, Weight]:
+        check_shares(value)
+        return value
 
 
 class KLControlConfig(Config):

@@ -117,9 +117,9 @@ def gpus_here(config: PPOConfig) -> int:
 def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
     """Raises ConfigError for engines whose trajectories cannot be trained on.
 
-    It also raises for dynamic sampling by a metric that the reward does not have, for a reward
-    that has the name of the gain of information or says that it does not fit the agent loop, and
-    for loggers that are not installed.
+    It also raises for dynamic sampling or a gate by a metric that the reward does not have, for a
+    reward that has the name of the gain of information or says that it does not fit the agent loop,
+    and for loggers that are not installed.
     """
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
@@ -137,17 +137,20 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
             "is left out where contexts are written anew (agent.context, agent.condense, IRCoT)"
         )
     filters = config.algorithm.filter_groups
+    gate = config.data.gate
+    metrics = {"algorithm.filter_groups.metric": filters.metric} if filters.enable else {}
+    metrics |= {"data.gate.metric": gate.metric} if gate.is_on else {}
     entries = getattr(reward, "entries", None)
     if config.algorithm.information_gain.weight and COMPONENT in (entries or ()):
         problems.append(
             f"algorithm.information_gain.weight: the reward has a number {COMPONENT} of its own, "
             "in whose place the gain of information would be logged; rename that one"
         )
-    if filters.enable and entries is not None and filters.metric not in entries:
-        problems.append(
-            f"algorithm.filter_groups.metric={filters.metric}: the reward has no such number, only "
-            f"{', '.join(sorted(entries))}"
-        )
+    problems += [
+        f"{key}={metric}: the reward has no such number, only {', '.join(sorted(entries))}"
+        for key, metric in metrics.items()
+        if entries is not None and metric not in entries
+    ]
     if isinstance(reward, RewardPreflight):
         problems += reward.preflight(agent)
     problems += [

@@ -17,6 +17,7 @@ from verl.trainer import config as trainer_config
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.checkpoints import read_state
 from verl.trainer.ppo.collapse import CollapseWatchConfig
+from verl.trainer.ppo.gate import GateConfig
 from verl.utils.config import Config
 from verl.utils.dataset import questions_digest
 from verl.utils.errors import ConfigError
@@ -76,12 +77,14 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "val_sample_per_source",
         "val_sample_seed",
         "train_batch_size",  # the place in the data is a number of questions, not of batches
+        "source_weights",  # unless there were none: see check_resume
         "max_start_length",
         "max_prompt_length",
         "max_response_length",
         "max_obs_length",
         "apply_chat_template_kwargs",
     ],
+    GateConfig: ["rest_solved", "rest_unsolved", "metric", "solved_at"],
     trainer_config.KLControlConfig: [
         "type",
         "kl_coef",
@@ -291,6 +294,13 @@ def check_resume(folder: Path, config: PPOConfig, questions: Sequence[Row]) -> l
     if config.use_critic and not had_critic(saved["config"]):
         problems.append(
             f"algorithm.adv_estimator=gae: {folder} was saved with {estimator}, and holds no critic"
+        )
+    was_mixed = bool(saved["config"]["data"].get("source_weights"))
+    if was_mixed != bool(config.data.source_weights):
+        problems.append(
+            f"data.source_weights: {folder} was saved {'with' if was_mixed else 'without'} weights "
+            "of sources, and the place in the data that it holds is one in the order of "
+            f"{'each source' if was_mixed else 'all questions'}"
         )
     if questions_digest(questions) != saved["questions"]:
         problems.append(

@@ -210,8 +210,9 @@ def read_lines(path: str) -> list[Any]:
 
 def batches(examples: Sequence[Example], config: SFTConfig) -> Iterator[list[Example]]:
     """Batches of `train_batch_size`, epoch after epoch, in an order drawn from the seed."""
-    for rows in ResumableSampler(len(examples), config.train_batch_size, config.seed, shuffle=True):
-        yield [examples[i] for i in rows]
+    order = ResumableSampler(len(examples), config.seed, shuffle=True)
+    while True:
+        yield [examples[i] for i in order.take(config.train_batch_size)]
 
 
 def start_process_group(threads: int | None = None) -> None:

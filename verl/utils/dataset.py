@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,17 +166,22 @@ def read_target(target: object, key: str) -> str | list[str]:
     return answers if isinstance(plain(target), list | tuple) else answers[0]
 
 
+def rows_by_source(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """The row numbers of each data_source, in their order."""
+    by_source: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        by_source[row["data_source"]].append(number)
+    return dict(by_source)
+
+
 def sample_spread(rows: Sequence[Row], count: int, seed: int) -> list[int]:
     """Row numbers of a sample of `count` rows, drawn with `seed`.
 
     Every data_source is in it in proportion, with at least one row. A smaller sample is part of
     every larger one. If there are no more than `count` rows, the sample is all of them.
     """
-    by_source: dict[str, list[int]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        by_source[row["data_source"]].append(number)
     ranked: list[tuple[float, int]] = []
-    for source, numbers in by_source.items():
+    for source, numbers in rows_by_source(rows).items():
         random.Random(f"{seed}/{source}").shuffle(numbers)
         ranked += [(place / len(numbers), number) for place, number in enumerate(numbers)]
     return sorted(number for _, number in sorted(ranked)[:count])
@@ -195,12 +200,9 @@ def sample_per_source(rows: Sequence[Row], count: int, seed: int) -> list[int]:
 
     The sample of one source does not depend on the other sources.
     """
-    by_source: dict[str, list[int]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        by_source[row["data_source"]].append(number)
     chosen = (
         random.Random(f"{seed}/{source}").sample(numbers, min(count, len(numbers)))
-        for source, numbers in by_source.items()
+        for source, numbers in rows_by_source(rows).items()
     )
     return sorted(number for numbers in chosen for number in numbers)
 
@@ -225,19 +227,17 @@ def read_parquet(path: str) -> list[Row]:
 
 
 class ResumableSampler:
-    """Batches of row numbers, epoch after epoch.
+    """Numbers of rows, epoch after epoch.
 
-    Its whole state is the epoch, the position and the number of batches drawn. Each epoch is a new
-    permutation drawn from (seed, epoch). A batch that an epoch cannot fill is filled from the next
-    one, so that every batch is full and no row is dropped.
+    Its whole state is the epoch and the position in it. Each epoch is a new permutation drawn from
+    (seed, epoch). What an epoch cannot fill is filled from the next one, so that no row is dropped.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool) -> None:
+    def __init__(self, size: int, seed: int | str, shuffle: bool) -> None:
         self.size = size
-        self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.epoch = self.position = self.drawn = 0
+        self.epoch = self.position = 0
 
     def _order(self) -> np.ndarray:
         if not self.shuffle:
@@ -245,23 +245,21 @@ class ResumableSampler:
         digest = hashlib.sha256(f"{self.seed}/{self.epoch}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(self.size)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        while True:
-            batch: list[int] = []
-            while len(batch) < self.batch_size:
-                part = self._order()[self.position : self.position + self.batch_size - len(batch)]
-                batch += part.tolist()
-                self.position += len(part)
-                if self.position >= self.size:
-                    self.epoch = self.epoch + 1
-                    self.position = 0
-            self.drawn += 1
-            yield batch
+    def take(self, count: int) -> list[int]:
+        """Returns the next `count` numbers."""
+        taken: list[int] = []
+        while len(taken) < count:
+            part = self._order()[self.position : self.position + count - len(taken)]
+            taken += part.tolist()
+            self.position += len(part)
+            if self.position >= self.size:
+                self.epoch += 1
+                self.position = 0
+        return taken
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position, "drawn": self.drawn}
+        return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch = state["epoch"]
         self.position = state["position"]
-        self.drawn = state["drawn"]

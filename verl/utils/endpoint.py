@@ -75,6 +75,21 @@ class Endpoint:
         await self.http.aclose()
 
 
+def said_in(reply: Any) -> str:
+    """The text of a chat reply, without the thoughts that may precede it.
+
+    Raises ValueError for a reply that is no text, or whose thought is cut off.
+    """
+    said = reply["choices"][0]["message"]["content"]
+    if not isinstance(said, str):
+        raise ValueError(f"expected a text, got {said!r}")
+    if "<think>" in said and "</think>" not in said:
+        raise ValueError(
+            f"a thought that is cut off ({said[:80]!r}): take a model that thinks less"
+        )
+    return said.rpartition("</think>")[2]
+
+
 def headers(config: EndpointConfig) -> dict[str, str]:
     key = os.environ.get(config.api_key_env)
     return {"Authorization": f"Bearer {key}"} if key else {}

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from search_r1.rewards import components
 from search_r1.rewards import compose as composition
-from search_r1.rewards.compose import SearchReward, weight_at
+from search_r1.rewards.compose import SearchReward
 from search_r1.rewards.config import SearchRewardConfig
 from search_r1.rewards.episode import Episode
 from search_r1.rewards.matching import (
@@ -38,6 +38,7 @@ from verl.trainer.config import validate
 from verl.trainer.driver import check_trainable
 from verl.utils.errors import ConfigError
 from verl.utils.reward import score as score_trajectory
+from verl.utils.schedule import weight_at
 from verl.utils.tokenizer import encode_text
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,7 +12,13 @@ from verl.rollout.manager import RolloutManager
 from verl.trainer.config import FilterGroupsConfig, PPOConfig
 from verl.trainer.ppo.batching import build_batch
 from verl.trainer.ppo.failures import check_failures, failure_metrics
-from verl.trainer.ppo.groups import differing_groups, first_groups, score_groups, surviving
+from verl.trainer.ppo.groups import (
+    differing_groups,
+    first_groups,
+    numbers_of_groups,
+    score_groups,
+    surviving,
+)
 from verl.trainer.ppo.rollout_queue import RolloutQueue
 from verl.utils.dataset import RLHFDataset
 
@@ -29,19 +35,25 @@ class Rollouts:
     trajectories: list[Trajectory] = field(default_factory=list)
     """The trajectories to train on, one for each of `jobs`."""
     num_batches: int = 0
+    rows: list[int] = field(default_factory=list)
+    """The row numbers of all prompts."""
     results: list[Trajectory | Failure] = field(default_factory=list)
     surviving: list[Trajectory] = field(default_factory=list)
     """All that could be trained on, including those that dynamic sampling leaves out."""
     dropped: Counter[str] = field(default_factory=Counter)
+    drawn: dict[str, float] = field(default_factory=dict)
+    """Metrics of which questions were drawn: shares of their sources, and what the gate did."""
 
     def add(
         self,
+        rows: Sequence[int],
         results: Sequence[Trajectory | Failure],
         trajectories: Sequence[Trajectory],
         dropped: Mapping[str, int],
     ) -> None:
-        """Adds a batch of prompts: all results, what survived of them, and what was dropped."""
+        """Adds a batch of prompts: row numbers, all results, what survived, what was dropped."""
         self.num_batches += 1
+        self.rows += rows
         self.results += results
         self.surviving += trajectories
         self.dropped.update(dropped)
@@ -58,6 +70,7 @@ class Rollouts:
             **{name: float(count) for name, count in self.dropped.items()},
             "training/num_gen_batches": float(self.num_batches),
             "training/num_trajectories": float(len(self.surviving)),
+            **self.drawn,
         }
 
     def nothing_left(self, filters: FilterGroupsConfig) -> str:
@@ -92,6 +105,7 @@ class BatchSource:
         world_size: int,
     ) -> None:
         self.config = config
+        self.train_set = train_set
         self.reward = reward
         self.pad_token_id = pad_token_id
         self.world_size = world_size
@@ -113,20 +127,45 @@ class BatchSource:
             self._add_batch(rollouts, steps_left)
         chosen = first_groups(rollouts.jobs, rollouts.trajectories, wanted)
         rollouts.jobs, rollouts.trajectories = chosen
+        rollouts.drawn = self._drawn_metrics(rollouts.rows)
         return rollouts
 
     def _add_batch(self, rollouts: Rollouts, steps_left: int) -> None:
         """Adds the next batch of prompts, without failures and groups that all score the same."""
         filters = self.config.algorithm.filter_groups
-        jobs, results = self.queue.next_batch(steps_left)
+        rows, jobs, results = self.queue.next_batch(steps_left)
+        row_of = dict(zip(dict.fromkeys(job.uid for job in jobs), rows, strict=True))
         results = score_groups(self.reward, jobs, results, self.min_group)
         check_failures(results, self.config.trainer.max_failed_share)
         jobs, trajectories, dropped = surviving(jobs, results, self.min_group)
-        rollouts.add(results, trajectories, dropped)
+        rollouts.add(rows, results, trajectories, dropped)
+        if self.config.data.gate.is_on:
+            self._observe(row_of, jobs, trajectories)
         if filters.enable:
             jobs, trajectories = differing_groups(jobs, trajectories, filters.metric)
         rollouts.jobs += jobs
         rollouts.trajectories += trajectories
+
+    def _observe(
+        self, row_of: Mapping[str, int], jobs: Sequence[Job], trajectories: Sequence[Trajectory]
+    ) -> None:
+        """Tells the gate how each group has scored. `row_of`: row numbers by uid."""
+        metric = self.config.data.gate.metric
+        values = numbers_of_groups(jobs, trajectories, metric, "data.gate.metric")
+        for uid, numbers in values.items():
+            self.queue.sampler.gate.observe(row_of[uid], numbers)
+
+    def _drawn_metrics(self, rows: Sequence[int]) -> dict[str, float]:
+        """`data/share/*` of the questions of a step, and `gate/*`, where these are configured."""
+        data = self.config.data
+        metrics: dict[str, float] = {}
+        if data.source_weights:
+            sources = Counter(self.train_set.rows[row]["data_source"] for row in rows)
+            for source in data.source_weights:
+                metrics[f"data/share/{source}"] = sources[source] / len(rows)
+        if data.gate.is_on:
+            metrics |= self.queue.sampler.gate.take_metrics()
+        return metrics
 
     def build(self, rollouts: Rollouts) -> DataProto:
         """Builds the batch to train on. Raises NothingToLearn when no trajectory is left."""
@@ -151,7 +190,7 @@ class BatchSource:
         """The number of completed passes over the training questions."""
         return self.queue.epoch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position in the data from which a resumed run draws its next batch."""
         return self.queue.state_dict()
 

@@ -70,11 +70,24 @@ def differing_groups(
 ) -> tuple[list[Job], list[Trajectory]]:
     """The trajectories of groups in which the rewards differ in `metric`, with their jobs.
 
-    Raises RewardError, naming the entries that there are, for a reward without `metric`.
+    Raises RewardError for a reward without `metric`.
+    """
+    values = numbers_of_groups(jobs, trajectories, metric, "algorithm.filter_groups.metric")
+    differing = {uid for uid, found in values.items() if not are_equal(torch.tensor(found))}
+    return of_groups(jobs, trajectories, differing)
+
+
+def numbers_of_groups(
+    jobs: Sequence[Job], trajectories: Sequence[Trajectory], metric: str, key: str
+) -> dict[str, list[float]]:
+    """By uid, the numbers `metric` of the rewards of each group.
+
+    Raises RewardError, naming the entries that there are, for a reward without `metric`. `key` is
+    the key of the configuration that asks for it.
     """
     if lacking := [t for t in trajectories if metric not in t.reward]:
         raise RewardError(
-            f"algorithm.filter_groups.metric={metric}: the reward of {len(lacking)} of "
+            f"{key}={metric}: the reward of {len(lacking)} of "
             f"{len(trajectories)} trajectories has no such number, only "
             f"{', '.join(sorted(lacking[0].reward))}: name one of these, or let the reward return "
             "it for every trajectory"
@@ -82,8 +95,7 @@ def differing_groups(
     values: dict[str, list[float]] = {}
     for job, trajectory in zip(jobs, trajectories, strict=True):
         values.setdefault(job.uid, []).append(trajectory.reward[metric])
-    differing = {uid for uid, found in values.items() if not are_equal(torch.tensor(found))}
-    return of_groups(jobs, trajectories, differing)
+    return values
 
 
 def first_groups(
