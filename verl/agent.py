@@ -163,6 +163,8 @@ class Trajectory:
     void_turns: int = 0
     """Turns that neither acted nor answered, as the agent loop counts them."""
     rewrites: list[Rewrite] = field(default_factory=list)
+    greedy_score: float | None = None
+    """Score of the greedy trajectory of the same prompt; None where none was rolled out."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -365,7 +367,8 @@ class RewardFn(Protocol):
 class GroupReward(Protocol):
     """What a `RewardFn` may also implement: a comparison of the trajectories of each prompt.
 
-    It is called in training only, once all trajectories of a batch are scored.
+    It is called in training only, once all trajectories of a batch are scored. A reward that
+    compares nothing, as it is configured, says so by an attribute `compares` that is False.
     """
 
     def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None:

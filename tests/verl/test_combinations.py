@@ -57,6 +57,7 @@ def batch() -> DataProto:
             "rollout_log_probs": data.batch["old_log_probs"] + noise + junk,
             "turns": turns,
             "states": torch.where(mask.bool(), turns % 2, -1).long(),
+            "greedy_scores": torch.linspace(0, 1, ROWS // 4).double().repeat_interleave(4),
             "truncated": torch.arange(ROWS) == 3,
             "void_turns": torch.zeros(ROWS, dtype=torch.long),
         },

@@ -56,6 +56,7 @@ def ahead(staleness: int, partial: bool = True) -> tuple[RolloutQueue, Rollout]:
         data=SimpleNamespace(train_batch_size=BATCH, shuffle_train_dataloader=True),
         trainer=SimpleNamespace(seed=SEED),
         actor_rollout_ref=SimpleNamespace(rollout=None),
+        uses_greedy=False,
         async_training=SimpleNamespace(max_staleness=staleness, partial_rollout=partial),
     )
     return RolloutQueue(config, Questions(), rollout), rollout
@@ -72,7 +73,7 @@ def train(source: RolloutQueue, rollout: Rollout, steps: int, total: int, done: 
     batches = []
     ages = []
     for step in range(done, done + steps):
-        (rows, seed, version), _ = source.next_batch(total - step)
+        rows, seed, version = source.next_batch(total - step).jobs
         batches.append((rows, seed))
         ages.append(rollout.version - version)
         source.drain_before_sync()
@@ -134,7 +135,7 @@ def test_several_batches_in_a_step_keep_order_and_age():
     is younger."""
     source, rollout = ahead(2)
     train(source, rollout, 2, 10)
-    taken = [source.next_batch(8)[0] for _ in range(4)]
+    taken = [source.next_batch(8).jobs for _ in range(4)]
     assert [(rows, seed) for rows, seed, _ in taken] == expected(6)[2:]
     assert [rollout.version - version for *_, version in taken] == [2, 1, 0, 0]
 

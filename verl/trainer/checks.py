@@ -105,8 +105,14 @@ def group_problems(config: "PPOConfig") -> list[str]:
 
 
 def estimator_problems(config: "PPOConfig") -> list[str]:
-    """Settings that the estimator of the advantage does not read."""
-    return [
+    """Settings that the estimator does not read, or that its baseline does not have."""
+    problems: list[str] = []
+    if config.uses_greedy and config.algorithm.information_gain.weight:
+        problems.append(
+            f"algorithm.information_gain.weight with adv_estimator={config.algorithm.adv_estimator}"
+            ": the greedy trajectory, with which the others are compared, is not paid the gain"
+        )
+    return problems + [
         f"algorithm.{name}={str(value).lower()} has no effect with "
         f"algorithm.adv_estimator={config.algorithm.adv_estimator}: docs/algorithms.md says which "
         "estimators read it"

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from verl.agent import AgentLoop, RewardFn, RewardPreflight
+from verl.agent import AgentLoop, GroupReward, RewardFn, RewardPreflight
 from verl.single_controller.worker_group import WorkerLost
 from verl.trainer.config import PPOConfig
 from verl.trainer.console import plan, show_tail
@@ -117,7 +117,8 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
     """Raises ConfigError for engines whose trajectories cannot be trained on.
 
     It also raises for dynamic sampling by a metric that the reward does not have, for a reward
-    that says that it does not fit the agent loop, and for loggers that are not installed.
+    that says that it does not fit the agent loop, for one that compares trajectories where they are
+    compared with a greedy one, and for loggers that are not installed.
     """
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
@@ -135,6 +136,13 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
         problems.append(
             f"algorithm.filter_groups.metric={filters.metric}: the reward has no such number, only "
             f"{', '.join(sorted(entries))}"
+        )
+    if isinstance(reward, GroupReward) and getattr(reward, "compares", True) and config.uses_greedy:
+        problems.append(
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator}: the reward compares the "
+            "trajectories of a prompt (score_groups, such as reward.otc_grpo), and the greedy one, "
+            "with which they are compared, is not among them: choose another estimator, or a "
+            "reward of single trajectories"
         )
     if isinstance(reward, RewardPreflight):
         problems += reward.preflight(agent)

@@ -12,6 +12,7 @@ from verl.rollout.manager import RolloutManager
 from verl.trainer.config import FilterGroupsConfig, PPOConfig
 from verl.trainer.ppo.batching import build_batch
 from verl.trainer.ppo.failures import check_failures, failure_metrics
+from verl.trainer.ppo.greedy import greedy_metrics, with_greedy_scores
 from verl.trainer.ppo.groups import differing_groups, first_groups, score_groups, surviving
 from verl.trainer.ppo.rollout_queue import RolloutQueue
 from verl.utils.dataset import RLHFDataset
@@ -30,6 +31,8 @@ class Rollouts:
     """The trajectories to train on, one for each of `jobs`."""
     num_batches: int = 0
     results: list[Trajectory | Failure] = field(default_factory=list)
+    greedy: list[Trajectory | Failure] = field(default_factory=list)
+    """The greedy trajectory of each prompt, if they are rolled out."""
     surviving: list[Trajectory] = field(default_factory=list)
     """All that could be trained on, including those that dynamic sampling leaves out."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -37,12 +40,14 @@ class Rollouts:
     def add(
         self,
         results: Sequence[Trajectory | Failure],
+        greedy: Sequence[Trajectory | Failure],
         trajectories: Sequence[Trajectory],
         dropped: Mapping[str, int],
     ) -> None:
         """Adds a batch of prompts: all results, what survived of them, and what was dropped."""
         self.num_batches += 1
         self.results += results
+        self.greedy += greedy
         self.surviving += trajectories
         self.dropped.update(dropped)
 
@@ -52,9 +57,10 @@ class Rollouts:
         return len({job.uid for job in self.jobs})
 
     def metrics(self) -> dict[str, float]:
-        """`rollout/failed*`, `rollout/dropped_*` and `training/num_*` over all batches."""
+        """`rollout/failed*`, `rollout/dropped_*`, `greedy/*`, `training/num_*` of all batches."""
         return {
             **failure_metrics(self.results),
+            **greedy_metrics(self.greedy, self.results),
             **{name: float(count) for name, count in self.dropped.items()},
             "training/num_gen_batches": float(self.num_batches),
             "training/num_trajectories": float(len(self.surviving)),
@@ -118,11 +124,14 @@ class BatchSource:
     def _add_batch(self, rollouts: Rollouts, steps_left: int) -> None:
         """Adds the next batch of prompts, without failures and groups that all score the same."""
         filters = self.config.algorithm.filter_groups
-        jobs, results = self.queue.next_batch(steps_left)
-        results = score_groups(self.reward, jobs, results, self.min_group)
+        rolled = self.queue.next_batch(steps_left)
+        jobs = rolled.jobs
+        results = score_groups(self.reward, jobs, rolled.results, self.min_group)
+        if self.config.uses_greedy:
+            results = with_greedy_scores(jobs, results, rolled.greedy)
         check_failures(results, self.config.trainer.max_failed_share)
         jobs, trajectories, dropped = surviving(jobs, results, self.min_group)
-        rollouts.add(results, trajectories, dropped)
+        rollouts.add(results, rolled.greedy, trajectories, dropped)
         if filters.enable:
             jobs, trajectories = differing_groups(jobs, trajectories, filters.metric)
         rollouts.jobs += jobs

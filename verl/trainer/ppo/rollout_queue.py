@@ -1,6 +1,8 @@
 """The queue of batches that are rolled out ahead of the training."""
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from verl.agent import TRAINING_STEP, Trajectory
@@ -8,7 +10,35 @@ from verl.rollout.agent_worker import Failure, Job
 from verl.rollout.job import Submitted
 from verl.rollout.manager import RolloutManager
 from verl.trainer.config import PPOConfig
+from verl.trainer.ppo.greedy import GREEDY
 from verl.utils.dataset import ResumableSampler, RLHFDataset
+from verl.workers.config import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """A batch of prompts that was rolled out."""
+
+    jobs: list[Job]
+    results: list[Trajectory | Failure]
+    """The trajectories to train on, one for each of `jobs`."""
+    greedy: list[Trajectory | Failure] = field(default_factory=list)
+    """The greedy trajectory of each prompt, if they are rolled out, in the order of the prompts."""
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A batch of prompts under way."""
+
+    state: dict[str, int]
+    """The position in the data before it was drawn."""
+    sampled: Submitted
+    greedy: Submitted | None
+
+    @property
+    def submitted(self) -> list[Submitted]:
+        """All that is under way for it."""
+        return [self.sampled] if self.greedy is None else [self.sampled, self.greedy]
 
 
 class RolloutQueue:
@@ -33,34 +63,45 @@ class RolloutQueue:
             config.data.shuffle_train_dataloader,
         )
         self.batches = iter(self.sampler)
-        self.under_way: deque[tuple[dict[str, int], Submitted]] = deque()
+        self.under_way: deque[UnderWay] = deque()
 
-    def next_batch(self, steps_left: int) -> tuple[list[Job], list[Trajectory | Failure]]:
-        """Waits for the oldest batch; returns its jobs and their results.
+    def next_batch(self, steps_left: int) -> Rolled:
+        """Waits for the oldest batch.
 
         Before it waits, it submits batches of the next steps. `steps_left`: training steps that
         still need a batch, this one included; no more batches than that are submitted.
         """
         wanted = max(1, min(self.config.async_training.max_staleness + 1, steps_left))
         while len(self.under_way) < wanted:
-            self.under_way.append((self.sampler.state_dict(), self._submit()))
-        _, oldest = self.under_way.popleft()
-        return self.rollout.collect(oldest)
+            self.under_way.append(self._submit())
+        oldest = self.under_way.popleft()
+        jobs, results = self.rollout.collect(oldest.sampled)
+        if oldest.greedy is None:
+            return Rolled(jobs, results)
+        _, greedy = self.rollout.collect(oldest.greedy)
+        return Rolled(jobs, results, greedy)
 
-    def _submit(self) -> Submitted:
+    def _submit(self) -> UnderWay:
+        """Starts the next batch, and greedy trajectories of its prompts if they are needed."""
+        state = self.sampler.state_dict()
         rows = next(self.batches)
+        sampled = self._roll_out(rows, self.config.actor_rollout_ref.rollout)
+        greedy = self._roll_out(rows, GREEDY) if self.config.uses_greedy else None
+        return UnderWay(state, sampled, greedy)
+
+    def _roll_out(self, rows: Sequence[int], sampling: SamplingConfig) -> Submitted:
         step = {TRAINING_STEP: self.rollout.version + 1}
         return self.rollout.submit(
             [self.train_set.rows[row] | step for row in rows],
             [self.train_set.prompt_ids[row] for row in rows],
-            self.config.actor_rollout_ref.rollout,
+            sampling,
             seed=self.config.trainer.seed + 1_000_000 * self.sampler.drawn,
         )
 
     def drain_before_sync(self) -> None:
         """Waits for trajectories under way, unless they may get new weights between two turns."""
         if not self.config.async_training.partial_rollout:
-            self.rollout.drain([submitted for _, submitted in self.under_way])
+            self.rollout.drain([s for batch in self.under_way for s in batch.submitted])
 
     @property
     def epoch(self) -> int:
@@ -70,8 +111,7 @@ class RolloutQueue:
     def state_dict(self) -> dict[str, int]:
         """The position in the data to resume from; batches under way will be drawn again."""
         if self.under_way:
-            state, _ = self.under_way[0]
-            return state
+            return self.under_way[0].state
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

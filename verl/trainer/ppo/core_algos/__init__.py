@@ -23,6 +23,7 @@ from verl.trainer.ppo.core_algos.advantages import (
     compute_reinforce_advantage,
     compute_reinforce_plus_plus_baseline_outcome_advantage,
     compute_reinforce_plus_plus_outcome_advantage,
+    compute_remax_outcome_advantage,
     compute_rloo_outcome_advantage,
 )
 from verl.trainer.ppo.core_algos.correction import (
@@ -77,6 +78,7 @@ __all__ = [
     "compute_reinforce_advantage",
     "compute_reinforce_plus_plus_baseline_outcome_advantage",
     "compute_reinforce_plus_plus_outcome_advantage",
+    "compute_remax_outcome_advantage",
     "compute_rewards",
     "compute_rloo_outcome_advantage",
     "compute_turn_level_advantage",

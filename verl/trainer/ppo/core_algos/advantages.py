@@ -127,6 +127,19 @@ def compute_reinforce_advantage(
     return returns, returns
 
 
+def compute_remax_outcome_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, greedy_scores: Tensor, **_: object
+) -> tuple[Tensor, Tensor]:
+    """ReMax (arXiv 2310.10505): the return minus the score of the prompt's greedy trajectory.
+
+    A_t = sum_{k >= t} r_k - b with b = `greedy_scores` [B]. The baseline follows from the prompt
+    and the weights alone, never from what was sampled, so the estimate is unbiased for any number
+    of trajectories of a prompt, also for one. Returns advantages and returns, both [B, R].
+    """
+    returns = compute_returns(token_level_rewards, response_mask, gamma=1.0)
+    return returns - per_token(greedy_scores, response_mask), returns
+
+
 def compute_reinforce_plus_plus_outcome_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, gamma: float, **_: object
 ) -> tuple[Tensor, Tensor]:
@@ -162,13 +175,18 @@ class AdvantageEstimator:
     The function is called with all of these keywords and names those that it uses:
     token_level_rewards and response_mask [B, R], index [B] (the group of each row), values [B, R]
     (with a critic), turns and states [B, R], gamma, lam, norm_adv_by_std_in_grpo,
-    step_advantage_w.
+    step_advantage_w, greedy_scores [B] (with `uses_greedy`).
     """
 
     compute: Callable[..., tuple[Tensor, Tensor]]
     uses_groups: bool = False
     """Whether it compares the trajectories of one prompt, so that there must be two or more."""
     uses_critic: bool = False
+
+    @property
+    def uses_greedy(self) -> bool:
+        """Whether it compares with a greedy trajectory of each prompt."""
+        return self.takes("greedy_scores")
 
     def takes(self, setting: str) -> bool:
         """Whether the function has a parameter of this name."""
@@ -181,6 +199,7 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
     "dr_grpo": AdvantageEstimator(compute_dr_grpo_outcome_advantage, uses_groups=True),
     "rloo": AdvantageEstimator(compute_rloo_outcome_advantage, uses_groups=True),
     "reinforce": AdvantageEstimator(compute_reinforce_advantage),
+    "remax": AdvantageEstimator(compute_remax_outcome_advantage),
     "reinforce_plus_plus": AdvantageEstimator(compute_reinforce_plus_plus_outcome_advantage),
     "reinforce_plus_plus_baseline": AdvantageEstimator(
         compute_reinforce_plus_plus_baseline_outcome_advantage, uses_groups=True
