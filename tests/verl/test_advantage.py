@@ -56,6 +56,9 @@ EXPECTED = {
         rewards(), MASK, GROUPS, norm_adv_by_std_in_grpo=False
     ),
     "rloo": lambda: core_algos.compute_rloo_outcome_advantage(rewards(), MASK, GROUPS),
+    "opo": lambda: core_algos.compute_opo_outcome_advantage(rewards(), MASK, GROUPS),
+    "grpo_passk": lambda: core_algos.compute_grpo_passk_outcome_advantage(rewards(), MASK, GROUPS),
+    "maxrl": lambda: core_algos.compute_maxrl_outcome_advantage(rewards(), MASK, GROUPS),
     "reinforce": lambda: core_algos.compute_reinforce_advantage(rewards(), MASK, GAMMA),
     "remax": lambda: core_algos.compute_remax_outcome_advantage(rewards(), MASK, GREEDY),
     "reinforce_plus_plus": lambda: core_algos.compute_reinforce_plus_plus_outcome_advantage(

@@ -113,7 +113,7 @@ def test_the_configuration_says_why_it_refuses():
         actor["loss_scale_factor"] = 100 if agg == "seq-mean-token-sum-norm" else None
         raw["critic"]["loss_agg_mode"] = "token-mean"
         problems = combination_problems(PPOConfig.model_validate(raw))
-        wrong = (mode == "gspo" and agg != "seq-mean-token-mean") + (
+        wrong = (mode in ("gspo", "geo_mean") and agg != "seq-mean-token-mean") + (
             estimator == "dr_grpo" and agg not in ("token-sum", "seq-mean-token-sum-norm")
         )
         assert len(problems) == wrong and all(

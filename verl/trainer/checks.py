@@ -20,6 +20,8 @@ ROLLOUT = "actor_rollout_ref.rollout"
 CORRECTION = "algorithm.rollout_correction"
 NORM = "seq-mean-token-sum-norm"
 """The aggregation that has a constant divisor."""
+OF_SEQUENCES = ("gspo", "geo_mean")
+"""Losses of whole sequences, which are averaged over sequences."""
 
 
 class GPUPool(Protocol):
@@ -190,10 +192,10 @@ def aggregation_problems(config: "PPOConfig") -> list[str]:
             f"algorithm.adv_estimator=dr_grpo is to avoid: use {NORM} (with loss_scale_factor) or "
             "token-sum"
         )
-    if actor.policy_loss.loss_mode == "gspo" and mode != "seq-mean-token-mean":
+    if actor.policy_loss.loss_mode in OF_SEQUENCES and mode != "seq-mean-token-mean":
         problems.append(
-            f"{ACTOR}.loss_agg_mode={mode}: policy_loss.loss_mode=gspo is defined for "
-            "seq-mean-token-mean"
+            f"{ACTOR}.loss_agg_mode={mode}: policy_loss.loss_mode={actor.policy_loss.loss_mode} is "
+            "defined for seq-mean-token-mean"
         )
     return problems
 

@@ -105,6 +105,75 @@ def compute_rloo_outcome_advantage(
     return advantages, advantages
 
 
+def compute_opo_outcome_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, **_: object
+) -> tuple[Tensor, Tensor]:
+    """OPO (arXiv 2505.23585): the score minus the group's mean, weighted by lengths.
+
+    A_i = R_i - sum_j L_j R_j / sum_j L_j, where L_j are the tokens that the policy wrote in j. This
+    is the baseline of least variance if every token adds as much to the squared norm of a gradient.
+    A group of one has the bare score. Returns advantages and returns, which are the same, [B, R].
+    """
+    scores = masked_sum(token_level_rewards, response_mask, axis=-1)
+    lengths = response_mask.bool().sum(-1).to(scores.dtype)
+    advantages = scores.clone()
+    for rows in group_rows(index):
+        if len(rows) > 1:
+            members = centred(scores[rows])
+            weights = lengths[rows] / lengths[rows].sum().clamp(min=1)
+            advantages[rows] = members - (weights * members).sum()
+    advantages = per_token(advantages, response_mask)
+    return advantages, advantages
+
+
+def compute_grpo_passk_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: np.ndarray,
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Pass@k by GRPO (arXiv 2503.19595): the best of a group is credited, and no other.
+
+    Its advantage is what the group's best score owes to it: the best score minus the second best,
+    by the group's std. All others have 0, as have two that share the best score. Without the std
+    this is an unbiased estimate of the gradient of the expected best score of a group. A group of
+    one has the bare score. Returns advantages and returns, which are the same, [B, R].
+    """
+    scores = masked_sum(token_level_rewards, response_mask, axis=-1)
+    advantages = torch.zeros_like(scores)
+    for rows in group_rows(index):
+        if len(rows) == 1:
+            advantages[rows] = scores[rows]
+            continue
+        members = standardised(scores[rows], norm_adv_by_std_in_grpo, epsilon)
+        best, second = members.topk(2).values
+        advantages[rows[members.argmax()]] = best - second
+    advantages = per_token(advantages, response_mask)
+    return advantages, advantages
+
+
+def compute_maxrl_outcome_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, **_: object
+) -> tuple[Tensor, Tensor]:
+    """MaxRL (arXiv 2602.02710): the score minus the group's mean, over the mean.
+
+    With scores of 0 and 1 and n rows of a group, a rare success counts more: the mean estimate is
+    the gradient of log p, cut off after the first n - 1 terms of its series in 1 - p, where p is
+    the probability of a success. A group whose mean is not positive teaches nothing, as a group of
+    one. Returns advantages and returns, which are the same, [B, R].
+    """
+    scores = masked_sum(token_level_rewards, response_mask, axis=-1)
+    advantages = torch.zeros_like(scores)
+    for rows in group_rows(index):
+        mean = scores[rows].mean()
+        if len(rows) > 1 and mean > 0:
+            advantages[rows] = centred(scores[rows]) / mean
+    advantages = per_token(advantages, response_mask)
+    return advantages, advantages
+
+
 def compute_returns(token_level_rewards: Tensor, response_mask: Tensor, gamma: float) -> Tensor:
     """The discounted sum of the rewards from each policy token on, [B, R].
 
@@ -198,6 +267,9 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
     "grpo": AdvantageEstimator(compute_grpo_outcome_advantage, uses_groups=True),
     "dr_grpo": AdvantageEstimator(compute_dr_grpo_outcome_advantage, uses_groups=True),
     "rloo": AdvantageEstimator(compute_rloo_outcome_advantage, uses_groups=True),
+    "opo": AdvantageEstimator(compute_opo_outcome_advantage, uses_groups=True),
+    "grpo_passk": AdvantageEstimator(compute_grpo_passk_outcome_advantage, uses_groups=True),
+    "maxrl": AdvantageEstimator(compute_maxrl_outcome_advantage, uses_groups=True),
     "reinforce": AdvantageEstimator(compute_reinforce_advantage),
     "remax": AdvantageEstimator(compute_remax_outcome_advantage),
     "reinforce_plus_plus": AdvantageEstimator(compute_reinforce_plus_plus_outcome_advantage),
