@@ -13,7 +13,7 @@ recovered from ids or text:
 
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -163,6 +163,9 @@ class Trajectory:
     void_turns: int = 0
     """Turns that neither acted nor answered, as the agent loop counts them."""
     rewrites: list[Rewrite] = field(default_factory=list)
+    shared_turns: int = 0
+    """Its first turns that were taken over from another trajectory of the same prompt, where it
+    branched off (`rollout.branches`)."""
     greedy_score: float | None = None
     """Score of the greedy trajectory of the same prompt; None where none was rolled out."""
 
@@ -307,6 +310,9 @@ class AgentLoop:
     rows."""
     needs_tokens: bool = False
     """Whether it works on the tokens of a chat template, which an endpoint of text cannot take."""
+    can_branch: bool = False
+    """Whether a trajectory may begin with the first turns of another one (`rollout.branches`). It
+    may if each call of the engine is a turn, contexts only grow, and `answering` is written."""
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         """Takes the validated section and the tokenizer of the policy."""
@@ -324,6 +330,17 @@ class AgentLoop:
         """Rolls out one question.
 
         Raises TrajectoryFailed when the environment, not the policy, is at fault.
+        """
+        raise NotImplementedError
+
+    def answering(
+        self, give: Callable[[str], Any], tell: Callable[[str, Any], object]
+    ) -> AbstractContextManager[None]:
+        """Lets others answer what trajectories of this block ask of the environment.
+
+        Every question has a key. `give(key)` returns a response that `tell(key, response)` was told
+        earlier, for the same question in another trajectory, or None where the environment is to be
+        asked; `tell` is told of every response. A loop that can branch writes this.
         """
         raise NotImplementedError
 

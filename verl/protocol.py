@@ -27,6 +27,7 @@ where its context was written anew (`verl.agent.Trajectory.rewrite`).
 | row                 | [B]      | int64   | agent loop | number of the row in its trajectory |
 | seq_tokens          | [B]      | int64   | trainer    | trained tokens of all its rows |
 | greedy_scores       | [B]      | float32 | trainer    | of the prompt's greedy trajectory |
+| trees               | [B]      | int64   | trainer    | number of its tree in the group |
 | mini_batch          | [B]      | int64   | trainer    | the actor's optimizer step of the row |
 | critic_mini_batch   | [B]      | int64   | trainer    | the critic's, where there is one |
 | uid                 | [B]      | object  | trainer    | group of the row: one uuid per prompt |

@@ -57,6 +57,7 @@ def batch() -> DataProto:
             "rollout_log_probs": data.batch["old_log_probs"] + noise + junk,
             "turns": turns,
             "states": torch.where(mask.bool(), turns % 2, -1).long(),
+            "trees": torch.arange(ROWS) // 2 % 2,
             "greedy_scores": torch.linspace(0, 1, ROWS // 4).double().repeat_interleave(4),
             "truncated": torch.arange(ROWS) == 3,
             "void_turns": torch.zeros(ROWS, dtype=torch.long),
@@ -112,6 +113,9 @@ def test_the_configuration_says_why_it_refuses():
         actor["loss_agg_mode"] = agg
         actor["loss_scale_factor"] = 100 if agg == "seq-mean-token-sum-norm" else None
         raw["critic"]["loss_agg_mode"] = "token-mean"
+        # the group of five is one tree
+        rounds = 4 if estimator == "tree_grpo" else 0
+        raw["actor_rollout_ref"]["rollout"]["branches"]["rounds"] = rounds
         problems = combination_problems(PPOConfig.model_validate(raw))
         wrong = (mode in ("gspo", "geo_mean") and agg != "seq-mean-token-mean") + (
             estimator == "dr_grpo" and agg not in ("token-sum", "seq-mean-token-sum-norm")

@@ -46,6 +46,7 @@ def combination_problems(config: "PPOConfig") -> list[str]:
     rules = (
         mini_batch_problems,
         group_problems,
+        branch_problems,
         estimator_problems,
         sampling_problems,
         parallelism_problems,
@@ -102,6 +103,37 @@ def group_problems(config: "PPOConfig") -> list[str]:
         problems.append(
             f"{setting} needs {ROLLOUT}.n >= 2: the one trajectory of a prompt never differs from "
             "itself, so all of them would be left out"
+        )
+    return problems
+
+
+def branch_problems(config: "PPOConfig") -> list[str]:
+    """Trees that do not fill a group, that are missing, or that would wait for other batches."""
+    rollout = config.actor_rollout_ref.rollout
+    branches = rollout.branches
+    problems: list[str] = []
+    if not branches.rounds:
+        if config.uses_trees:
+            problems.append(
+                f"algorithm.adv_estimator={config.algorithm.adv_estimator} needs "
+                f"{ROLLOUT}.branches.rounds >= 1: it compares trajectories that branched off each "
+                "other"
+            )
+        if branches.per_round > 1:
+            problems.append(
+                f"{ROLLOUT}.branches.per_round={branches.per_round} has no effect with rounds=0"
+            )
+        return problems
+    if rollout.n % branches.tree_size:
+        problems.append(
+            f"{ROLLOUT}.n={rollout.n} is no multiple of the {branches.tree_size} trajectories of a "
+            f"tree ({ROLLOUT}.branches: 1 + rounds * per_round)"
+        )
+    if config.async_training.max_staleness:
+        problems.append(
+            f"{ROLLOUT}.branches with async_training.max_staleness="
+            f"{config.async_training.max_staleness}: what branches off would wait behind the "
+            "trajectories of later batches, and begin with turns of older weights than its own"
         )
     return problems
 

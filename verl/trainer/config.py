@@ -346,6 +346,11 @@ class PPOConfig(Config):
         return self._estimator.uses_greedy
 
     @property
+    def uses_trees(self) -> bool:
+        """Whether advantages come from comparing trajectories that branched off each other."""
+        return self._estimator.uses_trees
+
+    @property
     def credits_turns(self) -> bool:
         """Whether each turn of the policy has an advantage of its own."""
         return self._estimator.takes("turns")

@@ -116,9 +116,10 @@ def gpus_here(config: PPOConfig) -> int:
 def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
     """Raises ConfigError for engines whose trajectories cannot be trained on.
 
-    It also raises for dynamic sampling by a metric that the reward does not have, for a reward
-    that says that it does not fit the agent loop, for one that compares trajectories where they are
-    compared with a greedy one, and for loggers that are not installed.
+    It also raises for branches of an agent loop that cannot branch, for dynamic sampling by a
+    metric that the reward does not have, for a reward that says that it does not fit the agent
+    loop, for one that compares trajectories where they are compared with a greedy one, and for
+    loggers that are not installed.
     """
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
@@ -129,6 +130,13 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
         problems.append(
             "actor_rollout_ref.actor.state_masking=false trains what the environment says, which "
             "is left out where contexts are written anew (agent.context, agent.condense, IRCoT)"
+        )
+    if config.actor_rollout_ref.rollout.branches.rounds and not agent.can_branch:
+        problems.append(
+            "actor_rollout_ref.rollout.branches: trajectories of this agent cannot begin with the "
+            "turns of another one, because contexts are written anew or results are condensed "
+            "(agent.context, agent.condense, IRCoT), or its loop does not say how "
+            "(verl.agent.AgentLoop.can_branch)"
         )
     filters = config.algorithm.filter_groups
     entries = getattr(reward, "entries", None)

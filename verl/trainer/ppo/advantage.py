@@ -83,6 +83,7 @@ def compute_advantage(
         "turns": batch.get("turns"),
         "states": batch.get("states"),
         "greedy_scores": batch.get("greedy_scores"),
+        "trees": batch.get("trees"),
         "index": data.non_tensor_batch.get("uid"),
     }
     joined = Joined.of(data, batch["response_mask"]) if has_several_rows(data) else None

@@ -181,6 +181,26 @@ def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return metrics
 
 
+def branch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What the trees of a step cost: tokens of the policy, sampled or taken over.
+
+    A token is taken over by a trajectory that begins with it after another one had sampled it.
+    """
+    written = 0
+    shared = 0
+    for trajectory in trajectories:
+        written += trajectory.num_tokens(Source.MODEL)
+        taken_over = trajectory.turns[: trajectory.shared_turns]
+        shared += sum(len(turn.token_ids) for turn in taken_over)
+    branched = [t.shared_turns for t in trajectories if t.shared_turns]
+    return {
+        "branches/generated_tokens": float(written - shared),
+        "branches/shared_tokens": float(shared),
+        "branches/shared_tokens_share": shared / max(1, written),
+        "branches/shared_turns": sum(branched) / max(1, len(branched)),
+    }
+
+
 def component_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Mean of every component of the reward, over the trajectories that have it."""
     values: dict[str, list[float]] = {}

@@ -28,6 +28,7 @@ from verl.trainer.ppo.core_algos.advantages import (
     compute_reinforce_plus_plus_outcome_advantage,
     compute_remax_outcome_advantage,
     compute_rloo_outcome_advantage,
+    compute_tree_grpo_outcome_advantage,
 )
 from verl.trainer.ppo.core_algos.correction import (
     LEVELS,
@@ -87,6 +88,7 @@ __all__ = [
     "compute_remax_outcome_advantage",
     "compute_rewards",
     "compute_rloo_outcome_advantage",
+    "compute_tree_grpo_outcome_advantage",
     "compute_turn_level_advantage",
     "compute_value_loss",
     "group_rows",

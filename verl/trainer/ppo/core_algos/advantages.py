@@ -174,6 +174,36 @@ def compute_maxrl_outcome_advantage(
     return advantages, advantages
 
 
+def compute_tree_grpo_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: np.ndarray,
+    trees: Tensor,
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Tree-GRPO (arXiv 2509.21240): GRPO among the rows of a tree, plus GRPO among all of a group.
+
+    A_i = (R_i - mean_tree) / std_tree + (R_i - mean_group) / std_group. `trees` [B] numbers the
+    trees of a group: rows of a tree branched off each other (`rollout.branches`). A row that is
+    alone in its tree has the second part only. Every row is trained whole: a turn that m rows begin
+    with stands in m rows, and its gradient has the sum of their advantages, as in the paper's
+    objective, which is a mean over trajectories. Returns advantages and returns, which are the
+    same, [B, R].
+    """
+    scores = masked_sum(token_level_rewards, response_mask, axis=-1)
+    advantages = torch.zeros_like(scores)
+    for rows in group_rows(index):
+        tree_of_row = trees[rows].numpy()
+        for members in [rows, *(rows[tree] for tree in group_rows(tree_of_row))]:
+            if len(members) > 1:
+                compared = standardised(scores[members], norm_adv_by_std_in_grpo, epsilon)
+                advantages[members] += compared
+    advantages = per_token(advantages, response_mask)
+    return advantages, advantages
+
+
 def compute_returns(token_level_rewards: Tensor, response_mask: Tensor, gamma: float) -> Tensor:
     """The discounted sum of the rewards from each policy token on, [B, R].
 
@@ -244,7 +274,7 @@ class AdvantageEstimator:
     The function is called with all of these keywords and names those that it uses:
     token_level_rewards and response_mask [B, R], index [B] (the group of each row), values [B, R]
     (with a critic), turns and states [B, R], gamma, lam, norm_adv_by_std_in_grpo,
-    step_advantage_w, greedy_scores [B] (with `uses_greedy`).
+    step_advantage_w, greedy_scores [B] (with `uses_greedy`), trees [B] (with `uses_trees`).
     """
 
     compute: Callable[..., tuple[Tensor, Tensor]]
@@ -256,6 +286,11 @@ class AdvantageEstimator:
     def uses_greedy(self) -> bool:
         """Whether it compares with a greedy trajectory of each prompt."""
         return self.takes("greedy_scores")
+
+    @property
+    def uses_trees(self) -> bool:
+        """Whether it compares trajectories that branched off each other (`rollout.branches`)."""
+        return self.takes("trees")
 
     def takes(self, setting: str) -> bool:
         """Whether the function has a parameter of this name."""
@@ -270,6 +305,7 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
     "opo": AdvantageEstimator(compute_opo_outcome_advantage, uses_groups=True),
     "grpo_passk": AdvantageEstimator(compute_grpo_passk_outcome_advantage, uses_groups=True),
     "maxrl": AdvantageEstimator(compute_maxrl_outcome_advantage, uses_groups=True),
+    "tree_grpo": AdvantageEstimator(compute_tree_grpo_outcome_advantage, uses_groups=True),
     "reinforce": AdvantageEstimator(compute_reinforce_advantage),
     "remax": AdvantageEstimator(compute_remax_outcome_advantage),
     "reinforce_plus_plus": AdvantageEstimator(compute_reinforce_plus_plus_outcome_advantage),
