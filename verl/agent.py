@@ -333,8 +333,9 @@ class AgentLoop:
         """
         raise NotImplementedError
 
+    @staticmethod
     def answering(
-        self, give: Callable[[str], Any], tell: Callable[[str, Any], object]
+        give: Callable[[str], Any], tell: Callable[[str, Any], object]
     ) -> AbstractContextManager[None]:
         """Lets others answer what trajectories of this block ask of the environment.
 
