@@ -13,7 +13,7 @@ recovered from ids or text:
 
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -163,6 +163,11 @@ class Trajectory:
     void_turns: int = 0
     """Turns that neither acted nor answered, as the agent loop counts them."""
     rewrites: list[Rewrite] = field(default_factory=list)
+    shared_turns: int = 0
+    """Its first turns that were taken over from another trajectory of the same prompt, where it
+    branched off (`rollout.branches`)."""
+    greedy_score: float | None = None
+    """Score of the greedy trajectory of the same prompt; None where none was rolled out."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -307,6 +312,9 @@ class AgentLoop:
     """Whether nothing of its trajectories can be trained: a training with it is refused."""
     needs_tokens: bool = False
     """Whether it works on the tokens of a chat template, which an endpoint of text cannot take."""
+    can_branch: bool = False
+    """Whether a trajectory may begin with the first turns of another one (`rollout.branches`). It
+    may if each call of the engine is a turn, contexts only grow, and `answering` is written."""
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         """Takes the validated section and the tokenizer of the policy."""
@@ -324,6 +332,18 @@ class AgentLoop:
         """Rolls out one question.
 
         Raises TrajectoryFailed when the environment, not the policy, is at fault.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def answering(
+        give: Callable[[str], Any], tell: Callable[[str, Any], object]
+    ) -> AbstractContextManager[None]:
+        """Lets others answer what trajectories of this block ask of the environment.
+
+        Every question has a key. `give(key)` returns a response that `tell(key, response)` was told
+        earlier, for the same question in another trajectory, or None where the environment is to be
+        asked; `tell` is told of every response. A loop that can branch writes this.
         """
         raise NotImplementedError
 
@@ -367,7 +387,8 @@ class RewardFn(Protocol):
 class GroupReward(Protocol):
     """What a `RewardFn` may also implement: a comparison of the trajectories of each prompt.
 
-    It is called in training only, once all trajectories of a batch are scored.
+    It is called in training only, once all trajectories of a batch are scored. A reward that
+    compares nothing, as it is configured, says so by an attribute `compares` that is False.
     """
 
     def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None:

@@ -27,6 +27,8 @@ where its context was written anew (`verl.agent.Trajectory.rewrite`).
 | trajectory          | [B]      | int64   | agent loop | number of the row's trajectory |
 | row                 | [B]      | int64   | agent loop | number of the row in its trajectory |
 | seq_tokens          | [B]      | int64   | trainer    | trained tokens of all its rows |
+| greedy_scores       | [B]      | float32 | trainer    | of the prompt's greedy trajectory |
+| trees               | [B]      | int64   | trainer    | number of its tree in the group |
 | mini_batch          | [B]      | int64   | trainer    | the actor's optimizer step of the row |
 | critic_mini_batch   | [B]      | int64   | trainer    | the critic's, where there is one |
 | uid                 | [B]      | object  | trainer    | group of the row: one uuid per prompt |
@@ -272,6 +274,9 @@ def collate_rows(rows: Sequence[BatchRow], pad_token_id: int) -> DataProto:
         "trajectory": np.array([r.trajectory_number for r in rows]),
         "row": np.array([r.row_number for r in rows]),
     }
+    greedy_scores = [r.trajectory.greedy_score for r in rows]
+    if None not in greedy_scores:
+        columns["greedy_scores"] = np.array(greedy_scores, dtype=np.float32)
     return DataProto.from_dict({key: torch.from_numpy(column) for key, column in columns.items()})
 
 

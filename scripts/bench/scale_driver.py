@@ -189,6 +189,8 @@ def step(
     results = [result for part in verbs("collect", get, running) for result in part]
     jobs = [job for start in range(len(processes)) for job in jobs[start :: len(processes)]]
     trajectories = trajectories_of(results)
+    for trajectory in trajectories:
+        trajectory.greedy_score = 0.0  # for ReMax, which is one of the estimators
     verbs("drop and count", count, jobs, results)
     verbs("records", write_records, jobs, trajectories, tokenizer, folder)
     batch: DataProto = verbs(

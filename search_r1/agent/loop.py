@@ -43,7 +43,7 @@ from search_r1.tools.base import Tool, ToolFailed, ToolResponse
 from search_r1.tools.formats import SEARCH_R1
 from search_r1.tools.search import SearchTool, searching_at
 from search_r1.tools.sections import build_tools, naming_problems
-from search_r1.tools.toolbox import Toolbox
+from search_r1.tools.toolbox import Toolbox, answering
 from search_r1.trajectory import FINDING_KIND, SUMMARY_KIND, SUMMARY_REQUEST, required_question
 from verl.agent import (
     TRAINING_STEP,
@@ -74,6 +74,7 @@ class SearchAgentLoop(AgentLoop):
     words: ClassVar[TagWords] = TagWords(SEARCH_R1, INVALID_ACTION, INVALID_MESSAGE)
     """How the method speaks in tags."""
     reduce_metrics = staticmethod(reduce_metrics)
+    answering = staticmethod(answering)
 
     def __init__(self, config: SearchAgentConfig, tokenizer: Any) -> None:
         self.config = config
@@ -143,6 +144,11 @@ class SearchAgentLoop(AgentLoop):
         condense = self.config.condense
         has_findings = condense.by == "policy" and condense.train
         return self.config.context.rewrites or has_findings
+
+    @property
+    def can_branch(self) -> bool:
+        """Whether each call of the engine is a turn, and only tools say what is read between."""
+        return not self.rewrites_contexts and self.config.condense.by is None
 
     async def close(self) -> None:
         """Closes the tools."""

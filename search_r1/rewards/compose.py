@@ -169,9 +169,14 @@ class SearchReward:
             return weight_at(weight, step)
         return weight_at(weight[tool], step) * (-1 if field in PRICES else 1)
 
+    @property
+    def compares(self) -> bool:
+        """Whether a component compares the trajectories of a prompt."""
+        return bool(self.config.otc_grpo)
+
     def score_groups(self, groups: Sequence[Sequence[Trajectory]]) -> None:
         """Adds the components that compare the trajectories of a group to their rewards."""
-        if not self.config.otc_grpo:
+        if not self.compares:
             return
         for group in groups:
             searches = [len(read_searches(trajectory)) for trajectory in group]

@@ -54,21 +54,28 @@ class Questions:
 
 
 class Rollout:
-    """Engines whose trajectories of a prompt score `scores[prompt]`; None fails. Four tokens
-    each."""
+    """Engines whose trajectories of a prompt score `scores[prompt]`; None fails. Four tokens each.
+
+    A greedy trajectory scores `greedy[prompt]`, else .5."""
 
     def __init__(self, said: list, scores: dict) -> None:
         self.said = said
         self.scores = scores
+        self.greedy: dict = {}
         self.version = -1
 
     def submit(self, rows, prompts, sampling, seed, name="rollout"):
-        self.said.append((f"submit {name}", tuple(row["number"] for row in rows), self.version))
+        is_greedy = name == "rollout" and sampling.temperature == 0
+        what = "greedy" if is_greedy else name
+        self.said.append((f"submit {what}", tuple(row["number"] for row in rows), self.version))
         jobs = make_jobs(rows, prompts, sampling, seed) if name == "rollout" else []
-        return jobs, self.version
+        scores = self.scores
+        if is_greedy:
+            scores = {row["number"]: [self.greedy.get(row["number"], 0.5)] for row in rows}
+        return jobs, self.version, scores
 
     def collect(self, submitted):
-        jobs, version = submitted
+        jobs, version, scores = submitted
         if not jobs:
             return [], []
         self.said.append(("collect", self.version))
@@ -76,7 +83,7 @@ class Rollout:
         results: list = []
         for job in jobs:
             copy = copies[job.uid] = copies.get(job.uid, -1) + 1
-            score = self.scores[job.row["number"]][copy]
+            score = scores[job.row["number"]][copy]
             segment = Segment(Source.MODEL, [5, 6, 7, 8], [-1.0] * 4, policy_version=version)
             failed = Failure("down", 1)
             done = Trajectory(job.prompt_ids, [segment], "answer", {"score": score})

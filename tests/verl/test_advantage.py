@@ -26,6 +26,8 @@ TURNS = torch.where(MASK.bool(), torch.tensor([0, 0, 0, 1, 1]), -1)
 STATES = torch.where(MASK.bool(), torch.tensor([[7, 7, 7, k, k] for k in (1, 1, 1, 1, 2)]), -1)
 """All began with 7; before turn 1 all but the last row read 1."""
 STEP_W = 0.5
+TREES = torch.tensor([0, 0, 0, 0, 1])
+GREEDY = torch.tensor([0.3, 0.3, -0.2, -0.2, -0.2])
 GROUPS = np.array(["a", "a", "b", "b", "b"], dtype=object)
 """One of two and one of three: of two scores the median, too, is the mean."""
 
@@ -46,6 +48,8 @@ def batch() -> DataProto:
         "values": rewards().flip(0),
         "turns": TURNS,
         "states": STATES,
+        "greedy_scores": GREEDY,
+        "trees": TREES,
     }
     return DataProto.from_dict(columns, {"uid": GROUPS})
 
@@ -59,7 +63,14 @@ EXPECTED = {
         rewards(), MASK, GROUPS, norm_adv_by_std_in_grpo=False
     ),
     "rloo": lambda: core_algos.compute_rloo_outcome_advantage(rewards(), MASK, GROUPS),
+    "opo": lambda: core_algos.compute_opo_outcome_advantage(rewards(), MASK, GROUPS),
+    "grpo_passk": lambda: core_algos.compute_grpo_passk_outcome_advantage(rewards(), MASK, GROUPS),
+    "maxrl": lambda: core_algos.compute_maxrl_outcome_advantage(rewards(), MASK, GROUPS),
+    "tree_grpo": lambda: core_algos.compute_tree_grpo_outcome_advantage(
+        rewards(), MASK, GROUPS, TREES
+    ),
     "reinforce": lambda: core_algos.compute_reinforce_advantage(rewards(), MASK, GAMMA),
+    "remax": lambda: core_algos.compute_remax_outcome_advantage(rewards(), MASK, GREEDY),
     "reinforce_plus_plus": lambda: core_algos.compute_reinforce_plus_plus_outcome_advantage(
         rewards(), MASK, GAMMA
     ),

@@ -278,18 +278,50 @@ def test_turn_level_credit_is_unbiased_when_the_policy_decides_to_stop(size, go_
 def twin_loss(mode, ratios, log_probs, advantages, low, high):
     """Loss of each token of one sequence."""
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
+    if mode == "geo_mean":
+        return twin_of_sequence(ratios, advantages, low, high)
     losses = []
     for ratio, log_prob, a in zip(ratios, log_probs, advantages, strict=True):
         used = mean if mode == "gspo" else ratio
         held = min(max(used, 1 - low), 1 + high)
         if mode == "reinforce":
             losses.append(-a * log_prob)
+        elif mode == "sapo":
+            tau = 1.0 if a > 0 else 1.05
+            losses.append(-a * 4 / tau / (1 + math.exp(-tau * (ratio - 1))))
+        elif mode in ("dppo_tv", "dppo_kl"):
+            moved = divergence_of(mode, log_prob, ratio)
+            drifts = ratio > 1 if a > 0 else ratio < 1
+            is_out = drifts and moved > (high if a > 0 else low)
+            losses.append(0.0 if is_out else -min(ratio, 3) * a * log_prob)
         elif mode == "cispo":
             losses.append(-held * a * log_prob)
         else:
             clipped = max(-a * used, -a * held)
             losses.append(min(clipped, -3 * a) if mode == "vanilla" and a < 0 else clipped)
     return losses
+
+
+def twin_of_sequence(ratios, advantages, low, high):
+    """GMPO: one loss for all tokens of a sequence, from logarithms held on one side each."""
+    held = []
+    for ratio, a in zip(ratios, advantages, strict=True):
+        log = math.log(ratio)
+        held.append(min(log, high) if a > 0 else max(log, -low))
+    if not held:
+        return []
+    loss = -sum(advantages) / len(held) * math.exp(sum(held) / len(held))
+    return [loss] * len(held)
+
+
+def divergence_of(mode, log_prob, ratio):
+    """Of a token whose probability is kept between a millionth and one less a millionth."""
+    new, old = (
+        min(max(p, 1e-6), 1 - 1e-6) for p in (math.exp(log_prob), math.exp(log_prob) / ratio)
+    )
+    if mode == "dppo_tv":
+        return abs(new - old)
+    return old * math.log(old / new) + (1 - old) * math.log((1 - old) / (1 - new))
 
 
 @pytest.mark.parametrize("mode", POLICY_LOSSES)
@@ -326,31 +358,65 @@ def test_extreme_and_masked_tokens_bring_no_nan(mode, dtype):
     assert all(value.isfinite() for value in metrics.values())
 
 
-def test_what_a_clip_holds_still_learns_with_cispo_only():
-    old = torch.zeros(1, 1)
-    mask = torch.ones(1, 1)
+def slopes_at(ratio, old=0.0):
+    """The slope of each loss in the log-prob of a token with advantage 1."""
+    one = torch.ones(1, 1, dtype=torch.float64)
     slopes = {}
     for mode in POLICY_LOSSES:
-        new = torch.full((1, 1), 1.0, requires_grad=True)  # ratio e, far above 1.3
-        policy_loss_of(old, new, torch.ones(1, 1), mask, loss_mode=mode, **SIDES)[0].backward()
+        new = (one * (old + math.log(ratio))).requires_grad_()
+        loss, _ = policy_loss_of(old * one, new, one, one, loss_mode=mode, **SIDES)
+        loss.backward()
         slopes[mode] = new.grad.item()
-    assert slopes == pytest.approx({"vanilla": 0.0, "gspo": 0.0, "cispo": -1.3, "reinforce": -1.0})
+    return slopes
+
+
+def gated(ratio):
+    """The slope of SAPO's gate: at most that of the ratio, and near 0 far from 1."""
+    gate = 1 / (1 + math.exp(1 - ratio))
+    return -4 * gate * (1 - gate) * ratio
+
+
+def test_what_a_clip_holds_still_learns_without_one_only():
+    """The ratio is far above 1.3. Of the probability, from .3 to .75, that is .45 too."""
+    assert slopes_at(2.5, math.log(0.3)) == pytest.approx(
+        {
+            "vanilla": 0.0,
+            "gspo": 0.0,
+            "cispo": -1.3,
+            "reinforce": -1.0,
+            "geo_mean": 0.0,
+            "sapo": gated(2.5),
+            "dppo_tv": 0.0,
+            "dppo_kl": 0.0,
+        }
+    )
 
 
 def test_what_no_clip_holds_learns_by_its_ratio():
-    """No gradient flows through the weight of CISPO: or a token would learn by its own log-prob
-    once more."""
-    old = torch.zeros(1, 1)
-    one = torch.ones(1, 1)
-    slopes = {}
-    for mode in POLICY_LOSSES:
-        new = torch.full((1, 1), math.log(1.1), requires_grad=True)
-        loss, _ = policy_loss_of(old, new, one, one, loss_mode=mode, **SIDES)
-        loss.backward()
-        slopes[mode] = new.grad.item()
-    assert slopes == pytest.approx(
-        {"vanilla": -1.1, "gspo": -1.1, "cispo": -1.1, "reinforce": -1.0}
-    )
+    """No gradient flows through the weight of CISPO and DPPO: or a token would learn by its own
+    log-prob once more."""
+    expected = dict.fromkeys(POLICY_LOSSES, -1.1) | {"reinforce": -1.0, "sapo": gated(1.1)}
+    assert slopes_at(1.1, math.log(0.3)) == pytest.approx(expected)
+
+
+def test_a_rare_token_may_change_its_ratio_much_with_dppo():
+    """From one in a thousand to one in four hundred: a clip holds it, a divergence does not."""
+    slopes = slopes_at(2.5, math.log(0.001))
+    assert slopes["vanilla"] == 0.0
+    assert slopes["dppo_tv"] == slopes["dppo_kl"] == pytest.approx(-2.5)
+
+
+def test_gmpo_gives_each_token_its_share_of_the_sequence():
+    """Of three tokens with advantage 1 one is held: it has no gradient, and the others a third."""
+    old = torch.zeros(1, 3, dtype=torch.float64)
+    new = torch.tensor([[0.1, 0.9, -0.5]], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, 3, dtype=torch.float64)
+    settings = {"loss_mode": "geo_mean", "loss_agg_mode": "seq-mean-token-mean", **SIDES}
+    loss, _ = policy_loss_of(old, new, one, one, **settings)
+    loss.backward()
+    ratio = math.exp((0.1 + 0.3 - 0.5) / 3)
+    assert loss.item() == pytest.approx(-ratio)
+    assert new.grad.tolist() == [pytest.approx([-ratio / 3, 0.0, -ratio / 3])]
 
 
 def test_gspo_gives_every_token_of_a_sequence_the_same_gradient():

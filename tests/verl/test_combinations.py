@@ -1,5 +1,5 @@
-"""Every advantage with every loss, aggregation and correction, on tensors; and which the
-configuration refuses."""
+"""Every advantage with every loss and aggregation, each of these with every correction, on tensors;
+and which the configuration refuses."""
 
 from itertools import product
 
@@ -57,12 +57,18 @@ def batch() -> DataProto:
             "rollout_log_probs": data.batch["old_log_probs"] + noise + junk,
             "turns": turns,
             "states": torch.where(mask.bool(), turns % 2, -1).long(),
+            "trees": torch.arange(ROWS) // 2 % 2,
+            "greedy_scores": torch.linspace(0, 1, ROWS // 4).double().repeat_interleave(4),
             "truncated": torch.arange(ROWS) == 3,
             "void_turns": torch.zeros(ROWS, dtype=torch.long),
         },
         {"uid": np.repeat(np.arange(ROWS // 4), 4).astype(object)},
         {"num_mini_batches": {"mini_batch": 1}},
     )
+
+
+def test_there_are_enough_estimators_for_every_loss_to_meet_every_correction():
+    assert len(ADVANTAGE_ESTIMATORS) >= len(CORRECTIONS)
 
 
 @pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
@@ -76,7 +82,10 @@ def test_finite_losses_and_no_gradient_where_masked(estimator):
     moved = torch.randn(
         ROWS, RESPONSE, generator=torch.Generator().manual_seed(4), dtype=torch.float64
     )
-    for mode, agg, correction in product(POLICY_LOSSES, LOSS_AGG_MODES, CORRECTIONS):
+    # a loss knows of the estimator by the advantages alone, so corrections take turns among them
+    turn = list(ADVANTAGE_ESTIMATORS).index(estimator)
+    for place, (mode, agg) in enumerate(product(POLICY_LOSSES, LOSS_AGG_MODES)):
+        correction = CORRECTIONS[(place + turn) % len(CORRECTIONS)]
         rows, metrics = correct_rollout(data, correction)
         log_probs = (data.batch["old_log_probs"] + 0.1 * moved).requires_grad_()
         config = ActorConfig(
@@ -111,8 +120,11 @@ def test_the_configuration_says_why_it_refuses():
         actor["loss_agg_mode"] = agg
         actor["loss_scale_factor"] = 100 if agg == "seq-mean-token-sum-norm" else None
         raw["critic"]["loss_agg_mode"] = "token-mean"
+        # the group of five is one tree
+        rounds = 4 if estimator == "tree_grpo" else 0
+        raw["actor_rollout_ref"]["rollout"]["branches"]["rounds"] = rounds
         problems = combination_problems(PPOConfig.model_validate(raw))
-        wrong = (mode == "gspo" and agg != "seq-mean-token-mean") + (
+        wrong = (mode in ("gspo", "geo_mean") and agg != "seq-mean-token-mean") + (
             estimator == "dr_grpo" and agg not in ("token-sum", "seq-mean-token-sum-norm")
         )
         assert len(problems) == wrong and all(

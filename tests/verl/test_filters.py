@@ -77,6 +77,8 @@ def test_groups_without_variance_are_told_by_their_scores_whatever_the_estimator
             "values": torch.zeros(4, 2),
             "turns": torch.zeros(4, 2, dtype=torch.int32),
             "states": torch.zeros(4, 2, dtype=torch.long),
+            "greedy_scores": torch.zeros(4),
+            "trees": torch.zeros(4, dtype=torch.long),
             "response_mask": torch.ones(4, 2, dtype=torch.long),
         },
         {"uid": np.array(list("aabb"), dtype=object)},

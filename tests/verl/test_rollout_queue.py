@@ -65,6 +65,7 @@ def ahead(
         ),
         trainer=SimpleNamespace(seed=SEED),
         actor_rollout_ref=SimpleNamespace(rollout=None),
+        uses_greedy=False,
         async_training=SimpleNamespace(max_staleness=staleness, partial_rollout=partial),
     )
     return RolloutQueue(config, questions(), rollout), rollout
@@ -81,8 +82,9 @@ def train(source: RolloutQueue, rollout: Rollout, steps: int, total: int, done: 
     batches = []
     ages = []
     for step in range(done, done + steps):
-        numbers, (rows, seed, version), _ = source.next_batch(total - step)
-        assert numbers == rows
+        rolled = source.next_batch(total - step)
+        rows, seed, version = rolled.jobs
+        assert rolled.rows == rows
         batches.append((rows, seed))
         ages.append(rollout.version - version)
         source.drain_before_sync()
@@ -220,7 +222,7 @@ def test_several_batches_in_a_step_keep_order_and_age():
     is younger."""
     source, rollout = ahead(2)
     train(source, rollout, 2, 10)
-    taken = [source.next_batch(8)[1] for _ in range(4)]
+    taken = [source.next_batch(8).jobs for _ in range(4)]
     assert [(rows, seed) for rows, seed, _ in taken] == expected(6)[2:]
     assert [rollout.version - version for *_, version in taken] == [2, 1, 0, 0]
 

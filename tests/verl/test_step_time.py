@@ -82,6 +82,7 @@ def config(**trainer):
         data=SimpleNamespace(train_batch_size=4),
         actor_rollout_ref=SimpleNamespace(actor=actor, rollout=rollout, hybrid_engine=True),
         trainer=SimpleNamespace(nnodes=1, n_gpus_per_node=2, **trainer),
+        uses_greedy=False,
     )
 
 
@@ -95,6 +96,13 @@ def test_tokens_by_hand():
     found = step()
     assert found.mean_tokens == 250 + 250 + 2 * 400
     assert (found.batch, found.tokens, found.trained_tokens) == (Batch(16, 4), 16 * 1_300, 16 * 250)
+
+
+def test_a_greedy_trajectory_of_each_prompt_is_rolled_out_and_not_trained():
+    found = step()
+    assert found.rolled_out == found.batch
+    found.config.uses_greedy = True
+    assert found.batch == Batch(16, 4) and found.rolled_out == Batch(20, 4)
 
 
 def test_a_forward_verb_by_hand():

@@ -84,6 +84,13 @@ class StepTime:
         return Batch(prompts * self.config.actor_rollout_ref.rollout.n, prompts)
 
     @property
+    def rolled_out(self) -> Batch:
+        """What is rolled out for a step: with ReMax a greedy trajectory of each prompt as well."""
+        batch = self.batch
+        greedy = batch.prompts if self.config.uses_greedy else 0
+        return Batch(batch.trajectories + greedy, batch.prompts)
+
+    @property
     def tokens(self) -> float:
         """Tokens of a batch."""
         return self.batch.trajectories * self.mean_tokens
@@ -232,7 +239,7 @@ class StepTime:
         by_name = {role.name: role for role in self.roles}
         actor = by_name["actor"]
         found = [
-            Verb("gen", *self.rollout_seconds(self.batch)),
+            Verb("gen", *self.rollout_seconds(self.rolled_out)),
             self.forward("old_log_prob", actor, main.rollout.log_prob_max_token_len_per_gpu),
         ]
         if "ref" in by_name:

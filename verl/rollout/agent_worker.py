@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from verl.agent import Completion, Row, Source, Trajectory, TrajectoryFailed
+from verl.rollout.branches import Answering, Prefix, Tape, Trees
 from verl.rollout.router import Router
 from verl.single_controller.worker import stacks
 from verl.single_controller.worker_group import ActorHandle
@@ -28,6 +29,11 @@ class Job:
     prompt_ids: list[int]
     seed: int | None = None
     """Seed of every engine call of the trajectory; None where calls are not seeded."""
+    tree: int = 0
+    """Number of its tree among those of the prompt (`rollout.branches`)."""
+    begins_from: tuple[str, ...] = ()
+    """Sessions of the trajectories of its tree from one of which it branches off; none: it begins
+    at the prompt."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +83,15 @@ class AgentLoopWorker:
         """
         batch = jobs[0].session
         self.finished[batch] = 0
+        trees = Trees({session for job in jobs for session in job.begins_from})
+        answering = trees.answering(self.agent)
 
         async def run_in_turn(job: Job) -> Trajectory | Failure:
+            # waits before it takes a place, which those that it waits for may need
+            prefix = await trees.prefix(job.begins_from, job.seed)
             async with self.places:
-                result = await self._run_twice(job, sampling)
+                result, tape = await self._run_twice(job, sampling, prefix, answering)
+            trees.end(job.session, tape)
             self.finished[batch] += 1
             return result
 
@@ -99,10 +110,16 @@ class AgentLoopWorker:
         """
         return dict(self.finished)
 
-    async def _run_twice(self, job: Job, sampling: dict[str, Any]) -> Trajectory | Failure:
+    async def _run_twice(
+        self, job: Job, sampling: dict[str, Any], prefix: Prefix | None, answering: Answering
+    ) -> tuple[Trajectory | Failure, Tape | None]:
+        """The trajectory and its tape, or the failure of the second attempt."""
         for attempt in range(2):
+            tape = Tape(prefix)
             try:
-                return await self._run_once(job, f"{job.session}-{attempt}", sampling)
+                session = f"{job.session}-{attempt}"
+                with answering(tape.give, tape.tell):
+                    return await self._run_once(job, session, sampling, tape), tape
             except TrajectoryFailed as error:
                 logger.warning(
                     "trajectory %s failed (attempt %d of 2): %s",
@@ -111,9 +128,11 @@ class AgentLoopWorker:
                     error.args[0],
                 )
                 failure = Failure(str(error.args[0]), error.num_calls)
-        return failure
+        return failure, None
 
-    async def _run_once(self, job: Job, session: str, sampling: dict[str, Any]) -> Trajectory:
+    async def _run_once(
+        self, job: Job, session: str, sampling: dict[str, Any], tape: Tape
+    ) -> Trajectory:
         calls = 0
 
         async def generate(
@@ -121,14 +140,19 @@ class AgentLoopWorker:
         ) -> Completion:
             nonlocal calls
             calls += 1
-            seed = None if job.seed is None else job.seed + calls
-            params = {**sampling, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
-            return await self.engines.generate(session, prompt_ids, params)
+            completion = tape.completion(prompt_ids)
+            if completion is None:
+                seed = None if job.seed is None else job.seed + calls
+                params = {**sampling, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
+                completion = await self.engines.generate(session, prompt_ids, params)
+            tape.completions.append(completion)
+            return completion
 
         try:
             trajectory: Trajectory = await self.agent.run(job.prompt_ids, job.row, generate)
         finally:
             self.engines.forget(session)
+        trajectory.shared_turns = tape.num_shared
         if trajectory.num_tokens(Source.MODEL):
             await score(self.reward, trajectory, job.row)
         return trajectory

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from verl.agent import Row, Trajectory
 from verl.rollout.agent_worker import Failure, Job
-from verl.workers.config import SamplingConfig
+from verl.workers.config import BranchesConfig, SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,31 @@ class Rollout(Protocol):
 def make_jobs(
     rows: Sequence[Row], prompts: Sequence[list[int]], sampling: SamplingConfig, seed: int | None
 ) -> list[Job]:
-    """`sampling.n` jobs per row, one group each; `seed`, if given, seeds every call of each."""
+    """`sampling.n` jobs per row, one group each; `seed`, if given, seeds every call of each.
+
+    Consecutive jobs of a row form a tree where trajectories branch off each other.
+    """
     jobs: list[Job] = []
+    branching = sampling.branching
     for row, prompt in zip(rows, prompts, strict=True):
         uid = uuid.uuid4().hex
         for copy in range(sampling.n):
+            tree, member = divmod(copy, branching.tree_size)
+            first = copy - member
+            parents = range(first, first + earlier_members(branching, member))
             job_seed = None if seed is None else seed + 1000 * len(jobs)
-            jobs.append(Job(uid, f"{uid}-{copy}", row, prompt, job_seed))
+            begins_from = tuple(f"{uid}-{parent}" for parent in parents)
+            jobs.append(Job(uid, f"{uid}-{copy}", row, prompt, job_seed, tree, begins_from))
     return jobs
+
+
+def earlier_members(branching: BranchesConfig, member: int) -> int:
+    """How many trajectories a tree has before the round in which its `member` is rolled out.
+
+    >>> [earlier_members(BranchesConfig(rounds=2, per_round=2), member) for member in range(5)]
+    [0, 1, 1, 3, 3]
+    """
+    if member == 0:
+        return 0
+    rounds_before = (member - 1) // branching.per_round
+    return 1 + rounds_before * branching.per_round

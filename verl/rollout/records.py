@@ -41,7 +41,8 @@ def trajectory_record(
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[TokenFacts | None],
 ) -> dict[str, Any]:
-    """One trajectory as JSON; `rewrites` is there where the loop has written its context anew.
+    """One trajectory as JSON; `rewrites` is there where the loop has written its context anew, and
+    `shared_turns` where it branched off another trajectory.
 
     `facts`: those of the tokens of each segment, see `segment_record`.
     """
@@ -55,6 +56,7 @@ def trajectory_record(
     ]
     return {
         **({"rewrites": rewrites} if rewrites else {}),
+        **({"shared_turns": trajectory.shared_turns} if trajectory.shared_turns else {}),
         "uid": job.uid,
         "data_source": job.row["data_source"],
         "prompt": tokenizer.decode(trajectory.prompt_ids),

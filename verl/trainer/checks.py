@@ -20,6 +20,8 @@ ROLLOUT = "actor_rollout_ref.rollout"
 CORRECTION = "algorithm.rollout_correction"
 NORM = "seq-mean-token-sum-norm"
 """The aggregation that has a constant divisor."""
+OF_SEQUENCES = ("gspo", "geo_mean")
+"""Losses of whole sequences, which are averaged over sequences."""
 
 
 class GPUPool(Protocol):
@@ -45,6 +47,7 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         mini_batch_problems,
         group_problems,
         gate_problems,
+        branch_problems,
         estimator_problems,
         information_problems,
         sampling_problems,
@@ -122,9 +125,46 @@ def gate_problems(config: "PPOConfig") -> list[str]:
     return []
 
 
+def branch_problems(config: "PPOConfig") -> list[str]:
+    """Trees that do not fill a group, that are missing, or that would wait for other batches."""
+    rollout = config.actor_rollout_ref.rollout
+    branches = rollout.branches
+    problems: list[str] = []
+    if not branches.rounds:
+        if config.uses_trees:
+            problems.append(
+                f"algorithm.adv_estimator={config.algorithm.adv_estimator} needs "
+                f"{ROLLOUT}.branches.rounds >= 1: it compares trajectories that branched off each "
+                "other"
+            )
+        if branches.per_round > 1:
+            problems.append(
+                f"{ROLLOUT}.branches.per_round={branches.per_round} has no effect with rounds=0"
+            )
+        return problems
+    if rollout.n % branches.tree_size:
+        problems.append(
+            f"{ROLLOUT}.n={rollout.n} is no multiple of the {branches.tree_size} trajectories of a "
+            f"tree ({ROLLOUT}.branches: 1 + rounds * per_round)"
+        )
+    if config.async_training.max_staleness:
+        problems.append(
+            f"{ROLLOUT}.branches with async_training.max_staleness="
+            f"{config.async_training.max_staleness}: what branches off would wait behind the "
+            "trajectories of later batches, and begin with turns of older weights than its own"
+        )
+    return problems
+
+
 def estimator_problems(config: "PPOConfig") -> list[str]:
-    """Settings that the estimator of the advantage does not read."""
-    return [
+    """Settings that the estimator does not read, or that its baseline does not have."""
+    problems: list[str] = []
+    if config.uses_greedy and config.algorithm.information_gain.weight:
+        problems.append(
+            f"algorithm.information_gain.weight with adv_estimator={config.algorithm.adv_estimator}"
+            ": the greedy trajectory, with which the others are compared, is not paid the gain"
+        )
+    return problems + [
         f"algorithm.{name}={str(value).lower()} has no effect with "
         f"algorithm.adv_estimator={config.algorithm.adv_estimator}: docs/algorithms.md says which "
         "estimators read it"
@@ -216,10 +256,10 @@ def aggregation_problems(config: "PPOConfig") -> list[str]:
             f"algorithm.adv_estimator=dr_grpo is to avoid: use {NORM} (with loss_scale_factor) or "
             "token-sum"
         )
-    if actor.policy_loss.loss_mode == "gspo" and mode != "seq-mean-token-mean":
+    if actor.policy_loss.loss_mode in OF_SEQUENCES and mode != "seq-mean-token-mean":
         problems.append(
-            f"{ACTOR}.loss_agg_mode={mode}: policy_loss.loss_mode=gspo is defined for "
-            "seq-mean-token-mean"
+            f"{ACTOR}.loss_agg_mode={mode}: policy_loss.loss_mode={actor.policy_loss.loss_mode} is "
+            "defined for seq-mean-token-mean"
         )
     return problems
 

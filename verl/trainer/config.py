@@ -354,6 +354,16 @@ class PPOConfig(Config):
         return self._estimator.uses_groups
 
     @property
+    def uses_greedy(self) -> bool:
+        """Whether a greedy trajectory of each prompt is rolled out beside the trained ones."""
+        return self._estimator.uses_greedy
+
+    @property
+    def uses_trees(self) -> bool:
+        """Whether advantages come from comparing trajectories that branched off each other."""
+        return self._estimator.uses_trees
+
+    @property
     def credits_turns(self) -> bool:
         """Whether each turn of the policy has an advantage of its own."""
         return self._estimator.takes("turns")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from verl.agent import AgentLoop, RewardFn, RewardPreflight
+from verl.agent import AgentLoop, GroupReward, RewardFn, RewardPreflight
 from verl.single_controller.worker_group import WorkerLost
 from verl.trainer.config import PPOConfig
 from verl.trainer.console import plan, show_tail
@@ -117,9 +117,10 @@ def gpus_here(config: PPOConfig) -> int:
 def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> None:
     """Raises ConfigError for engines whose trajectories cannot be trained on.
 
-    It also raises for dynamic sampling or a gate by a metric that the reward does not have, for a
-    reward that has the name of the gain of information or says that it does not fit the agent loop,
-    and for loggers that are not installed.
+    It also raises for branches of an agent loop that cannot branch, for dynamic sampling or a gate
+    by a metric that the reward does not have, for a reward that has the name of the gain of
+    information or says that it does not fit the agent loop, for one that compares trajectories
+    where they are compared with a greedy one, and for loggers that are not installed.
     """
     problems = []
     if config.actor_rollout_ref.rollout.name == "openai":
@@ -136,6 +137,13 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
             "actor_rollout_ref.actor.state_masking=false trains what the environment says, which "
             "is left out where contexts are written anew (agent.context, agent.condense, IRCoT)"
         )
+    if config.actor_rollout_ref.rollout.branches.rounds and not agent.can_branch:
+        problems.append(
+            "actor_rollout_ref.rollout.branches: trajectories of this agent cannot begin with the "
+            "turns of another one, because contexts are written anew or results are condensed "
+            "(agent.context, agent.condense, IRCoT), or its loop does not say how "
+            "(verl.agent.AgentLoop.can_branch)"
+        )
     filters = config.algorithm.filter_groups
     gate = config.data.gate
     metrics = {"algorithm.filter_groups.metric": filters.metric} if filters.enable else {}
@@ -151,6 +159,13 @@ def check_trainable(config: PPOConfig, agent: AgentLoop, reward: RewardFn) -> No
         for key, metric in metrics.items()
         if entries is not None and metric not in entries
     ]
+    if isinstance(reward, GroupReward) and getattr(reward, "compares", True) and config.uses_greedy:
+        problems.append(
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator}: the reward compares the "
+            "trajectories of a prompt (score_groups, such as reward.otc_grpo), and the greedy one, "
+            "with which they are compared, is not among them: choose another estimator, or a "
+            "reward of single trajectories"
+        )
     if isinstance(reward, RewardPreflight):
         problems += reward.preflight(agent)
     problems += [

@@ -245,6 +245,7 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "num_agent_workers",
         "per_request_seed",
     ],
+    workers_config.BranchesConfig: ["rounds", "per_round"],
     workers_config.ActorRolloutRefConfig: ["hybrid_engine"],
 }
 """Keys that take effect in a resumed run as they are configured; a change is logged."""

@@ -178,6 +178,23 @@ class CriticConfig(Config):
     fsdp_config: FSDPConfig = FSDPConfig()
 
 
+class BranchesConfig(Config):
+    """Trajectories that begin with the first turns of another one (arXiv 2509.21240)."""
+
+    rounds: NonNegativeInt = 0
+    """Rounds in which further trajectories branch off a tree, which begins with one trajectory. 0:
+    every trajectory begins at its prompt."""
+    per_round: PositiveInt = 1
+    """Trajectories that branch off a tree in each round. Each goes on after a turn drawn from all
+    that the tree has by then, the last ones of trajectories apart. A tree has 1 + rounds *
+    per_round trajectories, and rollout.n is that of all trees of a prompt."""
+
+    @property
+    def tree_size(self) -> int:
+        """Trajectories of a tree."""
+        return 1 + self.rounds * self.per_round
+
+
 class SamplingConfig(Config):
     """How tokens are drawn. Log-probs of training are scaled by the same temperature."""
 
@@ -201,6 +218,11 @@ class SamplingConfig(Config):
     def trains(self) -> bool:
         """Whether the tokens are trained on, so that their log-probs are needed."""
         return True
+
+    @property
+    def branching(self) -> BranchesConfig:
+        """How trajectories of a prompt branch off each other: not at all."""
+        return BranchesConfig()
 
 
 class ValSamplingConfig(SamplingConfig):
@@ -276,7 +298,12 @@ class RolloutConfig(SamplingConfig):
     per_request_seed: bool = False
     """Seed every engine call on its own, so that its tokens do not depend on what else runs; this
     costs some speed."""
+    branches: BranchesConfig = BranchesConfig()
     val_kwargs: ValSamplingConfig = ValSamplingConfig()
+
+    @property
+    def branching(self) -> BranchesConfig:
+        return self.branches
 
 
 class ActorRolloutRefConfig(Config):

@@ -82,6 +82,8 @@ def compute_advantage(
         "values": batch.get("values"),
         "turns": batch.get("turns"),
         "states": batch.get("states"),
+        "greedy_scores": batch.get("greedy_scores"),
+        "trees": batch.get("trees"),
         "index": data.non_tensor_batch.get("uid"),
     }
     joined = Joined.of(data, batch["response_mask"]) if has_several_rows(data) else None
@@ -119,11 +121,13 @@ def add_distillation(data: DataProto, weight: float) -> tuple[DataProto, dict[st
 
 def join_columns(columns: dict[str, Any], joined: Joined, data: DataProto) -> dict[str, Any]:
     """The columns of an estimator with a row for each trajectory instead of each context."""
-    tensors = {name: column for name, column in columns.items() if isinstance(column, torch.Tensor)}
-    whole: dict[str, Any] = {name: joined.join(column) for name, column in tensors.items()}
-    for name in {"turns", "states"} & tensors.keys():
-        whole[name] = joined.join(tensors[name], pad=-1)
-    if columns["index"] is not None:
-        _, first = np.unique(data.batch["trajectory"].numpy(), return_index=True)
-        whole["index"] = columns["index"][first]
+    _, first_rows = np.unique(data.batch["trajectory"].numpy(), return_index=True)
+    whole: dict[str, Any] = {}
+    for name, column in columns.items():
+        if column is None:
+            continue
+        if column.ndim == 1:
+            whole[name] = column[first_rows]
+        else:
+            whole[name] = joined.join(column, pad=-1 if name in ("turns", "states") else 0)
     return whole

@@ -12,6 +12,7 @@ from verl.rollout.manager import RolloutManager
 from verl.trainer.config import FilterGroupsConfig, PPOConfig
 from verl.trainer.ppo.batching import build_batch
 from verl.trainer.ppo.failures import check_failures, failure_metrics
+from verl.trainer.ppo.greedy import greedy_metrics, with_greedy_scores
 from verl.trainer.ppo.groups import (
     differing_groups,
     first_groups,
@@ -38,6 +39,8 @@ class Rollouts:
     rows: list[int] = field(default_factory=list)
     """The row numbers of all prompts."""
     results: list[Trajectory | Failure] = field(default_factory=list)
+    greedy: list[Trajectory | Failure] = field(default_factory=list)
+    """The greedy trajectory of each prompt, if they are rolled out."""
     surviving: list[Trajectory] = field(default_factory=list)
     """All that could be trained on, including those that dynamic sampling leaves out."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -48,6 +51,7 @@ class Rollouts:
         self,
         rows: Sequence[int],
         results: Sequence[Trajectory | Failure],
+        greedy: Sequence[Trajectory | Failure],
         trajectories: Sequence[Trajectory],
         dropped: Mapping[str, int],
     ) -> None:
@@ -55,6 +59,7 @@ class Rollouts:
         self.num_batches += 1
         self.rows += rows
         self.results += results
+        self.greedy += greedy
         self.surviving += trajectories
         self.dropped.update(dropped)
 
@@ -64,9 +69,10 @@ class Rollouts:
         return len({job.uid for job in self.jobs})
 
     def metrics(self) -> dict[str, float]:
-        """`rollout/failed*`, `rollout/dropped_*` and `training/num_*` over all batches."""
+        """`rollout/failed*`, `rollout/dropped_*`, `greedy/*`, `training/num_*` of all batches."""
         return {
             **failure_metrics(self.results),
+            **greedy_metrics(self.greedy, self.results),
             **{name: float(count) for name, count in self.dropped.items()},
             "training/num_gen_batches": float(self.num_batches),
             "training/num_trajectories": float(len(self.surviving)),
@@ -133,12 +139,15 @@ class BatchSource:
     def _add_batch(self, rollouts: Rollouts, steps_left: int) -> None:
         """Adds the next batch of prompts, without failures and groups that all score the same."""
         filters = self.config.algorithm.filter_groups
-        rows, jobs, results = self.queue.next_batch(steps_left)
-        row_of = dict(zip(dict.fromkeys(job.uid for job in jobs), rows, strict=True))
-        results = score_groups(self.reward, jobs, results, self.min_group)
+        rolled = self.queue.next_batch(steps_left)
+        jobs = rolled.jobs
+        row_of = dict(zip(dict.fromkeys(job.uid for job in jobs), rolled.rows, strict=True))
+        results = score_groups(self.reward, jobs, rolled.results, self.min_group)
+        if self.config.uses_greedy:
+            results = with_greedy_scores(jobs, results, rolled.greedy)
         check_failures(results, self.config.trainer.max_failed_share)
         jobs, trajectories, dropped = surviving(jobs, results, self.min_group)
-        rollouts.add(rows, results, trajectories, dropped)
+        rollouts.add(rolled.rows, results, rolled.greedy, trajectories, dropped)
         if self.config.data.gate.is_on:
             self._observe(row_of, jobs, trajectories)
         if filters.enable:
@@ -209,6 +218,26 @@ def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     violations = sum(trajectory.context_violations for trajectory in trajectories)
     metrics["rollout/context_violations"] = float(violations)
     return metrics
+
+
+def branch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What the trees of a step cost: tokens of the policy, sampled or taken over.
+
+    A token is taken over by a trajectory that begins with it after another one had sampled it.
+    """
+    written = 0
+    shared = 0
+    for trajectory in trajectories:
+        written += trajectory.num_tokens(Source.MODEL)
+        taken_over = trajectory.turns[: trajectory.shared_turns]
+        shared += sum(len(turn.token_ids) for turn in taken_over)
+    branched = [t.shared_turns for t in trajectories if t.shared_turns]
+    return {
+        "branches/generated_tokens": float(written - shared),
+        "branches/shared_tokens": float(shared),
+        "branches/shared_tokens_share": shared / max(1, written),
+        "branches/shared_turns": sum(branched) / max(1, len(branched)),
+    }
 
 
 def component_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:

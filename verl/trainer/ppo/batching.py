@@ -20,7 +20,7 @@ def build_batch(
     world_size: int,
     state_masking: bool,
 ) -> DataProto:
-    """The batch, its rows ordered by rank, with `uid`, `data_source` and mini-batch columns.
+    """The batch, its rows ordered by rank, with `uid`, `data_source`, `trees`, mini-batch columns.
 
     `num_mini_batches`: for the actor, and the critic if there is one, the name of its mini-batch
     column and how many optimizer steps the batch takes. Consecutive trajectories form a mini-batch,
@@ -48,6 +48,7 @@ def build_batch(
         {
             **data.batch,
             **{column: torch.from_numpy(index[order]) for column, index in mini_batches.items()},
+            "trees": torch.tensor([job.tree for job in jobs_of_rows]),
         },
         {
             "uid": np.array([job.uid for job in jobs_of_rows], dtype=object),

@@ -16,6 +16,7 @@ from verl.trainer.ppo.batch_source import (
     BatchSource,
     NothingToLearn,
     Rollouts,
+    branch_metrics,
     trajectory_metrics,
 )
 from verl.trainer.ppo.checkpoints import Checkpoints
@@ -216,6 +217,8 @@ class RayPPOTrainer:
             self.records.begin(self.step, rollouts)
             metrics = rollouts.metrics() | trajectory_metrics(rollouts.surviving)
             metrics |= self.task.agent.reduce_metrics(rollouts.surviving)
+            if self.config.actor_rollout_ref.rollout.branches.rounds:
+                metrics |= branch_metrics(rollouts.surviving)
             metrics |= staleness_metrics(batch, self.policy_version)
         return batch, metrics
 

@@ -1,6 +1,8 @@
 """The queue of batches that are rolled out ahead of the training."""
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from verl.agent import TRAINING_STEP, Trajectory
@@ -8,8 +10,38 @@ from verl.rollout.agent_worker import Failure, Job
 from verl.rollout.job import Submitted
 from verl.rollout.manager import RolloutManager
 from verl.trainer.config import PPOConfig
+from verl.trainer.ppo.greedy import GREEDY
 from verl.trainer.ppo.question_sampler import QuestionSampler
 from verl.utils.dataset import RLHFDataset
+from verl.workers.config import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """A batch of prompts that was rolled out."""
+
+    rows: list[int]
+    """The row numbers of the prompts."""
+    jobs: list[Job]
+    results: list[Trajectory | Failure]
+    """The trajectories to train on, one for each of `jobs`."""
+    greedy: list[Trajectory | Failure] = field(default_factory=list)
+    """The greedy trajectory of each prompt, if they are rolled out, in the order of the prompts."""
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A batch of prompts under way."""
+
+    rows: list[int]
+    """The row numbers of the prompts."""
+    sampled: Submitted
+    greedy: Submitted | None
+
+    @property
+    def submitted(self) -> list[Submitted]:
+        """All that is under way for it."""
+        return [self.sampled] if self.greedy is None else [self.sampled, self.greedy]
 
 
 class RolloutQueue:
@@ -28,36 +60,44 @@ class RolloutQueue:
         self.train_set = train_set
         self.rollout = rollout
         self.sampler = QuestionSampler(config, train_set.rows)
-        self.under_way: deque[tuple[list[int], Submitted]] = deque()
+        self.under_way: deque[UnderWay] = deque()
 
-    def next_batch(
-        self, steps_left: int
-    ) -> tuple[list[int], list[Job], list[Trajectory | Failure]]:
-        """Waits for the oldest batch; returns its row numbers, its jobs and their results.
+    def next_batch(self, steps_left: int) -> Rolled:
+        """Waits for the oldest batch.
 
         Before it waits, it submits batches of the next steps. `steps_left`: training steps that
         still need a batch, this one included; no more batches than that are submitted.
         """
         wanted = max(1, min(self.config.async_training.max_staleness + 1, steps_left))
         while len(self.under_way) < wanted:
-            step = self.rollout.version + 1
-            rows = self.sampler.draw(self.config.data.train_batch_size, step)
-            self.under_way.append((rows, self._submit(rows, step)))
-        rows, oldest = self.under_way.popleft()
-        return rows, *self.rollout.collect(oldest)
+            self.under_way.append(self._submit())
+        oldest = self.under_way.popleft()
+        jobs, results = self.rollout.collect(oldest.sampled)
+        if oldest.greedy is None:
+            return Rolled(oldest.rows, jobs, results)
+        _, greedy = self.rollout.collect(oldest.greedy)
+        return Rolled(oldest.rows, jobs, results, greedy)
 
-    def _submit(self, rows: list[int], step: int) -> Submitted:
+    def _submit(self) -> UnderWay:
+        """Starts the next batch, and greedy trajectories of its prompts if they are needed."""
+        step = self.rollout.version + 1
+        rows = self.sampler.draw(self.config.data.train_batch_size, step)
+        sampled = self._roll_out(rows, step, self.config.actor_rollout_ref.rollout)
+        greedy = self._roll_out(rows, step, GREEDY) if self.config.uses_greedy else None
+        return UnderWay(rows, sampled, greedy)
+
+    def _roll_out(self, rows: Sequence[int], step: int, sampling: SamplingConfig) -> Submitted:
         return self.rollout.submit(
             [self.train_set.rows[row] | {TRAINING_STEP: step} for row in rows],
             [self.train_set.prompt_ids[row] for row in rows],
-            self.config.actor_rollout_ref.rollout,
+            sampling,
             seed=self.config.trainer.seed + 1_000_000 * self.sampler.drawn,
         )
 
     def drain_before_sync(self) -> None:
         """Waits for trajectories under way, unless they may get new weights between two turns."""
         if not self.config.async_training.partial_rollout:
-            self.rollout.drain([submitted for _, submitted in self.under_way])
+            self.rollout.drain([s for batch in self.under_way for s in batch.submitted])
 
     @property
     def epoch(self) -> int:
@@ -67,7 +107,7 @@ class RolloutQueue:
     def state_dict(self) -> dict[str, Any]:
         """The position in the data to resume from; batches under way are not yet trained on."""
         state = self.sampler.state_dict()
-        under_way = [row for rows, _ in self.under_way for row in rows]
+        under_way = [row for batch in self.under_way for row in batch.rows]
         state["waiting"] = under_way + state["waiting"]
         state["drawn"] -= len(self.under_way)
         return state

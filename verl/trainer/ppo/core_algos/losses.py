@@ -171,6 +171,92 @@ def compute_policy_loss_reinforce(inputs: LossInputs) -> tuple[Tensor, Metrics]:
     return -inputs.advantages * inputs.log_prob, {}
 
 
+def compute_policy_loss_geo_mean(inputs: LossInputs) -> tuple[Tensor, Metrics]:
+    """GMPO's loss (arXiv 2507.20673): the geometric mean of a sequence's clipped ratios.
+
+    Every token of a sequence has the loss of the sequence, - A exp(mean_t log rho_t), where A is
+    the mean advantage of its tokens. log rho_t is clamped to [-`clip_ratio_low`,
+    `clip_ratio_high`], which are logarithms here, and only on the side to which the advantage
+    drives it. A clamped token has no gradient; the others keep theirs.
+    """
+    mask = inputs.response_mask
+    log_ratio = inputs.log_ratio
+    clamped = log_ratio.clamp(-inputs.clip_ratio_low, inputs.clip_ratio_high)
+    is_good = inputs.advantages > 0
+    held = torch.where(
+        is_good, torch.minimum(log_ratio, clamped), torch.maximum(log_ratio, clamped)
+    )
+    ratio = masked_mean(held, mask, axis=-1).exp()
+    advantage = masked_mean(inputs.advantages, mask, axis=-1)
+    pg_losses = torch.where(mask, (-advantage * ratio).unsqueeze(-1), 0.0)
+    return pg_losses, {"pg_clipfrac": (held != log_ratio).float()}
+
+
+SAPO_TEMPERATURES = (1.0, 1.05)
+"""How fast SAPO's gate closes for a positive and for a negative advantage: the paper's values."""
+
+
+def compute_policy_loss_sapo(inputs: LossInputs) -> tuple[Tensor, Metrics]:
+    """SAPO's loss (arXiv 2511.20347): a smooth gate instead of a clip.
+
+    - A 4/tau sigmoid(tau (rho - 1)), whose slope in rho is that of - A rho at rho = 1 and falls to
+    0 on both sides, faster for a negative advantage. The clip range is not used.
+    """
+    good, bad = SAPO_TEMPERATURES
+    tau = torch.full_like(inputs.advantages, bad).masked_fill(inputs.advantages > 0, good)
+    gate = torch.sigmoid(tau * (inputs.log_ratio.exp() - 1)) * 4 / tau
+    return -inputs.advantages * gate, {}
+
+
+def compute_policy_loss_dppo_tv(inputs: LossInputs) -> tuple[Tensor, Metrics]:
+    """DPPO's loss with the total variation (arXiv 2602.04879), see `divergence_loss`.
+
+    The variation of a token is |pi - pi_old|, of its probability alone: a rare token may change its
+    ratio much, and a likely one little.
+    """
+    new, old = probabilities(inputs)
+    return divergence_loss(inputs, (new - old).abs())
+
+
+def compute_policy_loss_dppo_kl(inputs: LossInputs) -> tuple[Tensor, Metrics]:
+    """DPPO's loss with the KL (arXiv 2602.04879), see `divergence_loss`.
+
+    The KL of a token is that of two outcomes, the token and all others, from pi_old to pi.
+    """
+    new, old = probabilities(inputs)
+    of_token = old * (old / new).log()
+    of_others = (1 - old) * ((1 - old) / (1 - new)).log()
+    return divergence_loss(inputs, of_token + of_others)
+
+
+SURE = 1 - 1e-6
+"""The largest probability of a token from which a KL is computed; 1 - SURE is the smallest."""
+
+
+def probabilities(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """The new and the old probability of each token, without gradient, kept off 0 and 1."""
+    new = inputs.log_prob.detach()
+    old = new - inputs.log_ratio.detach()
+    return new.exp().clamp(1 - SURE, SURE), old.exp().clamp(1 - SURE, SURE)
+
+
+def divergence_loss(inputs: LossInputs, divergence: Tensor) -> tuple[Tensor, Metrics]:
+    """REINFORCE weighted by the truncated ratio, on tokens within a divergence.
+
+    - A min(rho, `clip_ratio_c`) log pi, without gradient through the ratio. A token is left out if
+    its advantage drives it further from the old policy and `divergence` [B, R] is above
+    `clip_ratio_high` (for a positive advantage) or `clip_ratio_low`.
+    """
+    is_good = inputs.advantages > 0
+    limit = torch.full_like(divergence, inputs.clip_ratio_low)
+    limit = limit.masked_fill(is_good, inputs.clip_ratio_high)
+    log_ratio = inputs.log_ratio.detach()
+    drifts = torch.where(is_good, log_ratio > 0, log_ratio < 0)
+    left_out = drifts & (divergence > limit)
+    weight = log_ratio.exp().clamp(max=inputs.clip_ratio_c).masked_fill(left_out, 0.0)
+    return -weight * inputs.advantages * inputs.log_prob, {"pg_clipfrac": left_out.float()}
+
+
 PolicyLoss = Callable[[LossInputs], tuple[Tensor, Metrics]]
 """Returns the loss and the metrics that come with it, all per token [B, R]."""
 
@@ -179,6 +265,10 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "gspo": compute_policy_loss_gspo,
     "cispo": compute_policy_loss_cispo,
     "reinforce": compute_policy_loss_reinforce,
+    "geo_mean": compute_policy_loss_geo_mean,
+    "sapo": compute_policy_loss_sapo,
+    "dppo_tv": compute_policy_loss_dppo_tv,
+    "dppo_kl": compute_policy_loss_dppo_kl,
 }
 """The choices of `actor.policy_loss.loss_mode`."""
 
