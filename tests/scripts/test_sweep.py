@@ -16,6 +16,7 @@ from verl.trainer.config import build_agent, build_reward, validate
 from verl.trainer.driver import check_trainable
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+import arms
 import frontier
 import sweep
 
@@ -25,6 +26,8 @@ ASYNCHRONY = ROOT / "scripts" / "sweeps" / "asynchrony.yaml"
 OVER_SEARCH = ROOT / "scripts" / "sweeps" / "over_search.yaml"
 FOLDING = ROOT / "scripts" / "sweeps" / "folding.yaml"
 CONDENSING = ROOT / "scripts" / "sweeps" / "condensing.yaml"
+CREDIT = ROOT / "scripts" / "sweeps" / "credit.yaml"
+DISTILLATION = ROOT / "scripts" / "sweeps" / "distillation.yaml"
 COLLAPSE = ROOT / "scripts" / "sweeps" / "collapse.yaml"
 
 
@@ -119,6 +122,47 @@ def test_runs_of_the_study_of_findings_differ_in_who_condenses(run, tokenizer):
     assert condense.prompt == (None if name == "cut" else SHORT_CONDENSE_PROMPT)
     assert condense.train == (name != "policy_untrained")
     assert agent.config.max_obs_length == 64
+
+
+@pytest.mark.parametrize(
+    ("sweep_file", "run"),
+    [(file, run) for file in (CREDIT, DISTILLATION) for run in sweep.read_sweep(file)],
+)
+def test_runs_of_the_studies_of_credit_and_of_a_teacher_are_trainable(sweep_file, run, tokenizer):
+    (_, _, *overrides), _ = sweep.read_sweep(sweep_file)[run]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        config = validate(OmegaConf.to_container(compose("grpo", overrides), resolve=True))
+    agent, reward = build_agent(config, tokenizer), build_reward(config, tokenizer)
+    check_trainable(config, agent, reward)
+    assert len(config.data.val_files) == 2
+    assert len(config.data.train_files) == (1 if "one_two" in run else 2)
+    assert config.use_teacher == run.startswith("teacher")
+    assert (reward.config.new_evidence > 0) == run.startswith("turns")
+
+
+def test_arms_are_compared_seed_by_seed(tmp_path, monkeypatch, capsys):
+    ends = {
+        "base-seed0": 0.5,
+        "base-seed1": 0.3,
+        "arm-seed0": 0.7,
+        "arm-seed1": 0.6,
+        "one-seed0": 1,
+    }
+    rows = [{"run": run, "em": {"1hop": [[0, 0.1], [240, em]]}} for run, em in ends.items()]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["arms.py", str(file), "--base", "base"])
+    arms.main()
+    out = capsys.readouterr().out
+    assert "| `base` | 2 | 240 | 0.400 | 0.400 |" in out
+    assert "| `one` | 1 | 240 | 1.000 | 1.000 |" in out
+    reach = 12.706 * 0.05
+    expected = f"+0.250 [{0.25 - reach:+.2f}, {0.25 + reach:+.2f}]"
+    assert out.endswith(f"| `arm` | 240 | {expected} | {expected} |\n")
+    monkeypatch.setattr(sys, "argv", ["arms.py", str(file), "--base", "none"])
+    with pytest.raises(SystemExit):
+        arms.main()
+    assert "--base none:" in capsys.readouterr().err
 
 
 def row_of(run, em, searches, searched):
