@@ -25,6 +25,8 @@ from verl.utils.tracking import STEP
 
 DEFAULTS: dict[str, Any] = {"config": "grpo", "seeds": [0], "overrides": [], "status": 0}
 REACHED = 0.8
+EM = "val/em/"
+"""The metrics that are the exact match of a validation, one for each set of questions."""
 COLLAPSED = 0.5
 """A collapse: a validation score that falls below this share of the best one before it."""
 
@@ -65,10 +67,13 @@ def figures(folder: Path) -> study.Row:
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     sampled = 0.0
     curve = []
+    em: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for line in metrics:
         sampled += line.get("training/num_trajectories", 0)
         if "val/test_score/all" in line:
             curve.append((int(sampled), line["val/test_score/all"]))
+        for name in sorted(key for key in line if key.startswith(EM)):
+            em[name.removeprefix(EM)].append((int(sampled), line[name]))
     best = 0.0
     collapses = 0
     for _, score in curve:
@@ -82,6 +87,7 @@ def figures(folder: Path) -> study.Row:
     return {
         "steps": metrics[-1][STEP],
         "curve": curve,
+        "em": em,
         "collapses": collapses,
         "samples_to_reach": next((n for n, score in curve if score >= REACHED), None),
         "timer_coverage": statistics.median(line["perf/timer_coverage"] for line in trained),
