@@ -23,8 +23,8 @@ from verl.agent import (
 )
 from verl.rollout.openai_engine import OpenAIEngine
 from verl.rollout.vllm_server import VLLMServer
-from verl.trainer.checks import environment_problems
 from verl.trainer.config import PPOConfig, build_agent, build_tokenizer
+from verl.trainer.environment import environment_problems
 from verl.utils.errors import ConfigError
 from verl.utils.processes import writing_to
 

@@ -24,7 +24,7 @@ ENTRY_POINTS = [
     "verl.workers.config",
     "verl.trainer.sft",
     "verl.trainer.config",
-    "verl.trainer.checks",
+    "verl.trainer.environment",
     "verl.trainer.export",
 ]
 COMMAND_LINE = [

@@ -16,8 +16,8 @@ from search_r1.rewards.compose import ALWAYS, BY_TURN, WEIGHTED
 from tests.configs import ROOT, composed
 from tests.models import make_tiny_qwen2
 from tests.templates import make_family_tokenizer
-from verl.trainer.checks import context_problems, critic_problems, teacher_token_problems
 from verl.trainer.config import build_reward, validate
+from verl.trainer.environment import context_problems, critic_problems, teacher_token_problems
 from verl.utils.errors import ConfigError
 from verl.workers.config import FrozenModelConfig, ModelConfig
 

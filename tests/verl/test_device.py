@@ -9,9 +9,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from verl.trainer.checks import device_problems
 from verl.trainer.config import PPOConfig, validate
 from verl.trainer.driver import gpus_here
+from verl.trainer.environment import device_problems
 from verl.utils import device
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")

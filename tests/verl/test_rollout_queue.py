@@ -173,9 +173,9 @@ def train_with_a_gate(source: RolloutQueue, rollout: Rollout, steps: int, total:
     """The rows and versions of `steps` steps, whose scores depend on row and step."""
     seen = []
     for step in range(done, done + steps):
-        rows, batch, _ = source.next_batch(total - step)
-        seen.append(batch)
-        for row in rows:
+        rolled = source.next_batch(total - step)
+        seen.append(rolled.jobs)
+        for row in rolled.rows:
             source.sampler.gate.observe(row, [float(row % 2), float((row + step) % 3 == 0)])
         rollout.version += 1
     return seen

@@ -242,13 +242,11 @@ class StepTime:
             Verb("gen", *self.rollout_seconds(self.rolled_out)),
             self.forward("old_log_prob", actor, main.rollout.log_prob_max_token_len_per_gpu),
         ]
-        if "ref" in by_name:
-            found.append(
-                self.forward("ref", by_name["ref"], main.ref.log_prob_max_token_len_per_gpu)
-            )
-        if "teacher" in by_name:
-            limit = self.config.teacher.log_prob_max_token_len_per_gpu
-            found.append(self.forward("teacher", by_name["teacher"], limit))
+        for name, section in {"ref": main.ref, "teacher": self.config.teacher}.items():
+            if name in by_name:
+                found.append(
+                    self.forward(name, by_name[name], section.log_prob_max_token_len_per_gpu)
+                )
         if "critic" in by_name:
             critic = by_name["critic"]
             found.append(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from verl.trainer.checks import hf_config_of
+from verl.trainer.environment import hf_config_of
 from verl.utils.errors import ConfigError
 from verl.workers.config import FrozenModelConfig, FSDPConfig
 from verl.workers.packing import OTHERS, Packing, packing_of

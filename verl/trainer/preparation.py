@@ -17,9 +17,9 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from transformers import PreTrainedTokenizerBase
 
 from verl.agent import AgentLoop, RewardFn
-from verl.trainer.checks import environment_problems
 from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer, validate
 from verl.trainer.console import keeping, library_log
+from verl.trainer.environment import environment_problems
 from verl.trainer.host import run_folder_problems
 from verl.utils.dataset import RLHFDataset, sample_per_source
 from verl.utils.errors import ConfigError, DataError

@@ -107,10 +107,14 @@ def compute_advantage(
 def add_distillation(data: DataProto, weight: float) -> tuple[DataProto, dict[str, float]]:
     """The batch with the teacher's part in its `advantages`, and the policy's KL to the teacher.
 
+    With a weight of 0 there is no teacher, and the batch stays as it is.
+
     On a token of the policy the part is `weight * (log teacher - log policy)`, which is minus
     `weight` times the sample of the reverse KL there. What a token does to the KL of the tokens
     after it is not credited to it (discount 0), as in https://thinkingmachines.ai/blog/on-policy-distillation.
     """
+    if weight == 0:
+        return data, {}
     batch = data.batch
     mask = batch["response_mask"]
     gap = batch["teacher_log_prob"] - batch["old_log_probs"]

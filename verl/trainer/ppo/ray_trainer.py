@@ -261,11 +261,8 @@ class RayPPOTrainer:
         with self.timers("adv"):
             batch, kl_metrics = apply_kl_penalty(batch, self.config.algorithm, self.kl_ctrl)
             batch, metrics = compute_advantage(batch, self.config.algorithm)
-            metrics |= kl_metrics
-            if self.config.use_teacher:
-                batch, teacher_metrics = add_distillation(batch, self.config.teacher.weight)
-                metrics |= teacher_metrics
-        return batch, metrics
+            batch, teacher_metrics = add_distillation(batch, self.config.teacher.weight)
+        return batch, kl_metrics | metrics | teacher_metrics
 
     def update_critic(self, batch: DataProto) -> Metrics:
         """Trains the critic, if there is one."""
@@ -274,7 +271,7 @@ class RayPPOTrainer:
         with self.timers("update_critic"):
             metrics = self.critic.update_critic(with_seq_tokens(batch))
         metrics["vf_loss"] = metrics.pop("loss")
-        self.keep_nonfinite("critic", batch, metrics)
+        self.records.keep_nonfinite(self.step, "critic", batch, metrics)
         return {f"critic/{name}": value for name, value in metrics.items()}
 
     def update_actor(self, batch: DataProto) -> Metrics:
@@ -297,7 +294,7 @@ class RayPPOTrainer:
             return shares | mismatch
         with self.timers("update_actor"):
             metrics = self.actor.update_actor(with_seq_tokens(batch))
-        self.keep_nonfinite("actor", batch, metrics)
+        self.records.keep_nonfinite(self.step, "actor", batch, metrics)
         actor_metrics = {f"actor/{name}": value for name, value in metrics.items()}
         return shares | mismatch | actor_metrics
 
@@ -310,15 +307,6 @@ class RayPPOTrainer:
                 f"loss or gradient was not finite in {self.skipped_in_a_row} training steps in a "
                 "row (trainer.max_skipped_steps): lower the learning rate (of the critic too), "
                 "then run again to resume"
-            )
-
-    def keep_nonfinite(self, role: str, batch: DataProto, metrics: Metrics) -> None:
-        """Writes the batch of a skipped optimizer step to the run folder, to reproduce it."""
-        if metrics["skipped_steps"]:
-            where = self.tracking.keep(batch, f"nonfinite/{role}_{self.step:06d}.pt")
-            self.tracking.message(
-                f"step {self.step}: loss or gradient of the {role} not finite, "
-                f"{metrics['skipped_steps']:.0f} optimizer step(s) skipped; the batch {where}"
             )
 
     def sync_weights(self) -> None:
@@ -370,10 +358,11 @@ class RayPPOTrainer:
         self.records.complete()
         timing = self.timers.pop()
         line = metrics | timing | compute_throughput_metrics(batch, timing, self.config.num_gpus)
-        line |= host_metrics()
-        line["training/total_steps"] = float(self.total)
-        line["training/epoch"] = float(self.batches.epoch)
-        line["training/policy_version"] = float(self.policy_version)
+        line |= host_metrics() | {
+            "training/total_steps": float(self.total),
+            "training/epoch": float(self.batches.epoch),
+            "training/policy_version": float(self.policy_version),
+        }
         self.tracking.log(line, self.step)
         seconds_left = (self.total - self.step) * seconds_per_step
         self.tracking.message(console_line(line, self.step, self.total, seconds_left))

@@ -4,7 +4,7 @@ They are written by a thread of their own while the policy is updated.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,17 @@ class StepRecords:
         frequency = self.config.rollout_data_freq
         is_due = frequency > 0 and step % frequency == 0
         self._due = Due(step, rollouts, self._uids_with_tokens(rollouts)) if is_due else None
+
+    def keep_nonfinite(
+        self, step: int, role: str, batch: DataProto, metrics: Mapping[str, float]
+    ) -> None:
+        """Writes the batch of a skipped optimizer step to the run folder, to reproduce it."""
+        if metrics["skipped_steps"]:
+            where = self.tracking.keep(batch, f"nonfinite/{role}_{step:06d}.pt")
+            self.tracking.message(
+                f"step {step}: loss or gradient of the {role} not finite, "
+                f"{metrics['skipped_steps']:.0f} optimizer step(s) skipped; the batch {where}"
+            )
 
     def _uids_with_tokens(self, rollouts: Rollouts) -> frozenset[str]:
         section = self.config.trajectory_records
