@@ -15,8 +15,10 @@ from tests.verl.drawn import JUNK, masks, normal, with_junk
 from tests.verl.fake_roles import GROUP, PROMPTS, ROWS, SMALL, make_processes, trainer_over
 from verl.agent import AgentLoop, Segment, Source, Trajectory
 from verl.rollout.agent_worker import Failure, Job
-from verl.trainer.config import validate
+from verl.trainer.config import AlgorithmConfig, validate
 from verl.trainer.driver import check_trainable
+from verl.trainer.ppo.advantage import compute_advantage
+from verl.trainer.ppo.batching import build_batch
 from verl.trainer.ppo.core_algos import compute_remax_outcome_advantage
 from verl.trainer.ppo.greedy import GREEDY, greedy_metrics, with_greedy_scores
 from verl.utils.errors import ConfigError
@@ -149,6 +151,40 @@ def test_a_greedy_trajectory_without_a_word_scores_nothing():
     assert found.greedy_score == 0.0
     assert greedy_metrics([silent], [found])["greedy/model_tokens"] == 0.0
     assert greedy_metrics([], [found]) == {}
+
+
+@pytest.mark.parametrize("estimator", ["remax", "tree_grpo"])
+def test_what_belongs_to_a_trajectory_belongs_to_all_of_its_rows(estimator):
+    """The first trajectory goes on in a second row, where its context was written anew."""
+    trajectories = [said(1.0), said(0.0), said(0.25)]
+    trajectories[0].rewrite([7, 8])
+    trajectories[0].segments.append(Segment(Source.MODEL, [6], [-1.0]))
+    for trajectory, greedy in zip(trajectories, (0.5, 0.5, 2.0), strict=True):
+        trajectory.greedy_score = greedy
+    jobs = [Job("a", f"a{i}", {"data_source": "d"}, [1], tree=i // 2) for i in range(3)]
+    data = build_batch(
+        jobs,
+        trajectories,
+        pad_token_id=0,
+        num_mini_batches={"mini_batch": 1},
+        world_size=1,
+        state_masking=True,
+    )
+    data = data.with_tensors(token_level_rewards=data.batch["token_level_scores"])
+    data, _ = compute_advantage(data, AlgorithmConfig(adv_estimator=estimator))
+    found = {}
+    for number, advantages in zip(
+        data.batch["trajectory"].tolist(), data.batch["advantages"], strict=True
+    ):
+        found.setdefault(number, set()).update(x for x in advantages.tolist() if x)
+    if estimator == "remax":
+        assert found == {0: {0.5}, 1: {-0.5}, 2: {-1.75}}
+    else:
+        inter = torch.tensor([1.0, 0.0, 0.25])
+        inter = (inter - inter.mean()) / inter.std()
+        intra = 0.5**0.5
+        assert list(found[0]) == pytest.approx([inter[0].item() + intra], abs=1e-5)
+        assert list(found[2]) == pytest.approx([inter[2].item()], abs=1e-5)
 
 
 def test_it_is_greedy_and_has_no_log_probs():
