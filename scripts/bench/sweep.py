@@ -140,14 +140,14 @@ def mean_of(metrics: list[dict[str, Any]], prefix: str) -> dict[str, float]:
 
 
 def table(rows: list[study.Row]) -> str:
-    """Markdown: final EM and searches by set, trajectories until REACHED, collapses."""
+    """Markdown: final score, EM and searches by set, trajectories until REACHED, collapses."""
     sets = sorted({source for row in rows for source in row["last"]})
     head = [
         "run",
-        "EM",
+        "score",
         *(f"EM {s}" for s in sets),
         *(f"searches {s}" for s in sets),
-        f"samples to {REACHED}",
+        f"samples to a score of {REACHED}",
         "optimizer steps",
         "collapses",
         "minutes",
@@ -167,8 +167,19 @@ def table(rows: list[study.Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def curve_of(row: study.Row) -> list[tuple[int, float]]:
+    """The exact match after each validation, the mean of the sets; the score in older rows.
+
+    A score may hold more than the exact match, and then it cannot be compared with another one.
+    """
+    if not row.get("em"):
+        return row["curve"]
+    sets = [dict(curve) for curve in row["em"].values()]
+    return [(n, statistics.mean(curve[n] for curve in sets)) for n in sets[0]]
+
+
 def plot(rows: list[study.Row], path: Path) -> None:
-    """Validation score over sampled trajectories, a line per run."""
+    """Exact match of the validations over sampled trajectories, a line per run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -179,8 +190,8 @@ def plot(rows: list[study.Row], path: Path) -> None:
     for index, (name, seeds) in enumerate(by_name.items()):
         for place, row in enumerate(seeds):
             label = None if place else name
-            axis.plot(*zip(*row["curve"], strict=True), color=f"C{index}", label=label, alpha=0.8)
-    axis.set(xlabel="trajectories sampled", ylabel="validation score")
+            axis.plot(*zip(*curve_of(row), strict=True), color=f"C{index}", label=label, alpha=0.8)
+    axis.set(xlabel="trajectories sampled", ylabel="exact match")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -215,7 +215,13 @@ def test_an_unknown_key_is_named(tmp_path):
 def test_a_finished_run_becomes_a_row_a_table_and_a_plot(tmp_path):
     scores = [0.1, 0.85, 0.3, 0.9]
     lines: list[dict] = [
-        {"training/global_step": i, "val/test_score/all": s} for i, s in enumerate(scores)
+        {
+            "training/global_step": i,
+            "val/test_score/all": s,
+            "val/em/one": s / 2,
+            "val/em/two": s / 4,
+        }
+        for i, s in enumerate(scores)
     ]
     for line in lines[1:]:
         line |= {
@@ -239,6 +245,9 @@ def test_a_finished_run_becomes_a_row_a_table_and_a_plot(tmp_path):
     )
     row = {"run": "grpo-seed0", "wall_s": 60, **sweep.figures(tmp_path)}
     assert row["curve"] == [(0, 0.1), (240, 0.85), (480, 0.3), (720, 0.9)]
+    assert row["em"]["one"] == [(0, 0.05), (240, 0.425), (480, 0.15), (720, 0.45)]
+    assert sweep.curve_of(row)[-1] == (720, pytest.approx((0.45 + 0.225) / 2))
+    assert sweep.curve_of({"curve": [[0, 0.5]]}) == [[0, 0.5]]
     assert row["searched"] == {"set": 0.5}
     assert row["ended"] == {"set": {"answer": 0.5, "context": 0.5}}
     assert row["contexts"] == {"set": {"folds": 0.5, "contexts": 2.0}}
