@@ -2,7 +2,6 @@
 one where the contexts are what they would have been anyway."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from tests.distributed import run_ranks
 from tests.verl.batches import VOCAB, make_model
 from verl.agent import Completion, Rewrite, Segment, Source, Trajectory, context_digest
 from verl.protocol import DataProto
+from verl.rollout.agent_worker import Job
 from verl.single_controller.decorator import Dispatch, dispatch
 from verl.single_controller.worker import Worker
 from verl.trainer.config import AlgorithmConfig, RolloutCorrectionConfig
@@ -48,6 +48,7 @@ def trajectories(split: bool) -> list[Trajectory]:
     for number in range(NUM):
         trajectory = Trajectory([int(t) for t in rng.integers(0, VOCAB, 3)])
         trajectory.reward = {"score": float(rng.integers(1, 3)) + 0.25 * number}
+        trajectory.greedy_score = 1.0 + number // 2
         for turn in range(1 + number % 3):
             said = [int(t) for t in rng.integers(0, VOCAB, int(rng.integers(1, 5)))]
             shown = [int(t) for t in rng.integers(0, VOCAB, 2)]
@@ -64,7 +65,7 @@ def trajectories(split: bool) -> list[Trajectory]:
 
 def make_batch(split: bool, world_size: int = 1) -> DataProto:
     jobs = [
-        SimpleNamespace(uid=f"group {number // 2}", row={"data_source": "set"})
+        Job(f"group {number // 2}", f"{number}", {"data_source": "set"}, [], tree=number % 4)
         for number in range(NUM)
     ]
     batch = build_batch(
@@ -240,7 +241,7 @@ SETTINGS = [
     *(
         {"policy_loss": PolicyLossConfig(loss_mode=name)}
         for name in POLICY_LOSSES
-        if name != "gspo"  # its ratio is that of a row
+        if name not in ("gspo", "geo_mean")  # their ratio is that of a row
     ),
     {"use_kl_loss": True, "kl_loss_coef": 0.1, "entropy_coeff": 0.01},
 ]

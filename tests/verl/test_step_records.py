@@ -12,6 +12,7 @@ from tests.configs import composed
 from tests.models import make_tokenizer
 from tests.verl.fake_roles import GROUP, PROMPTS, SMALL, make_processes, trainer_over
 from verl.agent import Rewrite, Segment, Source, Trajectory
+from verl.rollout.agent_worker import Job
 from verl.rollout.records import token_ends
 from verl.trainer.config import validate
 from verl.trainer.ppo.batching import build_batch
@@ -30,12 +31,8 @@ def observation(*ids: int) -> Segment:
 
 def trained_batch(trajectories, uids, **options):
     """The batch of these trajectories: log-probs are the ids of tokens, advantages twice them."""
-    jobs = [
-        SimpleNamespace(
-            uid=uid, row={"data_source": "tiny", "reward_model": {"ground_truth": "yes"}}
-        )
-        for uid in uids
-    ]
+    row = {"data_source": "tiny", "reward_model": {"ground_truth": "yes"}}
+    jobs = [Job(uid, f"{uid}-{number}", row, []) for number, uid in enumerate(uids)]
     options = {"num_mini_batches": {"mini_batch": 1}, "state_masking": True} | options
     batch = build_batch(jobs, trajectories, pad_token_id=0, world_size=2, **options)
     ids = batch.batch["responses"].float()

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from tests.search_r1.agent.scripted import ADA, Engine, Library
 from tests.verl.masks import everything, perturbed
 from verl.agent import Source
 from verl.protocol import DataProto
+from verl.rollout.agent_worker import Job
 from verl.trainer.ppo.batching import build_batch
 
 FUNCTION = "search_r1.tools.function.FunctionTool"
@@ -80,7 +80,7 @@ def test_no_result_of_any_tool_is_trained(family, format, contexts):
     kinds = [s.info.get("kind") for s in trajectories[0].segments if "kind" in s.info]
     assert kinds == [name for name, _, _ in CALLS]
     own = sum(t.num_tokens(Source.MODEL) for t in trajectories)
-    jobs = [SimpleNamespace(uid="group", row={"data_source": "set"}) for _ in trajectories]
+    jobs = [Job("group", "", {"data_source": "set"}, []) for _ in trajectories]
     batch = build_batch(
         jobs,
         trajectories,

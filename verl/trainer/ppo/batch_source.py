@@ -49,13 +49,18 @@ class Rollouts:
 
     def add(
         self,
-        rows: Sequence[int],
         results: Sequence[Trajectory | Failure],
-        greedy: Sequence[Trajectory | Failure],
         trajectories: Sequence[Trajectory],
         dropped: Mapping[str, int],
+        *,
+        rows: Sequence[int] = (),
+        greedy: Sequence[Trajectory | Failure] = (),
     ) -> None:
-        """Adds a batch of prompts: row numbers, all results, what survived, what was dropped."""
+        """Adds a batch of prompts: all results, what survived of them, and what was dropped.
+
+        `rows`: the row numbers of the prompts. `greedy`: their greedy trajectories, where these are
+        rolled out.
+        """
         self.num_batches += 1
         self.rows += rows
         self.results += results
@@ -147,7 +152,7 @@ class BatchSource:
             results = with_greedy_scores(jobs, results, rolled.greedy)
         check_failures(results, self.config.trainer.max_failed_share)
         jobs, trajectories, dropped = surviving(jobs, results, self.min_group)
-        rollouts.add(rolled.rows, results, rolled.greedy, trajectories, dropped)
+        rollouts.add(results, trajectories, dropped, rows=rolled.rows, greedy=rolled.greedy)
         if self.config.data.gate.is_on:
             self._observe(row_of, jobs, trajectories)
         if filters.enable:
