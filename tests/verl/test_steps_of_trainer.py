@@ -231,7 +231,7 @@ def test_the_shares_of_sources_are_logged_and_without_weights_are_not(tmp_path):
     trainer = make_trainer(tmp_path, "grpo", "++data.source_weights={tiny: 2}")
     trainer.fit()
     assert [line["data/share/tiny"] for line in trainer.logged] == [1.0, 1.0, 1.0]
-    plain = make_trainer(tmp_path, "grpo", "trainer.default_local_dir=other")
+    plain = make_trainer(tmp_path, "grpo", f"trainer.default_local_dir={tmp_path}/other")
     plain.fit()
     assert not [n for line in plain.logged for n in line if n.startswith(("data/", "gate/"))]
 
