@@ -33,7 +33,8 @@ def started(part: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
             f"{part} was begun with other settings ({first}): give the same ones to go on, or "
             "remove it to begin anew"
         )
-    return (json.loads(line) for line in rest.splitlines())
+    # not splitlines(), which also cuts at characters that JSON writes as they are, such as U+2028
+    return (json.loads(line) for line in rest.split("\n") if line)
 
 
 def is_finished(out: Path, settings: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
     python scripts/bench/arms.py docs/results/credit.jsonl --base outcome
 
 Reads the rows that scripts/sweep.sh wrote. The first table has the mean over the seeds of an arm
-after so many sampled trajectories. The second has the difference of each arm to the base in the
+after every validation, with the trajectories that its first seed had sampled by then. The second has the difference of each arm to the base in the
 runs of the same seed, with the 95 % interval of its mean (Student's t over the seeds); an arm that
 shares fewer than two seeds with the base has none.
 """
@@ -28,9 +28,9 @@ def curves_by_seed(rows: Sequence[study.Row]) -> dict[str, Curves]:
     return {row["run"].rpartition("-seed")[2]: row["em"] for row in rows}
 
 
-def at(curves: Curves, trajectories: int) -> dict[str, float]:
-    """The exact match of each set, and their mean as `all`, after so many trajectories."""
-    found = {name: dict(curve)[trajectories] for name, curve in curves.items()}
+def at(curves: Curves, place: int) -> dict[str, float]:
+    """The exact match of each set, and their mean as `all`, in the validation at `place`."""
+    found = {name: curve[place][1] for name, curve in curves.items()}
     return {**found, "all": statistics.mean(found.values())}
 
 
@@ -56,8 +56,8 @@ def means(arms: Mapping[str, dict[str, Curves]], sets: Sequence[str]) -> str:
     text = line(["arm", "seeds", "trajectories", *sets]) + line(["---"] * (3 + len(sets)))
     for arm, seeds in arms.items():
         any_curve = next(iter(next(iter(seeds.values())).values()))
-        for trajectories, _ in any_curve:
-            found = [at(curves, trajectories) for curves in seeds.values()]
+        for place, (trajectories, _) in enumerate(any_curve):
+            found = [at(curves, place) for curves in seeds.values()]
             scores = [f"{statistics.mean(f[name] for f in found):.3f}" for name in sets]
             text += line([f"`{arm}`", len(seeds), f"{trajectories:,}", *scores])
     return text
@@ -71,9 +71,9 @@ def differences(arms: Mapping[str, dict[str, Curves]], base: str, sets: Sequence
         if arm == base or len(shared) < 2:
             continue
         any_curve = next(iter(seeds[shared[0]].values()))
-        for trajectories, _ in any_curve[1:]:
-            own = [at(seeds[seed], trajectories) for seed in shared]
-            other = [at(arms[base][seed], trajectories) for seed in shared]
+        for place, (trajectories, _) in enumerate(any_curve[1:], 1):
+            own = [at(seeds[seed], place) for seed in shared]
+            other = [at(arms[base][seed], place) for seed in shared]
             cells: list[object] = [f"`{arm}`", f"{trajectories:,}"]
             for name in sets:
                 gaps = [a[name] - b[name] for a, b in zip(own, other, strict=True)]
@@ -94,6 +94,8 @@ def main() -> None:
     arms = {name: curves_by_seed(own) for name, own in by_method(rows).items()}
     if args.base not in arms:
         parser.error(f"--base {args.base}: {args.rows} has {', '.join(arms)}")
+    if max(len(seeds) for seeds in arms.values()) > len(T_QUANTILES) + 1:
+        parser.error(f"{args.rows}: an arm has more than {len(T_QUANTILES) + 1} seeds")
     sets = [*sorted(rows[0]["em"]), "all"]
     sys.stdout.write(means(arms, sets) + "\n" + differences(arms, args.base, sets))
 

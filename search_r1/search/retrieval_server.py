@@ -29,7 +29,7 @@ from search_r1.search.serve import (
 )
 from search_r1.search.store import load_documents
 
-EXPANSION_FLAGS = ("feedback_docs", "feedback_terms", "original_weight", "max_df")
+EXPANSION_FLAGS: tuple[str, ...] = ("feedback_docs", "feedback_terms", "original_weight", "max_df")
 __all__ = ["load", "load_documents", "main", "parse_arguments"]
 
 
@@ -72,14 +72,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def readers_of_flags(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
     """For flags that one engine or one choice reads: whether it is served, and its flag."""
     name = args.retriever_name
-    expansion = (args.query_expansion is not None, f"--query_expansion {RM3}")
+    expansion: tuple[bool, str] = (args.query_expansion is not None, f"--query_expansion {RM3}")
     of_engine = {
         "hybrid": ("hybrid_of",),
         "noisy": ("noisy_of", "noise"),
         "oracle": ("questions",),
         "simulated": tuple(flag for flag in vars(args) if flag.startswith("simulated_")),
     }
-    readers = dict.fromkeys(EXPANSION_FLAGS, expansion)
+    readers: dict[str, tuple[bool, str]] = dict.fromkeys(EXPANSION_FLAGS, expansion)
     for engine, flags in of_engine.items():
         readers |= dict.fromkeys(flags, (name == engine, f"--retriever_name {engine}"))
     return readers

@@ -84,6 +84,16 @@ def test_a_finished_file_stays_and_other_settings_are_refused(tmp_path):
         expand.main(command(tmp_path, url))
 
 
+def test_lines_end_where_they_were_ended(tmp_path):
+    """Some characters end a line for Python, and stand in JSON as they are."""
+    part = tmp_path / "e.jsonl.part"
+    list(started(part, {}))
+    rows = [{"id": "1", "question": "one\u2028two\x85three"}, {"id": "2", "question": "four"}]
+    with part.open("a") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    assert list(started(part, {})) == rows
+
+
 @pytest.mark.parametrize("left", ["", '{"corpus": "of a kil'])
 def test_a_start_that_was_killed_before_its_first_line_is_no_start(tmp_path, left):
     part = tmp_path / "e.jsonl.part"

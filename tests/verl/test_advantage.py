@@ -204,4 +204,12 @@ def test_the_teacher_says_nothing_of_what_the_policy_did_not_write():
     data = data.with_tensors(advantages=torch.zeros(ROWS, RESPONSE), teacher_log_prob=unknown)
     distilled, metrics = add_distillation(data, weight=2.0)
     assert torch.equal(distilled.batch["advantages"], -1.0 * MASK)
-    assert metrics == {"teacher/reverse_kl": pytest.approx(0.5)}
+    assert metrics["teacher/reverse_kl"] == pytest.approx(0.5)
+
+
+def test_a_trajectory_that_only_the_teacher_credits_teaches():
+    data = batch().with_tensors(advantages=torch.zeros(ROWS, RESPONSE))
+    teacher = data.batch["old_log_probs"].clone()
+    teacher[0, 0] -= 0.5
+    _, metrics = add_distillation(data.with_tensors(teacher_log_prob=teacher), weight=1.0)
+    assert metrics["critic/advantages/nonzero_share"] == pytest.approx(1 / ROWS)

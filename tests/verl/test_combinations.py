@@ -123,12 +123,18 @@ def test_the_configuration_says_why_it_refuses():
         # the group of five is one tree
         rounds = 4 if estimator == "tree_grpo" else 0
         raw["actor_rollout_ref"]["rollout"]["branches"]["rounds"] = rounds
+        is_taught = estimator == "none"
+        raw["teacher"]["weight"] = 1.0 if is_taught else 0.0
+        policy = raw["actor_rollout_ref"]["model"]["path"]
+        raw["teacher"]["model"]["path"] = "/teacher" if is_taught else policy
         problems = combination_problems(PPOConfig.model_validate(raw))
         wrong = (mode in ("gspo", "geo_mean") and agg != "seq-mean-token-mean") + (
             estimator == "dr_grpo" and agg not in ("token-sum", "seq-mean-token-sum-norm")
         )
-        assert len(problems) == wrong and all(
-            agg in problem and ":" in problem for problem in problems
-        )
+        by_token = ("gae", "turn_level", "gigpo", "igpo", "none")
+        wrong += mode == "geo_mean" and estimator in by_token
+        assert len(problems) == wrong
+        assert all(agg in problem or mode in problem for problem in problems)
+        assert all(":" in problem for problem in problems)
         refused += bool(problems)
     assert 0 < refused < len(ADVANTAGE_ESTIMATORS) * len(POLICY_LOSSES) * len(LOSS_AGG_MODES)

@@ -108,6 +108,14 @@ def test_systems_are_paid_as_their_papers_say(recipe, paid):
     assert {name: weights[name] for name in components if weights[name]} == paid
 
 
+@pytest.mark.parametrize("recipe", ["stepsearch/qwen2.5-3b-ppo", "search_p1/qwen2.5-3b-grpo"])
+def test_rewards_of_gold_passages_are_validated_where_rows_name_them(recipe):
+    """The validation sets of the paper's recipes have questions without gold passages."""
+    data = validate(composed("grpo", f"experiment={recipe}")).data
+    (train,) = data.train_files
+    assert data.val_files == [train.replace("train.parquet", "test.parquet")]
+
+
 def test_loop_is_rloo_with_the_clip_of_ppo_and_without_a_kl():
     recipe = ["experiment=closed_world/grpo", "algo=loop"]
     config = validate(composed("grpo", *recipe))
@@ -308,6 +316,8 @@ ONE_STEP = [
 ]
 ALONE = ["actor_rollout_ref.rollout.n=1", f"{ACTOR}.ppo_mini_batch_size=48"]
 REINFORCE = f"{ACTOR}.policy_loss.loss_mode=reinforce"
+TAUGHT = ["teacher.weight=1", "teacher.model.path=/b"]
+MEAN = [f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"]
 NORM = [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm", f"{ACTOR}.loss_scale_factor=300"]
 
 
@@ -420,6 +430,26 @@ def test_algorithms_are_one_switch_each(overrides):
         ([f"{CORRECTION}.rollout_token_veto_threshold=1.0"], "rollout_token_veto_threshold"),
         (["teacher.model.path=/b"], "teacher.model.path=/b has no effect with teacher.weight=0"),
         (["algorithm.adv_estimator=none"], "nothing would be learned"),
+        (
+            ["algorithm.adv_estimator=none", "teacher.weight=1"],
+            "with the initial policy as its own teacher: nothing would be learned",
+        ),
+        *(
+            (["algorithm.adv_estimator=none", *TAUGHT, setting], "by their scores, and with")
+            for setting in (
+                "algorithm.filter_groups.enable=true",
+                "algorithm.loss_filters=[zero_variance]",
+                "data.gate.rest_solved=2",
+            )
+        ),
+        *(
+            ([f"{ACTOR}.policy_loss.loss_mode=geo_mean", *MEAN, *setting], "would be averaged")
+            for setting in (
+                ["algorithm.adv_estimator=turn_level"],
+                ["algorithm.adv_estimator=gae"],
+                TAUGHT,
+            )
+        ),
         (
             ["algorithm.information_gain.before=So"],
             "information_gain.before='So' has no effect with algorithm.information_gain.weight=0",

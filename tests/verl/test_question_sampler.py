@@ -122,7 +122,26 @@ def test_a_batch_is_filled_also_where_every_question_rests(rest, count):
     for number in range(5):
         sampler.gate.observe(number, [1.0, 1.0])
     assert sampler.draw(count, 1) == [number % 5 for number in range(count)]
-    assert sampler.epoch == rest + (count // 5)
+    assert sampler.epoch == count // 5, "nothing was asked for rests that all had in common"
+
+
+def test_rests_without_an_end_do_not_stop_the_training():
+    """Where every question rests, those that rest the least are asked."""
+    sampler = QuestionSampler(configured("data.gate.rest_solved=1000000000"), ROWS[:3])
+    for number in (0, 2):
+        sampler.gate.observe(number, [1.0, 1.0])
+    assert sampler.draw(2, 1) == [1, 1]
+    sampler.gate.observe(1, [1.0, 1.0])
+    assert sampler.draw(2, 2) == [0, 2]
+    assert sampler.gate.resting.keys() == {1}
+
+
+def test_passes_are_counted_over_what_is_drawn_from():
+    weights = "++data.source_weights={nq: 1, hotpotqa: 0}"
+    sampler = QuestionSampler(configured(weights), ROWS)
+    assert sampler.epoch == 0
+    sampler.draw(60, 1)
+    assert sampler.epoch == 2
 
 
 def test_without_a_gate_a_resumed_run_forgets_what_rested():

@@ -256,6 +256,13 @@ def loss_mode_problems(config: "PPOConfig") -> list[str]:
     steps = config.rollout_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
     bypasses = config.algorithm.rollout_correction.bypass_mode
     problems: list[str] = []
+    has_advantages_by_token = config.credits_turns or config.use_critic or config.use_teacher
+    if actor.policy_loss.loss_mode == "geo_mean" and has_advantages_by_token:
+        problems.append(
+            f"{ACTOR}.policy_loss.loss_mode=geo_mean has one advantage for all tokens of a "
+            "trajectory, so that those of a critic, of turns or of a teacher would be averaged: use "
+            "another loss"
+        )
     if actor.policy_loss.loss_mode == "reinforce" and steps > 1:
         problems.append(
             f"{ACTOR}.policy_loss.loss_mode=reinforce has no trust region and would take {steps} "
@@ -298,7 +305,7 @@ def teacher_problems(config: "PPOConfig") -> list[str]:
     """A teacher that is named and not asked, or one that is missing."""
     teacher = config.teacher
     if config.use_teacher:
-        return []
+        return teaching_problems(config)
     problems: list[str] = []
     if teacher.model.path != config.actor_rollout_ref.model.path:
         problems.append(
@@ -311,6 +318,31 @@ def teacher_problems(config: "PPOConfig") -> list[str]:
             "teacher.weight=0 there is no teacher either: nothing would be learned. Set "
             "teacher.weight and teacher.model.path, or another estimator"
         )
+    return problems
+
+
+def teaching_problems(config: "PPOConfig") -> list[str]:
+    """A teacher that knows nothing more, and questions that are left out where it alone teaches."""
+    algorithm = config.algorithm
+    if algorithm.adv_estimator != "none":
+        return []
+    problems: list[str] = []
+    if config.teacher.model.path == config.actor_rollout_ref.model.path:
+        problems.append(
+            "algorithm.adv_estimator=none with the initial policy as its own teacher: nothing would "
+            "be learned. Name another model in teacher.model.path"
+        )
+    by_score = {
+        "algorithm.filter_groups.enable=true": algorithm.filter_groups.enable,
+        "algorithm.loss_filters=[zero_variance]": "zero_variance" in algorithm.loss_filters,
+        "data.gate": config.data.gate.is_on,
+    }
+    problems += [
+        f"{setting} leaves questions out by their scores, and with algorithm.adv_estimator=none "
+        "scores say nothing of what the teacher teaches: remove it"
+        for setting, is_set in by_score.items()
+        if is_set
+    ]
     return problems
 
 

@@ -20,7 +20,7 @@ class FrozenModelConfig(Config):
     """A model of which nothing is trained."""
 
     path: str
-    """Hugging Face directory or hub name of the weights, which training starts from."""
+    """Hugging Face directory or hub name of the weights; of a trained model, the initial ones."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights."""
     use_torch_compile: bool = False
@@ -30,8 +30,8 @@ class FrozenModelConfig(Config):
     of the model shows that they do not affect each other; otherwise each passes alone, which is
     exact and slower. True: they do, without a probe."""
     override_config: dict[str, Any] = {}
-    """Entries of the Hugging Face config to replace, in training and in the engine (for instance
-    rope_parameters); attn_implementation chooses the attention of the training."""
+    """Entries of the Hugging Face config to replace wherever the model is used (for instance
+    rope_parameters); attn_implementation chooses the attention, except that of an engine."""
 
     @property
     def architecture(self) -> dict[str, Any]:

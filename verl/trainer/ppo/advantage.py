@@ -19,6 +19,7 @@ from verl.trainer.ppo.joined import Joined, has_several_rows, one_of_each
 from verl.utils.torch_functional import masked_mean
 
 KLController = AdaptiveKLController | FixedKLController
+NONZERO = "critic/advantages/nonzero_share"
 
 
 def build_kl_controller(config: AlgorithmConfig) -> KLController:
@@ -96,8 +97,7 @@ def compute_advantage(
         step_advantage_w=config.step_advantage_w,
         **{name: column for name, column in columns.items() if column is not None},
     )
-    nonzero = (advantages.abs().amax(1) > 0).float().mean()
-    shares = {"critic/advantages/nonzero_share": float(nonzero)}
+    shares = {NONZERO: nonzero_share(advantages)}
     if joined is not None:
         advantages = joined.split(advantages)
         returns = joined.split(returns)
@@ -105,7 +105,9 @@ def compute_advantage(
 
 
 def add_distillation(data: DataProto, weight: float) -> tuple[DataProto, dict[str, float]]:
-    """The batch with the teacher's part in its `advantages`, and the policy's KL to the teacher.
+    """The batch with the teacher's part in its `advantages`, and metrics.
+
+    They are the policy's KL to the teacher, and the share of trajectories that teach, by now.
 
     With a weight of 0 there is no teacher, and the batch stays as it is.
 
@@ -119,8 +121,18 @@ def add_distillation(data: DataProto, weight: float) -> tuple[DataProto, dict[st
     mask = batch["response_mask"]
     gap = batch["teacher_log_prob"] - batch["old_log_probs"]
     part = torch.where(mask.bool(), weight * gap, 0.0)
-    kl = masked_mean(-gap, mask).item()
-    return data.with_tensors(advantages=batch["advantages"] + part), {"teacher/reverse_kl": kl}
+    advantages = batch["advantages"] + part
+    whole = Joined.of(data, mask).join(advantages) if has_several_rows(data) else advantages
+    metrics = {
+        "teacher/reverse_kl": masked_mean(-gap, mask).item(),
+        NONZERO: nonzero_share(whole),
+    }
+    return data.with_tensors(advantages=advantages), metrics
+
+
+def nonzero_share(advantages: torch.Tensor) -> float:
+    """The share of trajectories whose advantages [B, R] are not all 0."""
+    return float((advantages.abs().amax(1) > 0).float().mean())
 
 
 def join_columns(columns: dict[str, Any], joined: Joined, data: DataProto) -> dict[str, Any]:

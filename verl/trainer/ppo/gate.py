@@ -1,7 +1,7 @@
 """A gate before training questions from which the present policy learns nothing.
 
-A group whose trajectories all solve the question, or of which none does, has no advantage. Its
-question rests: it is passed over when its turn comes, so many times, and then asked again, because
+A group whose trajectories all solve the question, or of which none does, has no advantage where
+they are compared with each other. Its question rests: it is passed over when its turn comes, so many times, and then asked again, because
 the policy has changed since.
 """
 
@@ -54,6 +54,20 @@ class Gate:
         else:
             self.resting[number] = left - 1
         return True
+
+    def end_common_rests(self, numbers: Sequence[int]) -> None:
+        """Ends at once the rests that all of `numbers` have left, if every one of them rests.
+
+        So many passes over them would find no question to ask.
+        """
+        if not all(number in self.resting for number in numbers):
+            return
+        common = min(self.resting[number] for number in numbers)
+        for number in numbers:
+            left = self.resting.pop(number) - common
+            if left:
+                self.resting[number] = left
+        self.counts["gate/passed_over"] += common * len(numbers)
 
     def observe(self, number: int, values: Sequence[float]) -> None:
         """Lets a question rest if all of `values`, those of its group, say so, or none does.

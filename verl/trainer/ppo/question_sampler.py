@@ -70,6 +70,7 @@ class QuestionSampler:
         numbers = self.numbers[source]
         taken: list[int] = []
         while len(taken) < count:
+            self.gate.end_common_rests(numbers)
             places = self.orders[source].take(count - len(taken))
             candidates = [numbers[place] for place in places]
             taken += [number for number in candidates if not self.gate.passes_over(number)]
@@ -77,8 +78,12 @@ class QuestionSampler:
 
     @property
     def epoch(self) -> int:
-        """The number of completed passes over the questions, of the source that has the fewest."""
-        return min(order.epoch for order in self.orders.values())
+        """The number of completed passes over the questions.
+
+        It is that of the source that has the fewest, of those that anything was taken from.
+        """
+        begun = [order for order in self.orders.values() if order.epoch or order.position]
+        return min((order.epoch for order in begun), default=0)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next batches depend on, as values that JSON can express."""

@@ -182,12 +182,12 @@ def compute_policy_loss_geo_mean(inputs: LossInputs) -> tuple[Tensor, Metrics]:
     mask = inputs.response_mask
     log_ratio = inputs.log_ratio
     clamped = log_ratio.clamp(-inputs.clip_ratio_low, inputs.clip_ratio_high)
-    is_good = inputs.advantages > 0
+    advantage = masked_mean(inputs.advantages, mask, axis=-1)
+    is_good = (advantage > 0).unsqueeze(-1)
     held = torch.where(
         is_good, torch.minimum(log_ratio, clamped), torch.maximum(log_ratio, clamped)
     )
     ratio = masked_mean(held, mask, axis=-1).exp()
-    advantage = masked_mean(inputs.advantages, mask, axis=-1)
     pg_losses = torch.where(mask, (-advantage * ratio).unsqueeze(-1), 0.0)
     return pg_losses, {"pg_clipfrac": (held != log_ratio).float()}
 
