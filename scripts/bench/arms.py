@@ -3,9 +3,10 @@
     python scripts/bench/arms.py docs/results/credit.jsonl --base outcome
 
 Reads the rows that scripts/sweep.sh wrote. The first table has the mean over the seeds of an arm
-after every validation, with the trajectories that its first seed had sampled by then. The second has the difference of each arm to the base in the
-runs of the same seed, with the 95 % interval of its mean (Student's t over the seeds); an arm that
-shares fewer than two seeds with the base has none.
+after every validation, with the trajectories that its first seed had sampled by then. The second
+has the difference of each arm to the base in the runs of the same seed, with the 95 % interval of
+its mean (Student's t over the seeds); an arm that shares fewer than two seeds with the base has
+none.
 """
 
 import argparse

@@ -304,12 +304,13 @@ def twin_loss(mode, ratios, log_probs, advantages, low, high):
 
 def twin_of_sequence(ratios, advantages, low, high):
     """GMPO: one loss for all tokens of a sequence, from logarithms held on one side each."""
-    held = []
-    for ratio, a in zip(ratios, advantages, strict=True):
-        log = math.log(ratio)
-        held.append(min(log, high) if a > 0 else max(log, -low))
-    if not held:
+    if not ratios:
         return []
+    is_good = sum(advantages) > 0
+    held = []
+    for ratio in ratios:
+        log = math.log(ratio)
+        held.append(min(log, high) if is_good else max(log, -low))
     loss = -sum(advantages) / len(held) * math.exp(sum(held) / len(held))
     return [loss] * len(held)
 

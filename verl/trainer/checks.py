@@ -260,8 +260,8 @@ def loss_mode_problems(config: "PPOConfig") -> list[str]:
     if actor.policy_loss.loss_mode == "geo_mean" and has_advantages_by_token:
         problems.append(
             f"{ACTOR}.policy_loss.loss_mode=geo_mean has one advantage for all tokens of a "
-            "trajectory, so that those of a critic, of turns or of a teacher would be averaged: use "
-            "another loss"
+            "trajectory, so that those of a critic, of turns or of a teacher would be averaged: "
+            "use another loss"
         )
     if actor.policy_loss.loss_mode == "reinforce" and steps > 1:
         problems.append(
@@ -329,8 +329,8 @@ def teaching_problems(config: "PPOConfig") -> list[str]:
     problems: list[str] = []
     if config.teacher.model.path == config.actor_rollout_ref.model.path:
         problems.append(
-            "algorithm.adv_estimator=none with the initial policy as its own teacher: nothing would "
-            "be learned. Name another model in teacher.model.path"
+            "algorithm.adv_estimator=none with the initial policy as its own teacher: nothing "
+            "would be learned. Name another model in teacher.model.path"
         )
     by_score = {
         "algorithm.filter_groups.enable=true": algorithm.filter_groups.enable,

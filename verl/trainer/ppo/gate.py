@@ -1,8 +1,8 @@
 """A gate before training questions from which the present policy learns nothing.
 
 A group whose trajectories all solve the question, or of which none does, has no advantage where
-they are compared with each other. Its question rests: it is passed over when its turn comes, so many times, and then asked again, because
-the policy has changed since.
+they are compared with each other. Its question rests: it is passed over when its turn comes, so
+many times, and then asked again, because the policy has changed since.
 """
 
 from collections import Counter
