@@ -21,7 +21,7 @@ class Asked:
         self.rollout = make_processes(config, None).rollout
 
     def submit(self, rows, prompts, sampling, seed):
-        return make_jobs(rows, prompts, sampling, seed), 0
+        return make_jobs(rows, prompts, sampling, seed), 0, self.rollout.scores
 
     def first_done(self, pending):
         return 0

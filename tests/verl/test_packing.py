@@ -90,6 +90,7 @@ def run_config(path: str, longest: int, **override: Any) -> Any:
     config = SimpleNamespace(
         actor_rollout_ref=section,
         use_critic=False,
+        use_teacher=False,
         critic=None,
         device="cpu",
         max_model_len=longest,
