@@ -17,18 +17,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from search_r1.data.drawn import add_drawing_flags, parse_drawing
 from search_r1.data.made import is_current, making
-from search_r1.data.prepare import TEST, TRAIN
+from search_r1.data.prepare import TEST, TRAIN, write_split
 from search_r1.data.rows import training_row
 from search_r1.program import command_parser
-from search_r1.prompts import TEMPLATES, WITH_CONTEXT, build_prompt
+from search_r1.prompts import build_prompt
 from search_r1.search.engines.bm25.retriever import BM25Retriever
 from search_r1.search.errors import RetrieverError
-from search_r1.search.serve import positive
 from verl.utils.errors import DataError
 
 MASK = "[MASK]"
@@ -173,21 +171,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--index_path", type=Path, required=True, help="BM25 index of the corpus")
     add("--corpus_path", type=Path, help="the corpus, where the index holds no copy of it")
-    add("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
-    add("--count", type=positive, default=1000, help="questions in all (default: 1000)")
-    add("--test-size", type=positive, default=100, help="rows held out (default: 100)")
-    add(
-        "--template",
-        choices=sorted(set(TEMPLATES) - WITH_CONTEXT),
-        default="search",
-        help="prompt (default: search, the paper's)",
-    )
-    add("--seed", type=int, default=0, help="draws passages and spans (default: 0)")
-    add("--overwrite", action="store_true", help="make the files even where others stand")
-    args = parser.parse_args(argv)
-    if args.test_size >= args.count:
-        parser.error(f"--test-size {args.test_size}: expected less than --count {args.count}")
-    return args
+    add_drawing_flags(parser, "passages and spans")
+    return parse_drawing(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,8 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, RetrieverError) as error:
         sys.exit(f"error: {error}")
     with making(args.out, inputs) as folder:
-        pq.write_table(pa.Table.from_pylist(rows[: -args.test_size]), folder / TRAIN)
-        pq.write_table(pa.Table.from_pylist(rows[-args.test_size :]), folder / TEST)
+        write_split(folder, rows, args.test_size)
     train = args.count - args.test_size
     sys.stdout.write(f"{args.out}: {train} training and {args.test_size} test questions\n")
     return 0

@@ -94,6 +94,12 @@ def questions(rows: list[dict[str, Any]]) -> set[str]:
     return {normalize_answer(row["prompt"][-1]["content"]) for row in rows}
 
 
+def write_split(folder: Path, rows: list[dict[str, Any]], test_size: int) -> None:
+    """Writes the last `test_size` rows as test questions and the others as training questions."""
+    pq.write_table(pa.Table.from_pylist(rows[:-test_size]), folder / TRAIN)
+    pq.write_table(pa.Table.from_pylist(rows[-test_size:]), folder / TEST)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     parser = argparse.ArgumentParser(
@@ -143,11 +149,10 @@ def main() -> None:
             )
     except DataError as error:
         sys.exit(f"error: {error}")
+    with making(args.out, inputs) as folder:
+        write_split(folder, rows, args.test_size)
     train = rows[: -args.test_size]
     test = rows[-args.test_size :]
-    with making(args.out, inputs) as folder:
-        pq.write_table(pa.Table.from_pylist(train), folder / TRAIN)
-        pq.write_table(pa.Table.from_pylist(test), folder / TEST)
     duplicates = len(rows) - len(questions(rows))
     shared = len(questions(train) & questions(test))
     sys.stdout.write(

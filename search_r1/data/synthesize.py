@@ -21,16 +21,15 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from search_r1.data.drawn import add_drawing_flags, parse_drawing
 from search_r1.data.made import is_current, making
-from search_r1.data.prepare import TEST, TRAIN
+from search_r1.data.prepare import TEST, TRAIN, write_split
 from search_r1.data.rows import training_row
 from search_r1.partial import started
 from search_r1.program import command_parser
-from search_r1.prompts import TEMPLATES, WITH_CONTEXT, build_prompt
+from search_r1.prompts import build_prompt
 from search_r1.rewards.matching import normalize_answer
 from search_r1.search.client import RetrievalClient, RetrieverConfig, SearchError, check_server
 from search_r1.search.errors import RetrieverError
@@ -237,28 +236,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--url", required=True, help="base address of the endpoint, such as http://HOST:8001/v1")
     add("--model", required=True, help="name of the model at the endpoint")
     add("--retriever_url", required=True, help="search server, such as http://HOST:8000/retrieve")
-    add("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
     add("--topk", type=positive, default=3, help="passages that a search finds (default: 3)")
-    add("--count", type=positive, default=1000, help="questions in all (default: 1000)")
-    add("--test-size", type=positive, default=100, help="rows held out (default: 100)")
-    add(
-        "--template",
-        choices=sorted(set(TEMPLATES) - WITH_CONTEXT),
-        default="search",
-        help="prompt (default: search, the paper's)",
-    )
-    add("--seed", type=int, default=0, help="draws passages (default: 0)")
     add(
         "--max_concurrent",
         type=positive,
         default=EndpointConfig().max_concurrent,
         help=f"most requests at a time (default: {EndpointConfig().max_concurrent})",
     )
-    add("--overwrite", action="store_true", help="make the files even where others stand")
-    args = parser.parse_args(argv)
-    if args.test_size >= args.count:
-        parser.error(f"--test-size {args.test_size}: expected less than --count {args.count}")
-    return args
+    add_drawing_flags(parser, "passages")
+    return parse_drawing(parser, argv)
 
 
 def synthesize(
@@ -309,8 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         to_row(question, args.template, index) for index, question in enumerate(distinct(questions))
     ]
     with making(args.out, asked | chosen) as folder:
-        pq.write_table(pa.Table.from_pylist(rows[: -args.test_size]), folder / TRAIN)
-        pq.write_table(pa.Table.from_pylist(rows[-args.test_size :]), folder / TEST)
+        write_split(folder, rows, args.test_size)
     train = args.count - args.test_size
     sys.stdout.write(
         f"{args.out}: {train} training and {args.test_size} test questions of "
