@@ -59,11 +59,31 @@ def context_digest(token_ids: Sequence[int]) -> int:
     return zlib.crc32(np.asarray(token_ids, dtype="<i4").tobytes())
 
 
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image in a context."""
+
+    token_ids: list[int]
+    """What stands for it in the context."""
+    pixels: np.ndarray
+    """[tiles, 3, height, width], float32: what the policy's processor makes of it."""
+    digest: str
+    """The same for the same file."""
+
+
 class Generate(Protocol):
-    """The engine as an agent loop sees it: sampling parameters and replica are already bound."""
+    """The engine as an agent loop sees it: sampling parameters and replica are already bound.
+
+    `images`: those whose tokens stand in the prompt, in their order.
+    """
 
     async def __call__(
-        self, prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+        self,
+        prompt_ids: list[int],
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        images: Sequence[Image] = (),
     ) -> Completion: ...
 
 
@@ -103,6 +123,8 @@ class TrajectoryRow:
     segments: list[Segment]
     first_turn: int = 0
     """Turns of the policy before this row."""
+    images: Sequence[Image] = ()
+    """Those whose tokens stand in the row, in their order."""
 
     @property
     def length(self) -> int:
@@ -166,6 +188,9 @@ class Trajectory:
     shared_turns: int = 0
     """Its first turns that were taken over from another trajectory of the same prompt, where it
     branched off (`rollout.branches`)."""
+    images: list[Image] = field(default_factory=list)
+    """Those whose tokens stand in the prompt and the segments, in their order. A trajectory with
+    images keeps its context: it has one row."""
     greedy_score: float | None = None
     """Score of the greedy trajectory of the same prompt; None where none was rolled out."""
 
@@ -202,7 +227,7 @@ class Trajectory:
         A trajectory without any such token has one row.
         """
         if not self.rewrites:
-            return [TrajectoryRow(self.prompt_ids, self.segments)]
+            return [TrajectoryRow(self.prompt_ids, self.segments, images=self.images)]
         begins = [Rewrite(0, self.prompt_ids), *self.rewrites]
         ends = [rewrite.at for rewrite in self.rewrites] + [len(self.segments)]
         rows: list[TrajectoryRow] = []
@@ -260,9 +285,15 @@ class Trajectory:
         )
         show(self)
 
-    def add_observation(self, token_ids: list[int], **info: Any) -> None:
-        """Appends tokens written by the environment: they are never trained."""
+    def add_observation(
+        self, token_ids: list[int], images: Sequence[Image] = (), **info: Any
+    ) -> None:
+        """Appends tokens written by the environment: they are never trained.
+
+        `images`: those whose tokens are among them.
+        """
         self.segments.append(Segment(Source.OBSERVATION, token_ids, info=info))
+        self.images += images
         show(self)
 
 
@@ -312,6 +343,10 @@ class AgentLoop:
     """Whether nothing of its trajectories can be trained: a training with it is refused."""
     needs_tokens: bool = False
     """Whether it works on the tokens of a chat template, which an endpoint of text cannot take."""
+    reads_images: bool = False
+    """Whether it puts the images of rows and observations into contexts, by `image_reader`."""
+    image_reader: Any = None
+    """The `verl.utils.images.ImageReader` of a policy that reads images, None for another one."""
     can_branch: bool = False
     """Whether a trajectory may begin with the first turns of another one (`rollout.branches`). It
     may if each call of the engine is a turn, contexts only grow, and `answering` is written."""
@@ -327,6 +362,10 @@ class AgentLoop:
         For instance: a server is down.
         """
         return []
+
+    def read_images_by(self, reader: Any) -> None:
+        """Sets the `image_reader`, of a policy that reads images."""
+        self.image_reader = reader
 
     async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
         """Rolls out one question.

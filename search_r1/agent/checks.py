@@ -85,6 +85,24 @@ def method_problems(
     return problems
 
 
+def image_problems(config: SearchAgentConfig, calls_tools: bool) -> list[str]:
+    """Options under which images would be lost from a context."""
+    options = {
+        "this method, which writes its contexts by itself": not calls_tools,
+        f"agent.format={config.format}": config.format != TAGS,
+        f"agent.template={config.template}": config.template is not None,
+        "agent.show_remaining=true": config.show_remaining,
+        "agent.context": config.context.rewrites,
+        "agent.condense": config.condense.by is not None,
+    }
+    return [
+        f"actor_rollout_ref.model.reads_images=true: not with {text}, in which images have no "
+        "place; remove it"
+        for text, is_on in options.items()
+        if is_on
+    ]
+
+
 def idle_problems(config: SearchAgentConfig) -> list[str]:
     """Keys that say how something is done which is not done at all."""
     problems = noise_problems(config)

@@ -7,7 +7,7 @@ engine stops there, and the result follows within the same turn.
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from search_r1.agent.actions import (
@@ -19,11 +19,18 @@ from search_r1.agent.actions import (
     whole_characters,
 )
 from search_r1.agent.config import SearchAgentConfig
-from search_r1.agent.observation import TAGS, encode_observation, neutralise, tag_pattern
+from search_r1.agent.observation import (
+    TAGS,
+    encode_illustrated,
+    encode_observation,
+    neutralise,
+    tag_pattern,
+)
 from search_r1.prompts import ANSWER_END, CALLS, FOLD_ACTION, SEARCHES, remaining
 from search_r1.tools.base import SEARCH_TOOL, Tool, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
-from verl.agent import Trajectory
+from verl.agent import Image, Trajectory
+from verl.utils.images import PLACE, ImageReader
 from verl.utils.tokenizer import Message, encode_chat, encode_text, user_turn
 
 
@@ -36,6 +43,8 @@ class Observation:
     """Whether the result was cut to fit."""
     shown: str = ""
     """The text of the result, as far as it is shown."""
+    images: list[Image] = field(default_factory=list)
+    """Those whose tokens are among the tokens."""
 
 
 class Dialect(Protocol):
@@ -49,6 +58,8 @@ class Dialect(Protocol):
     """Names of the tags around their results."""
     unit: tuple[str, str]
     """What the policy is told to have left, for one and for many."""
+    image_reader: ImageReader | None = None
+    """Reads the images of results; None: results are shown without them."""
 
     def preflight(self) -> list[str]:
         """What keeps the dialect from working with this tokenizer and these tools."""
@@ -76,7 +87,8 @@ class Dialect(Protocol):
         """The results of a turn's calls, one observation each.
 
         `ended_by` is the token by which the policy ended its turn, None where it did not. `note`
-        stands behind the last result and is never cut.
+        stands behind the last result and is never cut. Raises DataError for an image that cannot be
+        read.
         """
         ...
 
@@ -199,14 +211,19 @@ class TagDialect(Dialect):
         (call,) = turn.calls
         (response,) = responses
         tags = noted(self.tools[call.tool].tags, note)
-        ids, cut = encode_observation(
-            neutralise(response.text, self.tag),
-            self.tokenizer,
-            self.config.max_obs_length,
-            tags.margin if ended_by is not None else turn.overrun,
-            tags,
+        limit = self.config.max_obs_length
+        emitted = tags.margin if ended_by is not None else turn.overrun
+        text = neutralise(response.text, self.tag)
+        if self.image_reader is None or not response.images:
+            if response.images:
+                text = text.replace(f" {PLACE}", "")
+            ids, cut = encode_observation(text, self.tokenizer, limit, emitted, tags)
+            return [Observation(self._placed(ids, ended_by), cut)]
+        images = [self.image_reader.read_text(encoded) for encoded in response.images]
+        ids, cut, shown = encode_illustrated(
+            text, images, self.tokenizer, limit, emitted, tags
         )
-        return [Observation(self._placed(ids, ended_by), cut)]
+        return [Observation(self._placed(ids, ended_by), cut, images=shown)]
 
     def correction(self, ended_by: int | None, note: str = "") -> list[int]:
         """The sentence for a turn without an action."""

@@ -23,7 +23,12 @@ from typing import Any, ClassVar
 
 from search_r1.agent.actions import ToolCall, Turn
 from search_r1.agent.agent_data import AgentData, Answered
-from search_r1.agent.checks import budget_problems, fold_problems, method_problems
+from search_r1.agent.checks import (
+    budget_problems,
+    fold_problems,
+    image_problems,
+    method_problems,
+)
 from search_r1.agent.condense import Condenser
 from search_r1.agent.config import TAGS, SearchAgentConfig
 from search_r1.agent.contexts import Contexts, summary_of
@@ -54,6 +59,8 @@ from verl.agent import (
     Trajectory,
     TrajectoryFailed,
 )
+from verl.utils.errors import DataError
+from verl.utils.images import ImageReader, images_of
 from verl.utils.tokenizer import end_of_turn, user_turn
 
 CHARS_PER_TOKEN = 64
@@ -71,6 +78,7 @@ class SearchAgentLoop(AgentLoop):
     """Models of the top-level sections that are not passed to the loop."""
     calls_tools: ClassVar[bool] = True
     """False where the method itself decides what is called: such a method has search alone."""
+    reads_images: ClassVar[bool] = True
     words: ClassVar[TagWords] = TagWords(SEARCH_R1, INVALID_ACTION, INVALID_MESSAGE)
     """How the method speaks in tags."""
     reduce_metrics = staticmethod(reduce_metrics)
@@ -129,9 +137,16 @@ class SearchAgentLoop(AgentLoop):
             )
         problems += naming_problems(self.tools)
         problems += self.dialect.preflight()
+        if self.image_reader is not None:
+            problems += image_problems(self.config, self.calls_tools)
         problems += self.toolbox.preflight()
         problems += self.condenser.preflight()
         return problems
+
+    def read_images_by(self, reader: ImageReader) -> None:
+        """Puts the images of rows and results into contexts."""
+        self.image_reader = reader
+        self.dialect.image_reader = reader
 
     @property
     def needs_tokens(self) -> bool:
@@ -157,7 +172,7 @@ class SearchAgentLoop(AgentLoop):
 
     async def run(self, prompt_ids: list[int], row: Row, generate: Generate) -> Trajectory:
         """Rolls out one question. Raises TrajectoryFailed when a tool fails for good."""
-        trajectory = Trajectory(list(prompt_ids))
+        trajectory = Trajectory(list(prompt_ids), images=images_of(row, self.image_reader))
         step = row.get(TRAINING_STEP)
         limit = self.config.turns_at(step)
         max_calls = min(limit, self.max_calls)
@@ -222,6 +237,7 @@ class SearchAgentLoop(AgentLoop):
             context,
             max_tokens=self.config.max_response_length,
             stop=self.dialect.stop(may_call=self.max_calls > 0),
+            images=trajectory.images,
         )
         data.turns += 1
         turn = self.dialect.parse(completion.token_ids)
@@ -272,7 +288,10 @@ class SearchAgentLoop(AgentLoop):
             return
         executed = await self._execute(data, turn.calls)
         responses = [one.response for one in executed]
-        observations = self.dialect.results(turn, responses, ended_by, note)
+        try:
+            observations = self.dialect.results(turn, responses, ended_by, note)
+        except DataError as error:  # an image of the corpus, which the policy cannot help
+            raise TrajectoryFailed(str(error), num_calls=data.num_calls + 1) from error
         if self.config.condense.train:
             self._add_side_calls(data, executed)
         first = len(data.trajectory.segments)
@@ -380,7 +399,7 @@ class SearchAgentLoop(AgentLoop):
             facts["error"] = response.error
         data.count(call, executed, observation)
         data.shown.append(observation.shown)
-        data.trajectory.add_observation(observation.token_ids, **facts)
+        data.trajectory.add_observation(observation.token_ids, observation.images, **facts)
 
 
 def stop_reason(completion: Completion, turn: Turn, may_call: bool) -> str:

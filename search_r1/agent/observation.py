@@ -6,6 +6,8 @@ from typing import Any
 
 from search_r1.prompts import format_passages
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
+from verl.agent import Image
+from verl.utils.images import PLACE
 from verl.utils.tokenizer import encode_text
 
 TAGS = ("think", "search", "information", "answer")
@@ -65,10 +67,41 @@ def encode_observation(
     hold both tags). `emitted` is what stands after the policy's own tag: what of the block's head
     it begins with (`>\\n\\n` may be one token) is not added again.
     """
-    head = written.head
-    shared = next(n for n in range(len(head), -1, -1) if emitted.startswith(head[:n]))
-    ids = encode_text(tokenizer, head[shared:] + text + written.tail)
+    ids = encode_text(tokenizer, unsaid_head(written, emitted) + text + written.tail)
     if len(ids) <= max_tokens:
         return ids, False
     tail = encode_text(tokenizer, written.tail)
     return ids[: max_tokens - len(tail)] + tail, True
+
+
+def encode_illustrated(
+    text: str,
+    images: Sequence[Image],
+    tokenizer: Any,
+    max_tokens: int,
+    emitted: str,
+    written: ToolFormat = SEARCH_R1,
+) -> tuple[list[int], bool, list[Image]]:
+    """As `encode_observation`, of a text with an image at each `PLACE`.
+
+    An image for which there is no room ends the block. Also returns the images that are in it.
+    """
+    first, *others = text.split(PLACE)
+    tail = encode_text(tokenizer, written.tail)
+    room = max_tokens - len(tail)
+    ids = encode_text(tokenizer, unsaid_head(written, emitted) + first)
+    shown: list[Image] = []
+    for image, part in zip(images, others, strict=False):
+        if len(ids) + len(image.token_ids) > room:
+            break
+        shown.append(image)
+        ids += [*image.token_ids, *encode_text(tokenizer, part)]
+    is_cut = len(ids) > room or len(shown) < len(images)
+    return ids[:room] + tail, is_cut, shown
+
+
+def unsaid_head(written: ToolFormat, emitted: str) -> str:
+    """What of a block's head does not stand behind the policy's own tag already."""
+    head = written.head
+    shared = next(n for n in range(len(head), -1, -1) if emitted.startswith(head[:n]))
+    return head[shared:]

@@ -62,6 +62,8 @@ class Document(BaseModel):
 
     id: str | int | None = None
     contents: str
+    image: str | None = None
+    """The file of an image that belongs to it, in base64."""
 
 
 class ScoredDocument(BaseModel):

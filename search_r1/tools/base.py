@@ -88,6 +88,9 @@ class ToolResponse:
     the policy."""
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON values for logs and rewards: they are kept in the observation's `info`."""
+    images: tuple[str, ...] = ()
+    """Files of images, in base64, each of which stands at a `PLACE` of the text
+    (`verl.utils.images`). A policy that reads no images reads the text without them."""
 
     @property
     def valid(self) -> bool:

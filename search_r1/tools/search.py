@@ -13,9 +13,11 @@ from search_r1.search.client import (
     check_noise,
     check_server,
 )
+from search_r1.search.client.answers import Passage
 from search_r1.search.client.config import RetrieverConfig
 from search_r1.tools.base import SEARCH_TOOL, Schema, Tool, ToolConfig, ToolFailed, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
+from verl.utils.images import PLACE
 
 _step: ContextVar[int | None] = ContextVar("training_step", default=None)
 
@@ -74,9 +76,12 @@ class SearchTool(Tool):
             passages = await self.client.search(argument, noise)
         except SearchError as error:
             raise ToolFailed(str(error), kind=error.kind) from error
-        text = format_passages([(named_title(p.title, p.document), p.text) for p in passages])
+        text = format_passages(
+            [(named_title(p.title, p.document), text_of(p)) for p in passages]
+        )
         facts = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
-        return ToolResponse(text, facts={"query": argument, "passages": facts})
+        images = tuple(p.image for p in passages if p.image)
+        return ToolResponse(text, facts={"query": argument, "passages": facts}, images=images)
 
     def trajectory_facts(self) -> dict[str, Any]:
         """Failed attempts to search, by kind.
@@ -87,3 +92,9 @@ class SearchTool(Tool):
 
     async def close(self) -> None:
         await self.client.close()
+
+
+def text_of(passage: Passage) -> str:
+    """The text of a passage, with the place of its image behind it."""
+    text = passage.text.replace(PLACE, "")
+    return f"{text} {PLACE}" if passage.image else text

@@ -245,7 +245,8 @@ def read_recording(folder: Path) -> dict[str, ToolResponse]:
         for number, line in enumerate(lines_of(path), 1):
             try:
                 call = json.loads(line)
-                response = ToolResponse(call["text"], call["error"], call["facts"])
+                images = tuple(call.get("images", ()))
+                response = ToolResponse(call["text"], call["error"], call["facts"], images)
                 recorded.setdefault(call_key(call["tool"], call["arguments"]), response)
             except (ValueError, KeyError, TypeError) as error:
                 raise ToolFailed(f"{path}, line {number}: {error!r}", kind="recording") from error

@@ -241,17 +241,20 @@ def model_without_storage(
     Raises ConfigError for one that cannot be estimated, OSError or ValueError without a config.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+    from transformers import AutoModelForTokenClassification
 
+    from verl.workers.image_tower import freeze_tower, policy_class
     from verl.workers.lora import add_adapters
 
     is_lm = head == "lm"
     overrides = config.architecture | ({} if is_lm else {"num_labels": 1})
-    auto: Any = AutoModelForCausalLM if is_lm else AutoModelForTokenClassification
+    auto: Any = policy_class(config) if is_lm else AutoModelForTokenClassification
     hf = hf_config(config, overrides, shapes)
     refuse_unknown(config.path, hf.get_text_config())
     with torch.device("meta"):
         model = auto.from_config(hf, trust_remote_code=config.trust_remote_code)
+        if config.reads_images:
+            freeze_tower(model)
         return add_adapters(model, config) if config.lora_rank else model
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from verl.agent import Completion, Row, Source, Trajectory, TrajectoryFailed
+from verl.agent import Completion, Image, Row, Source, Trajectory, TrajectoryFailed
 from verl.rollout.branches import Answering, Prefix, Tape, Trees
 from verl.rollout.router import Router
 from verl.single_controller.worker import stacks
@@ -136,7 +136,11 @@ class AgentLoopWorker:
         calls = 0
 
         async def generate(
-            prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+            prompt_ids: list[int],
+            *,
+            max_tokens: int,
+            stop: Sequence[str] = (),
+            images: Sequence[Image] = (),
         ) -> Completion:
             nonlocal calls
             calls += 1
@@ -144,6 +148,8 @@ class AgentLoopWorker:
             if completion is None:
                 seed = None if job.seed is None else job.seed + calls
                 params = {**sampling, "max_tokens": max_tokens, "stop": list(stop), "seed": seed}
+                if images:
+                    params["images"] = list(images)
                 completion = await self.engines.generate(session, prompt_ids, params)
             tape.completions.append(completion)
             return completion

@@ -9,12 +9,17 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from verl.agent import Completion, context_digest
+from verl.agent import Completion, Image, context_digest
 from verl.rollout.weight_sync import memory_folder, write_engine_model
 from verl.single_controller.worker import stacks
 from verl.utils.processes import follow
 from verl.utils.tokenizer import end_of_turn
 from verl.workers.config import ModelConfig, RolloutConfig
+
+MOST_IMAGES = 64
+"""Images of a context that the engine is prepared for."""
+FORBIDDEN = -100.0
+"""What is added to the logit of a token that is never sampled: the least that vLLM takes."""
 
 
 class VLLMServer:
@@ -45,6 +50,8 @@ class VLLMServer:
         self.updating = False
         self.engine: Any = None
         self.stop_token_ids: list[int] = []
+        self.never_sampled: list[int] = []
+        """The token that stands for an image, which would have none in a turn of the policy."""
         self.on_death: Callable[[], object] = lambda: None
         """Is called when the engine has ended, before this process ends."""
 
@@ -64,6 +71,8 @@ class VLLMServer:
         (process, *_) = await self.engine.collective_rpc("follow", args=(os.getpid(),))
         follow(process, self._engine_ended)
         self.stop_token_ids = stop_token_ids(self.model)
+        if self.model.reads_images:
+            self.never_sampled = [self.engine.model_config.hf_config.image_token_id]
 
     def _engine_ended(self) -> None:
         """Ends this process with its engine, so that both are replaced.
@@ -99,6 +108,9 @@ class VLLMServer:
             "worker_extension_cls": "verl.rollout.engine_process.FollowServer",
             "seed": self.seed,
         }
+        if self.model.reads_images:
+            # the pixels come with each call, of which only the tower's result is kept
+            args |= {"mm_processor_cache_gb": 0, "limit_mm_per_prompt": {"image": MOST_IMAGES}}
         self.engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**(args | kwargs | self.config.engine_kwargs))
         )
@@ -159,7 +171,8 @@ class VLLMServer:
         `on_tokens` is called with all ids sampled so far, each time there are more.
 
         `sampling`: temperature, top_p, top_k, max_tokens, stop, seed, and log_probs; without
-        log_probs they are returned as zeros and the engine does less work. A stop string stays in
+        log_probs they are returned as zeros and the engine does less work. Also images, those that
+        stand in the prompt, if it has any. A stop string stays in
         the output, up to the token that completes it, and so does a token that ends a turn. No
         token that was not sampled is added.
         """
@@ -178,6 +191,7 @@ class VLLMServer:
             logprobs=0 if sampling["log_probs"] else None,
             include_stop_str_in_output=True,
             skip_special_tokens=False,
+            logit_bias={token: FORBIDDEN for token in self.never_sampled} or None,
             output_kind=(
                 RequestOutputKind.FINAL_ONLY if on_tokens is None else RequestOutputKind.CUMULATIVE
             ),
@@ -185,7 +199,7 @@ class VLLMServer:
         final = None
         try:
             async for output in self.engine.generate(
-                {"prompt_token_ids": prompt_ids}, params, request_id
+                self._prompt(prompt_ids, sampling.get("images", ())), params, request_id
             ):
                 final = output
                 if on_tokens is not None:
@@ -207,6 +221,15 @@ class VLLMServer:
             policy_version=self.version,
             context_digest=context_digest(final.prompt_token_ids),
         )
+
+    def _prompt(self, prompt_ids: list[int], images: Sequence[Image]) -> Any:
+        """A prompt as vLLM takes it."""
+        if not images:
+            return {"prompt_token_ids": prompt_ids}
+        from verl.rollout.engine_images import prompt_with_images
+
+        (image_token,) = self.never_sampled
+        return prompt_with_images(prompt_ids, images, image_token)
 
     async def begin_weight_update(self) -> None:
         """Waits for running requests and holds new ones back."""

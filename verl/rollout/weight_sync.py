@@ -15,17 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from verl.single_controller.worker_group import RayError, get
 from verl.workers.config import ModelConfig
 from verl.workers.fsdp_model import full_parameters, full_shapes
 from verl.workers.hf_folder import copy_companions
+from verl.workers.image_tower import policy_class
 
 MEMORY_FILES = "/dev/shm"
 HEADS = {
     "model.embed_tokens.weight": "lm_head.weight",
     "model.language_model.embed_tokens.weight": "lm_head.weight",
+    "model.text_model.embed_tokens.weight": "lm_head.weight",
     "model.decoder.embed_tokens.weight": "lm_head.weight",
     "transformer.wte.weight": "lm_head.weight",
     "transformer.word_embeddings.weight": "lm_head.weight",
@@ -73,19 +75,18 @@ def write_engine_model(model: ModelConfig, folder: str) -> None:
     With tied weights the head would keep its old values: rollout and trainer log-probs would differ
     by 1 to 2 nats while training seems to work.
     """
-    policy = AutoModelForCausalLM.from_pretrained(
+    policy = policy_class(model).from_pretrained(
         model.path, dtype=torch.float32, trust_remote_code=model.trust_remote_code
     )
-    # the language model alone, where the checkpoint also has towers for images
+    # the language model alone, where the checkpoint also has towers for images that are not read
     config = policy.config
     config.tie_word_embeddings = not has_head(config)
     config.architectures = [type(policy).__name__]
     config.save_pretrained(folder)
     copy_companions(model, Path(folder))
     source = model.tokenizer_path or model.path
-    AutoTokenizer.from_pretrained(
-        source, trust_remote_code=model.trust_remote_code
-    ).save_pretrained(folder)
+    auto = AutoProcessor if model.reads_images else AutoTokenizer
+    auto.from_pretrained(source, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
     write_weights(full_parameters(policy), folder, has_head(config))
 
 

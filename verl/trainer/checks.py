@@ -44,6 +44,7 @@ def combination_problems(config: "PPOConfig") -> list[str]:
         loss_mode_problems,
         kl_problems,
         teacher_problems,
+        image_problems,
         correction_problems,
         schedule_problems,
         async_problems,
@@ -344,6 +345,31 @@ def teaching_problems(config: "PPOConfig") -> list[str]:
         if is_set
     ]
     return problems
+
+
+def image_problems(config: "PPOConfig") -> list[str]:
+    """What does not go together with a policy that reads images."""
+    model = config.actor_rollout_ref.model
+    if not model.reads_images:
+        return []
+    rollout = config.actor_rollout_ref.rollout
+    options = {
+        f"algorithm.adv_estimator={config.algorithm.adv_estimator}, whose critic reads none": (
+            config.use_critic
+        ),
+        f"actor_rollout_ref.model.lora_rank={model.lora_rank}": model.lora_rank > 0,
+        f"{ROLLOUT}.name={rollout.name}, which is given text": rollout.name != "vllm",
+        f"{ROLLOUT}.branches": rollout.branches.rounds > 0,
+        f"algorithm.information_gain.weight={config.algorithm.information_gain.weight:g}": (
+            config.algorithm.information_gain.weight > 0
+        ),
+        f"teacher.weight={config.teacher.weight:g}": config.use_teacher,
+    }
+    return [
+        f"actor_rollout_ref.model.reads_images=true: not with {text}"
+        for text, is_on in options.items()
+        if is_on
+    ]
 
 
 def correction_problems(config: "PPOConfig") -> list[str]:

@@ -24,6 +24,7 @@ from verl.trainer.ppo.collapse import CollapseWatchConfig
 from verl.trainer.ppo.gate import GateConfig
 from verl.utils.config import Config, OneOf, problems_of
 from verl.utils.errors import ConfigError
+from verl.utils.images import ImageReader
 from verl.utils.loading import load_class, load_function
 from verl.utils.model_names import is_checkpoint, is_place, is_run
 from verl.utils.reward import FunctionReward, check_signature
@@ -528,7 +529,38 @@ def build_tokenizer(config: PPOConfig) -> Any:
 def build_agent(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> Any:
     """Builds the agent loop that `agent._target_` names."""
     cls = load_class(config.agent["_target_"], "agent._target_")
-    return cls(cls.Config.model_validate(_without_target(config.agent)), tokenizer)
+    agent = cls(cls.Config.model_validate(_without_target(config.agent)), tokenizer)
+    reader = build_image_reader(config)
+    if reader is not None:
+        if not agent.reads_images:
+            raise ConfigError(
+                [
+                    "actor_rollout_ref.model.reads_images=true: the agent loop "
+                    f"{config.agent['_target_']} puts no images into contexts"
+                ]
+            )
+        agent.read_images_by(reader)
+    return agent
+
+
+def build_image_reader(config: PPOConfig) -> ImageReader | None:
+    """Loads the image processor of the policy; None for a policy that reads no images.
+
+    Raises ConfigError where there is none.
+    """
+    model = config.actor_rollout_ref.model
+    if not model.reads_images:
+        return None
+    path = model.tokenizer_path or model.path
+    try:
+        return ImageReader(path, model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            [
+                "actor_rollout_ref.model.reads_images=true: no processor of images could be "
+                f"loaded from {path} ({error})"
+            ]
+        ) from error
 
 
 def build_reward(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from verl.trainer.host import host_problems
 from verl.utils import device
 from verl.utils.endpoint import check_endpoint
+from verl.utils.images import FAMILIES
 from verl.workers.config import FrozenModelConfig
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def environment_problems(config: "PPOConfig", agent: Preflight, gpus: int) -> li
     else:
         problems = device_problems(config, gpus)
         problems += context_problems(config) + critic_problems(config)
+        problems += image_family_problems(config)
         problems += teacher_token_problems(config)
         if config.trainer.ray_address is None:
             problems += host_problems(config)
@@ -85,6 +87,20 @@ def hf_config_of(model: FrozenModelConfig) -> Any:
     return AutoConfig.from_pretrained(
         model.path, trust_remote_code=model.trust_remote_code, **model.architecture
     )
+
+
+def image_family_problems(config: "PPOConfig") -> list[str]:
+    """A policy that reads images, of a family whose images training does not know."""
+    model = config.actor_rollout_ref.model
+    if not model.reads_images:
+        return []
+    family = hf_config_of(model).model_type
+    if family in FAMILIES:
+        return []
+    return [
+        f"actor_rollout_ref.model.reads_images=true: model.path={model.path} is of the family "
+        f"{family}, and images can be trained on with {', '.join(FAMILIES)} (docs/images.md)"
+    ]
 
 
 def critic_problems(config: "PPOConfig") -> list[str]:

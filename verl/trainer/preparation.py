@@ -17,7 +17,14 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from transformers import PreTrainedTokenizerBase
 
 from verl.agent import AgentLoop, RewardFn
-from verl.trainer.config import PPOConfig, build_agent, build_reward, build_tokenizer, validate
+from verl.trainer.config import (
+    PPOConfig,
+    build_agent,
+    build_image_reader,
+    build_reward,
+    build_tokenizer,
+    validate,
+)
 from verl.trainer.console import keeping, library_log
 from verl.trainer.environment import environment_problems
 from verl.trainer.host import run_folder_problems
@@ -101,7 +108,13 @@ def load_dataset(
             f"{data.made_by}"
         )
     return RLHFDataset(
-        files, tokenizer, data.max_start_length, limit, data.apply_chat_template_kwargs, seed
+        files,
+        tokenizer,
+        data.max_start_length,
+        limit,
+        data.apply_chat_template_kwargs,
+        seed,
+        build_image_reader(config),
     )
 
 

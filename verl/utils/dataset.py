@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from verl.agent import Row
 from verl.utils.answers import answers_of, kind_of, plain
 from verl.utils.errors import DataError, listed
+from verl.utils.images import ImageReader, images_of
 from verl.utils.tokenizer import encode_chat
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class RLHFDataset:
 
     Raises DataError naming file, row and key for a row that `read_row` refuses, and for a prompt
     that the chat template refuses or that has more than `max_prompt_length` tokens. With
-    `max_samples` it holds a sample of this many rows, see `sample_spread`.
+    `max_samples` it holds a sample of this many rows, see `sample_spread`. `image_reader` reads the
+    images of rows; without it rows have none.
     """
 
     def __init__(
@@ -38,13 +40,15 @@ class RLHFDataset:
         max_samples: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         sample_seed: int = 0,
+        image_reader: ImageReader | None = None,
     ) -> None:
         places, self.rows = read_questions(files, max_samples, sample_seed)
         self.prompt_ids: list[list[int]] = []
         problems: list[str] = []
         for place, row in zip(places, self.rows, strict=True):
             try:
-                ids = encode_chat(tokenizer, row["prompt"], **(chat_template_kwargs or {}))
+                images = [image.token_ids for image in images_of(row, image_reader)]
+                ids = encode_chat(tokenizer, row["prompt"], images, **(chat_template_kwargs or {}))
             except DataError as error:
                 problems.append(f"{place}: prompt: {error}")
                 continue

@@ -20,6 +20,11 @@ Message = Mapping[str, str]
 MARK = re.compile("\x00(\\d+)\x00")
 """A placeholder for a message in a rendered template, with its number between two NULs."""
 
+IMAGE_MARK = "<image>"
+"""Where an image stands in the content of a message, as in verl."""
+PARTS = re.compile(r"for \w+ in \w+(?:\.content|\[['\"]content['\"]\])")
+"""What a chat template says that goes through the parts of a message."""
+
 OWN_ARGUMENTS = frozenset({"messages", "tokenize", "add_generation_prompt"})
 """Arguments of a chat template that are set here and not by callers."""
 
@@ -29,21 +34,44 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def encode_illustrated(
+    tokenizer: "PreTrainedTokenizerBase", text: str, mark: str, images: Sequence[Sequence[int]]
+) -> list[int]:
+    """Ids of plain `text`, with those of an image at each `mark`; without images a mark is text.
+
+    Raises DataError where there are not as many marks as images.
+    """
+    if not images:
+        return encode_text(tokenizer, text)
+    first, *others = text.split(mark)
+    if len(others) != len(images):
+        raise DataError(f"{len(others)} places for images ({mark}), and {len(images)} images")
+    ids = encode_text(tokenizer, first)
+    for image, part in zip(images, others, strict=True):
+        ids += [*image, *encode_text(tokenizer, part)]
+    return ids
+
+
 def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], **kwargs: Any
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    images: Sequence[Sequence[int]] = (),
+    **kwargs: Any,
 ) -> list[int]:
     """Ids of `messages` with the generation prompt.
 
     `kwargs` are further arguments of the chat template, which also decides about BOS. Without a
     template the ids are those of the contents alone, after the `leading_ids` of the tokenizer. Only
-    the template can bring in special tokens. Raises DataError if the template refuses the messages.
+    the template can bring in special tokens. `images`: the ids of each image, which take the places
+    of `IMAGE_MARK` in the contents. Raises DataError if the template refuses the messages, or if
+    there are not as many marks as images.
     """
     if not has_template(tokenizer):
         text = "".join(message["content"] for message in messages)
-        return leading_ids(tokenizer) + encode_text(tokenizer, text)
+        return leading_ids(tokenizer) + encode_illustrated(tokenizer, text, IMAGE_MARK, images)
     controls = control_tokens(tokenizer)
-    if any(token in message["content"] for message in messages for token in controls):
-        return _encode_around_controls(tokenizer, messages, controls, kwargs)
+    if images or any(token in message["content"] for message in messages for token in controls):
+        return _encode_around_controls(tokenizer, messages, controls, images, kwargs)
     return tokenizer(_render(tokenizer, messages, kwargs), add_special_tokens=False)["input_ids"]
 
 
@@ -149,9 +177,15 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase", **kwargs: Any) -> int:
 def _render(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], kwargs: dict[str, Any]
 ) -> str:
+    """The messages as the template writes them. Raises DataError if it refuses them.
+
+    Templates of models that read images may take the content of a message in parts only.
+    """
+    template = str(tokenizer.chat_template)
+    takes_parts = PARTS.search(template) is not None and "is string" not in template
     try:
         rendered = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [_in_parts(message) if takes_parts else dict(message) for message in messages],
             tokenize=False,
             add_generation_prompt=True,
             **kwargs,
@@ -166,13 +200,18 @@ def _render(
         ) from error
 
 
+def _in_parts(message: Message) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
 def _encode_around_controls(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Message],
     controls: Sequence[str],
+    images: Sequence[Sequence[int]],
     kwargs: dict[str, Any],
 ) -> list[int]:
-    """Ids of messages whose text contains special tokens.
+    """Ids of messages whose text contains special tokens, or places for images.
 
     The template is rendered with placeholders instead of messages, and split at its own special
     tokens. The text between these is encoded as plain text, with the messages put back. White space
@@ -186,9 +225,15 @@ def _encode_around_controls(
         marked.append({**message, "content": mark})
     rendered = _render(tokenizer, marked, kwargs)
     ids: list[int] = []
+    waiting = list(images)
     for part in re.split(f"({'|'.join(map(re.escape, controls))})", rendered):
         if part in controls:
             ids.append(cast("int", tokenizer.convert_tokens_to_ids(part)))
         elif part:
-            ids += encode_text(tokenizer, MARK.sub(lambda mark: cores[int(mark.group(1))], part))
+            text = MARK.sub(lambda mark: cores[int(mark.group(1))], part)
+            number = text.count(IMAGE_MARK) if images else 0
+            ids += encode_illustrated(tokenizer, text, IMAGE_MARK, waiting[:number])
+            del waiting[:number]
+    if waiting:
+        raise DataError(f"{len(waiting)} images have no place ({IMAGE_MARK}) in the messages")
     return ids

@@ -23,6 +23,7 @@ from verl.workers.hf_folder import save_trained
 from verl.workers.memory import peak_memory
 from verl.workers.trained import TrainedWorker
 from verl.workers.update import (
+    IMAGES,
     INPUTS,
     Budget,
     Counts,
@@ -126,7 +127,7 @@ class ActorWorker(TrainedWorker):
         self.set_state(build_train_state(policy, config.optim, total_steps, config.fsdp_config))
         self.senders: dict[str, WeightSender] = {}
 
-    @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS, optional=IMAGES)
     def compute_log_prob(self, data: DataProto) -> DataProto:
         """Computes `old_log_probs` [B, R] with the present weights, at the sampling temperature."""
         rollout = self.rollout
@@ -137,7 +138,7 @@ class ActorWorker(TrainedWorker):
         forward = partial(log_probs_of_rows, model, temperature=rollout.temperature)
         return DataProto({"old_log_probs": map_micro_batches(data, budget, self.device, forward)})
 
-    @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS, optional=IMAGES)
     def compute_entropy(self, data: DataProto) -> DataProto:
         """Computes `entropy` [B, R], in nats, of the distributions that tokens were chosen from.
 
@@ -154,7 +155,7 @@ class ActorWorker(TrainedWorker):
     @register(
         Dispatch.DP_COMPUTE_METRIC,
         columns=(*INPUTS, ACTOR_MINI_BATCH, "advantages", "old_log_probs"),
-        optional=("ref_log_prob", "rollout_is_weights", "seq_tokens"),
+        optional=("ref_log_prob", "rollout_is_weights", "seq_tokens", *IMAGES),
     )
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """Takes one optimizer step per mini-batch of `actor.ppo_mini_batch_size`.

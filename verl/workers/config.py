@@ -29,6 +29,9 @@ class FrozenModelConfig(Config):
     """Whether trajectories share a forward pass. Null: they do if a probe on a shallow random copy
     of the model shows that they do not affect each other; otherwise each passes alone, which is
     exact and slower. True: they do, without a probe."""
+    reads_images: bool = False
+    """Read the images of questions and passages, with the tower for images that the model has,
+    which is not trained (docs/images.md)."""
     override_config: dict[str, Any] = {}
     """Entries of the Hugging Face config to replace wherever the model is used (for instance
     rope_parameters); attn_implementation chooses the attention, except that of an engine."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from verl.protocol import DataProto
 from verl.utils.torch_functional import at_least_float32, logprobs_and_entropy, logprobs_from_logits
 from verl.workers.attention import packed_arguments
+from verl.workers.image_tower import image_arguments, sampled_logits
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Packed:
     """The real tokens of several rows, packed in one row."""
 
     inputs: dict[str, Any]
-    """Arguments of the model: input_ids and position_ids [1, T], and what its attention needs."""
+    """Arguments of the model: input_ids and position_ids [1, T], what its attention needs, and the
+    images of the rows."""
     chosen_at: torch.Tensor
     """[n] positions of the states in which the n trained tokens were chosen. They are one before
     the positions of the tokens."""
@@ -49,6 +51,7 @@ def pack(data: DataProto) -> Packed:
             "position_ids": (real.cumsum(1) - 1)[real][None],
             "use_cache": False,
             **packed_arguments(lengths),
+            **image_arguments(data.batch),
         },
         chosen_at=whole.nonzero()[:, 0] - 1,
         labels=responses[trained],
@@ -70,6 +73,7 @@ def forward_log_probs(
     """
     rows = pack(data)
     logits = model(**rows.inputs, logits_to_keep=rows.chosen_at).logits[0]
+    logits = sampled_logits(model, logits)
     if not with_entropy:
         return rows.unpack(logprobs_from_logits(logits, rows.labels, temperature)), None
     log_probs, entropy = logprobs_and_entropy(logits, rows.labels, temperature, entropy_grad)

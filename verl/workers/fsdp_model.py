@@ -17,11 +17,17 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from verl.utils.torch_functional import at_least_float32
 from verl.workers.checkpoint_names import checkpoint_format
 from verl.workers.config import FSDPConfig, ModelConfig, OptimConfig
+from verl.workers.image_tower import (
+    forbid_image_tokens,
+    freeze_tower,
+    language_model,
+    policy_class,
+)
 from verl.workers.lora import add_adapters, base_model, merged, plain_name, scaling
 from verl.workers.packing import forget_lengths, packing_of
 from verl.workers.shallow import Head
@@ -104,7 +110,9 @@ def build_model(
     packing = packing_of(config, head, mesh.device_type == "cuda", getattr(torch, fsdp.dtype))
     overrides = {k: v for k, v in config.override_config.items() if v is not None}
     overrides["attn_implementation"] = packing.attention
-    auto = AutoModelForCausalLM if head == "lm" else AutoModelForTokenClassification
+    if config.reads_images:
+        overrides["attn_implementation"] = {"text_config": packing.attention}
+    auto = policy_class(config) if head == "lm" else AutoModelForTokenClassification
     extra: dict[str, Any] = {} if head == "lm" else {"num_labels": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -117,6 +125,9 @@ def build_model(
         )
         if config.lora_rank:
             model = add_adapters(model, config)
+    if config.reads_images:
+        freeze_tower(model)
+        forbid_image_tokens(model)
     model.config.use_cache = False
     model.eval()
     forget_lengths(model)
@@ -156,8 +167,9 @@ def checkpoint_in_evaluation(layer: torch.nn.Module) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The blocks that are sharded, checkpointed and compiled one by one."""
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    decoder = language_model(model)
+    names = set(decoder._no_split_modules or ())
+    return [module for module in decoder.modules() if type(module).__name__ in names]
 
 
 def shard(

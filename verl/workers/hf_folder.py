@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from verl.utils.model_names import ORIGIN
@@ -23,6 +23,7 @@ from verl.utils.run_folder import replacing
 from verl.workers.checkpoint_names import checkpoint_format
 from verl.workers.config import ModelConfig
 from verl.workers.fsdp_model import whole
+from verl.workers.image_tower import policy_class
 from verl.workers.lora import add_adapters, base_model, merged, scaling
 
 GENERATION = "generation_config.json"
@@ -51,14 +52,15 @@ def skeleton_of(config: ModelConfig) -> PreTrainedModel:
     """Builds the policy, with adapters, without storage for its weights.
 
     It has the names, the shapes and the unchanged config of the source. If that has towers for
-    images or sound beside a language model, the skeleton is that of the language model. Raises
+    images or sound beside a language model, the skeleton is that of the language model, unless the
+    policy reads images. Raises
     OSError or ValueError if there is no such model.
     """
     source = AutoConfig.from_pretrained(
         config.path, trust_remote_code=config.trust_remote_code, **config.architecture
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source, trust_remote_code=config.trust_remote_code)
+        model = policy_class(config).from_config(source, trust_remote_code=config.trust_remote_code)
         return add_adapters(model, config) if config.lora_rank else model
 
 
@@ -111,7 +113,8 @@ def write_folder(
     target = Path(path).absolute()
     dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
     source = config.tokenizer_path or config.path
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    auto = AutoProcessor if config.reads_images else AutoTokenizer
+    tokenizer = auto.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     record = {"base_model": config.path, **origin}
     with replacing(target, carry_over=True) as folder:
         save_torch_state_dict(weights, folder)

@@ -66,6 +66,8 @@ def packing_of(
     hf_config = AutoConfig.from_pretrained(
         config.path, trust_remote_code=config.trust_remote_code, **config.architecture
     )
+    if config.reads_images:
+        hf_config = hf_config.get_text_config()  # rows share the passes of the language model
     chosen = config.override_config.get("attn_implementation")
     attention = chosen or choose_attention(hf_config, on_gpu, dtype)
     if config.pack_rows is not None:

@@ -8,7 +8,7 @@ from verl.single_controller.worker import Worker
 from verl.workers.config import FrozenModelConfig, RefConfig
 from verl.workers.forward import log_probs_of_rows
 from verl.workers.fsdp_model import build_model
-from verl.workers.update import INPUTS, Budget, map_micro_batches
+from verl.workers.update import IMAGES, INPUTS, Budget, map_micro_batches
 
 
 class ReferenceWorker(Worker):
@@ -25,7 +25,7 @@ class ReferenceWorker(Worker):
         frozen = build_model(model.frozen(), "lm", config.fsdp_config, self.mesh)
         self.model = frozen.requires_grad_(False)
 
-    @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS)
+    @register(Dispatch.DP_COMPUTE_PROTO, columns=INPUTS, optional=IMAGES)
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """Computes `ref_log_prob` [B, R] at the sampling temperature."""
         config = self.config

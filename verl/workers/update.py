@@ -17,9 +17,12 @@ from transformers import PreTrainedModel
 from verl.protocol import ACTOR_MINI_BATCH, DataProto
 from verl.utils.seqlen_balancing import balance
 from verl.workers.fsdp_model import TrainState
+from verl.workers.image_tower import PIXELS
 
 INPUTS = ("prompts", "responses", "attention_mask", "response_mask")
 """Columns that a forward pass reads."""
+IMAGES = (PIXELS,)
+"""Those that it reads if there are images."""
 Metrics = dict[str, torch.Tensor]
 
 
@@ -130,7 +133,8 @@ def map_micro_batches(
 
     `forward` gives [b, R]; the result is [B, R], on the CPU and in the order of `data`.
     """
-    rows = data.select(INPUTS).to(device)
+    present = [column for column in IMAGES if column in data.batch]
+    rows = data.select([*INPUTS, *present]).to(device)
     rows = rows.with_tensors(position=torch.arange(len(rows), device=device))
     result = torch.zeros(rows.batch["responses"].shape, dtype=torch.float32)
     with torch.no_grad():

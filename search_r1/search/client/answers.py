@@ -22,14 +22,16 @@ class Passage:
     score: float
     document: str = ""
     """The name of its document, where the server was asked for it."""
+    image: str = ""
+    """The file of its image, in base64; empty where it has none."""
 
     @classmethod
     def from_contents(
-        cls, id: object, contents: str, score: float, document: str = ""
+        cls, id: object, contents: str, score: float, document: str = "", image: str = ""
     ) -> "Passage":
         """Splits `contents` at its first line break into title and text."""
         title, _, text = contents.partition("\n")
-        return cls(str(id), title, text, score, document)
+        return cls(str(id), title, text, score, document, image)
 
 
 Found = list[Passage] | SearchError
@@ -55,7 +57,10 @@ def parse_response(answer: httpx.Response, num_queries: int, url: str) -> list[F
 def to_passage(item: ScoredDocument) -> Passage:
     """The passage of a document with its score."""
     document = item.document
-    return Passage.from_contents(document.id, document.contents, item.score, item.document_id or "")
+    name = item.document_id or ""
+    return Passage.from_contents(
+        document.id, document.contents, item.score, name, document.image or ""
+    )
 
 
 def parse_document(answer: httpx.Response, model: type[M], url: str) -> M:

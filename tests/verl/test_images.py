@@ -1,0 +1,219 @@
+"""Images: from a file to tokens and pixels, through batch, forward pass and sharded update."""
+
+import base64
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Idefics3ForConditionalGeneration
+
+from tests.vision import make_tiny_idefics3, picture
+from verl.agent import Completion, Image, Segment, Source, Trajectory
+from verl.protocol import collate_trajectories
+from verl.utils.errors import DataError
+from verl.utils.images import ImageReader, files_of, images_of
+from verl.utils.tokenizer import encode_chat, encode_illustrated, encode_text
+from verl.workers.forward import forward_log_probs
+from verl.workers.image_tower import forbid_image_tokens, freeze_tower
+from verl.workers.packing import forget_lengths
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_idefics3(tmp_path_factory.mktemp("idefics3"))
+
+
+@pytest.fixture(scope="module")
+def reader(folder):
+    return ImageReader(str(folder))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_an_image_becomes_tokens_and_tiles(reader, tokenizer):
+    image = reader.read(picture(0))
+    assert tokenizer.convert_ids_to_tokens(image.token_ids) == [
+        "<fake_token_around_image>",
+        "<global-img>",
+        *["<image>"] * 4,
+        "<fake_token_around_image>",
+    ]
+    assert image.pixels.shape == (1, 3, 56, 56)
+    assert image.pixels.dtype == np.float32
+    assert reader.read_text(base64.b64encode(picture(0)).decode()).digest == image.digest
+    assert reader.read(picture(1)).digest != image.digest
+
+
+def test_a_large_image_is_cut_into_tiles(tmp_path):
+    folder = make_tiny_idefics3(tmp_path)
+    reader = ImageReader(str(folder))
+    reader.processor.image_processor.size = {"longest_edge": 112}
+    image = reader.read(picture(0, width=112, height=112))
+    assert len(image.pixels) == 5  # four parts, and the whole of it
+    assert image.token_ids.count(reader.processor.image_token_id) == 5 * 4
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", picture(0)[:40]])
+def test_a_file_that_is_no_image_is_refused(reader, data):
+    with pytest.raises(DataError, match="no image that can be read"):
+        reader.read(data)
+
+
+def test_a_text_that_is_not_base64_is_refused(reader):
+    with pytest.raises(DataError, match="base64"):
+        reader.read_text("?")
+
+
+def test_a_folder_without_a_processor_is_refused(tmp_path):
+    from tests.models import make_tokenizer
+
+    make_tokenizer(tmp_path)
+    with pytest.raises((OSError, ValueError)):
+        ImageReader(str(tmp_path))
+
+
+def test_rows_hold_files(reader):
+    row = {"images": [{"bytes": picture(0), "path": None}, picture(1)]}
+    assert files_of(row) == [picture(0), picture(1)]
+    assert len(images_of(row, reader)) == 2
+    assert images_of({"images": None}, None) == images_of({}, reader) == []
+    with pytest.raises(DataError, match=r"images\[0\]: expected the bytes of a file.*'a.png'"):
+        files_of({"images": ["a.png"]})
+    with pytest.raises(DataError, match="reads_images=true"):
+        images_of(row, None)
+
+
+def test_images_take_their_places_in_a_conversation(tokenizer):
+    message = {"role": "user", "content": "<image>\nWhich city? <image> <|im_end|> is text."}
+    ids = encode_chat(tokenizer, [message], [[1001, 1002], [1003]])
+    first, second = ids.index(1001), ids.index(1003)
+    assert ids[first + 1] == 1002
+    assert tokenizer.decode(ids[:first]) == "<|im_start|>user\n"
+    assert tokenizer.decode(ids[first + 2 : second]) == "\nWhich city? "
+    rest = " <|im_end|> is text."
+    assert ids[second + 1 :][: len(encode_text(tokenizer, rest))] == encode_text(tokenizer, rest)
+
+
+def test_marks_and_images_must_be_as_many(tokenizer):
+    message = {"role": "user", "content": "<image> Which city?"}
+    with pytest.raises(DataError, match="images"):
+        encode_chat(tokenizer, [message], [[1], [2]])
+    with pytest.raises(DataError, match="2 places"):
+        encode_illustrated(tokenizer, "<image><image>", "<image>", [[1]])
+    more = {"role": "user", "content": "<image> <image>"}
+    with pytest.raises(DataError, match="places"):
+        encode_chat(tokenizer, [more], [[1]])
+
+
+def test_without_images_a_mark_is_text(tokenizer):
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert image not in encode_chat(tokenizer, [{"role": "user", "content": "<image>?"}])
+
+
+def test_a_template_that_takes_parts_gets_parts(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m['content'] %}"
+        "{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant:"
+    )
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "Why?"}])
+    assert tokenizer.decode(ids) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant:"
+
+
+def sampled(ids: list[int]) -> Segment:
+    return Segment(Source.MODEL, ids, [-1.0] * len(ids), policy_version=0)
+
+
+def trajectories(reader: ImageReader, tokenizer) -> list[Trajectory]:
+    """One with an image in its prompt and one in an observation, one without any."""
+    first, second = reader.read(picture(0)), reader.read(picture(1))
+    seen = Trajectory([*encode_text(tokenizer, "Which city"), *first.token_ids, 40], images=[first])
+    seen.segments.append(sampled([50, 51, 52]))
+    seen.add_observation([60, *second.token_ids, 61], [second], query="q")
+    seen.segments.append(sampled([53, 54]))
+    blind = Trajectory(encode_text(tokenizer, "Which city is it?"), [sampled([55, 56, 57, 58])])
+    for trajectory in (seen, blind):
+        trajectory.reward = {"score": 1.0}
+    return [seen, blind]
+
+
+def test_a_batch_has_the_tiles_of_its_rows(reader, tokenizer):
+    seen, blind = trajectories(reader, tokenizer)
+    batch = collate_trajectories([blind, seen], pad_token_id=0).batch
+    assert batch["pixels"].shape == (2, 2, 3, 56, 56)
+    assert not batch["pixels"][0].any()
+    for tile, image in zip(batch["pixels"][1], seen.images, strict=True):
+        assert torch.equal(tile, torch.from_numpy(image.pixels[0]))
+    image_token = reader.processor.image_token_id
+    assert not batch["response_mask"][batch["responses"] == image_token].any()
+    assert "pixels" not in collate_trajectories([blind], pad_token_id=0).batch
+
+
+def test_packed_rows_with_images_have_the_log_probs_of_rows_alone(folder, reader, tokenizer):
+    model = Idefics3ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation={"text_config": "packed"}
+    ).eval()
+    forget_lengths(model)
+    forbid_image_tokens(model)
+    rows = trajectories(reader, tokenizer)
+    data = collate_trajectories(rows, pad_token_id=0)
+    with torch.no_grad():
+        packed, entropy = forward_log_probs(model, data, 1.0, with_entropy=True)
+    plain = Idefics3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    for number, row in enumerate(rows):
+        ids = torch.tensor([row.token_ids])
+        pixels = {}
+        if row.images:
+            tiles = np.concatenate([image.pixels for image in row.images])
+            pixels = {"pixel_values": torch.from_numpy(tiles)[None]}
+        with torch.no_grad():
+            logits = plain(input_ids=ids, **pixels).logits[0]
+        logits[:, reader.processor.image_token_id] = -torch.inf
+        wanted = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        mask = torch.tensor(row.response_mask, dtype=torch.bool)
+        got = packed[number, : len(mask)][mask]
+        assert torch.allclose(got, wanted[-len(mask) :][mask], atol=2e-5)
+    assert torch.isfinite(entropy).all()
+
+
+def test_other_pixels_change_what_follows_the_image_alone(folder, reader, tokenizer):
+    model = Idefics3ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation={"text_config": "packed"}
+    ).eval()
+    rows = trajectories(reader, tokenizer)
+    data = collate_trajectories(rows, pad_token_id=0)
+    with torch.no_grad():
+        before = forward_log_probs(model, data, 1.0, with_entropy=False)[0]
+        data.batch["pixels"][0, 1] *= 0.5  # the image of the observation
+        after = forward_log_probs(model, data, 1.0, with_entropy=False)[0]
+    changed = (before - after).abs() > 1e-6
+    turns = data.batch["turns"]
+    assert not changed[turns == 0].any()  # before it, and the row without images
+    assert changed[0][turns[0] == 1].all()
+
+
+def test_the_tower_is_not_trained(folder, reader, tokenizer):
+    model = Idefics3ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation={"text_config": "packed"}
+    ).eval()
+    freeze_tower(model)
+    data = collate_trajectories(trajectories(reader, tokenizer), pad_token_id=0)
+    forward_log_probs(model, data, 1.0, with_entropy=False)[0].sum().backward()
+    for name, parameter in model.named_parameters():
+        trains = "vision_model" not in name and "connector" not in name
+        assert parameter.requires_grad == trains, name
+        assert (parameter.grad is not None) == trains, name
+
+
+def test_a_completion_is_of_the_context_with_the_tokens_of_images(reader):
+    from verl.agent import context_digest
+
+    image = reader.read(picture(0))
+    trajectory = Trajectory([1, *image.token_ids, 2], images=[image])
+    said = Completion([3], [-1.0], "stop", None, 0, context_digest(trajectory.token_ids))
+    trajectory.add_completion(said)
+    assert trajectory.context_violations == 0
+    assert isinstance(trajectory.rows[0].images[0], Image)

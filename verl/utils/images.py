@@ -1,0 +1,100 @@
+"""Images in questions and observations: what a policy that reads images makes of them.
+
+In the text of a tool an image stands at `PLACE`, in the prompt of a row at `IMAGE_MARK`
+(`verl.utils.tokenizer`). In a context the tokens of `Image.token_ids` stand for it, and its pixels
+travel beside the context.
+"""
+
+import base64
+import binascii
+import hashlib
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+from verl.agent import Image, Row
+from verl.utils.answers import kind_of
+from verl.utils.errors import DataError
+
+PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Where an image stands in a text of a tool."""
+FAMILIES = ("idefics3",)
+"""The `model_type` of the families that can be trained on images.
+
+In these a position is one number, as packed rows have it, and all tiles have one size."""
+
+
+class ImageReader:
+    """The image processor of a policy."""
+
+    def __init__(self, path: str, trust_remote_code: bool = False) -> None:
+        """Raises OSError or ValueError if there is no processor of images at `path`."""
+        from transformers import AutoProcessor
+
+        self.processor: Any = AutoProcessor.from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
+        if not hasattr(self.processor, "image_processor"):
+            raise ValueError(f"{path} has a tokenizer, and no processor of images")
+
+    def read(self, data: bytes) -> Image:
+        """The image in a file of any format that Pillow reads. Raises DataError for any other."""
+        from PIL import Image as Pictures
+        from PIL import UnidentifiedImageError
+
+        try:
+            with Pictures.open(BytesIO(data)) as opened:
+                picture = opened.convert("RGB")
+        except (UnidentifiedImageError, OSError, Pictures.DecompressionBombError) as error:
+            raise DataError(f"no image that can be read ({error})") from error
+        made = self.processor(
+            text=self.processor.image_token,
+            images=[[picture]],
+            add_special_tokens=False,
+            return_tensors="np",
+        )
+        return Image(
+            token_ids=made["input_ids"][0].tolist(),
+            pixels=np.asarray(made["pixel_values"][0], dtype=np.float32),
+            digest=hashlib.sha256(data).hexdigest(),
+        )
+
+    def read_text(self, encoded: str) -> Image:
+        """The image in a file that is encoded in base64. Raises DataError."""
+        try:
+            data = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise DataError(f"an image is not encoded in base64 ({error})") from error
+        return self.read(data)
+
+
+def images_of(row: Row, reader: ImageReader | None) -> list[Image]:
+    """The images of a row.
+
+    Raises DataError for images that cannot be read, and for any if there is no reader.
+    """
+    files = files_of(row)
+    if files and reader is None:
+        raise DataError(
+            f"the row has {len(files)} images, and the policy reads none: a model that does takes "
+            "actor_rollout_ref.model.reads_images=true"
+        )
+    return [reader.read(file) for file in files] if reader is not None else []
+
+
+def files_of(row: Row) -> list[bytes]:
+    """The files of the images of a row: its `images`, each as bytes or as `{"bytes": ...}`.
+
+    Raises DataError for anything else, naming the key and what was expected.
+    """
+    files: list[bytes] = []
+    for number, entry in enumerate(row.get("images") or ()):
+        data = entry.get("bytes") if isinstance(entry, dict) else entry
+        if not isinstance(data, bytes):
+            raise DataError(
+                f"images[{number}]: expected the bytes of a file, or an object with them under "
+                f"bytes, got {kind_of(data if isinstance(entry, dict) else entry)}"
+            )
+        files.append(data)
+    return files
