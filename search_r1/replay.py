@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from search_r1.tools.base import ToolResponse
-from verl.agent import Completion, Generate, context_digest
+from verl.agent import Completion, Generate, Image, context_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,13 +128,17 @@ def scripted(
     """Wraps `generate`: what the script has is given, and `memory` keeps what is said."""
 
     async def next_completion(
-        prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+        prompt_ids: list[int],
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        images: Sequence[Image] = (),
     ) -> Completion:
         call = Call(context_digest(prompt_ids))
         memory.calls.append(call)
         given = script.completion(call.context)
         if given is None:
-            completion = await generate(prompt_ids, max_tokens=max_tokens, stop=stop)
+            completion = await generate(prompt_ids, max_tokens=max_tokens, stop=stop, images=images)
         else:
             completion = completion_of(given, call.context, stop, tokenizer)
         call.ids = completion.token_ids

@@ -16,6 +16,7 @@ from verl.agent import (
     AgentLoop,
     Completion,
     Generate,
+    Image,
     Onlooker,
     Source,
     Trajectory,
@@ -152,12 +153,18 @@ class InferenceSession:
         calls = 0
 
         async def generate(
-            prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+            prompt_ids: list[int],
+            *,
+            max_tokens: int,
+            stop: Sequence[str] = (),
+            images: Sequence[Image] = (),
         ) -> Completion:
             nonlocal calls
             calls += 1
             limits = {"max_tokens": max_tokens, "stop": list(stop), "seed": None}
             wanted = sampling.params() | limits | {"log_probs": self.log_probs}
+            if images:
+                wanted["images"] = list(images)
             if isinstance(engine, LocalEngine):
                 told = None if on_tokens is None else partial(on_tokens, calls)
                 return await engine.generate(session, prompt_ids, wanted, told)

@@ -220,9 +220,7 @@ class TagDialect(Dialect):
             ids, cut = encode_observation(text, self.tokenizer, limit, emitted, tags)
             return [Observation(self._placed(ids, ended_by), cut)]
         images = [self.image_reader.read_text(encoded) for encoded in response.images]
-        ids, cut, shown = encode_illustrated(
-            text, images, self.tokenizer, limit, emitted, tags
-        )
+        ids, cut, shown = encode_illustrated(text, images, self.tokenizer, limit, emitted, tags)
         return [Observation(self._placed(ids, ended_by), cut, images=shown)]
 
     def correction(self, ended_by: int | None, note: str = "") -> list[int]:

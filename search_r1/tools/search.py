@@ -76,9 +76,7 @@ class SearchTool(Tool):
             passages = await self.client.search(argument, noise)
         except SearchError as error:
             raise ToolFailed(str(error), kind=error.kind) from error
-        text = format_passages(
-            [(named_title(p.title, p.document), text_of(p)) for p in passages]
-        )
+        text = format_passages([(named_title(p.title, p.document), text_of(p)) for p in passages])
         facts = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
         images = tuple(p.image for p in passages if p.image)
         return ToolResponse(text, facts={"query": argument, "passages": facts}, images=images)

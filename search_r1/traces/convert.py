@@ -25,7 +25,7 @@ from search_r1.traces.records import check_answered, check_form, has_tokens_of, 
 from search_r1.traces.text import call_tags
 from search_r1.traces.trace import Reason, Rejected, Trace
 from search_r1.traces.turns import ScriptedTurns, scripted_turns
-from verl.agent import Completion, Source, Trajectory
+from verl.agent import Completion, Image, Source, Trajectory
 from verl.utils.errors import ConfigError, DataError, listed
 from verl.utils.tokenizer import encode_chat
 from verl.utils.wording import counted
@@ -159,7 +159,11 @@ class Converter:
             return response
 
         async def nothing_more(
-            prompt_ids: list[int], *, max_tokens: int, stop: Sequence[str] = ()
+            prompt_ids: list[int],
+            *,
+            max_tokens: int,
+            stop: Sequence[str] = (),
+            images: Sequence[Image] = (),
         ) -> Completion:
             return completion_of([], 0, stop, self.agent.tokenizer)
 

@@ -127,10 +127,10 @@ def test_images_of_questions_and_passages_are_read_and_trained_on(
         ({"actor_rollout_ref__model__reads_images": "false"}, "the policy reads none"),
     ],
 )
-def test_what_images_do_not_go_with_is_refused(
-    tmp_path, model, retriever, reward, more, told
-):
+def test_what_images_do_not_go_with_is_refused(tmp_path, model, retriever, reward, more, told):
     overrides = run_arguments(tmp_path, model, retriever, reward)
-    status, output = train("grpo", [*overrides, *(f"{k.replace('__', '.')}={v}" for k, v in more.items())])
+    status, output = train(
+        "grpo", [*overrides, *(f"{k.replace('__', '.')}={v}" for k, v in more.items())]
+    )
     assert status != 0
     assert told in output, output[-2000:]

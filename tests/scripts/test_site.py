@@ -225,7 +225,7 @@ def test_the_ported_tools_answer(page, name, arguments, text, error):
 
 
 def test_the_ported_loop_makes_a_trajectory():
-    async def generate(prompt_ids, *, max_tokens, stop=()):
+    async def generate(prompt_ids, *, max_tokens, stop=(), images=()):
         return Completion([7, 8], [-0.5, -0.25], "stop", None, 0, context_digest(prompt_ids))
 
     loop_class = defined("from_verl.md", "OneTurn")

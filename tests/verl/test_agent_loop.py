@@ -13,7 +13,7 @@ from verl.utils.errors import ConfigError
 OWN = ("experiment=closed_world/grpo", "agent._target_=tests.e2e.toy.SingleTurn")
 
 
-async def generate(prompt_ids, *, max_tokens, stop=()):
+async def generate(prompt_ids, *, max_tokens, stop=(), images=()):
     return Completion([7] * max_tokens, [0.0] * max_tokens, "stop", None, 1, context_digest([1]))
 
 

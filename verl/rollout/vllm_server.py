@@ -191,7 +191,7 @@ class VLLMServer:
             logprobs=0 if sampling["log_probs"] else None,
             include_stop_str_in_output=True,
             skip_special_tokens=False,
-            logit_bias={token: FORBIDDEN for token in self.never_sampled} or None,
+            logit_bias=dict.fromkeys(self.never_sampled, FORBIDDEN) or None,
             output_kind=(
                 RequestOutputKind.FINAL_ONLY if on_tokens is None else RequestOutputKind.CUMULATIVE
             ),

@@ -350,8 +350,14 @@ def teaching_problems(config: "PPOConfig") -> list[str]:
 def image_problems(config: "PPOConfig") -> list[str]:
     """What does not go together with a policy that reads images."""
     model = config.actor_rollout_ref.model
+    blind = {"critic": config.critic.model, "teacher": config.teacher.model}
+    problems = [
+        f"{section}.model.reads_images=true: the policy alone reads images"
+        for section, other in blind.items()
+        if other.reads_images
+    ]
     if not model.reads_images:
-        return []
+        return problems
     rollout = config.actor_rollout_ref.rollout
     options = {
         f"algorithm.adv_estimator={config.algorithm.adv_estimator}, whose critic reads none": (
@@ -365,7 +371,7 @@ def image_problems(config: "PPOConfig") -> list[str]:
         ),
         f"teacher.weight={config.teacher.weight:g}": config.use_teacher,
     }
-    return [
+    return problems + [
         f"actor_rollout_ref.model.reads_images=true: not with {text}"
         for text, is_on in options.items()
         if is_on

@@ -156,6 +156,7 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "trust_remote_code",
         "use_torch_compile",
         "pack_rows",
+        "reads_images",
         "override_config",
     ],
     workers_config.ModelConfig: [
@@ -163,6 +164,7 @@ TAKES_EFFECT: dict[type[Config], list[str]] = {
         "enable_gradient_checkpointing",
         "use_torch_compile",
         "pack_rows",
+        "reads_images",
         "override_config.attn_implementation",
     ],
     workers_config.OptimConfig: [

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import PositiveFloat, PositiveInt, ValidationError
+from pydantic import PositiveFloat, PositiveInt, ValidationError, field_validator
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
@@ -71,6 +71,13 @@ class SFTConfig(Config):
     """Order of the rows."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
     fsdp: FSDPConfig = FSDPConfig()
+
+    @field_validator("model")
+    @classmethod
+    def _of_tokens_alone(cls, value: ModelConfig) -> ModelConfig:
+        if value.reads_images:
+            raise ValueError("reads_images=true: a row of tokens has no images; remove it")
+        return value
 
 
 class SFTTrainer:

@@ -24,7 +24,7 @@ class Engine:
         self.turns = list(turns)
         self.calls = []
 
-    async def __call__(self, prompt_ids, *, max_tokens, stop=()):
+    async def __call__(self, prompt_ids, *, max_tokens, stop=(), images=()):
         ids = self.tokenizer(self.turns.pop(0), add_special_tokens=False)["input_ids"][:max_tokens]
         self.calls.append((list(prompt_ids), max_tokens, list(stop)))
         return Completion(

@@ -46,7 +46,7 @@ class Policy:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
-    async def __call__(self, prompt_ids, *, max_tokens, stop=()):
+    async def __call__(self, prompt_ids, *, max_tokens, stop=(), images=()):
         text = self.tokenizer.decode(prompt_ids)
         name = text.split("?")[0].split()[-1]
         is_found = "<information>" in text

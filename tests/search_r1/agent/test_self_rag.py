@@ -55,7 +55,7 @@ class Judge:
             return self.support[about]
         return about or "memory"
 
-    async def __call__(self, prompt_ids, *, max_tokens, stop=()):
+    async def __call__(self, prompt_ids, *, max_tokens, stop=(), images=()):
         prompt = self.tokenizer.decode(prompt_ids)
         (end,) = stop
         self.asked.append((prompt, end))

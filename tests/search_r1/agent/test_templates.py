@@ -168,7 +168,7 @@ def test_a_token_that_only_the_engine_knows_as_an_end_is_left_out(family):
     other = tokenizer.convert_tokens_to_ids("<|end_of_text|>")
 
     class Stopping(Engine):
-        async def __call__(self, prompt_ids, *, max_tokens, stop=()):
+        async def __call__(self, prompt_ids, *, max_tokens, stop=(), images=()):
             completion = await super().__call__(prompt_ids, max_tokens=max_tokens, stop=stop)
             last = completion.token_ids[-1]
             reason = last if last == other else None

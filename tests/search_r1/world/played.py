@@ -12,7 +12,7 @@ class Engine:
         self.turns = list(turns)
         self.calls = []
 
-    async def __call__(self, prompt_ids, *, max_tokens, stop=()):
+    async def __call__(self, prompt_ids, *, max_tokens, stop=(), images=()):
         ids = self.turns.pop(0)
         self.calls.append((list(prompt_ids), ids))
         return Completion(ids, [-0.5] * len(ids), "stop", None, 1, context_digest(prompt_ids))
