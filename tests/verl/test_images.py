@@ -1,16 +1,23 @@
 """Images: from a file to tokens and pixels, through batch, forward pass and sharded update."""
 
 import base64
+import re
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, Idefics3ForConditionalGeneration
 
+from search_r1.agent.checks import image_problems
+from search_r1.agent.config import SearchAgentConfig
+from tests.configs import composed
+from tests.models import make_tiny_qwen2, make_tokenizer
 from tests.vision import make_tiny_idefics3, picture
-from verl.agent import Completion, Image, Segment, Source, Trajectory
+from verl.agent import Completion, Image, Segment, Source, Trajectory, context_digest
 from verl.protocol import collate_trajectories
-from verl.utils.errors import DataError
+from verl.trainer.config import PPOConfig, build_agent, validate
+from verl.trainer.environment import image_family_problems
+from verl.utils.errors import ConfigError, DataError
 from verl.utils.images import ImageReader, files_of, images_of
 from verl.utils.tokenizer import encode_chat, encode_illustrated, encode_text
 from verl.workers.forward import forward_log_probs
@@ -68,8 +75,6 @@ def test_a_text_that_is_not_base64_is_refused(reader):
 
 
 def test_a_folder_without_a_processor_is_refused(tmp_path):
-    from tests.models import make_tokenizer
-
     make_tokenizer(tmp_path)
     with pytest.raises((OSError, ValueError)):
         ImageReader(str(tmp_path))
@@ -209,11 +214,72 @@ def test_the_tower_is_not_trained(folder, reader, tokenizer):
 
 
 def test_a_completion_is_of_the_context_with_the_tokens_of_images(reader):
-    from verl.agent import context_digest
-
     image = reader.read(picture(0))
     trajectory = Trajectory([1, *image.token_ids, 2], images=[image])
     said = Completion([3], [-1.0], "stop", None, 0, context_digest(trajectory.token_ids))
     trajectory.add_completion(said)
     assert trajectory.context_violations == 0
     assert isinstance(trajectory.rows[0].images[0], Image)
+
+
+READS = "actor_rollout_ref.model.reads_images=true"
+
+
+def configured(*overrides: str) -> PPOConfig:
+    """A GRPO run whose policy reads images."""
+    return validate(composed("grpo", READS, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("algo=ppo", "adv_estimator=gae, whose critic reads none"),
+        ("actor_rollout_ref.model.lora_rank=8", "lora_rank=8"),
+        ("actor_rollout_ref.rollout.branches.rounds=4", "rollout.branches"),
+        ("algorithm.information_gain.weight=1", "information_gain.weight=1"),
+        ("teacher.weight=0.5", "teacher.weight=0.5"),
+        ("critic.model.reads_images=true", "critic.model.reads_images=true: the policy alone"),
+        ("actor_rollout_ref.rollout.name=openai", "rollout.name=openai, which is given text"),
+    ],
+)
+def test_what_images_do_not_go_with_is_refused(override, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        configured(override)
+
+
+def test_images_go_with_the_stock_configuration():
+    assert configured().actor_rollout_ref.model.reads_images
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("agent.show_remaining=true", "agent.show_remaining=true"),
+        ("template=short", "agent.template=short"),
+        ("agent.context.fold_at=1000", "agent.context"),
+        ("agent.condense.by=policy", "agent.condense"),
+    ],
+)
+def test_an_agent_that_would_lose_images_is_refused(folder, tokenizer, override, told):
+    config = validate(composed("grpo", READS, f"actor_rollout_ref.model.path={folder}", override))
+    problems = build_agent(config, tokenizer).preflight()
+    assert any(f"not with {told}" in problem for problem in problems), problems
+
+
+def test_a_native_format_is_refused():
+    (problem,) = image_problems(SearchAgentConfig(format="hermes"), calls_tools=True)
+    assert "not with agent.format=hermes" in problem
+
+
+def test_a_loop_that_puts_no_images_into_contexts_is_refused(folder, tokenizer):
+    toy = "agent._target_=tests.e2e.toy.SingleTurn"
+    config = validate(composed("grpo", READS, f"actor_rollout_ref.model.path={folder}", toy))
+    with pytest.raises(ConfigError, match="puts no images into contexts"):
+        build_agent(config, tokenizer)
+
+
+def test_a_family_without_known_images_is_refused(tmp_path, folder):
+    qwen = make_tiny_qwen2(tmp_path)
+    (problem,) = image_family_problems(configured(f"actor_rollout_ref.model.path={qwen}"))
+    assert "is of the family qwen2" in problem and "idefics3" in problem
+    assert image_family_problems(configured(f"actor_rollout_ref.model.path={folder}")) == []
