@@ -158,6 +158,7 @@ def test_few_files_know_vllm():
         if within(imported, ["vllm"])
     }
     assert importers == {
+        "verl.rollout.engine_images",
         "verl.rollout.vllm_server",
         "verl.rollout.weight_sync",
         "verl.utils.tool_parser",

@@ -286,7 +286,7 @@ class Trajectory:
         show(self)
 
     def add_observation(
-        self, token_ids: list[int], images: Sequence[Image] = (), **info: Any
+        self, token_ids: list[int], images: Sequence[Image] = (), /, **info: Any
     ) -> None:
         """Appends tokens written by the environment: they are never trained.
 

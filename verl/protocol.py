@@ -49,6 +49,7 @@ import numpy as np
 import torch
 
 from verl.agent import Source, Trajectory, TrajectoryRow, context_digest
+from verl.utils.images import pixels_of
 
 ACTOR_MINI_BATCH = "mini_batch"
 CRITIC_MINI_BATCH = "critic_mini_batch"
@@ -279,23 +280,8 @@ def collate_rows(rows: Sequence[BatchRow], pad_token_id: int) -> DataProto:
     if None not in greedy_scores:
         columns["greedy_scores"] = np.array(greedy_scores, dtype=np.float32)
     if any(r.row.images for r in rows):
-        columns["pixels"] = pixels_of([r.row for r in rows])
+        columns["pixels"] = pixels_of([r.row.images for r in rows])
     return DataProto.from_dict({key: torch.from_numpy(column) for key, column in columns.items()})
-
-
-def pixels_of(rows: Sequence[TrajectoryRow]) -> np.ndarray:
-    """The tiles of the images of each row, in their order: [B, M, 3, H, W], 0 behind the last.
-
-    M is the most tiles of a row. A tile of an image is never 0 in all of its pixels.
-    """
-    tiles = [[tile for image in row.images for tile in image.pixels] for row in rows]
-    most = max(map(len, tiles))
-    shape = next(tile.shape for of_row in tiles for tile in of_row)
-    pixels = np.zeros((len(rows), most, *shape), dtype=np.float32)
-    for number, of_row in enumerate(tiles):
-        if of_row:
-            pixels[number, : len(of_row)] = of_row
-    return pixels
 
 
 def token_level_scores(rows: Sequence[BatchRow], response_mask: np.ndarray) -> np.ndarray:

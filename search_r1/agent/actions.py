@@ -9,6 +9,7 @@ from typing import Any
 
 from search_r1.tools.base import SEARCH_TOOL, Arguments, ToolResponse
 from search_r1.tools.formats import SEARCH_R1
+from verl.agent import Completion
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -97,3 +98,12 @@ def whole_characters(value: Any) -> Any:
     """A JSON value with `?` for each half of a surrogate pair, which no tokenizer can encode."""
     text = json.dumps(value, ensure_ascii=False)
     return json.loads(text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def stop_reason(completion: Completion, turn: Turn, may_call: bool) -> str:
+    """Why a trajectory ends with this turn; empty where it goes on."""
+    if not completion.token_ids:
+        return "empty"
+    if turn.answer is not None:
+        return "answer"
+    return "" if may_call else "max_turns"

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from search_r1.agent.actions import ToolCall, Turn
+from search_r1.agent.actions import ToolCall, Turn, stop_reason
 from search_r1.agent.agent_data import AgentData, Answered
 from search_r1.agent.checks import (
     budget_problems,
@@ -400,12 +400,3 @@ class SearchAgentLoop(AgentLoop):
         data.count(call, executed, observation)
         data.shown.append(observation.shown)
         data.trajectory.add_observation(observation.token_ids, observation.images, **facts)
-
-
-def stop_reason(completion: Completion, turn: Turn, may_call: bool) -> str:
-    """Why a trajectory ends with this turn; empty where it goes on."""
-    if not completion.token_ids:
-        return "empty"
-    if turn.answer is not None:
-        return "answer"
-    return "" if may_call else "max_turns"

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from search_r1.agent.actions import ToolCall, Turn
+from search_r1.agent.actions import ToolCall, Turn, stop_reason
 from search_r1.agent.agent_data import AgentData
 from search_r1.agent.condense import fit
 from search_r1.agent.config import SearchAgentConfig
 from search_r1.agent.dialects import Observation
-from search_r1.agent.loop import SearchAgentLoop, stop_reason
+from search_r1.agent.loop import SearchAgentLoop
 from search_r1.agent.observation import neutralise, tag_pattern
 from search_r1.prompts import (
     ANSWER_END,

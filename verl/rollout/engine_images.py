@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import BatchFeature
 from vllm.inputs.engine import mm_input
 from vllm.multimodal.inputs import (
     MultiModalFieldConfig,
@@ -28,7 +29,7 @@ def prompt_with_images(prompt_ids: list[int], images: Sequence[Image], image_tok
     whole = torch.ones((len(pixels), *pixels.shape[-2:]), dtype=torch.bool)
     of_tiles = MultiModalFieldConfig.flat_from_sizes(MODALITY, tiles)
     arguments = MultiModalKwargsItems.from_hf_inputs(
-        {"pixel_values": pixels, "pixel_attention_mask": whole, "num_patches": tiles},
+        BatchFeature({"pixel_values": pixels, "pixel_attention_mask": whole, "num_patches": tiles}),
         {
             "pixel_values": of_tiles,
             "pixel_attention_mask": of_tiles,

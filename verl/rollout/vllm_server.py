@@ -1,4 +1,6 @@
-"""One vLLM engine: tokens in, tokens out. vLLM is imported here and in `weight_sync.py` alone.
+"""One vLLM engine: tokens in, tokens out.
+
+vLLM is imported here, in `engine_images.py` and in `weight_sync.py` alone.
 
 A plain class, made into a Ray actor by the driver, one per replica. `vllm` is imported in `start`,
 after setting the environment that it reads at import.

@@ -366,10 +366,8 @@ def image_problems(config: "PPOConfig") -> list[str]:
         f"actor_rollout_ref.model.lora_rank={model.lora_rank}": model.lora_rank > 0,
         f"{ROLLOUT}.name={rollout.name}, which is given text": rollout.name != "vllm",
         f"{ROLLOUT}.branches": rollout.branches.rounds > 0,
-        f"algorithm.information_gain.weight={config.algorithm.information_gain.weight:g}": (
-            config.algorithm.information_gain.weight > 0
-        ),
-        f"teacher.weight={config.teacher.weight:g}": config.use_teacher,
+        "algorithm.information_gain.weight": config.algorithm.information_gain.weight > 0,
+        "teacher.weight": config.use_teacher,
     }
     return problems + [
         f"actor_rollout_ref.model.reads_images=true: not with {text}"

@@ -8,6 +8,7 @@ travel beside the context.
 import base64
 import binascii
 import hashlib
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -98,3 +99,18 @@ def files_of(row: Row) -> list[bytes]:
             )
         files.append(data)
     return files
+
+
+def pixels_of(rows: Sequence[Sequence[Image]]) -> np.ndarray:
+    """The tiles of the images of each row, in their order: [B, M, 3, H, W], 0 behind the last.
+
+    M is the most tiles of a row. A tile of an image is never 0 in all of its pixels.
+    """
+    tiles = [[tile for image in images for tile in image.pixels] for images in rows]
+    most = max(map(len, tiles))
+    shape = next(tile.shape for of_row in tiles for tile in of_row)
+    pixels = np.zeros((len(rows), most, *shape), dtype=np.float32)
+    for number, of_row in enumerate(tiles):
+        if of_row:
+            pixels[number, : len(of_row)] = of_row
+    return pixels

@@ -56,6 +56,7 @@ def encode_chat(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Message],
     images: Sequence[Sequence[int]] = (),
+    /,
     **kwargs: Any,
 ) -> list[int]:
     """Ids of `messages` with the generation prompt.
