@@ -33,6 +33,7 @@ LONGEST_FILES = (
     "e2e/test_two_nodes.py",
     "e2e/test_finetune.py",
     "e2e/test_closed_world.py",
+    "e2e/test_images.py",
     "verl/rollout/test_families.py",
     "verl/rollout/test_progress.py",
     "e2e/test_infer.py",
