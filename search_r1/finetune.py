@@ -255,7 +255,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     try:
         config, complete = composed(args.config_name, overrides)
-        check_method(validate(as_plain(config)).agent["_target_"])
+        valid = validate(as_plain(config))
+        check_method(valid.agent["_target_"])
+        if valid.actor_rollout_ref.model.reads_images:
+            raise ConfigError(
+                [
+                    "actor_rollout_ref.model.reads_images=true: rows of tokens have no images, so "
+                    "that a policy that reads images cannot be fine-tuned"
+                ]
+            )
         if config.finetune.data is None:
             raise ConfigError(
                 [

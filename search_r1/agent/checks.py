@@ -6,6 +6,7 @@ from search_r1.agent.condense import CondenseConfig
 from search_r1.agent.config import TAGS, SearchAgentConfig
 from search_r1.agent.contexts import ContextConfig
 from search_r1.tools.base import SEARCH_TOOL, Tool
+from verl.utils.images import USUAL_SIZE, ImageReader
 
 
 def budget_problems(config: SearchAgentConfig, tools: Sequence[Tool]) -> list[str]:
@@ -85,6 +86,19 @@ def method_problems(
     return problems
 
 
+def image_room_problems(config: SearchAgentConfig, reader: ImageReader) -> list[str]:
+    """An observation that has no room for an ordinary image of a passage."""
+    tokens = reader.tokens_of_picture()
+    if tokens < config.max_obs_length:
+        return []
+    width, height = USUAL_SIZE
+    return [
+        f"data.max_obs_length={config.max_obs_length} has no room for an image: one of {width} by "
+        f"{height} pixels takes {tokens} tokens. Raise it, or let the processor make fewer tiles "
+        "(size in its configuration)"
+    ]
+
+
 def image_problems(config: SearchAgentConfig, calls_tools: bool) -> list[str]:
     """Options under which images would be lost from a context."""
     options = {
@@ -96,8 +110,7 @@ def image_problems(config: SearchAgentConfig, calls_tools: bool) -> list[str]:
         "agent.condense": config.condense.by is not None,
     }
     return [
-        f"actor_rollout_ref.model.reads_images=true: not with {text}, in which images have no "
-        "place; remove it"
+        f"actor_rollout_ref.model.reads_images=true: not with {text}, in which images have no place"
         for text, is_on in options.items()
         if is_on
     ]

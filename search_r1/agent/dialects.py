@@ -30,7 +30,7 @@ from search_r1.prompts import ANSWER_END, CALLS, FOLD_ACTION, SEARCHES, remainin
 from search_r1.tools.base import SEARCH_TOOL, Tool, ToolResponse
 from search_r1.tools.formats import SEARCH_R1, ToolFormat
 from verl.agent import Image, Trajectory
-from verl.utils.images import PLACE, ImageReader
+from verl.utils.images import ImageReader
 from verl.utils.tokenizer import Message, encode_chat, encode_text, user_turn
 
 
@@ -215,8 +215,6 @@ class TagDialect(Dialect):
         emitted = tags.margin if ended_by is not None else turn.overrun
         text = neutralise(response.text, self.tag)
         if self.image_reader is None or not response.images:
-            if response.images:
-                text = text.replace(f" {PLACE}", "")
             ids, cut = encode_observation(text, self.tokenizer, limit, emitted, tags)
             return [Observation(self._placed(ids, ended_by), cut)]
         images = [self.image_reader.read_text(encoded) for encoded in response.images]

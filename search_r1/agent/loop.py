@@ -27,6 +27,7 @@ from search_r1.agent.checks import (
     budget_problems,
     fold_problems,
     image_problems,
+    image_room_problems,
     method_problems,
 )
 from search_r1.agent.condense import Condenser
@@ -139,6 +140,7 @@ class SearchAgentLoop(AgentLoop):
         problems += self.dialect.preflight()
         if self.image_reader is not None:
             problems += image_problems(self.config, self.calls_tools)
+            problems += image_room_problems(self.config, self.image_reader)
         problems += self.toolbox.preflight()
         problems += self.condenser.preflight()
         return problems
@@ -147,6 +149,8 @@ class SearchAgentLoop(AgentLoop):
         """Puts the images of rows and results into contexts."""
         self.image_reader = reader
         self.dialect.image_reader = reader
+        if self.search is not None:
+            self.search.shows_images = True
 
     @property
     def needs_tokens(self) -> bool:
@@ -291,7 +295,9 @@ class SearchAgentLoop(AgentLoop):
         try:
             observations = self.dialect.results(turn, responses, ended_by, note)
         except DataError as error:  # an image of the corpus, which the policy cannot help
-            raise TrajectoryFailed(str(error), num_calls=data.num_calls + 1) from error
+            calls = ", ".join(f"{call.tool}({call.arguments})" for call in turn.calls)
+            message = f"the result of {calls}: {error}"
+            raise TrajectoryFailed(message, num_calls=data.num_calls + 1) from error
         if self.config.condense.train:
             self._add_side_calls(data, executed)
         first = len(data.trajectory.segments)

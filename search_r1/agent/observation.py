@@ -84,18 +84,19 @@ def encode_illustrated(
 ) -> tuple[list[int], bool, list[Image]]:
     """As `encode_observation`, of a text with an image at each `PLACE`.
 
-    An image for which there is no room ends the block. Also returns the images that are in it.
+    An image for which there is no room is left out. Also returns the images that are in the block.
     """
     first, *others = text.split(PLACE)
     tail = encode_text(tokenizer, written.tail)
     room = max_tokens - len(tail)
     ids = encode_text(tokenizer, unsaid_head(written, emitted) + first)
     shown: list[Image] = []
-    for image, part in zip(images, others, strict=False):
-        if len(ids) + len(image.token_ids) > room:
-            break
-        shown.append(image)
-        ids += [*image.token_ids, *encode_text(tokenizer, part)]
+    for number, part in enumerate(others):
+        image = images[number] if number < len(images) else None
+        if image is not None and len(ids) + len(image.token_ids) <= room:
+            shown.append(image)
+            ids += image.token_ids
+        ids += encode_text(tokenizer, part)
     is_cut = len(ids) > room or len(shown) < len(images)
     return ids[:room] + tail, is_cut, shown
 

@@ -35,6 +35,11 @@ def convert(record: dict[str, Any], source: str, template: str, index: int) -> d
     """The training row of a record. Raises ValueError that says what is wrong with the record."""
     if record.keys() >= NATIVE:
         return read_row(record)
+    if record.get("images"):
+        raise ValueError(
+            "images: a question with images is prepared as a whole row (data_source, prompt, "
+            "reward_model, images; docs/images.md)"
+        )
     native = normalise(record)
     if isinstance(native, str):
         raise ValueError(native)

@@ -62,8 +62,12 @@ class Document(BaseModel):
 
     id: str | int | None = None
     contents: str
-    image: str | None = None
-    """The file of an image that belongs to it, in base64."""
+
+    @property
+    def image(self) -> str:
+        """The file of its image, in base64, if its `image` is a text; else empty."""
+        image = (self.model_extra or {}).get("image")
+        return image if isinstance(image, str) else ""
 
 
 class ScoredDocument(BaseModel):

@@ -90,7 +90,7 @@ class ToolResponse:
     """JSON values for logs and rewards: they are kept in the observation's `info`."""
     images: tuple[str, ...] = ()
     """Files of images, in base64, each of which stands at a `PLACE` of the text
-    (`verl.utils.images`). A policy that reads no images reads the text without them."""
+    (`verl.utils.images`). Only a policy that reads images is shown them."""
 
     @property
     def valid(self) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from search_r1.prompts import format_passages, named_title
@@ -51,6 +52,8 @@ class SearchTool(Tool):
         self.config = config
         self.format = format
         self.client = RetrievalClient(config)
+        self.shows_images = False
+        """Whether the policy reads the images of passages."""
 
     @property
     def parameters(self) -> Schema:
@@ -76,9 +79,10 @@ class SearchTool(Tool):
             passages = await self.client.search(argument, noise)
         except SearchError as error:
             raise ToolFailed(str(error), kind=error.kind) from error
-        text = format_passages([(named_title(p.title, p.document), text_of(p)) for p in passages])
+        shown = list(map(illustrated, passages)) if self.shows_images else passages
+        text = format_passages([(named_title(p.title, p.document), p.text) for p in shown])
         facts = [{"id": p.id, "title": p.title, "text": p.text, "score": p.score} for p in passages]
-        images = tuple(p.image for p in passages if p.image)
+        images = tuple(p.image for p in passages if p.image) if self.shows_images else ()
         return ToolResponse(text, facts={"query": argument, "passages": facts}, images=images)
 
     def trajectory_facts(self) -> dict[str, Any]:
@@ -92,7 +96,12 @@ class SearchTool(Tool):
         await self.client.close()
 
 
-def text_of(passage: Passage) -> str:
-    """The text of a passage, with the place of its image behind it."""
+def illustrated(passage: Passage) -> Passage:
+    """A passage with the place of its image behind its text, and with no other such place."""
     text = passage.text.replace(PLACE, "")
-    return f"{text} {PLACE}" if passage.image else text
+    return replace(
+        passage,
+        title=passage.title.replace(PLACE, ""),
+        document=passage.document.replace(PLACE, ""),
+        text=f"{text} {PLACE}" if passage.image else text,
+    )

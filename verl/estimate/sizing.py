@@ -223,13 +223,16 @@ def read_model(
     Raises ConfigError where the config cannot be read, or where the formulas do not hold for the
     model.
     """
+    from verl.workers.image_tower import language_model
+
     try:
         model = model_without_storage(config, head, shapes)
     except (OSError, ValueError) as error:
         reason = f"model.path={config.path}: no config of a model could be read there ({error})"
         raise ConfigError([f"{reason}; --shapes FILE gives one without the hub"]) from error
     text = model.config.get_text_config()
-    sizes = sizes_of(model, text, text.vocab_size if head == "lm" else 0)
+    decoder = language_model(model) if config.reads_images else model
+    sizes = sizes_of(model, decoder, text, text.vocab_size if head == "lm" else 0)
     return sizes, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -258,11 +261,13 @@ def model_without_storage(
         return add_adapters(model, config) if config.lora_rank else model
 
 
-def sizes_of(model: "PreTrainedModel", text: "PretrainedConfig", vocab: int) -> Sizes:
-    """The sizes of a model; `text` is the config of its decoder."""
+def sizes_of(
+    model: "PreTrainedModel", decoder: "PreTrainedModel", text: "PretrainedConfig", vocab: int
+) -> Sizes:
+    """The sizes of a model; `text` is the config of its `decoder`."""
     from verl.workers.fsdp_model import decoder_layers
 
-    layers = [num_parameters(layer) for layer in decoder_layers(model)]
+    layers = [num_parameters(layer) for layer in decoder_layers(decoder)]
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Sizes(

@@ -159,6 +159,8 @@ class AgentLoopWorker:
         finally:
             self.engines.forget(session)
         trajectory.shared_turns = tape.num_shared
+        if not sampling["log_probs"]:
+            trajectory.images = []  # nothing is trained on it, and pixels are large
         if trajectory.num_tokens(Source.MODEL):
             await score(self.reward, trajectory, job.row)
         return trajectory

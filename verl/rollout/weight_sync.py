@@ -81,6 +81,7 @@ def write_engine_model(model: ModelConfig, folder: str) -> None:
     # the language model alone, where the checkpoint also has towers for images that are not read
     config = policy.config
     config.tie_word_embeddings = not has_head(config)
+    config.get_text_config().tie_word_embeddings = config.tie_word_embeddings
     config.architectures = [type(policy).__name__]
     config.save_pretrained(folder)
     copy_companions(model, Path(folder))

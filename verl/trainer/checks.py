@@ -364,6 +364,8 @@ def image_problems(config: "PPOConfig") -> list[str]:
             config.use_critic
         ),
         f"actor_rollout_ref.model.lora_rank={model.lora_rank}": model.lora_rank > 0,
+        "actor_rollout_ref.model.override_config": bool(model.architecture),
+        f"{ACTOR}.state_masking=false": not config.actor_rollout_ref.actor.state_masking,
         f"{ROLLOUT}.name={rollout.name}, which is given text": rollout.name != "vllm",
         f"{ROLLOUT}.branches": rollout.branches.rounds > 0,
         "algorithm.information_gain.weight": config.algorithm.information_gain.weight > 0,

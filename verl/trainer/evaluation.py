@@ -22,6 +22,7 @@ from verl.rollout.records import trajectory_records
 from verl.trainer.config import PPOConfig
 from verl.trainer.ppo.failures import check_failures
 from verl.utils.dataset import RLHFDataset
+from verl.utils.images import digests_of
 from verl.utils.model_names import weights_of
 from verl.utils.run_folder import claim
 
@@ -123,7 +124,10 @@ def identify(config: PPOConfig, val_set: RLHFDataset, path: Path) -> None:
 
     Raises DataError when the file is that of another evaluation.
     """
-    questions = [[row["data_source"], row["prompt"], row["reward_model"]] for row in val_set.rows]
+    questions = [
+        [row["data_source"], row["prompt"], row["reward_model"], *digests_of(row)]
+        for row in val_set.rows
+    ]
     rollout = config.actor_rollout_ref.rollout
     model = config.actor_rollout_ref.model
     reward = config.reward

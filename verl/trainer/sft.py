@@ -76,7 +76,10 @@ class SFTConfig(Config):
     @classmethod
     def _of_tokens_alone(cls, value: ModelConfig) -> ModelConfig:
         if value.reads_images:
-            raise ValueError("reads_images=true: a row of tokens has no images; remove it")
+            raise ValueError(
+                "reads_images=true: rows of tokens have no images, so that a policy that reads "
+                "images cannot be fine-tuned"
+            )
         return value
 
 

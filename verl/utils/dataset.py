@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from verl.agent import Row
 from verl.utils.answers import answers_of, kind_of, plain
 from verl.utils.errors import DataError, listed
-from verl.utils.images import ImageReader, images_of
+from verl.utils.images import ImageReader, files_of, images_of
 from verl.utils.tokenizer import encode_chat
 
 if TYPE_CHECKING:
@@ -196,6 +196,8 @@ def questions_digest(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row["data_source"], row["prompt"]], default=str).encode())
+        for file in files_of(row):
+            digest.update(file)
     return digest.hexdigest()
 
 

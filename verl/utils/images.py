@@ -25,6 +25,11 @@ FAMILIES = ("idefics3",)
 
 In these a position is one number, as packed rows have it, and all tiles have one size."""
 
+USUAL_SIZE = (1024, 768)
+"""Pixels of an ordinary picture, in width and height."""
+MOST_KEPT = 64
+"""Images that a reader keeps."""
+
 
 class ImageReader:
     """The image processor of a policy."""
@@ -38,33 +43,48 @@ class ImageReader:
         )
         if not hasattr(self.processor, "image_processor"):
             raise ValueError(f"{path} has a tokenizer, and no processor of images")
+        self.kept: dict[str, Image] = {}
+        """What was read last, by digest: the trajectories of a group share an image."""
 
     def read(self, data: bytes) -> Image:
         """The image in a file of any format that Pillow reads. Raises DataError for any other."""
+        digest = hashlib.sha256(data).hexdigest()
+        if digest not in self.kept:
+            if len(self.kept) >= MOST_KEPT:
+                self.kept.pop(next(iter(self.kept)))
+            self.kept[digest] = self._process(data, digest)
+        return self.kept[digest]
+
+    def _process(self, data: bytes, digest: str) -> Image:
         from PIL import Image as Pictures
-        from PIL import UnidentifiedImageError
 
         try:
             with Pictures.open(BytesIO(data)) as opened:
                 picture = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError, Pictures.DecompressionBombError) as error:
+            made = self.processor(
+                text=self.processor.image_token,
+                images=[[picture]],
+                add_special_tokens=False,
+                return_tensors="np",
+            )
+        # Pillow says SyntaxError of some broken files
+        except (OSError, ValueError, SyntaxError, Pictures.DecompressionBombError) as error:
             raise DataError(f"no image that can be read ({error})") from error
-        made = self.processor(
-            text=self.processor.image_token,
-            images=[[picture]],
-            add_special_tokens=False,
-            return_tensors="np",
-        )
-        return Image(
-            token_ids=made["input_ids"][0].tolist(),
-            pixels=np.asarray(made["pixel_values"][0], dtype=np.float32),
-            digest=hashlib.sha256(data).hexdigest(),
-        )
+        pixels = np.asarray(made["pixel_values"][0], dtype=np.float32)
+        return Image(made["input_ids"][0].tolist(), pixels, digest)
+
+    def tokens_of_picture(self) -> int:
+        """How many tokens stand for a picture of `USUAL_SIZE`."""
+        from PIL import Image as Pictures
+
+        file = BytesIO()
+        Pictures.new("RGB", USUAL_SIZE).save(file, "PNG")
+        return len(self.read(file.getvalue()).token_ids)
 
     def read_text(self, encoded: str) -> Image:
         """The image in a file that is encoded in base64. Raises DataError."""
         try:
-            data = base64.b64decode(encoded, validate=True)
+            data = base64.b64decode("".join(encoded.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise DataError(f"an image is not encoded in base64 ({error})") from error
         return self.read(data)
@@ -99,6 +119,11 @@ def files_of(row: Row) -> list[bytes]:
             )
         files.append(data)
     return files
+
+
+def digests_of(row: Row) -> list[str]:
+    """The SHA-256 of the file of each image of a row. Raises DataError as `files_of` does."""
+    return [hashlib.sha256(file).hexdigest() for file in files_of(row)]
 
 
 def pixels_of(rows: Sequence[Sequence[Image]]) -> np.ndarray:

@@ -22,9 +22,8 @@ MARK = re.compile("\x00(\\d+)\x00")
 
 IMAGE_MARK = "<image>"
 """Where an image stands in the content of a message, as in verl."""
-PARTS = re.compile(r"for \w+ in \w+(?:\.content|\[['\"]content['\"]\])")
-"""What a chat template says that goes through the parts of a message."""
-
+TRIED = "What is shown?"
+"""A text to find out how a chat template takes what a message says."""
 OWN_ARGUMENTS = frozenset({"messages", "tokenize", "add_generation_prompt"})
 """Arguments of a chat template that are set here and not by callers."""
 
@@ -182,8 +181,7 @@ def _render(
 
     Templates of models that read images may take the content of a message in parts only.
     """
-    template = str(tokenizer.chat_template)
-    takes_parts = PARTS.search(template) is not None and "is string" not in template
+    takes_parts = _takes_parts(tokenizer)
     try:
         rendered = tokenizer.apply_chat_template(
             [_in_parts(message) if takes_parts else dict(message) for message in messages],
@@ -199,6 +197,27 @@ def _render(
             "where it knows no system role, put the instructions at the beginning of the user's "
             "message"
         ) from error
+
+
+_parts_of_templates: dict[str, bool] = {}
+
+
+def _takes_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the template shows what a message says only if its content is a list of parts."""
+    template = str(tokenizer.chat_template)
+    if template not in _parts_of_templates:
+        message = {"role": "user", "content": TRIED}
+        shows_text = _shows(tokenizer, message)
+        _parts_of_templates[template] = not shows_text and _shows(tokenizer, _in_parts(message))
+    return _parts_of_templates[template]
+
+
+def _shows(tokenizer: "PreTrainedTokenizerBase", message: dict[str, Any]) -> bool:
+    """Whether the rendering of a message holds the text that is tried."""
+    try:
+        return TRIED in str(tokenizer.apply_chat_template([message], tokenize=False))
+    except (TemplateError, TypeError, AttributeError, KeyError, ValueError):
+        return False
 
 
 def _in_parts(message: Message) -> dict[str, Any]:

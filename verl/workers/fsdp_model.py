@@ -131,7 +131,7 @@ def build_model(
     model.config.use_cache = False
     model.eval()
     forget_lengths(model)
-    layers = decoder_layers(model)
+    layers = decoder_layers(language_model(model) if config.reads_images else model)
     if config.use_torch_compile:
         for layer in layers:
             # only forward is compiled, so that the hooks of FSDP stay outside
@@ -167,9 +167,8 @@ def checkpoint_in_evaluation(layer: torch.nn.Module) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The blocks that are sharded, checkpointed and compiled one by one."""
-    decoder = language_model(model)
-    names = set(decoder._no_split_modules or ())
-    return [module for module in decoder.modules() if type(module).__name__ in names]
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def shard(

@@ -58,9 +58,7 @@ def to_passage(item: ScoredDocument) -> Passage:
     """The passage of a document with its score."""
     document = item.document
     name = item.document_id or ""
-    return Passage.from_contents(
-        document.id, document.contents, item.score, name, document.image or ""
-    )
+    return Passage.from_contents(document.id, document.contents, item.score, name, document.image)
 
 
 def parse_document(answer: httpx.Response, model: type[M], url: str) -> M:
