@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Idefics3ForConditionalGeneration
 
-from search_r1.agent.checks import image_problems
+from search_r1 import finetune
+from search_r1.agent.checks import image_problems, image_room_problems
 from search_r1.agent.config import SearchAgentConfig
 from tests.configs import composed
 from tests.models import make_tiny_qwen2, make_tokenizer
@@ -17,8 +18,9 @@ from verl.agent import Completion, Image, Segment, Source, Trajectory, context_d
 from verl.protocol import collate_trajectories
 from verl.trainer.config import PPOConfig, build_agent, validate
 from verl.trainer.environment import image_family_problems
+from verl.utils.dataset import questions_digest
 from verl.utils.errors import ConfigError, DataError
-from verl.utils.images import ImageReader, files_of, images_of
+from verl.utils.images import MOST_KEPT, ImageReader, files_of, images_of
 from verl.utils.tokenizer import encode_chat, encode_illustrated, encode_text
 from verl.workers.forward import forward_log_probs
 from verl.workers.image_tower import forbid_image_tokens, freeze_tower
@@ -63,10 +65,28 @@ def test_a_large_image_is_cut_into_tiles(tmp_path):
     assert image.token_ids.count(reader.processor.image_token_id) == 5 * 4
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", picture(0)[:40]])
+def broken(file: bytes) -> bytes:
+    """A PNG file whose data chunk says that it is shorter than it is."""
+    place = file.index(b"IDAT") - 4
+    length = int.from_bytes(file[place : place + 4], "big")
+    return file[:place] + (length // 2).to_bytes(4, "big") + file[place + 4 :]
+
+
+def test_the_same_file_is_processed_once(reader):
+    assert reader.read(picture(5)) is reader.read(picture(5))
+    for seed in range(100, 100 + MOST_KEPT + 1):
+        reader.read(picture(seed, 20, 20))
+    assert len(reader.kept) == MOST_KEPT
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", picture(0)[:40], broken(picture(0))])
 def test_a_file_that_is_no_image_is_refused(reader, data):
     with pytest.raises(DataError, match="no image that can be read"):
         reader.read(data)
+
+
+def test_base64_may_be_wrapped(reader):
+    assert len(reader.read_text(base64.encodebytes(picture(0)).decode()).pixels) == 1
 
 
 def test_a_text_that_is_not_base64_is_refused(reader):
@@ -126,6 +146,28 @@ def test_a_template_that_takes_parts_gets_parts(folder):
     )
     ids = encode_chat(tokenizer, [{"role": "user", "content": "Why?"}])
     assert tokenizer.decode(ids) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant:"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{% for line in m.content.split('\\n') %}{{ line }}{% endfor %}",
+        "{% if m.content is not string %}{% for c in m.content %}{{ c.content }}{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}",
+    ],
+)
+def test_a_template_that_takes_a_text_gets_a_text(folder, content):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}" + content + "{% endfor %}"
+    assert tokenizer.decode(encode_chat(tokenizer, [{"role": "user", "content": "Why?"}])) == "Why?"
+
+
+def test_other_images_are_other_questions():
+    def row(seed):
+        return {"data_source": "a", "prompt": "p", "images": [picture(seed)]}
+
+    assert questions_digest([row(0)]) == questions_digest([row(0)])
+    assert questions_digest([row(0)]) != questions_digest([row(1)])
 
 
 def sampled(ids: list[int]) -> Segment:
@@ -235,6 +277,8 @@ def configured(*overrides: str) -> PPOConfig:
     [
         ("algo=ppo", "adv_estimator=gae, whose critic reads none"),
         ("actor_rollout_ref.model.lora_rank=8", "lora_rank=8"),
+        ("actor_rollout_ref.actor.state_masking=false", "state_masking=false"),
+        ("+actor_rollout_ref.model.override_config.rope_theta=1", "override_config"),
         ("actor_rollout_ref.rollout.branches.rounds=4", "rollout.branches"),
         ("algorithm.information_gain.weight=1", "not with algorithm.information_gain.weight"),
         ("teacher.weight=0.5", "not with teacher.weight"),
@@ -283,3 +327,16 @@ def test_a_family_without_known_images_is_refused(tmp_path, folder):
     (problem,) = image_family_problems(configured(f"actor_rollout_ref.model.path={qwen}"))
     assert "is of the family qwen2" in problem and "idefics3" in problem
     assert image_family_problems(configured(f"actor_rollout_ref.model.path={folder}")) == []
+
+
+def test_observations_without_room_for_an_image_are_refused(folder, tokenizer):
+    overrides = (READS, f"actor_rollout_ref.model.path={folder}")
+    agent = build_agent(validate(composed("grpo", *overrides)), tokenizer)
+    agent.image_reader.processor.image_processor.size = {"longest_edge": 56 * 20}
+    (problem,) = image_room_problems(agent.config, agent.image_reader)
+    assert "1024 by 768 pixels takes" in problem
+
+
+def test_no_fine_tuning_with_images(folder):
+    with pytest.raises(SystemExit, match="cannot be fine-tuned"):
+        finetune.main(["method=sft", READS, f"actor_rollout_ref.model.path={folder}"])
