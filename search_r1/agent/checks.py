@@ -99,8 +99,19 @@ def image_room_problems(config: SearchAgentConfig, reader: ImageReader) -> list[
     ]
 
 
-def image_problems(config: SearchAgentConfig, calls_tools: bool) -> list[str]:
-    """Options under which images would be lost from a context."""
+def format_problems(config: SearchAgentConfig) -> list[str]:
+    """A format of calls beside that of a method which has one of its own."""
+    if config.format == TAGS:
+        return []
+    return [f"agent.format={config.format}: this method has a format of its own; remove the key"]
+
+
+def image_problems(
+    config: SearchAgentConfig, calls_tools: bool, reader: ImageReader | None
+) -> list[str]:
+    """Options under which images would be lost from a context, or for which there is no room."""
+    if reader is None:
+        return []
     options = {
         "this method, which writes its contexts by itself": not calls_tools,
         f"agent.format={config.format}": config.format != TAGS,
@@ -109,7 +120,7 @@ def image_problems(config: SearchAgentConfig, calls_tools: bool) -> list[str]:
         "agent.context": config.context.rewrites,
         "agent.condense": config.condense.by is not None,
     }
-    return [
+    return image_room_problems(config, reader) + [
         f"actor_rollout_ref.model.reads_images=true: not with {text}, in which images have no place"
         for text, is_on in options.items()
         if is_on

@@ -26,8 +26,8 @@ from search_r1.agent.agent_data import AgentData, Answered
 from search_r1.agent.checks import (
     budget_problems,
     fold_problems,
+    format_problems,
     image_problems,
-    image_room_problems,
     method_problems,
 )
 from search_r1.agent.condense import Condenser
@@ -131,16 +131,11 @@ class SearchAgentLoop(AgentLoop):
         problems = budget_problems(self.config, self.tools)
         problems += fold_problems(self.config, len(self.dialect.summary_request()))
         problems += method_problems(self.config, self.tools, self.calls_tools)
-        if self.words is not SearchAgentLoop.words and self.config.format != TAGS:
-            problems.append(
-                f"agent.format={self.config.format}: this method has a format of its own; remove "
-                "the key"
-            )
+        problems += image_problems(self.config, self.calls_tools, self.image_reader)
+        if self.words is not SearchAgentLoop.words:
+            problems += format_problems(self.config)
         problems += naming_problems(self.tools)
         problems += self.dialect.preflight()
-        if self.image_reader is not None:
-            problems += image_problems(self.config, self.calls_tools)
-            problems += image_room_problems(self.config, self.image_reader)
         problems += self.toolbox.preflight()
         problems += self.condenser.preflight()
         return problems
@@ -149,8 +144,8 @@ class SearchAgentLoop(AgentLoop):
         """Puts the images of rows and results into contexts."""
         self.image_reader = reader
         self.dialect.image_reader = reader
-        if self.search is not None:
-            self.search.shows_images = True
+        for tool in self.tools:
+            tool.shows_images = True
 
     @property
     def needs_tokens(self) -> bool:
@@ -295,9 +290,7 @@ class SearchAgentLoop(AgentLoop):
         try:
             observations = self.dialect.results(turn, responses, ended_by, note)
         except DataError as error:  # an image of the corpus, which the policy cannot help
-            calls = ", ".join(f"{call.tool}({call.arguments})" for call in turn.calls)
-            message = f"the result of {calls}: {error}"
-            raise TrajectoryFailed(message, num_calls=data.num_calls + 1) from error
+            raise TrajectoryFailed(f"{turn.calls}: {error}", data.num_calls + 1) from error
         if self.config.condense.train:
             self._add_side_calls(data, executed)
         first = len(data.trajectory.segments)

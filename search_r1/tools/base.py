@@ -120,6 +120,9 @@ class Tool:
     """Tells the policy how to call it in tags, before a prompt that is made from `template`. None:
     a sentence made of `description`; empty: the prompt says it already."""
 
+    shows_images: bool = False
+    """Whether the policy reads the images of responses."""
+
     def __init__(self, config: ToolConfig) -> None:
         """Takes the validated section."""
         self.limits = config

@@ -52,8 +52,6 @@ class SearchTool(Tool):
         self.config = config
         self.format = format
         self.client = RetrievalClient(config)
-        self.shows_images = False
-        """Whether the policy reads the images of passages."""
 
     @property
     def parameters(self) -> Schema:

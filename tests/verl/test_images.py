@@ -275,8 +275,8 @@ def configured(*overrides: str) -> PPOConfig:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("algo=ppo", "adv_estimator=gae, whose critic reads none"),
-        ("actor_rollout_ref.model.lora_rank=8", "lora_rank=8"),
+        ("algo=ppo", "not with a critic"),
+        ("actor_rollout_ref.model.lora_rank=8", "not with actor_rollout_ref.model.lora_rank"),
         ("actor_rollout_ref.actor.state_masking=false", "state_masking=false"),
         ("+actor_rollout_ref.model.override_config.rope_theta=1", "override_config"),
         ("actor_rollout_ref.rollout.branches.rounds=4", "rollout.branches"),
@@ -310,8 +310,8 @@ def test_an_agent_that_would_lose_images_is_refused(folder, tokenizer, override,
     assert any(f"not with {told}" in problem for problem in problems), problems
 
 
-def test_a_native_format_is_refused():
-    (problem,) = image_problems(SearchAgentConfig(format="hermes"), calls_tools=True)
+def test_a_native_format_is_refused(reader):
+    (problem,) = image_problems(SearchAgentConfig(format="hermes"), True, reader)
     assert "not with agent.format=hermes" in problem
 
 

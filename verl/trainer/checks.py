@@ -360,10 +360,8 @@ def image_problems(config: "PPOConfig") -> list[str]:
         return problems
     rollout = config.actor_rollout_ref.rollout
     options = {
-        f"algorithm.adv_estimator={config.algorithm.adv_estimator}, whose critic reads none": (
-            config.use_critic
-        ),
-        f"actor_rollout_ref.model.lora_rank={model.lora_rank}": model.lora_rank > 0,
+        "a critic, which would read none (algo=ppo)": config.use_critic,
+        "actor_rollout_ref.model.lora_rank": model.lora_rank > 0,
         "actor_rollout_ref.model.override_config": bool(model.architecture),
         f"{ACTOR}.state_masking=false": not config.actor_rollout_ref.actor.state_masking,
         f"{ROLLOUT}.name={rollout.name}, which is given text": rollout.name != "vllm",

@@ -71,7 +71,7 @@ def encode_chat(
         return leading_ids(tokenizer) + encode_illustrated(tokenizer, text, IMAGE_MARK, images)
     controls = control_tokens(tokenizer)
     if images or any(token in message["content"] for message in messages for token in controls):
-        return _encode_around_controls(tokenizer, messages, controls, images, kwargs)
+        return _encode_around_controls(tokenizer, messages, controls, kwargs, images)
     return tokenizer(_render(tokenizer, messages, kwargs), add_special_tokens=False)["input_ids"]
 
 
@@ -228,8 +228,8 @@ def _encode_around_controls(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Message],
     controls: Sequence[str],
-    images: Sequence[Sequence[int]],
     kwargs: dict[str, Any],
+    images: Sequence[Sequence[int]] = (),
 ) -> list[int]:
     """Ids of messages whose text contains special tokens, or places for images.
 
