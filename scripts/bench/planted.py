@@ -167,7 +167,8 @@ PLANTED: tuple[tuple[str, str, str], ...] = (
     ),
     (
         LOOP,
-        "        data.trajectory.add_observation(observation.token_ids, **facts)",
+        "        data.trajectory.add_observation("
+        "observation.token_ids, observation.images, **facts)",
         "        ids = observation.token_ids\n"
         "        said = Completion(ids, [0.0] * len(ids), 'stop', None, 0, 0)\n"
         "        data.trajectory.add_completion(said, **facts)",
