@@ -166,6 +166,8 @@ def test_missing_files_name_the_command_that_makes_them(tmp_path):
     data = SimpleNamespace(
         made_by="python make.py", max_start_length=50, apply_chat_template_kwargs={}
     )
+    model = SimpleNamespace(reads_images=False)
+    config = SimpleNamespace(data=data, actor_rollout_ref=SimpleNamespace(model=model))
     path = str(tmp_path / "train.parquet")
     with pytest.raises(
         DataError,
@@ -174,10 +176,10 @@ def test_missing_files_name_the_command_that_makes_them(tmp_path):
             r"make.py"
         ),
     ):
-        load_dataset(SimpleNamespace(data=data), None, [path], None, 0)
+        load_dataset(config, None, [path], None, 0)
     data.made_by = None
     with pytest.raises(DataError, match=r"train.parquet: no such file$"):
-        load_dataset(SimpleNamespace(data=data), None, [path], None, 0)
+        load_dataset(config, None, [path], None, 0)
 
 
 def test_a_sample_is_fixed_by_its_seed_and_does_not_depend_on_other_sets(tmp_path):

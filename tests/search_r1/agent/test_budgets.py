@@ -233,7 +233,7 @@ def test_a_worker_hands_the_step_on_and_a_second_attempt_has_the_same(tokenizer)
     worker.reward = lambda trajectory, row: {"score": 0.0}
     worker.limit(1)
     job = Job("u", "s", ROW | {"training_step": 1}, [1])
-    (trajectory,) = asyncio.run(worker.run([job], {}))
+    (trajectory,) = asyncio.run(worker.run([job], {"log_probs": False}))
     assert trajectory.info["max_turns"] == 1 and worker.engines.sessions == {"s-0", "s-1"}
 
 

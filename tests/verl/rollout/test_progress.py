@@ -75,7 +75,7 @@ def test_finished_trajectories_are_progress_and_nothing_else_is(caplog):
             waiting.join(0.01)
         lines.append(caplog.messages[-1])
 
-    call = worker.run.remote(JOBS, {})
+    call = worker.run.remote(JOBS, {"log_probs": False})
     batch = Submitted(JOBS, [JOBS], [call], "validation")
     waiting = threading.Thread(target=manager.drain, args=([batch],))
     waiting.start()
