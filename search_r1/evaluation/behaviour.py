@@ -1,5 +1,6 @@
 """Measures how a policy searches: pure functions of records of validation and evaluation."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,19 @@ from search_r1.trajectory import (
     gold_passages,
     num_repeated,
     question_key,
+    question_of,
     read_searches,
 )
 
 NEAR = 0.8
 """Jaccard similarity of words from which two queries count as nearly the same."""
+NAME = re.compile(r"\b[A-Z0-9][\w'’-]*")
+"""A word with a capital or a digit at its beginning, as names and years have."""
+GENERAL_WORDS = frozenset(
+    "and are as at be by did do does for from had has have how in is it its many much of on or that "
+    "their there they this to was were what when where which who whom whose why will with".split()
+)
+"""Words that do not say what a query is about; `normalize_answer` drops articles."""
 Figures = dict[str, float]
 
 
@@ -37,6 +46,8 @@ class SearchStep:
     """Names of the gold passages retrieved so far, including by this search."""
     has_answer: bool
     """Whether a passage of this or an earlier search holds a gold answer."""
+    drifts: bool
+    """Whether the query names nothing of the question or of a passage found before."""
     latency_s: float | None
 
 
@@ -66,7 +77,12 @@ def read_history(record: Record) -> SearchHistory:
     gold = gold_passages(record.get("extra_info") or {})
     reward = record["reward"]  # has no components if the policy wrote no token
     return SearchHistory(
-        follow(read_searches(record), gold, gold_answers(record["ground_truth"])),
+        follow(
+            read_searches(record),
+            gold,
+            gold_answers(record["ground_truth"]),
+            question_of(record) or record["prompt"],
+        ),
         gold.names,
         answered=record["stop_reason"] == "answer",
         right=reward.get("em", 0.0) >= 0.5,
@@ -75,11 +91,12 @@ def read_history(record: Record) -> SearchHistory:
 
 
 def follow(
-    searches: Sequence[Search], gold: GoldPassages, answers: Sequence[str]
+    searches: Sequence[Search], gold: GoldPassages, answers: Sequence[str], question: str
 ) -> list[SearchStep]:
     """The searches with what had been found after each of them."""
     steps: list[SearchStep] = []
     seen: set[str] = set()
+    read = words(question)
     gold_seen: frozenset[str] = frozenset()
     has_answer = False
     for search in searches:
@@ -87,10 +104,25 @@ def follow(
         new = [id for id in ids if id not in seen]
         gold_seen |= gold.found_in(search.passages)
         has_answer = has_answer or holds_gold(search.texts, answers)
-        step = SearchStep(search.query, ids, new, gold_seen, has_answer, search.latency_s)
-        steps.append(step)
+        drifts = read.isdisjoint(subject_words(search.query))
+        steps.append(
+            SearchStep(search.query, ids, new, gold_seen, has_answer, drifts, search.latency_s)
+        )
         seen.update(ids)
+        read = read.union(*map(words, search.texts))
     return steps
+
+
+def subject_words(query: str) -> set[str]:
+    """The words of a query that say what it is about: its names, or else all but general words.
+
+    >>> sorted(subject_words("Who married Ada Lovelace in 1835"))
+    ['1835', 'ada', 'lovelace']
+    >>> sorted(subject_words("capital of peru"))
+    ['capital', 'peru']
+    """
+    names = words(" ".join(NAME.findall(query))) - GENERAL_WORDS
+    return names or words(query) - GENERAL_WORDS
 
 
 def words(query: str) -> set[str]:
@@ -158,6 +190,7 @@ def general_figures(histories: Sequence[SearchHistory]) -> Figures:
         "valid_actions": mean(histories, share_of_valid_actions),
         "duplicate_queries": sum(map(duplicates, histories)) / searches,
         "near_duplicate_queries": sum(map(near_duplicates, histories)) / searches,
+        "query_drift": sum(step.drifts for step in steps) / searches,
         "new_passages": sum(len(step.new) for step in steps) / max(1, retrieved),
         "own_tokens": mean(histories, lambda h: num_tokens(h.record, "model")),
         "retrieved_tokens": mean(histories, lambda h: num_tokens(h.record, "observation")),

@@ -50,6 +50,21 @@ def test_nearly_the_same_query():
     )
 
 
+def test_a_query_drifts_if_it_names_nothing_that_was_asked_or_found():
+    searches = [
+        ("mayor of Lund in 1990", [passage("1", "The mayor was Ada Berg.")]),
+        ("birthplace of Berg", []),
+        ("How old is Paris", []),
+        ("the mayor of", []),
+        ("population growth", []),
+        ("", []),
+    ]
+    history = read_history(record("Where was the mayor of Lund born?", searches))
+    assert [step.drifts for step in history.searches] == [False, False, True, False, True, True]
+    asked = record("", [("capital of Peru", [])]) | {"prompt": "What is the capital of Peru?"}
+    assert not read_history(asked).searches[0].drifts
+
+
 def test_behaviour_by_hand():
     records = [
         record("a", [("x", [passage("1")]), ("y", [passage("2")])], em=1.0),
@@ -66,6 +81,7 @@ def test_behaviour_by_hand():
         "valid_actions": (1 + 1 + 0 + 1) / 4,
         "duplicate_queries": 1 / 5,
         "near_duplicate_queries": 1 / 5,
+        "query_drift": 4 / 5,
         "new_passages": 4 / 5,
         "own_tokens": (5 + 3 + 1 + 5) / 4,
         "retrieved_tokens": (10 + 5 + 0 + 10) / 4,
