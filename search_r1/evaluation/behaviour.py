@@ -26,8 +26,11 @@ NEAR = 0.8
 NAME = re.compile(r"\b[A-Z0-9][\w'’-]*")
 """A word with a capital or a digit at its beginning, as names and years have."""
 GENERAL_WORDS = frozenset(
-    "and are as at be by did do does for from had has have how in is it its many much of on or that "
-    "their there they this to was were what when where which who whom whose why will with".split()
+    re.findall(
+        r"\w+",
+        "and are as at be by did do does for from had has have how in is it its many much of on or "
+        "that their there they this to was were what when where which who whom whose why will with",
+    )
 )
 """Words that do not say what a query is about; `normalize_answer` drops articles."""
 Figures = dict[str, float]

@@ -64,6 +64,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--simulated_temperature must be at least 0")
     if args.simulated_max_retries < 0:
         parser.error("--simulated_max_retries must be at least 0")
+    if args.shuffled < 1:
+        parser.error("--shuffled must be at least 1")
     if args.simulated_timeout_s <= 0:
         parser.error("--simulated_timeout_s must be positive")
     return args
@@ -75,7 +77,7 @@ def readers_of_flags(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
     expansion: tuple[bool, str] = (args.query_expansion is not None, f"--query_expansion {RM3}")
     of_engine = {
         "hybrid": ("hybrid_of",),
-        "noisy": ("noisy_of", "noise"),
+        "noisy": ("noisy_of", "noise", "shuffled"),
         "oracle": ("questions",),
         "simulated": tuple(flag for flag in vars(args) if flag.startswith("simulated_")),
     }
@@ -274,7 +276,8 @@ def add_experiment_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--questions",
         type=Path,
-        help="oracle: parquet with extra_info.question and extra_info.gold_ids",
+        nargs="+",
+        help="oracle: parquet files with extra_info.question and extra_info.gold_ids",
     )
     add(
         "--noisy_of",
@@ -288,6 +291,12 @@ def add_experiment_flags(parser: argparse.ArgumentParser) -> None:
         type=share,
         default=0.3,
         help="noisy: share of passages replaced by random ones (default: 0.3)",
+    )
+    add(
+        "--shuffled",
+        type=int,
+        default=1,
+        help="noisy: number of first passages that are put into a random order (default: 1)",
     )
     add("--seed", type=int, default=0, help="noisy, random: seed (default: 0)")
 

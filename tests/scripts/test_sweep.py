@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from search_r1.launch import read_setup
 from search_r1.prompts import SHORT_CONDENSE_PROMPT
+from search_r1.search.retrieval_server import parse_arguments
 from tests.e2e.runs import ROOT
 from tests.search_r1.evaluation.records import passage, record
 from verl.trainer.compose import as_plain
@@ -29,6 +30,7 @@ CONDENSING = ROOT / "scripts" / "sweeps" / "condensing.yaml"
 CREDIT = ROOT / "scripts" / "sweeps" / "credit.yaml"
 DISTILLATION = ROOT / "scripts" / "sweeps" / "distillation.yaml"
 COLLAPSE = ROOT / "scripts" / "sweeps" / "collapse.yaml"
+CLAIMS = sorted((ROOT / "scripts" / "sweeps").glob("claims_*.yaml"))
 
 
 @pytest.mark.parametrize("run", sweep.read_sweep(ALGORITHMS))
@@ -42,6 +44,24 @@ def test_runs_take_equal_samples_and_optimizer_steps(run):
         and config.num_mini_batches["mini_batch"] == 1
     )
     assert config.trainer.default_local_dir == f"runs/algorithms/{run}"
+
+
+@pytest.mark.parametrize(
+    ("path", "run"),
+    [(path, run) for path in CLAIMS for run in sweep.read_sweep(path) if run.endswith("-seed0")],
+    ids=lambda value: value if isinstance(value, str) else value.stem,
+)
+def test_runs_of_the_claims_take_equal_samples_and_optimizer_steps(path, run, tokenizer):
+    (_, script, *overrides), _ = sweep.read_sweep(path)[run]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        composed = compose(script.removeprefix("train_").removesuffix(".sh"), overrides)
+    config = validate(OmegaConf.to_container(composed, resolve=True))
+    check_trainable(config, build_agent(config, tokenizer), build_reward(config, tokenizer))
+    trajectories = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    assert trajectories == 240 and config.num_mini_batches["mini_batch"] == 1
+    assert config.trainer.total_training_steps == 15
+    flags = read_setup(as_plain(composed)).server_flags
+    parse_arguments(["--index_path", "i", "--corpus_path", "c", *flags])
 
 
 @pytest.mark.parametrize(

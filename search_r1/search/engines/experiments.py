@@ -47,27 +47,42 @@ class Random:
 
 
 class Noisy:
-    """Searches with another engine, and replaces each passage with probability `noise` by a random
-    one."""
+    """Searches with another engine, and spoils what it finds.
+
+    The first `shuffled` passages are put into a random order, as an engine might that ranks badly,
+    before the list is cut to the number that was asked for. Then each passage is replaced with
+    probability `noise` by a random one. All of it is the same whenever the query is the same.
+    """
 
     name = "noisy"
 
-    def __init__(self, retriever: Retriever, corpus: Corpus, noise: float, seed: int = 0) -> None:
+    def __init__(
+        self, retriever: Retriever, corpus: Corpus, noise: float, seed: int = 0, shuffled: int = 1
+    ) -> None:
         self.retriever = retriever
         self.settings = settings_of(retriever)
         self.random = Random(corpus, seed)
         self.noise = noise
         self.seed = seed
+        self.shuffled = shuffled
 
     def __len__(self) -> int:
         return len(self.retriever)
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits | EngineError]:
-        found = self.retriever.search(queries, topk)
+        found = self.retriever.search(queries, max(topk, self.shuffled))
         return [
-            hits if isinstance(hits, EngineError) else self.spoil(query, hits)
+            hits
+            if isinstance(hits, EngineError)
+            else self.spoil(query, self.shuffle(query, hits)[:topk])
             for query, hits in zip(queries, found, strict=True)
         ]
+
+    def shuffle(self, query: str, hits: Hits) -> Hits:
+        """Puts the first `shuffled` passages into a random order; each keeps its score."""
+        first = hits[: self.shuffled]
+        rng_of(f"order of {query}", self.seed).shuffle(first)
+        return first + hits[self.shuffled :]
 
     def spoil(self, query: str, hits: Hits) -> Hits:
         """Replaces the passages of some hits, which keep their scores."""
@@ -84,25 +99,26 @@ class Oracle:
     """An engine that finds only gold passages.
 
     A query that is one of the questions finds the gold passages of that question. Any other query
-    finds the best ones by BM25 among the gold passages of all questions. The questions are a
-    parquet file with `extra_info.gold_ids`.
+    finds the best ones by BM25 among the gold passages of all questions. The questions are in
+    parquet files with `extra_info.gold_ids`.
     """
 
     name = "oracle"
     DEPTH = 1000
     """Number of passages that BM25 ranks; only the gold ones among them are kept."""
 
-    def __init__(self, bm25: BM25Retriever, questions: Path) -> None:
-        """Raises CorpusError when the file has no gold ids, or the corpus lacks one of them."""
+    def __init__(self, bm25: BM25Retriever, questions: Sequence[Path]) -> None:
+        """Raises CorpusError when a file has no gold ids, or the corpus lacks one of them."""
         self.bm25 = bm25
         positions = {str(bm25.corpus[i]["id"]): i for i in range(len(bm25))}
         self.gold: dict[str, list[int]] = {}
-        for question, ids in read_gold(questions):
-            if missing := [i for i in ids if i not in positions]:
-                raise CorpusError(
-                    f"{questions}: gold passage {missing[0]!r} is not in {bm25.corpus.path}"
-                )
-            self.gold[question] = [positions[i] for i in ids]
+        for path in questions:
+            for question, ids in read_gold(path):
+                if missing := [i for i in ids if i not in positions]:
+                    raise CorpusError(
+                        f"{path}: gold passage {missing[0]!r} is not in {bm25.corpus.path}"
+                    )
+                self.gold[question] = [positions[i] for i in ids]
         self.all = set(chain.from_iterable(self.gold.values()))
 
     def __len__(self) -> int:

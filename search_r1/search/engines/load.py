@@ -163,7 +163,7 @@ def oracle(args: argparse.Namespace) -> Retriever:
     """Loads the engine that finds gold passages. Raises RetrieverError without questions."""
     if args.questions is None:
         raise RetrieverError(
-            "--retriever_name oracle needs --questions, a parquet file with extra_info.gold_ids"
+            "--retriever_name oracle needs --questions, parquet files with extra_info.gold_ids"
         )
     return Oracle(BM25Retriever(one_index(args), args.corpus_path), args.questions)
 
@@ -171,7 +171,7 @@ def oracle(args: argparse.Namespace) -> Retriever:
 def noisy(args: argparse.Namespace) -> Retriever:
     """Loads an engine some of whose passages are replaced by random ones."""
     retriever = indexed(args.noisy_of, one_index(args), args)
-    return Noisy(retriever, corpus_of(args), args.noise, args.seed)
+    return Noisy(retriever, corpus_of(args), args.noise, args.seed, args.shuffled)
 
 
 EXPERIMENT_LOADERS: dict[str, Callable[[argparse.Namespace], Retriever]] = {

@@ -74,6 +74,20 @@ def test_noisy_replaces_its_share(folder, noise):
     assert ids(noisy.search(queries[7:8], 5)[0]) == ids(pairs[7][1])
 
 
+def test_a_bad_ranking_is_the_same_passages_in_another_order(folder):
+    flags = ["--index_path", folder / "bm25"]
+    clean = engine(folder, *flags)
+    noisy = engine(folder, *flags, "--retriever_name", "noisy", "--noise", 0, "--shuffled", 5)
+    queries = [f"Place{i % 10} Name{i}" for i in range(100)]
+    pairs = list(zip(clean.search(queries, 8), noisy.search(queries, 8), strict=True))
+    assert all(sorted(ids(x)[:5]) == sorted(ids(y)[:5]) for x, y in pairs)
+    assert all(ids(x)[5:] == ids(y)[5:] for x, y in pairs)
+    first = statistics.mean(ids(x)[0] == ids(y)[0] for x, y in pairs)
+    assert first == pytest.approx(1 / 5, abs=0.1)
+    (cut,) = noisy.search(queries[:1], 2)
+    assert ids(cut) == ids(pairs[0][1])[:2], "drawn from the first five, however few are asked for"
+
+
 def test_oracle_gives_gold_passages_alone(folder):
     e = engine(
         folder,
@@ -87,6 +101,19 @@ def test_oracle_gives_gold_passages_alone(folder):
     assert len(e) == 3
     found = e.search(["Where does Name3 live?", "Who?", "Name13", "Place3"], 3)
     assert [ids(hits) for hits in found] == [["3"], ["13", "5"], ["13"], ["3", "13"]]
+
+
+def test_oracle_knows_the_questions_of_all_its_files(folder, tmp_path):
+    table = [{"extra_info": {"question": "Where does Name7 live?", "gold_ids": ["7"]}}]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "further.parquet")
+    flags = ["--retriever_name", "oracle", "--index_path", folder / "bm25"]
+    files = [folder / "q.parquet", tmp_path / "further.parquet"]
+    e = engine(folder, *flags, "--questions", *files)
+    assert len(e) == 4
+    assert [ids(hits) for hits in e.search(["Where does Name7 live?", "Who?"], 3)] == [
+        ["7"],
+        ["13", "5"],
+    ]
 
 
 def test_oracle_of_other_passages_is_refused(folder, tmp_path):
