@@ -218,6 +218,7 @@ class Finetune:
         model = self.raw["actor_rollout_ref"]["model"]
         fsdp = self.raw["actor_rollout_ref"]["actor"]["fsdp_config"]
         ranks = self.raw["trainer"]["n_gpus_per_node"]
+        threads = self.raw["trainer"]["threads_per_rank"]
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         run(
             *launcher,
@@ -233,6 +234,7 @@ class Finetune:
             f"max_token_len_per_gpu={self.config.max_token_len_per_gpu}",
             f"max_length={longest}",
             f"seed={self.raw['trainer']['seed']}",
+            *([f"threads_per_rank={threads}"] if threads else []),
         )
         (folder / "unfinished").rename(folder / "hf")
 

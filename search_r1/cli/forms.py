@@ -58,6 +58,10 @@ def data() -> int | None:
                 "training files of a corpus alone, whose questions a model writes",
                 "search_r1.data.synthesize:main",
             ),
+            "demonstrate": (
+                "traces of the protocol for training questions, without a model",
+                "search_r1.data.demonstrate:main",
+            ),
             "filter": (
                 "the training questions that a policy solves sometimes",
                 "search_r1.data.pass_rate:main",

@@ -30,7 +30,7 @@ from search_r1.data.rows import training_row
 from search_r1.partial import started
 from search_r1.program import command_parser
 from search_r1.prompts import build_prompt
-from search_r1.rewards.matching import normalize_answer
+from search_r1.rewards.matching import normalize_answer, stands_in
 from search_r1.search.client import RetrievalClient, RetrieverConfig, SearchError, check_server
 from search_r1.search.errors import RetrieverError
 from search_r1.search.index.corpus import Corpus
@@ -145,16 +145,6 @@ def misfit(question: str, answer: str, passage: str) -> str | None:
     if stands_in(answer, question):
         return "answer in the question"
     return None
-
-
-def stands_in(answer: str, text: str) -> bool:
-    """Whether an answer stands in a text in whole words, both normalised as rewards do.
-
-    >>> stands_in("the Tide", "Tide, 1947"), stands_in("194", "Tide, 1947"), stands_in("-", "a - b")
-    (True, False, False)
-    """
-    words = normalize_answer(answer)
-    return bool(words) and f" {words} " in f" {normalize_answer(text)} "
 
 
 def passages_in(corpus: Corpus, seed: int) -> Iterator[dict[str, Any]]:

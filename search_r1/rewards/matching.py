@@ -72,6 +72,16 @@ def holds_gold(texts: Iterable[str], golds: Iterable[str]) -> bool:
     return any(gold in text for gold in normal_golds for text in normal_texts)
 
 
+def stands_in(answer: str, text: str) -> bool:
+    """Whether an answer stands in a text in whole words, both normalised as rewards do.
+
+    >>> stands_in("the Tide", "Tide, 1947"), stands_in("194", "Tide, 1947"), stands_in("-", "a - b")
+    (True, False, False)
+    """
+    words = normalize_answer(answer)
+    return bool(words) and f" {words} " in f" {normalize_answer(text)} "
+
+
 def f1(prediction: str, golds: Sequence[str]) -> float:
     """Best token F1 against the gold answers, in [0, 1]."""
     return max(

@@ -20,7 +20,7 @@ from verl.workers.config import ModelConfig
 pytestmark = pytest.mark.cpu_engine
 
 BASE = Path(__file__).parents[2] / "data" / "closed_world" / "base"
-QUESTIONS = 100
+QUESTIONS = 40
 SAMPLES = 2
 SEQUENCES = 16
 """What the engine computes at once: far fewer than there are samples, so that most of them wait."""

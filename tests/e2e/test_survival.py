@@ -137,16 +137,10 @@ def test_killed_and_resumed_to_the_last_bit(tmp_path, model):
 
     All its processes get SIGKILL in step 5 of 6, and it is resumed from the checkpoint of step 3.
     Prompts, tokens, losses and final weights are those of the undisturbed run.
-
-    Then that checkpoint is resumed once more, on two ranks instead of one. The prompts come in the
-    same order. The first step has the same tokens, and a loss within rounding: each log-prob is off
-    by at most d (what trainer and engine, two implementations of the same sums, differ by in these
-    runs, at most 1e-5), so that the loss, a mean of A * ratio, is off by at most 2 d max|A|. Later
-    steps drift apart, because Adam divides rounding by rounding where gradients are near zero.
     """
-    straight, killed, wider = (tmp_path / name for name in ("straight", "killed", "wider"))
-    for folder in (straight, killed, wider):
-        folder.mkdir()
+    straight, killed = (tmp_path / name for name in ("straight", "killed"))
+    straight.mkdir()
+    killed.mkdir()
     with family() as environment:
         Run(straight, model, environment, **BITS).ends()
         run = Run(killed, model, environment, **BITS)
@@ -156,11 +150,6 @@ def test_killed_and_resumed_to_the_last_bit(tmp_path, model):
         Run(killed, model, environment, **BITS).ends()
         assert "resuming after step 3" in run.output
 
-        (wider / "run").mkdir()
-        shutil.copytree(straight / "run/global_step_3", wider / "run/global_step_3")
-        (wider / "run/latest_checkpointed_iteration.txt").write_text("3")
-        Run(wider, model, environment, **{**BITS, "trainer__n_gpus_per_node": 2}).ends()
-
     expected = metrics(straight)
     resumed = metrics(killed)
     assert [compared(line) for line in resumed] == [compared(line) for line in expected]
@@ -169,6 +158,26 @@ def test_killed_and_resumed_to_the_last_bit(tmp_path, model):
         assert sampled(killed, step) == sampled(straight, step)
     weights = [f / "run/hf/model.safetensors" for f in (straight, killed)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_resumed_on_two_ranks_instead_of_one(tmp_path, model):
+    """A checkpoint of one rank is resumed on two, beside the run that goes on with one.
+
+    The prompts come in the same order. The first step has the same tokens, and a loss within
+    rounding: each log-prob is off by at most d (what trainer and engine, two implementations of the
+    same sums, differ by in these runs, at most 1e-5), so that the loss, a mean of A * ratio, is off
+    by at most 2 d max|A|. Later steps drift apart, because Adam divides rounding by rounding where
+    gradients are near zero. (tests/verl/test_checkpoint.py compares the states that are loaded.)
+    """
+    straight, wider = (tmp_path / name for name in ("straight", "wider"))
+    straight.mkdir()
+    (wider / "run").mkdir(parents=True)
+    with family() as environment:
+        Run(straight, model, environment, **BITS).ends()
+        shutil.copytree(straight / "run/global_step_3", wider / "run/global_step_3")
+        (wider / "run/latest_checkpointed_iteration.txt").write_text("3")
+        Run(wider, model, environment, **{**BITS, "trainer__n_gpus_per_node": 2}).ends()
 
     fourth, wide = (
         next(x for x in metrics(f) if x["training/global_step"] == 4) for f in (straight, wider)
@@ -255,10 +264,10 @@ def test_every_part_is_killed_in_turn(tmp_path, model):
 
 
 def test_asked_to_stop(tmp_path, model):
-    """Three runs of the same command are stopped, and train on every batch once.
+    """Two runs of the same command are stopped, and train on every batch once.
 
-    SIGTERM: the step is finished and saved, status 143. Ctrl-C once: the same, 130. Ctrl-C twice:
-    it ends at once, 130, and what was saved before is there.
+    SIGTERM: the step is finished and saved, status 143. Ctrl-C twice: it ends at once, 130, and
+    what was saved before is there. (tests/verl/test_supervise.py has Ctrl-C once.)
     """
     settings = {
         "trainer__total_training_steps": 40,
@@ -282,18 +291,16 @@ def test_asked_to_stop(tmp_path, model):
 
         first = stopped_in_step(2, signal.SIGTERM)
         assert (tmp_path / f"run/global_step_{first}").is_dir()
-        second = stopped_in_step(first + 1, signal.SIGINT)
-        assert second > first and (tmp_path / f"run/global_step_{second}").is_dir()
-        third = stopped_in_step(second + 1, signal.SIGINT, signal.SIGINT)
-        assert third > second and not (tmp_path / f"run/global_step_{third}").is_dir()
-    assert {k: v for k, v in prompts(tmp_path).items() if k <= third} == drawn(third, 4)
+        second = stopped_in_step(first + 1, signal.SIGINT, signal.SIGINT)
+        assert second > first and not (tmp_path / f"run/global_step_{second}").is_dir()
+    assert {k: v for k, v in prompts(tmp_path).items() if k <= second} == drawn(second, 4)
     assert not (tmp_path / "run/restarts.jsonl").exists()
 
 
 def test_asynchronous_and_killed(tmp_path, model):
     """An asynchronous run is killed after step 5 and resumed.
 
-    Two engines work beside the training, batches are rolled out two steps ahead, weights change
+    An engine works beside the training, batches are rolled out two steps ahead, weights change
     between turns, and an engine of its own validates. Every batch is trained on once and in order
     although others were under way; no token is older than two versions; trajectories change weights
     between turns.
@@ -302,7 +309,6 @@ def test_asynchronous_and_killed(tmp_path, model):
         "async_training__max_staleness": 2,
         "algorithm__rollout_correction__rollout_is": "token",
         "actor_rollout_ref__hybrid_engine": "false",
-        "actor_rollout_ref__rollout__num_replicas": 2,
         "actor_rollout_ref__rollout__num_val_replicas": 1,
         "actor_rollout_ref__actor__optim__lr": 1e-3,
         "trainer__total_training_steps": 8,

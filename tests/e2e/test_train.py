@@ -149,7 +149,10 @@ def test_a_reward_that_raises_ends_the_run_with_its_line_and_no_traceback_of_our
 @pytest.mark.parametrize(
     ("config", "flags"),
     [
-        pytest.param("toy", ["--config-dir", "tests/e2e"], id="library alone"),
+        # survival and a reward that raises are runs of the library alone as well
+        pytest.param(
+            "toy", ["--config-dir", "tests/e2e"], id="library alone", marks=pytest.mark.slow
+        ),
         pytest.param(
             "grpo",
             [

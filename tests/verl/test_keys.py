@@ -510,7 +510,7 @@ TABLE = [
     Case("trainer.device", "cuda", asked("process groups")),
     Case("trainer.nnodes", 2, asked("nodes")),
     Case("trainer.n_gpus_per_node", 2, asked("places of a node")),
-    Case("trainer.threads_per_rank", 3, asked("threads")),
+    Case("trainer.threads_per_rank", 61, asked("threads")),
     Case("trainer.ray_address", "auto", asked("cluster")),
     Case("trainer.seed", 7, batches, SHUFFLED),
     Case("trainer.seed", 7, asked("engine seeds")),

@@ -36,6 +36,11 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
+def share_of_cores(ranks: int) -> int:
+    """The number of threads of each rank where so many of them share the cores of a machine."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 def init_process_group(
     rank: int, world_size: int, store: Store | None, device: str, threads: int | None = None
 ) -> None:

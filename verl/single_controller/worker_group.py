@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -26,6 +27,7 @@ from verl.single_controller.worker import (
     init_process_group,
     make_deterministic,
     seed_everything,
+    share_of_cores,
     stacks,
 )
 from verl.utils.errors import ConfigError, DataError, RewardError
@@ -172,9 +174,14 @@ class WorkerHost:
         port: int,
         device: str,
         threads: int | None,
+        ranks_here: int,
     ) -> None:
-        """Joins the process group as `rank`, with a random state of its own."""
+        """Joins the process group as `rank`, with a random state of its own.
+
+        Without a number of `threads` the cores are shared by the `ranks_here` on this machine.
+        """
         disable_progress_bar()  # the driver has the console
+        threads = threads or share_of_cores(ranks_here)
         os.environ["MASTER_ADDR"] = address
         if deterministic:
             make_deterministic()
@@ -210,9 +217,10 @@ class RayWorkerGroup:
         address = self.locations[0]["ip"]
         (port,) = self._wait("open_store", [self.hosts[0].open_store.remote(address)])
         group = (self.world_size, address, port, device, threads)
+        ranks_on = Counter(location["ip"] for location in self.locations)
         setup = [
-            h.setup.remote(seed + rank, deterministic, rank, *group)
-            for rank, h in enumerate(self.hosts)
+            host.setup.remote(seed + rank, deterministic, rank, *group, ranks_on[location["ip"]])
+            for rank, (host, location) in enumerate(zip(self.hosts, self.locations, strict=True))
         ]
         self._wait("setup", setup)
         self.methods: dict[str, dict[str, Registered]] = {}

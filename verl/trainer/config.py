@@ -247,7 +247,7 @@ class TrainerConfig(Config):
     n_gpus_per_node: PositiveInt = 8
     """Training processes per node: GPUs, or gloo ranks on CPU."""
     threads_per_rank: PositiveInt | None = None
-    """CPU threads of a training process on CPU; null: torch decides."""
+    """CPU threads of a training process on CPU; null: the ranks of a machine share its cores."""
     ray_address: str | None = None
     """Ray cluster to join; null: start one on this machine."""
     seed: int = 0

@@ -30,7 +30,11 @@ from tqdm import tqdm
 from yaml import YAMLError
 
 from verl.protocol import DataProto
-from verl.single_controller.worker import init_process_group, seed_everything
+from verl.single_controller.worker import (
+    init_process_group,
+    seed_everything,
+    share_of_cores,
+)
 from verl.trainer.packing import decided, in_words
 from verl.utils import device
 from verl.utils.answers import kind_of
@@ -69,6 +73,8 @@ class SFTConfig(Config):
     """Maximum norm of the gradient."""
     seed: int = 0
     """Order of the rows."""
+    threads_per_rank: PositiveInt | None = None
+    """CPU threads of a process on CPU; null: the ranks of a machine share its cores."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
     fsdp: FSDPConfig = FSDPConfig()
 
@@ -226,7 +232,11 @@ def batches(examples: Sequence[Example], config: SFTConfig) -> Iterator[list[Exa
 
 
 def start_process_group(threads: int | None = None) -> None:
-    """Joins the process group of torchrun's environment; without it, a group of this process."""
+    """Joins the process group of torchrun's environment; without it, a group of this process.
+
+    Without a number of `threads` the ranks of this machine share its cores.
+    """
+    threads = threads or share_of_cores(int(os.getenv("LOCAL_WORLD_SIZE", "1")))
     rank = int(os.getenv("RANK", "0"))
     size = int(os.getenv("WORLD_SIZE", "1"))
     kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -265,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(f"error: {error}")
     if device.has_cuda_engine() and (problem := device.cuda_problem()):
         sys.exit(f"error: {problem}")  # an environment for GPUs must not train on the CPU
-    start_process_group()
+    start_process_group(config.threads_per_rank)
     seed_everything(config.seed)
     try:
         trainer = SFTTrainer(config)

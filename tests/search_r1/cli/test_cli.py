@@ -64,6 +64,7 @@ def test_a_long_help_is_there_for_those_who_ask(capsys):
         "data prepare",
         "data mask",
         "data synthesize",
+        "data demonstrate",
         "data filter",
         "data benchmarks",
         "data benchmarks test",
@@ -82,7 +83,10 @@ def test_a_command_that_does_not_exist_is_refused_with_the_nearest(capsys):
     assert status == 2 and err.endswith("there is no such command; did you mean train?\n")
     assert "there are train, evaluate" in run("x", capsys=capsys)[2]
     status, out, err = run("data", "x", capsys=capsys)
-    assert (status, out) == (2, "") and "prepare|mask|synthesize|filter|benchmarks" in err
+    assert (status, out) == (
+        2,
+        "",
+    ) and "prepare|mask|synthesize|demonstrate|filter|benchmarks" in err
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,14 @@ def gap(batch: DataProto, log_probs: torch.Tensor) -> float:
     return float((batch.batch["rollout_log_probs"] - log_probs)[mask].abs().max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        # every whole run of tests/e2e is of this family
+        pytest.param(name, marks=pytest.mark.slow if name == "qwen2.5" else ())
+        for name in FAMILIES
+    ],
+)
 def test_family(tmp_path, family):
     before, trained, after, scored = asyncio.run(whole_way(make_model(tmp_path, FAMILIES[family])))
     assert (
