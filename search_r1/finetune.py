@@ -11,6 +11,7 @@ model, so that an interrupted run continues after the last finished round. The f
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from search_r1.traces.main import converter_of, template_of, write_rows
 from search_r1.traces.sample import RECORDS, sampling_overrides
 from search_r1.trajectory import required_question
 from verl.agent import Row
+from verl.single_controller.worker import sharing_cores
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 from verl.trainer.overrides import quoted
@@ -241,9 +243,13 @@ class Finetune:
 
 def run(*command: str) -> None:
     """Runs Python with the arguments `command`; exits with its status if it fails."""
-    if status := subprocess.call(
-        [sys.executable, *command], cwd=root(), preexec_fn=dying_with_this()
-    ):
+    status = subprocess.call(
+        [sys.executable, *command],
+        cwd=root(),
+        env={**os.environ, **sharing_cores()},
+        preexec_fn=dying_with_this(),
+    )
+    if status:
         sys.exit(status)
 
 

@@ -8,6 +8,7 @@ report. The training is `verl.trainer.main_ppo`, or `search_r1.finetune` where `
 set. What `setup` leaves null is not made: for the paper's recipes only the training is started.
 """
 
+import json
 import logging
 import os
 import secrets
@@ -67,7 +68,9 @@ OF_SMALL_BASE = (
     "data.max_response_length",
     "actor_rollout_ref.actor.fsdp_config.dtype",
 )
-"""Keys whose values in experiment=own_data suit only the model that it names."""
+"""Keys whose values in experiment=own_data suit only a model as small as the one it names."""
+SMALL_WIDTH = 256
+"""The largest hidden size of such a model."""
 TOKENIZER = "actor_rollout_ref.model.tokenizer_path"
 MODELS = ("actor_rollout_ref.model.path", TOKENIZER, "critic.model.path", "teacher.model.path")
 """Keys whose values are paths or names of models on the Hugging Face hub."""
@@ -105,10 +108,11 @@ def launch(argv: Sequence[str]) -> int:
         )
     config, overrides = composed(line.config_name, line.overrides)
     if kept := values_of_small_base(config, overrides):
-        logger.warning(
-            "experiment=own_data has the values of the closed world's small base model, such as "
-            "%s: experiment=own_model has those for others",
-            " ".join(kept),
+        raise ConfigError(
+            [
+                "experiment=own_data has the values of the closed world's small base model: take "
+                f"experiment=own_model, or give your own for {' '.join(kept)}"
+            ]
         )
     validate(compose.as_plain(config))
     if config.finetune.data is not None:
@@ -135,11 +139,22 @@ def composed(
 
 
 def values_of_small_base(config: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """The values of experiment=own_data that are kept although the command names another model."""
+    """The values of experiment=own_data that are kept although the command names a larger model."""
     given = {text.partition("=")[0] for text in overrides}
     if "experiment=own_data" not in overrides or MODELS[0] not in given:
         return []
+    if is_small(Path(config.actor_rollout_ref.model.path)):
+        return []
     return [f"{key}={OmegaConf.select(config, key)}" for key in OF_SMALL_BASE if key not in given]
+
+
+def is_small(model: Path) -> bool:
+    """Whether this is a folder of a model of the size of the closed world's base."""
+    description = model / "config.json"
+    if not description.is_file():
+        return False
+    width = json.loads(description.read_text(encoding="utf-8")).get("hidden_size")
+    return width is not None and width <= SMALL_WIDTH
 
 
 def train(config_name: str, overrides: Sequence[str], config: DictConfig) -> int:

@@ -10,6 +10,7 @@ from tests.e2e.runs import CORPUS
 from tests.models import make_tokenizer
 from tests.retrieval import retrieval_server, write_corpus
 from tests.templates import make_family_tokenizer
+from verl.trainer.precision import register_precision
 from verl.trainer.schema import register_models
 from verl.utils.device import has_cuda_engine
 
@@ -19,6 +20,7 @@ TESTS = Path(__file__).parent
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 register_models()  # tests compose with Hydra itself
+register_precision()
 
 # the same examples on every machine
 settings.register_profile("suite", deadline=None, derandomize=True)

@@ -299,11 +299,20 @@ def test_wrong_configurations_are_refused_before_a_world_is_made(tmp_path):
         (["experiment=own_model", "actor_rollout_ref.model.path=M"], []),
     ],
 )
-def test_another_model_with_the_values_of_the_small_base_is_told(overrides, kept):
+def test_a_larger_model_with_the_values_of_the_small_base_is_refused(overrides, kept):
     config, complete = composed("grpo", overrides)
     found = values_of_small_base(config, complete)
     assert len(found) == len(kept)
     assert all(text.endswith(end) for text, end in zip(found, kept, strict=True))
+    if kept:
+        with pytest.raises(ConfigError, match="take experiment=own_model, or give your own for"):
+            launch_command(overrides)
+
+
+def test_what_the_small_base_became_goes_on_with_its_values():
+    trained = ["experiment=own_data", "actor_rollout_ref.model.path=data/closed_world/deep/base"]
+    config, complete = composed("grpo", trained)
+    assert values_of_small_base(config, complete) == []
 
 
 def test_a_corpus_that_is_not_named_is_asked_for():

@@ -28,6 +28,7 @@ from verl.single_controller.worker import (
     make_deterministic,
     seed_everything,
     share_of_cores,
+    sharing_cores,
     stacks,
 )
 from verl.utils.errors import ConfigError, DataError, RewardError
@@ -105,7 +106,10 @@ class RayResourcePool:
             on_node = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node)
             for _ in range(size):
                 host = host_class.options(
-                    num_cpus=1, num_gpus=int(self.use_gpu), scheduling_strategy=on_node
+                    num_cpus=1,
+                    num_gpus=int(self.use_gpu),
+                    scheduling_strategy=on_node,
+                    runtime_env={"env_vars": sharing_cores()},
                 )
                 hosts.append(host.remote())
         return hosts, ray.get([host.location.remote() for host in hosts])

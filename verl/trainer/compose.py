@@ -17,12 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl.trainer.compat import PROJECTS, fates_of, translate
 from verl.trainer.overrides import first_line, parse, quoted
+from verl.trainer.precision import register_precision
 from verl.trainer.schema import register_models
 from verl.utils.config import did_you_mean
 from verl.utils.errors import ConfigError
 from verl.utils.places import config_folders, config_names, configs
 
 register_models()
+register_precision()
 CONFIGS = configs()
 HUB = "hf:"
 """The prefix of a data set of the Hugging Face hub, in keys that also accept paths."""
