@@ -89,6 +89,15 @@ def test_the_script_chooses_the_algorithm_where_no_recipe_does(overrides):
     assert grpo == composed("ppo", *given, "algo=grpo")
 
 
+@pytest.mark.parametrize("script", ALGOS)
+def test_the_recipe_for_a_laptop_takes_one_step_of_64_trajectories_without_a_reference(script):
+    config = validate(composed(script, "experiment=smollm2_nq", "actor_rollout_ref.rollout.n=8"))
+    assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 64
+    assert config.num_mini_batches["mini_batch"] == 1 and config.trainer.n_gpus_per_node == 1
+    assert config.use_reference == (script == "ppo")
+    assert config.algorithm.rollout_correction.corrects
+
+
 @pytest.mark.parametrize(
     ("recipe", "paid"),
     [
