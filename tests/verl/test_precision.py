@@ -4,6 +4,10 @@ import pytest
 
 from tests.configs import composed
 from verl.trainer import precision
+from verl.trainer.config import validate
+
+TRAINER = "actor_rollout_ref.actor.fsdp_config.dtype"
+ENGINE = "actor_rollout_ref.rollout.dtype"
 
 
 @pytest.mark.parametrize(
@@ -27,3 +31,20 @@ def test_bfloat16_is_for_machines_that_multiply_it(tmp_path, monkeypatch, gpu, l
     config = composed("grpo", "experiment=smollm2_nq")["actor_rollout_ref"]
     assert config["rollout"]["dtype"] == expected
     assert all(config[role]["fsdp_config"]["dtype"] == expected for role in ("actor", "ref"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "overrides", "cures"),
+    [
+        ("avx2", [f"{TRAINER}=bfloat16", f"{ENGINE}=bfloat16"], [TRAINER, ENGINE]),
+        ("avx2", [f"{ENGINE}=bfloat16"], [ENGINE]),
+        ("avx2", [], []),
+        ("avx512_bf16", [f"{TRAINER}=bfloat16"], []),
+        ("avx2", [f"{TRAINER}=bfloat16", "trainer.device=cuda"], []),
+    ],
+)
+def test_a_precision_that_the_processor_lacks_is_told(monkeypatch, flags, overrides, cures):
+    monkeypatch.setattr(precision, "cpu_flags", lambda: {flags})
+    config = validate(composed("grpo", "trainer.device=cpu", *overrides))
+    told = precision.slow_precision(config) or ""
+    assert [word for word in told.split() if "=" in word] == [f"{key}=float32" for key in cures]

@@ -19,6 +19,7 @@ from verl.trainer.ppo.checkpoints import read_state
 from verl.trainer.ppo.information_gain import COMPONENT
 from verl.trainer.ppo.processes import Processes, start_processes
 from verl.trainer.ppo.ray_trainer import ENDINGS, RayPPOTrainer
+from verl.trainer.precision import slow_precision
 from verl.trainer.preparation import (
     Task,
     check_environment,
@@ -96,6 +97,8 @@ def run_ppo(raw: dict[str, Any], stop: Stop) -> None:
     check_environment(config, task.agent, gpus_here(config))
     with held(config.trainer.default_local_dir):
         logger.info("%s", plan_of(config, len(train_set)))
+        if slow := slow_precision(config):
+            logger.warning("%s", slow)
         config = decide_packing(config)
         resume = checkpoint_to_resume(config, train_set)
         write_config(raw, config)
