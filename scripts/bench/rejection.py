@@ -22,6 +22,8 @@ BASE = "data/closed_world/base"
 ROUNDS = 3
 QUESTIONS = 720
 SAMPLES = 5
+STEPS = 60
+"""Optimizer steps of a round, on 64 rows each. GRPO takes 15 for as many trajectories."""
 
 
 def train(seed: int) -> list[str]:
@@ -33,6 +35,7 @@ def train(seed: int) -> list[str]:
         RECIPE,
         f"finetune.rounds={ROUNDS}",
         f"finetune.samples={SAMPLES}",
+        f"finetune.steps={STEPS}",
         f"data.train_data_num={QUESTIONS}",
         f"data.train_sample_seed={seed}",
         f"trainer.seed={seed}",
