@@ -35,7 +35,6 @@ from search_r1.traces.main import converter_of, template_of, write_rows
 from search_r1.traces.sample import RECORDS, sampling_overrides
 from search_r1.trajectory import required_question
 from verl.agent import Row
-from verl.single_controller.worker import sharing_cores
 from verl.trainer.compose import as_plain
 from verl.trainer.config import validate
 from verl.trainer.overrides import quoted
@@ -45,7 +44,7 @@ from verl.utils.errors import ConfigError, DataError
 from verl.utils.loading import load_class
 from verl.utils.model_names import full_path
 from verl.utils.places import root
-from verl.utils.processes import dying_with_this
+from verl.utils.processes import dying_with_this, sharing_cores
 from verl.utils.run_folder import claim, replacing
 from verl.utils.tokenizer import encode_chat, encode_text, end_of_turn
 

@@ -66,7 +66,7 @@ def figures(name: str) -> study.Row:
     for number in range(ROUNDS + 1):
         text = (folder / f"evaluation_{number}" / "summary.json").read_text()
         for source, found in json.loads(text).items():
-            if source != "all":
+            if source not in ("all", "average"):
                 em.setdefault(source, []).append((number * QUESTIONS * SAMPLES, found["em"]))
     kept = [
         sum(1 for _ in (folder / f"round_{number}" / "rows.jsonl").open())

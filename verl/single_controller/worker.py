@@ -13,17 +13,6 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
-WAIT_POLICY = "OMP_WAIT_POLICY"
-"""Environment variable that libgomp reads when torch is imported."""
-
-
-def sharing_cores() -> dict[str, str]:
-    """The environment of a process whose threads may have to share cores with other processes.
-
-    Threads that spin while they wait for one that has lost its core make a step twelve times as
-    long; asleep they cost nothing that shows (docs/hardware.md).
-    """
-    return {WAIT_POLICY: os.environ.get(WAIT_POLICY, "PASSIVE")}
 
 
 class Worker:

@@ -28,10 +28,10 @@ from verl.single_controller.worker import (
     make_deterministic,
     seed_everything,
     share_of_cores,
-    sharing_cores,
     stacks,
 )
 from verl.utils.errors import ConfigError, DataError, RewardError
+from verl.utils.processes import sharing_cores
 
 logger = logging.getLogger(__name__)
 SOON_S = 10

@@ -1,4 +1,4 @@
-"""Processes that end together: children that follow parents, and sessions."""
+"""Processes that end together (children that follow parents, and sessions), and share cores."""
 
 import ctypes
 import os
@@ -17,6 +17,8 @@ from typing import IO
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+WAIT_POLICY = "OMP_WAIT_POLICY"
+"""Environment variable that libgomp reads when torch is imported."""
 
 
 def ended(pid: int, timeout_s: float | None = None) -> bool:
@@ -193,3 +195,12 @@ class Forward:
         if self._child is not None:  # the block was left by an exception
             kill_session(self._child.pid)
             self.reap()
+
+
+def sharing_cores() -> dict[str, str]:
+    """The environment of a process whose threads may have to share cores with other processes.
+
+    Threads that spin while they wait for one that has lost its core make a step twelve times as
+    long; asleep they cost nothing that shows (docs/hardware.md).
+    """
+    return {WAIT_POLICY: os.environ.get(WAIT_POLICY, "PASSIVE")}
