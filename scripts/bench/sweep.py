@@ -16,17 +16,33 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import study
 import yaml
+from scipy.stats import spearmanr
 
+from search_r1.evaluation.behaviour import behaviour, num_tokens, read_history
+from search_r1.evaluation.summary import by_hops
 from search_r1.report import summary
-from search_r1.trajectory import read_searches
+from search_r1.trajectory import Record, read_searches
 from verl.utils.tracking import STEP
 
 DEFAULTS: dict[str, Any] = {"config": "grpo", "seeds": [0], "overrides": [], "status": 0}
 REACHED = 0.8
 EM = "val/em/"
 """The metrics that are the exact match of a validation, one for each set of questions."""
+TRAINING_CURVES = [
+    "critic/score/mean",
+    "reward/em",
+    "env/number_of_valid_search",
+    "env/finish_ratio",
+    "env/gold_retrieved",
+    "response_length/mean",
+    "response_length_model/mean",
+    "critic/advantages/std",
+    "critic/vf_explained_var",
+]
+"""Metrics whose value in each training step belongs to the row, where a run has them."""
 COLLAPSED = 0.5
 """A collapse: a validation score that falls below this share of the best one before it."""
 
@@ -80,9 +96,10 @@ def figures(folder: Path) -> study.Row:
         collapses += score < COLLAPSED * best
         best = max(best, score)
     trained = [line for line in metrics if "perf/time_per_step" in line]
-    last = sorted((folder / "trajectories").glob("val_*.jsonl"))[-1]
-    by_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in map(json.loads, last.open()):
+    validations = sorted((folder / "trajectories").glob("val_*.jsonl"))
+    last = read_records(validations[-1])
+    by_source: dict[str, list[Record]] = defaultdict(list)
+    for record in last:
         by_source[record["data_source"]].append(record)
     return {
         "steps": metrics[-1][STEP],
@@ -94,6 +111,14 @@ def figures(folder: Path) -> study.Row:
         "seconds": [round(line["perf/time_per_step"], 2) for line in trained],
         "staleness": mean_of(trained, "training/staleness/share_"),
         "mismatch": mean_of(trained, "rollout_corr/"),
+        "training": {
+            name: [line.get(name) for line in trained]
+            for name in TRAINING_CURVES
+            if any(name in line for line in trained)
+        },
+        "behaviour": [behaviour_of(read_records(path)) for path in validations],
+        "em_by_length": em_by_length(last),
+        "searches_by_hops": searches_by_hops(last),
         "alarms": [
             p.read_text()
             for p in sorted(folder.glob("alarms/*/alarm.txt"), key=lambda p: p.stat().st_mtime)
@@ -107,7 +132,47 @@ def figures(folder: Path) -> study.Row:
     }
 
 
-def searched(records: list[dict[str, Any]]) -> float:
+def read_records(path: Path) -> list[Record]:
+    """The trajectories of a validation."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def behaviour_of(records: list[Record]) -> dict[str, float]:
+    """The figures of behaviour of a validation, latencies left out."""
+    figures = behaviour([read_history(record) for record in records])
+    return {name: value for name, value in figures.items() if not name.startswith("latency")}
+
+
+def em_by_length(records: list[Record]) -> list[float]:
+    """Exact match of the trajectories by quarter of their number of own tokens, shortest first."""
+    shortest_first = sorted(records, key=lambda record: num_tokens(record, "model"))
+    quarters = np.array_split(np.array([em_of(r) for r in shortest_first]), 4)
+    return [float(quarter.mean()) for quarter in quarters if len(quarter)]
+
+
+def em_of(record: Record) -> float:
+    return record["reward"].get("em", 0.0)
+
+
+def searches_by_hops(records: list[Record]) -> dict[str, float]:
+    """Mean searches of questions by their number of hops, and Spearman's rank correlation of both;
+    empty where not all questions have a known number, or all the same."""
+    groups = by_hops(records)
+    if len(groups) < 2 or sum(map(len, groups.values())) < len(records):
+        return {}
+    pairs = [(hops, len(read_searches(r))) for hops, group in groups.items() for r in group]
+    hops, searches = zip(*pairs, strict=True)
+    means = {
+        str(count): statistics.mean(len(read_searches(r)) for r in group)
+        for count, group in sorted(groups.items())
+    }
+    # without a difference in searches there is no rank to correlate
+    varied = len(set(searches)) > 1
+    return means | ({"spearman": float(spearmanr(hops, searches).statistic)} if varied else {})
+
+
+def searched(records: list[Record]) -> float:
     """Share of the records with a search: of questions that the base knows, the over-search share.
 
     Asking the trained policy what it knows would beg the question (docs/results/evaluation.md).
@@ -115,13 +180,13 @@ def searched(records: list[dict[str, Any]]) -> float:
     return sum(bool(read_searches(record)) for record in records) / len(records)
 
 
-def ended(records: list[dict[str, Any]]) -> dict[str, float]:
+def ended(records: list[Record]) -> dict[str, float]:
     """Share of the records that ended for each reason."""
     counts = Counter(record["stop_reason"] for record in records)
     return {reason: count / len(records) for reason, count in sorted(counts.items())}
 
 
-def contexts(records: list[dict[str, Any]]) -> dict[str, float]:
+def contexts(records: list[Record]) -> dict[str, float]:
     """Per record: how often its context was folded, and how many contexts it had in all."""
     return {
         "folds": statistics.mean(record["info"].get("folds", 0) for record in records),

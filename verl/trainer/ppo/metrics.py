@@ -39,6 +39,7 @@ def compute_data_metrics(data: DataProto, max_length: int) -> dict[str, float]:
         "critic/score/std": scores.float().std(correction=0).item(),
         **_stats("critic/rewards", rewards),
         **_stats("critic/advantages", batch["advantages"][mask]),
+        "critic/advantages/std": batch["advantages"][mask].std(correction=0).item(),
         **_stats("critic/returns", batch["returns"][mask]),
         **_length_metrics(data, sampled, max_length),
         **rollout_gap(batch["rollout_log_probs"], batch["old_log_probs"], sampled),
