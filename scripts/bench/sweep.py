@@ -169,7 +169,7 @@ def searches_by_hops(records: list[Record]) -> dict[str, float]:
     }
     # without a difference in searches there is no rank to correlate
     varied = len(set(searches)) > 1
-    return means | ({"spearman": float(spearmanr(hops, searches).statistic)} if varied else {})
+    return means | ({"spearman": float(spearmanr(hops, searches)[0])} if varied else {})
 
 
 def searched(records: list[Record]) -> float:
