@@ -282,8 +282,7 @@ def given_to_theirs(config: PPOConfig, questions: RLHFDataset, url: str) -> dict
         },
         "stop": [],
         "loop": {
-            # it counts turns that search, and then asks for an answer
-            "max_turns": config.agent["max_turns"] - 1,
+            "max_turns": config.agent["max_turns"],
             "max_start_length": data.max_start_length,
             "max_prompt_length": data.max_prompt_length,
             "max_response_length": data.max_response_length,
