@@ -44,7 +44,8 @@ def demonstration(
     """The trace of a question; None if no passage holds a gold answer.
 
     >>> found = [Passage("7", '"Nile"', "A river of Egypt.", 1.0)]
-    >>> demonstration("Where is the Nile?", ["Sudan", "Egypt"], found)["response"][-72:]
+    >>> trace = demonstration("Where is the Nile?", ["Sudan", "Egypt"], found)
+    >>> trace["response"].rpartition("</information>")[2]
     '\\n\\n<think> Doc 1 says it. </think>\\n<answer> Egypt </answer>'
     """
     for number, passage in enumerate(passages, 1):

@@ -109,6 +109,12 @@ def commands(checkout, name):
     return [line.split()[1:] for line in (checkout / "commands").open() if line.startswith(name)]
 
 
+def started(checkout, count):
+    """The first `count` calls of srun, which are made in the background."""
+    wait_for(lambda: len(commands(checkout, "srun")) >= count)
+    return commands(checkout, "srun")
+
+
 def composed(overrides):
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         return validate(OmegaConf.to_container(compose("grpo", overrides), resolve=True))
@@ -122,8 +128,8 @@ def test_slurm_starts_the_head_then_the_others_then_the_training(checkout, slurm
     with job(
         checkout, slurm, "experiment=nq_hotpotqa/qwen2.5-7b-instruct-grpo", "trainer.save_freq=5"
     ):
+        found = started(checkout, 3)
         (checkout / "finish").touch()
-    found = commands(checkout, "srun")  # some are started side by side
     assert len(found) == 3
     server, head, others = (
         next(c for c in found if c[-1] == end) for end in ("8000", "6379", "n1:6379")
@@ -165,6 +171,7 @@ def test_slurm_starts_the_head_then_the_others_then_the_training(checkout, slurm
 
 def test_a_retriever_that_runs_already_is_used(checkout, slurm):
     with job(checkout, slurm | {"RETRIEVER_URL": "http://search:9000/retrieve"}):
+        started(checkout, 2)
         (checkout / "finish").touch()
     assert len(commands(checkout, "srun")) == 2
     config = composed((checkout / "trained").read_text().splitlines())

@@ -431,6 +431,7 @@ def test_a_run_is_compared_as_it_will_train_with_its_packing_decided(tmp_path, m
         "check_trainable",
         "load_val_set",
         "check_environment",
+        "slow_precision",
         "write_config",
         "train",
     ):
