@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import study
 import yaml
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from search_r1.evaluation.behaviour import behaviour, num_tokens, read_history
 from search_r1.evaluation.summary import by_hops
@@ -168,8 +168,10 @@ def searches_by_hops(records: list[Record]) -> dict[str, float]:
         for count, group in sorted(groups.items())
     }
     # without a difference in searches there is no rank to correlate
-    varied = len(set(searches)) > 1
-    return means | ({"spearman": float(spearmanr(hops, searches).statistic)} if varied else {})
+    if len(set(searches)) == 1:
+        return means
+    ranks = np.corrcoef(rankdata(hops), rankdata(searches))
+    return {**means, "spearman": float(ranks[0, 1])}
 
 
 def searched(records: list[Record]) -> float:
