@@ -58,6 +58,8 @@ CURVES = [
     "perf/total_num_tokens",
 ]
 """Metrics whose value in each training step belongs to the row of a training."""
+FOR_LONG_PROMPTS = ["data.max_start_length=384", "data.max_prompt_length=1376"]
+"""Room for a prompt that explains the tags, which the recipe's does not."""
 SHOWN = 3
 """Trajectories of each set that a row holds as text."""
 
@@ -99,7 +101,7 @@ RUNS: dict[str, list[list[str]]] = {
         evaluate("cold", f"{COLD}/hf"),
     ],
     "grpo-seed0": reinforced(0),
-    "search": [evaluate("search", BASE, "template=search")],
+    "search": [evaluate("search", BASE, "template=search", *FOR_LONG_PROMPTS)],
     "rag": [evaluate("rag", BASE, "method=rag")],
     "direct": [evaluate("direct", BASE, "method=direct")],
     "rag_cold": [evaluate("rag_cold", f"{COLD}/hf", "method=rag")],

@@ -58,6 +58,7 @@ def test_data_metrics_by_hand():
         {
             **stats,
             "critic/score/std": 0.5,
+            "critic/advantages/std": 1.6**0.5,  # of 2, 1 and three times -1
             "actor/positive_log_prob": -1.5,  # of -1 and -2
             "response_length/clip_ratio": 0.5,
             "state_tokens/total": 5,
