@@ -86,33 +86,40 @@ def train(folder: str, model: str, *overrides: str) -> list[str]:
     ]
 
 
+MAKE_COLD_START = [sys.executable, __file__, "--make-cold-start"]
+
+
 def reinforced(seed: int) -> list[list[str]]:
     run = f"grpo-seed{seed}"
     folder = f"{WORK}/{run}"
     only_the_end = ["trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=5"]
     named = [f"trainer.seed={seed}", f"trainer.experiment_name=real_words-{run}"]
-    return [train(folder, f"{COLD}/hf", *named, *only_the_end), evaluate(run, f"{folder}/hf")]
+    learn = train(folder, f"{COLD}/hf", *named, *only_the_end)
+    return [MAKE_COLD_START, learn, evaluate(run, f"{folder}/hf")]
 
 
 RUNS: dict[str, list[list[str]]] = {
-    "cold": [
-        [sys.executable, __file__, "--make-traces"],
-        train(COLD, BASE, "method=traces", f"finetune.traces={TRACES}"),
-        evaluate("cold", f"{COLD}/hf"),
-    ],
+    "cold": [MAKE_COLD_START, evaluate("cold", f"{COLD}/hf")],
     "grpo-seed0": reinforced(0),
     "search": [evaluate("search", BASE, "template=search", *FOR_LONG_PROMPTS)],
     "rag": [evaluate("rag", BASE, "method=rag")],
     "direct": [evaluate("direct", BASE, "method=direct")],
-    "rag_cold": [evaluate("rag_cold", f"{COLD}/hf", "method=rag")],
+    "rag_cold": [MAKE_COLD_START, evaluate("rag_cold", f"{COLD}/hf", "method=rag")],
     "grpo-seed1": reinforced(1),
 }
 
 
+def make_cold_start() -> None:
+    """Writes the traces and trains on them, unless that has been done on this machine."""
+    if not Path(TRACES).exists():
+        make_traces()
+    if not Path(COLD, "hf").exists():
+        command = train(COLD, BASE, "method=traces", f"finetune.traces={TRACES}")
+        subprocess.run(command, check=True)
+
+
 def make_traces() -> None:
-    """Writes the traces of the cold start, unless they are there."""
-    if Path(TRACES).exists():
-        return
+    """Writes the traces of the cold start."""
     index = [sys.executable, "-m", "search_r1.search.index_builder", "--retrieval_method", "bm25"]
     corpus = f"{DATA}/corpus.jsonl"
     subprocess.run([*index, "--corpus_path", corpus, "--save_dir", f"{DATA}/index"], check=True)
@@ -200,7 +207,7 @@ def numbered(values: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--make-traces"]:
-        make_traces()
+    if sys.argv[1:] == ["--make-cold-start"]:
+        make_cold_start()
     else:
         study.main(__doc__ or "", RUNS, ROWS, figures, table)
